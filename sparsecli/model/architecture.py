@@ -1,0 +1,217 @@
+"""The closed choices that make up a model, as inert data.
+
+These field types are shared by the recipe schema and by the Hugging Face configuration, so that a word means
+the same in YAML, in `config.json` and in Python. Importing this module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+Activation = Literal["relu", "gelu", "silu"]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Size = Annotated[int, Field(gt=0)]
+
+
+class Block(BaseModel):
+    """A frozen block of a recipe: unknown keys are errors, every field's docstring is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+def fault(field: str, message: str) -> PydanticCustomError:
+    """An error of one block that names the field to look at (`field`), for checks that span several fields."""
+    return PydanticCustomError("fault", "{message}", {"field": field, "message": message})
+
+
+def check_multiple(field: str, value: int, of: str, factor: int) -> None:
+    """Raise a `fault` unless `value` is a multiple of `factor`, naming the nearest values that are."""
+    if value % factor:
+        below = value // factor * factor
+        nearest = f"{below} and {below + factor}" if below else f"{factor}"
+        raise fault(field, f"{value} is not a multiple of {of} {factor}; nearest: {nearest}")
+
+
+class DenseFeedForwardSpec(Block):
+    """Two matrices (three when gated) and an activation."""
+
+    kind: Literal["dense"]
+    d_ff: Size
+    """Number of units."""
+    activation: Activation = "relu"
+    """Non-linearity of a unit."""
+    gated: bool = False
+    """Multiply the activated gate by a second, linear branch (SwiGLU-like)."""
+    bias: bool = True
+    """Biases on every matrix; the paper's dense layer has them."""
+
+
+class SparseFeedForwardSpec(Block):
+    """Sparse FF (paper section 3.1): a low-rank controller picks `units_per_block` of every `block_size` units."""
+
+    kind: Literal["sparse"]
+    d_ff: Size
+    """Number of units in all; a token uses `d_ff * units_per_block / block_size` of them."""
+    block_size: Annotated[int, Field(ge=2)]
+    """N: units that compete with one another."""
+    rank: Size
+    """r: inner width of the controller."""
+    units_per_block: Size = 1
+    """k: units chosen in each block (paper: 1)."""
+    activation: Activation = "relu"
+    """Non-linearity of a unit."""
+    gated: bool = False
+    """Multiply the activated gate by a second, linear branch (SwiGLU-like)."""
+    hard_fraction: Probability = 0.3
+    """Share of training calls that use the hard choice; the others use the soft one (paper: 0.3)."""
+    temperature: Annotated[float, Field(ge=0)] = 0.1
+    """Scale of the Gumbel noise that is added to the log-probabilities when training."""
+    gate: Literal["none", "probability"] = "none"
+    """`probability` multiplies a chosen unit by its controller probability."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SparseFeedForwardSpec:
+        check_multiple("d_ff", self.d_ff, "block_size", self.block_size)
+        if self.units_per_block >= self.block_size:
+            raise fault(
+                "units_per_block", f"{self.units_per_block} of {self.block_size} units leaves nothing to skip"
+            )
+        return self
+
+
+class MixtureFeedForwardSpec(Block):
+    """Mixture of experts: a router picks whole slices of consecutive units."""
+
+    kind: Literal["mixture"]
+    d_ff: Size
+    """Number of units of all experts together."""
+    experts: Annotated[int, Field(ge=2)]
+    """Number of equal slices."""
+    experts_per_token: Literal[1, 2] = 1
+    """Experts that a token uses."""
+    activation: Activation = "relu"
+    """Non-linearity of a unit."""
+    hard_fraction: Probability = 0.5
+    """Share of training calls that use the hard choice."""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Scale of the Gumbel noise that is added to the log-probabilities when training."""
+    gate: Literal["none", "probability"] = "none"
+    """`probability` multiplies an expert by its router probability (as in Switch Transformer)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MixtureFeedForwardSpec:
+        check_multiple("d_ff", self.d_ff, "experts", self.experts)
+        if self.experts_per_token >= self.experts:
+            raise fault("experts_per_token", f"{self.experts_per_token} of {self.experts} experts skips none")
+        return self
+
+
+class AttentionSpec(Block):
+    """Causal attention and the projections that feed it (paper section 3.2)."""
+
+    kind: Literal["full"] = "full"
+    """Which positions a token attends to."""
+    projection: Literal["dense", "multiplicative", "dense_conv", "multiplicative_conv"] = "dense"
+    """How queries, keys and values are made; the `_conv` kinds share one projection, then convolve it."""
+    output_projection: Literal["none", "dense", "multiplicative", "multiplicative_conv"] | None = None
+    """What follows the heads; by default `none` after a convolution, else the same kind as `projection`."""
+    modules: Size | None = None
+    """S: slices of the multiplicative layer and of the convolution; defaults to the number of heads."""
+    kernel: Size = 3
+    """Length of the convolution over past positions."""
+    value_concat: Literal["none", "modules", "whole"] = "none"
+    """What joins the values' input: nothing, x per module, or x as a whole (original implementation's options)."""
+    key_value_heads: Size | None = None
+    """Heads of keys and values (grouped queries); defaults to the number of heads; `dense` projection only."""
+    bias: bool = True
+    """Biases on dense projections; the paper's have them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AttentionSpec:
+        conv = self.projection.endswith("_conv")
+        if self.value_concat != "none" and not conv:
+            raise fault("value_concat", "needs a projection with a convolution")
+        if self.key_value_heads is not None and self.projection != "dense":
+            raise fault("key_value_heads", "grouped queries need projection: dense")
+        return self
+
+
+class DenseVocabularySpec(Block):
+    """One row of logits weights per token of the vocabulary."""
+
+    kind: Literal["dense"]
+    size: Size
+    """Number of tokens."""
+    tied: bool = False
+    """Use the embedding's table for the logits too."""
+    bias: bool = False
+    """Bias on the logits."""
+
+
+class MultiplicativeVocabularySpec(Block):
+    """Sparse loss layer (paper section 3.3): a multiplicative layer from d_model to the vocabulary."""
+
+    kind: Literal["multiplicative"]
+    size: Size
+    """Number of tokens."""
+    modules: Size
+    """S: slices of the vocabulary."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MultiplicativeVocabularySpec:
+        check_multiple("size", self.size, "modules", self.modules)
+        return self
+
+
+FeedForwardSpec = Annotated[
+    DenseFeedForwardSpec | SparseFeedForwardSpec | MixtureFeedForwardSpec, Field(discriminator="kind")
+]
+VocabularySpec = Annotated[DenseVocabularySpec | MultiplicativeVocabularySpec, Field(discriminator="kind")]
+
+
+class ModelSpec(Block):
+    """A decoder-only Scaling Transformer: pre-norm residual blocks of attention and feed-forward."""
+
+    d_model: Size
+    """Width of the residual stream."""
+    layers: Size
+    """Number of blocks."""
+    heads: Size
+    """Attention heads."""
+    max_positions: Size
+    """Longest sequence, in tokens."""
+    feed_forward: FeedForwardSpec
+    """The feed-forward layer of every block."""
+    attention: AttentionSpec = AttentionSpec()
+    """The attention layer of every block."""
+    vocabulary: VocabularySpec
+    """Embedding and logits."""
+    normalization: Literal["layer", "rms"] = "layer"
+    """Layer norm or RMS norm."""
+    normalization_epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    """Added to the variance before the square root."""
+    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    """How positions enter: a trained table, a fixed table, or rotated queries and keys."""
+    rotary_base: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary frequencies."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of embeddings, attention and feed-forward outputs."""
+    initialization: Literal["fan", "paper"] = "fan"
+    """`fan` counts the convolution's kernel area in its fan; `paper` does not, as the original implementation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSpec:
+        check_multiple("d_model", self.d_model, "heads", self.heads)
+        if self.positions == "rotary" and (self.d_model // self.heads) % 2:
+            raise fault("positions", "rotary positions need an even head width (d_model / heads)")
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise fault("d_model", "sinusoidal positions need an even d_model")
+        attention = self.attention
+        if attention.projection != "dense":
+            check_multiple("d_model", self.d_model, "attention.modules", attention.modules or self.heads)
+        if attention.key_value_heads:
+            check_multiple("heads", self.heads, "attention.key_value_heads", attention.key_value_heads)
+        return self

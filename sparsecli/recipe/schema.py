@@ -1,0 +1,320 @@
+"""What a recipe may say: one frozen model per block, one documented line per field.
+
+A recipe is inert data. Unions are closed and told apart by a literal field; nothing here names code to import.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sparsecli.model.architecture import (
+    AttentionSpec,
+    Block,
+    FeedForwardSpec,
+    ModelSpec,
+    Probability,
+    Size,
+    SparseFeedForwardSpec,
+    VocabularySpec,
+    fault,
+)
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+Names = Annotated[list[str], Field(min_length=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+# -- data ----------------------------------------------------------------------------------------------------
+
+
+class TrainedTokenizer(Block):
+    """A byte-level BPE trained on the training split of the corpus and saved with the run."""
+
+    kind: Literal["bpe"]
+    vocabulary_size: Annotated[int, Field(ge=257)]
+    """Tokens of the vocabulary, the 256 bytes and `<|endoftext|>` included."""
+
+
+class SavedTokenizer(Block):
+    """A tokenizer saved by Hugging Face's `save_pretrained`, or by an earlier run."""
+
+    kind: Literal["saved"]
+    path: str
+    """Folder of the tokenizer, or of a run."""
+
+
+class HubTokenizer(Block):
+    """A tokenizer from the Hugging Face hub."""
+
+    kind: Literal["hub"]
+    name: str
+    """Repository, for example `HuggingFaceTB/SmolLM2-135M`."""
+    revision: str | None = None
+    """Commit, tag or branch."""
+
+
+TokenizerSpec = Annotated[TrainedTokenizer | SavedTokenizer | HubTokenizer, Field(discriminator="kind")]
+
+
+class _Corpus(Block):
+    """Fields that every source shares."""
+
+    tokenizer: TokenizerSpec
+    """Where the tokenizer comes from."""
+    sequence_length: Size = 256
+    """Tokens of one training window."""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of documents kept for evaluation, chosen by a hash of their content."""
+    held_out_tokens: Size | None = None
+    """Evaluate on at most this many held-out tokens; all of them by default."""
+
+
+class StdlibCorpus(_Corpus):
+    """The running Python's own standard library source: real text on every machine, no download."""
+
+    source: Literal["stdlib"]
+
+
+class FilesCorpus(_Corpus):
+    """Local txt, md, py, jsonl, parquet or csv files."""
+
+    source: Literal["files"]
+    paths: Names
+    """Files or globs (`**` crosses folders), relative to the working directory."""
+    held_out_paths: Names | None = None
+    """Files or globs to evaluate on, in place of `held_out_fraction`."""
+    text_field: str = "text"
+    """Column that holds the text, in jsonl, parquet and csv files."""
+
+
+class HubCorpus(_Corpus):
+    """A dataset from the Hugging Face hub."""
+
+    source: Literal["hub"]
+    name: str
+    """Dataset repository."""
+    subset: str | None = None
+    """Configuration of the dataset."""
+    revision: str | None = None
+    """Commit, tag or branch."""
+    split: str = "train"
+    """Split to read."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    streaming: bool = False
+    """Read rows as they arrive, without storing the dataset first; needs `max_documents`."""
+    max_documents: Size | None = None
+    """Stop after this many rows."""
+
+    @model_validator(mode="after")
+    def _check(self) -> HubCorpus:
+        if self.streaming and self.max_documents is None:
+            raise fault("streaming", "needs max_documents, so that the packed corpus is the same every time")
+        return self
+
+
+DataSpec = Annotated[StdlibCorpus | FilesCorpus | HubCorpus, Field(discriminator="source")]
+
+
+# -- train ---------------------------------------------------------------------------------------------------
+
+
+class TrainSpec(Block):
+    """Training, in the words of transformers' `TrainingArguments`."""
+
+    max_steps: Size
+    """Optimizer steps in all."""
+    per_device_train_batch_size: Size = 8
+    """Windows per step and device."""
+    gradient_accumulation_steps: Size = 1
+    """Batches summed into one step."""
+    per_device_eval_batch_size: Size = 16
+    """Windows per evaluation batch."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    min_lr_rate: Probability = 0.05
+    """Where the cosine ends, as a share of the peak."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up."""
+    optim: Literal["adamw_torch", "adafactor"] = "adamw_torch"
+    """Optimizer."""
+    adam_beta1: Probability = 0.9
+    """AdamW's first decay."""
+    adam_beta2: Probability = 0.95
+    """AdamW's second decay."""
+    weight_decay: NonNegative = 0.1
+    """Decay of matrices; controllers, embeddings, norms and biases have none."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the gradient to this norm; 0 turns clipping off."""
+    bf16: bool = False
+    """Run matrix products in bfloat16 (weights stay float32)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    torch_compile: bool = False
+    """Compile the model with torch."""
+    logging_steps: Size = 10
+    """Steps between lines of the log."""
+    eval_steps: Size = 250
+    """Steps between evaluations on the held-out text."""
+    save_steps: Size = 250
+    """Steps between checkpoints."""
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; two at least, so that a torn one never is the only one."""
+
+
+# -- convert -------------------------------------------------------------------------------------------------
+
+
+class DistillationSpec(Block):
+    """Train the sparse model towards the dense one's predictions."""
+
+    max_steps: Count = 200
+    """Optimizer steps; 0 skips distillation."""
+    batch_size: Size = 8
+    """Windows per step."""
+    learning_rate: Positive = 3e-4
+    """Peak learning rate (cosine to zero)."""
+
+
+class ConvertSpec(Block):
+    """Make a dense model's feed-forward layers sparse."""
+
+    model: str | None = None
+    """The dense model: a run or a model folder; `--model` on the command line goes first."""
+    feed_forward: SparseFeedForwardSpec
+    """What every feed-forward layer becomes; `d_ff` must be the dense model's."""
+    calibration_tokens: Size = 32768
+    """Training tokens that the controllers are fitted on."""
+    controller_steps: Count = 200
+    """Optimizer steps of each controller's fit."""
+    distillation: DistillationSpec = DistillationSpec()
+    """Recovery after the fit."""
+
+
+# -- generate ------------------------------------------------------------------------------------------------
+
+
+class GenerateSpec(Block):
+    """Defaults of `generate`; every field is also a command-line option."""
+
+    prompt: str | None = None
+    """Text to go on from."""
+    max_new_tokens: Size = 128
+    """Stop after this many tokens."""
+    temperature: NonNegative = 0.8
+    """Below 1 sharper, above 1 flatter; 0 is greedy."""
+    top_k: Count = 0
+    """Sample among the k likeliest tokens; 0 is all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Sample among the likeliest tokens that hold this much probability."""
+    min_p: Probability = 0.0
+    """Drop tokens below this share of the likeliest one's probability."""
+    repetition_penalty: Positive = 1.0
+    """Above 1 makes tokens that were already used less likely."""
+    stop: list[str] = []
+    """Texts that end the generation; they are not printed."""
+
+
+# -- bench ---------------------------------------------------------------------------------------------------
+
+
+class PaperFigures(Block):
+    """What the paper's Table 1 gives for this row."""
+
+    ms_per_token: Positive
+    """Milliseconds a token."""
+    ms_per_block: Positive
+    """Milliseconds a decoder block."""
+
+
+class VariantModel(Block):
+    """Blocks of the recipe's model that a variant replaces, each as a whole."""
+
+    feed_forward: FeedForwardSpec | None = None
+    """Replaces model.feed_forward."""
+    attention: AttentionSpec | None = None
+    """Replaces model.attention."""
+    vocabulary: VocabularySpec | None = None
+    """Replaces model.vocabulary."""
+
+
+class Variant(Block):
+    """One row of the table."""
+
+    name: str
+    """Row label."""
+    group: Literal["dense", "sparse"]
+    """`--dense` and `--sparse` choose by this."""
+    model: VariantModel = VariantModel()
+    """What differs from the recipe's model."""
+    paper: PaperFigures | None = None
+    """The paper's figures, printed beside ours."""
+
+
+class BenchSpec(Block):
+    """Single-token decoding, variants interleaved."""
+
+    variants: Annotated[list[Variant], Field(min_length=1)]
+    """Rows of the table; the first of group `dense` is the baseline."""
+    backends: Annotated[list[Literal["torch"]], Field(min_length=1)] = ["torch"]
+    """Decode backends."""
+    dtypes: Annotated[list[Dtype], Field(min_length=1)] = ["float32", "bfloat16"]
+    """Weight types."""
+    context: Size = 64
+    """Tokens in the cache before the first measured one."""
+    rounds: Size = 5
+    """Times that every variant gets its turn."""
+    tokens_per_round: Size = 4
+    """Measured tokens of one turn."""
+    warmup_tokens: Count = 2
+    """Unmeasured tokens at the start of each turn."""
+    measured_layers: Size | None = None
+    """Build only this many blocks and multiply out, for models larger than memory; the rows say so."""
+
+
+# -- the whole -----------------------------------------------------------------------------------------------
+
+
+class Recipe(Block):
+    """A recipe: what to build, on which text, and how to train, convert, run and measure it."""
+
+    description: str = ""
+    """One line, shown by `recipes ls`."""
+    output: str | None = None
+    """Run directory; `runs/<name of the recipe>` by default."""
+    seed: Count = 0
+    """Seeds weights, the order of the data, noise and sampling."""
+    model: ModelSpec | None = None
+    """The architecture."""
+    data: DataSpec | None = None
+    """The text."""
+    train: TrainSpec | None = None
+    """How to train."""
+    convert: ConvertSpec | None = None
+    """How to make a dense model sparse."""
+    generate: GenerateSpec = GenerateSpec()
+    """Defaults of `generate`."""
+    bench: BenchSpec | None = None
+    """What to measure."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.data and self.model:
+            if self.data.sequence_length > self.model.max_positions:
+                raise fault(
+                    "data.sequence_length",
+                    f"{self.data.sequence_length} is longer than model.max_positions {self.model.max_positions}",
+                )
+            tokenizer = self.data.tokenizer
+            if tokenizer.kind == "bpe" and tokenizer.vocabulary_size > self.model.vocabulary.size:
+                raise fault(
+                    "data.tokenizer.vocabulary_size",
+                    f"{tokenizer.vocabulary_size} tokens do not fit model.vocabulary.size {self.model.vocabulary.size}",
+                )
+        return self
