@@ -1,0 +1,196 @@
+"""The one place that prints: results on stdout, talk on stderr; and the expected errors with their exit codes.
+
+rich is imported on first use, so that a module which only needs an error class stays quick to import.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PLAIN_SECONDS = 10.0
+"""Seconds between two progress lines where stderr is not a terminal."""
+
+# Rich lets escape sequences through; text from a recipe or a model must not drive the terminal.
+_UNPRINTABLE = {
+    code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
+}
+
+
+class Failure(Exception):
+    """An expected error: one clear line that says what was wrong, where, and what to do.
+
+    Raised anywhere, shown without a traceback by the command line, which then exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if exit_code is not None:
+            self.exit_code = exit_code
+
+
+class RecipeError(Failure):
+    """The recipe or an override is wrong; `message` has one line for every problem."""
+
+    exit_code = 2
+
+
+class Regression(Failure):
+    """A benchmark is slower than the result it is compared with."""
+
+    exit_code = 3
+
+
+class Mismatch(Failure):
+    """A verification found outputs that should agree and do not."""
+
+    exit_code = 4
+
+
+class Stopped(Failure):
+    """Stopped by a signal after saving everything needed to go on."""
+
+    exit_code = 75
+
+
+@cache
+def _stdout() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 240  # a file or a pipe has no width to fit into; never fold a row
+    return console
+
+
+@cache
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def out(text: str = "", end: str = "\n") -> None:
+    """Write data to stdout, at once, as it is."""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Talk to the person, on stderr."""
+    _stderr().print(text.translate(_UNPRINTABLE), style=style)
+
+
+def warn(text: str) -> None:
+    """Say that something is not as it might be expected, on stderr."""
+    say(f"warning: {text}", style="yellow")
+
+
+def fail(failure: Failure) -> None:
+    """Show an expected error on stderr, every line of it marked as such."""
+    if isinstance(failure, Stopped):
+        say(failure.message)
+        return
+    for line in failure.message.splitlines():
+        say(f"error: {line}", style="red")
+
+
+def table(table: Table) -> None:
+    """A rich table, to stdout."""
+    _stdout().print(table)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
+    """A table of plain values to stdout: numbers to the right, text to the left, None as a dash."""
+    from rich import box
+    from rich.table import Table
+
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = any(isinstance(row[index], int | float) for row in rows)
+        result.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
+    for row in rows:
+        result.add_row(*("—" if value is None else str(value) for value in row))
+    table(result)
+
+
+def json_out(value: Any) -> None:
+    """One JSON document to stdout. NaN and infinity are refused (ValueError): JSON has neither."""
+    out(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+class Progress(Protocol):
+    """What `progress` hands out."""
+
+    def advance(self, steps: int = 1, **fields: object) -> None:
+        """`steps` more are done; `fields` (a loss, a speed) are shown beside the count."""
+
+
+def _describe(fields: dict[str, object]) -> str:
+    words = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in fields.values())
+    return ", ".join(f"{name.replace('_', ' ')} {word}" for name, word in zip(fields, words, strict=True))
+
+
+class _Bar:
+    """A bar on a terminal."""
+
+    def __init__(self, bar: Any, task: Any) -> None:
+        self.bar, self.task = bar, task
+
+    def advance(self, steps: int = 1, **fields: object) -> None:
+        update = {"fields": _describe(fields)} if fields else {}
+        self.bar.update(self.task, advance=steps, **update)
+
+
+class _Lines:
+    """A line now and then, for logs; the last step always gets one."""
+
+    def __init__(self, description: str, total: int | None) -> None:
+        self.description, self.total, self.done = description, total, 0
+        self.start = self.shown = time.monotonic()
+
+    def advance(self, steps: int = 1, **fields: object) -> None:
+        self.done += steps
+        now = time.monotonic()
+        if now - self.shown < PLAIN_SECONDS and self.done != self.total:
+            return
+        self.shown = now
+        count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
+        elapsed = now - self.start
+        if self.total is None or self.done >= self.total:
+            timing = f"{elapsed:.0f} s"
+        else:
+            timing = f"{elapsed:.0f} s, {elapsed / self.done * (self.total - self.done):.0f} s left"
+        say(", ".join(filter(None, [f"{self.description}: {count}", _describe(fields), timing])))
+
+
+@contextmanager
+def progress(description: str, total: int | None) -> Iterator[Progress]:
+    """Show how far a loop is: a bar on a terminal, else a plain line every ten seconds; on stderr."""
+    if not _stderr().is_terminal:
+        yield _Lines(description, total)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[fields]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=_stderr()) as bar:
+        yield _Bar(bar, bar.add_task(description, total=total, fields=""))
