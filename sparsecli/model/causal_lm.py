@@ -1,0 +1,263 @@
+"""The decoder-only Scaling Transformer (paper section 3), a Hugging Face model like any other."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from sparsecli.model.architecture import ModelSpec, MultiplicativeVocabularySpec
+from sparsecli.model.cache import DecodeCache
+from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.layers.attention import build_attention, causal_mask
+from sparsecli.model.layers.dropout import shared_dropout
+from sparsecli.model.layers.feed_forward import DenseFeedForward, MixtureFeedForward, SparseFeedForward
+from sparsecli.model.layers.multiplicative import MultiplicativeDense
+from sparsecli.model.layers.normalization import normalization
+from sparsecli.model.layers.positions import LearnedPositions, SinusoidalPositions, rotary_angles
+
+
+def build_feed_forward(spec: ModelSpec) -> nn.Module:
+    """The feed-forward layer that `spec.feed_forward` asks for."""
+    feed_forward = spec.feed_forward
+    fields: dict[str, Any] = feed_forward.model_dump(exclude={"kind", "gate"})
+    if feed_forward.kind == "dense":
+        return DenseFeedForward(spec.d_model, dropout=spec.dropout, **fields)
+    fields["probability_gate"] = feed_forward.gate == "probability"
+    layer = SparseFeedForward if feed_forward.kind == "sparse" else MixtureFeedForward
+    return layer(spec.d_model, dropout=spec.dropout, **fields)
+
+
+def build_attention_of(spec: ModelSpec) -> nn.Module:
+    """The attention layer that `spec.attention` asks for."""
+    attention = spec.attention
+    after = attention.output_projection
+    if after is None:
+        after = "none" if attention.projection.endswith("_conv") else attention.projection
+    return build_attention(
+        spec.d_model,
+        spec.heads,
+        attention.key_value_heads or spec.heads,
+        attention.projection,
+        after,
+        attention.modules or spec.heads,
+        attention.kernel,
+        attention.value_concat,
+        attention.bias,
+        spec.dropout,
+        count_area=spec.initialization == "fan",
+    )
+
+
+class ScalingTransformerBlock(GradientCheckpointingLayer):
+    """x += dropout(attention(norm(x))); x += feed_forward(norm(x)), which has its own dropout."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        norm = spec.normalization, spec.d_model, spec.normalization_epsilon
+        self.attention_norm = normalization(*norm)
+        self.attention = build_attention_of(spec)
+        self.feed_forward_norm = normalization(*norm)
+        self.feed_forward = build_feed_forward(spec)
+        self.dropout = spec.dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        valid: Tensor | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+    ) -> Tensor:
+        """x (B, T, d) -> (B, T, d); `past_key_values` is this block's layer of the cache."""
+        y = self.attention(self.attention_norm(x), mask, valid, angles, past_key_values)
+        x = x + shared_dropout(y, self.dropout, self.training, (-2,))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class ScalingTransformerPreTrainedModel(PreTrainedModel):
+    """What transformers asks of every model: its configuration class and its initialisers."""
+
+    config_class = ScalingTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["ScalingTransformerBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Glorot uniform for dense layers, as the original; our own layers know their initialisers."""
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=1e-6)
+        elif isinstance(module, nn.Embedding):
+            limit = (3 / module.embedding_dim) ** 0.5
+            nn.init.uniform_(module.weight, -limit, limit)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
+    """Embedding, positions, blocks and the final norm."""
+
+    def __init__(self, config: ScalingTransformerConfig) -> None:
+        super().__init__(config)
+        spec = config.spec
+        self.embedding = nn.Embedding(spec.vocabulary.size, spec.d_model)
+        self.position_embedding: nn.Module | None = None
+        if spec.positions == "learned":
+            self.position_embedding = LearnedPositions(spec.max_positions, spec.d_model)
+        elif spec.positions == "sinusoidal":
+            self.position_embedding = SinusoidalPositions(spec.d_model)
+        self.blocks = nn.ModuleList(ScalingTransformerBlock(spec) for _ in range(spec.layers))
+        self.norm = normalization(spec.normalization, spec.d_model, spec.normalization_epsilon)
+        self.rotary = (spec.d_model // spec.heads, spec.rotary_base) if spec.positions == "rotary" else None
+        self.dropout = spec.dropout
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embedding = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, d) of input_ids (B, T).
+
+        Args:
+            attention_mask: (B, positions held + T), 0 at padding, which must be on the left when decoding.
+            position_ids: (B, T); by default positions count the tokens that are not padding.
+        Raises:
+            ValueError: not exactly one of input_ids and inputs_embeds, or a sequence past max_positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass input_ids or inputs_embeds, one of them")
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        new = x.shape[1]
+        if use_cache and past_key_values is None:
+            past_key_values = DecodeCache(len(self.blocks))
+        held = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if held + new > self.config.max_positions and self.position_embedding is not None:
+            raise ValueError(f"{held + new} positions are more than max_positions {self.config.max_positions}")
+
+        valid = self._valid_positions(attention_mask)
+        if position_ids is None:
+            if valid is None:
+                position_ids = torch.arange(held, held + new, device=x.device).unsqueeze(0)
+            else:
+                position_ids = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, held:]
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(position_ids).to(x.dtype)
+        x = shared_dropout(x, self.dropout, self.training, (-2,))
+        angles = rotary_angles(position_ids, *self.rotary) if self.rotary else None
+
+        # None is plainly causal: one new token sees everything, a first pass is a triangle.
+        mask = None
+        if valid is not None or (held and new > 1):
+            mask = causal_mask(valid, new, held + new, x.device)
+        valid_new = None if valid is None else valid[:, held:]
+        for index, block in enumerate(self.blocks):
+            memory = None if past_key_values is None else past_key_values.layers[index]
+            x = block(x, mask, valid_new, angles, past_key_values=memory)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    @staticmethod
+    def _valid_positions(attention_mask: Tensor | None) -> Tensor | None:
+        """Bool (B, positions), or None where nothing is padding (looked up outside of compilation only)."""
+        if attention_mask is None:
+            return None
+        if attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask has {attention_mask.ndim} axes; expected (batch, positions)")
+        valid = attention_mask.bool()
+        if not torch.compiler.is_compiling() and bool(valid.all()):
+            return None
+        return valid
+
+
+class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, GenerationMixin):
+    """The model with its logits: dense (optionally tied to the embedding) or multiplicative (sparse loss layer)."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"head.weight": "model.embedding.weight"}
+
+    def __init__(self, config: ScalingTransformerConfig) -> None:
+        super().__init__(config)
+        spec = config.spec
+        self.model = ScalingTransformerModel(config)
+        if isinstance(spec.vocabulary, MultiplicativeVocabularySpec):
+            self.head: nn.Module = MultiplicativeDense(spec.d_model, spec.vocabulary.size, spec.vocabulary.modules)
+        else:
+            self.head = nn.Linear(spec.d_model, spec.vocabulary.size, bias=spec.vocabulary.bias)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.head if isinstance(self.head, nn.Linear) else None
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V) of input_ids (B, T), and the mean cross-entropy in nats where `labels` are given.
+
+        Args:
+            labels: (B, T), the input itself; shifted here. -100 is left out of the loss.
+            logits_to_keep: compute the logits of this many last positions only (0: all).
+        The other arguments are those of `ScalingTransformerModel.forward`.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(output.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Give `generate` our preallocated cache instead of the stock one, which copies itself at every token."""
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = DecodeCache(self.config.layers, max_cache_length)

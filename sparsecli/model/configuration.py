@@ -1,0 +1,97 @@
+"""The Hugging Face configuration of a Scaling Transformer: a `ModelSpec` in `config.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from pydantic import ValidationError
+from transformers.configuration_utils import PreTrainedConfig
+
+from sparsecli.model.architecture import ModelSpec
+
+DEFAULT = ModelSpec.model_validate(
+    {
+        "d_model": 256,
+        "layers": 4,
+        "heads": 4,
+        "max_positions": 512,
+        "feed_forward": {"kind": "sparse", "d_ff": 1024, "block_size": 32, "units_per_block": 2, "rank": 64},
+        "attention": {"projection": "multiplicative_conv"},
+        "vocabulary": {"kind": "dense", "size": 4096, "tied": True},
+        "positions": "rotary",
+    }
+)
+
+
+@strict
+class ScalingTransformerConfig(PreTrainedConfig):
+    """Fields and nested blocks of `ModelSpec`, under the same names.
+
+    Raises:
+        ValueError: a block does not fit the architecture's closed choices; the message names the field.
+    """
+
+    model_type = "scaling_transformer"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "d_model",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+        "max_position_embeddings": "max_positions",
+    }
+
+    d_model: int = DEFAULT.d_model
+    layers: int = DEFAULT.layers
+    heads: int = DEFAULT.heads
+    max_positions: int = DEFAULT.max_positions
+    feed_forward: dict | None = None
+    attention: dict | None = None
+    vocabulary: dict | None = None
+    normalization: str = DEFAULT.normalization
+    normalization_epsilon: float = DEFAULT.normalization_epsilon
+    positions: str = DEFAULT.positions
+    rotary_base: float = DEFAULT.rotary_base
+    dropout: float = DEFAULT.dropout
+    initialization: str = DEFAULT.initialization
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for block in ("feed_forward", "attention", "vocabulary"):
+            if getattr(self, block) is None:
+                setattr(self, block, getattr(DEFAULT, block).model_dump())
+        self.tie_word_embeddings = bool((self.vocabulary or {}).get("tied", False))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of transformers' validation."""
+        _ = self.spec
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The architecture as typed, checked data."""
+        fields = {name: getattr(self, name) for name in ModelSpec.model_fields}
+        try:
+            return ModelSpec.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "model"
+            raise ValueError(f"{place}: {first['msg']}") from error
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, **kwargs: Any) -> ScalingTransformerConfig:
+        """The configuration of `spec`; keyword arguments are those of any transformers configuration."""
+        return cls(**spec.model_dump(), **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary, the name transformers looks for."""
+        return (self.vocabulary or {})["size"]
+
+    @property
+    def intermediate_size(self) -> int:
+        """Units of a feed-forward layer, the name transformers looks for."""
+        return (self.feed_forward or {})["d_ff"]

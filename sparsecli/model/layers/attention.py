@@ -1,0 +1,194 @@
+"""Causal attention over projections that are dense, multiplicative, or convolved (paper section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecli.model.layers.multiplicative import (
+    ConvolutionProjection,
+    MultiplicativeConvolution,
+    MultiplicativeDense,
+)
+from sparsecli.model.layers.positions import rotate
+
+
+class Memory(Protocol):
+    """What attention keeps between calls; `cache.DecodeLayer` is the implementation."""
+
+    def get_seq_length(self) -> int:
+        """Positions already held."""
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, H, T, d_head); return all of them."""
+
+    def extend(self, name: str, rows: Tensor, start: int, before: int) -> Tensor:
+        """Store rows (B, T, width) at `start`; return them with the `before` rows that precede them."""
+
+
+def with_history(rows: Tensor, before: int, memory: Memory | None, name: str, start: int) -> Tensor:
+    """Put the `before` rows that precede `rows` (B, T, width) in front of them; zeros before the first position."""
+    if memory is None:
+        return F.pad(rows, (0, 0, before, 0))
+    return memory.extend(name, rows, start, before)
+
+
+class SeparateProjection(nn.Module):
+    """Queries, keys and values by one layer each (dense or multiplicative)."""
+
+    def __init__(self, query: nn.Module, key: nn.Module, value: nn.Module) -> None:
+        super().__init__()
+        self.query, self.key, self.value = query, key, value
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, d) -> q (B, T, d), k and v (B, T, key_value_heads * d_head)."""
+        return self.query(x), self.key(x), self.value(x)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d_head)) v, causal, with grouped queries.
+
+    Args:
+        heads, key_value_heads: the second divides the first; each key-value head serves heads / key_value_heads queries.
+        projection: makes q, k, v.
+        output: follows the merged heads; None for no output projection.
+        dropout: of the attention weights, when training.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        key_value_heads: int,
+        projection: SeparateProjection | ConvolutionProjection,
+        output: nn.Module | None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.heads, self.key_value_heads = heads, key_value_heads
+        self.projection = projection
+        self.output = output
+        self.dropout = dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        valid: Tensor | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """x (B, T, d) -> (B, T, d).
+
+        Args:
+            mask: bool (B, 1, T, positions held + T), true where a query may look; None means plainly causal.
+            valid: bool (B, T), false at padding, whose rows the convolutions must read as zeros.
+            angles: rotary cosine and sine, see `rotary_angles`.
+            memory: earlier positions; extended in place.
+        """
+        start = memory.get_seq_length() if memory is not None else 0
+        if isinstance(self.projection, ConvolutionProjection):
+            q, k, v = self.projection(self._remembered(self.projection, x, valid, memory, "projection", start))
+        else:
+            q, k, v = self.projection(x)
+        # (B, T, heads * d_head) -> (B, heads, T, d_head)
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k = k.unflatten(-1, (self.key_value_heads, -1)).transpose(1, 2)
+        v = v.unflatten(-1, (self.key_value_heads, -1)).transpose(1, 2)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        if memory is not None:
+            k, v = memory.update(k, v)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and q.shape[2] > 1,
+            enable_gqa=self.heads != self.key_value_heads,
+        )
+        y = y.transpose(1, 2).flatten(-2)  # (B, T, d)
+        if self.output is None:
+            return y
+        if isinstance(self.output, MultiplicativeConvolution):
+            return self.output(self._remembered(self.output, y, valid, memory, "output", start))
+        return self.output(y)
+
+    @staticmethod
+    def _remembered(
+        layer: ConvolutionProjection | MultiplicativeConvolution,
+        x: Tensor,
+        valid: Tensor | None,
+        memory: Memory | None,
+        name: str,
+        start: int,
+    ) -> Tensor:
+        rows = layer.remember(x)
+        if valid is not None:
+            rows = rows * valid.unsqueeze(-1).to(rows.dtype)
+        return with_history(rows, layer.kernel - 1, memory, name, start)
+
+
+def build_attention(
+    d_model: int,
+    heads: int,
+    key_value_heads: int,
+    projection: str,
+    output_projection: str,
+    modules: int,
+    kernel: int,
+    value_concat: str,
+    bias: bool,
+    dropout: float,
+    count_area: bool,
+) -> Attention:
+    """Attention whose projections are named by `projection` and `output_projection` (see `AttentionSpec`).
+
+    Raises:
+        ValueError: a size does not divide.
+    """
+    if d_model % heads or heads % key_value_heads:
+        raise ValueError(f"heads {heads} and key_value_heads {key_value_heads} do not divide d_model {d_model}")
+    width = d_model // heads * key_value_heads
+
+    def multiplicative() -> MultiplicativeDense:
+        return MultiplicativeDense(d_model, d_model, modules)
+
+    made: SeparateProjection | ConvolutionProjection
+    if projection == "dense":
+        made = SeparateProjection(
+            nn.Linear(d_model, d_model, bias), nn.Linear(d_model, width, bias), nn.Linear(d_model, width, bias)
+        )
+    elif projection == "multiplicative":
+        made = SeparateProjection(multiplicative(), multiplicative(), multiplicative())
+    else:
+        shared = multiplicative() if projection == "multiplicative_conv" else nn.Linear(d_model, d_model, bias)
+        made = ConvolutionProjection(shared, d_model, modules, kernel, value_concat, count_area)  # type: ignore[arg-type]
+    output: nn.Module | None = None
+    if output_projection == "dense":
+        output = nn.Linear(d_model, d_model, bias)
+    elif output_projection == "multiplicative":
+        output = multiplicative()
+    elif output_projection == "multiplicative_conv":
+        output = MultiplicativeConvolution(d_model, modules, kernel, count_area)
+    return Attention(d_model, heads, key_value_heads, made, output, dropout)
+
+
+def causal_mask(valid: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
+    """Bool (B or 1, 1, queries, keys): a query sees valid keys up to itself, and itself whatever it is.
+
+    A padding row sees itself alone: its output means nothing, but it is finite.
+
+    Args:
+        valid: bool (B, keys), or None where there is no padding.
+    """
+    position = torch.arange(keys, device=device)
+    query = position[keys - queries :, None]
+    causal = position <= query
+    if valid is None:
+        return causal[None, None]
+    return (causal & valid[:, None, None, :]) | (position == query)

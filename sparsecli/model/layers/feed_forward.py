@@ -1,0 +1,286 @@
+"""Feed-forward layers: dense, sparse (paper section 3.1) and a mixture of experts.
+
+Shapes: d residual width, d_ff units, N units of a block, k chosen of each, r rank of the controller. Unit-major
+means that the d weights of one unit lie side by side, so that reading a chosen unit is one contiguous read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecli.model.layers.dropout import shared_dropout
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+class DenseFeedForward(nn.Module):
+    """y = W_down act(W_up x + b) + b, or W_down (act(W_gate x) * W_up x) when gated."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        activation: str = "relu",
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_ff, bias) if gated else None
+        self.up = nn.Linear(d_model, d_ff, bias)
+        self.down = nn.Linear(d_ff, d_model, bias)
+        self.activation = activation
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, d) -> (B, T, d)."""
+        activation = ACTIVATIONS[self.activation]
+        up = self.up(x)
+        if self.gate is not None:
+            h = activation(self.gate(x)) * up
+        else:
+            h = activation(shared_dropout(up, self.dropout, self.training, (-2,)))  # before the ReLU, as the original
+        return shared_dropout(self.down(h), self.dropout, self.training, (-2,))
+
+
+def choose(scores: Tensor, count: int) -> Tensor:
+    """Indices (..., count) of the largest scores of the last axis."""
+    if count == 1:
+        return scores.argmax(dim=-1, keepdim=True)
+    return scores.topk(count, dim=-1).indices
+
+
+def training_mask(logits: Tensor, count: int, temperature: float, hard_fraction: float) -> tuple[Tensor, Tensor]:
+    """The mask of a training call and whether it is hard (paper section 3.1).
+
+    With probability `hard_fraction`, drawn once for the whole call, the mask is the noisy choice of `count` units
+    (ones and zeros) and passes its gradient straight to the probabilities; otherwise it is `count` times the
+    noise-free probabilities. Gumbel noise enters through the choice alone.
+
+    Args:
+        logits: (..., N).
+    Returns:
+        The mask (..., N), and a bool scalar tensor that is true for a hard draw.
+    """
+    p = logits.float().softmax(dim=-1)
+    scores = logits.detach().float()
+    if temperature > 0:
+        # -log of a unit exponential is a Gumbel variable; the shift between logits and log p changes no choice.
+        scores = scores - temperature * torch.empty_like(scores).exponential_().log()
+    one_hot = torch.zeros_like(p).scatter_(-1, choose(scores, count), 1.0)
+    straight_through = one_hot + (p - p.detach())
+    if hard_fraction >= 1:
+        return straight_through, torch.ones((), dtype=torch.bool, device=p.device)
+    is_hard = torch.rand((), device=p.device) < hard_fraction
+    return torch.where(is_hard, straight_through, count * p), is_hard
+
+
+class Controller(nn.Module):
+    """Low-rank logits of every unit: z = C2 C1 x + b, with no activation in between (paper section 3.1)."""
+
+    def __init__(self, d_model: int, d_ff: int, block_size: int, rank: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.empty(rank, d_model))
+        self.second = nn.Parameter(torch.empty(d_ff, rank))
+        self.bias = nn.Parameter(torch.empty(d_ff))
+        self.block_size = block_size
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.first)
+        nn.init.xavier_uniform_(self.second)
+        nn.init.normal_(self.bias, std=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> logits (..., d_ff / N, N)."""
+        z = F.linear(F.linear(x, self.first), self.second, self.bias)
+        return z.unflatten(-1, (-1, self.block_size))
+
+
+class SparseFeedForward(nn.Module):
+    """Sparse FF (paper section 3.1): only the chosen units of each block take part.
+
+    Training multiplies the mask in before the activation and computes every unit, as the paper does. Evaluation
+    takes the controller's argmax; for a few tokens it reads the chosen rows alone, for many it masks the dense
+    product. The two agree: `evaluate_gathered` has `evaluate_masked` as its readable twin.
+
+    Args:
+        d_ff, block_size, rank, units_per_block: sizes; d_ff is a multiple of block_size.
+        hard_fraction, temperature: training behaviour, see `training_mask`.
+        probability_gate: multiply a chosen unit by its probability (off in the paper).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        block_size: int,
+        rank: int,
+        units_per_block: int = 1,
+        activation: str = "relu",
+        gated: bool = False,
+        hard_fraction: float = 0.3,
+        temperature: float = 0.1,
+        probability_gate: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if d_ff % block_size:
+            raise ValueError(f"d_ff {d_ff} is not a multiple of block_size {block_size}")
+        self.controller = Controller(d_model, d_ff, block_size, rank)
+        self.gate = nn.Parameter(torch.empty(d_ff, d_model)) if gated else None  # unit-major, as are up and down
+        self.up = nn.Parameter(torch.empty(d_ff, d_model))
+        self.down = nn.Parameter(torch.empty(d_ff, d_model))
+        self.bias = nn.Parameter(torch.empty(d_model))
+        self.block_size = block_size
+        self.units_per_block = units_per_block
+        self.activation = activation
+        self.hard_fraction = hard_fraction
+        self.temperature = temperature
+        self.probability_gate = probability_gate
+        self.dropout = dropout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.gate, self.up, self.down):
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        nn.init.normal_(self.bias, std=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., d)."""
+        tokens = x.reshape(-1, x.shape[-1])
+        logits = self.controller(tokens)  # (tokens, blocks, N)
+        if self.training:
+            y = self._train(tokens, logits)
+        else:
+            chosen = choose(logits, self.units_per_block)  # (tokens, blocks, k)
+            scale = logits.softmax(dim=-1).gather(-1, chosen) if self.probability_gate else None
+            # Gathering copies k / N of the rows for every token; past a few tokens one dense product is cheaper.
+            few = tokens.shape[0] == 1 or 4 * tokens.shape[0] * self.units_per_block <= self.block_size
+            evaluate = self.evaluate_gathered if few else self.evaluate_masked
+            y = evaluate(tokens, chosen, scale)
+        return y.view_as(x)
+
+    def evaluate_gathered(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x (tokens, d), chosen (tokens, blocks, k), scale like chosen -> (tokens, d), reading chosen rows only."""
+        tokens, blocks, _ = chosen.shape
+        first = torch.arange(0, blocks * self.block_size, self.block_size, device=x.device)
+        rows = (chosen + first[:, None]).flatten()
+        read = lambda weight: weight.index_select(0, rows).view(tokens, -1, x.shape[-1])  # noqa: E731
+        h = torch.bmm(read(self.up), x.unsqueeze(-1)).squeeze(-1)  # (tokens, blocks * k)
+        if self.gate is not None:
+            h = h * ACTIVATIONS[self.activation](torch.bmm(read(self.gate), x.unsqueeze(-1)).squeeze(-1))
+        else:
+            h = ACTIVATIONS[self.activation](h)
+        if scale is not None:
+            h = h * scale.flatten(1)
+        return torch.bmm(h.unsqueeze(1), read(self.down)).squeeze(1) + self.bias
+
+    def evaluate_masked(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The same as `evaluate_gathered`, computing every unit and masking."""
+        mask = x.new_zeros(x.shape[0], self.up.shape[0] // self.block_size, self.block_size)
+        mask = mask.scatter(-1, chosen, 1.0)
+        after = None if scale is None else torch.zeros_like(mask).scatter(-1, chosen, scale.to(mask.dtype))
+        return self._masked(x, mask, after)
+
+    def _masked(self, x: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
+        """Every unit, with `mask` (tokens, blocks, N) before the activation and `after` behind it."""
+        h = F.linear(x, self.up if self.gate is None else self.gate)
+        h = ACTIVATIONS[self.activation](h * mask.flatten(1).to(h.dtype))
+        if self.gate is not None:
+            h = h * F.linear(x, self.up)
+        if after is not None:
+            h = h * after.flatten(1).to(h.dtype)
+        return h @ self.down + self.bias
+
+    def _train(self, x: Tensor, logits: Tensor) -> Tensor:
+        mask, is_hard = training_mask(logits, self.units_per_block, self.temperature, self.hard_fraction)
+        after = None
+        if self.probability_gate:  # soft draws carry the probability already
+            after = torch.where(is_hard, logits.detach().softmax(dim=-1), 1.0)
+        # One dropout mask for all tokens, as in the original, which drops after flattening batch and length.
+        return shared_dropout(self._masked(x, mask, after), self.dropout, True, (-2,))
+
+
+class MixtureFeedForward(nn.Module):
+    """Mixture of experts over slices of consecutive units: the layers the paper compares with.
+
+    Without `probability_gate` the chosen expert enters with weight 1 and the router learns through a
+    straight-through mask; with it the mask is hard times probability, as in Switch Transformer.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        experts: int,
+        experts_per_token: int = 1,
+        activation: str = "relu",
+        hard_fraction: float = 0.5,
+        temperature: float = 0.7,
+        probability_gate: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if d_ff % experts:
+            raise ValueError(f"d_ff {d_ff} is not a multiple of experts {experts}")
+        self.router = nn.Linear(d_model, experts, bias=False)
+        self.up = nn.Parameter(torch.empty(d_ff, d_model))  # unit-major, an expert's units side by side
+        self.down = nn.Parameter(torch.empty(d_ff, d_model))
+        self.bias = nn.Parameter(torch.empty(d_model))
+        self.experts = experts
+        self.experts_per_token = experts_per_token
+        self.activation = activation
+        self.hard_fraction = hard_fraction
+        self.temperature = temperature
+        self.probability_gate = probability_gate
+        self.dropout = dropout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.up)
+        nn.init.xavier_uniform_(self.down)
+        nn.init.normal_(self.bias, std=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., d)."""
+        tokens = x.reshape(-1, x.shape[-1])
+        logits = self.router(tokens)  # (tokens, experts)
+        if self.training:
+            y = shared_dropout(self._masked(tokens, self._training_mask(logits)), self.dropout, True, (-2,))
+        else:
+            chosen = choose(logits, self.experts_per_token)
+            scale = logits.softmax(dim=-1).gather(-1, chosen) if self.probability_gate else None
+            evaluate = self.evaluate_sliced if tokens.shape[0] == 1 else self.evaluate_masked
+            y = evaluate(tokens, chosen, scale)
+        return y.view_as(x)
+
+    def _training_mask(self, logits: Tensor) -> Tensor:
+        if not self.probability_gate:
+            return training_mask(logits, self.experts_per_token, self.temperature, self.hard_fraction)[0]
+        noisy, _ = training_mask(logits.detach(), self.experts_per_token, self.temperature, hard_fraction=1.0)
+        return noisy * logits.float().softmax(dim=-1)
+
+    def evaluate_sliced(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x (1, d), chosen (1, k) -> (1, d), reading the chosen experts only."""
+        up, down = (weight.view(self.experts, -1, x.shape[-1]) for weight in (self.up, self.down))
+        h = F.linear(x, up[chosen[0]].flatten(0, 1)).view(chosen.shape[1], -1)  # (k, units of an expert)
+        if scale is not None:
+            h = h * scale[0, :, None]
+        h = ACTIVATIONS[self.activation](h).flatten()[None]
+        return h @ down[chosen[0]].flatten(0, 1) + self.bias
+
+    def evaluate_masked(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The same as `evaluate_sliced` for any number of tokens, computing every unit and masking."""
+        values = torch.ones_like(chosen, dtype=x.dtype) if scale is None else scale.to(x.dtype)
+        return self._masked(x, x.new_zeros(x.shape[0], self.experts).scatter(-1, chosen, values))
+
+    def _masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = F.linear(x, self.up)
+        units = mask.to(h.dtype).repeat_interleave(self.up.shape[0] // self.experts, dim=-1)
+        return ACTIVATIONS[self.activation](h * units) @ self.down + self.bias
