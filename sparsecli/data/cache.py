@@ -1,0 +1,52 @@
+"""Folders on disk that are keyed by what they were made from and appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsecli.console import Failure
+
+
+def cache_folder(given: Path | None = None) -> Path:
+    """`given`, else `$SPARSECLI_CACHE`, else `~/.cache/sparsecli`; made when missing.
+
+    Raises `Failure` when it cannot be written to.
+    """
+    folder = given or Path(os.environ.get("SPARSECLI_CACHE") or "~/.cache/sparsecli").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise Failure(
+            f"{folder}: the cache cannot be written ({error.strerror}); set SPARSECLI_CACHE to another folder"
+        ) from None
+
+
+def digest(*parts: str) -> str:
+    """Hash of a list of texts; the lengths are hashed too, so that no two lists read the same."""
+    state = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode()
+        state.update(len(encoded).to_bytes(8))
+        state.update(encoded)
+    return state.hexdigest()[:32]
+
+
+def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write into a folder beside `folder`, then rename it; another process may be first."""
+    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        fill(beside)
+        if not folder.exists():
+            beside.rename(folder)
+    except OSError as error:
+        if not folder.exists():
+            raise Failure(f"{folder}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,111 @@
+"""Tokenizers: a byte-level BPE trained on the corpus, a saved one, or one from the hub."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsecli.console import Failure, say, warn
+from sparsecli.data.cache import cache_folder, digest, write_folder
+from sparsecli.recipe.schema import DataSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+FORMAT = "bpe-1"
+"""Part of the cache key; a change of the training below needs a new one."""
+
+
+def load_or_train(
+    data: DataSpec, train_documents: Sequence[str], cache_dir: Path | None = None
+) -> PreTrainedTokenizerFast:
+    """The tokenizer that `data.tokenizer` names; a `bpe` one is trained on `train_documents` alone.
+
+    Its end-of-text token separates documents, and also pads where the tokenizer has no padding of its own.
+    Raises `Failure` when the tokenizer cannot be loaded.
+    """
+    spec = data.tokenizer
+    if spec.kind == "bpe":
+        return _cached_byte_pairs(spec.vocabulary_size, train_documents, cache_dir)
+    if spec.kind == "saved":
+        folder = Path(spec.path)
+        folder = folder / "model" if (folder / "model").is_dir() else folder
+        if not folder.is_dir():
+            raise Failure(f"data.tokenizer.path: {spec.path} is not a folder")
+        return _pretrained(str(folder), None, "data.tokenizer.path", local=True)
+    return _pretrained(spec.name, spec.revision, "data.tokenizer.name", local=False)
+
+
+def train_byte_pairs(vocabulary_size: int, documents: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocabulary_size` tokens; any UTF-8 text goes through it unchanged."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Iterator[list[int]]:
+    """Token ids of each document. The name of a special token that occurs in a text is plain text here."""
+    for start in range(0, len(documents), 256):
+        batch = list(documents[start : start + 256])
+        yield from tokenizer(
+            batch,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+
+
+def _cached_byte_pairs(
+    size: int, documents: Sequence[str], cache_dir: Path | None
+) -> PreTrainedTokenizerFast:
+    folder = cache_folder(cache_dir) / f"tokenizer-{digest(FORMAT, str(size), *documents)}"
+    if folder.is_dir():
+        try:
+            return _pretrained(str(folder), None, "cache", local=True)
+        except Failure as failure:
+            warn(f"{failure}; training it again")
+            shutil.rmtree(folder)
+    say(f"training a tokenizer of {size:,} tokens")
+    trained = train_byte_pairs(size, documents)
+    write_folder(folder, lambda beside: trained.save_pretrained(beside))
+    return trained
+
+
+def _pretrained(name: str, revision: str | None, key: str, *, local: bool) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local)
+    except Exception as error:  # the library raises OSError, ValueError, KeyError and its parser's own
+        reason = str(error).strip().partition("\n")[0]
+        raise Failure(f"{key}: no tokenizer can be loaded from {name}: {reason}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise Failure(f"{key}: {name} has no `tokenizers` version (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise Failure(f"{key}: the tokenizer of {name} has no end-of-text token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,323 @@
+"""Corpora, tokenizers and packed streams."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from sparsecli.console import Failure
+from sparsecli.data import corpus, packing
+from sparsecli.data.cache import cache_folder, write_folder
+from sparsecli.data.corpus import read_documents
+from sparsecli.data.packing import pack
+from sparsecli.data.tokenization import END_OF_TEXT, encode, load_or_train, train_byte_pairs
+from sparsecli.recipe.schema import DataSpec, FilesCorpus
+
+BPE = {"kind": "bpe", "vocabulary_size": 300}
+
+
+def spec(source: str = "files", **fields: object) -> DataSpec:
+    return TypeAdapter(DataSpec).validate_python({"source": source, "tokenizer": BPE, **fields})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Forty short text files, with the cache beside them."""
+    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(40):
+        (texts / f"{number}.txt").write_text(
+            f"Document {number}: {'the cat sat on the mat. ' * (number + 3)}\n"
+        )
+    return texts
+
+
+# -- corpus --------------------------------------------------------------------------------------------------
+
+
+def test_split_depends_on_content_alone(folder: Path) -> None:
+    data = spec(paths=[f"{folder}/*.txt"], held_out_fraction=0.3)
+    first = read_documents(data)
+    assert len(first.train) + len(first.held_out) == 40
+    assert 4 <= len(first.held_out) <= 20
+    for path in list(folder.iterdir()):
+        path.rename(folder / f"renamed-{99 - int(path.stem)}.txt")
+    again = read_documents(data)
+    assert set(again.held_out) == set(first.held_out)
+    assert set(again.train) == set(first.train)
+
+
+def test_repetitions_and_empty_documents_are_dropped(folder: Path) -> None:
+    (folder / "copy.txt").write_bytes((folder / "3.txt").read_bytes())
+    (folder / "empty.txt").write_text(" \n")
+    splits = read_documents(spec(paths=[f"{folder}/*.txt"]))
+    assert len(splits.train) + len(splits.held_out) == 40
+
+
+def test_a_few_documents_still_leave_one_held_out(folder: Path) -> None:
+    splits = read_documents(spec(paths=[f"{folder}/1.txt", f"{folder}/2.txt"], held_out_fraction=1e-9))
+    assert (len(splits.train), len(splits.held_out)) == (1, 1)
+
+
+def test_a_lone_document_is_cut_at_a_line(tmp_path: Path) -> None:
+    text = "".join(f"line {number}\r\n" for number in range(100))
+    (tmp_path / "book.txt").write_bytes(text.encode())
+    splits = read_documents(spec(paths=[str(tmp_path / "book.txt")], held_out_fraction=0.2))
+    assert splits.train[0] + splits.held_out[0] == text
+    assert splits.train[0].endswith("\n")
+    assert len(splits.held_out[0]) == pytest.approx(0.2 * len(text), rel=0.1)
+
+
+def test_held_out_paths_never_meet_the_training_text(folder: Path) -> None:
+    splits = read_documents(spec(paths=[f"{folder}/**"], held_out_paths=[f"{folder}/7.txt"]))
+    assert splits.held_out == [(folder / "7.txt").read_text()]
+    assert len(splits.train) == 39
+
+
+def test_everything_held_out_is_a_failure(folder: Path) -> None:
+    with pytest.raises(Failure, match="no text is left to train on"):
+        read_documents(spec(paths=[f"{folder}/7.txt"], held_out_paths=[f"{folder}/*.txt"]))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+def test_rows_are_documents(tmp_path: Path, suffix: str) -> None:
+    import pandas
+
+    texts = [f"row {number}\nwith 'quotes', commas and ünïcode" for number in range(30)]
+    frame = pandas.DataFrame({"body": [*texts, None], "id": range(31)})
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    elif suffix == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False)
+    splits = read_documents(spec(paths=[str(path)], text_field="body", held_out_fraction=0.3))
+    assert sorted(splits.train + splits.held_out) == sorted(texts)
+    with pytest.raises(Failure, match=r"no column 'text'; it has body, id"):
+        read_documents(spec(paths=[str(path)]))
+    with pytest.raises(Failure, match="column 'id' holds int, not text"):
+        read_documents(spec(paths=[str(path)], text_field="id"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", b"caf\xe9", r"latin\.txt: not UTF-8 text \(byte 3\)"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": ', r"broken\.jsonl: cannot be read"),
+        ("broken.parquet", b"PAR1 no", r"broken\.parquet: cannot be read"),
+        ("empty.txt", b"", "no text is left"),
+    ],
+)
+def test_bad_files_are_named_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Failure, match=message) as caught:
+        read_documents(spec(paths=[str(tmp_path / name)]))
+    assert "\n" not in str(caught.value)
+
+
+def test_patterns_that_match_nothing(folder: Path) -> None:
+    with pytest.raises(Failure, match=r"data\.paths: no file matches .*\.rst"):
+        read_documents(spec(paths=[f"{folder}/*.rst"]))
+    with pytest.raises(Failure, match=r"data\.held_out_paths: .*for the files of this folder write .*/\*\*"):
+        read_documents(spec(paths=[f"{folder}/*.txt"], held_out_paths=[str(folder)]))
+
+
+def test_standard_library_leaves_installed_packages_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("os.py", "json/decoder.py", "site-packages/torch.py", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n")
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9")
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
+    splits = read_documents(spec("stdlib"))
+    assert sorted(splits.train + splits.held_out) == ["# json/decoder.py\n", "# os.py\n"]
+
+
+def test_hub_reads_only_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: dict[str, object] = {}
+
+    def load_dataset(path: str, **arguments: object) -> list[dict[str, str]]:
+        asked.update(arguments, path=path)
+        return [{"content": f"row {number}"} for number in range(1000)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    fields = {"name": "some/set", "subset": "en", "revision": "abc", "split": "test", "text_field": "content"}
+    splits = read_documents(spec("hub", streaming=True, max_documents=50, **fields))
+    assert len(splits.train) + len(splits.held_out) == 50
+    assert asked == {
+        "path": "some/set", "name": "en", "revision": "abc", "split": "test", "streaming": True
+    }  # fmt: skip
+
+
+def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(path: str, **arguments: object) -> None:
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nlong explanation")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        Failure, match=r"^dataset no/such: cannot be read: Couldn't reach 'no/such' on the Hub$"
+    ):
+        read_documents(spec("hub", name="no/such"))
+
+
+# -- tokenizer -----------------------------------------------------------------------------------------------
+
+TOKENIZER = train_byte_pairs(300, ["the cat sat on the mat, the cat sat on the mat"] * 4)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.text())
+def test_any_text_comes_back_exactly(text: str) -> None:
+    assert TOKENIZER.decode(next(encode(TOKENIZER, [text]))) == text
+    assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
+
+
+def test_control_text_in_a_document_stays_text() -> None:
+    ids = next(encode(TOKENIZER, [f"a{END_OF_TEXT}b"]))
+    assert TOKENIZER.eos_token_id not in ids
+    assert TOKENIZER.decode(ids) == f"a{END_OF_TEXT}b"
+
+
+def test_byte_pairs_are_learned_and_the_same_every_time() -> None:
+    documents = [f"{number} the cat sat on the mat" for number in range(50)]
+    one, two = (train_byte_pairs(290, documents).backend_tokenizer.to_str() for _ in range(2))
+    assert one == two
+    assert len(TOKENIZER) > 257
+    assert len(next(encode(TOKENIZER, ["the cat sat"]))) < 11
+    assert TOKENIZER.bos_token_id == TOKENIZER.eos_token_id == TOKENIZER.pad_token_id
+
+
+def test_saved_tokenizer_of_a_folder_or_a_run(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path / "run" / "model")
+    for path in (tmp_path / "run", tmp_path / "run" / "model"):
+        data = spec(paths=["-"], tokenizer={"kind": "saved", "path": str(path)})
+        loaded = load_or_train(data, [])
+        assert loaded.get_vocab() == TOKENIZER.get_vocab()
+        assert loaded.eos_token == END_OF_TEXT
+
+
+def test_tokenizers_that_cannot_be_loaded(tmp_path: Path) -> None:
+    data = spec(paths=["-"], tokenizer={"kind": "saved", "path": str(tmp_path / "none")})
+    with pytest.raises(Failure, match=r"data\.tokenizer\.path: .*none is not a folder"):
+        load_or_train(data, [])
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "tokenizer.json").write_text('{"version": ')
+    (tmp_path / "torn" / "tokenizer_config.json").write_text("{}")
+    data = spec(paths=["-"], tokenizer={"kind": "saved", "path": str(tmp_path / "torn")})
+    with pytest.raises(Failure, match=r"data\.tokenizer\.path: no tokenizer can be loaded from .*torn"):
+        load_or_train(data, [])
+
+
+# -- packing -------------------------------------------------------------------------------------------------
+
+
+def test_streams_hold_every_document_and_its_end(folder: Path) -> None:
+    data = spec(paths=[f"{folder}/*.txt"], held_out_fraction=0.2)
+    packed, splits = pack(data), read_documents(data)
+    for stream, documents in ((packed.train, splits.train), (packed.held_out, splits.held_out)):
+        assert stream.tokens.dtype == np.uint16
+        assert packed.tokenizer.decode(stream.tokens.tolist()) == "".join(
+            f"{text}{END_OF_TEXT}" for text in documents
+        )
+        assert stream.bytes == sum(len(text.encode()) for text in documents)
+        assert stream.bytes_per_token == stream.bytes / len(stream.tokens)
+
+
+def test_second_call_maps_what_the_first_packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = spec(paths=[f"{folder}/*.txt"])
+    first = pack(data)
+    monkeypatch.setattr(packing, "_write", lambda *_: pytest.fail("packed again"))
+    assert pack(data).fingerprint == first.fingerprint
+    monkeypatch.undo()
+
+
+def test_changed_text_or_vocabulary_changes_the_fingerprint(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "elsewhere"
+    prints = {pack(spec(paths=[f"{folder}/*.txt"]), cache).fingerprint}
+    prints.add(pack(spec(paths=[f"{folder}/*.txt"], held_out_fraction=0.5), cache).fingerprint)
+    prints.add(
+        pack(spec(paths=[f"{folder}/*.txt"], tokenizer={**BPE, "vocabulary_size": 260}), cache).fingerprint
+    )
+    (folder / "3.txt").write_text("something else")
+    prints.add(pack(spec(paths=[f"{folder}/*.txt"]), cache).fingerprint)
+    assert len(prints) == 4
+    assert not list(cache.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("file", ["train.bin", "held_out.bin", "index.json"])
+def test_truncated_cache_is_rebuilt(
+    folder: Path, tmp_path: Path, file: str, capsys: pytest.CaptureFixture
+) -> None:
+    data = spec(paths=[f"{folder}/*.txt"])
+    whole = pack(data)
+    expected = whole.train.tokens.tolist()
+    path = next((tmp_path / "cache").glob(f"packed-*/{file}"))
+    path.write_bytes(path.read_bytes()[:-1])
+    again = pack(data)
+    assert again.train.tokens.tolist() == expected
+    assert "packing again" in capsys.readouterr().err
+    assert json.loads((path.parent / "index.json").read_text())["streams"]["train"]["tokens"] == len(expected)
+
+
+def test_damaged_tokenizer_in_the_cache_is_trained_again(folder: Path, tmp_path: Path) -> None:
+    data = spec(paths=[f"{folder}/*.txt"])
+    expected = pack(data).tokenizer.get_vocab()
+    path = next((tmp_path / "cache").glob("tokenizer-*/tokenizer.json"))
+    path.write_bytes(path.read_bytes()[:100])
+    assert pack(data).tokenizer.get_vocab() == expected
+
+
+def test_unwritable_cache_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(Failure, match=r"the cache cannot be written .*set SPARSECLI_CACHE"):
+        pack(spec(paths=[f"{folder}/*.txt"]))
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fill(beside: Path) -> None:
+        (beside / "part").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Failure, match="cannot be written: No space left on device"):
+        write_folder(cache_folder(tmp_path) / "key", fill)
+    assert not list(tmp_path.iterdir())
+
+
+def test_windows_cover_the_stream_in_order() -> None:
+    stream = packing.TokenStream(np.arange(103, dtype=np.uint16), 500)
+    windows = stream.windows(10)
+    assert len(windows) == 10
+    assert torch.cat([windows[index]["input_ids"] for index in range(10)]).tolist() == list(range(100))
+    assert torch.equal(windows[3]["labels"], windows[3]["input_ids"])
+    assert windows[0]["input_ids"].dtype == torch.int64
+    with pytest.raises(IndexError):
+        windows[10]
+    assert len(stream.windows(10, limit_tokens=35)) == 3
+    assert len(stream.windows(10, limit_tokens=1)) == 1
+    with pytest.raises(Failure, match="103 tokens does not fill one window of 200"):
+        stream.windows(200)
+
+
+def test_large_vocabularies_need_wider_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(TOKENIZER), "__len__", lambda self: 70_000)
+    packed = pack(spec(paths=[f"{folder}/*.txt"]))
+    assert packed.train.tokens.dtype == np.uint32
+
+
+def test_spec_helper_builds_the_right_union() -> None:
+    assert isinstance(spec(paths=["-"]), FilesCorpus)
