@@ -1,0 +1,127 @@
+"""Is this bench slower than an earlier one, beyond the threshold and beyond the noise?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import ValidationError
+
+from sparsecli import console
+from sparsecli.bench.report import Change, Result, Row
+from sparsecli.bench.roofline import drifted
+
+RESAMPLES = 2000
+INTERVAL = (2.5, 97.5)  # percentiles of the resampled ratios
+
+
+def read(path: Path) -> Result:
+    """An earlier result. Raises `Failure` when the file is missing or is not a result of this format."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise console.Failure(f"{path}: cannot read the earlier result: {reason}") from error
+    try:
+        return Result.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise console.Failure(
+            f"{path}: not a bench result of schema 1: {where}: {first['msg']}; make one by --output FILE.json"
+        ) from error
+
+
+def check_comparable(now: Result, before: Result, path: Path) -> None:
+    """Raise `Failure` unless both results come from the same machine, set-up and models."""
+    pairs = [
+        ("machine.cpu", before.machine.cpu, now.machine.cpu),
+        ("machine.isa", before.machine.isa, now.machine.isa),
+        ("machine.threads", before.machine.threads, now.machine.threads),
+        ("settings.context", before.settings.context, now.settings.context),
+    ]
+    rows = {row.key: row for row in before.rows}
+    common = [row for row in now.rows if row.key in rows]
+    pairs += [(f"parameters of {row.variant}", rows[row.key].parameters, row.parameters) for row in common]
+    pairs += [(f"projection of {row.variant}", rows[row.key].projected, row.projected) for row in common]
+    for name, theirs, ours in pairs:
+        if theirs != ours:
+            raise console.Failure(f"{path}: cannot be compared: {name} was {theirs!r}, is {ours!r}")
+    if not common:
+        raise console.Failure(f"{path}: has no row of the same variant, backend and dtype as this result")
+
+
+def compare(now: Result, before: Result, threshold: float) -> list[Change]:
+    """Every row that both results have. `threshold` is a fraction: 0.05 lets a row be 5 % slower.
+
+    A row is `slower` when the ratio of the medians exceeds 1 + threshold and even the lower end of its 95 %
+    interval exceeds 1. When the probes say that the machine's memory itself has become slower by more than
+    `roofline.DRIFT`, so much slowness is explained and is taken off first.
+    """
+    bandwidths = before.machine.bandwidth_gb_s.mean, now.machine.bandwidth_gb_s.mean
+    explained = bandwidths[0] / bandwidths[1] if drifted(*bandwidths) else 1.0
+    earlier = {row.key: row for row in before.rows}
+    return [
+        _change(
+            row,
+            now.settings.tokens_per_round,
+            earlier[row.key],
+            before.settings.tokens_per_round,
+            threshold,
+            explained,
+        )
+        for row in now.rows
+        if row.key in earlier
+    ]
+
+
+def _change(
+    row: Row, tokens: int, earlier: Row, earlier_tokens: int, threshold: float, explained: float
+) -> Change:
+    ratio = row.ms_per_token.p50 / earlier.ms_per_token.p50
+    low, high = ratio_interval(
+        rounds_of(row.ms_per_token.samples, tokens), rounds_of(earlier.ms_per_token.samples, earlier_tokens)
+    )
+    slow, fast = max(explained, 1.0), min(explained, 1.0)
+    verdict: Literal["slower", "faster", "same"] = "same"
+    if ratio > slow * (1 + threshold) and low > slow:
+        verdict = "slower"
+    elif ratio < fast / (1 + threshold) and high < fast:
+        verdict = "faster"
+    return Change(
+        variant=row.variant,
+        backend=row.backend,
+        dtype=row.dtype,
+        before_ms=earlier.ms_per_token.p50,
+        now_ms=row.ms_per_token.p50,
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        verdict=verdict,
+    )
+
+
+def rounds_of(samples: list[float], tokens_per_round: int) -> np.ndarray:
+    """Samples as (rounds, tokens of a round)."""
+    return np.array(samples).reshape(-1, tokens_per_round)
+
+
+def ratio_interval(now: np.ndarray, before: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of median(now) / median(before), both (rounds, tokens), by a two-stage bootstrap.
+
+    Tokens of one round share whatever disturbed that round, so rounds are drawn first, then tokens in them;
+    drawing tokens alone would call such a disturbance a difference.
+    """
+    random = np.random.default_rng(seed)
+    medians = [np.median(_resample(samples, random), axis=1) for samples in (now, before)]
+    low, high = np.percentile(medians[0] / medians[1], INTERVAL)
+    return float(low), float(high)
+
+
+def _resample(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """(rounds, tokens) -> (RESAMPLES, rounds * tokens)."""
+    rounds, tokens = samples.shape
+    chosen_rounds = random.integers(rounds, size=(RESAMPLES, rounds, 1))
+    chosen_tokens = random.integers(tokens, size=(RESAMPLES, rounds, tokens))
+    return samples[chosen_rounds, chosen_tokens].reshape(RESAMPLES, -1)
