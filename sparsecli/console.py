@@ -1,4 +1,4 @@
-"""The one place that prints: results on stdout, talk on stderr; and the expected errors with their exit codes.
+"""The one place that prints (results on stdout, talk on stderr), and the expected errors with exit codes.
 
 rich is imported on first use, so that a module which only needs an error class stays quick to import.
 """

@@ -1,13 +1,13 @@
 """What a recipe may say: one frozen model per block, one documented line per field.
 
-A recipe is inert data. Unions are closed and told apart by a literal field; nothing here names code to import.
+A recipe is inert data. Unions are closed and told apart by a literal field; nothing here names code.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from sparsecli.model.architecture import (
     AttentionSpec,
@@ -136,7 +136,9 @@ class TrainSpec(Block):
     """Windows per evaluation batch."""
     learning_rate: Positive = 1e-3
     """Peak learning rate."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = (
+        "cosine"
+    )
     """Shape of the learning rate after the warm-up."""
     min_lr_rate: Probability = 0.05
     """Where the cosine ends, as a share of the peak."""
@@ -217,7 +219,7 @@ class GenerateSpec(Block):
     """Drop tokens below this share of the likeliest one's probability."""
     repetition_penalty: Positive = 1.0
     """Above 1 makes tokens that were already used less likely."""
-    stop: list[str] = []
+    stop: list[str] = Field(default=[])
     """Texts that end the generation; they are not printed."""
 
 
@@ -256,15 +258,20 @@ class Variant(Block):
     paper: PaperFigures | None = None
     """The paper's figures, printed beside ours."""
 
+    def apply(self, model: ModelSpec) -> ModelSpec:
+        """`model` with this variant's blocks. Raises ValidationError where they do not fit together."""
+        blocks = {name: block for name, block in self.model if block is not None}
+        return ModelSpec(**{**dict(model), **blocks})
+
 
 class BenchSpec(Block):
     """Single-token decoding, variants interleaved."""
 
     variants: Annotated[list[Variant], Field(min_length=1)]
     """Rows of the table; the first of group `dense` is the baseline."""
-    backends: Annotated[list[Literal["torch"]], Field(min_length=1)] = ["torch"]
+    backends: Annotated[list[Literal["torch"]], Field(min_length=1)] = Field(default=["torch"])
     """Decode backends."""
-    dtypes: Annotated[list[Dtype], Field(min_length=1)] = ["float32", "bfloat16"]
+    dtypes: Annotated[list[Dtype], Field(min_length=1)] = Field(default=["float32", "bfloat16"])
     """Weight types."""
     context: Size = 64
     """Tokens in the cache before the first measured one."""
@@ -306,15 +313,25 @@ class Recipe(Block):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if self.data and self.model:
-            if self.data.sequence_length > self.model.max_positions:
+            length, positions = self.data.sequence_length, self.model.max_positions
+            if length > positions:
                 raise fault(
-                    "data.sequence_length",
-                    f"{self.data.sequence_length} is longer than model.max_positions {self.model.max_positions}",
+                    "data.sequence_length", f"{length} is longer than model.max_positions {positions}"
                 )
-            tokenizer = self.data.tokenizer
-            if tokenizer.kind == "bpe" and tokenizer.vocabulary_size > self.model.vocabulary.size:
+            tokenizer, size = self.data.tokenizer, self.model.vocabulary.size
+            if tokenizer.kind == "bpe" and tokenizer.vocabulary_size > size:
                 raise fault(
                     "data.tokenizer.vocabulary_size",
-                    f"{tokenizer.vocabulary_size} tokens do not fit model.vocabulary.size {self.model.vocabulary.size}",
+                    f"{tokenizer.vocabulary_size} tokens do not fit model.vocabulary.size {size}",
                 )
+        if self.bench and self.model:
+            for index, variant in enumerate(self.bench.variants):
+                try:
+                    variant.apply(self.model)
+                except ValidationError as error:
+                    context = error.errors()[0]["ctx"]
+                    raise fault(
+                        f"bench.variants.{index}.model",
+                        f"does not fit the recipe's model: {context['field']} {context['message']}",
+                    ) from None
         return self

@@ -1,0 +1,100 @@
+"""`sparsecli recipes`: list, show, copy and check recipes, and describe them to editors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsecli import console
+from sparsecli.console import RecipeError
+from sparsecli.recipe.loader import load, shipped
+from sparsecli.recipe.schema import Recipe
+
+TOLERANCE = 0.01
+"""Variants of one bench may differ by this share in their number of parameters."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parameters of a recipe's model, or of one variant of it."""
+
+    label: str
+    parameters: int
+    active: int
+    """Parameters that one decoded token reads."""
+
+
+def list_shipped() -> None:
+    """Names and descriptions, to stdout."""
+    rows = [(name, load(name).recipe.description) for name in shipped()]
+    console.print_table(["recipe", "description"], rows)
+
+
+def show(name: str) -> None:
+    """The text of a recipe, to stdout. Raises RecipeError for an unknown name or an invalid recipe."""
+    console.out(load(name).path.read_text(encoding="utf-8"), end="")
+
+
+def copy(name: str, destination: Path | None) -> None:
+    """Copy a recipe to a file or into a folder, here by default. Raises RecipeError, never overwrites."""
+    source = load(name).path
+    target = destination or Path()
+    if target.is_dir():
+        target = target / source.name
+    try:
+        with target.open("x", encoding="utf-8") as file:  # "x" fails where something stands already
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise RecipeError(f"{target} exists; name another destination") from None
+    console.say(f"wrote {target}")
+
+
+def check(references: Sequence[str]) -> None:
+    """Validate recipes and print their sizes. Raises RecipeError with the problems of all of them."""
+    failures: list[str] = []
+    rows: list[tuple[str, str, str, str]] = []
+    for reference in references:
+        try:
+            loaded = load(reference)
+            found = sizes(loaded.recipe)
+        except RecipeError as error:
+            failures.append(error.message)
+            continue
+        if not found:
+            rows.append((loaded.name, "", "", ""))
+        rows += [(loaded.name, row.label, f"{row.parameters:,}", f"{row.active:,}") for row in found]
+        if disagreement(found) > TOLERANCE:
+            failures.append(
+                f"{loaded.path}: bench.variants: numbers of parameters differ by {disagreement(found):.1%}, "
+                f"expected at most {TOLERANCE:.0%}; change d_ff".replace("%", " %")
+            )
+    if rows:
+        console.print_table(["recipe", "variant", "parameters", "read per token"], rows)
+    if failures:
+        raise RecipeError("\n".join(failures))
+
+
+def sizes(recipe: Recipe) -> list[Row]:
+    """Counts for every variant of a bench, else for the model; empty without a model."""
+    if recipe.model is None:
+        return []
+    from sparsecli.model.sizes import count_parameters  # torch
+
+    specs = [("", recipe.model)]
+    if recipe.bench:
+        specs = [(variant.name, variant.apply(recipe.model)) for variant in recipe.bench.variants]
+    counted = [(label, count_parameters(spec)) for label, spec in specs]
+    return [Row(label, count.total, count.active) for label, count in counted]
+
+
+def disagreement(rows: Sequence[Row]) -> float:
+    """How much more parameters the largest row has than the smallest, as a share."""
+    counts = [row.parameters for row in rows]
+    return max(counts) / min(counts) - 1 if counts else 0.0
+
+
+def schema() -> None:
+    """The JSON schema of a recipe, to stdout; editors complete and check recipes with it."""
+    document = Recipe.model_json_schema()
+    console.json_out({"$schema": "https://json-schema.org/draft/2020-12/schema", **document})

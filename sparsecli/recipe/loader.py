@@ -1,0 +1,181 @@
+"""A recipe file and its overrides to one frozen `Recipe`, or to an error that lists all that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from sparsecli.console import RecipeError
+from sparsecli.recipe import document, messages
+from sparsecli.recipe.document import Document, Place, Problem, read_document, spell
+from sparsecli.recipe.schema import Recipe
+
+MAX_BYTES = 256 * 1024
+SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe and where it came from."""
+
+    recipe: Recipe
+    name: str
+    """Stem of the file; names the default run directory."""
+    path: Path
+
+
+def load(reference: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read the recipe at a path, or the shipped one of that name, with `key.path=value` overrides on top.
+
+    Raises RecipeError with every problem, one line each.
+    """
+    path = _find(reference)
+    text = _read(path)
+    recipe = parse(text, str(path), overrides)
+    return LoadedRecipe(recipe=recipe, name=path.stem, path=path)
+
+
+def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that `text` holds; `name` is what its errors call it. Raises RecipeError."""
+    read = read_document(text, name)
+    if not read.problems:
+        if read.data is None:
+            raise RecipeError(f"{name}: is empty; a recipe has blocks such as model, data and train")
+        if not isinstance(read.data, dict):
+            found = messages.found_as(read.data)
+            raise RecipeError(
+                f"{read.place(()).label}: expected blocks such as model, data and train, got {found}"
+            )
+        for number, override in enumerate(overrides, start=1):
+            _apply(read, override, number)
+    try:
+        recipe = Recipe.model_validate(read.data) if not read.problems else None
+    except ValidationError as error:
+        for entry in error.errors(include_url=False):
+            path, message = messages.explain(entry, read.data)
+            read.problems.append(Problem(read.place(path), path, message))
+    if read.problems or recipe is None:
+        lines = dict.fromkeys(str(problem) for problem in sorted(read.problems, key=lambda p: p.place))
+        raise RecipeError("\n".join(lines))
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that loads to the same recipe, defaults written out."""
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 *or* this loader would read as something else."""
+
+
+for _tag, _pattern in document.SCALARS:
+    _Dumper.add_implicit_resolver(_tag, _pattern, None)
+
+
+def require(loaded: LoadedRecipe, *blocks: str) -> None:
+    """Raise RecipeError unless the recipe has these top-level blocks."""
+    missing = [f"`{block}:`" for block in blocks if getattr(loaded.recipe, block) is None]
+    if missing:
+        plural = "blocks" if len(missing) > 1 else "block"
+        raise RecipeError(f"{loaded.path.name}: this command needs a {' and a '.join(missing)} {plural}")
+
+
+@cache
+def shipped() -> dict[str, Path]:
+    """The recipes that come with sparsecli, by name."""
+    folder = Path(str(files("sparsecli.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _find(reference: str) -> Path:
+    path = Path(reference)
+    name = messages.found_as(reference)
+    known = shipped()
+    if path.suffix not in SUFFIXES and path.name == reference and reference in known:
+        return known[reference]
+    try:
+        if reference and path.is_dir():
+            raise RecipeError(f"{name}: is a folder; name a recipe file in it")
+        if reference and path.exists():
+            return path
+        beside = [str(p) for p in path.parent.glob("*") if p.suffix in SUFFIXES]
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{name}: cannot be read: {_reason(error)}") from None
+    near = get_close_matches(path.stem, known, n=1) + get_close_matches(reference, beside, n=1)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"shipped recipes: {', '.join(known)}"
+    raise RecipeError(f"{name}: no such recipe file or shipped recipe; {hint}")
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {_reason(error)}") from None
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"{path}: is larger than {MAX_BYTES // 1024} KiB; is it a recipe?")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        raise RecipeError(f"{path}:{line}:{column}: not UTF-8 text") from None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).lower()
+
+
+def _apply(read: Document, override: str, number: int) -> None:
+    """Put one `key.path=value` into the data, and its place over the places of what it replaces."""
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        place = Place(number, 0, 0, f"override #{number}")
+        read.problems.append(
+            Problem(place, (), f"expected key.path=value, got {messages.found_as(override)}")
+        )
+        return
+    given = read_document(value, key, override=number)
+    place = given.place(())
+    if given.problems:
+        read.problems += given.problems
+        return
+
+    path: document.Path = ()
+    here = read.data
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        step: str | int = part
+        if isinstance(here, list):
+            if not part.isascii() or not part.isdigit() or int(part[:6]) >= len(here):
+                expected = f"expected a position from 0 to {len(here) - 1}"
+                read.problems.append(Problem(place, (), f"{spell(path)} is a list; {expected}, got {part!a}"))
+                return
+            step = int(part)
+        elif not isinstance(here, dict):
+            read.problems.append(
+                Problem(place, (), f"{spell(path)} is {messages.found_as(here)}, not a block")
+            )
+            return
+        path = (*path, step)
+        if last:
+            here[step] = given.data
+        elif isinstance(here, dict) and here.get(part) is None:
+            here[part] = {}
+            read.places[path] = place
+        here = here[step]
+
+    for known in [known for known in read.places if known[: len(path)] == path]:
+        del read.places[known]
+    for inner, inner_place in given.places.items():
+        read.places[(*path, *inner)] = inner_place

@@ -1,0 +1,529 @@
+"""Recipes: what is read, every way to be wrong and how it is told, overrides, the shipped files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsecli.console import RecipeError
+from sparsecli.recipe import commands, loader
+from sparsecli.recipe.schema import Recipe
+
+SMALL = """\
+description: small
+model:
+  d_model: 32
+  layers: 2
+  heads: 4
+  max_positions: 64
+  feed_forward:
+    kind: sparse
+    d_ff: 128
+    block_size: 16
+    rank: 4
+  vocabulary:
+    kind: dense
+    size: 300
+"""
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        loader.parse(text, "r.yaml", overrides)
+    assert caught.value.exit_code == 2
+    return caught.value.message.splitlines()
+
+
+# -- what is read --------------------------------------------------------------------------------------------
+
+
+def test_scalars_follow_yaml_1_2():
+    train = loader.parse("train: {max_steps: 1_000, learning_rate: 1e-4, weight_decay: 0}", "r.yaml").train
+    assert (train.max_steps, train.learning_rate, train.weight_decay) == (1000, 1e-4, 0.0)
+    stop = loader.parse("generate: {stop: [no, on, 2020-01-01, 1:30, '1', ~x, 0x10]}", "r.yaml").generate.stop
+    assert stop == ["no", "on", "2020-01-01", "1:30", "1", "~x", "0x10"]
+
+
+def test_anchors_are_allowed():
+    recipe = loader.parse("generate: {stop: [&end done, *end]}", "r.yaml")
+    assert recipe.generate.stop == ["done", "done"]
+
+
+def test_byte_order_mark_is_skipped(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\xef\xbb\xbfseed: 3\n")
+    assert loader.load(str(path)).recipe.seed == 3
+
+
+# -- every way to be wrong -----------------------------------------------------------------------------------
+
+
+def test_all_problems_at_once_in_the_order_of_the_file():
+    text = SMALL.replace("layers: 2", "layers: four").replace("kind: dense", "kind: dens") + "sed: 1\n"
+    assert problems(text) == [
+        "r.yaml:4:3: model.layers: expected a whole number above 0, got 'four'",
+        "r.yaml:13:5: model.vocabulary.kind: expected one of dense, multiplicative, got 'dens', "
+        "did you mean dense?",
+        "r.yaml:15:1: sed: unknown key, did you mean seed?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            ("rank: 4", "rnk: 4"),
+            "r.yaml:7:3: model.feed_forward.rank: missing, expected a whole number above 0",
+        ),
+        (
+            ("rank: 4", "rnk: 4"),
+            "r.yaml:11:5: model.feed_forward.rnk: unknown key for kind: sparse, did you mean rank?",
+        ),
+        (
+            ("    kind: sparse\n", ""),
+            "r.yaml:7:3: model.feed_forward.kind: missing, expected one of dense, sparse, mixture",
+        ),
+        (
+            ("d_ff: 128", "d_ff: 120"),
+            "r.yaml:9:5: model.feed_forward.d_ff: 120 is not a multiple of block_size 16; "
+            "nearest: 112 and 128",
+        ),
+        (
+            ("heads: 4", "heads: 5"),
+            "r.yaml:3:3: model.d_model: 32 is not a multiple of heads 5; nearest: 30 and 35",
+        ),
+        (("layers: 2", "layers: 2.0"), "r.yaml:4:3: model.layers: expected a whole number above 0, got 2.0"),
+        (
+            ("layers: 2", "layers: true"),
+            "r.yaml:4:3: model.layers: expected a whole number above 0, got true",
+        ),
+        (("layers: 2", "layers:"), "r.yaml:4:3: model.layers: expected a whole number above 0, got nothing"),
+        (
+            ("layers: 2", "layers: [2]"),
+            "r.yaml:4:3: model.layers: expected a whole number above 0, got a list",
+        ),
+        (("layers: 2", "layers: 0"), "r.yaml:4:3: model.layers: expected a whole number above 0, got 0"),
+        (
+            ("layers: 2", f"layers: {'9' * 30}"),
+            f"r.yaml:4:3: model.layers: expected a whole number above 0, got '{'9' * 30}'",
+        ),
+        (("description: small", "description: 5"), "r.yaml:1:1: description: expected text, got 5"),
+        (
+            ("description: small", "generate: 4"),
+            "r.yaml:1:1: generate: expected a block with prompt, max_new_tokens, temperature, top_k, top_p, "
+            "min_p, repetition_penalty, stop, got 4",
+        ),
+        (
+            ("description: small", "generate: {top_p: 0}"),
+            "r.yaml:1:12: generate.top_p: expected a number above 0 and of at most 1, got 0",
+        ),
+        (
+            ("description: small", "generate: {top_p: 1e999}"),
+            "r.yaml:1:12: generate.top_p: expected a number above 0 and of at most 1, got '1e999'",
+        ),
+        (
+            ("description: small", "generate: {stop: [a, 1]}"),
+            "r.yaml:1:22: generate.stop[1]: expected text, got 1",
+        ),
+        (
+            ("description: small", "bench: {variants: []}"),
+            "r.yaml:1:9: bench.variants: expected a non-empty list of blocks with name, group, "
+            "got an empty list",
+        ),
+        (
+            ("description: small", "bench: {variants: [{name: a, group: dens}]}"),
+            "r.yaml:1:30: bench.variants[0].group: expected one of dense, sparse, got 'dens', "
+            "did you mean dense?",
+        ),
+        (
+            ("description: small", "train: {max_steps: 1, bf16: yes}"),
+            "r.yaml:1:23: train.bf16: expected true or false, got 'yes'",
+        ),
+        (
+            ("description: small", "data: {source: web}"),
+            "r.yaml:1:8: data.source: expected one of stdlib, files, hub, got 'web'",
+        ),
+    ],
+)
+def test_problem(change, line):
+    assert change[0] in SMALL
+    assert line in problems(SMALL.replace(*change))
+
+
+def test_check_across_blocks():
+    data = "data: {source: stdlib, sequence_length: 65, tokenizer: {kind: bpe, vocabulary_size: 300}}\n"
+    assert problems(SMALL + data) == [
+        "r.yaml:15:24: data.sequence_length: 65 is longer than model.max_positions 64"
+    ]
+
+
+def test_a_variant_must_fit_the_model():
+    bench = (
+        "bench:\n  variants:\n  - {name: a, group: dense}\n  - name: b\n    group: sparse\n"
+        "    model: {attention: {projection: multiplicative, modules: 5}}\n"
+    )
+    assert problems(SMALL + bench) == [
+        "r.yaml:20:5: bench.variants[1].model: does not fit the recipe's model: "
+        "d_model 32 is not a multiple of attention.modules 5; nearest: 30 and 35"
+    ]
+
+
+def test_duplicate_keys_are_refused():
+    assert problems("seed: 1\ndescription: x\nseed: 2\n") == [
+        "r.yaml:3:1: seed: given twice; the first is on line 1"
+    ]
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.system ['true']", "!env HOME", "!!binary aGk=", "!!set {a}", "!!map 3"]
+)
+def test_tags_are_refused(tag):
+    (line,) = problems(f"description: {tag}\n")
+    assert line.startswith("r.yaml:1:14: description: the tag '")
+
+
+def test_standard_tags_must_fit():
+    assert problems("seed: !!int x") == ["r.yaml:1:7: seed: 'x' does not fit its tag"]
+    assert loader.parse("description: !!str 5", "r.yaml").description == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: [1,\n", "r.yaml:2:1: not YAML: while parsing a flow node, expected the node content"),
+        ("a: b: c\n", "r.yaml:1:5: not YAML: mapping values are not allowed here"),
+        ("a: 1\n---\nb: 1\n", "r.yaml:2:1: not YAML: expected a single document"),
+        ("a: *b\n", "r.yaml:1:4: not YAML: found undefined alias"),
+        ("seed: 1\nx: \0\n", r"r.yaml:2:4: the character '\x00' is not allowed"),
+        ('"\\UFFFFFFFF"', "r.yaml:1:1: not YAML: an escape or a number is out of range"),
+        ('description: "\\ud800"', "r.yaml:1:14: description: holds half of a character"),
+        ("[" * 4000, "r.yaml:1:25: not YAML: nested more than 24 deep"),
+        ("? [a]\n: 1\n", "r.yaml:1:3: a key must be a word"),
+        ("- seed\n", "r.yaml:1:1: expected blocks such as model, data and train, got a list"),
+        ("seed\n", "r.yaml:1:1: expected blocks such as model, data and train, got 'seed'"),
+        ("", "r.yaml: is empty"),
+        ("# only a comment\n", "r.yaml: is empty"),
+        ("<<: {seed: 1}\n", "r.yaml:1:1: '<<': unknown key"),
+    ],
+)
+def test_text_that_is_no_recipe(text, line):
+    (found,) = problems(text)
+    assert found.startswith(line)
+    assert len(found) < 400
+
+
+def test_aliases_cannot_explode():
+    rows = ["a0: &a0 [x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    assert "aliases" in problems("\n".join(rows))[0]
+    assert "aliases" in problems("a: &a [*a]")[0]
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def refusal(reference) -> str:
+    with pytest.raises(RecipeError) as caught:
+        loader.load(str(reference))
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seed: 1")
+    assert "is a folder" in refusal(tmp_path)
+    assert "did you mean" in refusal(tmp_path / "recpe.yaml")
+    assert str(tmp_path / "recipe.yaml") in refusal(tmp_path / "recpe.yaml")
+    assert "did you mean quickstart?" in refusal("quickstrt")
+    assert "did you mean quickstart" in refusal("quickstart.yaml")
+    assert "shipped recipes: bench-17b, bench-800m" in refusal("zzz")
+    assert "name too long" in refusal("x" * 5000)
+    assert "no such recipe" in refusal("")
+    assert "no such recipe" in refusal("a\0b")
+
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"seed: 1\ndescription: caf\xe9\n")
+    assert refusal(latin) == f"{latin}:2:17: not UTF-8 text"
+    large = tmp_path / "large.yaml"
+    large.write_text("#" * (loader.MAX_BYTES + 1))
+    assert "larger than 256 KiB" in refusal(large)
+
+
+def test_forbidden_file(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    path = tmp_path / "r.yaml"
+    path.write_text("seed: 1")
+    monkeypatch.setattr(loader.Path, "open", refuse)
+    assert refusal(path) == f"{path}: cannot be read: permission denied"
+
+
+def test_a_shipped_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    loaded = loader.load("quickstart")
+    assert (loaded.name, loaded.path) == ("quickstart", loader.shipped()["quickstart"])
+
+
+def test_require():
+    loaded = loader.load("quickstart-convert")
+    loader.require(loaded, "convert", "data")
+    with pytest.raises(
+        RecipeError, match=r"quickstart-convert.yaml: this command needs a `model:` and a `train:`"
+    ):
+        loader.require(loaded, "model", "train", "data")
+
+
+# -- overrides -----------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_yaml_values():
+    recipe = loader.parse(
+        SMALL, "r.yaml", ["model.layers=3", "generate.stop=[a, b=c]", "seed=5", "model.attention.kernel=5"]
+    )
+    assert (recipe.model.layers, recipe.seed, recipe.generate.stop) == (3, 5, ["a", "b=c"])
+    assert recipe.model.attention.kernel == 5
+    assert loader.parse(SMALL, "r.yaml", ["seed=1", "seed=2"]).seed == 2
+
+
+def test_override_replaces_a_whole_union_member():
+    recipe = loader.parse(SMALL, "r.yaml", ["model.feed_forward={kind: dense, d_ff: 64}"])
+    assert (recipe.model.feed_forward.kind, recipe.model.feed_forward.d_ff) == ("dense", 64)
+
+
+def test_override_of_a_kind_alone_says_which_keys_no_longer_fit():
+    lines = problems(SMALL, "model.feed_forward.kind=dense")
+    assert [line.partition(", expected")[0] for line in lines] == [
+        "r.yaml:10:5: model.feed_forward.block_size: unknown key for kind: dense",
+        "r.yaml:11:5: model.feed_forward.rank: unknown key for kind: dense",
+    ]
+
+
+def test_override_reaches_into_lists():
+    recipe = loader.load("bench-800m", ["bench.variants.1.model.feed_forward.rank=32"]).recipe
+    assert recipe.bench.variants[1].model.feed_forward.rank == 32
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.lr=1e-3", "override #1 (train.lr): unknown key, expected one of max_steps, "),
+        ("train.max_step=5", "override #1 (train.max_step): unknown key, did you mean max_steps?"),
+        (
+            "train.max_step=5",
+            "override #1 (train.max_step): train.max_steps: missing, expected a whole number",
+        ),
+        ("model.layers=x", "override #1 (model.layers): expected a whole number above 0, got 'x'"),
+        (
+            "model.feed_forward={kind: dense, d_ff: x}",
+            "override #1 (model.feed_forward): model.feed_forward.d_ff: "
+            "expected a whole number above 0, got 'x'",
+        ),
+        ("seed.x=1", "override #1 (seed.x): seed is 7, not a block"),
+        (
+            "generate.stop.4=1",
+            "override #1 (generate.stop.4): generate.stop is a list; expected a position from 0",
+        ),
+        ("layers", "override #1: expected key.path=value, got 'layers'"),
+        ("=3", "override #1: expected key.path=value, got '=3'"),
+        ("a..b=3", "override #1: expected key.path=value, got 'a..b=3'"),
+        ("generate.stop={", "override #1 (generate.stop): not YAML: "),
+        ("model.layers=!x 3", "override #1 (model.layers): the tag '!x' is not allowed"),
+    ],
+)
+def test_wrong_override(override, line):
+    found = problems("seed: 7\ngenerate: {stop: [a]}\n" + SMALL, override)
+    assert any(each.startswith(line) for each in found), found
+
+
+def test_second_override_is_numbered():
+    assert problems(SMALL, "seed=1", "seed=x")[0].startswith("override #2 (seed): ")
+
+
+# -- nothing but RecipeError ---------------------------------------------------------------------------------
+
+words = st.sampled_from(
+    [
+        *Recipe.model_fields,
+        "kind",
+        "source",
+        "dense",
+        "sparse",
+        "d_ff",
+        "tokenizer",
+        "variants",
+        "paths",
+        "bpe",
+    ]
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | words,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(words | st.text(max_size=3), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+def only_recipe_errors(text: str, *overrides: str) -> None:
+    try:
+        recipe = loader.parse(text, "r.yaml", overrides)
+    except RecipeError as error:
+        message: str | None = error.message
+    else:
+        message = None
+        assert loader.parse(loader.dump(recipe), "dumped.yaml") == recipe
+    assert message is None or (message and not re.search(r"Input should|pydantic|valid ", message))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.text(alphabet=st.characters() | st.sampled_from("[]{}:,-&*!|>'\"%@`#?\\ \n\tU0f"), max_size=60))
+def test_any_text(text):
+    only_recipe_errors(text)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.dictionaries(words, values, max_size=4))
+def test_any_data(data):
+    only_recipe_errors(yaml.safe_dump(data))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["description", "output", "seed", "model", "model.layers", "model.feed_forward", "bench.variants"]
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.lists(st.text(max_size=12), min_size=3, max_size=3),
+)
+def test_any_override(keys, texts):
+    only_recipe_errors(SMALL, *(f"{key}={text}" for key, text in zip(keys, texts, strict=False)))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.text(max_size=12) | st.from_regex(r"[-+.0-9eE_:~]{1,6}", fullmatch=True))
+def test_any_word_survives_the_round_trip(word):
+    recipe = Recipe(description=word)
+    assert loader.parse(loader.dump(recipe), "r.yaml").description == word
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+def test_any_number_survives_the_round_trip(number):
+    text = loader.dump(loader.parse(f"train: {{max_steps: 1, learning_rate: {number!r}}}", "r.yaml"))
+    assert math.isclose(loader.parse(text, "r.yaml").train.learning_rate, number, rel_tol=0)
+
+
+# -- shipped recipes and their commands ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", loader.shipped())
+def test_shipped_recipe(name):
+    loaded = loader.load(name)
+    assert loaded.recipe.description
+    assert loader.parse(loader.dump(loaded.recipe), "dumped.yaml") == loaded.recipe
+
+
+def test_shipped_names():
+    assert set(loader.shipped()) >= {
+        "quickstart",
+        "quickstart-dense",
+        "quickstart-dense-conv",
+        "quickstart-convert",
+        "bench-800m",
+        "bench-17b",
+    }
+
+
+def test_conversion_fits_its_dense_model():
+    convert = loader.load("quickstart-convert").recipe
+    dense = loader.load("quickstart-dense").recipe
+    assert convert.convert.feed_forward.d_ff == dense.model.feed_forward.d_ff
+    assert convert.data == dense.data
+
+
+def test_twins_agree_in_size():
+    counts = {
+        name: commands.sizes(loader.load(name).recipe)[0].parameters
+        for name in ("quickstart", "quickstart-dense", "quickstart-dense-conv")
+    }
+    assert max(counts.values()) / min(counts.values()) < 1.01
+
+
+@pytest.mark.parametrize("name", ["bench-800m", "bench-17b"])
+def test_variants_agree_in_size(name):
+    rows = commands.sizes(loader.load(name).recipe)
+    assert [row.label for row in rows] == [
+        "dense",
+        "+ Sparse FF",
+        "+ Sparse QKV",
+        "+ Sparse FF + QKV",
+        "+ Sparse FF + QKV + loss",
+    ]
+    assert commands.disagreement(rows) < 0.01
+
+
+def test_check_refuses_variants_of_different_size(tmp_path):
+    path = tmp_path / "b.yaml"
+    path.write_text(
+        SMALL + "bench: {variants: [{name: a, group: dense}, {name: b, group: sparse, "
+        "model: {vocabulary: {kind: dense, size: 600}}}]}\n"
+    )
+    with pytest.raises(RecipeError, match=r"b.yaml: bench.variants: .* differ by \d+\.\d %"):
+        commands.check([str(path)])
+
+
+def test_check_reports_every_recipe_and_then_fails(tmp_path, capsys):
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text(SMALL)
+    bad.write_text("sed: 1")
+    with pytest.raises(RecipeError, match=r"bad.yaml:1:1: sed: unknown key"):
+        commands.check([str(bad), str(good)])
+    assert "good" in capsys.readouterr().out
+
+
+def test_list_and_show(capsys):
+    commands.list_shipped()
+    assert "quickstart-dense" in capsys.readouterr().out
+    commands.show("quickstart")
+    assert capsys.readouterr().out == loader.shipped()["quickstart"].read_text()
+    with pytest.raises(RecipeError, match="did you mean quickstart"):
+        commands.show("quikstart")
+
+
+def test_copy_never_overwrites(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands.copy("quickstart", None)
+    copied = tmp_path / "quickstart.yaml"
+    assert copied.read_text() == loader.shipped()["quickstart"].read_text()
+    copied.write_text("mine")
+    with pytest.raises(RecipeError, match=r"quickstart.yaml exists"):
+        commands.copy("quickstart", None)
+    assert copied.read_text() == "mine"
+    (tmp_path / "folder").mkdir()
+    commands.copy("quickstart", tmp_path / "folder")
+    assert (tmp_path / "folder" / "quickstart.yaml").exists()
+
+
+def test_schema_describes_every_field(capsys):
+    commands.schema()
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["properties"]["seed"]["description"]
+    undocumented = [
+        f"{name}.{key}"
+        for name, block in schema["$defs"].items()
+        for key, value in block["properties"].items()
+        if "description" not in value and key not in ("kind", "source")
+    ]
+    assert undocumented == []
