@@ -98,7 +98,9 @@ def test_multiplicative_modular() -> None:
     assert_same(layer(g["x"]), g["y"])
 
 
-@pytest.mark.parametrize("name", ["locally_conv_len3_mod3", "locally_conv_len3_mod1", "locally_conv_len1_mod3"])
+@pytest.mark.parametrize(
+    "name", ["locally_conv_len3_mod3", "locally_conv_len3_mod1", "locally_conv_len1_mod3"]
+)
 def test_convolution(name: str) -> None:
     g = load(name)
     length, modules = g["K"].shape[:2]
@@ -235,7 +237,9 @@ LANGUAGE_MODELS = {
 
 def golden_language_model(name: str, g: dict[str, Tensor]) -> ScalingTransformerForCausalLM:
     """The model of the file, its weights taken in the order in which the original stores its layers."""
-    config = ScalingTransformerConfig(d_model=16, layers=2, heads=2, max_positions=32, positions="learned", **LANGUAGE_MODELS[name])
+    config = ScalingTransformerConfig(
+        d_model=16, layers=2, heads=2, max_positions=32, positions="learned", **LANGUAGE_MODELS[name]
+    )
     model = ScalingTransformerForCausalLM(config).eval()
     weights = iter([value for key, value in g.items() if key.startswith("w_")])
     take = lambda: next(weights)  # noqa: E731

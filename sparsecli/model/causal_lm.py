@@ -33,18 +33,16 @@ def build_feed_forward(spec: ModelSpec) -> nn.Module:
     return layer(spec.d_model, dropout=spec.dropout, **fields)
 
 
-def build_attention_of(spec: ModelSpec) -> nn.Module:
+def build_attention_layer(spec: ModelSpec) -> nn.Module:
     """The attention layer that `spec.attention` asks for."""
     attention = spec.attention
-    after = attention.output_projection
-    if after is None:
-        after = "none" if attention.projection.endswith("_conv") else attention.projection
+    default = "none" if attention.projection.endswith("_conv") else attention.projection
     return build_attention(
         spec.d_model,
         spec.heads,
         attention.key_value_heads or spec.heads,
         attention.projection,
-        after,
+        attention.output_projection or default,
         attention.modules or spec.heads,
         attention.kernel,
         attention.value_concat,
@@ -61,7 +59,7 @@ class ScalingTransformerBlock(GradientCheckpointingLayer):
         super().__init__()
         norm = spec.normalization, spec.d_model, spec.normalization_epsilon
         self.attention_norm = normalization(*norm)
-        self.attention = build_attention_of(spec)
+        self.attention = build_attention_layer(spec)
         self.feed_forward_norm = normalization(*norm)
         self.feed_forward = build_feed_forward(spec)
         self.dropout = spec.dropout
@@ -102,10 +100,10 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
             nn.init.uniform_(module.weight, -limit, limit)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(module.bias)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
 
 class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
@@ -130,7 +128,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embedding = value
 
     def forward(
@@ -159,7 +157,9 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
             past_key_values = DecodeCache(len(self.blocks))
         held = past_key_values.get_seq_length() if past_key_values is not None else 0
         if held + new > self.config.max_positions and self.position_embedding is not None:
-            raise ValueError(f"{held + new} positions are more than max_positions {self.config.max_positions}")
+            raise ValueError(
+                f"{held + new} positions are more than max_positions {self.config.max_positions}"
+            )
 
         valid = self._valid_positions(attention_mask)
         if position_ids is None:
@@ -205,7 +205,9 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
         spec = config.spec
         self.model = ScalingTransformerModel(config)
         if isinstance(spec.vocabulary, MultiplicativeVocabularySpec):
-            self.head: nn.Module = MultiplicativeDense(spec.d_model, spec.vocabulary.size, spec.vocabulary.modules)
+            self.head: nn.Module = MultiplicativeDense(
+                spec.d_model, spec.vocabulary.size, spec.vocabulary.modules
+            )
         else:
             self.head = nn.Linear(spec.d_model, spec.vocabulary.size, bias=spec.vocabulary.bias)
         self.post_init()
@@ -247,7 +249,9 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
         logits = self.head(output.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
 
     def _prepare_cache_for_generation(

@@ -52,7 +52,7 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(d_head)) v, causal, with grouped queries.
 
     Args:
-        heads, key_value_heads: the second divides the first; each key-value head serves heads / key_value_heads queries.
+        heads, key_value_heads: each head of keys and values serves heads / key_value_heads heads of queries.
         projection: makes q, k, v.
         output: follows the merged heads; None for no output projection.
         dropout: of the attention weights, when training.
@@ -91,7 +91,9 @@ class Attention(nn.Module):
         """
         start = memory.get_seq_length() if memory is not None else 0
         if isinstance(self.projection, ConvolutionProjection):
-            q, k, v = self.projection(self._remembered(self.projection, x, valid, memory, "projection", start))
+            q, k, v = self.projection(
+                self._remembered(self.projection, x, valid, memory, "projection", start)
+            )
         else:
             q, k, v = self.projection(x)
         # (B, T, heads * d_head) -> (B, heads, T, d_head)
@@ -152,7 +154,9 @@ def build_attention(
         ValueError: a size does not divide.
     """
     if d_model % heads or heads % key_value_heads:
-        raise ValueError(f"heads {heads} and key_value_heads {key_value_heads} do not divide d_model {d_model}")
+        raise ValueError(
+            f"heads {heads} and key_value_heads {key_value_heads} do not divide d_model {d_model}"
+        )
     width = d_model // heads * key_value_heads
 
     def multiplicative() -> MultiplicativeDense:
@@ -161,12 +165,16 @@ def build_attention(
     made: SeparateProjection | ConvolutionProjection
     if projection == "dense":
         made = SeparateProjection(
-            nn.Linear(d_model, d_model, bias), nn.Linear(d_model, width, bias), nn.Linear(d_model, width, bias)
+            nn.Linear(d_model, d_model, bias),
+            nn.Linear(d_model, width, bias),
+            nn.Linear(d_model, width, bias),
         )
     elif projection == "multiplicative":
         made = SeparateProjection(multiplicative(), multiplicative(), multiplicative())
     else:
-        shared = multiplicative() if projection == "multiplicative_conv" else nn.Linear(d_model, d_model, bias)
+        shared = (
+            multiplicative() if projection == "multiplicative_conv" else nn.Linear(d_model, d_model, bias)
+        )
         made = ConvolutionProjection(shared, d_model, modules, kernel, value_concat, count_area)  # type: ignore[arg-type]
     output: nn.Module | None = None
     if output_projection == "dense":

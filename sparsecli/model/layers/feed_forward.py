@@ -43,7 +43,9 @@ class DenseFeedForward(nn.Module):
         if self.gate is not None:
             h = activation(self.gate(x)) * up
         else:
-            h = activation(shared_dropout(up, self.dropout, self.training, (-2,)))  # before the ReLU, as the original
+            h = activation(
+                shared_dropout(up, self.dropout, self.training, (-2,))
+            )  # before the ReLU, as the original
         return shared_dropout(self.down(h), self.dropout, self.training, (-2,))
 
 
@@ -54,7 +56,9 @@ def choose(scores: Tensor, count: int) -> Tensor:
     return scores.topk(count, dim=-1).indices
 
 
-def training_mask(logits: Tensor, count: int, temperature: float, hard_fraction: float) -> tuple[Tensor, Tensor]:
+def training_mask(
+    logits: Tensor, count: int, temperature: float, hard_fraction: float
+) -> tuple[Tensor, Tensor]:
     """The mask of a training call and whether it is hard (paper section 3.1).
 
     With probability `hard_fraction`, drawn once for the whole call, the mask is the noisy choice of `count` units
@@ -132,7 +136,9 @@ class SparseFeedForward(nn.Module):
         if d_ff % block_size:
             raise ValueError(f"d_ff {d_ff} is not a multiple of block_size {block_size}")
         self.controller = Controller(d_model, d_ff, block_size, rank)
-        self.gate = nn.Parameter(torch.empty(d_ff, d_model)) if gated else None  # unit-major, as are up and down
+        self.gate = (
+            nn.Parameter(torch.empty(d_ff, d_model)) if gated else None
+        )  # unit-major, as are up and down
         self.up = nn.Parameter(torch.empty(d_ff, d_model))
         self.down = nn.Parameter(torch.empty(d_ff, d_model))
         self.bias = nn.Parameter(torch.empty(d_model))

@@ -160,9 +160,9 @@ class ConvolutionProjection(nn.Module):
         if rows.shape[1] == self.kernel:  # one new position: a small product beats a convolution's set-up
             windows = module_windows(m, 3)
             centre = windows[:, :, :, 1:2] if values is m else module_windows(values, 1)
-            made = self.query.step(windows), self.key.step(windows), self.value.step(centre)
-            return tuple(y.flatten(-2).unsqueeze(1) for y in made)  # type: ignore[return-value]
-        return tuple(y.flatten(-2) for y in (self.query(m), self.key(m), self.value(values)))  # type: ignore[return-value]
+            q, k, v = self.query.step(windows), self.key.step(windows), self.value.step(centre)
+            return q.flatten(-2).unsqueeze(1), k.flatten(-2).unsqueeze(1), v.flatten(-2).unsqueeze(1)
+        return self.query(m).flatten(-2), self.key(m).flatten(-2), self.value(values).flatten(-2)
 
 
 class MultiplicativeConvolution(nn.Module):

@@ -15,7 +15,9 @@ def sinusoids(positions: Tensor, width: int, interleaved: bool) -> Tensor:
 
     `interleaved` puts sine on even and cosine on odd features; otherwise all sines come first.
     """
-    frequencies = 10000.0 ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    frequencies = 10000.0 ** (
+        -torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+    )
     angles = positions.unsqueeze(-1).float() * frequencies
     features = (angles.sin(), angles.cos())
     return torch.stack(features, -1).flatten(-2) if interleaved else torch.cat(features, -1)
@@ -34,7 +36,9 @@ class LearnedPositions(nn.Module):
         nn.init.zeros_(self.weight)  # goes through the hook that spares weights already loaded
         if not getattr(self.weight, "_is_hf_initialized", False):
             with torch.no_grad():
-                table = sinusoids(torch.arange(max_positions, device=self.weight.device), width, interleaved=True)
+                table = sinusoids(
+                    torch.arange(max_positions, device=self.weight.device), width, interleaved=True
+                )
                 self.weight.copy_(table)
 
     def forward(self, positions: Tensor) -> Tensor:
