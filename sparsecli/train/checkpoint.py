@@ -1,0 +1,80 @@
+"""Checkpoints that are whole or not used: written beside, sealed with a manifest, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+PREFIX = "checkpoint-"
+
+
+def seal(written: Path, checkpoints: Path, keep: int) -> Path:
+    """Put a finished checkpoint folder in its place under `checkpoints`, and drop the older ones but `keep`.
+
+    The manifest lists every file's size and SHA-256 and is the last file written.
+    """
+    manifest = {
+        str(path.relative_to(written)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(written.rglob("*"))
+        if path.is_file()
+    }
+    beside = written / f"{MANIFEST}.tmp"
+    beside.write_text(json.dumps(manifest, indent=1))
+    beside.rename(written / MANIFEST)
+    place = checkpoints / written.name
+    if place.exists():
+        shutil.rmtree(place)  # only a damaged one can be in the way: a sound one would have been resumed from
+    written.rename(place)
+    older = [folder for folder in _newest_first(checkpoints) if step_of(folder) <= step_of(place)]
+    for folder in older[keep:]:
+        shutil.rmtree(folder)
+    return place
+
+
+def newest_sound(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that agrees with its manifest, and a line for each newer one that does not."""
+    skipped: list[str] = []
+    for folder in _newest_first(checkpoints):
+        damage = _damage(folder)
+        if damage is None:
+            return folder, skipped
+        skipped.append(f"{folder.name}: {damage}")
+    return None, skipped
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done at a checkpoint, from its folder's name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    found = [path for path in checkpoints.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        present = {os.path.relpath(path, folder): path for path in folder.rglob("*") if path.is_file()}
+        for name, entry in manifest.items():
+            if name not in present:
+                return f"{name} is missing"
+            size = present[name].stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size:,} bytes, not {entry['bytes']:,}"
+            if _sha256(present[name]) != entry["sha256"]:
+                return f"{name} is not what was written (SHA-256 differs)"
+    except FileNotFoundError:
+        return f"no {MANIFEST}: it was not written to the end"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be used ({type(error).__name__})"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,138 @@
+"""The metrics of a run as it goes: rows on disk, TensorBoard events, a picture, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparsecli.console import Failure, Progress, say
+from sparsecli.train.run_directory import METRICS, read_metrics, replace_text
+
+
+class Journal(TrainerCallback):
+    """Writes `metrics.jsonl`, TensorBoard events and `loss.png`, and shows how far training is.
+
+    A run that goes on from a checkpoint drops the rows written after it, so that every step is there once.
+    """
+
+    def __init__(self, output: Path, start_step: int, progress: Progress) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.output, self.progress = output, progress
+        self.rows = read_metrics(output, start_step)
+        replace_text(output / METRICS, "".join(f"{json.dumps(row)}\n" for row in self.rows))
+        purge = {"purge_step": start_step + 1} if start_step else {}
+        self.board = SummaryWriter(output / "tensorboard", **purge)
+        self.seconds = self.step_start = 0.0  # spent in training steps, evaluation and saving left out
+        self.shown: dict[str, float] = {}
+        self.tokens_start = self.tokens_logged = self.seconds_logged = 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Training speed since this process started."""
+        return (self.tokens_logged - self.tokens_start) / self.seconds if self.seconds else None
+
+    def held_out_at(self, step: int) -> dict[str, Any] | None:
+        """The evaluation done at `step`."""
+        return next(
+            (row for row in reversed(self.rows) if row["step"] == step and "held_out_nats" in row), None
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.shown: dict[str, float] = {}
+        self.tokens_start = self.tokens_logged = state.num_input_tokens_seen
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step_start = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds += time.perf_counter() - self.step_start
+        self.progress.advance(1, **self.shown)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        step, tokens = state.global_step, int(state.num_input_tokens_seen)
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise Failure(
+                    f"the loss is {logs['loss']} at step {step}; lower train.learning_rate or train longer "
+                    f"on train.warmup_steps, with another --output"
+                )
+            speed = (tokens - self.tokens_logged) / max(self.seconds - self.seconds_logged, 1e-9)
+            self.tokens_logged, self.seconds_logged = tokens, self.seconds
+            row = {
+                "loss": logs["loss"],
+                "learning_rate": logs["learning_rate"],
+                "tokens_per_second": round(speed, 1),
+            }
+            self.shown = {"loss": logs["loss"], "tokens_per_second": round(speed)}
+        elif "held_out_nats" in logs:
+            names = ("held_out_nats", "bits_per_byte", "never_chosen", "balance")
+            row = {name: logs[name] for name in names if logs.get(name) is not None}
+            figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items())
+            say(f"step {step}: {figures}")
+        else:
+            return  # the summary at the end of training
+        self._write({"step": step, "tokens": tokens, **row})
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw the picture and flush TensorBoard's events."""
+        self.board.flush()
+        draw_loss(self.rows, self.output / "loss.png")
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        self.board.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with (self.output / METRICS).open("a") as file:
+            file.write(f"{json.dumps(row)}\n")
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, row["step"])
+
+
+def draw_loss(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Training and held-out loss over the steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    curves = (("loss", "training", "-"), ("held_out_nats", "held out", "o-"))
+    for key, label, style in curves:
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    beside = path.with_name(f"{path.name}.tmp")
+    figure.savefig(beside, format="png")
+    beside.replace(path)

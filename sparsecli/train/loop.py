@@ -1,0 +1,207 @@
+"""transformers' `Trainer` with our evaluation, our checkpoints and a way to stop it."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from sparsecli.data.packing import Windows
+from sparsecli.model.layers.feed_forward import Controller, MixtureFeedForward
+from sparsecli.model.layers.positions import LearnedPositions
+from sparsecli.recipe.schema import TrainSpec
+from sparsecli.train.checkpoint import seal
+from sparsecli.train.evaluation import evaluate
+
+UNFINISHED = ".unfinished"
+"""Folder under `checkpoints/` where a checkpoint is written before it is renamed."""
+
+
+def training_arguments(train: TrainSpec, seed: int, checkpoints: Path) -> TrainingArguments:
+    """A recipe's `train` block in transformers' words, which are nearly the same."""
+    ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit", "gradient_checkpointing"}
+    # Releases of transformers 5 differ in this one name.
+    names = TrainingArguments.__dataclass_fields__
+    recompute = (
+        "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    )
+    schedule: dict[str, Any] = {"lr_scheduler_type": train.lr_scheduler_type}
+    if train.lr_scheduler_type == "cosine":
+        schedule = {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": train.min_lr_rate},
+        }
+    return TrainingArguments(
+        output_dir=str(checkpoints / UNFINISHED),
+        **train.model_dump(exclude=ours),
+        **schedule,
+        **{recompute: train.gradient_checkpointing},
+        eval_strategy="steps",
+        save_strategy="steps",
+        seed=seed,
+        data_seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        include_num_input_tokens_seen="all",
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+class Signals:
+    """Takes note of SIGTERM and SIGINT while open; a second one does what it always does."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> Signals:
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self.__exit__()
+
+
+class LanguageModelTrainer(Trainer):
+    """Trains on windows of tokens; evaluates with hard choices; seals its checkpoints.
+
+    Args:
+        keep: checkpoints to keep under `checkpoints`.
+        signals: stops training at the end of the step, with a checkpoint, once it has received one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        tokenizer: PreTrainedTokenizerFast,
+        windows: Windows,
+        held_out: Windows,
+        bytes_per_token: float,
+        *,
+        checkpoints: Path,
+        keep: int,
+        signals: Signals,
+    ) -> None:
+        super().__init__(
+            model,
+            arguments,
+            train_dataset=windows,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            data_collator=_stack,
+        )
+        self.bytes_per_token = bytes_per_token
+        self.checkpoints, self.keep, self.signals = checkpoints, keep, signals
+        # Windows all have the same length, so the mean of batch means is exact; the count that the Trainer
+        # would hand over includes the first token of each window, which is not predicted.
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_StopAtSignal(self))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices, but not those of embeddings and of what chooses units or experts."""
+        spared: set[int] = set()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding | LearnedPositions | Controller):
+                spared.update(map(id, module.parameters()))
+            elif isinstance(module, MixtureFeedForward):
+                spared.update(map(id, module.router.parameters()))
+        named = model.named_parameters()
+        return [name for name, parameter in named if parameter.ndim >= 2 and id(parameter) not in spared]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out figures, logged; empty when a signal cuts it short and training is to stop with a checkpoint."""
+        assert isinstance(self.model, PreTrainedModel)
+        assert isinstance(self.eval_dataset, Windows)
+        alone = self.args.world_size == 1
+        figures = evaluate(
+            self.model,
+            self.eval_dataset,
+            self.bytes_per_token,
+            batch_size=self.args.per_device_eval_batch_size,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
+            add_up=(lambda sums: sums) if alone else self._add_up,
+            # Several processes may not part ways in the middle; they agree at the end of a step.
+            stopped=lambda: alone and self.signals.received is not None,
+        )
+        if figures is None:
+            self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+        metrics = {
+            "held_out_nats": figures.nats_per_token,
+            "bits_per_byte": figures.bits_per_byte,
+            "never_chosen": figures.never_chosen,
+            "balance": figures.balance,
+        }
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self.log(dict(known))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, known)
+        return known
+
+    def stop_received(self) -> bool:
+        """Whether this process or another one of the same run has received a signal."""
+        mine = torch.tensor(float(self.signals.received is not None))
+        return bool(mine if self.args.world_size == 1 else self._add_up(mine))
+
+    def _add_up(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        unfinished = self.checkpoints / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            written = unfinished / f"checkpoint-{self.state.global_step}"
+            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody may load
+            seal(written, self.checkpoints, self.keep)
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+class _StopAtSignal(TrainerCallback):
+    """Ends training after the step in which a signal arrived; the last step ends as if none had."""
+
+    def __init__(self, trainer: LanguageModelTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step < state.max_steps and self.trainer.stop_received():
+            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+
+def _stack(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}

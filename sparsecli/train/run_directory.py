@@ -1,0 +1,136 @@
+"""The run directory: who may write there, and the small files it holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsecli.console import Failure, say, warn
+from sparsecli.recipe.loader import load
+from sparsecli.recipe.schema import Recipe
+from sparsecli.train.checkpoint import newest_sound
+
+RECIPE = "recipe.yaml"
+FACTS = "run.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def claim(output: Path, recipe: Recipe, resume: bool) -> Path | None:
+    """Make sure that a run may go to `output`; the checkpoint to go on from, or None to start at step 0.
+
+    Raises `Failure` when `output` cannot be written, holds something else, or holds a run that is not to be
+    resumed, was started with another recipe, or has no whole checkpoint left.
+    """
+    if not output.is_dir() or not any(output.iterdir()):
+        _probe(output)
+        return None
+    stored = output / RECIPE
+    if not stored.exists():
+        raise Failure(f"{output}: is not empty and holds no run; choose another --output")
+    if not resume:
+        raise Failure(f"{output}: already holds a run; go on with --resume auto, or choose another --output")
+    _compare(stored, recipe)
+    _probe(output)
+    checkpoint, skipped = newest_sound(output / CHECKPOINTS)
+    for line in skipped:
+        warn(f"skipped {line}")
+    if checkpoint is None and skipped:
+        raise Failure(f"{output}: none of its checkpoints is whole; delete the folder to start again")
+    say(f"going on from {checkpoint}" if checkpoint else f"{output}: no checkpoint yet, starting at step 0")
+    return checkpoint
+
+
+def go_on(output: Path) -> str:
+    """How to resume the run in `output`."""
+    return f"go on with: sparsecli train {output / RECIPE} --resume auto"
+
+
+def _probe(output: Path) -> None:
+    """Raise `Failure` unless a file can be written where `output` is or will be."""
+    place = output.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise Failure(f"{output}: cannot be written: {place}: {error.strerror}") from None
+
+
+def _compare(stored: Path, recipe: Recipe) -> None:
+    """Raise `Failure` unless the run at `stored` was started with the same model, data, training and seed."""
+    decisive = {"model", "data", "train", "seed"}
+    then = _flat(load(str(stored)).recipe.model_dump(include=decisive))
+    now = _flat(recipe.model_dump(include=decisive))
+    differ = [
+        f"{key} ({then.get(key)} then, {now.get(key)} now)"
+        for key in dict.fromkeys([*then, *now])
+        if then.get(key) != now.get(key)
+    ]
+    if differ:
+        raise Failure(
+            f"{stored.parent}: cannot be resumed with another recipe: {', '.join(differ)}; "
+            f"resume with {stored}, or choose another --output"
+        )
+
+
+def _flat(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in block.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file beside and rename it, so that it is never half-written."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """What the figures of a run depend on besides its recipe."""
+    packages = ("sparsecli", "torch", "transformers", "accelerate", "tokenizers")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": platform.machine(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def read_facts(output: Path) -> dict[str, Any]:
+    """`run.json` of a run, empty where there is none."""
+    try:
+        return json.loads((output / FACTS).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise Failure(f"{output / FACTS}: cannot be read ({error}); delete it to go on without it") from None
+
+
+def write_facts(output: Path, facts: dict[str, Any]) -> None:
+    """Replace `run.json`."""
+    replace_text(output / FACTS, json.dumps(facts, indent=2) + "\n")
+
+
+def read_metrics(output: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
+    """Rows of `metrics.jsonl`, those after `up_to_step` and a torn last one left out."""
+    path = output / METRICS
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if up_to_step is None or row["step"] <= up_to_step:
+            rows.append(row)
+    return rows

@@ -1,0 +1,235 @@
+"""`sparsecli train`: a recipe to a run directory with checkpoints, metrics and a model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedTokenizerFast, set_seed
+
+from sparsecli.console import Failure, RecipeError, Stopped, print_table, progress, say
+from sparsecli.data.packing import PackedCorpus, pack
+from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.sizes import count_parameters
+from sparsecli.recipe.loader import LoadedRecipe, dump, require
+from sparsecli.recipe.schema import Recipe
+from sparsecli.train import run_directory
+from sparsecli.train.checkpoint import newest_sound, step_of
+from sparsecli.train.evaluation import HeldOut, evaluate
+from sparsecli.train.journal import Journal
+from sparsecli.train.loop import LanguageModelTrainer, Signals, training_arguments
+
+__all__ = ["HeldOut", "Result", "evaluate", "run"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The final figures of a run."""
+
+    steps: int
+    held_out_nats: float
+    bits_per_byte: float
+    tokens_per_second: float | None
+    """Training speed of the process that finished the run."""
+    never_chosen: float | None = None
+    balance: float | None = None
+
+
+def run(
+    loaded: LoadedRecipe, *, output: Path, resume: str | None = None, dry_run: bool = False
+) -> Result | None:
+    """Train the recipe's model into `output` and print the final figures; a dry run prints the plan instead.
+
+    Under `torchrun` every process calls this; the first one alone prints, writes and returns the figures.
+    Raises `RecipeError` when the recipe cannot be trained; `Failure` when `output` is taken or cannot be
+    written, when the text cannot be read, or when a run cannot be resumed as asked; `Stopped` after SIGTERM or
+    SIGINT.
+    """
+    require(loaded, "model", "data", "train")
+    recipe = loaded.recipe
+    assert recipe.model
+    assert recipe.data
+    if resume not in (None, "auto"):
+        raise Failure(
+            f"--resume {resume}: expected auto, which takes the newest whole checkpoint", exit_code=2
+        )
+    if dry_run:
+        _print_plan(recipe, output)
+        return None
+
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
+        checkpoint = run_directory.claim(output, recipe, resume == "auto")
+    else:
+        checkpoint = newest_sound(output / run_directory.CHECKPOINTS)[0] if resume else None
+    if resume and (figures := run_directory.read_facts(output).get("result")):
+        if first:
+            say(f"{output}: this run is finished; nothing to do")
+            _print_result(Result(**figures), output)
+        return Result(**figures)
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    corpus = pack(recipe.data)
+    if len(corpus.tokenizer) > recipe.model.vocabulary.size:
+        raise RecipeError(
+            f"{loaded.path.name}: model.vocabulary.size: {recipe.model.vocabulary.size} is less than the "
+            f"{len(corpus.tokenizer)} tokens of data.tokenizer"
+        )
+    try:
+        result = _train(recipe, corpus, output, checkpoint, first)
+    except OSError as error:
+        reason = f"{error.filename or output}: {error.strerror or error}"
+        raise Failure(f"{reason}; once that is mended, {run_directory.go_on(output)}") from None
+    if result:
+        _print_result(result, output)
+    return result
+
+
+def _print_plan(recipe: Recipe, output: Path) -> None:
+    """What a run would do, from the recipe alone."""
+    assert recipe.model
+    assert recipe.data
+    assert recipe.train
+    train, sizes = recipe.train, count_parameters(recipe.model)
+    batch = train.per_device_train_batch_size * recipe.data.sequence_length
+    step = batch * train.gradient_accumulation_steps
+    copies = 4 if train.optim == "adamw_torch" else 3  # weights, gradients, the optimizer's averages
+    logits = 3 * batch * recipe.model.vocabulary.size  # themselves, their softmax and their gradient
+    written = (run_directory.RECIPE, run_directory.FACTS, run_directory.METRICS, "loss.png")
+    rows = [
+        ("parameters", f"{sizes.total:,}, of which a token reads {sizes.active:,}"),
+        ("weights, gradients, optimizer", f"about {sizes.total * copies * 4 / 2**20:,.0f} MiB"),
+        ("logits of a batch", f"about {logits * 4 / 2**20:,.0f} MiB"),
+        ("steps", f"{train.max_steps:,}"),
+        ("tokens", f"{train.max_steps * step:,}, {step:,} a step and process"),
+        ("files", f"{', '.join(written)}, tensorboard/, checkpoints/, model/ in {output}"),
+    ]
+    print_table(["plan", ""], rows)
+
+
+def _print_result(result: Result, output: Path) -> None:
+    def show(value: float | None, digits: str) -> str | None:
+        return None if value is None else format(value, digits)
+
+    rows = [
+        ("held-out nats per token", show(result.held_out_nats, ".4f")),
+        ("held-out bits per byte", show(result.bits_per_byte, ".4f")),
+        ("training tokens per second", show(result.tokens_per_second, ",.0f")),
+        ("units never chosen", show(result.never_chosen, ".2%")),
+        ("balance of choices", show(result.balance, ".4f")),
+        ("model", str(output / "model")),
+    ]
+    print_table(["result", ""], rows)
+
+
+def _train(
+    recipe: Recipe, corpus: PackedCorpus, output: Path, checkpoint: Path | None, first: bool
+) -> Result | None:
+    assert recipe.data
+    assert recipe.train
+    train, checkpoints = recipe.train, output / run_directory.CHECKPOINTS
+    windows = corpus.train.windows(recipe.data.sequence_length)
+    held_out = corpus.held_out.windows(recipe.data.sequence_length, recipe.data.held_out_tokens)
+    start_step = step_of(checkpoint) if checkpoint else 0
+    facts = run_directory.read_facts(output)
+    if facts.get("corpus", corpus.fingerprint) != corpus.fingerprint:
+        raise Failure(f"{output}: the text or its tokenizer is not what this run was started with")
+    batch = train.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    if len(windows) < batch:
+        raise Failure(
+            f"data: {len(windows)} training windows of {recipe.data.sequence_length} tokens do not "
+            f"fill a batch of {batch}; add text or lower train.per_device_train_batch_size"
+        )
+
+    arguments = training_arguments(train, recipe.seed, checkpoints)
+    set_seed(recipe.seed)
+    model = _model(recipe, corpus.tokenizer, checkpoint)
+    if first:
+        output.mkdir(parents=True, exist_ok=True)
+        resolved = recipe.model_copy(update={"output": str(output)})
+        run_directory.replace_text(output / run_directory.RECIPE, dump(resolved))
+        facts |= run_directory.environment() | {
+            "started": facts.get("started", _now()),
+            "finished": None,
+            "seed": recipe.seed,
+            "corpus": corpus.fingerprint,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        run_directory.write_facts(output, facts)
+
+    with Signals() as signals, progress("training", train.max_steps) as bar:
+        bar.advance(start_step)
+        trainer = LanguageModelTrainer(
+            model,
+            arguments,
+            corpus.tokenizer,
+            windows,
+            held_out,
+            corpus.held_out.bytes_per_token,
+            checkpoints=checkpoints,
+            keep=train.save_total_limit,
+            signals=signals,
+        )
+        journal = Journal(output, start_step, bar) if first else None
+        if journal:
+            trainer.add_callback(journal)
+        try:
+            if start_step < train.max_steps:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            if journal:
+                journal.close()
+    step = max(trainer.state.global_step, start_step)
+    if step < train.max_steps:
+        interrupted = signals.received == signal.SIGINT
+        message = (
+            f"stopped at step {step} of {train.max_steps} with a checkpoint; {run_directory.go_on(output)}"
+        )
+        raise Stopped(message, exit_code=130 if interrupted else None)
+
+    beside, place = output / "model.tmp", output / "model"
+    shutil.rmtree(beside, ignore_errors=True)
+    trainer.save_model(str(beside))
+    if journal is None:
+        return None
+    (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody may load
+    shutil.rmtree(place, ignore_errors=True)
+    beside.rename(place)
+    row = journal.held_out_at(step) or trainer.evaluate()
+    result = Result(
+        steps=step,
+        held_out_nats=row["held_out_nats"],
+        bits_per_byte=row["bits_per_byte"],
+        tokens_per_second=journal.tokens_per_second,
+        never_chosen=row.get("never_chosen"),
+        balance=row.get("balance"),
+    )
+    run_directory.write_facts(output, {**facts, "finished": _now(), "result": asdict(result)})
+    return result
+
+
+def _model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None
+) -> ScalingTransformerForCausalLM:
+    """The recipe's model with fresh weights, or with those of a checkpoint."""
+    assert recipe.model
+    if checkpoint:
+        return ScalingTransformerForCausalLM.from_pretrained(checkpoint)
+    tokens: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(recipe.model, **tokens))
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
