@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 _HOMES = {
@@ -20,21 +21,16 @@ def __getattr__(name: str) -> Any:
 
 
 def register_config() -> None:
-    """Teach transformers' AutoConfig our model types."""
-    from transformers import AutoConfig
-
-    from sparsecli.model.configuration import ScalingTransformerConfig
-
-    AutoConfig.register(ScalingTransformerConfig.model_type, ScalingTransformerConfig, exist_ok=True)
+    """Teach transformers' AutoConfig our model types: importing the module does it."""
+    _import_unless_under_way("configuration")
 
 
 def register() -> None:
-    """Teach transformers' Auto classes our models."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    """Teach transformers' Auto classes our models: importing the module does it."""
+    _import_unless_under_way("causal_lm")
 
-    from sparsecli.model.causal_lm import ScalingTransformerForCausalLM, ScalingTransformerModel
-    from sparsecli.model.configuration import ScalingTransformerConfig
 
-    register_config()
-    AutoModel.register(ScalingTransformerConfig, ScalingTransformerModel, exist_ok=True)
-    AutoModelForCausalLM.register(ScalingTransformerConfig, ScalingTransformerForCausalLM, exist_ok=True)
+def _import_unless_under_way(module: str) -> None:
+    """A module that is being imported right now registers itself when it is done."""
+    if f"{__name__}.{module}" not in sys.modules:
+        importlib.import_module(f"{__name__}.{module}")

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -265,3 +265,7 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
         """Give `generate` our preallocated cache instead of the stock one, which copies itself at every token."""
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = DecodeCache(self.config.layers, max_cache_length)
+
+
+AutoModel.register(ScalingTransformerConfig, ScalingTransformerModel, exist_ok=True)
+AutoModelForCausalLM.register(ScalingTransformerConfig, ScalingTransformerForCausalLM, exist_ok=True)

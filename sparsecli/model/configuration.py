@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from pydantic import ValidationError
+from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from sparsecli.model.architecture import ModelSpec
@@ -95,3 +96,6 @@ class ScalingTransformerConfig(PreTrainedConfig):
     def intermediate_size(self) -> int:
         """Units of a feed-forward layer, the name transformers looks for."""
         return (self.feed_forward or {})["d_ff"]
+
+
+AutoConfig.register(ScalingTransformerConfig.model_type, ScalingTransformerConfig, exist_ok=True)
