@@ -10,7 +10,7 @@ import re
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsecli.console import RecipeError
@@ -348,6 +348,17 @@ def test_second_override_is_numbered():
     assert problems(SMALL, "seed=1", "seed=x")[0].startswith("override #2 (seed): ")
 
 
+def test_options_of_the_command_line():
+    options = loader.with_options(Recipe().generate, {"temperature": 0, "stop": ["a"]})
+    assert (options.temperature, options.stop, options.top_p) == (0, ["a"], Recipe().generate.top_p)
+    with pytest.raises(RecipeError) as caught:
+        loader.with_options(options, {"top_p": 0.0, "max_new_tokens": 0})
+    assert caught.value.message.splitlines() == [
+        "--max-new-tokens: expected a whole number above 0, got 0",
+        "--top-p: expected a number above 0 and of at most 1, got 0.0",
+    ]
+
+
 # -- nothing but RecipeError ---------------------------------------------------------------------------------
 
 words = st.sampled_from(
@@ -413,6 +424,9 @@ def test_any_override(keys, texts):
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.text(max_size=12) | st.from_regex(r"[-+.0-9eE_:~]{1,6}", fullmatch=True))
+@example("a\x85b")
+@example("1e-4")
+@example("no")
 def test_any_word_survives_the_round_trip(word):
     recipe = Recipe(description=word)
     assert loader.parse(loader.dump(recipe), "r.yaml").description == word

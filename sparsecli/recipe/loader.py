@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sparsecli.console import RecipeError
 from sparsecli.recipe import document, messages
 from sparsecli.recipe.document import Document, Place, Problem, read_document, spell
-from sparsecli.recipe.schema import Recipe
+from sparsecli.recipe.schema import GenerateSpec, Recipe
 
 MAX_BYTES = 256 * 1024
 SUFFIXES = (".yaml", ".yml")
@@ -29,6 +29,11 @@ class LoadedRecipe:
     name: str
     """Stem of the file; names the default run directory."""
     path: Path
+
+    @property
+    def output(self) -> Path:
+        """Where a run goes unless the command line says otherwise."""
+        return Path(self.recipe.output or f"runs/{self.name}")
 
 
 def load(reference: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -59,7 +64,7 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(read.data) if not read.problems else None
     except ValidationError as error:
         for entry in error.errors(include_url=False):
-            path, message = messages.explain(entry, read.data)
+            path, message = messages.explain(entry)
             read.problems.append(Problem(read.place(path), path, message))
     if read.problems or recipe is None:
         lines = dict.fromkeys(str(problem) for problem in sorted(read.problems, key=lambda p: p.place))
@@ -77,8 +82,27 @@ class _Dumper(yaml.SafeDumper):
     """Quotes text that YAML 1.1 *or* this loader would read as something else."""
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # PyYAML writes Unicode's line breaks as they are, and reads them back as a space.
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 for _tag, _pattern in document.SCALARS:
     _Dumper.add_implicit_resolver(_tag, _pattern, None)
+
+
+def with_options(options: GenerateSpec, given: Mapping[str, object]) -> GenerateSpec:
+    """`options` with the command line's (by field name) on top. Raises RecipeError that names the option."""
+    try:
+        return GenerateSpec.model_validate({**options.model_dump(), **given})
+    except ValidationError as error:
+        explained = (
+            messages.explain({**entry, "loc": ("generate", *entry["loc"])}) for entry in error.errors()
+        )
+        lines = [f"--{str(path[1]).replace('_', '-')}: {message}" for path, message in explained]
+        raise RecipeError("\n".join(lines)) from None
 
 
 def require(loaded: LoadedRecipe, *blocks: str) -> None:

@@ -21,8 +21,8 @@ TAGS = ("kind", "source")
 """Fields that tell the members of a closed union apart."""
 
 
-def explain(error: Any, data: Any) -> tuple[Path, str]:
-    """The key and the message of one entry of `ValidationError.errors()`, for a recipe read as `data`."""
+def explain(error: Any) -> tuple[Path, str]:
+    """The key and the message of one entry of a recipe's `ValidationError.errors()`."""
     path, (annotation, limits), owner = _follow(error["loc"])
     context = error.get("ctx", {})
     match error["type"]:

@@ -1,0 +1,431 @@
+"""The command line: arguments in, exit code out. What a command does is in the module that it imports."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from sparsecli import __version__, console
+from sparsecli.console import Failure, RecipeError
+
+if TYPE_CHECKING:
+    from sparsecli.recipe.loader import LoadedRecipe
+
+app = typer.Typer(
+    name="sparsecli",
+    help="Train, convert, run and measure sparse Transformers on plain CPUs.",
+    epilog="Start with: sparsecli train quickstart",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, copy and check recipes.")
+app.add_typer(recipes, name="recipes")
+
+debug = False
+"""Whether errors show where they come from; set by `--debug`."""
+
+
+def main() -> None:
+    """Entry point: every error ends as one clear line and an exit code."""
+    try:
+        app()
+    except Failure as failure:
+        _end(failure)
+    except KeyboardInterrupt:
+        _end(Failure("interrupted", exit_code=130))
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        _end(Failure(f"{error.filename}: {reason}" if error.filename else reason))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        name = type(error).__name__
+        _end(Failure(f"unexpected {name}: {lines[0]} (`sparsecli --debug ...` shows where it comes from)"))
+
+
+def _end(failure: Failure) -> None:
+    if debug:
+        console.say(traceback.format_exc())
+    console.fail(failure)
+    # What stdout still holds cannot be written when it is full or gone; Python would complain once more on exit.
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(failure.exit_code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.out(f"sparsecli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    show_traceback: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+) -> None:
+    global debug
+    debug = show_traceback
+
+
+# -- arguments that commands share ---------------------------------------------------------------------------
+
+
+def _shipped(incomplete: str) -> list[str]:
+    from sparsecli.recipe.loader import shipped
+
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
+RECIPE_HELP = "Recipe: a file, or the name of a shipped one."
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help=RECIPE_HELP, autocompletion=_shipped, show_default=False)
+]
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Argument(metavar="RECIPE", help=RECIPE_HELP, autocompletion=_shipped, show_default=False),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Changes to the recipe.", show_default=False),
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="In place of the recipe's seed.", show_default=False)
+]
+Output = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write to.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="A run, or a folder of a Hugging Face model.", show_default=False),
+]
+Format = Literal["table", "json", "csv", "markdown"]
+
+
+def _load(reference: str, overrides: list[str] | None, seed: int | None = None) -> LoadedRecipe:
+    from sparsecli.recipe.loader import load
+
+    return load(reference, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
+
+
+def _shift(reference: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """Where the recipe may be left out, the first override stands in its place."""
+    if reference and "=" in reference and not Path(reference).exists():
+        return None, [reference, *(overrides or [])]
+    return reference, overrides or []
+
+
+# -- commands ------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: sparsecli train quickstart train.max_steps=200 --output runs/short")
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto", help="auto: go on from the newest whole checkpoint.", show_default=False
+        ),
+    ] = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a model.
+
+    The recipe needs model, data and train blocks. Runs unchanged under torchrun and accelerate launch.
+    """
+    loaded = _load(recipe, overrides, seed)
+    from sparsecli.train import trainer
+
+    trainer.run(loaded, output=output or loaded.output, resume=resume, dry_run=dry_run)
+
+
+@app.command("sparsify-convert", epilog="Example: sparsecli sparsify-convert quickstart-convert --dry-run")
+def sparsify_convert(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    model: Model = None,
+    output: Output = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+    format: Annotated[Format, typer.Option(help="Of the report on stdout.")] = "table",
+    json: AsJson = False,
+) -> None:
+    """Make a trained dense model sparse.
+
+    The recipe needs convert and data blocks.
+    """
+    loaded = _load(recipe, overrides, seed)
+    from sparsecli.convert import command
+
+    command.run(loaded, model=model, output=output, dry_run=dry_run, format="json" if json else format)
+
+
+@app.command(epilog='Example: sparsecli generate --model runs/quickstart --prompt "def " --temperature 0')
+def generate(
+    recipe: OptionalRecipe = None,
+    overrides: Overrides = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Text to go on from; - reads stdin.", show_default=False),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File that holds the prompt.", show_default=False)
+    ] = None,
+    model: Model = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop after so many tokens.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="X", help="0 is greedy.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", help="Among the k likeliest tokens; 0 is all.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="X", help="Among the likeliest tokens of this probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(metavar="X", help="None below this share of the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="Above 1: repeat less.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Text that ends it; may be repeated.")
+    ] = None,
+    seed: Seed = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Show speeds of prefill and decode.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object in place of a stream.")] = False,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Weight type.")] = "float32",
+    threads: Threads = None,
+) -> None:
+    """Go on from a prompt.
+
+    The prompt comes from --prompt, --prompt-file, a pipe, or the recipe. Without --model it is the recipe's run
+    that speaks, else the newest finished run under runs/.
+    """
+    recipe, overrides = _shift(recipe, overrides)
+    if overrides and not recipe:
+        raise RecipeError(f"{overrides[0]}: an override needs a recipe to change; name one first")
+    loaded = _load(recipe, overrides, seed) if recipe else None
+    from sparsecli.recipe.loader import with_options
+    from sparsecli.recipe.schema import GenerateSpec
+
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or None,
+    }
+    defaults = loaded.recipe.generate if loaded else GenerateSpec()
+    options = with_options(defaults, {name: value for name, value in given.items() if value is not None})
+    text = _prompt(prompt, prompt_file, options.prompt)
+    from sparsecli import generate as implementation
+
+    implementation.run(
+        loaded,
+        model=model,
+        prompt=text,
+        options=options,
+        seed=loaded.recipe.seed if loaded else seed or 0,
+        stats=stats,
+        json=json,
+        dtype=dtype,
+        threads=threads,
+    )
+
+
+def _prompt(text: str | None, file: Path | None, default: str | None) -> str:
+    """The prompt from the one place that was named; else from a pipe; else the recipe's."""
+    if text is not None and file is not None:
+        raise Failure("--prompt and --prompt-file: give one of them", exit_code=2)
+    if file is not None and str(file) != "-":
+        return _decode(file.read_bytes(), str(file))
+    if text == "-" or file is not None:
+        return _decode(sys.stdin.buffer.read(), "stdin")
+    if text is not None:
+        return text
+    if _piped() and (piped := sys.stdin.buffer.read()):
+        return _decode(piped, "stdin")
+    if default is None:
+        raise Failure("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe text in", exit_code=2)
+    return default
+
+
+def _piped() -> bool:
+    """Whether stdin is a pipe or a file; a terminal, or the null device of a service, has no prompt to read."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _decode(content: bytes, source: str) -> str:
+    """UTF-8 text without the line end that editors and `echo` put last."""
+    try:
+        return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise Failure(f"{source}: byte {error.start} is not UTF-8 text") from None
+
+
+def _percent(text: str) -> float:
+    """`5%` or `0.05` as 0.05."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"{text!r}; expected a share such as 5% or 0.05")
+    return value
+
+
+@app.command(
+    epilog="Example: sparsecli bench bench-800m --dtype bfloat16 --against base.json --fail-above 5%"
+)
+def bench(
+    recipe: OptionalRecipe = None,
+    overrides: Overrides = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Only dense variants.")] = False,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Only sparse variants; with --dense, both.")
+    ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIR", help="A trained run in place of random weights; may be repeated."),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(metavar="TYPE", help="float32 or bfloat16; may be repeated.")
+    ] = None,
+    threads: Threads = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens in the cache at the start.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Turns of every variant.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Measured tokens of a turn.")] = None,
+    seed: Seed = None,
+    format: Annotated[Format, typer.Option(help="Of the result on stdout.")] = "table",
+    json: AsJson = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write the result, as JSON, to this file.", show_default=False
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="An earlier result (JSON) to compare with.", show_default=False),
+    ] = None,
+    fail_above: Annotated[
+        Any,
+        typer.Option(
+            parser=_percent, metavar="PERCENT", help="Exit 3 when slower than that.", show_default=False
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure decoding, dense against sparse.
+
+    Without a recipe: the paper's Table 1 at 800M parameters, one token at a time, random weights.
+    """
+    recipe, overrides = _shift(recipe, overrides)
+    loaded = _load(recipe or "bench-800m", overrides, seed)
+    from sparsecli.bench import command
+
+    command.run(
+        loaded,
+        dense=dense,
+        sparse=sparse,
+        dtypes=dtype or None,
+        threads=threads,
+        context=context,
+        rounds=rounds,
+        tokens=tokens,
+        format="json" if json else format,
+        against=against,
+        fail_above=fail_above,
+        output=output,
+        dry_run=dry_run,
+        models=model or [],
+    )
+
+
+@app.command()
+def doctor(
+    format: Annotated[Literal["table", "json"], typer.Option(help="Of the answer on stdout.")] = "table",
+    json: AsJson = False,
+) -> None:
+    """Say what this machine and this installation can do."""
+    from sparsecli import doctor as implementation
+
+    implementation.run("json" if json else format)
+
+
+# -- recipes -------------------------------------------------------------------------------------------------
+
+
+@recipes.command("ls")
+def recipes_list() -> None:
+    """List the shipped recipes."""
+    from sparsecli.recipe import commands
+
+    commands.list_shipped()
+
+
+@recipes.command("show")
+def recipes_show(recipe: RecipeArgument) -> None:
+    """Print a recipe."""
+    from sparsecli.recipe import commands
+
+    commands.show(recipe)
+
+
+@recipes.command("cp", epilog="Example: sparsecli recipes cp quickstart mine.yaml")
+def recipes_copy(
+    recipe: RecipeArgument,
+    destination: Annotated[
+        Path | None, typer.Argument(help="File or folder; here by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Copy a recipe, to change it; never overwrites."""
+    from sparsecli.recipe import commands
+
+    commands.copy(recipe, destination)
+
+
+@recipes.command("check")
+def recipes_check(
+    recipe: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help=RECIPE_HELP, autocompletion=_shipped)
+    ],
+) -> None:
+    """Check recipes and count their parameters."""
+    from sparsecli.recipe import commands
+
+    commands.check(recipe)
+
+
+@recipes.command("schema")
+def recipes_schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from sparsecli.recipe import commands
+
+    commands.schema()
