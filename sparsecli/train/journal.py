@@ -47,7 +47,6 @@ class Journal(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.shown: dict[str, float] = {}
         self.tokens_start = self.tokens_logged = state.num_input_tokens_seen
 
     def on_step_begin(

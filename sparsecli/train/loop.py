@@ -96,6 +96,8 @@ class LanguageModelTrainer(Trainer):
         signals: stops training at the end of the step, with a checkpoint, once it has received one.
     """
 
+    control: TrainerControl
+
     def __init__(
         self,
         model: PreTrainedModel,
