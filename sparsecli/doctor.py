@@ -1,0 +1,141 @@
+"""`sparsecli doctor`: what this machine and this installation can do, as far as decoding speed depends on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from sparsecli import __version__, console
+from sparsecli.bench import roofline
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
+
+INSTRUCTIONS = {
+    "avx2": "8 float32 at once",
+    "fma": "multiply and add in one instruction",
+    "avx512f": "16 float32 at once",
+    "avx512_bf16": "bfloat16 products",
+    "avx512_vnni": "int8 products",
+    "amx_tile": "matrix unit: batches and prompts, not single tokens",
+}
+"""Flags of /proc/cpuinfo and what decoding gains from them."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to decode, and why it can or cannot be used here."""
+
+    name: str
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that `doctor` shows; a figure that cannot be found out is None."""
+
+    versions: dict[str, str | None]
+    cpu: str
+    instructions: dict[str, bool] | None
+    cores: int | None
+    """Physical cores of the machine."""
+    usable_cpus: int
+    """Logical CPUs that this process may run on."""
+    torch_threads: int
+    torch_isa: str
+    memory_gb: float
+    available_gb: float
+    bandwidth_gb_s: float
+    """Reading memory with all of torch's threads."""
+    backends: list[Backend]
+
+
+def run(format: Literal["table", "json"]) -> None:
+    """Examine the machine (about a second) and show the result on stdout."""
+    diagnosis = examine()
+    if format == "json":
+        console.json_out(asdict(diagnosis))
+    else:
+        console.print_table(["what", "found", "note"], rows(diagnosis))
+
+
+def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> Diagnosis:
+    """Look at this machine; the bandwidth is measured."""
+    name, flags = _processor(cpuinfo)
+    memory = psutil.virtual_memory()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Diagnosis(
+        versions={
+            "sparsecli": __version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in PACKAGES},
+        },
+        cpu=name,
+        instructions=None if flags is None else {flag: flag in flags for flag in INSTRUCTIONS},
+        cores=psutil.cpu_count(logical=False),
+        usable_cpus=usable,
+        torch_threads=torch.get_num_threads(),
+        torch_isa=torch.backends.cpu.get_cpu_capability(),
+        memory_gb=round(memory.total / 1e9, 1),
+        available_gb=round(memory.available / 1e9, 1),
+        bandwidth_gb_s=round(roofline.bandwidth(), 2),
+        backends=[
+            Backend(
+                "torch", True, f"torch {torch.__version__} with {torch.backends.cpu.get_cpu_capability()}"
+            ),
+            Backend("native", False, "not part of this version"),
+        ],
+    )
+
+
+def rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
+    """The lines of the table: what, found, note."""
+    result = [
+        (package, found or "not installed", "" if found else f"pip install {package}")
+        for package, found in diagnosis.versions.items()
+    ]
+    cores = "unknown" if diagnosis.cores is None else str(diagnosis.cores)
+    result += [
+        ("processor", diagnosis.cpu, ""),
+        ("cores", cores, f"{diagnosis.usable_cpus} logical CPUs for this process"),
+        ("torch threads", str(diagnosis.torch_threads), "OMP_NUM_THREADS or --threads sets them"),
+    ]
+    for flag, meaning in INSTRUCTIONS.items():
+        have = None if diagnosis.instructions is None else diagnosis.instructions[flag]
+        result.append((flag, {None: "unknown", True: "yes", False: "no"}[have], meaning))
+    limit = diagnosis.bandwidth_gb_s
+    result += [
+        ("memory", f"{diagnosis.memory_gb:.1f} GB", f"{diagnosis.available_gb:.1f} GB free"),
+        ("bandwidth", f"{limit:.1f} GB/s", f"1 GB of weights per token: at best {limit:.1f} tokens/s"),
+    ]
+    for backend in diagnosis.backends:
+        result.append((f"decode: {backend.name}", "yes" if backend.usable else "no", backend.reason))
+    return result
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor(cpuinfo: Path) -> tuple[str, set[str] | None]:
+    """Name and instruction flags of the first processor; flags are None where the system does not tell."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine(), None
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    flags = found.get("flags")
+    return found.get("model name") or platform.machine(), None if flags is None else set(flags.split())

@@ -1,0 +1,67 @@
+"""What `doctor` finds out, and that it says so when it cannot."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+
+from sparsecli import doctor
+
+
+@pytest.fixture(autouse=True)
+def _known_bandwidth(monkeypatch):
+    monkeypatch.setattr(doctor.roofline, "bandwidth", lambda: 12.5)
+
+
+def test_json_holds_the_figures(capsys):
+    doctor.run("json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == version("torch")
+    assert found["bandwidth_gb_s"] == 12.5
+    assert found["usable_cpus"] >= 1
+    assert found["memory_gb"] >= found["available_gb"] > 0
+    assert [(backend["name"], backend["usable"]) for backend in found["backends"]] == [
+        ("torch", True),
+        ("native", False),
+    ]
+
+
+def test_table_has_every_figure(capsys):
+    doctor.run("table")
+    shown = capsys.readouterr().out
+    for expected in ("sparsecli", version("transformers"), "12.5 GB/s", "avx512_bf16", "decode: native"):
+        assert expected in shown
+
+
+def test_instructions_are_whole_flags(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "model name\t: Some CPU\nflags\t: fpu avx2 avx512fp16\n\nmodel name : other\nflags : fma\n"
+    )
+    found = doctor.examine(cpuinfo)
+    assert found.cpu == "Some CPU"
+    assert found.instructions is not None
+    assert [flag for flag, have in found.instructions.items() if have] == ["avx2"]
+
+
+@pytest.mark.parametrize("content", [None, "processor : 0\nFeatures : fp asimd\n"])
+def test_a_system_that_does_not_tell(tmp_path, content):
+    cpuinfo = tmp_path / "cpuinfo"
+    if content:
+        cpuinfo.write_text(content)
+    found = doctor.examine(cpuinfo)
+    assert found.cpu
+    assert found.instructions is None
+    assert ("avx2", "unknown") in [row[:2] for row in doctor.rows(found)]
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def lookup(package):
+        if package == "datasets":
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(doctor, "version", lookup)
+    assert ("datasets", "not installed", "pip install datasets") in doctor.rows(doctor.examine())
