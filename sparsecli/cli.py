@@ -37,7 +37,7 @@ debug = False
 def main() -> None:
     """Entry point: every error ends as one clear line and an exit code."""
     try:
-        app()
+        app(prog_name="sparsecli")
     except Failure as failure:
         _end(failure)
     except KeyboardInterrupt:

@@ -1,0 +1,331 @@
+"""Arguments in, exit code out: what each command hands on, and how errors of every sort end."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+import sparsecli
+from sparsecli import cli, console
+from sparsecli.recipe.loader import shipped
+
+PROGRAM = [sys.executable, "-c", "from sparsecli.cli import main; main()"]
+IMPLEMENTATIONS = {
+    "train": "sparsecli.train.trainer",
+    "sparsify-convert": "sparsecli.convert.command",
+    "generate": "sparsecli.generate",
+    "bench": "sparsecli.bench.command",
+    "doctor": "sparsecli.doctor",
+}
+SMALLEST = {
+    "train": ["quickstart"],
+    "sparsify-convert": ["quickstart-convert"],
+    "generate": ["--prompt", "x"],
+    "bench": [],
+    "doctor": [],
+}
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Call the program in this process; the result is its exit code."""
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["sparsecli", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0
+
+    return call
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stand-ins for what the commands import: they record their arguments, and raise `calls.error`."""
+    record = SimpleNamespace(loaded=None, options={}, error=None)
+
+    def run(*arguments, **options):
+        record.loaded, record.options = arguments[0] if arguments else None, options
+        if record.error:
+            raise record.error
+
+    for name in IMPLEMENTATIONS.values():
+        stand_in = ModuleType(name)
+        stand_in.run = run
+        package, _, attribute = name.rpartition(".")
+        monkeypatch.setitem(sys.modules, name, stand_in)
+        monkeypatch.setattr(importlib.import_module(package), attribute, stand_in, raising=False)
+    return record
+
+
+# -- what is handed on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", IMPLEMENTATIONS)
+def test_arguments_fit_the_implementation(command, run, calls):
+    assert run(command, *SMALLEST[command]) == 0
+    path = Path(sparsecli.__file__).parents[1] / (IMPLEMENTATIONS[command].replace(".", "/") + ".py")
+    functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
+    (definition,) = [function for function in functions if function.name == "run"]
+    keywords = [argument.arg for argument in definition.args.kwonlyargs]
+    assert set(calls.options) <= set(keywords)
+    required = [
+        k for k, default in zip(keywords, definition.args.kw_defaults, strict=True) if default is None
+    ]
+    assert set(required) <= set(calls.options)
+
+
+def test_train(run, calls):
+    assert run("train", "quickstart", "train.max_steps=7", "--seed", "3", "model.layers=2") == 0
+    recipe = calls.loaded.recipe
+    assert (recipe.train.max_steps, recipe.model.layers, recipe.seed) == (7, 2, 3)
+    assert calls.options == {"output": Path("runs/quickstart"), "resume": None, "dry_run": False}
+    assert run("train", "quickstart", "output=there", "--resume", "auto", "--dry-run") == 0
+    assert calls.options == {"output": Path("there"), "resume": "auto", "dry_run": True}
+    assert run("train", "quickstart", "output=there", "--output", "here") == 0
+    assert calls.options["output"] == Path("here")
+
+
+def test_convert(run, calls):
+    assert run("sparsify-convert", "quickstart-convert", "--model", "runs/a", "--json") == 0
+    assert calls.loaded.name == "quickstart-convert"
+    assert calls.options == {"model": "runs/a", "output": None, "dry_run": False, "format": "json"}
+
+
+def test_bench(run, calls):
+    assert run("bench", "--dense", "--sparse", "--dtype", "float32", "--fail-above", "5%") == 0
+    assert calls.loaded.name == "bench-800m"
+    options = calls.options
+    assert (options["dense"], options["sparse"], options["dtypes"]) == (True, True, ["float32"])
+    assert options["fail_above"] == 0.05
+    assert (options["format"], options["models"], options["threads"]) == ("table", [], None)
+    assert run("bench", "bench-17b", "--fail-above", "0.1", "--model", "a", "--model", "b") == 0
+    assert calls.loaded.name == "bench-17b"
+    assert (calls.options["fail_above"], calls.options["models"]) == (0.1, ["a", "b"])
+
+
+def test_a_first_override_is_no_recipe(run, calls):
+    assert run("bench", "bench.rounds=9", "bench.context=3") == 0
+    assert calls.loaded.name == "bench-800m"
+    assert (calls.loaded.recipe.bench.rounds, calls.loaded.recipe.bench.context) == (9, 3)
+
+
+@pytest.mark.parametrize("share", ["x", "-1%", "100%", "nan", ""])
+def test_bench_refuses_shares_that_are_none(share, run, calls, capsys):
+    assert run("bench", f"--fail-above={share}") == 2
+    assert "expected a share such as 5%" in capsys.readouterr().err
+
+
+def test_generate_options_go_before_the_recipe(run, calls):
+    assert run("generate", "quickstart", "generate.top_k=9", "generate.top_p=0.5", "--top-p", "0.25") == 0
+    options = calls.options["options"]
+    assert (options.top_k, options.top_p) == (9, 0.25)
+    assert calls.options["prompt"] == "def "
+    assert (
+        run("generate", "--temperature", "0", "--stop", "a", "--stop", "b", "--prompt", "x", "--seed", "4")
+        == 0
+    )
+    options = calls.options["options"]
+    assert (calls.loaded, options.temperature, options.stop, calls.options["seed"]) == (
+        None,
+        0,
+        ["a", "b"],
+        4,
+    )
+
+
+def test_generate_names_a_wrong_option(run, calls, capsys):
+    assert run("generate", "--prompt", "x", "--top-p", "2") == 2
+    assert capsys.readouterr().err == "error: --top-p: expected a number above 0 and of at most 1, got 2.0\n"
+
+
+def test_generate_override_needs_a_recipe(run, calls, capsys):
+    assert run("generate", "generate.top_k=3", "--prompt", "x") == 2
+    assert "needs a recipe" in capsys.readouterr().err
+
+
+def stdin_from(monkeypatch, path: Path) -> None:
+    monkeypatch.setattr(sys, "stdin", path.open())
+
+
+def test_prompt_comes_from_one_place(run, calls, tmp_path, monkeypatch, capsys):
+    piped, file = tmp_path / "piped", tmp_path / "prompt.txt"
+    piped.write_text("piped\n\n")
+    file.write_text("from file\r\n")
+    stdin_from(monkeypatch, piped)
+    assert run("generate", "quickstart") == 0
+    assert calls.options["prompt"] == "piped\n"
+    stdin_from(monkeypatch, piped)
+    assert run("generate", "--prompt", "-") == 0
+    assert calls.options["prompt"] == "piped\n"
+    stdin_from(monkeypatch, piped)
+    assert run("generate", "--prompt", "option\n") == 0
+    assert calls.options["prompt"] == "option\n"
+    assert run("generate", "--prompt-file", str(file)) == 0
+    assert calls.options["prompt"] == "from file"
+    assert run("generate", "--prompt-file", str(file), "--prompt", "x") == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_prompt_that_is_missing_or_no_text(run, calls, tmp_path, monkeypatch, capsys):
+    stdin_from(monkeypatch, Path(os.devnull))
+    assert run("generate", "bench-800m") == 2
+    assert "no prompt" in capsys.readouterr().err
+    assert run("generate", "--prompt-file", str(tmp_path / "none")) == 1
+    assert "No such file" in capsys.readouterr().err
+    latin = tmp_path / "latin"
+    latin.write_bytes(b"caf\xe9")
+    assert run("generate", "--prompt-file", str(latin)) == 1
+    assert capsys.readouterr().err == f"error: {latin}: byte 3 is not UTF-8 text\n"
+
+
+# -- how it ends ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (console.Failure("no model"), 1, "error: no model\n"),
+        (console.RecipeError("a\nb"), 2, "error: a\nerror: b\n"),
+        (console.Regression("slower"), 3, "error: slower\n"),
+        (console.Mismatch("differs"), 4, "error: differs\n"),
+        (console.Stopped("stopped at step 3"), 75, "stopped at step 3\n"),
+        (console.Stopped("stopped", exit_code=130), 130, "stopped\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/d/f"),
+            1,
+            "error: /d/f: No space left on device\n",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), 1, "error: Permission denied\n"),
+        (
+            ValueError("boom\nmore"),
+            1,
+            "error: unexpected ValueError: boom (`sparsecli --debug ...` shows where it comes from)\n",
+        ),
+    ],
+)
+def test_every_error_is_one_message_and_a_code(error, code, shown, run, calls, capsys):
+    calls.error = error
+    assert run("train", "quickstart") == code
+    assert capsys.readouterr() == ("", shown)
+
+
+def test_debug_shows_where(run, calls, capsys):
+    calls.error = ValueError("boom")
+    assert run("--debug", "train", "quickstart") == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "raise record.error" in shown
+    assert run("train", "quickstart") == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nothing"],
+        ["train"],
+        ["train", "quickstart", "--nothing"],
+        ["bench", "--threads", "0"],
+        ["bench", "--format", "xml"],
+        ["recipes", "show"],
+    ],
+)
+def test_usage_errors(arguments, run, calls, capsys):
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Usage: sparsecli" in captured.err
+
+
+def test_recipe_errors_come_from_real_files(tmp_path):
+    (tmp_path / "r.yaml").write_text("seed: x\nmodle: 3\n")
+    ended = subprocess.run([*PROGRAM, "train", "r.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.splitlines() == [
+        "error: r.yaml:1:1: seed: expected a whole number of at least 0, got 'x'",
+        "error: r.yaml:2:1: modle: unknown key, did you mean model?",
+    ]
+    assert os.listdir(tmp_path) == ["r.yaml"]
+
+
+def test_a_reader_that_leaves_is_no_error():
+    # The reader is gone before the program writes.
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([*PROGRAM, "recipes", "schema"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert ended.stderr == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [*PROGRAM, "recipes", "schema"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (ended.returncode, ended.stderr) == (1, "error: No space left on device\n")
+
+
+# -- small commands ------------------------------------------------------------------------------------------
+
+
+def test_version(run, capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"sparsecli {sparsecli.__version__}\n"
+
+
+def test_help_names_every_command_and_loads_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['sparsecli', '--help']; from sparsecli import cli\n"
+        "try: cli.main()\n"
+        "finally: print('loaded:', sorted({'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    for command in (*IMPLEMENTATIONS, "recipes"):
+        assert f"\n  {command} " in shown
+    assert "loaded: []" in shown
+    assert "..." not in shown.partition("Commands:")[2], "a summary is cut short"
+
+
+def test_loading_a_recipe_needs_no_torch():
+    code = (
+        "import sys; from sparsecli.recipe.loader import load; load('quickstart')\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_recipes(run, capsys, tmp_path):
+    assert run("recipes", "ls") == 0
+    assert "quickstart-convert" in capsys.readouterr().out
+    assert run("recipes", "show", "quickstart") == 0
+    assert capsys.readouterr().out == shipped()["quickstart"].read_text()
+    target = tmp_path / "mine.yaml"
+    assert run("recipes", "cp", "quickstart", str(target)) == 0
+    assert run("recipes", "cp", "quickstart", str(target)) == 2
+    assert capsys.readouterr().err == f"wrote {target}\nerror: {target} exists; name another destination\n"
+    assert run("recipes", "check", str(target)) == 0
+    assert "4,497,792" in capsys.readouterr().out
+    assert run("recipes", "schema") == 0
+    assert '"properties"' in capsys.readouterr().out
+
+
+def test_completion_offers_shipped_recipes():
+    assert cli._shipped("bench") == ["bench-17b", "bench-800m"]
+
+
+def test_every_command_is_documented():
+    commands = [*cli.app.registered_commands, *cli.recipes.registered_commands]
+    assert all(inspect.getdoc(command.callback) for command in commands)

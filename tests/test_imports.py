@@ -1,0 +1,153 @@
+"""Imports run one way, printing happens in one place, and `import sparsecli` is light but registers the models."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sparsecli
+
+ROOT = Path(sparsecli.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+
+# What a module may import of ours, by the longest prefix of its name. Lazy imports count like any other.
+LAYERS = {
+    "sparsecli": {"sparsecli.model"},
+    "sparsecli.console": set(),
+    "sparsecli.model.architecture": set(),
+    "sparsecli.model.layers": {"sparsecli.model.layers", "sparsecli.model.architecture"},
+    "sparsecli.model": {"sparsecli.model", "sparsecli.console"},
+    "sparsecli.recipe": {"sparsecli.recipe", "sparsecli.console", "sparsecli.model.architecture"},
+    "sparsecli.recipe.commands": {"sparsecli.recipe", "sparsecli.console", "sparsecli.model"},
+    "sparsecli.data": {"sparsecli.data", "sparsecli.console", "sparsecli.recipe"},
+}
+BELOW_COMMANDS = {
+    "sparsecli",  # its version
+    "sparsecli.console",
+    "sparsecli.recipe",
+    "sparsecli.model",
+    "sparsecli.data",
+}
+LAYERS |= {
+    "sparsecli.train": BELOW_COMMANDS | {"sparsecli.train"},
+    "sparsecli.generate": BELOW_COMMANDS | {"sparsecli.generate"},
+    "sparsecli.bench": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.train"},
+    "sparsecli.convert": BELOW_COMMANDS | {"sparsecli.convert", "sparsecli.train", "sparsecli.bench"},
+    "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench"},
+    "sparsecli.cli": BELOW_COMMANDS
+    | {f"sparsecli.{name}" for name in ("train", "generate", "bench", "convert", "doctor")},
+}
+
+LIGHT = ["sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.model", "sparsecli.model.architecture"]
+LIGHT += [name for name in MODULES if name.startswith("sparsecli.recipe")]
+HEAVY = {"torch", "transformers", "numpy", "datasets", "tokenizers", "safetensors", "accelerate"}
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
+    """Full names of what a file imports; `from sparsecli import cli` counts as `sparsecli.cli`."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else str(node.module)
+
+
+def strays(name: str) -> list[str]:
+    prefix = max((prefix for prefix in LAYERS if within(name, prefix)), key=len)
+    assert prefix != "sparsecli" or name == "sparsecli", f"{name}: give it a place in LAYERS"
+    # "sparsecli" itself stands for its own file alone, not for everything below it.
+    return [
+        imported
+        for imported in imports(MODULES[name])
+        if within(imported, "sparsecli")
+        and not any(imported == ok if ok == "sparsecli" else within(imported, ok) for ok in LAYERS[prefix])
+    ]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way(name):
+    assert strays(name) == []
+
+
+def test_a_wrong_import_is_noticed(tmp_path, monkeypatch):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("def f():\n    from sparsecli.train import trainer\n    from sparsecli import cli\n")
+    monkeypatch.setitem(MODULES, "sparsecli.model.layers.wrong", wrong)
+    assert strays("sparsecli.model.layers.wrong") == ["sparsecli.train.trainer", "sparsecli.cli"]
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_import_nothing_heavy(name):
+    assert (
+        not {imported.partition(".")[0] for imported in imports(MODULES[name], top_level_only=True)} & HEAVY
+    )
+
+
+def printing(path: Path) -> list[int]:
+    """Lines that print, or write to the standard streams."""
+    tree = ast.parse(path.read_text())
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [
+        call.lineno
+        for call in calls
+        if (isinstance(call, ast.Name) and call.id == "print")
+        or ast.unparse(call) in ("sys.stdout.write", "sys.stderr.write", "typer.echo", "rich.print")
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "sparsecli.console"])
+def test_only_the_console_prints(name):
+    assert printing(MODULES[name]) == []
+
+
+def test_printing_is_noticed(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("import sys\nprint(1)\nsys.stderr.write('x')\n")
+    assert printing(wrong) == [2, 3]
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_sparsecli_is_light():
+    heavy = python(
+        "import sys, sparsecli; print({'torch', 'transformers', 'pydantic', 'rich'} & set(sys.modules))"
+    )
+    assert heavy == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import sparsecli; from transformers import AutoConfig, AutoModelForCausalLM",
+        "from transformers import AutoConfig, AutoModelForCausalLM; import sparsecli",
+        "from transformers import AutoConfig; import sparsecli; from transformers import AutoModelForCausalLM",
+    ],
+)
+def test_auto_classes_know_the_models_in_every_order(first):
+    made = python(
+        f"{first}\n"
+        "config = AutoConfig.for_model('scaling_transformer')\n"
+        "print(type(config).__module__, AutoModelForCausalLM._model_mapping[type(config)].__module__)"
+    )
+    assert made == "sparsecli.model.configuration sparsecli.model.causal_lm\n"
