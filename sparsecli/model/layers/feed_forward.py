@@ -50,10 +50,17 @@ class DenseFeedForward(nn.Module):
 
 
 def choose(scores: Tensor, count: int) -> Tensor:
-    """Indices (..., count) of the largest scores of the last axis."""
-    if count == 1:
-        return scores.argmax(dim=-1, keepdim=True)
-    return scores.topk(count, dim=-1).indices
+    """Indices (..., count) of the largest scores of the last axis, best first.
+
+    A few argmaxes are several times faster than torch's top-k on a CPU.
+    """
+    if count > 4:
+        return scores.topk(count, dim=-1).indices
+    best = [scores.argmax(dim=-1, keepdim=True)]
+    for _ in range(count - 1):
+        scores = scores.scatter(-1, best[-1], -torch.inf)
+        best.append(scores.argmax(dim=-1, keepdim=True))
+    return torch.cat(best, dim=-1) if count > 1 else best[0]
 
 
 def training_mask(
@@ -73,8 +80,9 @@ def training_mask(
     p = logits.float().softmax(dim=-1)
     scores = logits.detach().float()
     if temperature > 0:
-        # -log of a unit exponential is a Gumbel variable; the shift between logits and log p changes no choice.
-        scores = scores - temperature * torch.empty_like(scores).exponential_().log()
+        uniform = torch.rand_like(scores).clamp_(1e-6, 1 - 1e-6)
+        gumbel = uniform.log_().neg_().log_().neg_()
+        scores = scores + temperature * gumbel  # logits differ from log p by a shift, which changes no choice
     one_hot = torch.zeros_like(p).scatter_(-1, choose(scores, count), 1.0)
     straight_through = one_hot + (p - p.detach())
     if hard_fraction >= 1:
