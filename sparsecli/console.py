@@ -6,6 +6,7 @@ rich is imported on first use, so that a module which only needs an error class 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ PLAIN_SECONDS = 10.0
 _UNPRINTABLE = {
     code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
 }
+
+_NUMBER = re.compile(r"[-+]?[\d.,]+ ?[%x]?|—|")
 
 
 class Failure(Exception):
@@ -113,16 +116,17 @@ def table(table: Table) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
-    """A table of plain values to stdout: numbers to the right, text to the left, None as a dash."""
+    """A table of plain values to stdout: columns of numbers to the right, None as a dash."""
     from rich import box
     from rich.table import Table
 
     result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    cells = [["—" if value is None else str(value) for value in row] for row in rows]
     for index, column in enumerate(columns):
-        numeric = any(isinstance(row[index], int | float) for row in rows)
+        numeric = bool(cells) and all(_NUMBER.fullmatch(row[index]) for row in cells)
         result.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
-    for row in rows:
-        result.add_row(*("—" if value is None else str(value) for value in row))
+    for row in cells:
+        result.add_row(*row)
     table(result)
 
 

@@ -73,13 +73,13 @@ def test_stopping_is_not_an_error(capsys):
 
 
 def test_table_aligns_numbers_and_keeps_rows_whole(capsys):
-    console.print_table(["name", "n"], [["x" * 150, 5], ["[b]", 12345], ["y", None]], title="T")
+    console.print_table(["name", "n"], [["x" * 150, 5], ["[b]", "12,345"], ["y", None]], title="T")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].strip() == "T"
     row = {line.split()[0]: line for line in lines if line.strip()}
-    assert row["[b]"].rstrip().endswith("12345")
-    assert row["x" * 150].rstrip().endswith("    5")
-    assert row["y"].rstrip().endswith("—")
+    assert row["[b]"].rstrip().endswith("  12,345")
+    assert row["x" * 150].rstrip().endswith("       5")
+    assert row["y"].rstrip().endswith("       —")
 
 
 def test_json_is_strict(capsys):
