@@ -65,6 +65,8 @@ class SparseFeedForwardSpec(Block):
     """Non-linearity of a unit."""
     gated: bool = False
     """Multiply the activated gate by a second, linear branch (SwiGLU-like)."""
+    unit_bias: bool = False
+    """A bias on every unit before its activation; the paper's layer has none, a converted dense one may."""
     hard_fraction: Probability = 0.3
     """Share of training calls that use the hard choice; the others use the soft one (paper: 0.3)."""
     temperature: Annotated[float, Field(ge=0)] = 0.1

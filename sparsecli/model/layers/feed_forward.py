@@ -122,6 +122,7 @@ class SparseFeedForward(nn.Module):
 
     Args:
         d_ff, block_size, rank, units_per_block: sizes; d_ff is a multiple of block_size.
+        unit_bias: a bias on what enters the activation (none in the paper's layer).
         hard_fraction, temperature: training behaviour, see `training_mask`.
         probability_gate: multiply a chosen unit by its probability (off in the paper).
     """
@@ -135,6 +136,7 @@ class SparseFeedForward(nn.Module):
         units_per_block: int = 1,
         activation: str = "relu",
         gated: bool = False,
+        unit_bias: bool = False,
         hard_fraction: float = 0.3,
         temperature: float = 0.1,
         probability_gate: bool = False,
@@ -149,6 +151,7 @@ class SparseFeedForward(nn.Module):
         )  # unit-major, as are up and down
         self.up = nn.Parameter(torch.empty(d_ff, d_model))
         self.down = nn.Parameter(torch.empty(d_ff, d_model))
+        self.unit_bias = nn.Parameter(torch.empty(d_ff)) if unit_bias else None
         self.bias = nn.Parameter(torch.empty(d_model))
         self.block_size = block_size
         self.units_per_block = units_per_block
@@ -163,7 +166,9 @@ class SparseFeedForward(nn.Module):
         for weight in (self.gate, self.up, self.down):
             if weight is not None:
                 nn.init.xavier_uniform_(weight)
-        nn.init.normal_(self.bias, std=1e-6)
+        for bias in (self.unit_bias, self.bias):
+            if bias is not None:
+                nn.init.normal_(bias, std=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., d)."""
@@ -185,15 +190,22 @@ class SparseFeedForward(nn.Module):
         tokens, blocks, _ = chosen.shape
         first = torch.arange(0, blocks * self.block_size, self.block_size, device=x.device)
         rows = (chosen + first[:, None]).flatten()
-        read = lambda weight: weight.index_select(0, rows).view(tokens, -1, x.shape[-1])  # noqa: E731
-        h = torch.bmm(read(self.up), x.unsqueeze(-1)).squeeze(-1)  # (tokens, blocks * k)
+
+        def units(weight: Tensor) -> Tensor:
+            """Products of x with the chosen rows: (tokens, blocks * k)."""
+            read = weight.index_select(0, rows).view(tokens, -1, x.shape[-1])
+            return torch.bmm(read, x.unsqueeze(-1)).squeeze(-1)
+
+        h = units(self.up if self.gate is None else self.gate)
+        if self.unit_bias is not None:
+            h = h + self.unit_bias[rows].view_as(h)
+        h = ACTIVATIONS[self.activation](h)
         if self.gate is not None:
-            h = h * ACTIVATIONS[self.activation](torch.bmm(read(self.gate), x.unsqueeze(-1)).squeeze(-1))
-        else:
-            h = ACTIVATIONS[self.activation](h)
+            h = h * units(self.up)
         if scale is not None:
             h = h * scale.flatten(1)
-        return torch.bmm(h.unsqueeze(1), read(self.down)).squeeze(1) + self.bias
+        read = self.down.index_select(0, rows).view(tokens, -1, x.shape[-1])
+        return torch.bmm(h.unsqueeze(1), read).squeeze(1) + self.bias
 
     def evaluate_masked(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
         """The same as `evaluate_gathered`, computing every unit and masking."""
@@ -204,7 +216,7 @@ class SparseFeedForward(nn.Module):
 
     def _masked(self, x: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
         """Every unit, with `mask` (tokens, blocks, N) before the activation and `after` behind it."""
-        h = F.linear(x, self.up if self.gate is None else self.gate)
+        h = F.linear(x, self.up if self.gate is None else self.gate, self.unit_bias)
         h = ACTIVATIONS[self.activation](h * mask.flatten(1).to(h.dtype))
         if self.gate is not None:
             h = h * F.linear(x, self.up)
