@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -239,10 +238,7 @@ def run(
         torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    output = None
-    if loaded is not None:
-        output = Path(loaded.recipe.output or f"runs/{loaded.name}")
-    folder = find_model(model, output)
+    folder = find_model(model, loaded.output if loaded else None)
     network, tokenizer = load_model(folder, getattr(torch, dtype))
     ids = encode_prompt(network, tokenizer, prompt, chat)
     result = write(network, tokenizer, ids, options, seed, _ignore if json else _stream)

@@ -1,0 +1,97 @@
+"""From a dense feed-forward layer to a sparse one: the same units, and a controller fitted to choose among them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsecli.model.layers.feed_forward import ACTIVATIONS, DenseFeedForward, SparseFeedForward, choose
+
+
+def copy_units(dense: DenseFeedForward, sparse: SparseFeedForward) -> None:
+    """Give `sparse` the units of `dense`; consecutive units share a block."""
+    with torch.no_grad():
+        sparse.up.copy_(dense.up.weight)
+        sparse.down.copy_(dense.down.weight.T)  # (d, d_ff) -> unit-major
+        if dense.down.bias is not None:
+            sparse.bias.copy_(dense.down.bias)
+        else:
+            sparse.bias.zero_()
+        if dense.gate is not None and sparse.gate is not None:
+            sparse.gate.copy_(dense.gate.weight)
+        if sparse.unit_bias is not None:
+            sparse.unit_bias.copy_(dense.up.bias)
+
+
+@torch.no_grad()
+def unit_scores(sparse: SparseFeedForward, x: Tensor) -> Tensor:
+    """How much each unit adds to the output for x (tokens, d): |h| times the norm of its row of W_down.
+
+    Returns (tokens, blocks, N). The best k of a block are what a perfect controller would choose.
+    """
+    h = F.linear(x, sparse.up if sparse.gate is None else sparse.gate, sparse.unit_bias)
+    h = ACTIVATIONS[sparse.activation](h)
+    if sparse.gate is not None:
+        h = h * F.linear(x, sparse.up)
+    return (h.abs() * sparse.down.norm(dim=-1)).unflatten(-1, (-1, sparse.block_size))
+
+
+@torch.no_grad()
+def start_controller(sparse: SparseFeedForward, x: Tensor) -> None:
+    """Start the controller as the best low-rank copy of the units' pre-activations on x (tokens, d).
+
+    The error is measured on x, not on the weights: with the Cholesky factor L of x^T x, the truncated singular
+    value decomposition of W L, taken back by L^-1, is the best rank-r map for these inputs (conversion by an
+    activation-whitened decomposition). A unit counts by the norm of its row of W_down.
+    """
+    weight = sparse.up if sparse.gate is None else sparse.gate
+    importance = sparse.down.norm(dim=-1)
+    target = (importance[:, None] * weight).double()
+    covariance = x.double().T @ x.double() / len(x)
+    covariance.diagonal().add_(1e-4 * covariance.diagonal().mean())  # inputs may lie in a subspace
+    factor = torch.linalg.cholesky(covariance)
+    left, values, right = torch.linalg.svd(target @ factor, full_matrices=False)
+    rank = sparse.controller.first.shape[0]
+    first = torch.linalg.solve_triangular(factor, right[:rank], upper=False, left=False)
+    bias = torch.zeros_like(importance) if sparse.unit_bias is None else importance * sparse.unit_bias
+    # Logits of unit spread: a softmax over them is neither flat nor already certain.
+    spread = (x.double() @ first.T @ (left[:, :rank] * values[:rank]).T + bias).std()
+    sparse.controller.first.copy_(first)
+    sparse.controller.second.copy_(left[:, :rank] * values[:rank] / spread)
+    sparse.controller.bias.copy_(bias / spread)
+
+
+def fit_controller(
+    sparse: SparseFeedForward, x: Tensor, steps: int, generator: torch.Generator, batch_size: int = 1024
+) -> float:
+    """Fit the controller on x (tokens, d): cross-entropy towards each block's shares of the output.
+
+    Returns the share of the total score that the chosen units hold, relative to a perfect choice (1 is perfect).
+    """
+    start_controller(sparse, x)
+    scores = unit_scores(sparse, x)
+    optimizer = torch.optim.Adam(sparse.controller.parameters(), lr=2e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        rows = torch.randint(len(x), (min(batch_size, len(x)),), generator=generator)
+        wanted = scores[rows]
+        mass = wanted.sum(dim=-1, keepdim=True)
+        # Blocks that add much count more; a block with no active unit has nothing to learn from.
+        weight = mass.squeeze(-1) / mass.mean().clamp(min=1e-12)
+        losses = -(wanted / mass.clamp(min=1e-12) * sparse.controller(x[rows]).log_softmax(dim=-1)).sum(
+            dim=-1
+        )
+        optimizer.zero_grad()
+        (weight * losses).mean().backward()
+        optimizer.step()
+    return captured_share(sparse, x, scores)
+
+
+@torch.no_grad()
+def captured_share(sparse: SparseFeedForward, x: Tensor, scores: Tensor) -> float:
+    """Score held by the controller's choice over that of the best choice, on x (tokens, d)."""
+    k = sparse.units_per_block
+    chosen = scores.gather(-1, choose(sparse.controller(x), k)).sum()
+    best = scores.gather(-1, choose(scores, k)).sum()
+    return (chosen / best.clamp(min=1e-12)).item()
