@@ -218,8 +218,8 @@ def _measure(
     bandwidths = Bandwidth(before=round(before, 2), after=round(roofline.bandwidth(), 2))
     if roofline.drifted(bandwidths.before, bandwidths.after):
         console.warn(
-            f"memory bandwidth went from {bandwidths.before:.1f} to {bandwidths.after:.1f} GB/s while measuring; "
-            "the machine was busy or changed: trust ratios more than milliseconds, or measure again"
+            f"memory bandwidth went from {bandwidths.before:.1f} to {bandwidths.after:.1f} GB/s meanwhile: the "
+            "machine was busy or changed; trust ratios more than milliseconds, or measure again"
         )
     return Result(
         command=shlex.join(["sparsecli", *sys.argv[1:]]),

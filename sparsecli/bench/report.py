@@ -9,9 +9,9 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich import box
 from rich.cells import cell_len
 from rich.table import Table
@@ -28,9 +28,9 @@ class _Record(BaseModel):
 class Bandwidth(_Record):
     """Sequential read bandwidth of all threads together, probed around the measurement."""
 
-    before: float
+    before: Annotated[float, Field(gt=0)]
     """GB/s before the first round."""
-    after: float
+    after: Annotated[float, Field(gt=0)]
     """GB/s after the last round."""
 
     @property
@@ -71,14 +71,18 @@ class Spread(_Record):
     """Percentiles in milliseconds."""
 
     p10: float
-    p50: float
+    """Nine in ten were slower."""
+    p50: Annotated[float, Field(gt=0)]
+    """The median."""
     p90: float
+    """Nine in ten were faster."""
 
 
 class Times(Spread):
     """Percentiles and every measured token, in milliseconds."""
 
     samples: list[float]
+    """In order, turn after turn."""
 
 
 class Row(_Record):
@@ -163,6 +167,14 @@ class Result(_Record):
     comparison: list[Change] | None = None
     """Against an earlier result (`--against`)."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Result:
+        expected = self.settings.rounds * self.settings.tokens_per_round
+        for row in self.rows:
+            if len(row.ms_per_token.samples) != expected:
+                raise ValueError(f"{row.variant} has {len(row.ms_per_token.samples)} samples, not {expected}")
+        return self
+
 
 # -- figures as text -----------------------------------------------------------------------------------------
 
@@ -187,7 +199,7 @@ def megabytes(value: int) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its two-line title, its cells, and when to give it up (0: never)."""
+    """A column: two-line title, cells, and rank in being left out (the highest goes first; 0 stays)."""
 
     title: str
     cell: Callable[[Row], str | None]
@@ -303,7 +315,7 @@ def changes_table(changes: Sequence[Change]) -> Table:
 
 
 def as_json(result: Result) -> str:
-    """The record, one field a line; samples stay on one line each row."""
+    """The whole record, samples included."""
     return result.model_dump_json(by_alias=True, indent=2)
 
 

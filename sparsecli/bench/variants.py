@@ -13,6 +13,7 @@ import torch
 from sparsecli import console
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.checkpoint import find_model, load_model, read_config
 from sparsecli.model.sizes import Sizes, count_parameters
 from sparsecli.recipe.schema import BenchSpec, PaperFigures
 
@@ -58,10 +59,8 @@ def from_runs(references: Sequence[str]) -> list[Candidate]:
 
 
 def _from_run(reference: str) -> Candidate:
-    from sparsecli.model.checkpoint import find_model
-
     folder = find_model(reference)
-    spec = ScalingTransformerConfig.from_pretrained(folder).spec
+    spec = read_config(folder).spec
     dense = spec.feed_forward.kind == "dense" and spec.attention.projection == "dense"
     name = folder.parent.name if folder.name == "model" else folder.name
     nats = None
@@ -164,7 +163,5 @@ def random_weights(spec: ModelSpec, pool: torch.Tensor) -> dict[str, torch.Tenso
 
 def trained_weights(folder: Path, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
     """A trained model's parameters by name."""
-    from sparsecli.model.checkpoint import load_model
-
-    model, _ = load_model(folder)
-    return {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+    model, _ = load_model(folder, dtype)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
