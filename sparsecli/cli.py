@@ -174,7 +174,13 @@ def sparsify_convert(
     loaded = _load(recipe, overrides, seed)
     from sparsecli.convert import command
 
-    command.run(loaded, model=model, output=output, dry_run=dry_run, format="json" if json else format)
+    command.run(
+        loaded,
+        model=model,
+        output=output or loaded.output,
+        dry_run=dry_run,
+        format="json" if json else format,
+    )
 
 
 @app.command(epilog='Example: sparsecli generate --model runs/quickstart --prompt "def " --temperature 0')

@@ -1,0 +1,40 @@
+# Everything a contributor or CI runs, under one name each. The environment is made on first use.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test test-slow lint types check bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $(READY)
+
+demo: $(READY)  ## train a sparse model on real code, let it write, time it against dense ones
+	$(BIN)/sparsecli train quickstart --output runs/quickstart --resume auto
+	$(BIN)/sparsecli generate --model runs/quickstart --prompt "def read_" --max-new-tokens 96 --stats
+	$(BIN)/sparsecli bench --dense --sparse
+
+test: $(READY)  ## the default test suite: offline, a few minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the long tests: every shipped recipe trained and measured
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: $(READY)
+	$(BIN)/sparsecli bench --dense --sparse
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
