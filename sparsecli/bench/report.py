@@ -181,7 +181,8 @@ class Result(_Record):
 
 def milliseconds(value: float) -> str:
     """Three significant digits or so: 126, 19.4, 3.62, 0.065."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+    decimals = next((index for index, limit in enumerate((100, 10, 1)) if value >= limit), 3)
+    return f"{value:.{decimals}f}"
 
 
 def count(value: int) -> str:
@@ -321,7 +322,12 @@ def as_json(result: Result) -> str:
 
 def as_csv(result: Result) -> str:
     """One line a row; nested figures as `ms_per_token_p50`; samples only in JSON; an empty cell is null."""
-    lines = [_flat(row.model_dump(mode="json", exclude={"ms_per_token": {"samples"}})) for row in result.rows]
+    lines = []
+    for row in result.rows:
+        line = row.model_dump(mode="json", exclude={"ms_per_token": {"samples"}})
+        if row.paper is None:
+            del line["paper"]  # an object elsewhere: its columns stay empty
+        lines.append(_flat(line))
     text = io.StringIO()
     names = list(dict.fromkeys(name for line in lines for name in line))
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -343,7 +349,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def as_markdown(result: Result) -> str:
     """All columns as a Markdown table, the caption below it."""
     columns = _filled(result)
-    titles = [" ".join(column.title.split()) for column, _ in columns]
+    titles = [" ".join(column.title.replace("-\n", "").split()) for column, _ in columns]
     rules = ["---" if column.left else "---:" for column, _ in columns]
     rows = [
         [cell.replace("|", "\\|") for cell in cells] for cells in zip(*(c for _, c in columns), strict=True)
