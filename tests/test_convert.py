@@ -1,0 +1,160 @@
+"""From a dense run to a sparse one: units copied, controllers fitted, loss recovered, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsecli.console import Failure, RecipeError
+from sparsecli.convert import command
+from sparsecli.convert.feed_forward import (
+    captured_share,
+    copy_units,
+    fit_controller,
+    start_controller,
+    unit_scores,
+)
+from sparsecli.model.checkpoint import load_model
+from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward
+from sparsecli.recipe.loader import LoadedRecipe, load
+from sparsecli.train import trainer
+
+RECIPE = """
+model:
+  d_model: 32
+  layers: 2
+  heads: 4
+  max_positions: 32
+  positions: rotary
+  feed_forward: {kind: dense, d_ff: 64}
+  vocabulary: {kind: dense, size: 300, tied: true}
+data:
+  source: files
+  paths: ["TEXTS/*.txt"]
+  sequence_length: 32
+  tokenizer: {kind: bpe, vocabulary_size: 300}
+train: {max_steps: 120, per_device_train_batch_size: 8, learning_rate: 0.003, eval_steps: 120, save_steps: 120}
+convert:
+  feed_forward: {kind: sparse, d_ff: 64, block_size: 16, units_per_block: 4, rank: 12}
+  calibration_tokens: 2048
+  controller_steps: 100
+  distillation: {max_steps: 40, batch_size: 8, learning_rate: 0.002}
+"""
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRecipe, Path]:
+    """A recipe, and the dense run that it trained on text with something to learn."""
+    folder = tmp_path_factory.mktemp("convert")
+    (folder / "texts").mkdir()
+    for number in range(40):
+        words = [f"{a} plus {b} is {a + b}. " for a in range(number, number + 8) for b in range(6)]
+        (folder / "texts" / f"{number}.txt").write_text("".join(words))
+    recipe = folder / "sums.yaml"
+    recipe.write_text(RECIPE.replace("TEXTS", str(folder / "texts")))
+    loaded = load(str(recipe))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSECLI_CACHE", str(folder / "cache"))
+        trainer.run(loaded, output=folder / "dense")
+    return loaded, folder / "dense"
+
+
+def layers(
+    activation: str = "relu", gated: bool = False, k: int = 4
+) -> tuple[DenseFeedForward, SparseFeedForward]:
+    torch.manual_seed(0)
+    dense = DenseFeedForward(24, 64, activation, gated, bias=not gated)
+    for parameter in dense.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter)
+    sparse = SparseFeedForward(24, 64, 16, rank, 4, activation, gated, unit_bias=not gated).eval()
+    copy_units(dense, sparse)
+    return dense, sparse
+
+
+@pytest.mark.parametrize(("activation", "gated"), [("relu", False), ("gelu", False), ("silu", True)])
+@torch.no_grad()
+def test_copied_units_compute_the_same(activation: str, gated: bool) -> None:
+    """With a mask that lets every unit through, the sparse layer is the dense one."""
+    dense, sparse = layers(activation, gated)
+    x = torch.randn(5, 24)
+    everything = torch.ones(5, 4, 16)
+    torch.testing.assert_close(sparse._masked(x, everything, None), dense(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "least"), [(4, 0.75), (16, 0.999)])
+def test_fitting_a_controller_finds_the_units_that_matter(rank: int, least: float) -> None:
+    _, sparse = layers(rank=rank)
+    # Inputs that spread less and less along 24 directions, as real ones do.
+    x = (torch.randn(4096, 24) * 0.85 ** torch.arange(24)) @ torch.linalg.qr(torch.randn(24, 24))[0]
+    scores = unit_scores(sparse, x)
+    by_chance = captured_share(sparse, x, scores)
+    start_controller(sparse, x)
+    started = captured_share(sparse, x, scores)
+    fitted = fit_controller(sparse, x, steps=200, generator=torch.Generator().manual_seed(0))
+    assert by_chance < 0.6 < started
+    assert fitted == captured_share(sparse, x, scores) >= max(started, least)
+    assert rank > 4 or fitted > started
+
+
+def test_conversion_recovers_most_of_the_loss(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, dense = dense_run
+    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
+    report = command.run(loaded, model=str(dense), output=tmp_path / "sparse")
+    assert report
+    before, fitted, distilled = (stage.nats_per_token for stage in report.stages)
+    trained = json.loads((dense / "run.json").read_text())["result"]["held_out_nats"]
+    assert before == pytest.approx(trained, abs=1e-3)
+    assert distilled < fitted
+    assert distilled < before * 1.1
+    written = json.loads((tmp_path / "sparse" / "report.json").read_text())
+    assert written == report.as_json()
+    assert "against dense" in (tmp_path / "sparse" / "report.md").read_text()
+
+    model, _ = load_model(tmp_path / "sparse" / "model")
+    assert model.config.spec.feed_forward.kind == "sparse"
+    assert report.sparse_bytes_per_token < report.dense_bytes_per_token
+
+    contents = sorted((tmp_path / "sparse").rglob("*"))
+    with pytest.raises(Failure, match="already holds a run"):
+        command.run(loaded, model=str(dense), output=tmp_path / "sparse")
+    assert sorted((tmp_path / "sparse").rglob("*")) == contents
+    with pytest.raises(RecipeError, match="are sparse already"):
+        command.run(loaded, model=str(tmp_path / "sparse"), output=tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_dry_run_writes_nothing(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded, dense = dense_run
+    command.run(loaded, model=str(dense), output=tmp_path / "sparse", dry_run=True)
+    assert "4 of every 16" in capsys.readouterr().out
+    assert not (tmp_path / "sparse").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("convert.feed_forward.d_ff=96", "d_ff: 96, but the dense model has 64 units"),
+        ("convert.feed_forward.activation=silu", "activation: silu, but the dense model has relu"),
+        ("convert.feed_forward.gated=true", "gated: True, but the dense model has False"),
+    ],
+)
+def test_layers_that_do_not_fit(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, override: str, message: str
+) -> None:
+    loaded, dense = dense_run
+    changed = load(str(loaded.path), [override])
+    with pytest.raises(RecipeError, match=message):
+        command.run(changed, model=str(dense), output=tmp_path / "sparse")
+
+
+def test_a_model_must_be_named(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"convert\.model: missing"):
+        command.run(dense_run[0], model=None, output=tmp_path / "sparse")
