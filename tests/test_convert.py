@@ -63,7 +63,7 @@ def dense_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRecipe, P
 
 
 def layers(
-    activation: str = "relu", gated: bool = False, k: int = 4
+    activation: str = "relu", gated: bool = False, rank: int = 12
 ) -> tuple[DenseFeedForward, SparseFeedForward]:
     torch.manual_seed(0)
     dense = DenseFeedForward(24, 64, activation, gated, bias=not gated)
@@ -89,7 +89,7 @@ def test_copied_units_compute_the_same(activation: str, gated: bool) -> None:
 def test_fitting_a_controller_finds_the_units_that_matter(rank: int, least: float) -> None:
     _, sparse = layers(rank=rank)
     # Inputs that spread less and less along 24 directions, as real ones do.
-    x = (torch.randn(4096, 24) * 0.85 ** torch.arange(24)) @ torch.linalg.qr(torch.randn(24, 24))[0]
+    x = (torch.randn(4096, 24) * 3 * 0.95 ** torch.arange(24)) @ torch.linalg.qr(torch.randn(24, 24))[0]
     scores = unit_scores(sparse, x)
     by_chance = captured_share(sparse, x, scores)
     start_controller(sparse, x)
