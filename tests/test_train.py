@@ -6,13 +6,17 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sparsecli.console import Failure, RecipeError, Stopped
 from sparsecli.data.packing import TokenStream, pack
@@ -135,7 +139,9 @@ def test_run_directory_is_complete(finished: tuple[Path, Result], tiny: LoadedRe
         "checkpoint-12",
         "checkpoint-8",
     ]
-    assert list((output / "tensorboard").iterdir())
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    assert {"loss", "learning_rate", "held_out_nats", "balance"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(output.rglob("training_args.bin"))
 
@@ -322,6 +328,30 @@ def test_finished_run_says_so(
     assert run(tiny, output=finished[0], resume="auto") == finished[1]
     assert "this run is finished" in capsys.readouterr().err
     assert (finished[0] / "run.json").read_bytes() == before
+
+
+def test_finished_run_without_its_model_writes_it_again(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output, ignore=shutil.ignore_patterns("model"))
+    assert run(tiny, output=output, resume="auto") is not None
+    assert_same_run(output, finished[0])
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(recipe_file: Path, tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("sparsecli")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program), "train"]
+    subprocess.run([*command, str(recipe_file), "--output", str(tmp_path / "run")], check=True, timeout=300)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+    rows = run_directory.read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert rows[0]["tokens"] == 2 * 2 * 4 * 16
+    found, skipped = checkpoint.newest_sound(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert not skipped
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in found.iterdir()}
 
 
 # -- damaged checkpoints -------------------------------------------------------------------------------------

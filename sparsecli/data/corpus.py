@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ def read_documents(data: DataSpec) -> Splits:
     else:
         documents = _distinct(_hub(data))
 
+    if not documents:
+        raise Failure("data: the source holds no text")
     if data.source == "files" and data.held_out_paths is not None:
         held_out = _distinct(_files(data, "held_out_paths", data.held_out_paths))
         kept_apart = set(held_out)
@@ -66,7 +69,7 @@ def _split(documents: list[str], fraction: float) -> Splits:
         return Splits([text[:cut]] if cut else [], [text[cut:]])
     places = [_place(text) for text in documents]
     # A handful of documents may all lie above the fraction; then the lowest one is held out.
-    limit = max(fraction, min(places, default=0.0))
+    limit = max(fraction, min(places))
     train = [text for text, place in zip(documents, places, strict=True) if place > limit]
     return Splits(train, [text for text, place in zip(documents, places, strict=True) if place <= limit])
 
@@ -89,7 +92,8 @@ def _standard_library() -> Iterator[str]:
 
 def _files(data: FilesCorpus, key: str, patterns: Sequence[str]) -> Iterator[str]:
     for pattern in patterns:
-        paths = [Path(name) for name in sorted(glob(pattern, recursive=True)) if Path(name).is_file()]
+        names = sorted(glob(os.path.expanduser(pattern), recursive=True))
+        paths = [Path(name) for name in names if Path(name).is_file()]
         if not paths:
             hint = f"; for the files of this folder write {pattern}/**" if Path(pattern).is_dir() else ""
             raise Failure(f"data.{key}: no file matches {pattern} (looked from {Path.cwd()}){hint}")

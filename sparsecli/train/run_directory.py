@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sparsecli.console import Failure, say, warn
+from sparsecli.console import Failure, warn
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train.checkpoint import newest_sound
@@ -44,7 +44,6 @@ def claim(output: Path, recipe: Recipe, resume: bool) -> Path | None:
         warn(f"skipped {line}")
     if checkpoint is None and skipped:
         raise Failure(f"{output}: none of its checkpoints is whole; delete the folder to start again")
-    say(f"going on from {checkpoint}" if checkpoint else f"{output}: no checkpoint yet, starting at step 0")
     return checkpoint
 
 

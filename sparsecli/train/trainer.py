@@ -69,11 +69,18 @@ def run(
         checkpoint = run_directory.claim(output, recipe, resume == "auto")
     else:
         checkpoint = newest_sound(output / run_directory.CHECKPOINTS)[0] if resume else None
-    if resume and (figures := run_directory.read_facts(output).get("result")):
+    figures = run_directory.read_facts(output).get("result")
+    if resume and figures and (output / "model").is_dir():
         if first:
             say(f"{output}: this run is finished; nothing to do")
             _print_result(Result(**figures), output)
         return Result(**figures)
+    if resume and first:
+        say(
+            f"going on from {checkpoint}"
+            if checkpoint
+            else f"{output}: no checkpoint yet, starting at step 0"
+        )
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -161,6 +168,7 @@ def _train(
             "finished": None,
             "seed": recipe.seed,
             "corpus": corpus.fingerprint,
+            "processes": arguments.world_size,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
         run_directory.write_facts(output, facts)
