@@ -65,7 +65,7 @@ class _Corpus(Block):
 
     tokenizer: TokenizerSpec
     """Where the tokenizer comes from."""
-    sequence_length: Size = 256
+    sequence_length: Annotated[int, Field(ge=2)] = 256
     """Tokens of one training window."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of documents kept for evaluation, chosen by a hash of their content."""
@@ -146,9 +146,9 @@ class TrainSpec(Block):
     """Steps of linear warm-up."""
     optim: Literal["adamw_torch", "adafactor"] = "adamw_torch"
     """Optimizer."""
-    adam_beta1: Probability = 0.9
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's first decay."""
-    adam_beta2: Probability = 0.95
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """AdamW's second decay."""
     weight_decay: NonNegative = 0.1
     """Decay of matrices; controllers, embeddings, norms and biases have none."""
