@@ -85,7 +85,7 @@ def test_copied_units_compute_the_same(activation: str, gated: bool) -> None:
     torch.testing.assert_close(sparse._masked(x, everything, None), dense(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rank", "least"), [(4, 0.75), (16, 0.999)])
+@pytest.mark.parametrize(("rank", "least"), [(4, 0.75), (20, 0.98)])
 def test_fitting_a_controller_finds_the_units_that_matter(rank: int, least: float) -> None:
     _, sparse = layers(rank=rank)
     # Inputs that spread less and less along 24 directions, as real ones do.
