@@ -98,7 +98,8 @@ def test_train(run, calls):
 def test_convert(run, calls):
     assert run("sparsify-convert", "quickstart-convert", "--model", "runs/a", "--json") == 0
     assert calls.loaded.name == "quickstart-convert"
-    assert calls.options == {"model": "runs/a", "output": None, "dry_run": False, "format": "json"}
+    output = Path("runs/quickstart-convert")
+    assert calls.options == {"model": "runs/a", "output": output, "dry_run": False, "format": "json"}
 
 
 def test_bench(run, calls):

@@ -327,6 +327,10 @@ def test_override_reaches_into_lists():
             "override #1 (model.feed_forward): model.feed_forward.d_ff: "
             "expected a whole number above 0, got 'x'",
         ),
+        (
+            "model.feed_forward={kind: sparse, d_ff: 128, block_size: 16}",
+            "override #1 (model.feed_forward): model.feed_forward.rank: missing, expected a whole number",
+        ),
         ("seed.x=1", "override #1 (seed.x): seed is 7, not a block"),
         (
             "generate.stop.4=1",
