@@ -55,6 +55,7 @@ def loaded(**bench: object) -> LoadedRecipe:
 @pytest.fixture(autouse=True)
 def _quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "bandwidth", lambda: 20.0)
+    monkeypatch.setattr(command, "BUSY_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -457,6 +458,17 @@ def test_too_little_memory_is_told_before_anything_is_built(monkeypatch: pytest.
     monkeypatch.setattr(variants, "random_pool", lambda *_: pytest.fail("built"))
     with pytest.raises(console.Failure, match="GB are available"):
         command.run(loaded())
+
+
+@pytest.mark.parametrize(("percent", "told"), [(0.0, False), (75.0, True)])
+def test_a_busy_machine_is_told(
+    percent: float, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(command.psutil, "cpu_percent", lambda interval: percent)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    command._warn_if_busy()
+    assert ("other processes use 1.5 of 2" in capsys.readouterr().err) is told
 
 
 def test_a_dry_run_builds_nothing(

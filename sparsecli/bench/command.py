@@ -26,6 +26,7 @@ from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BUSY_SECONDS = 0.5
 WORKSPACE_BYTES = 2**30  # the interpreter, activations and the bandwidth probe's buffer
 
 
@@ -77,6 +78,7 @@ def run(
     _check_memory(candidates, types, settings, layers)
 
     with _threads(_positive("--threads", threads, torch.get_num_threads())):
+        _warn_if_busy()
         result = _measure(loaded, candidates, plan.backends, types, settings, layers)
     if earlier and against:
         compare.check_comparable(result, earlier, against)
@@ -200,6 +202,18 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _warn_if_busy() -> None:
+    """Threads of one step wait for one another, so one that has to share its processor delays them all."""
+    processors = psutil.cpu_count() or 1
+    others = psutil.cpu_percent(interval=BUSY_SECONDS) / 100 * processors  # while this process sleeps
+    threads = torch.get_num_threads()
+    if threads > 1 and others + threads > processors + 0.5:
+        console.warn(
+            f"other processes use {others:.1f} of {processors} processors, and {threads} threads have to share: "
+            "expect several times slower rows, or use fewer --threads"
+        )
 
 
 def _measure(
