@@ -52,14 +52,14 @@ class DenseFeedForward(nn.Module):
 def choose(scores: Tensor, count: int) -> Tensor:
     """Indices (..., count) of the largest scores of the last axis, best first.
 
-    A few argmaxes are several times faster than torch's top-k on a CPU.
+    On a CPU a few maxima are several times faster than torch's top-k, and `max` is faster than `argmax`.
     """
     if count > 4:
         return scores.topk(count, dim=-1).indices
-    best = [scores.argmax(dim=-1, keepdim=True)]
+    best = [scores.max(dim=-1, keepdim=True).indices]
     for _ in range(count - 1):
         scores = scores.scatter(-1, best[-1], -torch.inf)
-        best.append(scores.argmax(dim=-1, keepdim=True))
+        best.append(scores.max(dim=-1, keepdim=True).indices)
     return torch.cat(best, dim=-1) if count > 1 else best[0]
 
 
@@ -193,8 +193,10 @@ class SparseFeedForward(nn.Module):
 
         def units(weight: Tensor) -> Tensor:
             """Products of x with the chosen rows: (tokens, blocks * k)."""
-            read = weight.index_select(0, rows).view(tokens, -1, x.shape[-1])
-            return torch.bmm(read, x.unsqueeze(-1)).squeeze(-1)
+            read = weight.index_select(0, rows)
+            if tokens == 1:  # a plain product is up to twice as fast as a batch of one
+                return F.linear(x, read)
+            return torch.bmm(read.view(tokens, -1, x.shape[-1]), x.unsqueeze(-1)).squeeze(-1)
 
         h = units(self.up if self.gate is None else self.gate)
         if self.unit_bias is not None:
@@ -204,8 +206,10 @@ class SparseFeedForward(nn.Module):
             h = h * units(self.up)
         if scale is not None:
             h = h * scale.flatten(1)
-        read = self.down.index_select(0, rows).view(tokens, -1, x.shape[-1])
-        return torch.bmm(h.unsqueeze(1), read).squeeze(1) + self.bias
+        read = self.down.index_select(0, rows)
+        if tokens == 1:
+            return h @ read + self.bias
+        return torch.bmm(h.unsqueeze(1), read.view(tokens, -1, x.shape[-1])).squeeze(1) + self.bias
 
     def evaluate_masked(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
         """The same as `evaluate_gathered`, computing every unit and masking."""

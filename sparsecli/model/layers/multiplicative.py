@@ -96,16 +96,17 @@ class ModuleConvolution(nn.Module):
         return F.conv2d(image, kernel, self.bias, padding=(0, margin)).permute(0, 2, 3, 1)
 
     def step(self, windows: Tensor) -> Tensor:
-        """One position: windows (B, S, F_h, F_w, M_in) of `module_windows` -> (B, S, M_out)."""
-        return F.linear(windows.flatten(-3), self.weight.flatten(1), self.bias)
+        """One position: windows (B, S, F_h * F_w * M_in) of `module_windows` -> (B, S, M_out)."""
+        return F.linear(windows, self.weight.flatten(1), self.bias)
 
 
 def module_windows(x: Tensor, kernel_modules: int) -> Tensor:
-    """Windows (B, S, F_h, F_w, M) around every module of x (B, F_h, S, M), zeros beyond the first and last."""
+    """Windows (B, S, F_h * F_w * M) around every module of x (B, F_h, S, M), zeros beyond the first and last."""
+    if kernel_modules == 1:
+        return x.transpose(1, 2).flatten(-2)
     margin = kernel_modules // 2
-    padded = F.pad(x, (0, 0, margin, margin))
-    # unfold: (B, F_h, S, M, F_w)
-    return padded.unfold(2, kernel_modules, 1).permute(0, 2, 1, 4, 3)
+    windows = F.pad(x, (0, 0, margin, margin)).unfold(2, kernel_modules, 1)  # (B, F_h, S, M, F_w)
+    return windows.permute(0, 2, 1, 4, 3).flatten(-3)
 
 
 class ConvolutionProjection(nn.Module):
@@ -159,8 +160,8 @@ class ConvolutionProjection(nn.Module):
             values = rows.unflatten(-1, (self.modules_count, -1))
         if rows.shape[1] == self.kernel:  # one new position: a small product beats a convolution's set-up
             windows = module_windows(m, 3)
-            centre = windows[:, :, :, 1:2] if values is m else module_windows(values, 1)
-            q, k, v = self.query.step(windows), self.key.step(windows), self.value.step(centre)
+            q, k = self.query.step(windows), self.key.step(windows)
+            v = self.value.step(module_windows(values, 1))
             return q.flatten(-2).unsqueeze(1), k.flatten(-2).unsqueeze(1), v.flatten(-2).unsqueeze(1)
         return self.query(m).flatten(-2), self.key(m).flatten(-2), self.value(values).flatten(-2)
 
