@@ -169,7 +169,7 @@ def sparsify_convert(
 ) -> None:
     """Make a trained dense model sparse.
 
-    The recipe needs convert and data blocks.
+    The recipe needs a convert block; without a data block, the text is that of the dense run.
     """
     loaded = _load(recipe, overrides, seed)
     from sparsecli.convert import command
@@ -215,6 +215,9 @@ def generate(
         list[str] | None, typer.Option(metavar="TEXT", help="Text that ends it; may be repeated.")
     ] = None,
     seed: Seed = None,
+    chat: Annotated[
+        bool, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template, where it has one.")
+    ] = True,
     stats: Annotated[bool, typer.Option("--stats", help="Show speeds of prefill and decode.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object in place of a stream.")] = False,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Weight type.")] = "float32",
@@ -256,6 +259,7 @@ def generate(
         json=json,
         dtype=dtype,
         threads=threads,
+        chat=chat,
     )
 
 

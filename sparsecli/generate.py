@@ -162,7 +162,8 @@ def write(
     room = model.config.max_positions - len(prompt)
     ends = model.config.eos_token_id
     end_tokens = set(ends if isinstance(ends, list) else [ends])
-    stream = DecodeStream(skip_special_tokens=True)
+    # The prompt decides how the first token reads, for instance whether a space stands before it.
+    stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
     stops = StopFilter(options.stop)
     stopped = False
 
@@ -206,7 +207,7 @@ def encode_prompt(
             "input_ids"
         ]
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]  # as the training text was encoded
     limit = model.config.max_positions
     if len(ids) >= limit:
         raise Failure(

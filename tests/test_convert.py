@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecli.console import Failure, RecipeError
+from sparsecli.console import Failure, Mismatch, RecipeError
 from sparsecli.convert import command
 from sparsecli.convert.feed_forward import (
     captured_share,
@@ -144,13 +144,18 @@ def test_dry_run_writes_nothing(
         ("convert.feed_forward.d_ff=96", "d_ff: 96, but the dense model has 64 units"),
         ("convert.feed_forward.activation=silu", "activation: silu, but the dense model has relu"),
         ("convert.feed_forward.gated=true", "gated: True, but the dense model has False"),
+        ("convert.feed_forward.rank=33", "rank: 33 is more than the model's width 32"),
+        (
+            "model.max_positions=64 data.sequence_length=33",
+            "sequence_length: 33 is longer than the dense model's context of 32",
+        ),
     ],
 )
 def test_layers_that_do_not_fit(
     dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, override: str, message: str
 ) -> None:
     loaded, dense = dense_run
-    changed = load(str(loaded.path), [override])
+    changed = load(str(loaded.path), override.split())
     with pytest.raises(RecipeError, match=message):
         command.run(changed, model=str(dense), output=tmp_path / "sparse")
 
@@ -158,3 +163,45 @@ def test_layers_that_do_not_fit(
 def test_a_model_must_be_named(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"convert\.model: missing"):
         command.run(dense_run[0], model=None, output=tmp_path / "sparse")
+
+
+def test_a_seed_reproduces_a_conversion(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, dense = dense_run
+    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
+    config = json.loads((dense / "model" / "config.json").read_text())
+    (dense / "model" / "config.json").write_text(json.dumps(config | {"dropout": 0.1}))
+    short = load(str(loaded.path), ["convert.distillation.max_steps=3", "convert.controller_steps=3"])
+    weights = []
+    for attempt in range(2):
+        torch.manual_seed(attempt)  # whatever was drawn before
+        command.run(short, model=str(dense), output=tmp_path / str(attempt))
+        weights.append((tmp_path / str(attempt) / "model" / "model.safetensors").read_bytes())
+    (dense / "model" / "config.json").write_text(json.dumps(config))
+    assert weights[0] == weights[1]
+
+
+def test_all_but_the_feed_forward_layers_is_kept(dense_run: tuple[LoadedRecipe, Path]) -> None:
+    loaded, folder = dense_run
+    dense, _ = load_model(folder / "model")
+    spec = command.sparse_spec(dense.config.spec, loaded.recipe.convert.feed_forward, "recipe")
+    sparse = command._with_units_of(dense, spec).state_dict()
+    kept = {name: value for name, value in dense.state_dict().items() if ".feed_forward." not in name}
+    assert len(kept) > 20
+    for name, value in kept.items():
+        assert torch.equal(sparse[name], value), name
+
+
+def test_a_torn_model_is_noticed(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_model(dense_run[1] / "model")
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((dense_run[1] / "model" / name).read_bytes())
+    command._verify(model, tmp_path / "model")
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    with pytest.raises(Mismatch, match="logits differ"):
+        command._verify(model, tmp_path / "model")

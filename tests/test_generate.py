@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from sparsecli import generate
 from sparsecli.console import Failure
@@ -177,6 +180,21 @@ def test_chat_template_is_used_where_there_is_one(folder: Path) -> None:
     assert tokenizer.decode(generate.encode_prompt(model, tokenizer, "hi", chat=False)) == "hi"
 
 
+def test_a_word_that_follows_the_prompt_keeps_its_space(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenizers that mark spaces within words drop the first one of a text; the prompt is its beginning."""
+    words = Tokenizer(models.WordLevel({"▁hello": 0, "▁world": 1}, unk_token="▁hello"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    model, _ = load_model(folder)
+    monkeypatch.setattr(generate, "make_sampler", lambda options, seed: lambda ids, logits: 1)
+    ids = generate.encode_prompt(model, tokenizer, "hello")
+    assert generate.write(
+        model, tokenizer, ids, GenerateSpec(max_new_tokens=2), 0, lambda text: None
+    ).text == (" world world")
+
+
 # -- what is refused -----------------------------------------------------------------------------------------
 
 
@@ -253,6 +271,18 @@ def test_damaged_models_get_one_clear_line(copy: Path, damage: Callable[[Path], 
     with pytest.raises(Failure, match=message) as caught:
         load_model(copy)
     assert len(caught.value.message.splitlines()) == 1
+
+
+def test_code_in_a_model_folder_never_runs(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / "evil.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    edit_config(auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})(copy)
+    tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
+    tokenizer |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    with contextlib.suppress(Failure):
+        load_model(copy)
+    assert not (copy / "ran").exists()
 
 
 def test_finding_a_model(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

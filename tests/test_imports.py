@@ -44,6 +44,7 @@ LAYERS |= {
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench"},
     "sparsecli.cli": BELOW_COMMANDS
     | {f"sparsecli.{name}" for name in ("train", "generate", "bench", "convert", "doctor")},
+    "sparsecli.__main__": {"sparsecli.cli"},
 }
 
 LIGHT = ["sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.model", "sparsecli.model.architecture"]

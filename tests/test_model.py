@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from sparsecli.model import DecodeCache, ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.layers.feed_forward import SparseFeedForward
@@ -310,6 +311,20 @@ def test_too_many_positions_are_refused() -> None:
     model = build(positions="learned")
     with pytest.raises(ValueError, match="65 positions are more than max_positions 64"):
         model(torch.ones(1, 65, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_what_other_models_return_too() -> None:
+    model, ids = build(), prompt()
+    output = model(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == model.config.layers + 1
+    assert_same(model.head(output.hidden_states[-1]), output.logits)
+    assert isinstance(model(ids, return_dict=False), tuple)
+    assert model(ids).hidden_states is None
+    with pytest.raises(ValueError, match="DynamicCache; this model keeps a DecodeCache"):
+        model(ids, past_key_values=DynamicCache(), use_cache=True)
+    model.resize_token_embeddings(VOCABULARY + 4)
+    assert model(ids).logits.shape[-1] == model.config.vocab_size == VOCABULARY + 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from sparsecli import console
-from sparsecli.console import Failure, RecipeError, progress
+from sparsecli.console import Mismatch, RecipeError, progress
 from sparsecli.convert.calibration import feed_forward_inputs
 from sparsecli.convert.distillation import distil
 from sparsecli.convert.feed_forward import copy_units, fit_controller
@@ -41,6 +41,7 @@ def run(
     Raises:
         RecipeError: the recipe's sparse layer does not fit the dense model.
         Failure: no such model, `output` is taken or cannot be written, or the text cannot be read.
+        Mismatch: what was written does not compute what was converted.
     """
     require(loaded, "convert")
     recipe = loaded.recipe
@@ -52,14 +53,20 @@ def run(
         )
     source = find_model(reference)
     spec = sparse_spec(read_config(source).spec, recipe.convert.feed_forward, loaded.path.name)
+    data = _corpus_of(recipe, source)
+    if data.sequence_length > spec.max_positions:
+        raise RecipeError(
+            f"{loaded.path.name}: data.sequence_length: {data.sequence_length} is longer than the dense model's "
+            f"context of {spec.max_positions}"
+        )
     if dry_run:
-        _print_plan(recipe, recipe.convert, source, spec, output)
+        _print_plan(recipe.convert, source, spec, data, output)
         return None
     run_directory.claim(output, recipe, resume=False)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dense, _ = load_model(source)
-    data = _corpus_of(recipe, source)
+    transformers.set_seed(recipe.seed)  # for the dropout of the distillation
     report = _convert(recipe, recipe.convert, dense, spec, pack(data), data, source, output)
     report.show(format)
     return report
@@ -83,16 +90,17 @@ def sparse_spec(dense: ModelSpec, sparse: SparseFeedForwardSpec, file: str) -> M
         if getattr(sparse, name) != getattr(layer, name):
             expected = getattr(layer, name)
             raise RecipeError(f"{where}.{name}: {getattr(sparse, name)}, but the dense model has {expected}")
+    if sparse.rank > dense.d_model:
+        raise RecipeError(f"{where}.rank: {sparse.rank} is more than the model's width {dense.d_model}")
     if layer.gated and layer.bias:
         raise RecipeError(f"{where}: a gated dense layer with biases cannot be converted yet")
     return dense.model_copy(update={"feed_forward": sparse.model_copy(update={"unit_bias": layer.bias})})
 
 
-def _print_plan(recipe: Recipe, convert: ConvertSpec, source: Path, spec: ModelSpec, output: Path) -> None:
+def _print_plan(convert: ConvertSpec, source: Path, spec: ModelSpec, data: DataSpec, output: Path) -> None:
     sizes, dense = count_parameters(spec), count_parameters(read_config(source).spec)
     layer = convert.feed_forward
     distillation = convert.distillation
-    sequence = recipe.data.sequence_length if recipe.data else spec.max_positions
     rows = [
         ("dense model", str(source)),
         ("units kept per token", f"{layer.units_per_block} of every {layer.block_size}"),
@@ -102,7 +110,10 @@ def _print_plan(recipe: Recipe, convert: ConvertSpec, source: Path, spec: ModelS
             "calibration",
             f"{convert.calibration_tokens:,} tokens, {convert.controller_steps} steps a controller",
         ),
-        ("distillation", f"{distillation.max_steps * distillation.batch_size * sequence:,} tokens"),
+        (
+            "distillation",
+            f"{distillation.max_steps * distillation.batch_size * data.sequence_length:,} tokens",
+        ),
         ("files", f"recipe.yaml, run.json, report.json, report.md, model/ in {output}"),
     ]
     console.print_table(["plan", ""], rows)
@@ -208,25 +219,32 @@ def _batches(windows: Windows, generator: torch.Generator, size: int = 8) -> Ite
 def _write(
     recipe: Recipe, report: Report, model: ScalingTransformerForCausalLM, corpus: PackedCorpus, output: Path
 ) -> None:
-    """The run directory; the model is written beside and renamed, so that it is whole or absent."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        resolved = recipe.model_copy(update={"output": str(output)})
-        run_directory.replace_text(output / run_directory.RECIPE, dump(resolved))
-        run_directory.replace_text(output / "report.md", report.markdown())
-        run_directory.replace_text(output / "report.json", json.dumps(report.as_json(), indent=2) + "\n")
-        beside = output / "model.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(beside)
-        corpus.tokenizer.save_pretrained(beside)
-        beside.rename(output / "model")
-        last = report.stages[-1]
-        figures = {"held_out_nats": last.nats_per_token, "bits_per_byte": last.bits_per_byte}
-        facts = run_directory.environment() | {
-            "source": report.source,
-            "seed": recipe.seed,
-            "result": figures,
-        }
-        run_directory.write_facts(output, facts)
-    except OSError as error:
-        raise Failure(f"{error.filename or output}: {error.strerror or error}") from None
+    """The run directory. What is written is read back and compared; the recipe, which marks a run, comes last.
+
+    Raises:
+        Mismatch: the model on disk does not compute what the one in memory does.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    beside = output / "model.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    corpus.tokenizer.save_pretrained(beside)
+    _verify(model, beside)
+    beside.rename(output / "model")
+    run_directory.replace_text(output / "report.md", report.markdown())
+    run_directory.replace_text(output / "report.json", json.dumps(report.as_json(), indent=2) + "\n")
+    last = report.stages[-1]
+    figures = {"held_out_nats": last.nats_per_token, "bits_per_byte": last.bits_per_byte}
+    facts = run_directory.environment() | {"source": report.source, "seed": recipe.seed, "result": figures}
+    run_directory.write_facts(output, facts)
+    resolved = recipe.model_copy(update={"output": str(output)})
+    run_directory.replace_text(output / run_directory.RECIPE, dump(resolved))
+
+
+@torch.no_grad()
+def _verify(model: ScalingTransformerForCausalLM, folder: Path) -> None:
+    written, _ = load_model(folder)
+    ids = torch.arange(min(32, model.config.max_positions)).unsqueeze(0) % model.config.vocab_size
+    difference = (written(ids).logits - model(ids).logits).abs().max().item()
+    if not difference <= 1e-5:
+        raise Mismatch(f"{folder}: logits differ by {difference:.1e} from those of the converted model")

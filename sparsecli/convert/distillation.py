@@ -26,7 +26,7 @@ def distil(
     """Minimise KL(teacher || student), the sparse layers choosing hard and without noise, as they will decode.
 
     Args:
-        generator: draws the windows, without repetition until all have been seen.
+        generator: draws one order of the windows, gone through again when they run out.
         advance: called after each step with the loss in nats per token.
     """
     layers = [layer for layer in student.modules() if isinstance(layer, SparseFeedForward)]
@@ -54,10 +54,10 @@ def distil(
                 log_target=True,
                 reduction="batchmean",
             )
+            optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(decayed, 1.0)
             optimizer.step()
-            optimizer.zero_grad()
             advance(loss.item())
     finally:
         student.eval()

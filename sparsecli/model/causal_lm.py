@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from sparsecli.model.architecture import ModelSpec, MultiplicativeVocabularySpec
 from sparsecli.model.cache import DecodeCache
@@ -131,6 +132,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embedding = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -139,6 +141,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, d) of input_ids (B, T).
@@ -146,8 +149,11 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         Args:
             attention_mask: (B, positions held + T), 0 at padding, which must be on the left when decoding.
             position_ids: (B, T); by default positions count the tokens that are not padding.
+            past_key_values: earlier positions, a `DecodeCache`; with `use_cache` one is made where it is None.
+            output_hidden_states: also return the stream before each block and after the norm.
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds, or a sequence past max_positions.
+            ValueError: not exactly one of input_ids and inputs_embeds, a sequence past max_positions, or a cache
+                of another kind.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass input_ids or inputs_embeds, one of them")
@@ -155,6 +161,10 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         new = x.shape[1]
         if use_cache and past_key_values is None:
             past_key_values = DecodeCache(len(self.blocks))
+        if past_key_values is not None and not isinstance(past_key_values, DecodeCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; this model keeps a DecodeCache"
+            )
         held = past_key_values.get_seq_length() if past_key_values is not None else 0
         if held + new > self.config.max_positions and self.position_embedding is not None:
             raise ValueError(
@@ -177,10 +187,18 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if valid is not None or (held and new > 1):
             mask = causal_mask(valid, new, held + new, x.device)
         valid_new = None if valid is None else valid[:, held:]
+        streams = []
         for index, block in enumerate(self.blocks):
+            if output_hidden_states:
+                streams.append(x)
             memory = None if past_key_values is None else past_key_values.layers[index]
             x = block(x, mask, valid_new, angles, past_key_values=memory)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*streams, x) if output_hidden_states else None,
+        )
 
     @staticmethod
     def _valid_positions(attention_mask: Tensor | None) -> Tensor | None:
@@ -218,6 +236,7 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.head = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -227,6 +246,7 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -244,6 +264,8 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(output.last_hidden_state[:, keep])
@@ -252,7 +274,12 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
 
     def _prepare_cache_for_generation(
         self,

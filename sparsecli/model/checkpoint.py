@@ -102,7 +102,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").is_file():
         raise Failure(f"{folder}: no tokenizer.json; the tokenizer belongs beside the model")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
         raise Failure(f"{folder}/tokenizer.json: does not load: {_last_line(error)}") from error
 

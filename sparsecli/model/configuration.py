@@ -92,6 +92,10 @@ class ScalingTransformerConfig(PreTrainedConfig):
         """Tokens of the vocabulary, the name transformers looks for."""
         return (self.vocabulary or {})["size"]
 
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.vocabulary = {**(self.vocabulary or {}), "size": size}
+
     @property
     def intermediate_size(self) -> int:
         """Units of a feed-forward layer, the name transformers looks for."""

@@ -141,7 +141,6 @@ class ConvolutionProjection(nn.Module):
         self.modules_count = modules
         self.value_concat = value_concat
         self.kernel = kernel
-        self.remembered_width = d_model if value_concat == "none" else 2 * d_model
 
     def remember(self, x: Tensor) -> Tensor:
         """What later positions need of x (B, T, d): m, followed by x where `value_concat` asks for it."""
@@ -149,7 +148,7 @@ class ConvolutionProjection(nn.Module):
         return m if self.value_concat == "none" else torch.cat((m, x), dim=-1)
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """rows (B, F_h - 1 + T, remembered_width), earlier positions first -> q, k, v (B, T, d)."""
+        """rows of `remember` (B, F_h - 1 + T, d or 2 d), earlier positions first -> q, k, v (B, T, d)."""
         d_model = self.modules_count * self.query.weight.shape[0]
         m = rows[..., :d_model].unflatten(-1, (self.modules_count, -1))  # (B, F_h - 1 + T, S, M)
         values = m
@@ -176,7 +175,6 @@ class MultiplicativeConvolution(nn.Module):
         self.convolution = ModuleConvolution(width, width, kernel, 3, count_area)
         self.modules_count = modules
         self.kernel = kernel
-        self.remembered_width = d_model
 
     def remember(self, x: Tensor) -> Tensor:
         """What later positions need of x (B, T, d)."""
