@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.feed_forward import MixtureFeedForward, SparseFeedForward
 
 BYTES = {"float32": 4, "bfloat16": 2}
+TOLERANCE = 0.01
+"""Models of which the largest has at most this share more parameters count as equally large."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,12 @@ def count_parameters(spec: ModelSpec) -> Sizes:
         active=total - sum(_skipped(module) for module in model.modules()) - _unread_tables(model),
         cached_per_position=2 * spec.layers * key_value_heads * (spec.d_model // spec.heads),
     )
+
+
+def disagreement(models: Sequence[Sizes]) -> float:
+    """How many more parameters the largest of `models` has than the smallest, as a share."""
+    counts = [sizes.total for sizes in models]
+    return max(counts) / min(counts) - 1
 
 
 def _skipped(module: nn.Module) -> int:

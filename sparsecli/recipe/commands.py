@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsecli import console
 from sparsecli.console import RecipeError
 from sparsecli.recipe.loader import load, shipped
 from sparsecli.recipe.schema import Recipe
 
-TOLERANCE = 0.01
-"""Variants of one bench may differ by this share in their number of parameters."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Parameters of a recipe's model, or of one variant of it."""
-
-    label: str
-    parameters: int
-    active: int
-    """Parameters that one decoded token reads."""
+if TYPE_CHECKING:
+    from sparsecli.model.sizes import Sizes
 
 
 def list_shipped() -> None:
@@ -63,11 +53,15 @@ def check(references: Sequence[str]) -> None:
             continue
         if not found:
             rows.append((loaded.name, "", "", ""))
-        rows += [(loaded.name, row.label, f"{row.parameters:,}", f"{row.active:,}") for row in found]
-        if disagreement(found) > TOLERANCE:
+            continue
+        from sparsecli.model.sizes import TOLERANCE, disagreement  # torch: not for a recipe with errors
+
+        rows += [(loaded.name, label, f"{size.total:,}", f"{size.active:,}") for label, size in found]
+        share = disagreement([size for _, size in found])
+        if share > TOLERANCE:
             failures.append(
-                f"{loaded.path}: bench.variants: numbers of parameters differ by {disagreement(found):.1%}, "
-                f"expected at most {TOLERANCE:.0%}; change d_ff".replace("%", " %")
+                f"{loaded.path}: bench.variants: numbers of parameters differ by {100 * share:.1f} %, "
+                f"expected at most {100 * TOLERANCE:.0f} %; change d_ff"
             )
     if rows:
         console.print_table(["recipe", "variant", "parameters", "read per token"], rows)
@@ -75,8 +69,8 @@ def check(references: Sequence[str]) -> None:
         raise RecipeError("\n".join(failures))
 
 
-def sizes(recipe: Recipe) -> list[Row]:
-    """Counts for every variant of a bench, else for the model; empty without a model."""
+def sizes(recipe: Recipe) -> list[tuple[str, Sizes]]:
+    """Names and sizes of a bench's variants, else the model's, without a name; empty without a model."""
     if recipe.model is None:
         return []
     from sparsecli.model.sizes import count_parameters  # torch
@@ -84,14 +78,7 @@ def sizes(recipe: Recipe) -> list[Row]:
     specs = [("", recipe.model)]
     if recipe.bench:
         specs = [(variant.name, variant.apply(recipe.model)) for variant in recipe.bench.variants]
-    counted = [(label, count_parameters(spec)) for label, spec in specs]
-    return [Row(label, count.total, count.active) for label, count in counted]
-
-
-def disagreement(rows: Sequence[Row]) -> float:
-    """How much more parameters the largest row has than the smallest, as a share."""
-    counts = [row.parameters for row in rows]
-    return max(counts) / min(counts) - 1 if counts else 0.0
+    return [(label, count_parameters(spec)) for label, spec in specs]
 
 
 def schema() -> None:
