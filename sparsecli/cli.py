@@ -337,7 +337,7 @@ def bench(
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Also write the result, as JSON, to this file.", show_default=False
+            metavar="FILE", help="Also write the result here: .csv, .md, else JSON.", show_default=False
         ),
     ] = None,
     against: Annotated[

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from sparsecli import __version__, console
-from sparsecli.bench import roofline
+from sparsecli.bench import machine, roofline
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
@@ -66,9 +66,9 @@ def run(format: Literal["table", "json"]) -> None:
         console.print_table(["what", "found", "note"], rows(diagnosis))
 
 
-def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> Diagnosis:
+def examine(cpuinfo: Path = machine.CPUINFO) -> Diagnosis:
     """Look at this machine; the bandwidth is measured."""
-    name, flags = _processor(cpuinfo)
+    name, flags = machine.processor(cpuinfo)
     memory = psutil.virtual_memory()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Diagnosis(
@@ -125,17 +125,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor(cpuinfo: Path) -> tuple[str, set[str] | None]:
-    """Name and instruction flags of the first processor; flags are None where the system does not tell."""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine(), None
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        found.setdefault(key.strip(), value.strip())
-    flags = found.get("flags")
-    return found.get("model name") or platform.machine(), None if flags is None else set(flags.split())

@@ -16,14 +16,16 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
-from sparsecli import console
-from sparsecli.bench import command, compare, measure, report, roofline, variants
+from sparsecli import cli, console
+from sparsecli.bench import command, compare, machine, measure, report, roofline, variants
 from sparsecli.bench.report import Bandwidth, Machine, Result, Row, Settings
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.schema import PaperFigures, Recipe
+from sparsecli.train import run_directory
 
 DENSE = {"kind": "dense", "d_ff": 64}
 SPARSE = {"kind": "sparse", "d_ff": 64, "block_size": 8, "rank": 4}
@@ -55,7 +57,7 @@ def loaded(**bench: object) -> LoadedRecipe:
 @pytest.fixture(autouse=True)
 def _quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "bandwidth", lambda: 20.0)
-    monkeypatch.setattr(command, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(machine, "BUSY_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,11 @@ def test_shipped_variants_have_equal_parameter_counts(name: str) -> None:
     candidates = variants.from_recipe(recipe.model, recipe.bench)
     assert variants.check_same_size(candidates) is None
     assert candidates[0].group == "dense"
+
+
+def test_the_default_bench_takes_enough_rounds() -> None:
+    """A round of its ten rows takes about six seconds on two idle processors; the whole should stay under 100."""
+    assert 9 <= load("bench-800m").recipe.bench.rounds <= 15
 
 
 def test_unequal_parameter_counts_are_told() -> None:
@@ -269,6 +276,27 @@ def test_percentiles() -> None:
     assert (spread.p10, spread.p50, spread.p90) == (10, 50, 90)
 
 
+def test_the_recipe_of_a_result_is_what_was_run() -> None:
+    measured = command.run(
+        loaded(),
+        sparse=True,
+        dtypes=["bfloat16"],
+        context=5,
+        rounds=1,
+        tokens=2,
+        format="json",
+        threads=1,
+    )
+    recipe = Recipe.model_validate_json(json.dumps(measured.recipe))
+    assert recipe.model == loaded().recipe.model
+    assert (
+        recipe.bench
+        == loaded(
+            variants=VARIANTS[1:], dtypes=["bfloat16"], context=5, rounds=1, tokens_per_round=2
+        ).recipe.bench
+    )
+
+
 # -- formats -------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +330,6 @@ def test_json_is_the_documented_format(result: Result) -> None:
         "held_out_nats",
     }
     assert set(record["rows"][0]["ms_per_token"]) == {"p10", "p50", "p90", "samples"}
-    assert Recipe.model_validate(record["recipe"]).bench is not None
     assert Result.model_validate_json(report.as_json(result)) == result
 
 
@@ -370,18 +397,59 @@ def test_slower_memory_explains_slower_rows() -> None:
     assert verdicts(made_up({"both": noisy(30, 2)}, bandwidth=40), before) == ["slower"]
 
 
-@pytest.mark.parametrize(("field", "value"), [("cpu", "b"), ("isa", "AVX512"), ("threads", 1)])
-def test_other_machines_are_refused(field: str, value: object) -> None:
-    before = made_up({"both": noisy(20, 1)})
-    now = made_up({"both": noisy(20, 1)}, **{field: value})
-    with pytest.raises(console.Failure, match=f"machine.{field}") as caught:
-        compare.check_comparable(now, before, Path("old.json"))
+def set_all(record: object, name: str, value: object) -> None:
+    """Replace every field called `name`, at any depth."""
+    for inner in record.values() if isinstance(record, dict) else record if isinstance(record, list) else []:
+        set_all(inner, name, value)
+    if isinstance(record, dict) and name in record:
+        record[name] = value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("cpu", "b", "machine.cpu was 'b'"),
+        ("isa", "none", "machine.isa was 'none'"),
+        ("threads", 3, "machine.threads was 3, is 1"),
+        ("context", 9, "settings.context was 9, is 8"),
+        ("parameters", 7, "parameters of dense was 7"),
+        ("active_parameters", 7, "active_parameters of dense was 7"),
+        ("bytes_per_token", 7, "bytes_per_token of dense was 7"),
+        ("projected", True, "projected of dense was True, is False"),
+        ("backend", "other", "no row of the same variant, backend and dtype"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
+    result: Result,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    value: object,
+    told: str,
+    dry_run: bool,
+) -> None:
+    record = json.loads(report.as_json(result))
+    for part in ("machine", "settings", "rows"):
+        set_all(record[part], field, value)
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    monkeypatch.setattr(variants, "random_pool", lambda *_: pytest.fail("built"))
+    with pytest.raises(console.Failure, match=f"old.json: .*{told}") as caught:
+        command.run(loaded(), against=path, threads=1, dry_run=dry_run)
     assert caught.value.exit_code == 1
 
 
-def test_results_without_common_rows_are_refused() -> None:
-    with pytest.raises(console.Failure, match="no row of the same variant"):
-        compare.check_comparable(made_up({"a": noisy(20, 1)}), made_up({"b": noisy(20, 1)}), Path("old.json"))
+def test_slower_memory_is_told_after_the_result_is_written(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(report.as_json(result), encoding="utf-8")
+    monkeypatch.setattr(roofline, "bandwidth", lambda: 10.0)
+    command.run(loaded(), against=old, output=new, format="json", threads=1)
+    told = " ".join(capsys.readouterr().err.split())
+    assert 0 <= told.find("wrote") < told.find("memory reads 10.0 GB/s, 20.0 in the earlier result")
+    assert compare.read(new).comparison is not None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "rows": 3}', "\udcff"])
@@ -464,10 +532,10 @@ def test_too_little_memory_is_told_before_anything_is_built(monkeypatch: pytest.
 def test_a_busy_machine_is_told(
     percent: float, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command.psutil, "cpu_count", lambda: 2)
-    monkeypatch.setattr(command.psutil, "cpu_percent", lambda interval: percent)
+    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.psutil, "cpu_percent", lambda interval: percent)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    command._warn_if_busy()
+    machine.warn_if_busy()
     assert ("other processes use 1.5 of 2" in capsys.readouterr().err) is told
 
 
@@ -481,13 +549,33 @@ def test_a_dry_run_builds_nothing(
     assert "files to be written: none" in shown.err
 
 
-def test_a_trained_run_brings_its_held_out_loss(tmp_path: Path) -> None:
-    spec = ModelSpec.model_validate({**MODEL, "feed_forward": SPARSE})
-    run = tmp_path / "my-run"
+@pytest.mark.parametrize(("suffix", "start"), [(".csv", "variant,"), (".md", "| variant"), (".json", "{")])
+def test_output_follows_the_suffix_as_the_help_says(
+    result: Result, tmp_path: Path, suffix: str, start: str
+) -> None:
+    path = tmp_path / f"result{suffix}"
+    command._write(result, path)
+    assert path.read_text(encoding="utf-8").startswith(start)
+    told = " ".join(CliRunner().invoke(cli.app, ["bench", "--help"]).output.split())
+    assert "write the result here: .csv, .md, else JSON." in told
+
+
+# -- trained runs --------------------------------------------------------------------------------------------
+
+
+def trained(run: Path, **blocks: object) -> Path:
+    """A run of an untrained model with a tokenizer and a held-out loss."""
+    spec = ModelSpec.model_validate({**MODEL, **blocks})
     ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec)).save_pretrained(run / "model")
     tokenizer = Tokenizer(WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(run / "model")
-    (run / "run.json").write_text('{"held_out_nats": 3.25}', encoding="utf-8")
+    facts = {"seed": 0, "result": {"held_out_nats": 3.25, "bits_per_byte": 1.5}}
+    run_directory.write_facts(run, run_directory.environment() | facts)
+    return run
+
+
+def test_a_trained_run_brings_its_held_out_loss(tmp_path: Path) -> None:
+    run = trained(tmp_path / "my-run", feed_forward=SPARSE)
     [candidate] = variants.from_runs([str(run)])
     assert (candidate.name, candidate.group, candidate.held_out_nats) == ("my-run", "sparse", 3.25)
     weights = variants.trained_weights(candidate.run, torch.bfloat16)
@@ -495,3 +583,31 @@ def test_a_trained_run_brings_its_held_out_loss(tmp_path: Path) -> None:
     measured = command.run(loaded(), models=[str(run)], dtypes=["float32"], format="json", threads=1)
     [row] = measured.rows
     assert (row.variant, row.held_out_nats, row.speedup) == ("my-run", 3.25, None)
+    assert measured.recipe is None
+    assert Result.model_validate_json(report.as_json(measured)) == measured
+
+
+@pytest.mark.parametrize(
+    ("blocks", "group"),
+    [
+        ({}, "dense"),
+        ({"attention": {"projection": "dense_conv"}}, "dense"),
+        ({"feed_forward": SPARSE}, "sparse"),
+        ({"attention": {"projection": "multiplicative_conv"}}, "sparse"),
+        ({"attention": {"output_projection": "multiplicative"}}, "sparse"),
+        ({"vocabulary": {"kind": "multiplicative", "size": 50, "modules": 2}}, "sparse"),
+    ],
+)
+def test_a_trained_run_is_grouped_by_its_layers(tmp_path: Path, blocks: dict, group: str) -> None:
+    [candidate] = variants.from_runs([str(trained(tmp_path / "run", **blocks))])
+    assert candidate.group == group
+
+
+def test_runs_in_folders_of_the_same_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [str(trained(tmp_path / name)) for name in ("a/runs/quick", "b/runs/quick", "b/runs/slow")]
+    monkeypatch.chdir(runs[0])
+    again = [*runs, ".", f"{runs[1]}/model"]  # the same models once more
+    names = [candidate.name for candidate in variants.from_runs(again)]
+    assert names == ["a/runs/quick", "b/runs/quick", "slow"]

@@ -8,25 +8,24 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
 
 from sparsecli import console
-from sparsecli.bench import compare, report, roofline, variants
+from sparsecli.bench import compare, machine, report, roofline, variants
 from sparsecli.bench.measure import BACKENDS, Turn, measure, spread, times
-from sparsecli.bench.report import Bandwidth, Machine, Result, Row, Settings
+from sparsecli.bench.report import Bandwidth, Machine, Processor, Result, Row, Settings, Subject
 from sparsecli.bench.variants import Candidate
+from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BUSY_SECONDS = 0.5
 WORKSPACE_BYTES = 2**30  # the interpreter, activations and the bandwidth probe's buffer
 
 
@@ -59,29 +58,38 @@ def run(
     earlier = compare.read(against) if against else None
     if output:
         _check_writable(output)
-    candidates = variants.choose(_candidates(loaded, models), dense=dense, sparse=sparse)
-    plan = loaded.recipe.bench or BenchSpec.model_construct(variants=[])
-    types = _dtypes(dtypes or plan.dtypes)
-    settings = Settings(
-        context=_positive("--context", context, plan.context),
-        rounds=_positive("--rounds", rounds, plan.rounds),
-        tokens_per_round=_positive("--tokens", tokens, plan.tokens_per_round),
-        warmup_tokens=plan.warmup_tokens,
+    bench = loaded.recipe.bench or BenchSpec.model_construct(variants=[])
+    plan = Plan(
+        candidates=variants.choose(_candidates(loaded, models), dense=dense, sparse=sparse),
+        backends=bench.backends,
+        dtypes=_dtypes(dtypes or bench.dtypes),
+        settings=Settings(
+            context=_positive("--context", context, bench.context),
+            rounds=_positive("--rounds", rounds, bench.rounds),
+            tokens_per_round=_positive("--tokens", tokens, bench.tokens_per_round),
+            warmup_tokens=bench.warmup_tokens,
+        ),
+        layers=None if models else bench.measured_layers,
     )
-    layers = plan.measured_layers if not models else None
-    _check_positions(candidates, settings)
-    if warning := variants.check_same_size(candidates):
+    processor = Processor(
+        cpu=machine.processor()[0],
+        isa=torch.backends.cpu.get_cpu_capability(),
+        threads=_positive("--threads", threads, torch.get_num_threads()),
+    )
+    _check_positions(plan)
+    if earlier and against:
+        compare.check_comparable(processor, plan.settings, plan.subjects(), earlier, against)
+    if warning := variants.check_same_size(plan.candidates):
         console.warn(warning)
     if dry_run:
-        _show_plan(candidates, types, settings, layers, output)
+        _show_plan(plan, output)
         return None
-    _check_memory(candidates, types, settings, layers)
+    _check_memory(plan)
 
-    with _threads(_positive("--threads", threads, torch.get_num_threads())):
-        _warn_if_busy()
-        result = _measure(loaded, candidates, plan.backends, types, settings, layers)
-    if earlier and against:
-        compare.check_comparable(result, earlier, against)
+    with machine.threads(processor.threads):
+        machine.warn_if_busy()
+        result = _measure(loaded, plan, processor)
+    if earlier:
         changes = compare.compare(result, earlier, fail_above or 0.0)
         result = result.model_copy(update={"comparison": changes})
     _show(result, format)
@@ -93,6 +101,48 @@ def run(
 
 
 # -- what to measure -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which models are measured, and how."""
+
+    candidates: Sequence[Candidate]
+    backends: Sequence[str]
+    dtypes: Sequence[str]
+    settings: Settings
+    layers: int | None  # so many blocks of each model are built; None: all
+
+    @property
+    def positions(self) -> int:
+        """Tokens that a row's cache has to hold."""
+        return self.settings.context + self.settings.warmup_tokens + self.settings.tokens_per_round
+
+    def built(self, candidate: Candidate) -> ModelSpec:
+        """The part of a model that is built."""
+        return variants.part(candidate.spec, self.layers)
+
+    def subject(self, candidate: Candidate, backend: str, dtype: str) -> Subject:
+        """A row without its figures."""
+        return Subject(
+            variant=candidate.name,
+            group=candidate.group,
+            backend=backend,
+            dtype=dtype,
+            parameters=candidate.sizes.total,
+            active_parameters=candidate.sizes.active,
+            bytes_per_token=candidate.sizes.bytes_per_token(dtype, self.settings.context),
+            projected=self.built(candidate).layers != candidate.spec.layers,
+        )
+
+    def subjects(self) -> list[Subject]:
+        """All rows without their figures."""
+        return [
+            self.subject(candidate, backend, dtype)
+            for backend in self.backends
+            for dtype in self.dtypes
+            for candidate in self.candidates
+        ]
 
 
 def _candidates(loaded: LoadedRecipe, models: Sequence[str]) -> list[Candidate]:
@@ -121,32 +171,25 @@ def _positive(option: str, value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _positions(settings: Settings) -> int:
-    return settings.context + settings.warmup_tokens + settings.tokens_per_round
-
-
-def _check_positions(candidates: Sequence[Candidate], settings: Settings) -> None:
-    needed = _positions(settings)
-    for candidate in candidates:
-        if candidate.spec.max_positions < needed:
+def _check_positions(plan: Plan) -> None:
+    settings = plan.settings
+    for candidate in plan.candidates:
+        if candidate.spec.max_positions < plan.positions:
             raise console.Failure(
-                f"{candidate.name}: {needed} positions are needed (context {settings.context} + "
+                f"{candidate.name}: {plan.positions} positions are needed (context {settings.context} + "
                 f"{settings.warmup_tokens} warm-up + {settings.tokens_per_round} measured tokens), the model "
                 f"has {candidate.spec.max_positions}; use a smaller --context"
             )
 
 
-def _needed_bytes(
-    candidates: Sequence[Candidate], types: Sequence[str], settings: Settings, layers: int | None
-) -> int:
+def _needed_bytes(plan: Plan) -> int:
     """An estimate: one pool a dtype, every trained model's weights, and every row's cache."""
     total = WORKSPACE_BYTES
-    for name in types:
+    for name in plan.dtypes:
         pools, trained, cached = [0], 0, 0
-        for candidate in candidates:
-            spec = variants.part(candidate.spec, layers)
-            sizes = variants.count_parameters(spec)
-            cached += sizes.cached_per_position * _positions(settings)
+        for candidate in plan.candidates:
+            sizes = variants.count_parameters(plan.built(candidate))
+            cached += sizes.cached_per_position * plan.positions
             if candidate.run:
                 trained += sizes.total
             else:
@@ -155,11 +198,8 @@ def _needed_bytes(
     return total
 
 
-def _check_memory(
-    candidates: Sequence[Candidate], types: Sequence[str], settings: Settings, layers: int | None
-) -> None:
-    needed = _needed_bytes(candidates, types, settings, layers)
-    available = psutil.virtual_memory().available
+def _check_memory(plan: Plan) -> None:
+    needed, available = _needed_bytes(plan), psutil.virtual_memory().available
     if needed > available:
         raise console.Failure(
             f"{needed / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are available; "
@@ -167,181 +207,127 @@ def _check_memory(
         )
 
 
-def _show_plan(
-    candidates: Sequence[Candidate],
-    types: Sequence[str],
-    settings: Settings,
-    layers: int | None,
-    output: Path | None,
-) -> None:
+def _show_plan(plan: Plan, output: Path | None) -> None:
     rows = [
         (
             candidate.name,
             candidate.group,
             f"{candidate.sizes.total:,}",
             f"{candidate.sizes.active:,}",
-            *(report.megabytes(candidate.sizes.bytes_per_token(name, settings.context)) for name in types),
+            *(
+                report.megabytes(candidate.sizes.bytes_per_token(name, plan.settings.context))
+                for name in plan.dtypes
+            ),
         )
-        for candidate in candidates
+        for candidate in plan.candidates
     ]
-    columns = ("variant", "group", "parameters", "active / token", *(f"MB / token {name}" for name in types))
+    columns = ("variant", "group", "parameters", "active / token", *(f"MB / token {n}" for n in plan.dtypes))
     console.print_table(columns, rows, title="dry run: nothing is measured")
-    needed = _needed_bytes(candidates, types, settings, layers)
-    console.say(f"memory needed: about {needed / 1e9:.1f} GB")
+    console.say(f"memory needed: about {_needed_bytes(plan) / 1e9:.1f} GB")
     console.say(f"files to be written: {output or 'none'}")
 
 
 # -- measuring -----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _warn_if_busy() -> None:
-    """Threads of one step wait for one another, so one that has to share its processor delays them all."""
-    processors = psutil.cpu_count() or 1
-    others = psutil.cpu_percent(interval=BUSY_SECONDS) / 100 * processors  # while this process sleeps
-    threads = torch.get_num_threads()
-    if threads > 1 and others + threads > processors + 0.5:
-        console.warn(
-            f"other processes use {others:.1f} of {processors} processors, and {threads} threads have to share: "
-            "expect several times slower rows, or use fewer --threads"
-        )
-
-
-def _measure(
-    loaded: LoadedRecipe,
-    candidates: Sequence[Candidate],
-    backends: Sequence[str],
-    types: Sequence[str],
-    settings: Settings,
-    layers: int | None,
-) -> Result:
-    console.say(f"building {len(candidates)} models as {', '.join(types)}")
-    entries = _load(candidates, backends, types, settings, layers)
+def _measure(loaded: LoadedRecipe, plan: Plan, processor: Processor) -> Result:
+    console.say(f"building {len(plan.candidates)} models as {', '.join(plan.dtypes)}")
+    entries = _load(plan)
     before = roofline.bandwidth()
-    with console.progress("measuring", len(entries) * (settings.rounds + 1)) as progress:
-        measure([entry.turn for entry in entries], settings, loaded.recipe.seed, progress)
+    with console.progress("measuring", len(entries) * (plan.settings.rounds + 1)) as progress:
+        measure([entry.turn for entry in entries], plan.settings, loaded.recipe.seed, progress)
     bandwidths = Bandwidth(before=round(before, 2), after=round(roofline.bandwidth(), 2))
     if roofline.drifted(bandwidths.before, bandwidths.after):
         console.warn(
             f"memory bandwidth went from {bandwidths.before:.1f} to {bandwidths.after:.1f} GB/s meanwhile: the "
             "machine was busy or changed; trust ratios more than milliseconds, or measure again"
         )
+    memory_gb = round(psutil.virtual_memory().total / 1e9, 1)
     return Result(
         command=shlex.join(["sparsecli", *sys.argv[1:]]),
-        recipe=loaded.recipe.model_dump(mode="json", exclude_none=True),
-        settings=settings,
+        recipe=_as_run(loaded, plan),
+        settings=plan.settings,
         versions={name: version(name) for name in ("sparsecli", "torch", "transformers")}
         | {"python": platform.python_version()},
-        machine=_machine(bandwidths),
-        rows=_rows(entries, settings, bandwidths.mean),
+        machine=Machine(**dict(processor), bandwidth_gb_s=bandwidths, memory_gb=memory_gb),
+        rows=_rows(entries, bandwidths.mean),
     )
+
+
+def _as_run(loaded: LoadedRecipe, plan: Plan) -> dict[str, Any] | None:
+    """The recipe with the command line's options in it, or None for trained runs: it does not describe them."""
+    bench = loaded.recipe.bench
+    if bench is None or any(candidate.run for candidate in plan.candidates):
+        return None
+    groups = {candidate.group for candidate in plan.candidates}
+    chosen = {
+        **dict(plan.settings),
+        "dtypes": list(plan.dtypes),
+        "variants": [variant for variant in bench.variants if variant.group in groups],
+    }
+    recipe = loaded.recipe.model_copy(update={"bench": bench.model_copy(update=chosen)})
+    return recipe.model_dump(mode="json", exclude_none=True)
 
 
 @dataclass(frozen=True)
 class Entry:
     """A row on its way: what it is, and its decoder with its samples."""
 
+    subject: Subject
     candidate: Candidate
-    backend: str
-    dtype: str
     turn: Turn
 
 
-def _load(
-    candidates: Sequence[Candidate],
-    backends: Sequence[str],
-    types: Sequence[str],
-    settings: Settings,
-    layers: int | None,
-) -> list[Entry]:
+def _load(plan: Plan) -> list[Entry]:
     entries = []
-    for dtype in types:
-        for candidate, weights in _weights(candidates, DTYPES[dtype], layers):
-            spec = variants.part(candidate.spec, layers)
-            for backend in backends:
-                decoder = BACKENDS[backend].load(spec, weights, DTYPES[dtype], _positions(settings))
+    for dtype in plan.dtypes:
+        for candidate, weights in _weights(plan, DTYPES[dtype]):
+            spec = plan.built(candidate)
+            for backend in plan.backends:
+                decoder = BACKENDS[backend].load(spec, weights, DTYPES[dtype], plan.positions)
                 turn = Turn(decoder, spec.vocabulary.size, candidate.spec.layers, spec.layers)
-                entries.append(Entry(candidate, backend, dtype, turn))
-    return sorted(entries, key=lambda entry: (backends.index(entry.backend), types.index(entry.dtype)))
+                entries.append(Entry(plan.subject(candidate, backend, dtype), candidate, turn))
+    return sorted(entries, key=lambda entry: plan.backends.index(entry.subject.backend))
 
 
-def _weights(
-    candidates: Sequence[Candidate], dtype: torch.dtype, layers: int | None
-) -> Iterator[tuple[Candidate, Mapping[str, torch.Tensor]]]:
-    random = [variants.part(candidate.spec, layers) for candidate in candidates if candidate.run is None]
-    pool = variants.random_pool(
-        max((variants.pool_elements(spec, dtype) for spec in random), default=0), dtype
-    )
-    for candidate in candidates:
+def _weights(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[Candidate, Mapping[str, torch.Tensor]]]:
+    random = [plan.built(candidate) for candidate in plan.candidates if candidate.run is None]
+    elements = max((variants.pool_elements(spec, dtype) for spec in random), default=0)
+    pool = variants.random_pool(elements, dtype)
+    for candidate in plan.candidates:
         if candidate.run:
             yield candidate, variants.trained_weights(candidate.run, dtype)
         else:
-            yield candidate, variants.random_weights(variants.part(candidate.spec, layers), pool)
+            yield candidate, variants.random_weights(plan.built(candidate), pool)
 
 
-def _rows(entries: Sequence[Entry], settings: Settings, gb_per_second: float) -> list[Row]:
+def _rows(entries: Sequence[Entry], gb_per_second: float) -> list[Row]:
     baselines: dict[tuple[str, str], Entry] = {}
     for entry in entries:
-        if entry.candidate.group == "dense":
-            baselines.setdefault((entry.backend, entry.dtype), entry)
+        if entry.subject.group == "dense":
+            baselines.setdefault((entry.subject.backend, entry.subject.dtype), entry)
     rows = []
     for entry in entries:
-        candidate, turn = entry.candidate, entry.turn
-        token = times(turn.token_ms)
-        baseline = baselines.get((entry.backend, entry.dtype))
-        size = candidate.sizes.bytes_per_token(entry.dtype, settings.context)
+        subject, paper = entry.subject, entry.candidate.paper
+        token = times(entry.turn.token_ms)
+        baseline = baselines.get((subject.backend, subject.dtype))
         paper_baseline = baseline.candidate.paper if baseline else None
+        share = roofline.fraction_of_limit(subject.bytes_per_token, token.p50, gb_per_second)
         row = Row(
-            variant=candidate.name,
-            group=candidate.group,
-            backend=entry.backend,
-            dtype=entry.dtype,
-            parameters=candidate.sizes.total,
-            active_parameters=candidate.sizes.active,
-            bytes_per_token=size,
+            **dict(subject),
             ms_per_token=token,
-            ms_per_block=spread(turn.block_ms),
+            ms_per_block=spread(entry.turn.block_ms),
             tokens_per_second=round(1e3 / token.p50, 3),
             speedup=round(times(baseline.turn.token_ms).p50 / token.p50, 4) if baseline else None,
-            bandwidth_fraction=round(roofline.fraction_of_limit(size, token.p50, gb_per_second), 4),
-            held_out_nats=candidate.held_out_nats,
-            projected=turn.layers != turn.measured_layers,
-            paper=candidate.paper,
-            paper_speedup=round(paper_baseline.ms_per_token / candidate.paper.ms_per_token, 4)
-            if paper_baseline and candidate.paper
+            bandwidth_fraction=round(share, 4),
+            held_out_nats=entry.candidate.held_out_nats,
+            paper=paper,
+            paper_speedup=round(paper_baseline.ms_per_token / paper.ms_per_token, 4)
+            if paper_baseline and paper
             else None,
         )
         rows.append(row)
     return rows
-
-
-def _machine(bandwidths: Bandwidth) -> Machine:
-    return Machine(
-        cpu=_processor(),
-        isa=torch.backends.cpu.get_cpu_capability(),
-        threads=torch.get_num_threads(),
-        bandwidth_gb_s=bandwidths,
-        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
-    )
-
-
-def _processor() -> str:
-    """The processor's name; Python's own answer is often only the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 # -- saying it -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from sparsecli import console
-from sparsecli.bench.report import Change, Result, Row
+from sparsecli.bench.report import Change, Processor, Result, Row, Settings, Subject
 from sparsecli.bench.roofline import drifted
 
 RESAMPLES = 2000
@@ -33,23 +34,31 @@ def read(path: Path) -> Result:
         ) from error
 
 
-def check_comparable(now: Result, before: Result, path: Path) -> None:
-    """Raise `Failure` unless both results come from the same machine, set-up and models."""
+def check_comparable(
+    processor: Processor, settings: Settings, subjects: Sequence[Subject], before: Result, path: Path
+) -> None:
+    """Raise `Failure` unless what is to be measured is what `before`, read from `path`, measured.
+
+    All of this is known before measuring. The memory's bandwidth is not: `compare` allows for it.
+    """
     pairs = [
-        ("machine.cpu", before.machine.cpu, now.machine.cpu),
-        ("machine.isa", before.machine.isa, now.machine.isa),
-        ("machine.threads", before.machine.threads, now.machine.threads),
-        ("settings.context", before.settings.context, now.settings.context),
+        ("machine.cpu", before.machine.cpu, processor.cpu),
+        ("machine.isa", before.machine.isa, processor.isa),
+        ("machine.threads", before.machine.threads, processor.threads),
+        ("settings.context", before.settings.context, settings.context),
     ]
     rows = {row.key: row for row in before.rows}
-    common = [row for row in now.rows if row.key in rows]
-    pairs += [(f"parameters of {row.variant}", rows[row.key].parameters, row.parameters) for row in common]
-    pairs += [(f"projection of {row.variant}", rows[row.key].projected, row.projected) for row in common]
+    common = [subject for subject in subjects if subject.key in rows]
+    pairs += [
+        (f"{field} of {subject.variant}", getattr(rows[subject.key], field), getattr(subject, field))
+        for subject in common
+        for field in ("parameters", "active_parameters", "bytes_per_token", "projected")
+    ]
     for name, theirs, ours in pairs:
         if theirs != ours:
             raise console.Failure(f"{path}: cannot be compared: {name} was {theirs!r}, is {ours!r}")
     if not common:
-        raise console.Failure(f"{path}: has no row of the same variant, backend and dtype as this result")
+        raise console.Failure(f"{path}: has no row of the same variant, backend and dtype as this bench")
 
 
 def compare(now: Result, before: Result, threshold: float) -> list[Change]:

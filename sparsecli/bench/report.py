@@ -39,8 +39,8 @@ class Bandwidth(_Record):
         return (self.before + self.after) / 2
 
 
-class Machine(_Record):
-    """What the figures depend on."""
+class Processor(_Record):
+    """What computes, as far as it is known before measuring."""
 
     cpu: str
     """Model name of the processor."""
@@ -48,6 +48,11 @@ class Machine(_Record):
     """Widest vector instructions in use."""
     threads: int
     """Threads of one decode step."""
+
+
+class Machine(Processor):
+    """What the figures depend on."""
+
     bandwidth_gb_s: Bandwidth
     """Memory bandwidth."""
     memory_gb: float
@@ -85,13 +90,13 @@ class Times(Spread):
     """In order, turn after turn."""
 
 
-class Row(_Record):
-    """One variant on one backend in one weight type. A figure that was not measured is null."""
+class Subject(_Record):
+    """One variant on one backend in one weight type: all of a row that is known before measuring."""
 
     variant: str
     """The variant's name in the recipe, or the name of the trained run."""
     group: Literal["dense", "sparse", "peer"]
-    """What it is compared as."""
+    """What it is compared as; `peer` is reserved for another program's figures."""
     backend: str
     """Who computed it."""
     dtype: str
@@ -102,6 +107,18 @@ class Row(_Record):
     """Parameters that one token uses."""
     bytes_per_token: int
     """Bytes of weights and of key-value cache that one token reads."""
+    projected: bool = False
+    """Only some of the blocks are built; their time is multiplied out."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes a row the same row in another result."""
+        return self.variant, self.backend, self.dtype
+
+
+class Row(Subject):
+    """A subject and its figures. A figure that was not measured is null."""
+
     ms_per_token: Times
     """Milliseconds a token: embedding, blocks, logits and the choice of the next token."""
     ms_per_block: Spread | None
@@ -114,17 +131,10 @@ class Row(_Record):
     """Share of the memory limit reached."""
     held_out_nats: float | None
     """Held-out loss of a trained run, in nats a token."""
-    projected: bool = False
-    """Only some of the blocks were built; their time was multiplied out."""
     paper: PaperFigures | None = None
     """The paper's figures for this row."""
     paper_speedup: float | None = None
     """The paper's speed-up of this row."""
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What makes a row the same row in another result."""
-        return self.variant, self.backend, self.dtype
 
 
 class Change(_Record):
@@ -154,8 +164,8 @@ class Result(_Record):
     """Version of this format."""
     command: str
     """The command line that made it."""
-    recipe: dict[str, Any]
-    """The resolved recipe; a valid recipe itself."""
+    recipe: dict[str, Any] | None
+    """The recipe as it was run, the command line's options included; null for trained runs (`--model`)."""
     settings: Settings
     """How the rows were measured."""
     versions: dict[str, str]

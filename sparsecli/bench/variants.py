@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ from sparsecli import console
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import find_model, load_model, read_config
-from sparsecli.model.sizes import Sizes, count_parameters
+from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
 from sparsecli.recipe.schema import BenchSpec, PaperFigures
+from sparsecli.train.run_directory import read_facts
 
-TOLERANCE = 0.01  # relative difference of parameter counts up to which variants are the same size
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 TILE = 16_777_213  # an odd length, so that no two matrices start at the same phase of the repeated tile
 STANDARD_DEVIATION = 0.02
@@ -42,36 +42,49 @@ class Candidate:
 
 def from_recipe(model: ModelSpec, bench: BenchSpec) -> list[Candidate]:
     """The recipe's variants: its model with the blocks that each variant replaces."""
-    candidates = []
-    for variant in bench.variants:
-        blocks = {name: block for name, block in variant.model if block is not None}
-        # Not model_copy, which would not check the fields against one another again.
-        spec = ModelSpec(**{**dict(model), **blocks})
-        candidates.append(
-            Candidate(variant.name, variant.group, spec, count_parameters(spec), paper=variant.paper)
-        )
-    return candidates
+    specs = [variant.apply(model) for variant in bench.variants]
+    return [
+        Candidate(variant.name, variant.group, spec, count_parameters(spec), paper=variant.paper)
+        for variant, spec in zip(bench.variants, specs, strict=True)
+    ]
 
 
 def from_runs(references: Sequence[str]) -> list[Candidate]:
     """Trained models: run directories (with their held-out loss) or Hugging Face folders."""
-    return [_from_run(reference) for reference in references]
+    # The absolute path tells models apart and names them; messages keep to the path as it was given.
+    folders = {Path(os.path.abspath(folder)): folder for folder in map(find_model, references)}
+    runs = [path.parent if path.name == "model" else path for path in folders]
+    named = zip(_names(runs), runs, folders.values(), strict=True)
+    return [_from_run(name, run, folder) for name, run, folder in named]
 
 
-def _from_run(reference: str) -> Candidate:
-    folder = find_model(reference)
+def _from_run(name: str, run: Path, folder: Path) -> Candidate:
     spec = read_config(folder).spec
-    dense = spec.feed_forward.kind == "dense" and spec.attention.projection == "dense"
-    name = folder.parent.name if folder.name == "model" else folder.name
-    nats = None
-    record = folder.parent / "run.json"
-    if record.is_file():
-        try:
-            nats = json.loads(record.read_text(encoding="utf-8")).get("held_out_nats")
-        except (ValueError, AttributeError) as error:
-            raise console.Failure(f"{record}: is not the JSON record of a run") from error
-    group: Literal["dense", "sparse"] = "dense" if dense else "sparse"
-    return Candidate(name, group, spec, count_parameters(spec), run=folder, held_out_nats=nats)
+    nats = (read_facts(run).get("result") or {}).get("held_out_nats")
+    return Candidate(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_nats=nats)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, after as many parts above it as tell it from the others."""
+    names = []
+    for folder in folders:
+        length = 1
+        while sum(other.parts[-length:] == folder.parts[-length:] for other in folders) > 1:
+            length += 1
+        names.append("/".join(folder.parts[-length:]))
+    return names
+
+
+def _group(spec: ModelSpec) -> Literal["dense", "sparse"]:
+    """Dense: no unit of the feed-forward layer is skipped, and no layer is multiplicative."""
+    attention = spec.attention
+    kinds = {
+        spec.feed_forward.kind,
+        spec.vocabulary.kind,
+        attention.projection.removesuffix("_conv"),
+        (attention.output_projection or "dense").removesuffix("_conv"),
+    }
+    return "dense" if kinds <= {"dense", "none"} else "sparse"
 
 
 def choose(candidates: Sequence[Candidate], *, dense: bool, sparse: bool) -> list[Candidate]:
@@ -91,7 +104,7 @@ def check_same_size(candidates: Sequence[Candidate]) -> str | None:
     """A sentence when the parameter counts differ by more than `TOLERANCE`, else None."""
     smallest = min(candidates, key=lambda candidate: candidate.sizes.total)
     largest = max(candidates, key=lambda candidate: candidate.sizes.total)
-    if largest.sizes.total <= smallest.sizes.total * (1 + TOLERANCE):
+    if disagreement([candidate.sizes for candidate in candidates]) <= TOLERANCE:
         return None
     return (
         f"the models differ in size: {smallest.name} has {smallest.sizes.total:,} parameters, "
