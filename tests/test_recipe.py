@@ -278,9 +278,11 @@ def test_require():
     loaded = loader.load("quickstart-convert")
     loader.require(loaded, "convert", "data")
     with pytest.raises(
-        RecipeError, match=r"quickstart-convert.yaml: this command needs a `model:` and a `train:`"
+        RecipeError, match=r"^quickstart-convert\.yaml: this command needs `model:` and `train:` blocks$"
     ):
         loader.require(loaded, "model", "train", "data")
+    with pytest.raises(RecipeError, match=r"this command needs a `train:` block$"):
+        loader.require(loaded, "train")
 
 
 # -- overrides -----------------------------------------------------------------------------------------------
@@ -336,6 +338,10 @@ def test_override_reaches_into_lists():
         (
             "generate.stop.4=1",
             "override #1 (generate.stop.4): generate.stop is a list; expected a position from 0",
+        ),
+        (
+            "generate.stop.0000009=1",
+            "override #1 (generate.stop.0000009): generate.stop is a list; expected a position from 0 to 0",
         ),
         ("layers", "override #1: expected key.path=value, got 'layers'"),
         ("=3", "override #1: expected key.path=value, got '=3'"),

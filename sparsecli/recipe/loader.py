@@ -109,8 +109,9 @@ def require(loaded: LoadedRecipe, *blocks: str) -> None:
     """Raise RecipeError unless the recipe has these top-level blocks."""
     missing = [f"`{block}:`" for block in blocks if getattr(loaded.recipe, block) is None]
     if missing:
-        plural = "blocks" if len(missing) > 1 else "block"
-        raise RecipeError(f"{loaded.path.name}: this command needs a {' and a '.join(missing)} {plural}")
+        *others, last = missing
+        needed = f"{', '.join(others)} and {last} blocks" if others else f"a {last} block"
+        raise RecipeError(f"{loaded.path.name}: this command needs {needed}")
 
 
 @cache
@@ -181,7 +182,7 @@ def _apply(read: Document, override: str, number: int) -> None:
         last = index == len(parts) - 1
         step: str | int = part
         if isinstance(here, list):
-            if not part.isascii() or not part.isdigit() or int(part[:6]) >= len(here):
+            if not (part.isascii() and part.isdigit() and len(part) <= 6 and int(part) < len(here)):
                 expected = f"expected a position from 0 to {len(here) - 1}"
                 read.problems.append(Problem(place, (), f"{spell(path)} is a list; {expected}, got {part!a}"))
                 return
