@@ -6,6 +6,7 @@ rich is imported on first use, so that a module which only needs an error class 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -91,8 +92,18 @@ def out(text: str = "", end: str = "\n") -> None:
     sys.stdout.flush()
 
 
+def first_process() -> bool:
+    """Whether this is the process that talks: of the many that `torchrun` starts, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str, style: str | None = None) -> None:
-    """Talk to the person, on stderr."""
+    """Talk to the person, on stderr; silent in all processes but the first."""
+    if first_process():
+        _write(text, style)
+
+
+def _write(text: str, style: str | None) -> None:
     _stderr().print(text.translate(_UNPRINTABLE), style=style)
 
 
@@ -102,12 +113,12 @@ def warn(text: str) -> None:
 
 
 def fail(failure: Failure) -> None:
-    """Show an expected error on stderr, every line of it marked as such."""
+    """Show an expected error on stderr, every line of it marked as such; any process may have one."""
     if isinstance(failure, Stopped):
         say(failure.message)
         return
     for line in failure.message.splitlines():
-        say(f"error: {line}", style="red")
+        _write(f"error: {line}", style="red")
 
 
 def table(table: Table) -> None:
@@ -183,7 +194,7 @@ class _Lines:
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Progress]:
     """Show how far a loop is: a bar on a terminal, else a plain line every ten seconds; on stderr."""
-    if not _stderr().is_terminal:
+    if not (_stderr().is_terminal and first_process()):
         yield _Lines(description, total)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

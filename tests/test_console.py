@@ -45,6 +45,20 @@ def test_long_talk_is_not_folded(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_of_many_processes_the_first_talks_and_each_has_its_errors(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    console.say("talk")
+    console.warn("careful")
+    console.fail(console.Stopped("stopped at step 3"))
+    with console.progress("training", 1) as bar:
+        bar.advance()
+    console.fail(console.Failure("what"))
+    assert capsys.readouterr().err == "error: what\n"
+    monkeypatch.setenv("RANK", "0")
+    console.fail(console.Stopped("stopped at step 3"))
+    assert capsys.readouterr().err == "stopped at step 3\n"
+
+
 @pytest.mark.parametrize(
     ("kind", "code"),
     [
