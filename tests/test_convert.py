@@ -121,7 +121,7 @@ def test_conversion_recovers_most_of_the_loss(
     assert report.sparse_bytes_per_token < report.dense_bytes_per_token
 
     contents = sorted((tmp_path / "sparse").rglob("*"))
-    with pytest.raises(Failure, match="already holds a run"):
+    with pytest.raises(Failure, match=r"already holds a run; choose another --output$"):
         command.run(loaded, model=str(dense), output=tmp_path / "sparse")
     assert sorted((tmp_path / "sparse").rglob("*")) == contents
     with pytest.raises(RecipeError, match="are sparse already"):

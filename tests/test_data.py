@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -222,6 +224,19 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path: Path) -> None:
         load_or_train(data, [])
 
 
+def test_code_beside_a_tokenizer_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "tokenizer"
+    TOKENIZER.save_pretrained(place)
+    (place / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((place / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with contextlib.suppress(Failure):
+        load_or_train(spec(paths=["-"], tokenizer={"kind": "saved", "path": str(place)}), [])
+    assert not (tmp_path / "ran").exists()
+
+
 # -- packing -------------------------------------------------------------------------------------------------
 
 
@@ -233,8 +248,6 @@ def test_streams_hold_every_document_and_its_end(folder: Path) -> None:
         assert packed.tokenizer.decode(stream.tokens.tolist()) == "".join(
             f"{text}{END_OF_TEXT}" for text in documents
         )
-        assert stream.bytes == sum(len(text.encode()) for text in documents)
-        assert stream.bytes_per_token == stream.bytes / len(stream.tokens)
 
 
 def test_second_call_maps_what_the_first_packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,8 +311,32 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("library", ["tokenizers", "safetensors", "torch"])
+def test_a_disk_that_fills_up_is_one_line_whatever_writes(tmp_path: Path, library: str) -> None:
+    import resource
+
+    from safetensors.torch import save_file
+
+    writers = {
+        "tokenizers": lambda beside: TOKENIZER.save_pretrained(beside),
+        "safetensors": lambda beside: save_file({"a": torch.zeros(4096)}, beside / "a.safetensors"),
+        "torch": lambda beside: torch.save(torch.zeros(4096), beside / "a.pt"),
+    }
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+    try:
+        with pytest.raises(
+            Failure, match=r"key: cannot be written: (File too large|not all of it)"
+        ) as caught:
+            write_folder(tmp_path / "key", writers[library])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in caught.value.message
+    assert not list(tmp_path.iterdir())
+
+
 def test_windows_cover_the_stream_in_order() -> None:
-    stream = packing.TokenStream(np.arange(103, dtype=np.uint16), 500)
+    stream = packing.TokenStream(np.arange(103, dtype=np.uint16))
     windows = stream.windows(10)
     assert len(windows) == 10
     assert torch.cat([windows[index]["input_ids"] for index in range(10)]).tolist() == list(range(100))
@@ -311,6 +348,24 @@ def test_windows_cover_the_stream_in_order() -> None:
     assert len(stream.windows(10, limit_tokens=1)) == 1
     with pytest.raises(Failure, match="103 tokens does not fill one window of 200"):
         stream.windows(200)
+
+
+@pytest.mark.parametrize("limit_tokens", [None, 40, 160, 161])
+def test_bytes_per_token_are_those_of_the_windows(limit_tokens: int | None) -> None:
+    """Documents that differ in bytes per token: the rate of the whole stream is not that of its first part."""
+    documents = ["", "the cat sat on the mat, " * 9, "Ωμέγα " * 12, "", "the cat", "xyzzy XYZZY " * 20]
+    ids, sizes = [], []  # and the bytes of each token: a character of the byte-level alphabet stands for one
+    for document in encode(TOKENIZER, documents):
+        ids += [*document, TOKENIZER.eos_token_id]
+        sizes += [*map(len, TOKENIZER.convert_ids_to_tokens(document)), 0]
+    assert sum(sizes) == sum(len(text.encode()) for text in documents)
+    windows = packing.TokenStream(np.array(ids, dtype=np.uint16)).windows(8, limit_tokens)
+    tokens = len(windows) * 8
+    cut = TOKENIZER.decode(ids[:tokens]).endswith("\N{REPLACEMENT CHARACTER}")
+    error = (windows.bytes_per_token(TOKENIZER) - sum(sizes[:tokens]) / tokens) * tokens
+    assert error == pytest.approx(1 if cut else 0, abs=1e-9)  # a cut Greek letter: three bytes, not one
+    if limit_tokens:
+        assert abs(windows.bytes_per_token(TOKENIZER) - sum(sizes) / len(sizes)) > 0.05
 
 
 def test_large_vocabularies_need_wider_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,13 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,12 @@ from sparsecli.console import Failure, RecipeError, Stopped
 from sparsecli.data.packing import TokenStream, pack
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.model.checkpoint import load_model
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.train import checkpoint, journal, loop, run_directory, trainer
-from sparsecli.train.trainer import Result, evaluate, run
+from sparsecli.train.evaluation import evaluate
+from sparsecli.train.trainer import Result, run
 
 RECIPE = """
 seed: 3
@@ -175,12 +180,13 @@ def test_final_model_gives_the_final_figures(finished: tuple[Path, Result], tiny
     model = ScalingTransformerForCausalLM.from_pretrained(output / "model").train()
     assert tiny.recipe.data
     corpus = pack(tiny.recipe.data)
-    figures = evaluate(model, corpus.held_out.windows(16, 256), corpus.held_out.bytes_per_token, batch_size=3)
+    figures = evaluate(model, corpus.held_out.windows(16, 256), 1.0, batch_size=3)
     assert figures is not None
     assert figures.nats_per_token == pytest.approx(result.held_out_nats, abs=1e-5)
-    assert figures.bits_per_byte == pytest.approx(
-        figures.nats_per_token / math.log(2) / corpus.held_out.bytes_per_token
-    )
+    evaluated = corpus.held_out.tokens[: len(corpus.held_out.tokens) // 16 * 16].tolist()
+    text = corpus.tokenizer.decode(evaluated, skip_special_tokens=True)
+    bits_per_token = figures.nats_per_token / math.log(2)
+    assert result.bits_per_byte == pytest.approx(bits_per_token * len(evaluated) / len(text), abs=1e-5)
     assert model.training, "evaluate must put the model back"
     assert model.config.eos_token_id == corpus.tokenizer.eos_token_id
 
@@ -296,6 +302,66 @@ def test_signal_during_evaluation_cuts_it_short(
         assert torch.equal(tensor, weights(finished[0])[name]), name
 
 
+def test_signal_in_the_last_step_changes_nothing(
+    finished: tuple[Path, Result], recipe_file: Path, tiny: LoadedRecipe, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 12, send(signal.SIGTERM))
+        result = run(tiny, output=tmp_path / "run")
+    assert result is not None
+    assert result.held_out_nats == finished[1].held_out_nats
+    assert_same_run(tmp_path / "run", finished[0])
+
+    short = load(str(recipe_file), ["train.max_steps=2"])  # not a multiple of eval_steps
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 2, send(signal.SIGTERM))
+        result = run(short, output=tmp_path / "short")
+    assert result is not None
+    assert run_directory.read_metrics(tmp_path / "short")[-1]["held_out_nats"] == result.held_out_nats
+
+
+def test_signal_in_the_last_evaluation_only_puts_it_off(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
+) -> None:
+    output, before, sent = tmp_path / "run", loop.evaluate, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if (output / "checkpoints" / "checkpoint-8").exists() and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return before(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        result = run(tiny, output=output)
+    assert sent
+    assert result is not None
+    assert result.held_out_nats == finished[1].held_out_nats
+    assert_same_run(output, finished[0])
+
+
+def test_run_killed_in_its_last_evaluation_does_that_again(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, before = load(str(recipe_file), ["train.max_steps=2"]), loop.evaluate
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        """Put off after the last step, killed once the model is there."""
+        os.kill(os.getpid(), signal.SIGINT)
+        return before(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(short, output=tmp_path / "run")
+    assert (tmp_path / "run" / "model").is_dir()
+    monkeypatch.setattr(trainer.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    result = run(short, output=tmp_path / "run", resume="auto")
+    assert result is not None
+    *_, logged, evaluated = run_directory.read_metrics(tmp_path / "run")
+    assert evaluated["held_out_nats"] == result.held_out_nats
+    assert (evaluated["step"], evaluated["tokens"]) == (2, logged["tokens"])
+
+
 def test_run_killed_before_its_model_was_written_only_writes_it(
     finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,15 +409,38 @@ def test_finished_run_without_its_model_writes_it_again(
 def test_two_processes_train_one_model(recipe_file: Path, tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("sparsecli")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program), "train"]
-    subprocess.run([*command, str(recipe_file), "--output", str(tmp_path / "run")], check=True, timeout=300)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+    command += [str(recipe_file), "train.max_steps=5", "--output", str(tmp_path / "run")]
+    # An empty cache, so that there is something to announce.
+    new = {**os.environ, "SPARSECLI_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, check=True, timeout=300, stderr=subprocess.PIPE, text=True, env=new)
+    for said in ("training a tokenizer", "packing", "training: 5/5", "step 5: held out nats"):
+        assert done.stderr.count(said) == 1, done.stderr
+
+    # What is left when the processes are killed in the evaluation after the last step.
+    shutil.rmtree(tmp_path / "run" / "model")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    (tmp_path / "run" / "model.tmp").mkdir()
+    subprocess.run([*command, "--resume", "auto"], check=True, timeout=300)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["processes"] == 2
     rows = run_directory.read_metrics(tmp_path / "run")
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 6))
     assert rows[0]["tokens"] == 2 * 2 * 4 * 16
     found, skipped = checkpoint.newest_sound(tmp_path / "run" / "checkpoints")
     assert found is not None
     assert not skipped
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in found.iterdir()}
+    assert not (tmp_path / "run" / "model.tmp").exists()
+    model, tokenizer = load_model(tmp_path / "run" / "model")
+    data = load(str(recipe_file)).recipe.data
+    assert data
+    held_out = pack(data).held_out.windows(16, 256)
+    figures = evaluate(model, held_out, held_out.bytes_per_token(tokenizer))
+    assert figures is not None
+    assert figures.nats_per_token == pytest.approx(facts["result"]["held_out_nats"], abs=1e-5)
+    assert figures.bits_per_byte == pytest.approx(facts["result"]["bits_per_byte"], abs=1e-5)
+    assert rows[-1]["held_out_nats"] == facts["result"]["held_out_nats"]
 
 
 # -- damaged checkpoints -------------------------------------------------------------------------------------
@@ -470,13 +559,63 @@ def test_unwritable_output_is_found_before_anything_is_read(
     assert "\n" not in caught.value.message
 
 
-def test_full_disk_is_one_line(tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def seal(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No longer file can be written: like a full disk, the system refuses, whichever library writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(loop, "seal", seal)
-    with pytest.raises(Failure, match="No space left on device; once that is mended, go on with"):
-        run(tiny, output=tmp_path / "run")
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("model.safetensors", "File too large"),
+        ("optimizer.pt", "not all of it could be written, as on a full disk"),
+    ],
+)
+def test_full_disk_is_one_line_and_the_run_goes_on(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path, file: str, reason: str
+) -> None:
+    output = tmp_path / "run"
+    size = (finished[0] / "checkpoints" / "checkpoint-12" / file).stat().st_size
+    before = loop.LanguageModelTrainer._save_checkpoint
+
+    def save_checkpoint(self: Any, *args: Any) -> None:
+        if self.state.global_step < 8:
+            before(self, *args)
+        else:
+            with files_up_to(size - 1):
+                before(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.LanguageModelTrainer, "_save_checkpoint", save_checkpoint)
+        with pytest.raises(Failure, match=f"{reason}; once that is mended, go on with: spa") as caught:
+            run(tiny, output=output)
+    assert "\n" not in caught.value.message
+    assert not (output / "model").exists()
+    found, skipped = checkpoint.newest_sound(output / "checkpoints")
+    assert (found, skipped) == (output / "checkpoints" / "checkpoint-4", [])
+    run(tiny, output=output, resume="auto")
+    assert_same_run(output, finished[0])
+
+
+def test_full_disk_leaves_no_half_written_model(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output, ignore=shutil.ignore_patterns("model"))
+    with (
+        files_up_to((finished[0] / "model" / "model.safetensors").stat().st_size - 1),
+        pytest.raises(Failure, match="File too large; once that is mended, go on with: sparsecli train"),
+    ):
+        run(tiny, output=output, resume="auto")
+    assert not (output / "model").exists()
+    run(tiny, output=output, resume="auto")
+    assert_same_run(output, finished[0])
 
 
 def test_vocabulary_must_hold_the_tokenizer(recipe_file: Path, tmp_path: Path) -> None:
@@ -534,9 +673,7 @@ def tiny_model(**fields: Any) -> ScalingTransformerForCausalLM:
 
 
 def stream(tokens: int) -> TokenStream:
-    return TokenStream(
-        torch.randint(0, 50, (tokens,), generator=torch.Generator().manual_seed(1)).numpy(), tokens
-    )
+    return TokenStream(torch.randint(0, 50, (tokens,), generator=torch.Generator().manual_seed(1)).numpy())
 
 
 def test_evaluation_is_the_mean_over_predicted_tokens() -> None:

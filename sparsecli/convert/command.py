@@ -62,7 +62,7 @@ def run(
     if dry_run:
         _print_plan(recipe.convert, source, spec, data, output)
         return None
-    run_directory.claim(output, recipe, resume=False)
+    run_directory.claim(output, recipe, resume=False, hint="choose another --output")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dense, _ = load_model(source)
@@ -145,10 +145,11 @@ def _convert(
     generator = torch.Generator().manual_seed(recipe.seed)
     windows = corpus.train.windows(data.sequence_length)
     held_out = corpus.held_out.windows(data.sequence_length, data.held_out_tokens)
+    bytes_per_token = held_out.bytes_per_token(corpus.tokenizer)
     stages: list[Stage] = []
 
     def note(name: str, network: ScalingTransformerForCausalLM) -> None:
-        figures = evaluate(network, held_out, corpus.held_out.bytes_per_token)
+        figures = evaluate(network, held_out, bytes_per_token)
         assert isinstance(figures, HeldOut)
         reference = stages[0].nats_per_token if stages else figures.nats_per_token
         change = figures.nats_per_token / reference - 1

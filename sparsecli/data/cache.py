@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -45,8 +46,24 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
         fill(beside)
         if not folder.exists():
             beside.rename(folder)
-    except OSError as error:
+    except Exception as error:
+        reason = why_unwritten(error)
+        if reason is None:
+            raise
         if not folder.exists():
-            raise Failure(f"{folder}: cannot be written: {error.strerror}") from None
+            raise Failure(f"{folder}: cannot be written: {reason}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def why_unwritten(error: Exception) -> str | None:
+    """The system's reason why a file could not be written or read; None for an error of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # safetensors and tokenizers pass on Rust's words, in exceptions of no common type.
+    if found := re.search(r"([^:]+) \(os error \d+\)", str(error)):
+        return found[1].strip()
+    # torch.save does not pass on why.
+    if isinstance(error, RuntimeError) and re.search("inline_container|iostream error", str(error)):
+        return "not all of it could be written, as on a full disk"
+    return None

@@ -47,6 +47,17 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         window = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
         return {"input_ids": window, "labels": window}
 
+    def bytes_per_token(self, tokenizer: PreTrainedTokenizerFast) -> float:
+        """UTF-8 bytes of the text in these windows over their tokens; turns nats per token into bits per byte.
+
+        The end-of-text token stands for no byte. A character that the last window cuts counts as three.
+        """
+        tokens = np.asarray(self.tokens[: len(self) * self.sequence_length])
+        is_end = tokens == tokenizer.eos_token_id
+        documents = np.split(tokens[~is_end], np.flatnonzero(is_end) - np.arange(is_end.sum()))
+        texts = tokenizer.batch_decode(documents, clean_up_tokenization_spaces=False)
+        return sum(len(text.encode()) for text in texts) / len(tokens)
+
 
 @dataclass(frozen=True)
 class TokenStream:
@@ -54,13 +65,6 @@ class TokenStream:
 
     tokens: np.ndarray
     """uint16 or uint32, (number of tokens,), memory-mapped."""
-    bytes: int
-    """UTF-8 bytes of the documents."""
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Turns nats per token into bits per byte."""
-        return self.bytes / len(self.tokens)
 
     def windows(self, sequence_length: int, limit_tokens: int | None = None) -> Windows:
         """Windows of the first `limit_tokens` tokens (of all by default), at least one.
@@ -113,8 +117,8 @@ def pack(data: DataSpec, cache_dir: Path | None = None) -> PackedCorpus:
 
     index = json.loads((folder / INDEX).read_text())
     streams = {
-        name: TokenStream(np.memmap(folder / f"{name}.bin", dtype=index["dtype"], mode="r"), stream["bytes"])
-        for name, stream in index["streams"].items()
+        name: TokenStream(np.memmap(folder / f"{name}.bin", dtype=index["dtype"], mode="r"))
+        for name in index["streams"]
     }
     return PackedCorpus(streams["train"], streams["held_out"], tokenizer, key)
 
@@ -130,7 +134,7 @@ def _write(
             for ids in encode(tokenizer, documents):
                 file.write(np.array([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes())
                 tokens += len(ids) + 1
-        streams[name] = {"tokens": tokens, "bytes": sum(len(text.encode()) for text in documents)}
+        streams[name] = {"tokens": tokens}
     (folder / INDEX).write_text(json.dumps({"dtype": np.dtype(dtype).name, "streams": streams}))
 
 

@@ -25,7 +25,7 @@ def load_or_train(
     """The tokenizer that `data.tokenizer` names; a `bpe` one is trained on `train_documents` alone.
 
     Its end-of-text token separates documents, and also pads where the tokenizer has no padding of its own.
-    Raises `Failure` when the tokenizer cannot be loaded.
+    Code that comes with a tokenizer is never run. Raises `Failure` when the tokenizer cannot be loaded.
     """
     spec = data.tokenizer
     if spec.kind == "bpe":
@@ -98,7 +98,9 @@ def _pretrained(name: str, revision: str | None, key: str, *, local: bool) -> Pr
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, local_files_only=local, trust_remote_code=False
+        )
     except Exception as error:  # the library raises OSError, ValueError, KeyError and its parser's own
         reason = str(error).strip().partition("\n")[0]
         raise Failure(f"{key}: no tokenizer can be loaded from {name}: {reason}") from None

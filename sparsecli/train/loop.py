@@ -171,8 +171,11 @@ class LanguageModelTrainer(Trainer):
 
     def stop_received(self) -> bool:
         """Whether this process or another one of the same run has received a signal."""
-        mine = torch.tensor(float(self.signals.received is not None))
-        return bool(mine if self.args.world_size == 1 else self._add_up(mine))
+        return self.anywhere(self.signals.received is not None)
+
+    def anywhere(self, here: bool) -> bool:
+        """Whether something is true in this process or in another one of the same run; all of them ask."""
+        return here if self.args.world_size == 1 else bool(self._add_up(torch.tensor(float(here))))
 
     def _add_up(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 from sparsecli.console import Failure, warn
+from sparsecli.data.cache import why_unwritten
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train.checkpoint import newest_sound
@@ -23,11 +26,12 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
-def claim(output: Path, recipe: Recipe, resume: bool) -> Path | None:
+def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | None:
     """Make sure that a run may go to `output`; the checkpoint to go on from, or None to start at step 0.
 
-    Raises `Failure` when `output` cannot be written, holds something else, or holds a run that is not to be
-    resumed, was started with another recipe, or has no whole checkpoint left.
+    `hint` says what to do about a run that is there already. Raises `Failure` when `output` cannot be written,
+    holds something else, or holds a run that is not to be resumed, was started with another recipe, or has no
+    whole checkpoint left.
     """
     if not output.is_dir() or not any(output.iterdir()):
         _probe(output)
@@ -36,7 +40,7 @@ def claim(output: Path, recipe: Recipe, resume: bool) -> Path | None:
     if not stored.exists():
         raise Failure(f"{output}: is not empty and holds no run; choose another --output")
     if not resume:
-        raise Failure(f"{output}: already holds a run; go on with --resume auto, or choose another --output")
+        raise Failure(f"{output}: already holds a run; {hint}")
     _compare(stored, recipe)
     _probe(output)
     checkpoint, skipped = newest_sound(output / CHECKPOINTS)
@@ -50,6 +54,24 @@ def claim(output: Path, recipe: Recipe, resume: bool) -> Path | None:
 def go_on(output: Path) -> str:
     """How to resume the run in `output`."""
     return f"go on with: sparsecli train {output / RECIPE} --resume auto"
+
+
+@contextmanager
+def writing(place: Path, hint: str) -> Iterator[None]:
+    """Turn a write that fails (a full disk) into a `Failure`, in whichever library it fails.
+
+    The message names the file, or `place` where the library does not, and says what `hint` says to do then.
+    """
+    try:
+        yield
+    except Failure:
+        raise
+    except Exception as error:
+        reason = why_unwritten(error)
+        if reason is None:
+            raise
+        file = getattr(error, "filename", None) or place
+        raise Failure(f"{file}: {reason}; once that is mended, {hint}") from None
 
 
 def _probe(output: Path) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
-from sparsecli.console import Failure, RecipeError, Stopped, print_table, progress, say
+from sparsecli.console import Failure, RecipeError, Stopped, first_process, print_table, progress, say
 from sparsecli.data.packing import PackedCorpus, pack
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
@@ -22,11 +23,8 @@ from sparsecli.recipe.loader import LoadedRecipe, dump, require
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train import run_directory
 from sparsecli.train.checkpoint import newest_sound, step_of
-from sparsecli.train.evaluation import HeldOut, evaluate
 from sparsecli.train.journal import Journal
 from sparsecli.train.loop import LanguageModelTrainer, Signals, training_arguments
-
-__all__ = ["HeldOut", "Result", "evaluate", "run"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,9 @@ def run(
 
     Under `torchrun` every process calls this; the first one alone prints, writes and returns the figures.
     Raises `RecipeError` when the recipe cannot be trained; `Failure` when `output` is taken or cannot be
-    written, when the text cannot be read, or when a run cannot be resumed as asked; `Stopped` after SIGTERM or
-    SIGINT.
+    written (now or later, as on a full disk), when the text cannot be read, or when a run cannot be resumed as
+    asked; `Stopped` after SIGTERM or SIGINT before the last step. One that comes later has nothing left to
+    stop: the run ends as if none had.
     """
     require(loaded, "model", "data", "train")
     recipe = loaded.recipe
@@ -60,22 +59,25 @@ def run(
         raise Failure(
             f"--resume {resume}: expected auto, which takes the newest whole checkpoint", exit_code=2
         )
+    first = first_process()
     if dry_run:
-        _print_plan(recipe, output)
+        if first:
+            _print_plan(recipe, output)
         return None
 
-    first = int(os.environ.get("RANK", "0")) == 0
     if first:
-        checkpoint = run_directory.claim(output, recipe, resume == "auto")
+        hint = "go on with --resume auto, or choose another --output"
+        checkpoint = run_directory.claim(output, recipe, resume=resume == "auto", hint=hint)
     else:
         checkpoint = newest_sound(output / run_directory.CHECKPOINTS)[0] if resume else None
     figures = run_directory.read_facts(output).get("result")
     if resume and figures and (output / "model").is_dir():
-        if first:
-            say(f"{output}: this run is finished; nothing to do")
-            _print_result(Result(**figures), output)
+        if not first:
+            return None
+        say(f"{output}: this run is finished; nothing to do")
+        _print_result(Result(**figures), output)
         return Result(**figures)
-    if resume and first:
+    if resume:
         say(
             f"going on from {checkpoint}"
             if checkpoint
@@ -90,11 +92,8 @@ def run(
             f"{loaded.path.name}: model.vocabulary.size: {recipe.model.vocabulary.size} is less than the "
             f"{len(corpus.tokenizer)} tokens of data.tokenizer"
         )
-    try:
+    with run_directory.writing(output, run_directory.go_on(output)):
         result = _train(recipe, corpus, output, checkpoint, first)
-    except OSError as error:
-        reason = f"{error.filename or output}: {error.strerror or error}"
-        raise Failure(f"{reason}; once that is mended, {run_directory.go_on(output)}") from None
     if result:
         _print_result(result, output)
     return result
@@ -181,7 +180,7 @@ def _train(
             corpus.tokenizer,
             windows,
             held_out,
-            corpus.held_out.bytes_per_token,
+            held_out.bytes_per_token(corpus.tokenizer),
             checkpoints=checkpoints,
             keep=train.save_total_limit,
             signals=signals,
@@ -192,6 +191,8 @@ def _train(
         try:
             if start_step < train.max_steps:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            elif checkpoint:
+                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         finally:
             if journal:
                 journal.close()
@@ -203,15 +204,22 @@ def _train(
         )
         raise Stopped(message, exit_code=130 if interrupted else None)
 
+    signals.received = None  # one in the last step, or in the evaluation after it, has nothing left to stop
+
     beside, place = output / "model.tmp", output / "model"
-    shutil.rmtree(beside, ignore_errors=True)
+    if first:
+        shutil.rmtree(beside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(beside))
-    if journal is None:
+    if first:
+        (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody may load
+        shutil.rmtree(place, ignore_errors=True)
+        beside.rename(place)
+    row = journal.held_out_at(step) if journal else None
+    if trainer.anywhere(first and row is None):
+        row = trainer.evaluate()
+    if journal is None or row is None:
         return None
-    (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody may load
-    shutil.rmtree(place, ignore_errors=True)
-    beside.rename(place)
-    row = journal.held_out_at(step) or trainer.evaluate()
     result = Result(
         steps=step,
         held_out_nats=row["held_out_nats"],
