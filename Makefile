@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow lint types check bench clean
+.PHONY: setup demo test test-slow quality lint types check bench clean
 
 setup: $(READY)
 
@@ -23,6 +23,9 @@ test: $(READY)  ## the default test suite: offline, a few minutes
 
 test-slow: $(READY)  ## the long tests: every shipped recipe trained and measured
 	$(BIN)/python -m pytest -m slow
+
+quality: $(READY)  ## quickstart, its dense twin and the dense twin with a convolution, three seeds each
+	$(BIN)/python -m pytest -m slow tests/test_quality.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

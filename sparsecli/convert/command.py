@@ -189,7 +189,8 @@ def _convert(
         captured_share=captured,
         stages=stages,
     )
-    _write(recipe, report, sparse, corpus, output)
+    with run_directory.writing(output, "convert again with another --output"):
+        _write(recipe, report, sparse, corpus, output)
     return report
 
 

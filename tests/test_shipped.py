@@ -1,0 +1,182 @@
+"""Everything a newcomer types works: each shipped recipe, each command and each snippet of README and docs.
+
+Recipes run at their real sizes on a small part of the standard library, for a few steps; benchmarks build one block.
+The commands run in the order in which they stand in the text.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sparsecli import cli
+from sparsecli.data import corpus
+from sparsecli.recipe.loader import load, shipped
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT_TRAIN = [
+    "train.max_steps=2",
+    "train.warmup_steps=0",
+    "train.eval_steps=2",
+    "train.save_steps=2",
+    "data.held_out_tokens=512",
+]
+SHORT_CONVERT = [
+    "convert.calibration_tokens=512",
+    "convert.controller_steps=2",
+    "convert.distillation.max_steps=1",
+    "convert.distillation.batch_size=1",
+    "data.held_out_tokens=512",
+]
+SHORT_BENCH = [
+    "bench.measured_layers=1",
+    "bench.rounds=1",
+    "bench.tokens_per_round=1",
+    "bench.warmup_tokens=0",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory):
+    """A working directory, and a standard library of a few packages."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    library = tmp_path_factory.mktemp("library")
+    for package in ("asyncio", "email", "json", "logging", "unittest"):
+        source = Path(corpus.sysconfig.get_path("stdlib")) / package
+        (library / package).mkdir()
+        for path in source.glob("*.py"):
+            (library / package / path.name).write_bytes(path.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("SPARSECLI_CACHE", str(folder / "cache"))
+        patch.setattr(corpus, "sysconfig", SimpleNamespace(get_path=lambda name: str(library)))
+        yield folder
+
+
+def run(*arguments: str, stdin: str | None = None) -> None:
+    """The program, in this process; it must end well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sparsecli", *arguments])
+        if stdin is not None:
+            patch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin.encode())))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert not ended.value.code, arguments
+
+
+def trained(name: str) -> str:
+    """The run directory of a shipped recipe, trained or converted for a moment on first use."""
+    output = f"runs/{name}"
+    if not Path(output, "model").exists():
+        if load(name).recipe.convert:
+            trained("quickstart-dense")
+            run("sparsify-convert", name, *SHORT_CONVERT)
+        else:
+            run("train", name, *SHORT_TRAIN)
+    return output
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if load(name).recipe.train])
+def test_training_recipes(place: Path, name: str) -> None:
+    assert Path(trained(name), "loss.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if load(name).recipe.convert])
+def test_converting_recipes(place: Path, name: str) -> None:
+    assert "distilled" in Path(trained(name), "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if "17b" in name else name
+        for name in shipped()
+        if load(name).recipe.bench
+    ],
+)
+def test_benchmark_recipes(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run("bench", name, *SHORT_BENCH)
+    table = capsys.readouterr().out
+    for variant in load(name).recipe.bench.variants:
+        assert variant.name in table
+
+
+# -- what the pages say --------------------------------------------------------------------------------------
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[object]:
+    lines = [(page, line) for page in PAGES for block in blocks(page, "") for line in block.splitlines()]
+    found = [(page, line) for page, line in lines if re.match(r"(sparsecli |echo .*\| *sparsecli )", line)]
+    assert len(found) >= 20
+    return [pytest.param(line, id=f"{page.stem}: {line.split('#')[0].strip()}") for page, line in found]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_of_the_pages(place: Path, line: str) -> None:
+    """The command as it is written, shortened where it would take minutes."""
+    before, _, command = line.rpartition("| sparsecli ") if "| sparsecli " in line else ("", "", line[10:])
+    stdin = " ".join(shlex.split(before)[1:]) + "\n" if before else None
+    words = shlex.split(command, comments=True)
+    if ">" in words:
+        words = words[: words.index(">")]
+    if words[0] == "recipes" and words[1] == "cp" and Path(words[3]).exists():
+        Path(words[3]).unlink()
+    for word in words:
+        if word == "my.yaml" and not Path(word).exists() and words[:2] != ["recipes", "cp"]:
+            Path(word).write_text(load("quickstart").path.read_text())
+        if word.startswith("runs/") and "model" not in words[1] and words[0] != "train":
+            trained(Path(word).name)
+    if words[0] == "train":
+        words = shorten_training(words)
+    elif words[0] == "sparsify-convert":
+        trained("quickstart-dense")
+        words += [*SHORT_CONVERT, "--output", fresh("converted")]
+    elif words[0] == "generate":
+        trained("quickstart")
+        words += ["--max-new-tokens", "2"]
+    elif words[0] == "bench":
+        if "--model" in words:
+            words += ["--rounds", "1", "--tokens", "1", "--context", "4"]
+        elif "bench-17b" in words:
+            words.append("--dry-run")
+        else:
+            words += SHORT_BENCH
+            if "--fail-above" in words:  # one token a row shows no regression; just compare
+                at = words.index("--fail-above")
+                words = words[:at] + words[at + 2 :]
+    run(*words, stdin=stdin)
+
+
+def shorten_training(words: list[str]) -> list[str]:
+    if "--resume" in words:
+        return words  # of a finished run: says so
+    return [*words, *SHORT_TRAIN, "--output", fresh("trained")]
+
+
+def fresh(name: str) -> str:
+    number = len(list(Path().glob(f"{name}-*")))
+    return f"{name}-{number}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(code, id=f"{page.stem}: {code.splitlines()[0]}")
+        for page in PAGES
+        for code in blocks(page, "python")
+    ],
+)
+def test_snippets_of_the_pages(place: Path, code: str) -> None:
+    trained("quickstart")
+    exec(compile(code, "snippet", "exec"), {})
