@@ -23,6 +23,7 @@ from sparsecli.bench import command, compare, machine, measure, report, roofline
 from sparsecli.bench.report import Bandwidth, Machine, Result, Row, Settings
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.memory import ALIGNMENT
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.schema import PaperFigures, Recipe
 from sparsecli.train import run_directory
@@ -162,7 +163,7 @@ def test_weights_of_a_model_are_disjoint_aligned_views_of_one_pool() -> None:
     ends = 0
     for weight in (weight for weight in weights.values() if weight.dim() > 1):
         start = weight.data_ptr() - pool.data_ptr()
-        assert start % variants.ALIGNMENT == 0
+        assert start % ALIGNMENT == 0
         assert start >= ends
         ends = start + weight.nbytes
     assert ends <= pool.nbytes

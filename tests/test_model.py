@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from sparsecli.model import DecodeCache, ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.layers.feed_forward import SparseFeedForward
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
+from sparsecli.model.memory import move_to_huge_pages
 from sparsecli.model.sizes import count_parameters
 
 VOCABULARY = 96
@@ -311,6 +312,19 @@ def test_too_many_positions_are_refused() -> None:
     model = build(positions="learned")
     with pytest.raises(ValueError, match="65 positions are more than max_positions 64"):
         model(torch.ones(1, 65, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_moving_to_huge_pages_changes_no_weight(dtype: torch.dtype) -> None:
+    model, ids = build(vocabulary="tied").to(dtype), prompt()
+    expected = model(ids).logits
+    move_to_huge_pages(model)
+    assert torch.equal(model(ids).logits, expected)
+    assert model.head.weight is model.model.embedding.weight
+    starts = [parameter.data_ptr() for parameter in model.parameters()]
+    assert all(start % 64 == 0 for start in starts)
+    assert max(starts) - min(starts) < sum(p.numel() * p.element_size() + 64 for p in model.parameters())
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ The commands run in the order in which they stand in the text.
 
 from __future__ import annotations
 
-import io
+import os
 import re
 import shlex
 import sys
@@ -65,7 +65,10 @@ def run(*arguments: str, stdin: str | None = None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sparsecli", *arguments])
         if stdin is not None:
-            patch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin.encode())))
+            read, write = os.pipe()
+            with os.fdopen(write, "w") as pipe:
+                pipe.write(stdin)
+            patch.setattr(sys, "stdin", os.fdopen(read))
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert not ended.value.code, arguments

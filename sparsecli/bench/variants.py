@@ -14,11 +14,11 @@ from sparsecli import console
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import find_model, load_model, read_config
+from sparsecli.model.memory import aligned, huge_page_tensor
 from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
 from sparsecli.recipe.schema import BenchSpec, PaperFigures
 from sparsecli.train.run_directory import read_facts
 
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 TILE = 16_777_213  # an odd length, so that no two matrices start at the same phase of the repeated tile
 STANDARD_DEVIATION = 0.02
 BIAS_SCALE = 1e-3
@@ -133,7 +133,7 @@ def random_pool(elements: int, dtype: torch.dtype, seed: int = 0) -> torch.Tenso
     """
     generator = torch.Generator().manual_seed(seed)
     tile = torch.empty(min(TILE, elements)).normal_(0, STANDARD_DEVIATION, generator=generator).to(dtype)
-    pool = torch.empty(elements, dtype=dtype)
+    pool = huge_page_tensor(elements, dtype)
     for start in range(0, elements, TILE):
         part = pool[start : start + TILE]
         part.copy_(tile[: len(part)])
@@ -147,12 +147,7 @@ def _layout(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 def pool_elements(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Elements of the pool that one model needs, alignment included."""
-    return sum(_aligned(parameter.numel(), dtype) for _, parameter in _layout(empty_model(spec)))
-
-
-def _aligned(elements: int, dtype: torch.dtype) -> int:
-    step = ALIGNMENT // dtype.itemsize
-    return -(-elements // step) * step
+    return sum(aligned(parameter.numel(), dtype) for _, parameter in _layout(empty_model(spec)))
 
 
 def random_weights(spec: ModelSpec, pool: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -163,7 +158,7 @@ def random_weights(spec: ModelSpec, pool: torch.Tensor) -> dict[str, torch.Tenso
     position = 0
     for name, parameter in _layout(model):
         weights[name] = pool[position : position + parameter.numel()].view(parameter.shape)
-        position += _aligned(parameter.numel(), pool.dtype)
+        position += aligned(parameter.numel(), pool.dtype)
     for name, parameter in model.named_parameters():
         if parameter.dim() <= 1:
             if "norm" in name and name.endswith("weight"):

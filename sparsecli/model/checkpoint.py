@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from sparsecli.console import Failure
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.memory import move_to_huge_pages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +70,7 @@ def load_model(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; "
             "they do not belong together"
         )
+    move_to_huge_pages(model)
     return model.eval(), tokenizer
 
 

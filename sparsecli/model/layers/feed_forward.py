@@ -206,9 +206,12 @@ class SparseFeedForward(nn.Module):
             h = h * units(self.up)
         if scale is not None:
             h = h * scale.flatten(1)
-        read = self.down.index_select(0, rows)
         if tokens == 1:
-            return h @ read + self.bias
+            if self.activation == "relu" and not torch.compiler.is_compiling():
+                alive = h[0].nonzero().squeeze(1)  # rows of units that the ReLU silenced need not be read
+                h, rows = h[:, alive], rows[alive]
+            return h @ self.down.index_select(0, rows) + self.bias
+        read = self.down.index_select(0, rows)
         return torch.bmm(h.unsqueeze(1), read.view(tokens, -1, x.shape[-1])).squeeze(1) + self.bias
 
     def evaluate_masked(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
