@@ -15,7 +15,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## train a sparse model on real code, let it write, time it against dense ones
 	$(BIN)/sparsecli train quickstart --output runs/quickstart --resume auto
-	$(BIN)/sparsecli generate --model runs/quickstart --prompt "def read_" --max-new-tokens 96 --stats
+	$(BIN)/sparsecli generate --model runs/quickstart --prompt "def test_" --max-new-tokens 96 --temperature 0.7 --repetition-penalty 1.15 --stats
 	$(BIN)/sparsecli bench --dense --sparse
 
 test: $(READY)  ## the default test suite: offline, a few minutes
