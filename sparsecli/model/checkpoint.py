@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils.logging import disable_progress_bar
 
 from sparsecli.console import Failure
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
@@ -63,6 +64,7 @@ def load_model(
     """
     config = read_config(folder)
     _check_weights(folder, config)
+    disable_progress_bar()  # what progress there is to show, the console shows
     model = ScalingTransformerForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
