@@ -109,14 +109,14 @@ class Generation:
     def stats(self) -> dict[str, Any]:
         """Figures of `--stats` and `--json`; None where nothing was measured."""
         steps = sorted(self.step_seconds)
-        decode = sum(steps)
+        median = steps[len(steps) // 2] if steps else None
         return {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": len(self.tokens),
             "prefill_ms": 1e3 * self.prefill_seconds,
             "prefill_tokens_per_second": self.prompt_tokens / self.prefill_seconds,
-            "decode_ms_per_token": 1e3 * steps[len(steps) // 2] if steps else None,
-            "decode_tokens_per_second": len(steps) / decode if steps else None,
+            "decode_ms_per_token": 1e3 * median if median else None,
+            "decode_tokens_per_second": 1 / median if median else None,
         }
 
 

@@ -59,10 +59,10 @@ def run(
             f"{loaded.path.name}: data.sequence_length: {data.sequence_length} is longer than the dense model's "
             f"context of {spec.max_positions}"
         )
+    run_directory.claim(output, recipe, resume=False, hint="choose another --output")
     if dry_run:
         _print_plan(recipe.convert, source, spec, data, output)
         return None
-    run_directory.claim(output, recipe, resume=False, hint="choose another --output")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dense, _ = load_model(source)
@@ -232,6 +232,7 @@ def _write(
     model.save_pretrained(beside)
     corpus.tokenizer.save_pretrained(beside)
     _verify(model, beside)
+    run_directory.share(beside)
     beside.rename(output / "model")
     run_directory.replace_text(output / "report.md", report.markdown())
     run_directory.replace_text(output / "report.json", json.dumps(report.as_json(), indent=2) + "\n")

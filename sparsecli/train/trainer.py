@@ -60,16 +60,16 @@ def run(
             f"--resume {resume}: expected auto, which takes the newest whole checkpoint", exit_code=2
         )
     first = first_process()
-    if dry_run:
-        if first:
-            _print_plan(recipe, output)
-        return None
-
     if first:
         hint = "go on with --resume auto, or choose another --output"
         checkpoint = run_directory.claim(output, recipe, resume=resume == "auto", hint=hint)
     else:
         checkpoint = newest_sound(output / run_directory.CHECKPOINTS)[0] if resume else None
+    if dry_run:
+        if first:
+            _print_plan(recipe, output)
+        return None
+
     figures = run_directory.read_facts(output).get("result")
     if resume and figures and (output / "model").is_dir():
         if not first:
@@ -213,6 +213,7 @@ def _train(
     trainer.save_model(str(beside))
     if first:
         (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody may load
+        run_directory.share(beside)
         shutil.rmtree(place, ignore_errors=True)
         beside.rename(place)
     row = journal.held_out_at(step) if journal else None
