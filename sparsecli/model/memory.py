@@ -33,7 +33,7 @@ def huge_page_tensor(elements: int, dtype: torch.dtype) -> Tensor:
 
 
 def move_to_huge_pages(model: nn.Module) -> None:
-    """Move the parameters of a model on the CPU, all of one type, into one huge-page allocation each as a view."""
+    """Make the parameters of a model on the CPU, all of one type, views of one huge-page allocation."""
     parameters = list(model.parameters())
     dtype = parameters[0].dtype
     pool = huge_page_tensor(sum(aligned(parameter.numel(), dtype) for parameter in parameters), dtype)
