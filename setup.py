@@ -1,0 +1,35 @@
+"""The native decode engine, an optional extension: without a C++ compiler the install succeeds without it."""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("sparsecli/decode/native")
+
+
+class BuildNative(build_ext):
+    """A plain shared library with a C interface, which ctypes loads."""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def get_export_symbols(self, ext):
+        return []  # no module initialisation: Python never imports it
+
+
+setup(
+    cmdclass={"build_ext": BuildNative},
+    ext_modules=[
+        Extension(
+            "sparsecli.decode._native",
+            sources=[str(path) for path in sorted(SOURCES.glob("*.cpp"))],
+            depends=[str(path) for pattern in ("*.h", "*.inl") for path in sorted(SOURCES.glob(pattern))],
+            # Instruction sets are chosen at run time: nothing here depends on the machine that builds.
+            extra_compile_args=["-std=c++20", "-O3", "-fvisibility=default", "-fno-math-errno", "-w"],
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+        )
+    ],
+)

@@ -1,0 +1,1 @@
+"""Decoding on plain CPUs: packed weights and the native step. Importing it needs neither torch nor transformers."""

@@ -1,0 +1,251 @@
+"""The native decode engine: a packed model, its sequences, and one C call for each step."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence as Many
+
+import numpy as np
+
+from sparsecli.console import Failure
+from sparsecli.decode import native
+from sparsecli.decode.layout import modules_of, output_projection
+from sparsecli.decode.native import ERROR_BYTES, Shape
+from sparsecli.decode.packing import PackedModel, plan
+from sparsecli.model.architecture import ModelSpec
+
+MAX_THREADS = 256
+TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}
+ACTIVATIONS = ("relu", "gelu", "silu")
+FEED_FORWARDS = ("dense", "sparse", "mixture")
+PROJECTIONS = ("dense", "multiplicative", "dense_conv", "multiplicative_conv")
+OUTPUTS = ("none", "dense", "multiplicative", "multiplicative_conv")
+POSITIONS = ("learned", "sinusoidal", "rotary")
+CONCATENATIONS = ("none", "modules", "whole")
+
+
+class Engine:
+    """Decodes with a packed model.
+
+    Args:
+        threads: threads of one step, the caller's included; by default one for each processor it may use.
+        pin: tie each thread, the caller's too, to a processor of its own.
+        profile: time the parts of every step, see `profile`.
+        poison: fill working memory with NaN first, so that reading what was not written shows (tests).
+    Raises:
+        Failure: the native library cannot be used, or memory does not suffice.
+        ValueError: threads out of range, or tensors that do not fit the architecture.
+    """
+
+    def __init__(
+        self,
+        model: PackedModel,
+        threads: int | None = None,
+        *,
+        pin: bool = False,
+        profile: bool = False,
+        poison: bool = False,
+    ) -> None:
+        if reason := native.available():
+            raise Failure(f"the native engine cannot be used: {reason}")
+        self.threads = processors() if threads is None else threads
+        if not 1 <= self.threads <= MAX_THREADS:
+            raise ValueError(f"threads: {threads} is not between 1 and {MAX_THREADS}")
+        self.model = model  # its memory is the engine's
+        self.vocabulary = model.spec.vocabulary.size
+        self._library = native.library()
+        self._error = ctypes.create_string_buffer(ERROR_BYTES)
+        shape = _shape(model, poison)
+        handle = self._library.sparsecli_create(ctypes.byref(shape), self.threads, pin, self._error)
+        if not handle:
+            raise ValueError(f"the native engine cannot run this model: {self._message()}")
+        self._handle = ctypes.c_void_p(handle)
+        self.close = weakref.finalize(self, self._library.sparsecli_destroy, self._handle)
+        self._bind()
+        if profile:
+            self._library.sparsecli_profile(self._handle, None)
+
+    def _bind(self) -> None:
+        tensors = self.model.tensors
+        for slot, kind in plan(self.model.spec, self.model.precision):
+            if slot.optional and slot.key not in tensors:
+                continue
+            if slot.key not in tensors:
+                raise ValueError(f"{slot.key} is missing from the packed model")
+            tensor = tensors[slot.key]
+            if tensor.itemsize != {0: 4, 1: 2, 2: 1}[TYPE_CODES[kind]]:
+                raise ValueError(f"{slot.key}: is {tensor.dtype}, expected {kind}")
+            scale = tensors.get(f"{slot.key}.scale") if kind == "int8" else None
+            scales = 0 if scale is None else min(scale.size, slot.scales)
+            address = None if scale is None else scale.ctypes.data
+            bound = self._library.sparsecli_bind(
+                self._handle,
+                slot.layer,
+                slot.name.encode(),
+                tensor.ctypes.data,
+                tensor.nbytes,
+                TYPE_CODES[kind],
+                address,
+                scales,
+                self._error,
+            )
+            if bound < 0:
+                raise ValueError(self._message())
+        if self._library.sparsecli_ready(self._handle, self._error) < 0:
+            raise ValueError(self._message())
+
+    def _message(self) -> str:
+        return self._error.value.decode(errors="replace")
+
+    def sequence(self, capacity: int) -> Sequence:
+        """An empty sequence with room for `capacity` tokens.
+
+        Raises:
+            Failure: memory does not suffice.
+            ValueError: no room at all.
+        """
+        if not 1 <= capacity <= 1 << 30:
+            raise ValueError(f"capacity: {capacity} is not between 1 and {1 << 30}")
+        needed = self._library.sparsecli_sequence_bytes(self._handle, capacity)
+        if needed > _available_memory():
+            raise Failure(
+                f"{capacity} positions need {needed / 1e9:.1f} GB of cache, more than the memory that is left; "
+                "use a shorter context or a narrower cache type"
+            )
+        handle = self._library.sparsecli_sequence_create(self._handle, capacity, self._error)
+        if not handle:
+            raise Failure(f"{capacity} positions need {needed / 1e9:.1f} GB of cache: {self._message()}")
+        return Sequence(self, ctypes.c_void_p(handle), capacity)
+
+    def prefill(self, sequence: Sequence, tokens: Many[int]) -> np.ndarray:
+        """Logits (V,) after the last of `tokens`, which are added to the sequence.
+
+        Raises:
+            Failure: the sequence has no room for them; nothing was added.
+            ValueError: no tokens, or one that is not in the vocabulary; nothing was added.
+        """
+        return self._forward([sequence] * len(tokens), tokens, all_logits=False)[0]
+
+    def logits(self, sequence: Sequence, tokens: Many[int]) -> np.ndarray:
+        """Logits (n, V) after each of `tokens`, which are added to the sequence. Raises as `prefill`."""
+        return self._forward([sequence] * len(tokens), tokens, all_logits=True)
+
+    def step(self, sequence: Sequence, token: int) -> np.ndarray:
+        """Logits (V,) after `token`, which is added to the sequence. Raises as `prefill`."""
+        return self._forward([sequence], [token], all_logits=False)[0]
+
+    def step_batch(self, sequences: Many[Sequence], tokens: Many[int]) -> np.ndarray:
+        """Logits (B, V) after one token for each of B different sequences. Raises as `prefill`."""
+        if len(set(map(id, sequences))) != len(sequences) or len(sequences) != len(tokens):
+            raise ValueError("step_batch takes different sequences and one token for each")
+        return self._forward(sequences, tokens, all_logits=True)
+
+    def _forward(self, sequences: Many[Sequence], tokens: Many[int], all_logits: bool) -> np.ndarray:
+        count = len(tokens)
+        if not count:
+            raise ValueError("no tokens")
+        if any(sequence.engine is not self for sequence in sequences):
+            raise ValueError("the sequence belongs to another engine")
+        handles = (ctypes.c_void_p * count)(*(sequence.handle.value for sequence in sequences))
+        added = np.asarray(tokens, np.int64)
+        logits = np.empty((count if all_logits else 1, self.vocabulary), np.float32)
+        done = self._library.sparsecli_forward(
+            self._handle, handles, added.ctypes.data, count, all_logits, logits.ctypes.data, self._error
+        )
+        if done < 0:
+            message = self._message()
+            raise ValueError(message) if "vocabulary" in message else Failure(message)
+        return logits
+
+    @property
+    def block_stack_ns(self) -> int:
+        """Nanoseconds that the blocks of the last call took (of its last 64 tokens, if it had more)."""
+        return self._library.sparsecli_block_stack_ns(self._handle)
+
+    def profile(self) -> dict[str, float]:
+        """Seconds by part of the steps since the last call, measured on the caller's thread."""
+        names = []
+        while (name := self._library.sparsecli_profile_part(len(names))) is not None:
+            names.append(name.decode())
+        seconds = (ctypes.c_double * len(names))()
+        self._library.sparsecli_profile(self._handle, seconds)
+        return dict(zip(names, seconds, strict=True))
+
+
+class Sequence:
+    """Keys, values and convolution inputs of the tokens so far, with room for `capacity`."""
+
+    def __init__(self, engine: Engine, handle: ctypes.c_void_p, capacity: int) -> None:
+        self.engine, self.handle, self.capacity = engine, handle, capacity
+        self.close = weakref.finalize(self, engine._library.sparsecli_sequence_destroy, handle)
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.engine._library.sparsecli_sequence_length(self.handle)
+
+    def truncate(self, length: int) -> None:
+        """Forget every token but the first `length`."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: {length} is not between 0 and {self.length}")
+        self.engine._library.sparsecli_sequence_truncate(self.handle, length)
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _available_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _shape(model: PackedModel, poison: bool) -> Shape:
+    spec, precision = model.spec, model.precision
+    attention, vocabulary = spec.attention, spec.vocabulary
+    shape = Shape(
+        d_model=spec.d_model,
+        layers=spec.layers,
+        heads=spec.heads,
+        key_value_heads=attention.key_value_heads or spec.heads,
+        max_positions=spec.max_positions,
+        vocabulary=vocabulary.size,
+        projection=PROJECTIONS.index(attention.projection),
+        output=OUTPUTS.index(output_projection(spec)),
+        modules=modules_of(spec),
+        kernel=attention.kernel,
+        value_concat=CONCATENATIONS.index(attention.value_concat),
+        rms=spec.normalization == "rms",
+        positions=POSITIONS.index(spec.positions),
+        head_modules=vocabulary.modules if vocabulary.kind == "multiplicative" else 0,
+        cache_type=TYPE_CODES[precision.cache],
+        history_type=TYPE_CODES[precision.convolution],
+        units_on_disk=model.from_disk,
+        poison=poison,
+        epsilon=spec.normalization_epsilon,
+    )
+    _describe_feed_forward(shape, spec)
+    return shape
+
+
+def _describe_feed_forward(shape: Shape, spec: ModelSpec) -> None:
+    feed_forward = spec.feed_forward
+    shape.feed_forward = FEED_FORWARDS.index(feed_forward.kind)
+    shape.d_ff = feed_forward.d_ff
+    shape.activation = ACTIVATIONS.index(feed_forward.activation)
+    if feed_forward.kind == "dense":
+        shape.gated = feed_forward.gated
+        return
+    shape.probability_gate = feed_forward.gate == "probability"
+    if feed_forward.kind == "sparse":
+        shape.gated, shape.rank = feed_forward.gated, feed_forward.rank
+        shape.block_size, shape.units_per_block = feed_forward.block_size, feed_forward.units_per_block
+    else:  # native/engine.h: the units of an expert, experts a token, experts
+        shape.block_size = feed_forward.d_ff // feed_forward.experts
+        shape.units_per_block, shape.rank = feed_forward.experts_per_token, feed_forward.experts

@@ -1,0 +1,244 @@
+"""Which tensors a packed model has, where they come from, and how they lie in memory.
+
+The layouts are those of native/kernels.h, the names those of native/model.h. Rows are PAD elements or a multiple
+long and outputs come in multiples of LANES; what fills them up is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sparsecli.model.architecture import ModelSpec
+
+LANES = 16
+PAD = 64
+PANEL = 64
+
+Layout = Literal["vector", "rows", "panels", "taps", "blocks", "units"]
+
+
+def padded(value: int, step: int) -> int:
+    """`value` rounded up to a multiple of `step`."""
+    return -(-value // step) * step
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One packed tensor.
+
+    Attributes:
+        layer: block it belongs to, -1 for the model's own.
+        rows, cols: outputs and inputs of the map; `units` counts every row of every unit.
+        part: field of `Precision` that gives its type; None is float32.
+        sources: names in the Hugging Face state dict; several for `units`, in order.
+        optional: leave it out where the state dict has no such tensor.
+        group: `blocks`: units of a block; `taps`: positions of the kernel.
+    """
+
+    layer: int
+    name: str
+    layout: Layout
+    rows: int
+    cols: int
+    part: str | None
+    sources: tuple[str, ...]
+    optional: bool = False
+    group: int = 1
+
+    @property
+    def key(self) -> str:
+        """Its name in a packed model."""
+        return self.name if self.layer < 0 else f"blocks.{self.layer}.{self.name}"
+
+    @property
+    def elements(self) -> int:
+        """Elements in memory, padding included."""
+        rows, cols = self.rows, self.cols
+        if self.layout == "vector":
+            return padded(cols, PAD)
+        if self.layout == "panels":
+            return padded(rows, LANES) * padded(cols, PAD)
+        if self.layout == "taps":
+            return padded(rows, LANES) * padded(cols // self.group, 4) * self.group
+        if self.layout == "blocks":
+            return rows // self.group * padded(self.group, LANES) * padded(cols, 2)
+        return rows * padded(cols, PAD)
+
+    @property
+    def scales(self) -> int:
+        """Scales when the weights are int8."""
+        if self.layout == "panels":
+            return padded(self.rows, LANES)
+        if self.layout == "blocks":
+            return self.rows // self.group * padded(self.group, LANES)
+        return self.rows
+
+
+def slots(spec: ModelSpec) -> list[Slot]:
+    """Every tensor of the packed model of `spec`."""
+    found = list(_own(spec))
+    for layer in range(spec.layers):
+        found += _attention(spec, layer)
+        found += _feed_forward(spec, layer)
+    return found
+
+
+def modules_of(spec: ModelSpec) -> int:
+    """S of the attention's multiplicative layers and convolutions; 1 where there are none."""
+    attention = spec.attention
+    kinds = (attention.projection, attention.output_projection or "")
+    return (
+        (attention.modules or spec.heads) if any(kind not in ("dense", "none", "") for kind in kinds) else 1
+    )
+
+
+def output_projection(spec: ModelSpec) -> str:
+    """The kind of the output projection, its default made explicit."""
+    attention = spec.attention
+    default = "none" if attention.projection.endswith("_conv") else attention.projection
+    return attention.output_projection or default
+
+
+def _norm(spec: ModelSpec, layer: int, name: str, source: str) -> Iterator[Slot]:
+    for field in ("weight", "bias") if spec.normalization == "layer" else ("weight",):
+        yield Slot(layer, f"{name}.{field}", "vector", 1, spec.d_model, None, (f"{source}.{field}",))
+
+
+def _map(
+    layer: int, name: str, source: str, rows: int, cols: int, part: str, modules: int | None = None
+) -> Iterator[Slot]:
+    """A dense map, or a multiplicative one with so many `modules`."""
+    if modules is None:
+        yield Slot(layer, f"{name}.weight", "rows", rows, cols, part, (f"{source}.weight",))
+    else:
+        yield Slot(layer, f"{name}.D", "rows", modules, cols, "multiplicative", (f"{source}.D",))
+        yield Slot(layer, f"{name}.E", "panels", rows // modules, cols, "multiplicative", (f"{source}.E",))
+    yield Slot(layer, f"{name}.bias", "vector", 1, rows, None, (f"{source}.bias",), optional=True)
+
+
+def _convolution(layer: int, name: str, source: str, width: int, inputs: int, taps: int) -> Iterator[Slot]:
+    weight, bias = f"{source}.weight", f"{source}.bias"
+    yield Slot(layer, f"{name}.weight", "taps", width, inputs * taps, "convolution", (weight,), group=taps)
+    yield Slot(layer, f"{name}.bias", "vector", 1, width, None, (bias,))
+
+
+def _own(spec: ModelSpec) -> Iterator[Slot]:
+    vocabulary, d_model = spec.vocabulary, spec.d_model
+    size = vocabulary.size
+    yield Slot(-1, "embedding", "rows", size, d_model, "embedding", ("model.embedding.weight",))
+    if spec.positions == "learned":
+        source = ("model.position_embedding.weight",)
+        yield Slot(-1, "positions", "rows", spec.max_positions, d_model, "embedding", source)
+    else:
+        width = d_model // spec.heads if spec.positions == "rotary" else d_model
+        yield Slot(-1, "frequencies", "vector", 1, width // 2, None, ())
+    yield from _norm(spec, -1, "norm", "model.norm")
+    tied = vocabulary.kind == "dense" and vocabulary.tied
+    modules = vocabulary.modules if vocabulary.kind == "multiplicative" else None
+    for slot in _map(-1, "head", "head", size, d_model, "head", modules):
+        weight = slot.name == "head.weight"
+        yield (
+            slot
+            if not (weight and tied)
+            else Slot(-1, slot.name, "rows", size, d_model, "head", ("model.embedding.weight",))
+        )
+
+
+def _attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
+    attention, d_model = spec.attention, spec.d_model
+    block = f"model.blocks.{layer}"
+    yield from _norm(spec, layer, "attention_norm", f"{block}.attention_norm")
+    source = f"{block}.attention.projection"
+    modules = modules_of(spec)
+    multiplied = modules if attention.projection.startswith("multiplicative") else None
+    width, taps = d_model // modules, attention.kernel
+    if attention.projection.endswith("_conv"):
+        yield from _map(layer, "shared", f"{source}.shared", d_model, d_model, "projection", multiplied)
+        values = width if attention.value_concat == "none" else 2 * width
+        for name, inputs in (("query", 3 * width), ("key", 3 * width), ("value", values)):
+            yield from _convolution(layer, name, f"{source}.{name}", width, inputs, taps)
+    else:
+        key_width = d_model // spec.heads * (attention.key_value_heads or spec.heads)
+        for name, rows in (("query", d_model), ("key", key_width), ("value", key_width)):
+            yield from _map(layer, name, f"{source}.{name}", rows, d_model, "projection", multiplied)
+    kind = output_projection(spec)
+    source = f"{block}.attention.output"
+    if kind == "dense":
+        yield from _map(layer, "output", source, d_model, d_model, "projection")
+    elif kind == "multiplicative":
+        yield from _map(layer, "output", source, d_model, d_model, "projection", modules)
+    elif kind == "multiplicative_conv":
+        yield from _map(layer, "output", f"{source}.shared", d_model, d_model, "projection", modules)
+        convolution = f"{source}.convolution"
+        yield from _convolution(layer, "output_convolution", convolution, width, 3 * width, taps)
+
+
+def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
+    feed_forward, d_model = spec.feed_forward, spec.d_model
+    block = f"model.blocks.{layer}"
+    source = f"{block}.feed_forward"
+    units = feed_forward.d_ff
+    yield from _norm(spec, layer, "feed_forward_norm", f"{block}.feed_forward_norm")
+    if feed_forward.kind == "dense":
+        for name in ("gate", "up") if feed_forward.gated else ("up",):
+            yield from _map(layer, name, f"{source}.{name}", units, d_model, "units")
+        yield from _map(layer, "down", f"{source}.down", d_model, units, "units")
+        return
+    names = ["up", "down"]
+    if feed_forward.kind == "sparse":
+        names = ["gate", *names] if feed_forward.gated else names
+        rank, size = feed_forward.rank, feed_forward.block_size
+        first, second, bias = (f"{source}.controller.{name}" for name in ("first", "second", "bias"))
+        blocks = units // size
+        yield Slot(layer, "controller.first", "rows", rank, d_model, "controller", (first,))
+        yield Slot(layer, "controller.second", "blocks", units, rank, "controller", (second,), group=size)
+        yield Slot(
+            layer, "controller.bias", "vector", 1, blocks * padded(size, LANES), None, (bias,), group=size
+        )
+        unit_bias = (f"{source}.unit_bias",)
+        yield Slot(layer, "unit_bias", "vector", 1, units, None, unit_bias, optional=True)
+    else:
+        router = (f"{source}.router.weight",)
+        yield Slot(layer, "router", "rows", feed_forward.experts, d_model, "controller", router)
+    rows = tuple(f"{source}.{name}" for name in names)
+    yield Slot(layer, "units", "units", units * len(names), d_model, "units", rows)
+    yield Slot(layer, "bias", "vector", 1, d_model, None, (f"{source}.bias",))
+
+
+def arrange(slot: Slot, weights: np.ndarray) -> np.ndarray:
+    """The packed order of `weights` (rows, cols), already of their final type; int8 panels are stored as w + 128."""
+    kind = weights.dtype
+    if slot.layout == "panels":
+        return np.concatenate(list(_panels(_fill(weights, LANES, PAD))))
+    if slot.layout == "taps":
+        taps = weights.reshape(slot.rows, slot.group, -1)  # (M_out, F_h, F_w * M_in)
+        filled = [_fill(taps[:, tap], LANES, 4) for tap in range(slot.group)]
+        return np.concatenate([panel for tap in filled for panel in _panels(tap)])
+    if slot.layout == "blocks":
+        blocks = weights.reshape(-1, slot.group, slot.cols)  # (blocks, N, r)
+        unit_pad, rank_pad = padded(slot.group, LANES) - slot.group, padded(slot.cols, 2) - slot.cols
+        filled_blocks = np.pad(blocks, ((0, 0), (0, unit_pad), (0, rank_pad)))
+        if kind == np.float32:
+            return filled_blocks.transpose(0, 2, 1).reshape(-1)  # [block][rank][unit]
+        pairs = filled_blocks.reshape(*filled_blocks.shape[:2], -1, 2)
+        return pairs.transpose(0, 2, 1, 3).reshape(-1)  # [block][rank / 2][unit][2]
+    return _fill(weights, 1, PAD).reshape(-1)
+
+
+def _fill(matrix: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    height, width = matrix.shape
+    return np.pad(matrix, ((0, padded(height, rows) - height), (0, padded(width, cols) - width)))
+
+
+def _panels(matrix: np.ndarray) -> Iterator[np.ndarray]:
+    """Panels of PANEL outputs of (outputs, inputs), each [inputs / p][outputs][p]."""
+    together = {4: 1, 2: 2, 1: 4}[matrix.dtype.itemsize]
+    if matrix.dtype == np.int8:
+        matrix = (matrix.view(np.uint8) ^ 0x80).view(np.int8)  # w + 128 as an unsigned byte
+    for start in range(0, matrix.shape[0], PANEL):
+        panel = matrix[start : start + PANEL]
+        yield panel.reshape(panel.shape[0], -1, together).transpose(1, 0, 2).reshape(-1)

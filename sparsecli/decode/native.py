@@ -1,0 +1,117 @@
+"""The only door to the native library: loading it, its structures, and its errors as exceptions."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int64, c_void_p
+from pathlib import Path
+
+from sparsecli.console import Failure
+
+LIBRARY = Path(__file__).with_name("_native.so")
+ERROR_BYTES = 256
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+KERNELS = ("auto", "native", "reference")
+
+
+class Shape(Structure):
+    """`sparsecli_shape` of native/engine.h."""
+
+    _fields_ = [  # noqa: RUF012
+        *(
+            (name, c_int64)
+            for name in (
+                "d_model layers heads key_value_heads max_positions vocabulary feed_forward d_ff activation gated "
+                "block_size units_per_block rank probability_gate projection output modules kernel value_concat rms "
+                "positions head_modules cache_type history_type units_on_disk poison"
+            ).split()
+        ),
+        ("epsilon", c_double),
+    ]
+
+
+def available() -> str | None:
+    """None where the native engine can be used, else why it cannot, in words for a user.
+
+    Raises:
+        Failure: SPARSECLI_KERNELS or SPARSECLI_ISA asks for something that does not exist here (exit code 2).
+    """
+    wanted = os.environ.get("SPARSECLI_KERNELS") or "auto"
+    if wanted not in KERNELS:
+        raise Failure(f"SPARSECLI_KERNELS={wanted}: expected one of {', '.join(KERNELS)}", exit_code=2)
+    if wanted == "reference":
+        return "SPARSECLI_KERNELS=reference"
+    reason = None
+    try:
+        library()
+    except OSError as error:
+        reason = "it was not built (no C++ compiler at install)" if not LIBRARY.exists() else str(error)
+    if reason and wanted == "native":
+        raise Failure(f"SPARSECLI_KERNELS=native: the native engine cannot be used: {reason}", exit_code=2)
+    if reason is None:
+        isa()
+    return reason
+
+
+def isa() -> str:
+    """The instruction set in use: the best one here, or the one that SPARSECLI_ISA names.
+
+    Raises:
+        Failure: SPARSECLI_ISA is unknown, or this processor does not have it (exit code 2).
+    """
+    wanted = os.environ.get("SPARSECLI_ISA") or "auto"
+    if wanted != "auto" and wanted not in INSTRUCTION_SETS:
+        raise Failure(
+            f"SPARSECLI_ISA={wanted}: expected one of auto, {', '.join(INSTRUCTION_SETS)}", exit_code=2
+        )
+    return _select(wanted)
+
+
+@functools.lru_cache(maxsize=1)  # selecting again would be harmless, and is only needed when the wish changes
+def _select(wanted: str) -> str:
+    error = ctypes.create_string_buffer(ERROR_BYTES)
+    name = library().sparsecli_instruction_set(wanted.encode(), error)
+    if name is None:
+        raise Failure(f"SPARSECLI_ISA={error.value.decode()}", exit_code=2)
+    return name.decode()
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets that this processor and this build have, best first."""
+    error = ctypes.create_string_buffer(ERROR_BYTES)
+    found = [name for name in INSTRUCTION_SETS if library().sparsecli_instruction_set(name.encode(), error)]
+    _select.cache_clear()
+    isa()
+    return found
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises OSError where it is not there."""
+    loaded = ctypes.CDLL(str(LIBRARY))
+    engine = sequence = c_void_p
+    signatures: dict[str, tuple[object, list[object]]] = {
+        "instruction_set": (c_char_p, [c_char_p, c_char_p]),
+        "create": (engine, [POINTER(Shape), c_int64, c_int64, c_char_p]),
+        "destroy": (None, [engine]),
+        "bind": (
+            c_int64,
+            [engine, c_int64, c_char_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_char_p],
+        ),
+        "ready": (c_int64, [engine, c_char_p]),
+        "sequence_create": (sequence, [engine, c_int64, c_char_p]),
+        "sequence_destroy": (None, [sequence]),
+        "sequence_length": (c_int64, [sequence]),
+        "sequence_truncate": (None, [sequence, c_int64]),
+        "sequence_bytes": (c_int64, [engine, c_int64]),
+        "forward": (c_int64, [engine, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_char_p]),
+        "block_stack_ns": (c_int64, [engine]),
+        "profile": (None, [engine, c_void_p]),
+        "profile_part": (c_char_p, [c_int64]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(loaded, f"sparsecli_{name}")
+        function.restype, function.argtypes = result, arguments
+    return loaded

@@ -1,0 +1,243 @@
+#include "engine.h"
+
+#include <cstdio>
+#include <exception>
+#include <memory>
+#include <string>
+
+#include "forward.h"
+
+using namespace sparsecli;
+
+namespace {
+
+const Kernels* chosen_kernels = nullptr;
+
+bool processor_has_avx2() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return false;
+#endif
+}
+
+bool processor_has_avx512() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+const Kernels* find_kernels(const std::string& wanted) {
+    const bool best = wanted == "auto";
+    if ((best || wanted == "avx512") && processor_has_avx512()) return avx512_kernels();
+    if ((best || wanted == "avx2") && processor_has_avx2()) return avx2_kernels();
+    if (best || wanted == "portable") return portable_kernels();
+    return nullptr;
+}
+
+void complain(char* error, const std::string& message) {
+    std::snprintf(error, SPARSECLI_ERROR_BYTES, "%s", message.c_str());
+}
+
+// Runs `body`; what it throws becomes one line in `error`.
+template <class F>
+bool guarded(char* error, const F& body) {
+    try {
+        body();
+        return true;
+    } catch (const std::bad_alloc&) {
+        complain(error, "not enough memory");
+    } catch (const std::exception& problem) {
+        complain(error, problem.what());
+    }
+    return false;
+}
+
+std::string check(const sparsecli_shape& s) {
+    const auto wrong = [](const char* what) { return std::string(what) + " is out of range"; };
+    if (s.d_model < 1 || s.d_model > 1 << 20) return wrong("d_model");
+    if (s.layers < 1 || s.layers > 1 << 16) return wrong("layers");
+    if (s.heads < 1 || s.d_model % s.heads || s.d_model / s.heads > 1024) return wrong("heads");
+    if (s.key_value_heads < 1 || s.heads % s.key_value_heads) return wrong("key_value_heads");
+    if (s.vocabulary < 1 || s.vocabulary > int64_t(1) << 31) return wrong("vocabulary");
+    if (s.d_ff < 1 || s.d_ff > int64_t(1) << 30) return wrong("d_ff");
+    if (s.modules < 1 || s.d_model % s.modules) return wrong("modules");
+    if (s.kernel < 1 || s.kernel > 1 << 16) return wrong("kernel");
+    if (s.feed_forward != DENSE_UNITS) {
+        if (s.block_size < 1 || s.d_ff % s.block_size) return wrong("block_size");
+        if (s.feed_forward == SPARSE_UNITS && s.block_size > 4096) return wrong("block_size (at most 4096)");
+        if (s.units_per_block < 1 || s.rank < 1 || s.rank > 4096) return wrong("units_per_block or rank (at most 4096)");
+    }
+    if (s.head_modules && s.vocabulary % s.head_modules) return wrong("head_modules");
+    return "";
+}
+
+}  // namespace
+
+struct sparsecli_engine {
+    Model model;
+    Pool pool;
+    std::unique_ptr<Forward> forward;
+    bool profile = false;
+
+    sparsecli_engine(const sparsecli_shape& shape, int64_t threads, bool pin) : model(shape), pool(threads, pin) {}
+};
+
+struct sparsecli_sequence {
+    Sequence held;
+};
+
+extern "C" {
+
+const char* sparsecli_instruction_set(const char* wanted, char* error) {
+    const Kernels* found = find_kernels(wanted);
+    if (!found) {
+        complain(error, std::string(wanted) + ": this processor or this build does not have these instructions");
+        return nullptr;
+    }
+    chosen_kernels = found;
+    return found->name;
+}
+
+sparsecli_engine* sparsecli_create(const sparsecli_shape* shape, int64_t threads, int64_t pin, char* error) {
+    const std::string problem = check(*shape);
+    if (!problem.empty()) {
+        complain(error, problem);
+        return nullptr;
+    }
+    if (!chosen_kernels) chosen_kernels = find_kernels("auto");
+    sparsecli_engine* engine = nullptr;
+    guarded(error, [&] {
+        auto made = std::make_unique<sparsecli_engine>(*shape, threads, pin != 0);
+        made->forward = std::make_unique<Forward>(made->model, *chosen_kernels, made->pool);
+        engine = made.release();
+    });
+    return engine;
+}
+
+void sparsecli_destroy(sparsecli_engine* engine) { delete engine; }
+
+int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name, const void* data, int64_t bytes,
+                       int64_t type, const float* scale, int64_t scales, char* error) {
+    Model& model = engine->model;
+    const std::string place = layer < 0 ? name : "block " + std::to_string(layer) + ": " + name;
+    if (layer < -1 || layer >= model.shape.layers || type < FLOAT32 || type > INT8) {
+        complain(error, place + ": no such layer or type");
+        return -1;
+    }
+    for (Slot& slot : model.slots[size_t(layer + 1)]) {
+        if (slot.name != name) continue;
+        const int64_t expected = model.elements(slot) * type_bytes(type);
+        const bool vector = slot.layout == Layout::VECTOR, taps = slot.layout == Layout::TAPS;
+        if ((vector && type != FLOAT32) || (taps && type != model.shape.history_type)) {
+            complain(error, place + ": weights of this type are not computed with here");
+            return -1;
+        }
+        // Tensors may be filled up to a whole number of cache lines.
+        if (bytes < expected || bytes >= expected + 64 || scales != (type == INT8 ? model.scales(slot) : 0)) {
+            complain(error, place + ": " + std::to_string(bytes) + " bytes and " + std::to_string(scales) +
+                                " scales, expected " + std::to_string(expected) + " and " +
+                                std::to_string(type == INT8 ? model.scales(slot) : 0));
+            return -1;
+        }
+        *slot.matrix = {data, type == INT8 ? scale : nullptr, type, slot.rows, slot.cols};
+        model.quantised = model.quantised || type == INT8;
+        return 0;
+    }
+    complain(error, place + ": the model has no such tensor");
+    return -1;
+}
+
+int64_t sparsecli_ready(sparsecli_engine* engine, char* error) {
+    const auto& slots = engine->model.slots;
+    for (size_t i = 0; i < slots.size(); ++i)
+        for (const Slot& slot : slots[i])
+            if (!slot.optional && !slot.matrix->data) {
+                complain(error, (i ? "block " + std::to_string(i - 1) + ": " : "") + slot.name + " is missing");
+                return -1;
+            }
+    return 0;
+}
+
+sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, char* error) {
+    sparsecli_sequence* sequence = nullptr;
+    guarded(error, [&] {
+        auto made = std::make_unique<sparsecli_sequence>();
+        made->held.capacity = capacity;
+        engine->forward->allocate(made->held);
+        sequence = made.release();
+    });
+    return sequence;
+}
+
+void sparsecli_sequence_destroy(sparsecli_sequence* sequence) { delete sequence; }
+int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence) { return sequence->held.length; }
+
+void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length) {
+    if (length >= 0 && length < sequence->held.length) sequence->held.length = length;
+}
+
+int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity) {
+    return Forward::sequence_bytes(engine->model, capacity);
+}
+
+int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* sequences, const int64_t* tokens,
+                          int64_t count, int64_t all_logits, float* logits, char* error) {
+    const sparsecli_shape& shape = engine->model.shape;
+    std::vector<Row> rows;
+    // Every row is checked before anything is computed: an error leaves all sequences as they were.
+    int64_t longest = 0;
+    const bool fine = guarded(error, [&] {
+        rows.reserve(size_t(count));
+        for (int64_t i = 0; i < count; ++i) {
+            Sequence* sequence = &sequences[i]->held;
+            int64_t position = sequence->length;
+            if (i && rows[size_t(i - 1)].sequence == sequence) position = rows[size_t(i - 1)].position + 1;
+            if (tokens[i] < 0 || tokens[i] >= shape.vocabulary)
+                throw std::runtime_error("token " + std::to_string(tokens[i]) + " is not in the vocabulary of " +
+                                         std::to_string(shape.vocabulary));
+            if (position >= sequence->capacity)
+                throw std::runtime_error("the sequence is full: it holds " + std::to_string(sequence->capacity) +
+                                         " positions");
+            if (shape.positions == LEARNED && position >= shape.max_positions)
+                throw std::runtime_error("position " + std::to_string(position) + " is beyond max_positions " +
+                                         std::to_string(shape.max_positions));
+            rows.push_back({sequence, position, tokens[i], nullptr});
+            longest = std::max(longest, position + 1);
+        }
+        for (int64_t i = 0; i < count; ++i)
+            if (all_logits || i + 1 == count || sequences[i + 1] != sequences[i]) {
+                rows[size_t(i)].logits = logits;
+                logits += shape.vocabulary;
+            }
+        engine->forward->reserve(longest);
+        for (int64_t start = 0; start < count; start += CHUNK) {
+            const std::vector<Row> chunk(rows.begin() + start, rows.begin() + std::min(count, start + CHUNK));
+            engine->forward->run(chunk, engine->profile);
+            for (const Row& row : chunk) row.sequence->length = row.position + 1;
+        }
+    });
+    return fine ? 0 : -1;
+}
+
+int64_t sparsecli_block_stack_ns(const sparsecli_engine* engine) { return engine->forward->block_stack_ns; }
+
+void sparsecli_profile(sparsecli_engine* engine, double* seconds) {
+    engine->profile = true;
+    for (int64_t part = 0; part < PART_COUNT; ++part) {
+        if (seconds) seconds[part] = engine->forward->seconds[part];
+        engine->forward->seconds[part] = 0;
+    }
+}
+
+const char* sparsecli_profile_part(int64_t index) {
+    return index >= 0 && index < PART_COUNT ? PART_NAMES[index] : nullptr;
+}
+
+}  // extern "C"

@@ -1,0 +1,60 @@
+// The C interface of the decode engine: pointers and 64-bit sizes, no exceptions, no global state but the chosen
+// instruction set. Functions that can fail return null or a negative number and leave one line in `error`
+// (SPARSECLI_ERROR_BYTES). `native.py` is the only caller and mirrors the structures below.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+enum { SPARSECLI_ERROR_BYTES = 256 };
+
+struct sparsecli_shape {
+    int64_t d_model, layers, heads, key_value_heads, max_positions, vocabulary;
+    int64_t feed_forward;  // 0 dense, 1 sparse, 2 mixture
+    int64_t d_ff, activation, gated;
+    int64_t block_size, units_per_block, rank;  // mixture: units of an expert, experts a token, experts
+    int64_t probability_gate;
+    int64_t projection;  // 0 dense, 1 multiplicative, 2 dense_conv, 3 multiplicative_conv
+    int64_t output;      // 0 none, 1 dense, 2 multiplicative, 3 multiplicative_conv
+    int64_t modules, kernel;
+    int64_t value_concat;  // 0 none, 1 modules, 2 whole
+    int64_t rms;
+    int64_t positions;       // 0 learned, 1 sinusoidal, 2 rotary
+    int64_t head_modules;    // 0: dense
+    int64_t cache_type;      // of keys and values
+    int64_t history_type;    // of the convolutions' inputs: that of their kernels
+    int64_t units_on_disk;   // units are mapped from a file: ask for a layer's chosen rows at once
+    int64_t poison;          // fill working memory with NaN first, for tests
+    double epsilon;
+};
+
+const char* sparsecli_instruction_set(const char* wanted, char* error);  // null: not available; "auto": the best
+
+struct sparsecli_engine;
+struct sparsecli_sequence;
+
+sparsecli_engine* sparsecli_create(const sparsecli_shape* shape, int64_t threads, int64_t pin, char* error);
+void sparsecli_destroy(sparsecli_engine* engine);
+
+// Hands over one packed tensor by its name within the layer (-1: the model's own); the memory stays the caller's.
+int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name, const void* data, int64_t bytes,
+                       int64_t type, const float* scale, int64_t scales, char* error);
+int64_t sparsecli_ready(sparsecli_engine* engine, char* error);  // every tensor there?
+
+sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, char* error);
+void sparsecli_sequence_destroy(sparsecli_sequence* sequence);
+int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence);
+void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length);
+int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity);
+
+// Adds tokens[i] to sequences[i], `count` of them; the same sequence may come several times in a row (a prompt).
+// logits (rows, vocabulary) of every token where all_logits, else of each sequence's last.
+int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* sequences, const int64_t* tokens,
+                          int64_t count, int64_t all_logits, float* logits, char* error);
+
+// Nanoseconds that the blocks of the last sparsecli_forward took, and seconds by part since the last call.
+int64_t sparsecli_block_stack_ns(const sparsecli_engine* engine);
+void sparsecli_profile(sparsecli_engine* engine, double* seconds);
+const char* sparsecli_profile_part(int64_t index);  // null after the last
+
+}

@@ -1,0 +1,112 @@
+// What the kernels compute on: packed weights, activations, and one table of functions for each instruction set.
+//
+// Padding spares every kernel its tails: rows are PAD elements or a multiple long, panels and blocks are multiples
+// of LANES wide, and what fills them is zero. Sums run over LANES fixed lanes, so that a result depends neither on
+// the number of threads nor on the width of the machine's vectors.
+#pragma once
+#include <cstdint>
+
+namespace sparsecli {
+
+constexpr int64_t LANES = 16;   // floats that are computed side by side
+constexpr int64_t PAD = 64;     // elements that a row's length is rounded up to
+constexpr int64_t PANEL = 64;   // columns of a panel
+constexpr int64_t GROUP = 256;  // inputs that share a scale when products are quantised
+constexpr int64_t QUERIES = 4;  // queries that share one reading of keys and values
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+inline int64_t type_bytes(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
+
+// Weights in one of four layouts (packing.py writes them):
+//   rows      (rows, cols) with cols rounded up to PAD; int8 has a scale for each row
+//   panels    a map cols -> rows stored for outer products: panels of PANEL outputs, each [cols / p][outputs][p]
+//             where p = 1, 2, 4 for float32, bfloat16, int8 (stored with 128 added); int8 has a scale for each output
+//   blocks    the controller's second factor: [block][rank / 2][unit][2], float32 [block][rank][unit]
+//   units     rows of chosen units: [unit][gate, up, down], each PAD-rounded; int8 has a scale for each row
+struct Matrix {
+    const void* data = nullptr;
+    const float* scale = nullptr;
+    int64_t type = FLOAT32, rows = 0, cols = 0;
+};
+
+// Row vectors: `stride` elements apart, zero beyond their length; `integers` and `scales` where weights are int8.
+struct Activations {
+    const float* values;
+    const int16_t* integers;
+    const float* scales;
+    int64_t stride;
+};
+
+// Keys and values of one layer and one head of one sequence.
+struct HeadCache {
+    const void* keys;           // [position / LANES][width][LANES]
+    const void* values;         // [position][value_stride]
+    const float* key_scales;    // [position], int8 only
+    const float* value_scales;  // [position], int8 only
+};
+
+// One controller block's choices.
+struct Choice {
+    int64_t block_size, units_per_block, rank, padded_block;
+};
+
+enum Activation : int64_t { RELU = 0, GELU = 1, SILU = 2 };
+
+struct Kernels {
+    const char* name;
+
+    // values (stride) -> integers; returns the scale. `count` is a multiple of PAD.
+    float (*quantise)(const float* values, int64_t count, int16_t* integers);
+
+    // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens.
+    void (*dots)(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
+                 int64_t out_stride);
+
+    // out[s * width + m] = sum_i x[i] D[s, i] E[m, i] + bias[s * width + m] for modules [module_begin, module_end)
+    // and outputs m of panels [panel_begin, panel_end). D is `rows`, E is `panels`.
+    void (*multiplicative)(const Matrix& D, const Matrix& E, const float* bias, const float* x, int64_t module_begin,
+                           int64_t module_end, int64_t panel_begin, int64_t panel_end, float* out, void* scratch);
+
+    // out[s * width_out + c] = bias[c] + sum over taps of window(s) . kernel[tap][c], modules [begin, end).
+    // rows[tap] points at module 0 of a history row; a window starts `lead` elements before its module.
+    void (*convolve)(const Matrix& kernel, const float* bias, int64_t taps, const void* const* rows, int64_t stride,
+                     int64_t lead, int64_t begin, int64_t end, float* out);
+
+    // Choices of blocks [begin, end) for every token: units[t * unit_stride + block * k + j], best first; with
+    // `probabilities` (laid out alike) also each chosen unit's softmax probability.
+    void (*choose)(const Matrix& second, const float* bias, const Choice& choice, int64_t begin, int64_t end,
+                   const Activations& z, int64_t tokens, int32_t* units, float* probabilities, int64_t unit_stride);
+
+    // h[i] = activation(first[u_i] . x + unit_bias[u_i]) (times up[u_i] . x when gated), units[begin..end).
+    void (*unit_dots)(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,
+                      const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, float* h);
+
+    // y[c] += sum_i h[i] down[u_i][c] over columns [begin, end); units with h = 0 are not read.
+    void (*unit_sums)(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
+                      int64_t begin, int64_t end, float* y);
+
+    void (*activate)(int64_t activation, const float* gate, float* h, int64_t count);
+    void (*normalize)(const float* x, const float* weight, const float* bias, int64_t count, bool rms, double epsilon,
+                      float* out);
+    void (*convert)(const float* values, int64_t type, int64_t count, void* out);  // float32 and bfloat16
+    void (*widen)(const void* values, const float* scale, int64_t type, int64_t count, float* out);
+
+    // Writes one key (width) and one value at `position`.
+    void (*append)(const float* key, const float* value, int64_t type, int64_t width, int64_t position,
+                   const HeadCache& cache, int64_t value_stride);
+
+    // out[i] = softmax(q[i] K^T * rate) V over positions < lengths[i], for up to QUERIES queries.
+    void (*attend)(const float* const* queries, const int64_t* lengths, int64_t count, int64_t type, int64_t width,
+                   const HeadCache& cache, int64_t value_stride, float rate, float* scores, int64_t score_stride,
+                   float* const* out);
+};
+
+// Null where they are not built for this architecture. Whether this processor has the instructions is for the caller
+// to find out first: these functions are themselves compiled for them.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace sparsecli

@@ -1,0 +1,29 @@
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,prefer-vector-width=512")
+#endif
+#define SPARSECLI_AVX512 1
+#include "kernels.inl"
+
+namespace sparsecli {
+const Kernels* avx512_kernels() {
+    static constexpr Kernels table = make_table("avx512");
+    return &table;
+}
+}  // namespace sparsecli
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#else
+namespace sparsecli {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace sparsecli
+#endif

@@ -1,0 +1,178 @@
+// The packed tensors of a model, by name: what `sparsecli_bind` fills in and the forward pass reads.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+#include "kernels.h"
+
+namespace sparsecli {
+
+enum FeedForward { DENSE_UNITS = 0, SPARSE_UNITS = 1, MIXTURE_UNITS = 2 };
+enum Projection { DENSE = 0, MULTIPLICATIVE = 1, DENSE_CONV = 2, MULTIPLICATIVE_CONV = 3 };
+enum Output { NO_OUTPUT = 0, DENSE_OUTPUT = 1, MULTIPLICATIVE_OUTPUT = 2, MULTIPLICATIVE_CONV_OUTPUT = 3 };
+enum Positions { LEARNED = 0, SINUSOIDAL = 1, ROTARY = 2 };
+enum ValueConcat { NO_CONCAT = 0, CONCAT_MODULES = 1, CONCAT_WHOLE = 2 };
+enum class Layout { VECTOR, ROWS, PANELS, TAPS, BLOCKS, UNITS };
+
+// A dense or a multiplicative map, whichever is bound.
+struct Map {
+    Matrix weight, D, E, bias;
+};
+
+struct Norm {
+    Matrix weight, bias;
+};
+
+struct Convolution {
+    Matrix kernel, bias;
+};
+
+struct Block {
+    Norm attention_norm, feed_forward_norm;
+    Map query, key, value, shared, output;
+    Convolution query_convolution, key_convolution, value_convolution, output_convolution;
+    Map gate, up, down;  // dense feed-forward
+    Matrix router, controller_first, controller_second, controller_bias, units, unit_bias, bias;
+};
+
+struct Slot {
+    std::string name;
+    Matrix* matrix;
+    Layout layout;
+    int64_t rows, cols;
+    bool optional = false;
+};
+
+inline const float* values(const Matrix& vector) { return (const float*)vector.data; }
+
+struct Model {
+    sparsecli_shape shape;
+    Matrix embedding, positions, frequencies, exact_head;
+    Norm norm;
+    Map head;
+    std::vector<Block> blocks;
+    bool quantised = false;  // some weights are int8: activations are needed as integers too
+    std::vector<std::vector<Slot>> slots;  // the model's own first, then each block's
+
+    int64_t head_width() const { return shape.d_model / shape.heads; }
+    int64_t key_width() const { return head_width() * shape.key_value_heads; }
+    int64_t parts() const { return shape.gated ? 3 : 2; }
+    int64_t module_width() const { return shape.d_model / shape.modules; }
+    int64_t padded_block() const { return round_up(shape.block_size, LANES); }
+    int64_t padded_rank() const { return round_up(shape.rank, 2); }
+    bool convolves() const { return shape.projection == DENSE_CONV || shape.projection == MULTIPLICATIVE_CONV; }
+
+    // Units that a token uses, as the layer lists them.
+    int64_t chosen_units() const {
+        if (shape.feed_forward == SPARSE_UNITS) return shape.d_ff / shape.block_size * shape.units_per_block;
+        return shape.feed_forward == MIXTURE_UNITS ? shape.block_size * shape.units_per_block : 0;
+    }
+
+    explicit Model(const sparsecli_shape& given) : shape(given), blocks(size_t(given.layers)) {
+        std::vector<Slot> own;
+        const int64_t d = shape.d_model, vocabulary = shape.vocabulary;
+        own.push_back({"embedding", &embedding, Layout::ROWS, vocabulary, d});
+        if (shape.positions == LEARNED)
+            own.push_back({"positions", &positions, Layout::ROWS, shape.max_positions, d});
+        else
+            own.push_back({"frequencies", &frequencies, Layout::VECTOR, 1,
+                           (shape.positions == ROTARY ? head_width() : d) / 2});
+        add_norm(own, "norm", norm);
+        add_map(own, "head", head, !shape.head_modules, vocabulary, d, shape.head_modules);
+        own.push_back({"head.exact", &exact_head, Layout::ROWS, vocabulary, d, true});
+        slots.push_back(own);
+        for (Block& block : blocks) slots.push_back(block_slots(block));
+    }
+
+    static void add_norm(std::vector<Slot>& to, const std::string& name, Norm& norm_slots, int64_t d, bool rms) {
+        to.push_back({name + ".weight", &norm_slots.weight, Layout::VECTOR, 1, d});
+        if (!rms) to.push_back({name + ".bias", &norm_slots.bias, Layout::VECTOR, 1, d});
+    }
+
+    void add_norm(std::vector<Slot>& to, const std::string& name, Norm& norm_slots) const {
+        add_norm(to, name, norm_slots, shape.d_model, shape.rms);
+    }
+
+    static void add_map(std::vector<Slot>& to, const std::string& name, Map& map, bool dense, int64_t rows,
+                        int64_t cols, int64_t modules) {
+        if (dense) {
+            to.push_back({name + ".weight", &map.weight, Layout::ROWS, rows, cols});
+        } else {
+            to.push_back({name + ".D", &map.D, Layout::ROWS, modules, cols});
+            to.push_back({name + ".E", &map.E, Layout::PANELS, rows / modules, cols});
+        }
+        to.push_back({name + ".bias", &map.bias, Layout::VECTOR, 1, rows, true});
+    }
+
+    static void add_convolution(std::vector<Slot>& to, const std::string& name, Convolution& convolution,
+                                int64_t width, int64_t inputs, int64_t taps) {
+        to.push_back({name + ".weight", &convolution.kernel, Layout::TAPS, width, inputs * taps});
+        to.push_back({name + ".bias", &convolution.bias, Layout::VECTOR, 1, width});
+    }
+
+    std::vector<Slot> block_slots(Block& block) const {
+        std::vector<Slot> to;
+        const int64_t d = shape.d_model, modules = shape.modules;
+        add_norm(to, "attention_norm", block.attention_norm);
+        add_norm(to, "feed_forward_norm", block.feed_forward_norm);
+        const bool dense = shape.projection == DENSE || shape.projection == DENSE_CONV;
+        if (convolves()) {
+            const int64_t width = module_width(), taps = shape.kernel;
+            add_map(to, "shared", block.shared, dense, d, d, modules);
+            add_convolution(to, "query", block.query_convolution, width, 3 * width, taps);
+            add_convolution(to, "key", block.key_convolution, width, 3 * width, taps);
+            add_convolution(to, "value", block.value_convolution, width, shape.value_concat ? 2 * width : width, taps);
+        } else {
+            add_map(to, "query", block.query, dense, d, d, modules);
+            add_map(to, "key", block.key, dense, key_width(), d, modules);
+            add_map(to, "value", block.value, dense, key_width(), d, modules);
+        }
+        if (shape.output != NO_OUTPUT)
+            add_map(to, "output", block.output, shape.output == DENSE_OUTPUT, d, d, modules);
+        if (shape.output == MULTIPLICATIVE_CONV_OUTPUT)
+            add_convolution(to, "output_convolution", block.output_convolution, module_width(), 3 * module_width(),
+                            shape.kernel);
+        const int64_t units = shape.d_ff;
+        if (shape.feed_forward == DENSE_UNITS) {
+            if (shape.gated) add_map(to, "gate", block.gate, true, units, d, 0);
+            add_map(to, "up", block.up, true, units, d, 0);
+            add_map(to, "down", block.down, true, d, units, 0);
+            return to;
+        }
+        if (shape.feed_forward == SPARSE_UNITS) {
+            to.push_back({"controller.first", &block.controller_first, Layout::ROWS, shape.rank, d});
+            to.push_back({"controller.second", &block.controller_second, Layout::BLOCKS, units, shape.rank});
+            to.push_back({"controller.bias", &block.controller_bias, Layout::VECTOR, 1,
+                          units / shape.block_size * padded_block()});
+            to.push_back({"unit_bias", &block.unit_bias, Layout::VECTOR, 1, units, true});
+        } else {
+            to.push_back({"router", &block.router, Layout::ROWS, shape.rank, d});
+        }
+        to.push_back({"units", &block.units, Layout::UNITS, units * parts(), d});
+        to.push_back({"bias", &block.bias, Layout::VECTOR, 1, d});
+        return to;
+    }
+
+    // Elements that a slot's tensor has in memory, padding included, and scales when it is int8.
+    int64_t elements(const Slot& slot) const {
+        const int64_t rows = slot.rows, cols = slot.cols;
+        switch (slot.layout) {
+            case Layout::VECTOR: return round_up(cols, PAD);
+            case Layout::PANELS: return round_up(rows, LANES) * round_up(cols, PAD);
+            case Layout::TAPS: return round_up(rows, LANES) * round_up(cols / shape.kernel, 4) * shape.kernel;
+            case Layout::BLOCKS: return rows / shape.block_size * padded_block() * padded_rank();
+            default: return rows * round_up(cols, PAD);
+        }
+    }
+
+    int64_t scales(const Slot& slot) const {
+        if (slot.layout == Layout::PANELS) return round_up(slot.rows, LANES);
+        if (slot.layout == Layout::BLOCKS) return slot.rows / shape.block_size * padded_block();
+        return slot.rows;
+    }
+};
+
+}  // namespace sparsecli

@@ -1,0 +1,316 @@
+"""Packed models: weights repacked once into what the native step reads, in memory or as an `.spk` file."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsecli.console import Failure
+from sparsecli.decode import tensorfile
+from sparsecli.decode.layout import Slot, arrange, slots
+from sparsecli.decode.tensorfile import TYPES, WIDTHS
+from sparsecli.model.architecture import ModelSpec
+
+LAYOUT_VERSION = 1
+LINE = 64  # bytes: every packed tensor starts on a cache line
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The type of each part's weights: float32, bfloat16 or int8 (a scale for each row)."""
+
+    units: str
+    """Feed-forward matrices, dense or sparse."""
+    projection: str
+    """Dense projections of attention."""
+    controller: str
+    """Controllers and routers."""
+    multiplicative: str
+    """D and E of multiplicative layers, the sparse loss layer's too."""
+    convolution: str
+    """Convolution kernels and what they remember: float32 or bfloat16."""
+    head: str
+    """Dense logits."""
+    embedding: str
+    """Tables of tokens and positions."""
+    cache: str
+    """Keys and values."""
+    head_rescoring: bool = False
+    """Score the likeliest tokens again with the head's exact weights; they are kept beside the int8 ones."""
+
+    @classmethod
+    def of(cls, name: str, **changes: Any) -> Precision:
+        """All parts as `name`, but for `changes`.
+
+        `int8` keeps kernels, tables and the cache in bfloat16, which are a small part of what a token reads.
+        """
+        if name not in WIDTHS:
+            raise ValueError(f"{name!r} is not one of {', '.join(WIDTHS)}")
+        small = "bfloat16" if name == "int8" else name
+        chosen = cls(name, name, name, name, small, name, small, small)
+        return replace(chosen, **changes)
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "head_rescoring" and value not in WIDTHS:
+                raise ValueError(f"{name}: {value!r} is not one of {', '.join(WIDTHS)}")
+        if self.convolution == "int8":
+            raise ValueError("convolution: int8 kernels are not computed with; use bfloat16")
+        if self.head_rescoring and self.head != "int8":
+            raise ValueError("head_rescoring: needs an int8 head")
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A model as the engine reads it: flat arrays by name, int8 ones with their `.scale` beside them."""
+
+    spec: ModelSpec
+    precision: Precision
+    tensors: Mapping[str, np.ndarray]
+    from_disk: bool = False
+    metadata: Mapping[str, str] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def huge_pages(nbytes: int) -> np.ndarray:
+    """Zeros (nbytes,) as bytes, in huge pages where the system has them.
+
+    Raises:
+        Failure: there is not so much memory.
+    """
+    try:
+        memory = mmap.mmap(-1, max(nbytes, 1))
+    except (OSError, ValueError) as error:
+        raise Failure(
+            f"{nbytes / 1e9:.1f} GB of memory are needed for the weights, but are not there"
+        ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+def plan(spec: ModelSpec, precision: Precision) -> list[tuple[Slot, str]]:
+    """Every tensor and its type."""
+    found = [(slot, getattr(precision, slot.part) if slot.part else "float32") for slot in slots(spec)]
+    if precision.head_rescoring and spec.vocabulary.kind == "dense":
+        head = next(slot for slot, _ in found if slot.name == "head.weight")
+        found.append((replace(head, name="head.exact"), "bfloat16"))
+    return found
+
+
+def place(planned: list[tuple[Slot, str]], room: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays for every planned tensor, each on its own cache lines of one piece of memory from `room(bytes)`."""
+    sizes: list[tuple[str, str, int]] = []
+    for slot, kind in planned:
+        sizes.append((slot.key, kind, slot.elements))
+        if kind == "int8":
+            sizes.append((f"{slot.key}.scale", "float32", slot.scales))
+    lengths = [-(-count * WIDTHS[kind] // LINE) * LINE for _, kind, count in sizes]
+    memory = room(sum(lengths))
+    arrays, at = {}, 0
+    for (key, kind, _), length in zip(sizes, lengths, strict=True):
+        arrays[key] = memory[at : at + length].view(TYPES[kind])
+        at += length
+    return arrays
+
+
+def pack(spec: ModelSpec, weights: Mapping[str, np.ndarray], precision: Precision) -> PackedModel:
+    """Repack a state dict. `weights` are float32, or bfloat16 as uint16.
+
+    Raises:
+        Failure: a tensor is missing, has another shape, or holds a NaN or an infinity.
+    """
+    planned = [(slot, kind) for slot, kind in plan(spec, precision) if not _left_out(slot, weights)]
+    arrays = place(planned, huge_pages)
+    for slot, kind in planned:
+        source = _source(slot, spec, weights)
+        target = arrays[slot.key]
+        if kind == "int8":
+            quantised, scale = quantise_rows(source)
+            _write(target, arrange(slot, quantised))
+            _write(arrays[f"{slot.key}.scale"], _arrange_scale(slot, scale))
+        else:
+            _write(target, arrange(slot, source if kind == "float32" else to_bfloat16(source)))
+    return PackedModel(spec, precision, arrays)
+
+
+def _left_out(slot: Slot, weights: Mapping[str, np.ndarray]) -> bool:
+    return slot.optional and any(name not in weights for name in slot.sources)
+
+
+def _write(target: np.ndarray, values: np.ndarray) -> None:
+    target[: values.size] = values
+
+
+def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The tensor's weights (rows, cols) as float32."""
+    if slot.name == "frequencies":
+        return frequencies(spec)[None]
+    found = []
+    for name in slot.sources:
+        if name not in weights:
+            raise Failure(f"tensor {name} is missing")
+        found.append(from_bfloat16(weights[name]))
+        if not np.isfinite(found[-1]).all():
+            raise Failure(f"tensor {name} holds a NaN or an infinity; the checkpoint is damaged")
+    if slot.layout == "units":  # the rows of one unit side by side
+        return np.stack(found, axis=1).reshape(slot.rows, slot.cols)
+    if slot.name == "controller.bias":  # units that only fill a block up are never chosen
+        blocks = found[0].reshape(-1, slot.group)
+        fill = slot.cols // blocks.shape[0] - slot.group
+        return np.pad(blocks, ((0, 0), (0, fill)), constant_values=-np.inf).reshape(1, -1)
+    if found[0].size != slot.rows * slot.cols:
+        raise Failure(f"tensor {slot.sources[0]} is {found[0].shape}, expected {slot.rows} x {slot.cols}")
+    return found[0].reshape(slot.rows, slot.cols)
+
+
+def frequencies(spec: ModelSpec) -> np.ndarray:
+    """Angles a position of rotary or sinusoidal positions, float32, in the model's own arithmetic."""
+    if spec.positions == "rotary":
+        width, base = spec.d_model // spec.heads, np.float32(spec.rotary_base)
+    else:
+        width, base = spec.d_model, np.float32(10000.0)
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    return (base**-exponents).astype(np.float32)
+
+
+def quantise_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(R, C) -> int8 (R, C) and scales (R,): the largest weight of a row becomes 127 or -127."""
+    scale = np.abs(rows).max(axis=1) / 127
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    return np.rint(rows * inverse[:, None]).astype(np.int8), scale.astype(np.float32)
+
+
+def _arrange_scale(slot: Slot, scale: np.ndarray) -> np.ndarray:
+    """Scales where the kernels look for them: filled up like their rows."""
+    if slot.layout == "blocks":
+        blocks = scale.reshape(-1, slot.group)
+        width = slot.scales // blocks.shape[0]
+        return np.pad(blocks, ((0, 0), (0, width - slot.group))).reshape(-1)
+    return np.pad(scale, (0, slot.scales - scale.size))
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 -> bfloat16 as uint16, to nearest, ties to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(values: np.ndarray) -> np.ndarray:
+    """bfloat16 as uint16 -> float32; float32 passes."""
+    if values.dtype != np.uint16:
+        return np.asarray(values, np.float32)
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+# -- random weights ------------------------------------------------------------------------------------------
+
+STANDARD_DEVIATION = 0.02
+
+
+def random_model(
+    spec: ModelSpec, precision: Precision, room: Callable[[int], np.ndarray] = huge_pages
+) -> PackedModel:
+    """A model of normal numbers, generated straight into packed form.
+
+    `room(bytes)` gives the memory: one pool may serve models that never run at once. One random tile is repeated,
+    since drawing billions of numbers would take longer than measuring.
+    """
+    planned = plan(spec, precision)
+    arrays = place(planned, room)
+    generator = np.random.default_rng(0)
+    normal = generator.standard_normal(TILE, dtype=np.float32)
+    tiles = {
+        "float32": normal * np.float32(STANDARD_DEVIATION),
+        "bfloat16": to_bfloat16(normal * np.float32(STANDARD_DEVIATION)),
+        "int8": np.clip(np.rint(normal * 40), -127, 127).astype(np.int8),
+    }
+    for slot, kind in planned:
+        array = arrays[slot.key]
+        if slot.layout != "vector":
+            _tile(array, tiles[kind])
+        elif slot.name == "frequencies":
+            array[: slot.cols] = frequencies(spec)
+        else:
+            array[:] = 1 if slot.name.endswith("norm.weight") else 0
+            if slot.name == "controller.bias" and slot.group % 16:
+                _write(array, _no_padding(slot))
+        if kind == "int8":
+            arrays[f"{slot.key}.scale"][:] = STANDARD_DEVIATION / 40
+    return PackedModel(spec, precision, arrays)
+
+
+TILE = 4_194_301  # prime: no two matrices start at the same phase
+
+
+def _tile(array: np.ndarray, tile: np.ndarray) -> None:
+    for start in range(0, array.size, tile.size):
+        part = array[start : start + tile.size]
+        part[:] = tile[: part.size]
+
+
+def _no_padding(slot: Slot) -> np.ndarray:
+    width = -(-slot.group // 16) * 16
+    return np.tile(np.where(np.arange(width) < slot.group, 0, -np.inf), slot.cols // width)
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def save(model: PackedModel, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write an `.spk` file: safetensors, with the layout's version, the architecture and checksums beside it.
+
+    Raises:
+        Failure: it cannot be written; nothing is left behind.
+    """
+    facts = {
+        "sparsecli_layout": str(LAYOUT_VERSION),
+        "spec": model.spec.model_dump_json(),
+        "precision": tensorfile.to_json(vars(model.precision)),
+        **(metadata or {}),
+    }
+    tensorfile.write(path, model.tensors, facts)
+
+
+def open_packed(path: Path, from_disk: bool = False) -> PackedModel:
+    """Read an `.spk` file.
+
+    With `from_disk` the units of sparse layers stay in the file and are read as they are chosen, unchecked; all
+    else is checked and copied into memory.
+
+    Raises:
+        Failure: the file is missing, cut short, damaged, or of another layout version.
+    """
+    with tensorfile.TensorFile(path) as file:
+        version = file.metadata.get("sparsecli_layout")
+        if version != str(LAYOUT_VERSION):
+            kind = "not a packed model" if version is None else f"layout version {version}"
+            raise Failure(
+                f"{path}: {kind}; this sparsecli reads version {LAYOUT_VERSION}: pack the model again"
+            )
+        try:
+            spec = ModelSpec.model_validate_json(file.metadata["spec"])
+            precision = Precision(**tensorfile.from_json(file.metadata["precision"]))
+        except (KeyError, ValueError, TypeError) as error:
+            raise Failure(f"{path}: its description is damaged; pack the model again") from error
+        stays = {slot.key for slot in slots(spec) if from_disk and slot.layout == "units"}
+        wanted = [name for name in file.entries if name not in stays]
+        memory = huge_pages(sum(file.entries[name].length for name in wanted))
+        arrays, at = {}, 0
+        for name in wanted:
+            entry = file.entries[name]
+            into = memory[at : at + entry.length]
+            file.copy(name, into)
+            arrays[name] = into.view(TYPES[entry.kind])
+            at += entry.length
+        mapped = file.map(stays) if stays else {}
+    return PackedModel(spec, precision, arrays | mapped, from_disk=bool(stays), metadata=dict(file.metadata))

@@ -1,0 +1,180 @@
+"""Safetensors files without torch: read with bfloat16 as uint16, and written with a checksum for each tensor."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from sparsecli.console import Failure
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
+TYPES: dict[str, type] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
+NAMES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+KINDS = {name: kind for kind, name in NAMES.items()}
+PAGE = 4096  # the header is filled up to it, so that tensors keep their alignment in a mapping
+LONGEST_HEADER = 100_000_000  # the format's own limit
+CHECKSUMS = "crc32"
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def from_json(text: str) -> Any:
+    """The value of some JSON. Raises ValueError where it is none."""
+    return json.loads(text)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its type, its shape, and its bytes [start, start + length)."""
+
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+
+class TensorFile:
+    """An open safetensors file.
+
+    Raises:
+        Failure: the file is missing, cut short or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.file: BinaryIO = path.open("rb")
+        except OSError as error:
+            raise Failure(f"{path}: cannot be read: {error.strerror}") from error
+        try:
+            self._read_header()
+        except Failure:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def _read_header(self) -> None:
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            (length,) = struct.unpack("<Q", self.file.read(8))
+            if length > min(LONGEST_HEADER, size - 8):
+                raise ValueError("the header is longer than the file")
+            header = json.loads(self.file.read(length))
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self.entries = {name: self._entry(facts, 8 + length) for name, facts in header.items()}
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Failure(f"{self.path}: cut short or damaged ({error}); make or copy it again") from error
+        end = max((entry.start + entry.length for entry in self.entries.values()), default=0)
+        if end > size:
+            raise Failure(f"{self.path}: cut short ({size} of {end} bytes); make or copy it again")
+
+    @staticmethod
+    def _entry(facts: dict[str, Any], start: int) -> Entry:
+        first, last = facts["data_offsets"]
+        shape = tuple(int(axis) for axis in facts["shape"])
+        kind = KINDS.get(facts["dtype"], facts["dtype"])
+        count = 1
+        for axis in shape:
+            count *= axis
+        if first < 0 or last < first or (kind in WIDTHS and last - first != count * WIDTHS[kind]):
+            raise ValueError("a tensor's size does not fit its shape")
+        return Entry(kind, shape, start + first, last - first)
+
+    def copy(self, name: str, into: np.ndarray) -> None:
+        """Read a tensor's bytes into `into` (length,) and compare them with their checksum, where there is one."""
+        entry = self.entries[name]
+        self.file.seek(entry.start)
+        if self.file.readinto(memoryview(into)) != entry.length:  # type: ignore[attr-defined]
+            raise Failure(f"{self.path}: cut short in {name}; make or copy it again")
+        expected = self._checksums().get(name)
+        if expected is not None and zlib.crc32(memoryview(into)) != expected:
+            raise Failure(
+                f"{self.path}: {name} does not have its checksum; the file is damaged: make it again"
+            )
+
+    def _checksums(self) -> dict[str, int]:
+        if not hasattr(self, "_known"):
+            try:
+                self._known: dict[str, int] = from_json(self.metadata.get(CHECKSUMS, "{}"))
+            except ValueError as error:
+                raise Failure(f"{self.path}: damaged checksums; make or copy it again") from error
+        return self._known
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in its shape, in ordinary memory; float16 and float64 become float32.
+
+        Raises:
+            Failure: damaged, or of a type that is not a float.
+        """
+        entry = self.entries[name]
+        others = {"F16": np.float16, "F64": np.float64}
+        if entry.kind not in (*WIDTHS, *others):
+            raise Failure(
+                f"{self.path}: {name} is {entry.kind}; expected float32, bfloat16 or float16 weights"
+            )
+        content = np.empty(entry.length, np.uint8)
+        self.copy(name, content)
+        if entry.kind in others:
+            return content.view(others[entry.kind]).astype(np.float32).reshape(entry.shape)
+        return content.view(TYPES[entry.kind]).reshape(entry.shape)
+
+    def map(self, names: Collection[str]) -> dict[str, np.ndarray]:
+        """Tensors as views into the file, for random access: nothing is read ahead but what is asked for."""
+        mapping = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            mapping.madvise(mmap.MADV_RANDOM)
+        everything = np.frombuffer(mapping, np.uint8)
+        entries = ((name, self.entries[name]) for name in names)
+        return {
+            name: everything[entry.start : entry.start + entry.length].view(TYPES[entry.kind])
+            for name, entry in entries
+        }
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write flat `tensors` beside `path`, then rename.
+
+    Raises:
+        Failure: it cannot be written; nothing is left behind.
+    """
+    kinds = {np.dtype(array): kind for kind, array in TYPES.items()}
+    checksums = {name: zlib.crc32(memoryview(tensor).cast("B")) for name, tensor in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": {**metadata, CHECKSUMS: to_json(checksums)}}
+    at = 0
+    for name, tensor in tensors.items():
+        kind = kinds[tensor.dtype]
+        offsets = [at, at + tensor.nbytes]
+        header[name] = {"dtype": NAMES[kind], "shape": [tensor.size], "data_offsets": offsets}
+        at = offsets[1]
+    text = to_json(header).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)))
+            file.write(text)
+            for tensor in tensors.values():
+                file.write(memoryview(tensor).cast("B"))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise Failure(f"{path}: cannot be written: {error.strerror}") from error
