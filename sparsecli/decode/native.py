@@ -15,19 +15,19 @@ ERROR_BYTES = 256
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 KERNELS = ("auto", "native", "reference")
 
+SHAPE_FIELDS = (
+    "d_model", "layers", "heads", "key_value_heads", "max_positions", "vocabulary", "feed_forward", "d_ff",
+    "activation", "gated", "block_size", "units_per_block", "rank", "probability_gate", "projection", "output",
+    "modules", "kernel", "value_concat", "rms", "positions", "head_modules", "cache_type", "history_type",
+    "units_on_disk", "poison",
+)  # fmt: skip
+
 
 class Shape(Structure):
     """`sparsecli_shape` of native/engine.h."""
 
-    _fields_ = [  # noqa: RUF012
-        *(
-            (name, c_int64)
-            for name in (
-                "d_model layers heads key_value_heads max_positions vocabulary feed_forward d_ff activation gated "
-                "block_size units_per_block rank probability_gate projection output modules kernel value_concat rms "
-                "positions head_modules cache_type history_type units_on_disk poison"
-            ).split()
-        ),
+    _fields_ = [
+        *((name, c_int64) for name in SHAPE_FIELDS),
         ("epsilon", c_double),
     ]
 
