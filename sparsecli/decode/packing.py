@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from sparsecli.console import Failure
 from sparsecli.decode import tensorfile
@@ -87,12 +88,15 @@ def huge_pages(nbytes: int) -> np.ndarray:
     Raises:
         Failure: there is not so much memory.
     """
+    # Shared memory, the default, gets no huge pages; Windows has no choice.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    lacking = Failure(f"{nbytes / 1e9:.1f} GB of memory are needed for the weights, but are not there")
+    if nbytes > psutil.virtual_memory().available:  # the system would promise it and kill the process later
+        raise lacking
     try:
-        memory = mmap.mmap(-1, max(nbytes, 1))
+        memory = mmap.mmap(-1, max(nbytes, 1), **private)
     except (OSError, ValueError) as error:
-        raise Failure(
-            f"{nbytes / 1e9:.1f} GB of memory are needed for the weights, but are not there"
-        ) from error
+        raise lacking from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
