@@ -10,7 +10,8 @@ from pathlib import Path
 
 from sparsecli.console import Failure
 
-LIBRARY = Path(__file__).with_name("_native.so")
+LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
+"""Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 KERNELS = ("auto", "native", "reference")
