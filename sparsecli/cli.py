@@ -107,13 +107,16 @@ Seed = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write to.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.", show_default=False)]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=256, metavar="N", help="CPU threads.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
 Model = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="A run, or a folder of a Hugging Face model.", show_default=False),
 ]
 Format = Literal["table", "json", "csv", "markdown"]
+Dtype = Literal["float32", "bfloat16", "int8"]
 
 
 def _load(reference: str, overrides: list[str] | None, seed: int | None = None) -> LoadedRecipe:
@@ -220,7 +223,15 @@ def generate(
     ] = True,
     stats: Annotated[bool, typer.Option("--stats", help="Show speeds of prefill and decode.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object in place of a stream.")] = False,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Weight type.")] = "float32",
+    backend: Annotated[
+        Literal["auto", "native", "torch"], typer.Option(help="What decodes; auto: native where it can.")
+    ] = "auto",
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Weight type; float32, or as packed.", show_default=False)
+    ] = None,
+    cache_dtype: Annotated[
+        Dtype | None, typer.Option(help="Of keys and values; by --dtype.", show_default=False)
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Go on from a prompt.
@@ -257,7 +268,9 @@ def generate(
         seed=loaded.recipe.seed if loaded else seed or 0,
         stats=stats,
         json=json,
+        backend=backend,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         threads=threads,
         chat=chat,
     )
@@ -295,6 +308,25 @@ def _decode(content: bytes, source: str) -> str:
         return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise Failure(f"{source}: byte {error.start} is not UTF-8 text") from None
+
+
+@app.command(epilog="Example: sparsecli pack runs/quickstart --dtype int8")
+def pack(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A run or a model folder.", show_default=False)
+    ] = None,
+    output: Output = None,
+    dtype: Annotated[Dtype, typer.Option(help="Weight type.")] = "bfloat16",
+    dry_run: DryRun = False,
+) -> None:
+    """Pack a model's weights for the native engine.
+
+    The output is a model folder that `generate` maps into memory as it is, by default beside the model, with the type
+    at the end of its name. Without MODEL: the newest finished run under runs/.
+    """
+    from sparsecli import pack as implementation
+
+    implementation.run(model=model, output=output, dtype=dtype, dry_run=dry_run)
 
 
 def _percent(text: str) -> float:

@@ -1,62 +1,23 @@
-"""Write text from a prompt: sampling, streaming that never cuts a character, and stop strings."""
+"""Write text from a prompt: streaming that never cuts a character, stop strings, and what it took."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import torch
-from tokenizers.decoders import DecodeStream
-from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparsecli import console
+from sparsecli.backends import Backend, Choices, open_backend
 from sparsecli.console import Failure
-from sparsecli.model.cache import DecodeCache
-from sparsecli.model.checkpoint import find_model, load_model
+from sparsecli.model.folder import Description, find_model, read_description
+from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.schema import GenerateSpec
+from sparsecli.sampling import Sampler, make_sampler
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
     from sparsecli.recipe.loader import LoadedRecipe
-
-Sampler = Callable[[Tensor, Tensor], int]
-
-
-def make_sampler(options: GenerateSpec, seed: int) -> Sampler:
-    """A function from token ids (1, T) and logits (1, V) to the next token; all randomness comes from `seed`."""
-    processors = LogitsProcessorList()
-    if options.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
-    if options.temperature == 0:
-        return lambda ids, logits: int(processors(ids, logits).argmax())
-    if options.temperature != 1:
-        processors.append(TemperatureLogitsWarper(options.temperature))
-    if options.top_k:
-        processors.append(TopKLogitsWarper(options.top_k))
-    if options.top_p < 1:
-        processors.append(TopPLogitsWarper(options.top_p))
-    if options.min_p:
-        processors.append(MinPLogitsWarper(options.min_p))
-    generator = torch.Generator().manual_seed(seed)
-
-    def sample(ids: Tensor, logits: Tensor) -> int:
-        probabilities = processors(ids, logits).softmax(dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=generator))
-
-    return sample
 
 
 class StopFilter:
@@ -120,35 +81,26 @@ class Generation:
         }
 
 
-@torch.inference_mode()
 def decode(
-    model: ScalingTransformerForCausalLM,
-    prompt: Sequence[int],
-    sampler: Sampler,
-    limit: int,
-    result: Generation,
+    backend: Backend, prompt: Sequence[int], sampler: Sampler, limit: int, result: Generation
 ) -> Iterator[int]:
-    """Yield up to `limit` new tokens after `prompt`; timings go to `result`."""
-    ids = torch.tensor([list(prompt)])
-    cache = DecodeCache(model.config.layers, capacity=len(prompt) + limit)
-    step = ids
-    for index in range(limit):
+    """Yield up to `limit` (at least 1) new tokens after `prompt`; timings go to `result`."""
+    tokens = list(prompt)
+    started = time.perf_counter()
+    tokens.append(sampler(tokens, backend.start(prompt, capacity=len(prompt) + limit)))
+    result.prefill_seconds = time.perf_counter() - started
+    yield tokens[-1]
+    for _ in range(limit - 1):
         started = time.perf_counter()
-        logits = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        token = sampler(ids, logits)
-        elapsed = time.perf_counter() - started
-        if index == 0:
-            result.prefill_seconds = elapsed
-        else:
-            result.step_seconds.append(elapsed)
-        yield token
-        step = torch.tensor([[token]])
-        ids = torch.cat((ids, step), dim=1)
+        tokens.append(sampler(tokens, backend.step(tokens[-1])))
+        result.step_seconds.append(time.perf_counter() - started)
+        yield tokens[-1]
 
 
 def write(
-    model: ScalingTransformerForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    backend: Backend,
+    model: Description,
+    tokenizer: Tokenizer,
     prompt: Sequence[int],
     options: GenerateSpec,
     seed: int,
@@ -159,11 +111,9 @@ def write(
     A character that the model leaves unfinished at the very end is not shown.
     """
     result = Generation(prompt_tokens=len(prompt))
-    room = model.config.max_positions - len(prompt)
-    ends = model.config.eos_token_id
-    end_tokens = set(ends if isinstance(ends, list) else [ends])
-    # The prompt decides how the first token reads, for instance whether a space stands before it.
-    stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+    room = model.spec.max_positions - len(prompt)
+    limit = min(options.max_new_tokens, room)
+    stream = tokenizer.stream(prompt)
     stops = StopFilter(options.stop)
     stopped = False
 
@@ -172,14 +122,12 @@ def write(
         if text:
             show(text)
 
-    for token in decode(
-        model, prompt, make_sampler(options, seed), min(options.max_new_tokens, room), result
-    ):
-        if token in end_tokens:
+    for token in decode(backend, prompt, make_sampler(options, seed), limit, result):
+        if token in model.end_tokens:
             result.finish = "end"
             break
         result.tokens.append(token)
-        text, stopped = stops.feed(stream.step(tokenizer._tokenizer, token) or "")
+        text, stopped = stops.feed(stream.feed(token))
         emit(text)
         if stopped:
             result.finish = "stop"
@@ -191,9 +139,7 @@ def write(
     return result
 
 
-def encode_prompt(
-    model: ScalingTransformerForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = True
-) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, context: int, chat: bool = True) -> list[int]:
     """Token ids of `prompt`, through the chat template if the tokenizer has one and `chat` asks for it.
 
     Raises:
@@ -201,20 +147,15 @@ def encode_prompt(
     """
     if not prompt:
         raise Failure("the prompt is empty; give some text to go on from")
-    if chat and tokenizer.chat_template:
-        message = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-    else:
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]  # as the training text was encoded
-    limit = model.config.max_positions
-    if len(ids) >= limit:
+    ids = tokenizer.encode_chat(prompt) if chat and tokenizer.template else tokenizer.encode(prompt)
+    if not ids:
+        raise Failure("the prompt has nothing in it that the tokenizer knows; give some other text")
+    if len(ids) >= context:
         raise Failure(
-            f"the prompt has {len(ids)} tokens, the model's context is {limit} with at least one to be written; "
+            f"the prompt has {len(ids)} tokens, the model's context is {context} with at least one to be written; "
             "shorten the prompt"
         )
-    return list(ids)
+    return ids
 
 
 def run(
@@ -226,28 +167,34 @@ def run(
     seed: int = 0,
     stats: bool = False,
     json: bool = False,
-    dtype: str = "float32",
+    backend: Literal["auto", "native", "torch"] = "auto",
+    dtype: str | None = None,
+    cache_dtype: str | None = None,
     threads: int | None = None,
     chat: bool = True,
 ) -> None:
     """The `generate` command: text to stdout as it is written, or one JSON document.
 
     Raises:
-        Failure: no model, a damaged one, or a prompt that does not fit.
+        Failure: no model, a damaged one, a prompt that does not fit, or a backend that cannot do what is asked.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     folder = find_model(model, loaded.output if loaded else None)
-    network, tokenizer = load_model(folder, getattr(torch, dtype))
-    ids = encode_prompt(network, tokenizer, prompt, chat)
-    result = write(network, tokenizer, ids, options, seed, _ignore if json else _stream)
+    description = read_description(folder)
+    context = description.spec.max_positions
+    tokenizer = read_tokenizer(folder, description.spec.vocabulary.size)
+    ids = encode_prompt(tokenizer, prompt, context, chat)
+    choices = Choices(backend, dtype, cache_dtype, threads)
+    with closing(open_backend(folder, description, choices)) as decoder:
+        result = write(decoder, description, tokenizer, ids, options, seed, _ignore if json else _stream)
     figures = result.stats()
     if json:
         console.json_out(
             {
                 "model": str(folder),
+                "backend": decoder.name,
+                "isa": decoder.isa,
+                "threads": decoder.threads,
+                "dtype": decoder.dtype,
                 "prompt": prompt,
                 "text": result.text,
                 "tokens": result.tokens,
@@ -258,7 +205,7 @@ def run(
         return
     console.out()
     if result.finish == "context":
-        console.warn(f"stopped at the model's context of {network.config.max_positions} tokens")
+        console.warn(f"stopped at the model's context of {context} tokens")
     if stats:
         console.say(
             f"prefill {figures['prompt_tokens']} tokens in {figures['prefill_ms']:.1f} ms "
@@ -267,8 +214,12 @@ def run(
         if figures["decode_ms_per_token"] is not None:
             console.say(
                 f"decode {figures['new_tokens']} tokens, {figures['decode_ms_per_token']:.2f} ms/token "
-                f"({figures['decode_tokens_per_second']:.0f} tokens/s, {dtype}, torch backend)"
+                f"({figures['decode_tokens_per_second']:.0f} tokens/s)"
             )
+        plural = "s" if decoder.threads != 1 else ""
+        console.say(
+            f"{decoder.name} backend, {decoder.isa}, {decoder.threads} thread{plural}, {decoder.dtype}"
+        )
 
 
 def _stream(text: str) -> None:

@@ -23,6 +23,7 @@ IMPLEMENTATIONS = {
     "train": "sparsecli.train.trainer",
     "sparsify-convert": "sparsecli.convert.command",
     "generate": "sparsecli.generate",
+    "pack": "sparsecli.pack",
     "bench": "sparsecli.bench.command",
     "doctor": "sparsecli.doctor",
 }
@@ -30,6 +31,7 @@ SMALLEST = {
     "train": ["quickstart"],
     "sparsify-convert": ["quickstart-convert"],
     "generate": ["--prompt", "x"],
+    "pack": [],
     "bench": [],
     "doctor": [],
 }
@@ -144,6 +146,20 @@ def test_generate_options_go_before_the_recipe(run, calls):
     )
 
 
+def test_generate_hands_on_how_to_decode(run, calls):
+    chosen = ("--backend", "native", "--dtype", "int8", "--cache-dtype", "bfloat16", "--threads", "2")
+    assert run("generate", "--prompt", "x", *chosen) == 0
+    names = ("backend", "dtype", "cache_dtype", "threads")
+    assert [calls.options[name] for name in names] == ["native", "int8", "bfloat16", 2]
+    assert run("generate", "--prompt", "x") == 0
+    assert [calls.options[name] for name in names] == ["auto", None, None, None]
+
+
+def test_pack(run, calls):
+    assert run("pack", "runs/a", "--dtype", "int8", "--output", "there") == 0
+    assert calls.options == {"model": "runs/a", "output": Path("there"), "dtype": "int8", "dry_run": False}
+
+
 def test_generate_names_a_wrong_option(run, calls, capsys):
     assert run("generate", "--prompt", "x", "--top-p", "2") == 2
     assert capsys.readouterr().err == "error: --top-p: expected a number above 0 and of at most 1, got 2.0\n"
@@ -238,6 +254,10 @@ def test_debug_shows_where(run, calls, capsys):
         ["train"],
         ["train", "quickstart", "--nothing"],
         ["bench", "--threads", "0"],
+        ["generate", "--threads", "0"],
+        ["generate", "--threads", "10000"],
+        ["generate", "--backend", "cuda"],
+        ["pack", "--dtype", "int4"],
         ["bench", "--format", "xml"],
         ["recipes", "show"],
     ],

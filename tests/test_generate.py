@@ -1,4 +1,4 @@
-"""Writing text: sampling, streaming, stop strings, limits, and models that do not load."""
+"""Writing text: streaming, stop strings, limits, both backends, packed models, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,25 +6,33 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import decoders, models, pre_tokenizers
 
-from sparsecli import generate
+from sparsecli import generate, pack
 from sparsecli.console import Failure
 from sparsecli.data.tokenization import load_or_train
-from sparsecli.generate import StopFilter, make_sampler
+from sparsecli.decode import native
+from sparsecli.generate import StopFilter
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
-from sparsecli.model.checkpoint import find_model, load_model
+from sparsecli.model.checkpoint import load_model
+from sparsecli.model.folder import check_weights, find_model, read_description
+from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.schema import FilesCorpus, GenerateSpec
 
+needs_native = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
+BACKENDS = [pytest.param("native", marks=needs_native), "torch"]
 TEXT = "def read_file(path):\n    return open(path).read()\n\nnaïve = 'žluťoučký kůň 🐎'\n"
 
 
@@ -68,23 +76,28 @@ def run(folder: Path, prompt: str = "def read", **options: object) -> None:
 # -- what is written -----------------------------------------------------------------------------------------
 
 
-def test_greedy_text_equals_transformers_generate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(folder, temperature=0, max_new_tokens=20, json=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_greedy_text_equals_transformers_generate(
+    folder: Path, capsys: pytest.CaptureFixture[str], backend: str
+) -> None:
+    run(folder, temperature=0, max_new_tokens=20, json=True, backend=backend, threads=1)
     result = json.loads(capsys.readouterr().out)
     model, tokenizer = load_model(folder)
     ids = tokenizer("def read", return_tensors="pt").input_ids
     expected = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
     assert result["tokens"] == [token for token in expected if token != model.config.eos_token_id]
     assert result["stats"]["new_tokens"] == len(result["tokens"])
+    assert (result["backend"], result["dtype"], result["threads"]) == (backend, "float32", 1)
 
 
 def test_the_stream_is_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(folder, seed=1, max_new_tokens=30, json=True)
     text = json.loads(capsys.readouterr().out)["text"]
-    run(folder, seed=1, max_new_tokens=30, stats=True)
+    run(folder, seed=1, max_new_tokens=30, stats=True, threads=1)
     captured = capsys.readouterr()
     assert captured.out == text + "\n"
     assert "ms/token" in captured.err
+    assert "1 thread, float32" in captured.err
 
 
 def test_seed_decides(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,23 +108,36 @@ def test_seed_decides(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+class Silent:
+    """A backend whose logits say nothing: what follows is the sampler's to decide."""
+
+    def start(self, prompt: list[int], capacity: int) -> np.ndarray:
+        return np.zeros(300, np.float32)
+
+    def step(self, token: int) -> np.ndarray:
+        return np.zeros(300, np.float32)
+
+
 def test_a_character_of_several_tokens_is_written_whole(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each byte of the horse is a token of its own; nothing is shown until the last one is there."""
-    model, tokenizer = load_model(folder)
-    ids = tokenizer("🦄 kůň 🐎", add_special_tokens=False).input_ids
-    wanted = iter([*ids, model.config.eos_token_id])
+    model = read_description(folder)
+    tokenizer = read_tokenizer(folder, 300)
+    ids = tokenizer.encode("🦄 kůň 🐎")
+    wanted = iter([*ids, *model.end_tokens])
     pieces: list[str] = []
     monkeypatch.setattr(generate, "make_sampler", lambda options, seed: lambda ids, logits: next(wanted))
-    result = generate.write(model, tokenizer, [5], GenerateSpec(), 0, pieces.append)
+    result = generate.write(Silent(), model, tokenizer, [5], GenerateSpec(), 0, pieces.append)
     assert "".join(pieces) == result.text == "🦄 kůň 🐎"
     assert "�" not in "".join(pieces)
     assert len(ids) > len(pieces)
+    assert result.finish == "end"
 
 
-def test_context_ends_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(folder, temperature=0, max_new_tokens=500, json=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_context_ends_the_text(folder: Path, capsys: pytest.CaptureFixture[str], backend: str) -> None:
+    run(folder, temperature=0, max_new_tokens=500, json=True, backend=backend)
     result = json.loads(capsys.readouterr().out)
     assert result["finish"] in {"context", "end"}
     assert result["stats"]["prompt_tokens"] + result["stats"]["new_tokens"] <= 48
@@ -150,49 +176,124 @@ def test_stop_filter_equals_a_search_in_the_whole_text(
         assert shown + stream.flush() == text
 
 
-def _distribution(options: dict[str, object], used: list[int] | None = None) -> torch.Tensor:
-    sampler = make_sampler(GenerateSpec(**{"temperature": 1.0, "top_p": 1.0, **options}), seed=0)
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    ids = torch.tensor([used or [3]])
-    return torch.bincount(torch.tensor([sampler(ids, logits) for _ in range(4000)]), minlength=4) / 4000
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0.5, 0.3, 0.15, 0.05]),
-        ({"temperature": 0}, [1, 0, 0, 0]),
-        ({"temperature": 0.5}, [0.685, 0.247, 0.062, 0.007]),
-        ({"top_k": 2}, [0.625, 0.375, 0, 0]),
-        ({"top_p": 0.75}, [0.625, 0.375, 0, 0]),
-        ({"min_p": 0.25}, [0.526, 0.316, 0.158, 0]),
-        ({"repetition_penalty": 2.0}, [0.525, 0.315, 0.158, 0.0026]),
-    ],
-)
-def test_sampling_options(options: dict[str, object], expected: list[float]) -> None:
-    torch.testing.assert_close(_distribution(options), torch.tensor(expected).float(), atol=0.025, rtol=0)
-
-
 def test_chat_template_is_used_where_there_is_one(folder: Path) -> None:
-    model, tokenizer = load_model(folder)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}:"
-    assert tokenizer.decode(generate.encode_prompt(model, tokenizer, "hi")) == "<user>hi:"
-    assert tokenizer.decode(generate.encode_prompt(model, tokenizer, "hi", chat=False)) == "hi"
+    tokenizer = read_tokenizer(folder, 300)
+    assert tokenizer.backend.decode(generate.encode_prompt(tokenizer, "hi", 48)) == "hi"
+    tokenizer.template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}:"
+    assert tokenizer.backend.decode(generate.encode_prompt(tokenizer, "hi", 48)) == "<user>hi:"
+    assert tokenizer.backend.decode(generate.encode_prompt(tokenizer, "hi", 48, chat=False)) == "hi"
 
 
 def test_a_word_that_follows_the_prompt_keeps_its_space(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokenizers that mark spaces within words drop the first one of a text; the prompt is its beginning."""
-    words = Tokenizer(models.WordLevel({"▁hello": 0, "▁world": 1}, unk_token="▁hello"))
+    words = tokenizers.Tokenizer(models.WordLevel({"▁hello": 0, "▁world": 1}, unk_token="▁hello"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    model, _ = load_model(folder)
+    tokenizer = Tokenizer(words)
     monkeypatch.setattr(generate, "make_sampler", lambda options, seed: lambda ids, logits: 1)
-    ids = generate.encode_prompt(model, tokenizer, "hello")
-    assert generate.write(
-        model, tokenizer, ids, GenerateSpec(max_new_tokens=2), 0, lambda text: None
-    ).text == (" world world")
+    ids = generate.encode_prompt(tokenizer, "hello", 48)
+    options = GenerateSpec(max_new_tokens=2)
+    written = generate.write(
+        Silent(), read_description(folder), tokenizer, ids, options, 0, lambda text: None
+    )
+    assert written.text == " world world"
+
+
+# -- what decodes --------------------------------------------------------------------------------------------
+
+
+def test_torch_decodes_where_the_native_engine_cannot(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "available", lambda: "no compiler at installation")
+    run(folder, max_new_tokens=2, json=True)
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["backend"] == "torch"
+    assert captured.err == "decoding with PyTorch: no compiler at installation\n"
+    run(folder, max_new_tokens=2, backend="torch")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(Failure, match="--backend native: no compiler at installation"):
+        run(folder, backend="native")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"dtype": "int8"}, "--dtype int8"), ({"cache_dtype": "bfloat16"}, "--cache-dtype bfloat16")],
+)
+def test_torch_has_no_other_types(folder: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(Failure, match=f"{message}: only the native backend"):
+        run(folder, backend="torch", **options)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_packed_model_writes_the_same_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    packed = tmp_path / "packed"
+    pack.run(model=str(folder), output=packed, dtype=dtype)
+    assert not (packed / "model.safetensors").exists()
+    results = []
+    for place, chosen in ((folder, dtype), (packed, None), (packed / "model.spk", dtype)):
+        run(place, temperature=0, max_new_tokens=20, json=True, dtype=chosen, backend="native")
+        results.append(json.loads(capsys.readouterr().out))
+    assert [result["dtype"] for result in results] == [dtype] * 3
+    assert results[0]["tokens"] == results[1]["tokens"] == results[2]["tokens"]
+
+
+@needs_native
+def test_a_packed_model_is_for_the_native_engine_as_it_is(folder: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    pack.run(model=str(folder), output=packed, dtype="bfloat16")
+    with pytest.raises(Failure, match="was packed as bfloat16; leave out --dtype int8"):
+        run(packed, dtype="int8", backend="native")
+    with pytest.raises(
+        Failure, match=r"model.safetensors: no such file \(model.spk is packed for the native"
+    ):
+        run(packed, backend="torch")
+    with pytest.raises(Failure, match="is there already; choose another --output"):
+        pack.run(model=str(folder), output=packed, dtype="bfloat16")
+    whole = (packed / "model.spk").read_bytes()
+    (packed / "model.spk").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Failure, match=r"model\.spk") as caught:
+        run(packed, backend="native")
+    assert len(caught.value.message.splitlines()) == 1
+
+
+def test_packing_goes_beside_the_model(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack.run(model=str(copy), output=None, dtype="int8", dry_run=True)
+    assert (
+        f"model.spk, config.json, tokenizer.json, tokenizer_config.json in {copy}-int8"
+        in capsys.readouterr().out
+    )
+    assert [path.name for path in copy.parent.iterdir()] == ["model"]
+    monkeypatch.chdir(copy)
+    pack.run(model=".", output=None, dtype="bfloat16")
+    written = copy.parent / "model-bfloat16"
+    assert sorted(path.name for path in written.iterdir()) == [
+        "config.json",
+        "model.spk",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert [path.name for path in copy.parent.glob("*.tmp")] == []
+
+
+@needs_native
+def test_the_native_engine_starts_without_torch(folder: Path) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['sparsecli', 'generate', '--model', {str(folder)!r}, '--prompt', 'x', '--backend', 'native']\n"
+        "from sparsecli import cli\n"
+        "try: cli.main()\n"
+        "finally: print('loaded:', {'torch', 'transformers', 'jinja2'} & set(sys.modules))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.endswith("loaded: set()\n")
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
@@ -202,6 +303,12 @@ def test_a_word_that_follows_the_prompt_keeps_its_space(
 def test_prompts_that_do_not_fit(folder: Path, prompt: str, message: str) -> None:
     with pytest.raises(Failure, match=message):
         run(folder, prompt)
+
+
+def read_without_torch(folder: Path) -> None:
+    spec = read_description(folder).spec
+    check_weights(folder, spec)
+    read_tokenizer(folder, spec.vocabulary.size)
 
 
 def truncate(folder: Path) -> None:
@@ -270,6 +377,9 @@ def test_damaged_models_get_one_clear_line(copy: Path, damage: Callable[[Path], 
     damage(copy)
     with pytest.raises(Failure, match=message) as caught:
         load_model(copy)
+    assert len(caught.value.message.splitlines()) == 1
+    with pytest.raises(Failure, match=message) as caught:
+        read_without_torch(copy)
     assert len(caught.value.message.splitlines()) == 1
 
 

@@ -37,13 +37,19 @@ BELOW_COMMANDS = {
     "sparsecli.data",
 }
 LAYERS |= {
+    "sparsecli.decode": {"sparsecli.decode", "sparsecli.console", "sparsecli.model.architecture"},
+    "sparsecli.decode.weights": {"sparsecli.decode", "sparsecli.model.folder"},
+    "sparsecli.sampling": {"sparsecli.console", "sparsecli.recipe"},
+    "sparsecli.backends": {"sparsecli.console", "sparsecli.model", "sparsecli.decode"},
     "sparsecli.train": BELOW_COMMANDS | {"sparsecli.train"},
-    "sparsecli.generate": BELOW_COMMANDS | {"sparsecli.generate"},
-    "sparsecli.bench": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.train"},
+    "sparsecli.generate": BELOW_COMMANDS
+    | {"sparsecli.generate", "sparsecli.backends", "sparsecli.sampling", "sparsecli.decode"},
+    "sparsecli.pack": {"sparsecli.console", "sparsecli.model", "sparsecli.decode"},
+    "sparsecli.bench": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.train", "sparsecli.decode"},
     "sparsecli.convert": BELOW_COMMANDS | {"sparsecli.convert", "sparsecli.train", "sparsecli.bench"},
-    "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench"},
+    "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},
     "sparsecli.cli": BELOW_COMMANDS
-    | {f"sparsecli.{name}" for name in ("train", "generate", "bench", "convert", "doctor")},
+    | {f"sparsecli.{name}" for name in ("train", "generate", "pack", "bench", "convert", "doctor")},
     "sparsecli.__main__": {"sparsecli.cli"},
 }
 
@@ -133,6 +139,14 @@ def python(code: str) -> str:
 def test_importing_sparsecli_is_light():
     heavy = python(
         "import sys, sparsecli; print({'torch', 'transformers', 'pydantic', 'rich'} & set(sys.modules))"
+    )
+    assert heavy == "set()\n"
+
+
+def test_decoding_and_generating_import_neither_torch_nor_transformers():
+    heavy = python(
+        "import sys, sparsecli.decode.engine, sparsecli.generate, sparsecli.pack\n"
+        "print({'torch', 'transformers', 'jinja2', 'rich'} & set(sys.modules))"
     )
     assert heavy == "set()\n"
 

@@ -14,6 +14,7 @@ from sparsecli.model.layers.feed_forward import SparseFeedForward
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.memory import move_to_huge_pages
 from sparsecli.model.sizes import count_parameters
+from sparsecli.model.tensors import tensor_shapes
 
 VOCABULARY = 96
 FEED_FORWARD = {
@@ -360,3 +361,35 @@ def test_bfloat16_runs_and_stays_near_float32(kind: tuple[str, ...]) -> None:
     actual = model.to(torch.bfloat16)(ids).logits
     assert actual.dtype == torch.bfloat16
     assert (actual.float().softmax(-1) - expected).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "/".join(kind))
+def test_tensor_shapes_need_no_model(kind: tuple[str, ...]) -> None:
+    model = build(*kind)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert tensor_shapes(model.config.spec) == expected
+
+
+@pytest.mark.parametrize("value_concat", ["none", "modules", "whole"])
+@pytest.mark.parametrize("output_projection", ["none", "dense", "multiplicative", "multiplicative_conv"])
+@pytest.mark.parametrize("projection", ["dense_conv", "multiplicative_conv"])
+def test_tensor_shapes_of_every_projection(
+    projection: str, output_projection: str, value_concat: str
+) -> None:
+    attention = {
+        "projection": projection,
+        "output_projection": output_projection,
+        "value_concat": value_concat,
+        "modules": 8,
+    }
+    model = ScalingTransformerForCausalLM(
+        ScalingTransformerConfig(
+            d_model=32,
+            layers=1,
+            heads=4,
+            attention=attention,
+            vocabulary={"kind": "dense", "size": 96, "bias": True},
+        )
+    )
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert tensor_shapes(model.config.spec) == expected

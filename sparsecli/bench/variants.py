@@ -13,7 +13,8 @@ import torch
 from sparsecli import console
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.checkpoint import find_model, load_model, read_config
+from sparsecli.model.checkpoint import load_model, read_config
+from sparsecli.model.folder import find_model
 from sparsecli.model.memory import aligned, huge_page_tensor
 from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
 from sparsecli.recipe.schema import BenchSpec, PaperFigures

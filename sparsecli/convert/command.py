@@ -21,8 +21,9 @@ from sparsecli.convert.report import Report, Stage
 from sparsecli.data.packing import PackedCorpus, Windows, pack
 from sparsecli.model.architecture import DenseFeedForwardSpec, ModelSpec, SparseFeedForwardSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.checkpoint import find_model, load_model, read_config
+from sparsecli.model.checkpoint import load_model, read_config
 from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.folder import find_model
 from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import LoadedRecipe, dump, load, require

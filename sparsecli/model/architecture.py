@@ -6,9 +6,10 @@ the same in YAML, in `config.json` and in Python. Importing this module imports 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 Activation = Literal["relu", "gelu", "silu"]
@@ -131,6 +132,15 @@ class AttentionSpec(Block):
     bias: bool = True
     """Biases on dense projections; the paper's have them."""
 
+    @property
+    def output(self) -> Literal["none", "dense", "multiplicative", "multiplicative_conv"]:
+        """`output_projection` with its default filled in."""
+        if self.output_projection is not None:
+            return self.output_projection
+        if self.projection == "dense" or self.projection == "multiplicative":
+            return self.projection
+        return "none"
+
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
         conv = self.projection.endswith("_conv")
@@ -212,8 +222,43 @@ class ModelSpec(Block):
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise fault("d_model", "sinusoidal positions need an even d_model")
         attention = self.attention
-        if attention.projection != "dense":
+        if attention.projection != "dense" or attention.output.startswith("multiplicative"):
             check_multiple("d_model", self.d_model, "attention.modules", attention.modules or self.heads)
         if attention.key_value_heads:
             check_multiple("heads", self.heads, "attention.key_value_heads", attention.key_value_heads)
         return self
+
+    @property
+    def tied(self) -> bool:
+        """Whether the logits use the embedding's table."""
+        return self.vocabulary.kind == "dense" and self.vocabulary.tied
+
+    @classmethod
+    def from_config(cls, fields: Mapping[str, Any]) -> ModelSpec:
+        """The architecture that the fields of a `config.json` describe; what they leave out is that of `DEFAULT`.
+
+        Raises:
+            ValueError: one line that names the field.
+        """
+        given = {name: fields[name] for name in cls.model_fields if fields.get(name) is not None}
+        try:
+            return cls.model_validate({**DEFAULT.model_dump(), **given})
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "model"
+            raise ValueError(f"{place}: {first['msg']}") from error
+
+
+DEFAULT = ModelSpec.model_validate(
+    {
+        "d_model": 256,
+        "layers": 4,
+        "heads": 4,
+        "max_positions": 512,
+        "feed_forward": {"kind": "sparse", "d_ff": 1024, "block_size": 32, "units_per_block": 2, "rank": 64},
+        "attention": {"projection": "multiplicative_conv"},
+        "vocabulary": {"kind": "dense", "size": 4096, "tied": True},
+        "positions": "rotary",
+    }
+)
+"""The architecture of a configuration that says nothing."""

@@ -37,13 +37,12 @@ def build_feed_forward(spec: ModelSpec) -> nn.Module:
 def build_attention_layer(spec: ModelSpec) -> nn.Module:
     """The attention layer that `spec.attention` asks for."""
     attention = spec.attention
-    default = "none" if attention.projection.endswith("_conv") else attention.projection
     return build_attention(
         spec.d_model,
         spec.heads,
         attention.key_value_heads or spec.heads,
         attention.projection,
-        attention.output_projection or default,
+        attention.output,
         attention.modules or spec.heads,
         attention.kernel,
         attention.value_concat,

@@ -5,24 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from pydantic import ValidationError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from sparsecli.model.architecture import ModelSpec
-
-DEFAULT = ModelSpec.model_validate(
-    {
-        "d_model": 256,
-        "layers": 4,
-        "heads": 4,
-        "max_positions": 512,
-        "feed_forward": {"kind": "sparse", "d_ff": 1024, "block_size": 32, "units_per_block": 2, "rank": 64},
-        "attention": {"projection": "multiplicative_conv"},
-        "vocabulary": {"kind": "dense", "size": 4096, "tied": True},
-        "positions": "rotary",
-    }
-)
+from sparsecli.model.architecture import DEFAULT, ModelSpec
+from sparsecli.model.folder import MODEL_TYPE
 
 
 @strict
@@ -33,7 +20,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
         ValueError: a block does not fit the architecture's closed choices; the message names the field.
     """
 
-    model_type = "scaling_transformer"
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ("past_key_values",)
     attribute_map = {  # noqa: RUF012
         "hidden_size": "d_model",
@@ -74,13 +61,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     @property
     def spec(self) -> ModelSpec:
         """The architecture as typed, checked data."""
-        fields = {name: getattr(self, name) for name in ModelSpec.model_fields}
-        try:
-            return ModelSpec.model_validate(fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "model"
-            raise ValueError(f"{place}: {first['msg']}") from error
+        return ModelSpec.from_config({name: getattr(self, name) for name in ModelSpec.model_fields})
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, **kwargs: Any) -> ScalingTransformerConfig:

@@ -1,0 +1,165 @@
+"""The two ways to decode: the native engine, and PyTorch, which is imported only where it is the one that decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from sparsecli import console
+from sparsecli.console import Failure
+from sparsecli.decode import native
+from sparsecli.model.folder import CONFIG, PACKED, WEIGHTS, Description, check_weights
+
+if TYPE_CHECKING:
+    from sparsecli.decode.packing import PackedModel
+
+DEFAULT_DTYPE = "float32"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What may be said about how to decode; None leaves it to the model and the machine."""
+
+    backend: Literal["auto", "native", "torch"] = "auto"
+    dtype: str | None = None
+    cache_dtype: str | None = None
+    threads: int | None = None
+
+
+class Backend(Protocol):
+    """A loaded model and the one text that it decodes. Logits are (V,) float32, after the last token."""
+
+    name: str
+    isa: str
+    threads: int
+    dtype: str
+
+    def start(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
+        """Logits after the prompt of a text with room for `capacity` tokens. Raises Failure without memory for it."""
+
+    def step(self, token: int) -> np.ndarray:
+        """Logits after one more token."""
+
+    def close(self) -> None:
+        """Free the memory and the threads."""
+
+
+def open_backend(folder: Path, model: Description, choices: Choices) -> Backend:
+    """The model in `folder`, loaded by the backend that `choices` and the machine leave.
+
+    Says on stderr why it is not the native one, where that was not asked for.
+
+    Raises:
+        Failure: the backend cannot be used or cannot do what was chosen, or the weights do not load.
+    """
+    missing = native.available()
+    if choices.backend == "native" and missing:
+        raise Failure(f"--backend native: {missing}")
+    if choices.backend == "torch" or missing:
+        if choices.backend == "auto":
+            console.say(f"decoding with PyTorch: {missing}")
+        return TorchBackend(folder, choices)
+    return NativeBackend(folder, model, choices)
+
+
+class NativeBackend:
+    """The engine over packed weights: those in the folder, else its safetensors files, packed now."""
+
+    name = "native"
+
+    def __init__(self, folder: Path, model: Description, choices: Choices) -> None:
+        from sparsecli.decode.engine import Engine
+
+        packed = packed_weights(folder, model, choices.dtype)
+        if choices.cache_dtype is not None:
+            packed = replace(packed, precision=replace(packed.precision, cache=choices.cache_dtype))
+        self.dtype = packed.precision.units
+        self.isa = native.isa()
+        self.engine = Engine(packed, threads=choices.threads)
+        self.threads = self.engine.threads
+
+    def start(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
+        self.sequence = self.engine.sequence(capacity)
+        return self.engine.prefill(self.sequence, prompt)
+
+    def step(self, token: int) -> np.ndarray:
+        return self.engine.step(self.sequence, token)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def packed_weights(folder: Path, model: Description, dtype: str | None) -> PackedModel:
+    """The weights in `folder` for the native engine: as they were packed there, unless `dtype` asks for another type.
+
+    Raises:
+        Failure: they do not load, or are packed as another type and nothing else is there.
+    """
+    from sparsecli.decode import packing
+    from sparsecli.decode.weights import read_weights
+
+    if (folder / PACKED).is_file():
+        packed = packing.open_packed(folder / PACKED)
+        if packed.spec != model.spec:
+            raise Failure(f"{folder}: {PACKED} and {CONFIG} do not belong together; pack the model again")
+        held = packed.precision.units
+        if dtype in (None, held):
+            return packed
+        if not (folder / WEIGHTS).is_file():
+            raise Failure(
+                f"{folder / PACKED}: was packed as {held}; leave out --dtype {dtype}, or pack the model again with it"
+            )
+    check_weights(folder, model.spec)
+    precision = packing.Precision.of(dtype or DEFAULT_DTYPE)
+    return packing.pack(model.spec, read_weights(folder), precision)
+
+
+class TorchBackend:
+    """The model as transformers loads it, with the preallocated cache."""
+
+    name = "torch"
+
+    def __init__(self, folder: Path, choices: Choices) -> None:
+        for option, chosen in (("--dtype", choices.dtype), ("--cache-dtype", choices.cache_dtype)):
+            if chosen == "int8" or (option == "--cache-dtype" and chosen is not None):
+                raise Failure(f"{option} {chosen}: only the native backend has it")
+        import torch
+        from transformers.utils import logging
+
+        from sparsecli.model.checkpoint import load_network
+
+        if choices.threads is not None:
+            torch.set_num_threads(choices.threads)
+        logging.set_verbosity_error()
+        self.dtype = choices.dtype or DEFAULT_DTYPE
+        self.isa = torch.backends.cpu.get_cpu_capability()
+        self.threads = torch.get_num_threads()
+        self.network = load_network(folder, getattr(torch, self.dtype))
+
+    def start(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
+        from sparsecli.model.cache import DecodeCache
+
+        self.cache = DecodeCache(self.network.config.layers, capacity)
+        return self._logits(prompt)
+
+    def step(self, token: int) -> np.ndarray:
+        return self._logits([token])
+
+    def _logits(self, tokens: Sequence[int]) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            output = self.network(
+                torch.tensor([list(tokens)]),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            return output.logits[0, -1].float().numpy()
+
+    def close(self) -> None:
+        """Nothing is held outside of Python."""

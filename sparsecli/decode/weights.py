@@ -1,0 +1,39 @@
+"""The weights of a model folder, tensor by tensor, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from sparsecli.decode.tensorfile import TensorFile
+from sparsecli.model.folder import weight_files
+
+
+class Weights(Mapping[str, np.ndarray]):
+    """Tensors by their names in the state dict, bfloat16 as uint16; each is read when it is asked for.
+
+    So packing needs the memory of the packed model and of one tensor, not of both models.
+    """
+
+    def __init__(self, files: list[TensorFile]) -> None:
+        self.places = {name: file for file in files for name in file.entries}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.places[name].read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def read_weights(folder: Path) -> Weights:
+    """The weights in `folder`.
+
+    Raises:
+        Failure: a file is missing, cut short or damaged; a tensor that cannot be read, when it is asked for.
+    """
+    return Weights([TensorFile(path) for path in weight_files(folder)])

@@ -1,0 +1,168 @@
+"""A model's folder: finding it, reading its config.json, checking its weight files, without torch or transformers.
+
+One clear line says what is wrong with whatever is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsecli.console import Failure
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.tensors import Shape, tensor_shapes
+
+RUNS = Path("runs")
+MODEL_TYPE = "scaling_transformer"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PACKED = "model.spk"
+"""Weights in the layout of the native engine, in place of the safetensors files."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What config.json says about a model."""
+
+    spec: ModelSpec
+    end_tokens: frozenset[int]
+    """Tokens that end a text."""
+
+
+def find_model(reference: str | None, output: Path | None = None) -> Path:
+    """The model folder that `reference` (a run, a model folder, or the packed weights in one) names.
+
+    Without a reference: the model of the run at `output`, else of the newest finished run under `runs/`.
+
+    Raises:
+        Failure: there is none; the message says what to do.
+    """
+    if reference is not None:
+        folder = Path(reference)
+        if not folder.exists():
+            raise Failure(f"{reference}: no such folder; expected a run directory or a model folder")
+        if folder.name == PACKED:
+            folder = folder.parent
+        for candidate in (folder / "model", folder):
+            if (candidate / CONFIG).is_file():
+                return candidate
+        raise Failure(
+            f"{reference}: holds no model (no config.json); a run has one when its training is finished"
+        )
+    if output is not None:
+        if (output / "model" / CONFIG).is_file():
+            return output / "model"
+        raise Failure(f"{output}: holds no finished model; train one first, or name another with --model")
+    finished = [path.parent for path in RUNS.glob(f"*/model/{CONFIG}")]
+    if not finished:
+        raise Failure(
+            "no finished run under runs/; train one (sparsecli train quickstart) or pass --model DIR"
+        )
+    return max(finished, key=lambda folder: (folder / CONFIG).stat().st_mtime)
+
+
+def read_description(folder: Path) -> Description:
+    """What the config.json of `folder` says.
+
+    Raises:
+        Failure: not readable, of another model type, or not a model that can be built.
+    """
+    path = folder / CONFIG
+    fields = read_json(path)
+    kind = fields.get("model_type")
+    if kind != MODEL_TYPE:
+        raise Failure(f"{path}: model type {kind!r} is not one of ours ({MODEL_TYPE})")
+    try:
+        spec = ModelSpec.from_config(fields)
+    except ValueError as error:
+        raise Failure(f"{path}: {last_line(error)}") from error
+    ends = fields.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(type(token) is not int for token in ends):
+        raise Failure(f"{path}: eos_token_id: expected a token's number or a list of them")
+    return Description(spec, frozenset(ends))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: one, or the shards that its index names.
+
+    Raises:
+        Failure: the index is damaged or names a file outside of the folder, or a file is missing.
+    """
+    files = [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        shards = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict):
+            raise Failure(f"{folder / INDEX}: has no weight_map")
+        names = sorted({str(name) for name in shards.values()})
+        for name in names:
+            if name != Path(name).name:
+                raise Failure(f"{folder / INDEX}: shard {name!r} lies outside the model's folder")
+        files = [folder / name for name in names]
+    for path in files:
+        if path.is_file():
+            continue
+        hint = ""
+        if pickled := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")):
+            hint = f" ({pickled[0].name} is a pickle, which is never loaded)"
+        elif (folder / PACKED).is_file():
+            hint = f" ({PACKED} is packed for the native engine, and for it alone; name the model it was made from)"
+        raise Failure(f"{path}: no such file{hint}")
+    return files
+
+
+def check_weights(folder: Path, spec: ModelSpec) -> None:
+    """Compare the headers of the weight files with `spec`, before anything is loaded.
+
+    Raises:
+        Failure: a file is missing, cut short or damaged, or its tensors are not those of `spec`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Shape] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise Failure(f"{path}: cut short or damaged ({last_line(error)}); copy it again") from error
+    expected = tensor_shapes(spec)
+    if spec.tied:
+        found.setdefault("head.weight", expected["head.weight"])
+    for problem, names in (
+        ("misses", expected.keys() - found.keys()),
+        ("has unknown", found.keys() - expected.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise Failure(
+                f"{folder}: {problem} tensor {min(names)}{more}; weights and config.json do not belong together"
+            )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise Failure(f"{folder}: tensor {name} is {found[name]}, config.json asks for {shape}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        Failure: there is no such file, or it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Failure(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise Failure(f"{path}: does not load: {error}") from error
+    if not isinstance(value, dict):
+        raise Failure(f"{path}: expected a JSON object")
+    return value
+
+
+def last_line(error: Exception) -> str:
+    """What an error of a library says in the end: the line that names the reason."""
+    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__

@@ -1,0 +1,219 @@
+"""A model's tokenizer as `generate` needs it: the same token ids as in transformers, without importing it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from sparsecli.console import Failure
+from sparsecli.model.folder import last_line, read_json
+
+if TYPE_CHECKING:
+    import jinja2
+
+TOKENIZER = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+FILES = (TOKENIZER, SETTINGS, TEMPLATE, "special_tokens_map.json")
+"""Everything that belongs to a tokenizer; all but the first may be missing."""
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Args:
+        backend: the vocabulary and its rules.
+        named: the text of each special token that has a name, such as `eos_token`.
+        template: Jinja source that lays a chat out as text, or None.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        named: Mapping[str, str] | None = None,
+        template: str | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.named = dict(named or {})
+        self.template = template
+        known = backend.get_vocab(with_added_tokens=True)
+        backend.add_special_tokens([token for token in self.named.values() if token not in known])
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` as it stands: nothing is put before or behind it, as with the training text."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_chat(self, message: str) -> list[int]:
+        """Token ids of a chat in which the user has said `message` and the answer begins.
+
+        Raises:
+            Failure: the tokenizer has no chat template, or the template does not work.
+        """
+        if self.template is None:
+            raise Failure("the tokenizer has no chat template")
+        return self.encode(render(self.template, [{"role": "user", "content": message}], self.named))
+
+    def stream(self, prompt: Sequence[int]) -> TextStream:
+        """Turns tokens that follow `prompt` into text, one at a time."""
+        return TextStream(self.backend, prompt)
+
+
+class TextStream:
+    """Text of one token after the other; a character appears once all of its bytes are there.
+
+    The prompt decides how the first token reads, for instance whether a space stands before it.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, prompt: Sequence[int]) -> None:
+        self.backend = backend
+        self.decoder = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+
+    def feed(self, token: int) -> str:
+        """The text that `token` completes; empty within a character and for special tokens."""
+        return self.decoder.step(self.backend, token) or ""
+
+
+def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
+    """The tokenizer saved in `folder`, for a model of `vocabulary` tokens.
+
+    Raises:
+        Failure: there is none, it does not load, or it has more tokens than the model.
+    """
+    check_tokenizer(folder)
+    path = folder / TOKENIZER
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception for a damaged file
+        raise Failure(f"{path}: does not load: {last_line(error)}") from error
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
+    named = {name: text for name in NAMED_TOKENS if (text := _token_text(settings.get(name)))}
+    tokenizer = Tokenizer(backend, named, _template(folder, settings))
+    check_fit(folder, len(tokenizer), vocabulary)
+    return tokenizer
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise Failure where there is no tokenizer in `folder`."""
+    if not (folder / TOKENIZER).is_file():
+        raise Failure(f"{folder}: no {TOKENIZER}; the tokenizer belongs beside the model")
+
+
+def check_fit(folder: Path, tokens: int, vocabulary: int) -> None:
+    """Raise Failure where a tokenizer has more `tokens` than the model's `vocabulary`."""
+    if tokens > vocabulary:
+        raise Failure(
+            f"{folder}: the tokenizer has {tokens} tokens, the model {vocabulary}; they do not belong together"
+        )
+
+
+def _token_text(value: object) -> str | None:
+    """A token's text; settings hold it as such, or in a block with its rules."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The chat template: a file of its own, or a setting, which may be a list of named ones."""
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    held = settings.get("chat_template")
+    if isinstance(held, list):
+        named = {one.get("name"): one.get("template") for one in held if isinstance(one, dict)}
+        held = named.get("default")
+    return held if isinstance(held, str) else None
+
+
+# -- chat templates ------------------------------------------------------------------------------------------
+
+
+def render(template: str, messages: Sequence[Mapping[str, str]], named: Mapping[str, str]) -> str:
+    """The text of a chat, up to where the answer begins, as transformers renders it.
+
+    A template is a program that came with the model: it runs in a sandbox, which lets it change nothing.
+
+    Raises:
+        Failure: the template is damaged, refuses the messages, or does what the sandbox forbids.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return (
+            _environment()
+            .from_string(template)
+            .render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **named)
+        )
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Failure(
+            f"the chat template does not work: {last_line(error)}; --no-chat leaves it out"
+        ) from error
+
+
+def _environment() -> jinja2.Environment:
+    from jinja2 import TemplateError, ext, nodes, parser, utils
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Answer(ext.Extension):
+        """`{% generation %}` marks, in templates made for training, what an assistant says; here it changes nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, source: parser.Parser) -> list[nodes.Node]:
+            next(source.stream)
+            return source.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    class Namespace(utils.Namespace):
+        """The template's own variables; names that Python gives a meaning to are none."""
+
+        def __init__(*positional: Any, **given: Any) -> None:
+            self, *rest = positional
+            for name in dict(*rest, **given):
+                Namespace.check(name)
+            utils.Namespace.__init__(self, *rest, **given)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            Namespace.check(name)
+            super().__setitem__(name, value)
+
+        @staticmethod
+        def check(name: str) -> None:
+            if name.startswith("_"):
+                raise SecurityError(f"a namespace cannot hold {name!r}")
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def as_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    def new_dict(*positional: Any, **given: Any) -> dict[Any, Any]:
+        return dict(*positional, **given)
+
+    def now(format: str) -> str:
+        return datetime.datetime.now().strftime(format)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Answer, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals |= {
+        "dict": new_dict,
+        "namespace": Namespace,
+        "raise_exception": refuse,
+        "strftime_now": now,
+    }
+    return environment

@@ -1,0 +1,56 @@
+"""`sparsecli pack`: a model's weights in the layout of the native engine, which then starts by mapping the file."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from sparsecli import console
+from sparsecli.console import Failure
+from sparsecli.decode import packing
+from sparsecli.decode.weights import read_weights
+from sparsecli.model.folder import CONFIG, PACKED, check_weights, find_model, read_description
+from sparsecli.model.tokenizer import FILES, read_tokenizer
+
+
+def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = False) -> None:
+    """The `pack` command: a model folder with packed weights of one type, beside the one it was made from.
+
+    Raises:
+        Failure: no model or a damaged one, or the output is there already or cannot be written.
+    """
+    source = find_model(model)
+    spec = read_description(source).spec
+    read_tokenizer(source, spec.vocabulary.size)
+    check_weights(source, spec)
+    if output is None:
+        named = source if source.name else source.absolute()
+        output = named.with_name(f"{named.name}-{dtype}")
+    if output.exists():
+        raise Failure(f"{output}: is there already; choose another --output")
+    copied = [name for name in (CONFIG, *FILES) if (source / name).is_file()]
+    if dry_run:
+        console.print_table(
+            ["plan", ""],
+            [
+                ("model", str(source)),
+                ("weights", dtype),
+                ("files", f"{', '.join([PACKED, *copied])} in {output}"),
+            ],
+        )
+        return
+    packed = packing.pack(spec, read_weights(source), packing.Precision.of(dtype))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(f"{output.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        for name in copied:
+            shutil.copyfile(source / name, beside / name)
+        packing.save(packed, beside / PACKED)
+        beside.rename(output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    console.say(
+        f"wrote {output} ({packed.nbytes / 1e6:,.1f} MB of weights); sparsecli generate --model {output}"
+    )

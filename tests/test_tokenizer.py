@@ -1,0 +1,125 @@
+"""The tokenizer that `generate` reads gives the ids of transformers, with chat templates too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sparsecli.console import Failure
+from sparsecli.data.tokenization import train_byte_pairs
+from sparsecli.model.tokenizer import Tokenizer, read_tokenizer, render
+
+TEXT = "def read_file(path):\n    return open(path).read()\n\nnaïve = 'žluťoučký kůň 🐎'\n"
+PROMPTS = ["def read", " a  b\n\n", "kůň 🐎 <|endoftext|> x", "a<|user|>b <mark> <mark>c", ""]
+CHATML = (
+    "{%- for message in messages %}\n"
+    "  {{- '<|' + message.role + '|>' + message['content'] | trim + eos_token }}\n"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+TEMPLATES = {
+    "chatml": CHATML,
+    "json, loop controls, a namespace": (
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% if ns.n > 5 %}"
+        "{% break %}{% endif %}{{ m | tojson }}{{ dict(a=1, é='ž') | tojson(indent=1) }}{% endfor %}{{ ns.n }}"
+        "{{ tools is none }}{{ documents }}{{ pad_token }}{{ sep_token is defined }}"
+    ),
+    "training marks": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}x",
+    "the year": "{{ strftime_now('%Y') }}",
+}
+
+
+def saved(folder: Path, template: object = None, **settings: object) -> PreTrainedTokenizerBase:
+    """A tokenizer with added tokens in `folder`, and as transformers loads it."""
+    made = train_byte_pairs(300, [TEXT] * 3)
+    made.add_tokens([AddedToken("<mark>", lstrip=True), AddedToken("<|user|>", special=True)])
+    made.add_special_tokens({"unk_token": "<unk>"})
+    made.chat_template = template
+    made.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("settings", [{}, {"split_special_tokens": True}, {"sep_token": "<sep>"}])
+def test_token_ids(tmp_path: Path, settings: dict[str, object]) -> None:
+    expected = saved(tmp_path, **settings)
+    tokenizer = read_tokenizer(tmp_path, 1000)
+    assert len(tokenizer) == len(expected)
+    for prompt in [*PROMPTS, "x<sep>y"]:
+        assert tokenizer.encode(prompt) == expected(prompt, add_special_tokens=False)["input_ids"]
+
+
+def test_a_limit_that_was_saved_cuts_no_prompt(tmp_path: Path) -> None:
+    saved(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    limits = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation": limits}))
+    assert len(read_tokenizer(tmp_path, 1000).encode(TEXT)) > 4
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_chats(tmp_path: Path, template: str) -> None:
+    expected = saved(tmp_path, template)
+    for prompt in ("hello <|user|>", " {{ x }} <b> 'é' "):
+        chat = [{"role": "user", "content": prompt}]
+        ids = expected.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert read_tokenizer(tmp_path, 1000).encode_chat(prompt) == ids
+
+
+def test_of_several_templates_the_default_counts(tmp_path: Path) -> None:
+    saved(tmp_path, {"default": CHATML, "tool_use": "other"})
+    assert read_tokenizer(tmp_path, 1000).template == CHATML
+    saved(tmp_path / "old", chat_template=[{"name": "default", "template": CHATML}])
+    assert read_tokenizer(tmp_path / "old", 1000).template == CHATML
+    saved(tmp_path / "oldest", chat_template=CHATML)
+    assert read_tokenizer(tmp_path / "oldest", 1000).template == CHATML
+    saved(tmp_path / "none")
+    assert read_tokenizer(tmp_path / "none", 1000).template is None
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for %}",
+        "{{ raise_exception('only one turn') }}",
+        "{{ messages[3].role }}",
+        "{{ 1 / 0 }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ dict.__globals__['json'] }}",
+        "{{ namespace(__html__=1) }}",
+        "{% set ns = namespace() %}{% set ns.__call__ = 1 %}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ lipsum.__globals__['os'].getcwd() }}",
+        "{% include '/etc/passwd' %}",
+        "{{ range(999999999) }}",
+    ],
+)
+def test_templates_that_do_not_work_or_reach_out(template: str) -> None:
+    with pytest.raises(
+        Failure, match=r"the chat template does not work: .*; --no-chat leaves it out"
+    ) as caught:
+        render(template, [{"role": "user", "content": "x"}], {})
+    assert len(caught.value.message.splitlines()) == 1
+
+
+def test_damaged_settings_get_one_clear_line(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(Failure, match=r"tokenizer_config\.json: does not load"):
+        read_tokenizer(tmp_path, 1000)
+
+
+def test_text_comes_character_by_character(tmp_path: Path) -> None:
+    saved(tmp_path)
+    tokenizer: Tokenizer = read_tokenizer(tmp_path, 1000)
+    ids = tokenizer.encode("ab 🐎<|endoftext|>c")
+    stream = tokenizer.stream(tokenizer.encode("x"))
+    pieces = [stream.feed(token) for token in ids]
+    assert "".join(pieces) == "ab 🐎c"
+    assert "�" not in "".join(pieces)
