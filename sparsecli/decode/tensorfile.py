@@ -8,6 +8,7 @@ import os
 import struct
 import zlib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,7 @@ KINDS = {name: kind for kind, name in NAMES.items()}
 PAGE = 4096  # the header is filled up to it, so that tensors keep their alignment in a mapping
 LONGEST_HEADER = 100_000_000  # the format's own limit
 CHECKSUMS = "crc32"
+HEADER_CHECKSUM = "header_crc32"
 
 
 def to_json(value: Any) -> str:
@@ -33,6 +35,11 @@ def to_json(value: Any) -> str:
 def from_json(text: str) -> Any:
     """The value of some JSON. Raises ValueError where it is none."""
     return json.loads(text)
+
+
+def header_checksum(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> str:
+    """Checksum of everything else in a header: a flipped digit there could be a model that runs, but another one."""
+    return str(zlib.crc32(to_json([metadata, tensors]).encode()))
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,18 @@ class TensorFile:
                 raise ValueError("the header is longer than the file")
             header = json.loads(self.file.read(length))
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._check_header(header)
             self.entries = {name: self._entry(facts, 8 + length) for name, facts in header.items()}
         except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Failure(f"{self.path}: cut short or damaged ({error}); make or copy it again") from error
         end = max((entry.start + entry.length for entry in self.entries.values()), default=0)
         if end > size:
             raise Failure(f"{self.path}: cut short ({size} of {end} bytes); make or copy it again")
+
+    def _check_header(self, tensors: dict[str, Any]) -> None:
+        expected = self.metadata.pop(HEADER_CHECKSUM, None)
+        if expected is not None and expected != header_checksum(self.metadata, tensors):
+            raise ValueError("the header does not have its checksum")
 
     @staticmethod
     def _entry(facts: dict[str, Any], start: int) -> Entry:
@@ -101,10 +114,10 @@ class TensorFile:
         """Read a tensor's bytes into `into` (length,) and compare them with their checksum, where there is one."""
         entry = self.entries[name]
         self.file.seek(entry.start)
-        if self.file.readinto(memoryview(into)) != entry.length:  # type: ignore[attr-defined]
+        if self.file.readinto(into.data) != entry.length:  # type: ignore[attr-defined]
             raise Failure(f"{self.path}: cut short in {name}; make or copy it again")
         expected = self._checksums().get(name)
-        if expected is not None and zlib.crc32(memoryview(into)) != expected:
+        if expected is not None and zlib.crc32(into.data) != expected:
             raise Failure(
                 f"{self.path}: {name} does not have its checksum; the file is damaged: make it again"
             )
@@ -155,15 +168,17 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
         Failure: it cannot be written; nothing is left behind.
     """
     kinds = {np.dtype(array): kind for kind, array in TYPES.items()}
-    checksums = {name: zlib.crc32(memoryview(tensor).cast("B")) for name, tensor in tensors.items()}
-    header: dict[str, Any] = {"__metadata__": {**metadata, CHECKSUMS: to_json(checksums)}}
+    checksums = {name: zlib.crc32(tensor.data.cast("B")) for name, tensor in tensors.items()}
+    facts = {**metadata, CHECKSUMS: to_json(checksums)}
+    entries: dict[str, Any] = {}
     at = 0
     for name, tensor in tensors.items():
         kind = kinds[tensor.dtype]
         offsets = [at, at + tensor.nbytes]
-        header[name] = {"dtype": NAMES[kind], "shape": [tensor.size], "data_offsets": offsets}
+        entries[name] = {"dtype": NAMES[kind], "shape": [tensor.size], "data_offsets": offsets}
         at = offsets[1]
-    text = to_json(header).encode()
+    facts[HEADER_CHECKSUM] = header_checksum(facts, entries)
+    text = to_json({"__metadata__": facts, **entries}).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -171,10 +186,12 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
             file.write(struct.pack("<Q", len(text)))
             file.write(text)
             for tensor in tensors.values():
-                file.write(memoryview(tensor).cast("B"))
+                file.write(tensor.data.cast("B"))
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise Failure(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        with suppress(OSError):  # it is not there where all went well
+            beside.unlink()
