@@ -12,9 +12,10 @@ import numpy as np
 from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.decode import native
-from sparsecli.model.folder import CONFIG, PACKED, WEIGHTS, Description, check_weights
+from sparsecli.model.folder import CONFIG, INDEX, PACKED, WEIGHTS, Description
 
 if TYPE_CHECKING:
+    from sparsecli.decode.engine import Sequence as EngineSequence
     from sparsecli.decode.packing import PackedModel
 
 DEFAULT_DTYPE = "float32"
@@ -81,15 +82,19 @@ class NativeBackend:
         self.isa = native.isa()
         self.engine = Engine(packed, threads=choices.threads)
         self.threads = self.engine.threads
+        self.sequence: EngineSequence | None = None
 
     def start(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
         self.sequence = self.engine.sequence(capacity)
         return self.engine.prefill(self.sequence, prompt)
 
     def step(self, token: int) -> np.ndarray:
+        assert self.sequence
         return self.engine.step(self.sequence, token)
 
     def close(self) -> None:
+        if self.sequence:
+            self.sequence.close()
         self.engine.close()
 
 
@@ -100,7 +105,7 @@ def packed_weights(folder: Path, model: Description, dtype: str | None) -> Packe
         Failure: they do not load, or are packed as another type and nothing else is there.
     """
     from sparsecli.decode import packing
-    from sparsecli.decode.weights import read_weights
+    from sparsecli.decode.weights import pack_folder
 
     if (folder / PACKED).is_file():
         packed = packing.open_packed(folder / PACKED)
@@ -109,13 +114,11 @@ def packed_weights(folder: Path, model: Description, dtype: str | None) -> Packe
         held = packed.precision.units
         if dtype in (None, held):
             return packed
-        if not (folder / WEIGHTS).is_file():
+        if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
             raise Failure(
                 f"{folder / PACKED}: was packed as {held}; leave out --dtype {dtype}, or pack the model again with it"
             )
-    check_weights(folder, model.spec)
-    precision = packing.Precision.of(dtype or DEFAULT_DTYPE)
-    return packing.pack(model.spec, read_weights(folder), precision)
+    return pack_folder(folder, model.spec, packing.Precision.of(dtype or DEFAULT_DTYPE))
 
 
 class TorchBackend:

@@ -321,7 +321,7 @@ def pack(
 ) -> None:
     """Pack a model's weights for the native engine.
 
-    The output is a model folder that `generate` maps into memory as it is, by default beside the model, with the type
+    The output is a model folder that `generate` loads as it is, by default beside the model, with the type
     at the end of its name. Without MODEL: the newest finished run under runs/.
     """
     from sparsecli import pack as implementation

@@ -1,14 +1,15 @@
-"""`sparsecli pack`: a model's weights in the layout of the native engine, which then starts by mapping the file."""
+"""`sparsecli pack`: a model with its weights in the order of the native engine, made once and not at every start."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from sparsecli import console
 from sparsecli.console import Failure
-from sparsecli.decode import packing
-from sparsecli.decode.weights import read_weights
+from sparsecli.decode.packing import Precision, save
+from sparsecli.decode.weights import pack_folder
 from sparsecli.model.folder import CONFIG, PACKED, check_weights, find_model, read_description
 from sparsecli.model.tokenizer import FILES, read_tokenizer
 
@@ -39,18 +40,15 @@ def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = F
             ],
         )
         return
-    packed = packing.pack(spec, read_weights(source), packing.Precision.of(dtype))
+    packed = pack_folder(source, spec, Precision.of(dtype))
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f"{output.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as beside:
+        made = Path(beside) / output.name  # with the permissions of any other folder
+        made.mkdir()
         for name in copied:
-            shutil.copyfile(source / name, beside / name)
-        packing.save(packed, beside / PACKED)
-        beside.rename(output)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            shutil.copyfile(source / name, made / name)
+        save(packed, made / PACKED)
+        made.rename(output)
     console.say(
         f"wrote {output} ({packed.nbytes / 1e6:,.1f} MB of weights); sparsecli generate --model {output}"
     )

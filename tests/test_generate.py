@@ -261,6 +261,22 @@ def test_a_packed_model_is_for_the_native_engine_as_it_is(folder: Path, tmp_path
     assert len(caught.value.message.splitlines()) == 1
 
 
+@needs_native
+def test_files_that_do_not_belong_together(folder: Path, copy: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    pack.run(model=str(folder), output=packed, dtype="bfloat16")
+    edit_config(rotary_base=5.0)(packed)
+    with pytest.raises(Failure, match=r"model\.spk and config\.json do not belong together"):
+        run(packed, backend="native")
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Failure, match=r"model: tensor model\.norm\.weight holds a NaN"):
+        run(copy, backend="native")
+    with pytest.raises(Failure, match="computes no numbers"):
+        run(copy, backend="torch")
+
+
 def test_packing_goes_beside_the_model(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +295,7 @@ def test_packing_goes_beside_the_model(
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    assert [path.name for path in copy.parent.glob("*.tmp")] == []
+    assert sorted(path.name for path in copy.parent.iterdir()) == ["model", "model-bfloat16"]
 
 
 @needs_native

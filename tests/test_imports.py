@@ -38,7 +38,10 @@ BELOW_COMMANDS = {
 }
 LAYERS |= {
     "sparsecli.decode": {"sparsecli.decode", "sparsecli.console", "sparsecli.model.architecture"},
-    "sparsecli.decode.weights": {"sparsecli.decode", "sparsecli.model.folder"},
+    "sparsecli.decode.weights": {
+        *("sparsecli.decode", "sparsecli.console"),
+        *("sparsecli.model.architecture", "sparsecli.model.folder"),
+    },
     "sparsecli.sampling": {"sparsecli.console", "sparsecli.recipe"},
     "sparsecli.backends": {"sparsecli.console", "sparsecli.model", "sparsecli.decode"},
     "sparsecli.train": BELOW_COMMANDS | {"sparsecli.train"},

@@ -1,4 +1,4 @@
-"""The weights of a model folder, tensor by tensor, without torch."""
+"""The weights of a model folder without torch: tensor by tensor, and packed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsecli.console import Failure
+from sparsecli.decode.packing import PackedModel, Precision, pack
 from sparsecli.decode.tensorfile import TensorFile
-from sparsecli.model.folder import weight_files
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.folder import check_weights, weight_files
 
 
 class Weights(Mapping[str, np.ndarray]):
@@ -37,3 +40,16 @@ def read_weights(folder: Path) -> Weights:
         Failure: a file is missing, cut short or damaged; a tensor that cannot be read, when it is asked for.
     """
     return Weights([TensorFile(path) for path in weight_files(folder)])
+
+
+def pack_folder(folder: Path, spec: ModelSpec, precision: Precision) -> PackedModel:
+    """The weights in `folder`, packed.
+
+    Raises:
+        Failure: they do not load, are not those of `spec`, hold a NaN or an infinity, or memory does not suffice.
+    """
+    check_weights(folder, spec)
+    try:
+        return pack(spec, read_weights(folder), precision)
+    except Failure as failure:
+        raise Failure(f"{folder}: {failure.message}") from failure
