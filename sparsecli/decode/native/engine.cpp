@@ -148,6 +148,7 @@ int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name
         }
         *slot.matrix = {data, type == INT8 ? scale : nullptr, type, slot.rows, slot.cols};
         model.quantised = model.quantised || type == INT8;
+        model.rounded = model.rounded || type == BFLOAT16;
         return 0;
     }
     complain(error, place + ": the model has no such tensor");

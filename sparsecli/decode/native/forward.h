@@ -62,6 +62,7 @@ struct CacheSizes {
 struct Worker {
     Buffer<float> normed, scores, line;
     Buffer<int16_t> integers;
+    Buffer<uint16_t> halves;
     Buffer<char> scratch;
     float scale[1];
 };
@@ -85,12 +86,14 @@ class Forward {
         probabilities_.rows(CHUNK, h_stride_, h_stride_, false);
         chosen_.rows(CHUNK, h_stride_, h_stride_, false);
         integers_.rows(CHUNK, integer_stride_, integer_stride_, false);
+        halves_.rows(CHUNK, 2 * integer_stride_, 2 * integer_stride_, false);
         scales_.rows(1, CHUNK, CHUNK, false);
         angles_.rows(CHUNK, model.head_width(), model.head_width(), false);
         for (Worker& worker : workers_) {
             worker.normed.rows(1, s.d_model, d_stride_, poison);
             worker.line.rows(1, z_stride_ + CHUNK + d_stride_, z_stride_ + CHUNK + d_stride_, false);
             worker.integers.rows(1, integer_stride_, integer_stride_, false);
+            worker.halves.rows(1, 2 * integer_stride_, 2 * integer_stride_, false);
             worker.scratch.rows(1, 1 << 19, 1 << 19, false);
         }
         sizes_ = cache_sizes(model);
@@ -256,20 +259,24 @@ class Forward {
         return readable(normed_, d_stride_, worker);
     }
 
-    // Rows as layers read them: quantised too, where weights are int8. With many rows a barrier follows.
+    // Rows as layers read them, in every form that the model's weights need. With many rows a barrier follows.
     Activations readable(const Buffer<float>& source, int64_t stride, int64_t worker) {
-        if (count() == 1) {
-            Worker& own = workers_[size_t(worker)];
-            if (model_.quantised) own.scale[0] = k_.quantise(source.row(0), stride, own.integers.row(0));
-            return {source.row(0), own.integers.row(0), own.scale, stride};
-        }
-        if (model_.quantised) {
-            const Range rows = mine(count(), 1, worker);
-            for (int64_t t = rows.begin; t < rows.end; ++t)
-                scales_.row(0)[t] = k_.quantise(source.row(t), stride, integers_.data + t * stride);
+        if (count() == 1) return own_forms(source.row(0), stride, worker);
+        const Range rows = mine(count(), 1, worker);
+        for (int64_t t = rows.begin; t < rows.end; ++t) {
+            if (model_.quantised) scales_.row(0)[t] = k_.quantise(source.row(t), stride, integers_.data + t * stride);
+            if (model_.rounded && k_.splits) k_.split(source.row(t), stride, halves_.data + 2 * t * stride);
         }
         barrier(worker, OTHER);
-        return {source.row(0), integers_.data, scales_.row(0), stride};
+        return {source.row(0), integers_.data, scales_.row(0), halves_.data, stride};
+    }
+
+    // One row, in this worker's own memory.
+    Activations own_forms(const float* row, int64_t stride, int64_t worker) {
+        Worker& own = workers_[size_t(worker)];
+        if (model_.quantised) own.scale[0] = k_.quantise(row, stride, own.integers.row(0));
+        if (model_.rounded && k_.splits) k_.split(row, stride, own.halves.row(0));
+        return {row, own.integers.row(0), own.scale, own.halves.row(0), stride};
     }
 
     // -- maps ------------------------------------------------------------------------------------------------
@@ -545,7 +552,7 @@ class Forward {
         const int64_t each_block = shape_.units_per_block;
         const Choice choice{shape_.block_size, each_block, model_.padded_rank(), model_.padded_block()};
         float* weights = shape_.probability_gate ? probabilities_.row(0) : nullptr;
-        Activations z{z_.row(0), nullptr, nullptr, z_stride_};
+        Activations z{z_.row(0), nullptr, nullptr, nullptr, z_stride_};
         Worker& own = workers_[size_t(worker)];
         if (block.controller_second.type == INT8) {  // z is small: every thread quantises it for itself
             const int64_t rows = count();
@@ -556,7 +563,7 @@ class Forward {
             z.scales = scales;
         }
         k_.choose(block.controller_second, values(block.controller_bias), choice, blocks.begin, blocks.end, z, count(),
-                  chosen_.row(0), weights, h_stride_);
+                  chosen_.row(0), weights, h_stride_, block.units, model_.parts());
         mark(worker, CONTROLLER);
         if (shape_.units_on_disk) read_ahead(block, blocks.begin * each_block, blocks.end * each_block);
         const int64_t step = count() == 1 ? blocks.end - blocks.begin : BLOCKS_AT_ONCE;
@@ -572,7 +579,8 @@ class Forward {
     }
 
     static Activations row_of(const Activations& x, int64_t t) {
-        return {x.values + t * x.stride, x.integers + t * x.stride, x.scales + t, x.stride};
+        return {x.values + t * x.stride, x.integers + t * x.stride, x.scales + t, x.halves + 2 * t * x.stride,
+                x.stride};
     }
 
     // Asks the system for all of a layer's chosen rows at once: one by one, a disk would be waited for each time.
@@ -620,11 +628,14 @@ class Forward {
     // The router's weight enters before the activation.
     void expert_dots(const Block& block, const Activations& x, float weight, int64_t t, int64_t begin, int64_t end,
                      int64_t worker) {
-        float* scaled = workers_[size_t(worker)].line.row(0) + z_stride_ + CHUNK;  // behind the router's scores
-        for (int64_t i = 0; i < d_stride_; ++i) scaled[i] = x.values[i] * weight;
-        const float scale = x.scales ? *x.scales * weight : 1;
-        k_.unit_dots(block.units, model_.parts(), shape_.activation, nullptr, chosen_.row(t), begin, end,
-                     {scaled, x.integers, &scale, x.stride}, h_.row(t));
+        Activations weighted = x;
+        if (weight != 1) {
+            float* scaled = workers_[size_t(worker)].line.row(0) + z_stride_ + CHUNK;  // behind the router's scores
+            for (int64_t i = 0; i < d_stride_; ++i) scaled[i] = x.values[i] * weight;
+            weighted = own_forms(scaled, d_stride_, worker);
+        }
+        k_.unit_dots(block.units, model_.parts(), shape_.activation, nullptr, chosen_.row(t), begin, end, weighted,
+                     h_.row(t));
     }
 
     void sum_units(const Block& block, int64_t worker) {
@@ -656,8 +667,7 @@ class Forward {
             if (!out) continue;
             k_.normalize(x_.row(t), values(model_.norm.weight), shape_.rms ? nullptr : values(model_.norm.bias),
                          shape_.d_model, shape_.rms, shape_.epsilon, own.normed.row(0));
-            if (model_.quantised) own.scale[0] = k_.quantise(own.normed.row(0), d_stride_, own.integers.row(0));
-            const Activations x{own.normed.row(0), own.integers.row(0), own.scale, d_stride_};
+            const Activations x = own_forms(own.normed.row(0), d_stride_, worker);
             if (shape_.head_modules)
                 multiplicative_logits(x.values, out, worker);
             else
@@ -714,6 +724,7 @@ class Forward {
     Buffer<float> x_, normed_, q_, k_row_, v_, m_, y_, z_, h_, gate_, probabilities_, scales_, angles_;
     Buffer<int32_t> chosen_;
     Buffer<int16_t> integers_;
+    Buffer<uint16_t> halves_;
 };
 
 }  // namespace sparsecli

@@ -31,11 +31,14 @@ struct Matrix {
     int64_t type = FLOAT32, rows = 0, cols = 0;
 };
 
-// Row vectors: `stride` elements apart, zero beyond their length; `integers` and `scales` where weights are int8.
+// Row vectors, `stride` elements apart and zero beyond their length, in the forms that weights are multiplied with:
+// `values` always, `integers` and `scales` where weights are int8, and for bfloat16 products `halves`, each row as
+// its bfloat16 roundings followed by what they leave over: together 16 bits, twice what the weights have.
 struct Activations {
     const float* values;
     const int16_t* integers;
     const float* scales;
+    const uint16_t* halves;
     int64_t stride;
 };
 
@@ -57,8 +60,13 @@ enum Activation : int64_t { RELU = 0, GELU = 1, SILU = 2 };
 struct Kernels {
     const char* name;
 
-    // values (stride) -> integers; returns the scale. `count` is a multiple of PAD.
+    bool splits;  // bfloat16 products take `halves`
+
+    // values -> integers; returns the scale. `count` is a multiple of PAD.
     float (*quantise)(const float* values, int64_t count, int16_t* integers);
+
+    // values -> halves (2 * count).
+    void (*split)(const float* values, int64_t count, uint16_t* halves);
 
     // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens.
     void (*dots)(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
@@ -75,9 +83,11 @@ struct Kernels {
                      int64_t lead, int64_t begin, int64_t end, float* out);
 
     // Choices of blocks [begin, end) for every token: units[t * unit_stride + block * k + j], best first; with
-    // `probabilities` (laid out alike) also each chosen unit's softmax probability.
+    // `probabilities` (laid out alike) also each chosen unit's softmax probability. For a single token the rows of
+    // chosen units are fetched meanwhile: a random row takes long to come, and the blocks stream in.
     void (*choose)(const Matrix& second, const float* bias, const Choice& choice, int64_t begin, int64_t end,
-                   const Activations& z, int64_t tokens, int32_t* units, float* probabilities, int64_t unit_stride);
+                   const Activations& z, int64_t tokens, int32_t* units, float* probabilities, int64_t unit_stride,
+                   const Matrix& rows, int64_t parts);
 
     // h[i] = activation(first[u_i] . x + unit_bias[u_i]) (times up[u_i] . x when gated), units[begin..end).
     void (*unit_dots)(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,

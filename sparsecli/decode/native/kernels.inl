@@ -269,38 +269,62 @@ void normalize(const float* x, const float* weight, const float* bias, int64_t c
 
 // -- dot products --------------------------------------------------------------------------------------------
 
-constexpr int64_t FLUSH = 4096;  // 16-bit products of 8-bit weights that fit into 32 bits
+constexpr int64_t SPAN = 4096;  // columns at a time: their activations stay in the first cache, and as many 16-bit
+                                // products of 8-bit weights fit into 32 bits
 
-float quantise(const float* values, int64_t count, int16_t* integers) {
+inline float largest_magnitude(const float* values, int64_t count) {
     Vector top = fill(0);
     for (int64_t i = 0; i < count; i += LANES) top = larger(top, magnitude(load(values + i)));
-    const float limit = maximum(top);
-    const float inverse = limit > 0 ? 32767 / limit : 0;
-    for (int64_t i = 0; i < count; ++i) integers[i] = int16_t(std::nearbyint(values[i] * inverse));
+    return maximum(top);
+}
+
+float quantise(const float* values, int64_t count, int16_t* integers) {
+    const float limit = largest_magnitude(values, count), inverse = limit > 0 ? 32767 / limit : 0;
+    for (int64_t i = 0; i < count; i += LANES) {
+#if defined(SPARSECLI_AVX512)
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(inverse)));
+        _mm256_storeu_si256((__m256i*)(integers + i), _mm512_cvtepi32_epi16(whole));
+#else
+        for (int64_t j = i; j < i + LANES; ++j) integers[j] = int16_t(std::nearbyint(values[j] * inverse));
+#endif
+    }
     return limit / 32767;
 }
 
+void split(const float* values, int64_t count, uint16_t* halves) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Vector v = load(values + i);
+        store(halves + i, v);
+        store(halves + count + i, v - load(halves + i));
+    }
+}
+
+// Part of R rows with one vector: what is loaded of the vector serves them all. Meanwhile rows `next` are fetched.
+
 // 32-bit sums of products of 16-bit activations with 8-bit weights: exact, and so in any order.
-inline float integer_dot(const int8_t* w, const int16_t* x, int64_t count, const int8_t* next) {
-    float total = 0;
-    for (int64_t start = 0; start < count; start += FLUSH) {
-        const int64_t end = start + FLUSH < count ? start + FLUSH : count;
+template <int R>
+inline void dot(const int8_t* const* w, const int16_t* x, int64_t count, const int8_t* const* next, float* out) {
 #if defined(SPARSECLI_AVX512)
-        __m512i first = _mm512_setzero_si512(), second = first;
-        for (int64_t i = start; i < end; i += PAD) {
-            prefetch(next + i);
-            const __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + i)));
-            const __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + i + 32)));
-            first = _mm512_dpwssd_epi32(first, a, _mm512_loadu_si512(x + i));
-            second = _mm512_dpwssd_epi32(second, b, _mm512_loadu_si512(x + i + 32));
+    __m512i sums[R][2];
+    for (auto& pair : sums) pair[0] = pair[1] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += PAD) {
+        const __m512i low = _mm512_loadu_si512(x + i), high = _mm512_loadu_si512(x + i + 32);
+        for (int r = 0; r < R; ++r) {
+            prefetch(next[r] + i);
+            const __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i)));
+            const __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i + 32)));
+            sums[r][0] = _mm512_dpwssd_epi32(sums[r][0], a, low);
+            sums[r][1] = _mm512_dpwssd_epi32(sums[r][1], b, high);
         }
-        total += float(_mm512_reduce_add_epi32(_mm512_add_epi32(first, second)));
+    }
+    for (int r = 0; r < R; ++r) out[r] = float(_mm512_reduce_add_epi32(_mm512_add_epi32(sums[r][0], sums[r][1])));
 #elif defined(SPARSECLI_AVX2)
+    for (int r = 0; r < R; ++r) {
         __m256i sums = _mm256_setzero_si256();
-        for (int64_t i = start; i < end; i += PAD) {
-            prefetch(next + i);
+        for (int64_t i = 0; i < count; i += PAD) {
+            prefetch(next[r] + i);
             for (int64_t j = i; j < i + PAD; j += 16) {
-                const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + j)));
+                const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w[r] + j)));
                 const __m256i pairs = _mm256_madd_epi16(wide, _mm256_loadu_si256((const __m256i*)(x + j)));
                 sums = _mm256_add_epi32(sums, pairs);
             }
@@ -308,43 +332,97 @@ inline float integer_dot(const int8_t* w, const int16_t* x, int64_t count, const
         int32_t lane[8], all = 0;
         std::memcpy(lane, &sums, sizeof lane);
         for (int32_t value : lane) all += value;
-        total += float(all);
+        out[r] = float(all);
+    }
 #else
+    for (int r = 0; r < R; ++r) {
         int32_t all = 0;
-        for (int64_t i = start; i < end; ++i) all += int32_t(w[i]) * int32_t(x[i]);
-        total += float(all);
-        (void)next;
+        for (int64_t i = 0; i < count; ++i) all += int32_t(w[r][i]) * int32_t(x[i]);
+        out[r] = float(all);
+    }
+    (void)next;
 #endif
-    }
-    return total;
 }
 
-// w . x over `count` weights, PAD at a time, touching the same part of the row that is read `next`.
-template <class W>
-inline float dot(const W* w, const float* x, int64_t count, const W* next) {
-    Vector sums[4] = {fill(0), fill(0), fill(0), fill(0)};
+template <int R, class W>
+inline void dot(const W* const* w, const float* x, int64_t count, const W* const* next, float* out) {
+    Vector sums[R][4];
+    for (auto& row : sums)
+        for (Vector& s : row) s = fill(0);
     for (int64_t i = 0; i < count; i += PAD) {
-        for (int64_t line = 0; line < PAD; line += PAD / int64_t(sizeof(W))) prefetch(next + i + line);
-        for (int64_t j = 0; j < 4; ++j) add_product(sums[j], load(w + i + j * LANES), load(x + i + j * LANES));
+        for (int r = 0; r < R; ++r)
+            for (int64_t line = 0; line < PAD; line += 64 / int64_t(sizeof(W))) prefetch(next[r] + i + line);
+        for (int64_t j = 0; j < 4; ++j) {
+            const Vector v = load(x + i + j * LANES);
+            for (int r = 0; r < R; ++r) add_product(sums[r][j], load(w[r] + i + j * LANES), v);
+        }
     }
-    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (int r = 0; r < R; ++r) out[r] = sum((sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]));
 }
 
-// One product with activations of whichever kind the weights need.
-inline float product(const Matrix& w, int64_t row, int64_t stride, const Activations& x, int64_t token,
-                     int64_t next) {
-    const float* values = x.values + token * x.stride;
+#if defined(SPARSECLI_AVX512)
+constexpr bool SPLITS = true;
+
+// The processor multiplies pairs of bfloat16: exactly what the roundings give, plus what they left over.
+template <int R>
+inline void split_dot(const uint16_t* const* w, const uint16_t* halves, int64_t rest, int64_t count,
+                      const uint16_t* const* next, float* out) {
+    __m512 sums[R][4];
+    for (auto& row : sums)
+        for (__m512& s : row) s = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += PAD) {
+        const __m512bh low = (__m512bh)_mm512_loadu_si512(halves + i);
+        const __m512bh high = (__m512bh)_mm512_loadu_si512(halves + i + 32);
+        const __m512bh low_rest = (__m512bh)_mm512_loadu_si512(halves + rest + i);
+        const __m512bh high_rest = (__m512bh)_mm512_loadu_si512(halves + rest + i + 32);
+        for (int r = 0; r < R; ++r) {
+            prefetch(next[r] + i);
+            prefetch(next[r] + i + 32);
+            const __m512bh a = (__m512bh)_mm512_loadu_si512(w[r] + i), b = (__m512bh)_mm512_loadu_si512(w[r] + i + 32);
+            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], a, low);
+            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], b, high);
+            sums[r][2] = _mm512_dpbf16_ps(sums[r][2], a, low_rest);
+            sums[r][3] = _mm512_dpbf16_ps(sums[r][3], b, high_rest);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        out[r] = _mm512_reduce_add_ps(
+            _mm512_add_ps(_mm512_add_ps(sums[r][0], sums[r][1]), _mm512_add_ps(sums[r][2], sums[r][3])));
+}
+#else
+constexpr bool SPLITS = false;
+#endif
+
+// Columns [begin, begin + count) of R rows with one token's activations, in whichever form the weights need.
+template <int R>
+inline void products_of(const Matrix& w, const int64_t* row, const int64_t* next, int64_t begin, int64_t count,
+                        const Activations& x, int64_t token, float* out) {
+    const int64_t stride = round_up(w.cols, PAD);
+    const auto pointers = [&](auto type, auto& rows, auto& nexts) {
+        using W = decltype(type);
+        for (int r = 0; r < R; ++r) {
+            rows[r] = (const W*)w.data + row[r] * stride + begin;
+            nexts[r] = (const W*)w.data + next[r] * stride + begin;
+        }
+    };
     if (w.type == FLOAT32) {
-        const float* data = (const float*)w.data;
-        return dot(data + row * stride, values, stride, data + next * stride);
+        const float *rows[R], *nexts[R];
+        pointers(float(), rows, nexts);
+        dot<R>(rows, x.values + token * x.stride + begin, count, nexts, out);
+    } else if (w.type == BFLOAT16) {
+        const uint16_t *rows[R], *nexts[R];
+        pointers(uint16_t(), rows, nexts);
+#if defined(SPARSECLI_AVX512)
+        split_dot<R>(rows, x.halves + token * 2 * x.stride + begin, x.stride, count, nexts, out);
+#else
+        dot<R>(rows, x.values + token * x.stride + begin, count, nexts, out);
+#endif
+    } else {
+        const int8_t *rows[R], *nexts[R];
+        pointers(int8_t(), rows, nexts);
+        dot<R>(rows, x.integers + token * x.stride + begin, count, nexts, out);
+        for (int r = 0; r < R; ++r) out[r] *= w.scale[row[r]] * x.scales[token];
     }
-    if (w.type == BFLOAT16) {
-        const uint16_t* data = (const uint16_t*)w.data;
-        return dot(data + row * stride, values, stride, data + next * stride);
-    }
-    const int8_t* data = (const int8_t*)w.data;
-    const float exact = integer_dot(data + row * stride, x.integers + token * x.stride, stride, data + next * stride);
-    return exact * w.scale[row] * x.scales[token];
 }
 
 // TOKENS tokens against two rows: every weight is widened once.
@@ -381,24 +459,36 @@ void dot_block(const Matrix& w, int64_t begin, int64_t end, const Activations& x
             for (int r = 0; r < 2; ++r)
                 for (int u = 0; u < TOKENS; ++u) out[(t + u) * out_stride + row + r] = result[r][u];
         }
+    const W* last = data + row * stride;
     for (; row < end; ++row)
         for (int64_t t = 0; t < tokens; ++t)
-            out[t * out_stride + row] = dot(data + row * stride, x.values + t * x.stride, stride, data);
+            dot<1>(&last, x.values + t * x.stride, stride, &last, out + t * out_stride + row);
 }
 
-constexpr int64_t AHEAD = 4096;  // bytes; the hardware's own prefetching stops at the end of a page
+constexpr int64_t AHEAD = 4096;      // bytes; the hardware's own prefetching stops at the end of a page
+constexpr int64_t ROWS_AT_ONCE = 16;  // that share a span of activations
 
 void dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
           int64_t out_stride) {
-    const int64_t stride = round_up(w.cols, PAD);
-    const int64_t ahead = round_up(AHEAD, stride * type_bytes(w.type)) / (stride * type_bytes(w.type));
-    int64_t tiled = w.type == INT8 || TOKENS == 1 ? 0 : tokens / TOKENS * TOKENS;
+    const int64_t stride = round_up(w.cols, PAD), row_bytes = stride * type_bytes(w.type);
+    const int64_t ahead = stride > SPAN ? 1 : round_up(AHEAD, row_bytes) / row_bytes;
+    const int64_t tiled = w.type == INT8 || TOKENS == 1 ? 0 : tokens / TOKENS * TOKENS;
     if (tiled && w.type == FLOAT32) dot_block<float>(w, begin, end, x, tiled, out, out_stride);
     if (tiled && w.type == BFLOAT16) dot_block<uint16_t>(w, begin, end, x, tiled, out, out_stride);
-    for (int64_t row = begin; row < end; ++row) {
-        const int64_t next = row + ahead < end ? row + ahead : row;
-        for (int64_t t = tiled; t < tokens; ++t)
-            out[t * out_stride + row] = product(w, row, stride, x, t, next);
+    for (int64_t t = tiled; t < tokens; ++t) {
+        float* to = out + t * out_stride;
+        for (int64_t first = begin; first < end; first += ROWS_AT_ONCE) {
+            const int64_t last = first + ROWS_AT_ONCE < end ? first + ROWS_AT_ONCE : end;
+            for (int64_t column = 0; column < stride; column += SPAN) {
+                const int64_t count = column + SPAN < stride ? SPAN : stride - column;
+                for (int64_t row = first; row < last; ++row) {
+                    const int64_t next = row + ahead < end ? row + ahead : row;
+                    float part;
+                    products_of<1>(w, &row, &next, column, count, x, t, &part);
+                    to[row] = column ? to[row] + part : part;
+                }
+            }
+        }
     }
 }
 
@@ -586,6 +676,26 @@ inline void products(const Matrix& D, int64_t module, const float* x, int64_t be
         for (int64_t i = 0; i < count; i += LANES) store(out + i, load(v + i) * load((const int8_t*)D.data + at + i));
 }
 
+// values * inverse as bytes; returns their sum.
+inline int32_t narrow(const float* values, int64_t count, float inverse, int8_t* out) {
+#if defined(SPARSECLI_AVX512)
+    __m512i total = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += LANES) {
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(inverse)));
+        _mm_storeu_si128((__m128i*)(out + i), _mm512_cvtepi32_epi8(whole));
+        total = _mm512_add_epi32(total, whole);
+    }
+    return _mm512_reduce_add_epi32(total);
+#else
+    int32_t total = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        out[i] = int8_t(std::nearbyint(values[i] * inverse));
+        total += out[i];
+    }
+    return total;
+#endif
+}
+
 void multiplicative(const Matrix& D, const Matrix& E, const float* bias, const float* x, int64_t module_begin,
                     int64_t module_end, int64_t panel_begin, int64_t panel_end, float* out, void* scratch) {
     const int64_t inputs = round_up(E.cols, PAD), width = E.rows, padded = round_up(width, LANES);
@@ -627,17 +737,9 @@ void multiplicative(const Matrix& D, const Matrix& E, const float* bias, const f
                         convert(line, BFLOAT16, size, (uint16_t*)at + place);
                         continue;
                     }
-                    Vector top = fill(0);
-                    for (int64_t i = 0; i < size; i += LANES) top = larger(top, magnitude(load(line + i)));
-                    const float limit = maximum(top), inverse = limit > 0 ? 127 / limit : 0;
-                    int8_t* to = (int8_t*)at + place;
-                    int32_t total = 0;
-                    for (int64_t i = 0; i < size; ++i) {
-                        to[i] = int8_t(std::nearbyint(line[i] * inverse));
-                        total += to[i];
-                    }
+                    const float limit = largest_magnitude(line, size);
+                    totals[g * modules + s] = narrow(line, size, limit > 0 ? 127 / limit : 0, (int8_t*)at + place);
                     scales[g * modules + s] = limit / 127;
-                    totals[g * modules + s] = total;
                 }
             for (int64_t column = column_begin; column < column_end; column += PANEL) {
                 const int64_t columns = column + PANEL < padded ? PANEL : padded - column;
@@ -711,33 +813,46 @@ template <int T, int V>
 inline void block_logits(const Matrix& w, int64_t block, int64_t width, int64_t rank, int64_t unit,
                          const Activations& z, int64_t token, float* logits) {
     const int64_t start = block * width * rank;
-    if (w.type == INT8) {
-        // Pairs of ranks: 16-bit products, summed exactly.
+    if (w.type == INT8) {  // pairs of ranks: 16-bit products, summed exactly
+        const int8_t* from = (const int8_t*)w.data + start + unit * 2;
+        const int16_t* integers = z.integers + token * z.stride;
+#if defined(SPARSECLI_AVX512)
+        __m512i totals[T][V];
+        for (auto& row : totals)
+            for (__m512i& total : row) total = _mm512_setzero_si512();
+        for (int64_t i = 0; i < rank; i += 2)
+            for (int v = 0; v < V; ++v) {
+                const __m256i narrow_pairs = _mm256_loadu_si256((const __m256i*)(from + i * width + v * 2 * LANES));
+                const __m512i pairs = _mm512_cvtepi8_epi16(narrow_pairs);
+                for (int t = 0; t < T; ++t) {
+                    int32_t pair;
+                    std::memcpy(&pair, integers + t * z.stride + i, 4);
+                    totals[t][v] = _mm512_dpwssd_epi32(totals[t][v], pairs, _mm512_set1_epi32(pair));
+                }
+            }
+#else
+        int32_t totals[T][V][LANES] = {};
+        for (int64_t i = 0; i < rank; i += 2)
+            for (int v = 0; v < V; ++v)
+                for (int t = 0; t < T; ++t)
+                    for (int64_t u = 0; u < LANES; ++u) {
+                        const int8_t* pair = from + i * width + 2 * (v * LANES + u);
+                        totals[t][v][u] += int32_t(pair[0]) * integers[t * z.stride + i] +
+                                           int32_t(pair[1]) * integers[t * z.stride + i + 1];
+                    }
+#endif
         for (int t = 0; t < T; ++t)
             for (int v = 0; v < V; ++v) {
-                const int8_t* from = (const int8_t*)w.data + start + (unit + v * LANES) * 2;
-                const int16_t* integers = z.integers + (token + t) * z.stride;
-                const int64_t place = block * width + unit + v * LANES;
-                float* to = logits + t * width + unit + v * LANES;
-                float lane[LANES];
-#if defined(SPARSECLI_AVX512)
-                __m512i total = _mm512_setzero_si512();
-                for (int64_t i = 0; i < rank; i += 2) {
-                    int32_t pair;
-                    std::memcpy(&pair, integers + i, 4);
-                    const __m512i weights = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(from + i * width)));
-                    total = _mm512_dpwssd_epi32(total, weights, _mm512_set1_epi32(pair));
+                int32_t lanes[LANES];
+                std::memcpy(lanes, &totals[t][v], sizeof lanes);
+                Vector value;
+                for (int p = 0; p < PARTS; ++p) {
+                    Ints whole;
+                    std::memcpy(&whole, lanes + p * WIDTH, sizeof whole);
+                    value.part[p] = __builtin_convertvector(whole, Floats);
                 }
-                _mm512_storeu_ps(lane, _mm512_cvtepi32_ps(total));
-#else
-                int32_t total[LANES] = {};
-                for (int64_t i = 0; i < rank; i += 2)
-                    for (int64_t u = 0; u < LANES; ++u)
-                        total[u] += int32_t(from[i * width + 2 * u]) * integers[i] +
-                                    int32_t(from[i * width + 2 * u + 1]) * integers[i + 1];
-                for (int64_t u = 0; u < LANES; ++u) lane[u] = float(total[u]);
-#endif
-                store(to, load(lane) * (fill(z.scales[token + t]) * load(w.scale + place)));
+                const Vector scale = load(w.scale + block * width + unit + v * LANES);
+                store(logits + t * width + unit + v * LANES, value * (fill(z.scales[token + t]) * scale));
             }
         return;
     }
@@ -800,10 +915,17 @@ inline int64_t largest(const float* logits, int64_t width) {
     return 0;
 }
 
+// Into the second-level cache, which holds all rows that a thread's blocks choose.
+inline void fetch_early(const char* row, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(row + line, 0, 2);
+}
+
 constexpr int64_t MAX_BLOCK = 4096;  // units; the engine refuses more
 
 void choose(const Matrix& second, const float* bias, const Choice& choice, int64_t begin, int64_t end,
-            const Activations& z, int64_t tokens, int32_t* units, float* probabilities, int64_t unit_stride) {
+            const Activations& z, int64_t tokens, int32_t* units, float* probabilities, int64_t unit_stride,
+            const Matrix& rows, int64_t parts) {
+    const int64_t row_bytes = round_up(rows.cols, PAD) * type_bytes(rows.type);
     const int64_t width = choice.padded_block, size = choice.block_size, count = choice.units_per_block;
     const int64_t block_bytes = width * choice.rank * type_bytes(second.type);
     float logits[TOKENS * MAX_BLOCK];
@@ -834,6 +956,8 @@ void choose(const Matrix& second, const float* bias, const Choice& choice, int64
                     int64_t best = largest(of_token, width);
                     if (best >= size) best = 0;
                     to[j] = int32_t(block * size + best);
+                    if (tokens == 1)
+                        fetch_early((const char*)rows.data + to[j] * parts * row_bytes, (parts - 1) * row_bytes);
                     if (weight) weight[j] = std::exp(of_token[best] - top) / total;
                     of_token[best] = -INFINITY;
                 }
@@ -848,22 +972,45 @@ inline void prefetch_row(const char* row, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64) prefetch(row + line);
 }
 
+template <int R>
+inline void whole_rows(const Matrix& w, const int64_t* row, const int64_t* next, const Activations& x, float* out) {
+    const int64_t stride = round_up(w.cols, PAD);
+    for (int64_t column = 0; column < stride; column += SPAN) {
+        float part[R];
+        products_of<R>(w, row, next, column, column + SPAN < stride ? SPAN : stride - column, x, 0, part);
+        for (int r = 0; r < R; ++r) out[r] = column ? out[r] + part[r] : part[r];
+    }
+}
+
 void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias, const int32_t* chosen,
                int64_t begin, int64_t end, const Activations& x, float* h) {
     const int64_t stride = round_up(units.cols, PAD);
-    const bool gated = parts == 3;
-    constexpr int64_t DISTANCE = 3;  // rows in flight
+    const int64_t inward = parts - 1;  // rows that meet x: gate and up, or up alone
+    constexpr int64_t AT_ONCE = 4, DISTANCE = 4;  // units that are computed together, and that are in flight
+    const int64_t bytes = stride * type_bytes(units.type);
     for (int64_t i = begin; i < end && i < begin + DISTANCE; ++i)
-        prefetch_row((const char*)units.data + chosen[i] * parts * stride * type_bytes(units.type),
-                     (gated ? 2 : 1) * stride * type_bytes(units.type));
-    for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = int64_t(chosen[i]) * parts;
-        const int64_t next = i + DISTANCE < end ? int64_t(chosen[i + DISTANCE]) * parts : row;
-        float value = product(units, row, stride, x, 0, next);
-        if (unit_bias) value += unit_bias[chosen[i]];
-        value = activation_of(activation, value);
-        if (gated) value *= product(units, row + 1, stride, x, 0, next + 1);
-        h[i] = value;
+        prefetch_row((const char*)units.data + chosen[i] * parts * bytes, inward * bytes);
+    const auto finish = [&](int64_t i, float gate, float up) {
+        if (unit_bias) gate += unit_bias[chosen[i]];
+        h[i] = activation_of(activation, gate) * (inward == 2 ? up : 1);
+    };
+    for (int64_t i = begin; i < end;) {
+        int64_t row[AT_ONCE], next[AT_ONCE];
+        const int64_t together = i + AT_ONCE <= end ? AT_ONCE : 1;
+        for (int64_t j = 0; j < together; ++j) {
+            row[j] = int64_t(chosen[i + j]) * parts;
+            next[j] = i + j + DISTANCE < end ? int64_t(chosen[i + j + DISTANCE]) * parts : row[j];
+        }
+        float first[AT_ONCE], second[AT_ONCE] = {};
+        for (int64_t k = 0; k < inward; ++k) {
+            if (together == AT_ONCE)
+                whole_rows<AT_ONCE>(units, row, next, x, k ? second : first);
+            else
+                whole_rows<1>(units, row, next, x, k ? second : first);
+            for (int64_t j = 0; j < together; ++j) ++row[j], ++next[j];
+        }
+        for (int64_t j = 0; j < together; ++j) finish(i + j, first[j], second[j]);
+        i += together;
     }
 }
 
@@ -894,15 +1041,15 @@ inline void add_rows(const W* const* rows, const float* factor, const W* const* 
 template <class W>
 void sum_units(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
                int64_t begin, int64_t end, float* y) {
-    constexpr int64_t ROWS = 4;
+    constexpr int64_t AT_ONCE = 4;
     const int64_t stride = round_up(units.cols, PAD);
     const W* data = (const W*)units.data;
-    const W* rows[ROWS];
-    float factor[ROWS];
+    const W* rows[AT_ONCE];
+    float factor[AT_ONCE];
     int64_t place = 0;
     const auto gather = [&](const W** to, float* weight) {
         int64_t found = 0;
-        for (; place < count && found < ROWS; ++place) {
+        for (; place < count && found < AT_ONCE; ++place) {
             if (h[place] == 0) continue;
             const int64_t row = int64_t(chosen[place]) * parts + parts - 1;
             to[found] = data + row * stride;
@@ -915,10 +1062,10 @@ void sum_units(const Matrix& units, int64_t parts, const int32_t* chosen, const 
     for (int64_t r = 0; r < found; ++r)
         prefetch_row((const char*)(rows[r] + begin), (end - begin) * int64_t(sizeof(W)));
     while (found) {
-        const W* next[ROWS];
-        float next_factor[ROWS];
+        const W* next[AT_ONCE];
+        float next_factor[AT_ONCE];
         const int64_t following = gather(next, next_factor);
-        for (int64_t r = following; r < ROWS; ++r) next[r] = rows[0];
+        for (int64_t r = following; r < AT_ONCE; ++r) next[r] = rows[0];
         if (found == 4)
             add_rows<4>(rows, factor, next, begin, end, y);
         else if (found == 3)
@@ -1087,7 +1234,7 @@ void attend(const float* const* queries, const int64_t* lengths, int64_t count, 
 }
 
 constexpr Kernels make_table(const char* name) {
-    return {name,    quantise,  dots,     multiplicative, convolve, choose, unit_dots, unit_sums,
+    return {name,     SPLITS,    quantise, split,          dots,     multiplicative, convolve, choose, unit_dots, unit_sums,
             activate, normalize, convert,  widen,          append,   attend};
 }
 

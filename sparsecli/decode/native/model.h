@@ -54,7 +54,7 @@ struct Model {
     Norm norm;
     Map head;
     std::vector<Block> blocks;
-    bool quantised = false;  // some weights are int8: activations are needed as integers too
+    bool quantised = false, rounded = false;  // some weights are int8, some are bfloat16
     std::vector<std::vector<Slot>> slots;  // the model's own first, then each block's
 
     int64_t head_width() const { return shape.d_model / shape.heads; }
