@@ -1,0 +1,202 @@
+"""Other programs as rows of the bench: which rows they bring, what they need, and how they are loaded."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from sparsecli import console
+from sparsecli.bench.peers.llama_shape import llama_shaped
+from sparsecli.bench.variants import Candidate
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.sizes import count_parameters
+
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+
+
+class PeerDecoder(Protocol):
+    """A `measure.Decoder` of another program; the time of its blocks alone is not known."""
+
+    settings: str
+    """The program's version and what it was told, in words; final once something was decoded."""
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Start the sequence with these tokens."""
+
+    def rewind(self) -> None:
+        """Forget every token after the prefill."""
+
+    def step(self, token: int) -> tuple[int, int]:
+        """Add one token; the greedy next one, and 0 for the time of the blocks."""
+
+
+class PeerModule(Protocol):
+    """What each module of this package offers."""
+
+    def refusal(self, spec: ModelSpec, dtype: str) -> str | None:
+        """Why the program cannot run such a model here; None when it can."""
+
+    def load(
+        self, spec: ModelSpec, weights: Mapping[str, Tensor], dtype: str, capacity: int, threads: int
+    ) -> PeerDecoder:
+        """A decoder with room for `capacity` tokens. A program with a model of its own ignores `weights`."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A program to compare with."""
+
+    name: str
+    module: str
+    packages: tuple[str, ...]  # that it is imported from
+    extra: str | None  # that brings them
+    own_model: bool  # runs a dense Llama-shaped model of equal size in place of our variants
+    dtypes: Mapping[str, tuple[str, ...]]  # its weight types, by that of ours which they are measured beside
+    cache_bytes: Mapping[str, int]  # bytes of a cached value, by its weight type
+
+    def missing(self) -> str | None:
+        """What it lacks here, as the end of a sentence; None when it can be used."""
+        if any(importlib.util.find_spec(package) is None for package in self.packages):
+            return f"it is not installed; pip install 'sparsecli[{self.extra}]'"
+        if not self.packages and shutil.which(os.environ.get("CXX", "g++")) is None:
+            return "it needs a C++ compiler, and there is none; install g++ or set CXX"
+        return None
+
+    def load_module(self) -> PeerModule:
+        """Its module; importing it imports the program."""
+        return cast(PeerModule, importlib.import_module(f"{__name__}.{self.module}"))
+
+
+OURS = {"float32": ("float32",), "bfloat16": ("bfloat16",)}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 4}
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer(
+            "llama.cpp",
+            "llama_cpp",
+            ("llama_cpp", "gguf"),
+            "peers-llama-cpp",
+            own_model=True,
+            dtypes={**OURS, "int8": ("q8_0", "q4_0")},
+            cache_bytes=dict.fromkeys(("float32", "bfloat16", "q8_0", "q4_0"), 2),
+        ),
+        Peer("openvino", "openvino", ("openvino",), "peers-openvino", False, OURS, BYTES),
+        Peer(
+            "ctranslate2",
+            "ctranslate2",
+            ("ctranslate2",),
+            "peers-ctranslate2",
+            own_model=True,
+            dtypes={**OURS, "int8": ("int8",)},
+            cache_bytes=BYTES,
+        ),
+        Peer("torch.compile", "torch_compile", (), None, False, OURS, BYTES),
+    )
+}
+
+
+@dataclass(frozen=True)
+class PeerRow:
+    """A row that a peer brings."""
+
+    peer: Peer
+    beside: Candidate  # ours, whose weights `load` takes
+    model: Candidate  # what the peer runs: `beside`, or a dense Llama-shaped model
+    our_dtype: str  # type of the weights that `load` takes, and beside which the row is measured
+    dtype: str  # the peer's
+
+    def figures(self, context: int) -> dict[str, Any]:
+        """What a `report.Subject` says of the row itself, by field."""
+        sizes = self.model.sizes
+        weights = sizes.active * WEIGHT_BYTES[self.dtype]
+        cached = context * sizes.cached_per_position * self.peer.cache_bytes[self.dtype]
+        return {
+            "variant": self.model.name,
+            "group": "peer",
+            "backend": self.peer.name,
+            "dtype": self.dtype,
+            "parameters": sizes.total,
+            "active_parameters": sizes.active,
+            "bytes_per_token": round(weights + cached),
+        }
+
+    def needed_bytes(self, positions: int) -> int:
+        """Memory that it takes beside our weights, about: each peer holds its own copy."""
+        sizes = self.model.sizes
+        cached = positions * sizes.cached_per_position * self.peer.cache_bytes[self.dtype]
+        return round(sizes.total * WEIGHT_BYTES[self.dtype] + cached)
+
+    def load(self, weights: Mapping[str, Tensor], capacity: int, threads: int) -> PeerDecoder:
+        """A decoder; `weights` are those of `beside` in `our_dtype`, ignored where the peer has its own model.
+
+        Raises `Failure` when there is no room on the disk, or the program refuses the model.
+        """
+        module = self.peer.load_module()
+        return module.load(self.model.spec, weights, self.dtype, capacity, threads)
+
+
+def choose(
+    names: Sequence[str],
+    candidates: Sequence[Candidate],
+    dtypes: Sequence[str],
+    variants: Sequence[str] | None = None,
+) -> list[PeerRow]:
+    """The rows of the peers called `names`, in their order; whatever cannot be measured is told on stderr.
+
+    `variants` are those that peers without a model of their own run; by default the first dense one, and the last
+    sparse one with the same vocabulary layer. Raises `Failure` for a name that is no peer.
+    """
+    whole = [candidate for candidate in candidates if candidate.measured_layers is None]
+    rows = []
+    for name in dict.fromkeys(names):
+        if name not in PEERS:
+            raise console.Failure(f"--peer: {name!r} is not one of {', '.join(PEERS)}", exit_code=2)
+        peer = PEERS[name]
+        lack = peer.missing()
+        if lack or not whole:
+            console.warn(
+                f"{name} is not measured: {lack or 'peers run whole models, these are built in part'}"
+            )
+            continue
+        models = _own(whole[0]) if peer.own_model else _same(whole, variants)
+        rows += list(_rows(peer, models, dtypes))
+    return rows
+
+
+def _own(candidate: Candidate) -> list[tuple[Candidate, Candidate]]:
+    spec = llama_shaped(candidate.spec, candidate.sizes.total)
+    return [(candidate, Candidate("dense, Llama-shaped", "dense", spec, count_parameters(spec)))]
+
+
+def _same(
+    candidates: Sequence[Candidate], variants: Sequence[str] | None
+) -> list[tuple[Candidate, Candidate]]:
+    if variants is None:
+        dense = [candidate for candidate in candidates if candidate.group == "dense"][:1]
+        sparse = [candidate for candidate in candidates if candidate.group == "sparse"]
+        alike = [each for each in sparse if dense and each.spec.vocabulary == dense[0].spec.vocabulary]
+        chosen = dense + (alike or sparse)[-1:]
+    else:
+        chosen = [candidate for candidate in candidates if candidate.name in variants]
+    return [(candidate, candidate) for candidate in chosen]
+
+
+def _rows(
+    peer: Peer, models: Sequence[tuple[Candidate, Candidate]], dtypes: Sequence[str]
+) -> Iterator[PeerRow]:
+    module = peer.load_module()
+    for our_dtype in dtypes:
+        for dtype in peer.dtypes.get(our_dtype, ()):
+            for beside, model in models:
+                if reason := module.refusal(model.spec, dtype):
+                    console.warn(f"{peer.name} in {dtype} is not measured: {reason}")
+                    break
+                yield PeerRow(peer, beside, model, our_dtype, dtype)
