@@ -17,8 +17,9 @@ from sparsecli.model.architecture import ModelSpec
 LANES = 16
 PAD = 64
 PANEL = 64
+SPAN = 2048
 
-Layout = Literal["vector", "rows", "panels", "taps", "blocks", "units"]
+Layout = Literal["vector", "rows", "spans", "panels", "taps", "blocks", "units"]
 
 
 def padded(value: int, step: int) -> int:
@@ -113,7 +114,7 @@ def _map(
 ) -> Iterator[Slot]:
     """A dense map, or a multiplicative one with so many `modules`."""
     if modules is None:
-        yield Slot(layer, f"{name}.weight", "rows", rows, cols, part, (f"{source}.weight",))
+        yield Slot(layer, f"{name}.weight", "spans", rows, cols, part, (f"{source}.weight",))
     else:
         yield Slot(layer, f"{name}.D", "rows", modules, cols, "multiplicative", (f"{source}.D",))
         yield Slot(layer, f"{name}.E", "panels", rows // modules, cols, "multiplicative", (f"{source}.E",))
@@ -144,7 +145,7 @@ def _own(spec: ModelSpec) -> Iterator[Slot]:
         yield (
             slot
             if not (weight and tied)
-            else Slot(-1, slot.name, "rows", size, d_model, "head", ("model.embedding.weight",))
+            else Slot(-1, slot.name, "spans", size, d_model, "head", ("model.embedding.weight",))
         )
 
 
@@ -194,7 +195,7 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
         rank, size = feed_forward.rank, feed_forward.block_size
         first, second, bias = (f"{source}.controller.{name}" for name in ("first", "second", "bias"))
         blocks = units // size
-        yield Slot(layer, "controller.first", "rows", rank, d_model, "controller", (first,))
+        yield Slot(layer, "controller.first", "spans", rank, d_model, "controller", (first,))
         yield Slot(layer, "controller.second", "blocks", units, rank, "controller", (second,), group=size)
         yield Slot(
             layer, "controller.bias", "vector", 1, blocks * padded(size, LANES), None, (bias,), group=size
@@ -203,7 +204,7 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
         yield Slot(layer, "unit_bias", "vector", 1, units, None, unit_bias, optional=True)
     else:
         router = (f"{source}.router.weight",)
-        yield Slot(layer, "router", "rows", feed_forward.experts, d_model, "controller", router)
+        yield Slot(layer, "router", "spans", feed_forward.experts, d_model, "controller", router)
     rows = tuple(f"{source}.{name}" for name in names)
     yield Slot(layer, "units", "units", units * len(names), d_model, "units", rows)
     yield Slot(layer, "bias", "vector", 1, d_model, None, (f"{source}.bias",))
@@ -226,7 +227,10 @@ def arrange(slot: Slot, weights: np.ndarray) -> np.ndarray:
             return filled_blocks.transpose(0, 2, 1).reshape(-1)  # [block][rank][unit]
         pairs = filled_blocks.reshape(*filled_blocks.shape[:2], -1, 2)
         return pairs.transpose(0, 2, 1, 3).reshape(-1)  # [block][rank / 2][unit][2]
-    return _fill(weights, 1, PAD).reshape(-1)
+    rows = _fill(weights, 1, PAD)
+    if slot.layout == "spans":
+        return np.concatenate([rows[:, at : at + SPAN].reshape(-1) for at in range(0, rows.shape[1], SPAN)])
+    return rows.reshape(-1)
 
 
 def _fill(matrix: np.ndarray, rows: int, cols: int) -> np.ndarray:

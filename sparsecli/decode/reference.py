@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecli.decode.layout import LANES, PAD, PANEL, Slot, modules_of, output_projection, padded
+from sparsecli.decode.layout import LANES, PAD, PANEL, SPAN, Slot, modules_of, output_projection, padded
 from sparsecli.decode.packing import PackedModel, from_bfloat16, plan
 
 GROUP = 256  # inputs that share a scale when products are rounded to 8 bits
+NOTHING = 1e-30  # a vector of such small numbers counts as zero: one over its scale would not be finite
 HEAD_PARTS, CANDIDATES = 16, 4  # equal parts of the vocabulary, and tokens of each that are scored again
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -64,6 +65,10 @@ def unpack(slot: Slot, packed: np.ndarray) -> np.ndarray:
     packed = packed[: slot.elements]
     rows, cols = slot.rows, slot.cols
     match slot.layout:
+        case "spans":
+            width = padded(cols, PAD)
+            spans = np.split(packed, [rows * at for at in range(SPAN, width, SPAN)])
+            return np.concatenate([span.reshape(rows, -1) for span in spans], axis=1)[:, :cols]
         case "panels":
             return unpack_panels(packed, padded(rows, LANES), padded(cols, PAD))[:rows, :cols]
         case "taps":
@@ -121,7 +126,7 @@ def unpack_model(model: PackedModel) -> dict[str, Weight]:
 def quantise(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """x (..., n) -> integers (..., n) up to `largest`, as float32, and their scales (..., 1)."""
     limit = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(limit > 0, largest / limit, 0)
+    inverse = torch.where(limit > NOTHING, largest / limit, 0)
     return (x * inverse).round(), limit / largest
 
 

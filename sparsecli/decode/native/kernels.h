@@ -11,6 +11,7 @@ namespace sparsecli {
 constexpr int64_t LANES = 16;   // floats that are computed side by side
 constexpr int64_t PAD = 64;     // elements that a row's length is rounded up to
 constexpr int64_t PANEL = 64;   // columns of a panel
+constexpr int64_t SPAN = 2048;  // columns at a time of a long row: as many activations stay in the first-level cache
 constexpr int64_t GROUP = 256;  // inputs that share a scale when products are quantised
 constexpr int64_t QUERIES = 4;  // queries that share one reading of keys and values
 
@@ -19,8 +20,9 @@ inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 inline int64_t type_bytes(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
 
-// Weights in one of four layouts (packing.py writes them):
+// Weights in one of these layouts (packing.py writes them):
 //   rows      (rows, cols) with cols rounded up to PAD; int8 has a scale for each row
+//   spans     the same, but rows longer than SPAN are cut: first the first SPAN columns of all rows, then the next
 //   panels    a map cols -> rows stored for outer products: panels of PANEL outputs, each [cols / p][outputs][p]
 //             where p = 1, 2, 4 for float32, bfloat16, int8 (stored with 128 added); int8 has a scale for each output
 //   blocks    the controller's second factor: [block][rank / 2][unit][2], float32 [block][rank][unit]
@@ -68,7 +70,7 @@ struct Kernels {
     // values -> halves (2 * count).
     void (*split)(const float* values, int64_t count, uint16_t* halves);
 
-    // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens.
+    // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens; w is `spans`.
     void (*dots)(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
                  int64_t out_stride);
 

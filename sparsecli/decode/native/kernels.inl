@@ -267,10 +267,10 @@ void normalize(const float* x, const float* weight, const float* bias, int64_t c
     for (int64_t i = whole; i < count; ++i) out[i] = (x[i] - mean) * rate * weight[i] + (bias ? bias[i] : 0);
 }
 
+constexpr float NOTHING = 1e-30f;  // a vector of such small numbers counts as zero: 1 / its scale would not be finite
+
 // -- dot products --------------------------------------------------------------------------------------------
 
-constexpr int64_t SPAN = 4096;  // columns at a time: their activations stay in the first cache, and as many 16-bit
-                                // products of 8-bit weights fit into 32 bits
 
 inline float largest_magnitude(const float* values, int64_t count) {
     Vector top = fill(0);
@@ -279,7 +279,7 @@ inline float largest_magnitude(const float* values, int64_t count) {
 }
 
 float quantise(const float* values, int64_t count, int16_t* integers) {
-    const float limit = largest_magnitude(values, count), inverse = limit > 0 ? 32767 / limit : 0;
+    const float limit = largest_magnitude(values, count), inverse = limit > NOTHING ? 32767 / limit : 0;
     for (int64_t i = 0; i < count; i += LANES) {
 #if defined(SPARSECLI_AVX512)
         const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(inverse)));
@@ -299,10 +299,11 @@ void split(const float* values, int64_t count, uint16_t* halves) {
     }
 }
 
-// Part of R rows with one vector: what is loaded of the vector serves them all. Meanwhile rows `next` are fetched.
+// R rows with one vector: what is loaded of the vector serves them all. Where `next` rows are given they are fetched
+// meanwhile; a stream of rows needs no such help.
 
 // 32-bit sums of products of 16-bit activations with 8-bit weights: exact, and so in any order.
-template <int R>
+template <int R, bool FETCH>
 inline void dot(const int8_t* const* w, const int16_t* x, int64_t count, const int8_t* const* next, float* out) {
 #if defined(SPARSECLI_AVX512)
     __m512i sums[R][2];
@@ -310,7 +311,7 @@ inline void dot(const int8_t* const* w, const int16_t* x, int64_t count, const i
     for (int64_t i = 0; i < count; i += PAD) {
         const __m512i low = _mm512_loadu_si512(x + i), high = _mm512_loadu_si512(x + i + 32);
         for (int r = 0; r < R; ++r) {
-            prefetch(next[r] + i);
+            if (FETCH) prefetch(next[r] + i);
             const __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i)));
             const __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i + 32)));
             sums[r][0] = _mm512_dpwssd_epi32(sums[r][0], a, low);
@@ -322,7 +323,7 @@ inline void dot(const int8_t* const* w, const int16_t* x, int64_t count, const i
     for (int r = 0; r < R; ++r) {
         __m256i sums = _mm256_setzero_si256();
         for (int64_t i = 0; i < count; i += PAD) {
-            prefetch(next[r] + i);
+            if (FETCH) prefetch(next[r] + i);
             for (int64_t j = i; j < i + PAD; j += 16) {
                 const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w[r] + j)));
                 const __m256i pairs = _mm256_madd_epi16(wide, _mm256_loadu_si256((const __m256i*)(x + j)));
@@ -344,13 +345,13 @@ inline void dot(const int8_t* const* w, const int16_t* x, int64_t count, const i
 #endif
 }
 
-template <int R, class W>
+template <int R, bool FETCH, class W>
 inline void dot(const W* const* w, const float* x, int64_t count, const W* const* next, float* out) {
     Vector sums[R][4];
     for (auto& row : sums)
         for (Vector& s : row) s = fill(0);
     for (int64_t i = 0; i < count; i += PAD) {
-        for (int r = 0; r < R; ++r)
+        for (int r = 0; FETCH && r < R; ++r)
             for (int64_t line = 0; line < PAD; line += 64 / int64_t(sizeof(W))) prefetch(next[r] + i + line);
         for (int64_t j = 0; j < 4; ++j) {
             const Vector v = load(x + i + j * LANES);
@@ -364,7 +365,7 @@ inline void dot(const W* const* w, const float* x, int64_t count, const W* const
 constexpr bool SPLITS = true;
 
 // The processor multiplies pairs of bfloat16: exactly what the roundings give, plus what they left over.
-template <int R>
+template <int R, bool FETCH>
 inline void split_dot(const uint16_t* const* w, const uint16_t* halves, int64_t rest, int64_t count,
                       const uint16_t* const* next, float* out) {
     __m512 sums[R][4];
@@ -376,8 +377,7 @@ inline void split_dot(const uint16_t* const* w, const uint16_t* halves, int64_t 
         const __m512bh low_rest = (__m512bh)_mm512_loadu_si512(halves + rest + i);
         const __m512bh high_rest = (__m512bh)_mm512_loadu_si512(halves + rest + i + 32);
         for (int r = 0; r < R; ++r) {
-            prefetch(next[r] + i);
-            prefetch(next[r] + i + 32);
+            if (FETCH) prefetch(next[r] + i), prefetch(next[r] + i + 32);
             const __m512bh a = (__m512bh)_mm512_loadu_si512(w[r] + i), b = (__m512bh)_mm512_loadu_si512(w[r] + i + 32);
             sums[r][0] = _mm512_dpbf16_ps(sums[r][0], a, low);
             sums[r][1] = _mm512_dpbf16_ps(sums[r][1], b, high);
@@ -393,35 +393,34 @@ inline void split_dot(const uint16_t* const* w, const uint16_t* halves, int64_t 
 constexpr bool SPLITS = false;
 #endif
 
-// Columns [begin, begin + count) of R rows with one token's activations, in whichever form the weights need.
-template <int R>
-inline void products_of(const Matrix& w, const int64_t* row, const int64_t* next, int64_t begin, int64_t count,
-                        const Activations& x, int64_t token, float* out) {
-    const int64_t stride = round_up(w.cols, PAD);
-    const auto pointers = [&](auto type, auto& rows, auto& nexts) {
-        using W = decltype(type);
+// `count` columns of R rows, `stride` apart from `first` on, with columns from `begin` on of one token's activations in
+// whichever form the weights need.
+template <int R, bool FETCH>
+inline void products_of(int64_t type, const void* first, int64_t stride, const int64_t* row, const int64_t* next,
+                        int64_t begin, int64_t count, const Activations& x, int64_t token, float* out) {
+    const auto pointers = [&](auto kind, auto& rows, auto& nexts) {
         for (int r = 0; r < R; ++r) {
-            rows[r] = (const W*)w.data + row[r] * stride + begin;
-            nexts[r] = (const W*)w.data + next[r] * stride + begin;
+            rows[r] = (const decltype(kind)*)first + row[r] * stride;
+            nexts[r] = FETCH ? (const decltype(kind)*)first + next[r] * stride : nullptr;
         }
     };
-    if (w.type == FLOAT32) {
+    const int64_t at = token * x.stride + begin;
+    if (type == FLOAT32) {
         const float *rows[R], *nexts[R];
         pointers(float(), rows, nexts);
-        dot<R>(rows, x.values + token * x.stride + begin, count, nexts, out);
-    } else if (w.type == BFLOAT16) {
+        dot<R, FETCH>(rows, x.values + at, count, nexts, out);
+    } else if (type == BFLOAT16) {
         const uint16_t *rows[R], *nexts[R];
         pointers(uint16_t(), rows, nexts);
 #if defined(SPARSECLI_AVX512)
-        split_dot<R>(rows, x.halves + token * 2 * x.stride + begin, x.stride, count, nexts, out);
+        split_dot<R, FETCH>(rows, x.halves + token * x.stride + at, x.stride, count, nexts, out);
 #else
-        dot<R>(rows, x.values + token * x.stride + begin, count, nexts, out);
+        dot<R, FETCH>(rows, x.values + at, count, nexts, out);
 #endif
     } else {
         const int8_t *rows[R], *nexts[R];
         pointers(int8_t(), rows, nexts);
-        dot<R>(rows, x.integers + token * x.stride + begin, count, nexts, out);
-        for (int r = 0; r < R; ++r) out[r] *= w.scale[row[r]] * x.scales[token];
+        dot<R, FETCH>(rows, x.integers + at, count, nexts, out);
     }
 }
 
@@ -445,50 +444,43 @@ inline void dot_tile(const W* first, const W* second, const float* x, int64_t st
         for (int t = 0; t < TOKENS; ++t) out[r][t] = sum(sums[r][t]);
 }
 
+// The columns of one span for TOKENS tokens at a time.
 template <class W>
-void dot_block(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
-               int64_t out_stride) {
-    const int64_t stride = round_up(w.cols, PAD);
-    const W* data = (const W*)w.data;
-    int64_t row = begin;
-    for (; row + 2 <= end; row += 2)
+void dot_block(const W* data, int64_t width, int64_t begin, int64_t end, int64_t column, const Activations& x,
+               int64_t tokens, float* out, int64_t out_stride) {
+    for (int64_t row = begin; row < end; row += 2) {
+        const int64_t second = row + 1 < end ? row + 1 : row;
         for (int64_t t = 0; t < tokens; t += TOKENS) {
             float result[2][TOKENS];
-            dot_tile(data + row * stride, data + (row + 1) * stride, x.values + t * x.stride, x.stride, stride,
+            dot_tile(data + row * width, data + second * width, x.values + t * x.stride + column, x.stride, width,
                      result);
-            for (int r = 0; r < 2; ++r)
-                for (int u = 0; u < TOKENS; ++u) out[(t + u) * out_stride + row + r] = result[r][u];
+            for (int64_t r = 0; r <= second - row; ++r)
+                for (int u = 0; u < TOKENS; ++u) {
+                    float& to = out[(t + u) * out_stride + row + r];
+                    to = column ? to + result[r][u] : result[r][u];
+                }
         }
-    const W* last = data + row * stride;
-    for (; row < end; ++row)
-        for (int64_t t = 0; t < tokens; ++t)
-            dot<1>(&last, x.values + t * x.stride, stride, &last, out + t * out_stride + row);
+    }
 }
-
-constexpr int64_t AHEAD = 4096;      // bytes; the hardware's own prefetching stops at the end of a page
-constexpr int64_t ROWS_AT_ONCE = 16;  // that share a span of activations
 
 void dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
           int64_t out_stride) {
-    const int64_t stride = round_up(w.cols, PAD), row_bytes = stride * type_bytes(w.type);
-    const int64_t ahead = stride > SPAN ? 1 : round_up(AHEAD, row_bytes) / row_bytes;
+    const int64_t stride = round_up(w.cols, PAD);
     const int64_t tiled = w.type == INT8 || TOKENS == 1 ? 0 : tokens / TOKENS * TOKENS;
-    if (tiled && w.type == FLOAT32) dot_block<float>(w, begin, end, x, tiled, out, out_stride);
-    if (tiled && w.type == BFLOAT16) dot_block<uint16_t>(w, begin, end, x, tiled, out, out_stride);
-    for (int64_t t = tiled; t < tokens; ++t) {
-        float* to = out + t * out_stride;
-        for (int64_t first = begin; first < end; first += ROWS_AT_ONCE) {
-            const int64_t last = first + ROWS_AT_ONCE < end ? first + ROWS_AT_ONCE : end;
-            for (int64_t column = 0; column < stride; column += SPAN) {
-                const int64_t count = column + SPAN < stride ? SPAN : stride - column;
-                for (int64_t row = first; row < last; ++row) {
-                    const int64_t next = row + ahead < end ? row + ahead : row;
-                    float part;
-                    products_of<1>(w, &row, &next, column, count, x, t, &part);
-                    to[row] = column ? to[row] + part : part;
-                }
+    for (int64_t column = 0; column < stride; column += SPAN) {
+        const int64_t width = column + SPAN < stride ? SPAN : stride - column;
+        const void* span = (const char*)w.data + column * w.rows * type_bytes(w.type);
+        if (tiled && w.type == FLOAT32)
+            dot_block((const float*)span, width, begin, end, column, x, tiled, out, out_stride);
+        if (tiled && w.type == BFLOAT16)
+            dot_block((const uint16_t*)span, width, begin, end, column, x, tiled, out, out_stride);
+        for (int64_t t = tiled; t < tokens; ++t)
+            for (int64_t row = begin; row < end; ++row) {
+                float part, &to = out[t * out_stride + row];
+                products_of<1, false>(w.type, span, width, &row, nullptr, column, width, x, t, &part);
+                if (w.type == INT8) part *= w.scale[row] * x.scales[t];
+                to = column ? to + part : part;
             }
-        }
     }
 }
 
@@ -738,7 +730,7 @@ void multiplicative(const Matrix& D, const Matrix& E, const float* bias, const f
                         continue;
                     }
                     const float limit = largest_magnitude(line, size);
-                    totals[g * modules + s] = narrow(line, size, limit > 0 ? 127 / limit : 0, (int8_t*)at + place);
+                    totals[g * modules + s] = narrow(line, size, limit > NOTHING ? 127 / limit : 0, (int8_t*)at + place);
                     scales[g * modules + s] = limit / 127;
                 }
             for (int64_t column = column_begin; column < column_end; column += PANEL) {
@@ -972,14 +964,19 @@ inline void prefetch_row(const char* row, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64) prefetch(row + line);
 }
 
+// As many 16-bit products of 8-bit weights as fit into 32 bits, whatever the sum.
+constexpr int64_t LONGEST = 4096;
+
 template <int R>
 inline void whole_rows(const Matrix& w, const int64_t* row, const int64_t* next, const Activations& x, float* out) {
     const int64_t stride = round_up(w.cols, PAD);
-    for (int64_t column = 0; column < stride; column += SPAN) {
+    for (int64_t column = 0; column < stride; column += LONGEST) {
         float part[R];
-        products_of<R>(w, row, next, column, column + SPAN < stride ? SPAN : stride - column, x, 0, part);
+        products_of<R, true>(w.type, (const char*)w.data + column * type_bytes(w.type), stride, row, next, column,
+                             column + LONGEST < stride ? LONGEST : stride - column, x, 0, part);
         for (int r = 0; r < R; ++r) out[r] = column ? out[r] + part[r] : part[r];
     }
+    for (int r = 0; w.type == INT8 && r < R; ++r) out[r] *= w.scale[row[r]] * x.scales[0];
 }
 
 void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias, const int32_t* chosen,
@@ -1095,7 +1092,7 @@ void unit_sums(const Matrix& units, int64_t parts, const int32_t* chosen, const 
 inline void append_bytes(const float* values, int64_t width, int64_t step, int8_t* to, float* scale) {
     float limit = 0;
     for (int64_t i = 0; i < width; ++i) limit = std::fabs(values[i]) > limit ? std::fabs(values[i]) : limit;
-    const float inverse = limit > 0 ? 127 / limit : 0;
+    const float inverse = limit > NOTHING ? 127 / limit : 0;
     for (int64_t i = 0; i < width; ++i) to[i * step] = int8_t(std::nearbyint(values[i] * inverse));
     *scale = limit / 127;
 }

@@ -15,7 +15,7 @@ enum Projection { DENSE = 0, MULTIPLICATIVE = 1, DENSE_CONV = 2, MULTIPLICATIVE_
 enum Output { NO_OUTPUT = 0, DENSE_OUTPUT = 1, MULTIPLICATIVE_OUTPUT = 2, MULTIPLICATIVE_CONV_OUTPUT = 3 };
 enum Positions { LEARNED = 0, SINUSOIDAL = 1, ROTARY = 2 };
 enum ValueConcat { NO_CONCAT = 0, CONCAT_MODULES = 1, CONCAT_WHOLE = 2 };
-enum class Layout { VECTOR, ROWS, PANELS, TAPS, BLOCKS, UNITS };
+enum class Layout { VECTOR, ROWS, SPANS, PANELS, TAPS, BLOCKS, UNITS };
 
 // A dense or a multiplicative map, whichever is bound.
 struct Map {
@@ -82,7 +82,7 @@ struct Model {
                            (shape.positions == ROTARY ? head_width() : d) / 2});
         add_norm(own, "norm", norm);
         add_map(own, "head", head, !shape.head_modules, vocabulary, d, shape.head_modules);
-        own.push_back({"head.exact", &exact_head, Layout::ROWS, vocabulary, d, true});
+        own.push_back({"head.exact", &exact_head, Layout::SPANS, vocabulary, d, true});
         slots.push_back(own);
         for (Block& block : blocks) slots.push_back(block_slots(block));
     }
@@ -99,7 +99,7 @@ struct Model {
     static void add_map(std::vector<Slot>& to, const std::string& name, Map& map, bool dense, int64_t rows,
                         int64_t cols, int64_t modules) {
         if (dense) {
-            to.push_back({name + ".weight", &map.weight, Layout::ROWS, rows, cols});
+            to.push_back({name + ".weight", &map.weight, Layout::SPANS, rows, cols});
         } else {
             to.push_back({name + ".D", &map.D, Layout::ROWS, modules, cols});
             to.push_back({name + ".E", &map.E, Layout::PANELS, rows / modules, cols});
@@ -143,13 +143,13 @@ struct Model {
             return to;
         }
         if (shape.feed_forward == SPARSE_UNITS) {
-            to.push_back({"controller.first", &block.controller_first, Layout::ROWS, shape.rank, d});
+            to.push_back({"controller.first", &block.controller_first, Layout::SPANS, shape.rank, d});
             to.push_back({"controller.second", &block.controller_second, Layout::BLOCKS, units, shape.rank});
             to.push_back({"controller.bias", &block.controller_bias, Layout::VECTOR, 1,
                           units / shape.block_size * padded_block()});
             to.push_back({"unit_bias", &block.unit_bias, Layout::VECTOR, 1, units, true});
         } else {
-            to.push_back({"router", &block.router, Layout::ROWS, shape.rank, d});
+            to.push_back({"router", &block.router, Layout::SPANS, shape.rank, d});
         }
         to.push_back({"units", &block.units, Layout::UNITS, units * parts(), d});
         to.push_back({"bias", &block.bias, Layout::VECTOR, 1, d});
