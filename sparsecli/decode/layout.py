@@ -70,6 +70,13 @@ class Slot:
         return rows * padded(cols, PAD)
 
     @property
+    def source_elements(self) -> int:
+        """Elements of each of its sources."""
+        if self.name == "controller.bias":  # blocks are filled up when they are packed
+            return self.cols // padded(self.group, LANES) * self.group
+        return self.rows * self.cols // len(self.sources)
+
+    @property
     def scales(self) -> int:
         """Scales when the weights are int8."""
         if self.layout == "panels":

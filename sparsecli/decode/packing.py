@@ -164,6 +164,8 @@ def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> n
         if name not in weights:
             raise Failure(f"tensor {name} is missing")
         found.append(from_bfloat16(weights[name]))
+        if found[-1].size != slot.source_elements:
+            raise Failure(f"tensor {name} is {found[-1].shape}, expected {slot.source_elements} elements")
         if not np.isfinite(found[-1]).all():
             raise Failure(f"tensor {name} holds a NaN or an infinity; the checkpoint is damaged")
     if slot.layout == "units":  # the rows of one unit side by side
@@ -172,8 +174,6 @@ def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> n
         blocks = found[0].reshape(-1, slot.group)
         fill = slot.cols // blocks.shape[0] - slot.group
         return np.pad(blocks, ((0, 0), (0, fill)), constant_values=-np.inf).reshape(1, -1)
-    if found[0].size != slot.rows * slot.cols:
-        raise Failure(f"tensor {slot.sources[0]} is {found[0].shape}, expected {slot.rows} x {slot.cols}")
     return found[0].reshape(slot.rows, slot.cols)
 
 
@@ -312,6 +312,10 @@ def open_packed(path: Path, from_disk: bool = False) -> PackedModel:
         arrays, at = {}, 0
         for name in wanted:
             entry = file.entries[name]
+            if entry.kind not in TYPES:
+                raise Failure(
+                    f"{path}: {name} is {entry.kind}, which no packed tensor is; pack the model again"
+                )
             into = memory[at : at + entry.length]
             file.copy(name, into)
             arrays[name] = into.view(TYPES[entry.kind])

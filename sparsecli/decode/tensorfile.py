@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,8 +101,8 @@ class TensorFile:
 
     @staticmethod
     def _entry(facts: dict[str, Any], start: int) -> Entry:
-        first, last = facts["data_offsets"]
-        shape = tuple(int(axis) for axis in facts["shape"])
+        first, last = map(index, facts["data_offsets"])
+        shape = tuple(map(index, facts["shape"]))
         kind = KINDS.get(facts["dtype"], facts["dtype"])
         count = 1
         for axis in shape:

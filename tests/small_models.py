@@ -1,0 +1,198 @@
+"""Small models of every kind for the tests of the decode engine; sizes are odd wherever they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+
+from sparsecli.decode import native
+from sparsecli.decode.engine import Engine
+from sparsecli.decode.packing import PackedModel, Precision, pack
+from sparsecli.decode.reference import Reference
+from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
+from sparsecli.model.architecture import ModelSpec
+
+INSTRUCTION_SETS = native.instruction_sets() if native.available() is None else []
+
+SPARSE = {"kind": "sparse", "d_ff": 160, "block_size": 20, "rank": 7, "units_per_block": 2}
+DEFAULTS = {
+    "d_model": 48,
+    "layers": 2,
+    "heads": 4,
+    "max_positions": 2100,
+    "feed_forward": SPARSE,
+    "attention": {"projection": "multiplicative_conv"},
+    "vocabulary": {"kind": "dense", "size": 101},
+    "positions": "rotary",
+}
+MODELS: dict[str, dict] = {
+    "sparse": {},
+    "sparse, odd widths": {
+        "d_model": 42,
+        "heads": 6,
+        "feed_forward": {"kind": "sparse", "d_ff": 63, "block_size": 7, "rank": 5},
+        "attention": {"projection": "dense"},
+        "vocabulary": {"kind": "dense", "size": 37, "tied": True},
+        "positions": "learned",
+    },
+    "sparse, gated": {
+        "feed_forward": {
+            **SPARSE,
+            "block_size": 32,
+            "rank": 8,
+            "units_per_block": 5,
+            "activation": "gelu",
+            "gated": True,
+            "unit_bias": True,
+            "gate": "probability",
+        },
+        "attention": {"projection": "dense_conv", "kernel": 4, "modules": 6},
+        "positions": "sinusoidal",
+    },
+    "dense": {
+        "feed_forward": {"kind": "dense", "d_ff": 100},
+        "attention": {"projection": "dense"},
+        "vocabulary": {"kind": "dense", "size": 101, "bias": True},
+        "positions": "learned",
+    },
+    "dense, gated, grouped queries": {
+        "feed_forward": {"kind": "dense", "d_ff": 100, "gated": True, "activation": "silu", "bias": False},
+        "attention": {"projection": "dense", "key_value_heads": 2, "bias": False},
+        "vocabulary": {"kind": "dense", "size": 101, "tied": True, "bias": True},
+        "normalization": "rms",
+    },
+    "one head of keys": {
+        "d_model": 60,
+        "heads": 6,
+        "attention": {"projection": "dense", "key_value_heads": 1},
+    },
+    "mixture of one": {
+        "feed_forward": {"kind": "mixture", "d_ff": 99, "experts": 3},
+        "attention": {"projection": "multiplicative", "modules": 3},
+        "positions": "learned",
+    },
+    "mixture of two": {
+        "feed_forward": {
+            "kind": "mixture",
+            "d_ff": 160,
+            "experts": 5,
+            "experts_per_token": 2,
+            "gate": "probability",
+            "activation": "gelu",
+        },
+        "attention": {"projection": "multiplicative", "output_projection": "none"},
+        "normalization": "rms",
+    },
+    "convolved output": {
+        "attention": {
+            "projection": "multiplicative_conv",
+            "output_projection": "multiplicative_conv",
+            "value_concat": "modules",
+            "kernel": 2,
+        },
+    },
+    "whole concatenation": {
+        "attention": {
+            "projection": "multiplicative_conv",
+            "output_projection": "dense",
+            "value_concat": "whole",
+            "modules": 12,
+            "kernel": 1,
+        },
+    },
+    "multiplicative head": {
+        "attention": {"projection": "dense_conv", "output_projection": "multiplicative"},
+        "vocabulary": {"kind": "multiplicative", "size": 102, "modules": 3},
+    },
+    "wide modules": {  # several panels, and groups of inputs that have scales of their own
+        "d_model": 320,
+        "layers": 1,
+        "heads": 2,
+        "feed_forward": {"kind": "sparse", "d_ff": 320, "block_size": 64, "rank": 20},
+        "vocabulary": {"kind": "multiplicative", "size": 202, "modules": 2},
+    },
+    "many modules": {  # more than one tile of them
+        "d_model": 144,
+        "layers": 1,
+        "heads": 2,
+        "attention": {"projection": "multiplicative_conv", "modules": 72, "value_concat": "modules"},
+    },
+}
+
+
+def spec_of(name: str) -> ModelSpec:
+    return ModelSpec.model_validate({**DEFAULTS, **MODELS[name]})
+
+
+@cache
+def network(name: str) -> ScalingTransformerForCausalLM:
+    """The model called `name` as transformers runs it, with biases that matter."""
+    torch.manual_seed(0)
+    made = ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec_of(name))).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return made
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+
+
+@cache
+def packed(name: str, precision: Precision = Precision.of("float32")) -> PackedModel:  # noqa: B008
+    return pack(spec_of(name), weights_of(network(name)), precision)
+
+
+def some_tokens(vocabulary: int, count: int) -> list[int]:
+    return np.random.default_rng(0).integers(0, vocabulary, count).tolist()
+
+
+@cache
+def expected(name: str, count: int) -> np.ndarray:
+    """Logits (count, V) after each of `some_tokens`, by the model that transformers runs."""
+    made = network(name)
+    with torch.no_grad():
+        return made(torch.tensor([some_tokens(made.config.vocab_size, count)])).logits[0].numpy()
+
+
+@cache
+def twin(name: str, precision: Precision, count: int) -> np.ndarray:
+    """The same by the reference, with weights as they are packed."""
+    return Reference(packed(name, precision)).logits(some_tokens(spec_of(name).vocabulary.size, count))
+
+
+def start(model: PackedModel, threads: int = 1) -> Engine:
+    """An engine whose memory holds NaN wherever nothing was written yet."""
+    return Engine(model, threads, poison=True)
+
+
+def stepped(engine: Engine, tokens: Sequence[int]) -> np.ndarray:
+    """Logits (n, V) of one step after the other."""
+    sequence = engine.sequence(len(tokens))
+    return np.stack([engine.step(sequence, token) for token in tokens])
+
+
+def batched(engine: Engine, texts: Iterable[Sequence[int]]) -> np.ndarray:
+    """Logits (texts, n, V) of texts of one length, decoded side by side."""
+    texts = list(texts)
+    sequences = [engine.sequence(len(text)) for text in texts]
+    return np.stack([engine.step_batch(sequences, tokens) for tokens in zip(*texts, strict=True)], axis=1)
+
+
+def assert_close(actual: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(actual, wanted, atol=tolerance, rtol=tolerance)
+
+
+def assert_twins(actual: np.ndarray, wanted: np.ndarray) -> None:
+    """Equal but for ties: where two sums differ in their last bit, a number may round the other way, and then the
+    choice of a unit may, too. So a quarter of the tokens may differ; what is computed wrongly differs everywhere."""
+    assert np.isfinite(actual).all()
+    worst = np.abs(actual - wanted).max(axis=-1)
+    median, upper = np.quantile(worst, [0.5, 0.75])
+    assert median < 5e-3, f"largest difference by token: {worst}"
+    assert upper < 2e-2, f"largest difference by token: {worst}"
