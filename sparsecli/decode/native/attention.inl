@@ -1,0 +1,142 @@
+// Attention over cached keys and values. Part of kernels.inl, inside its namespaces.
+
+inline void append_bytes(const float* values, int64_t width, int64_t step, int8_t* to, float* scale) {
+    float limit = 0;
+    for (int64_t i = 0; i < width; ++i) limit = std::fabs(values[i]) > limit ? std::fabs(values[i]) : limit;
+    const float inverse = limit > NOTHING ? 127 / limit : 0;
+    for (int64_t i = 0; i < width; ++i) to[i * step] = int8_t(std::nearbyint(values[i] * inverse));
+    *scale = limit / 127;
+}
+
+void append(const float* key, const float* value, int64_t type, int64_t width, int64_t position,
+            const HeadCache& cache, int64_t value_stride) {
+    const int64_t at = position / LANES * width * LANES + position % LANES;
+    const int64_t row = position * value_stride;
+    if (type == INT8) {
+        append_bytes(key, width, LANES, (int8_t*)cache.keys + at, (float*)cache.key_scales + position);
+        append_bytes(value, width, 1, (int8_t*)cache.values + row, (float*)cache.value_scales + position);
+    } else if (type == BFLOAT16) {
+        for (int64_t i = 0; i < width; ++i) ((uint16_t*)cache.keys)[at + i * LANES] = to_bfloat16(key[i]);
+        convert(value, BFLOAT16, width, (uint16_t*)cache.values + row);
+    } else {
+        for (int64_t i = 0; i < width; ++i) ((float*)cache.keys)[at + i * LANES] = key[i];
+        std::memcpy((float*)cache.values + row, value, size_t(width) * 4);
+    }
+}
+
+template <int Q, class W>
+inline void score(const float* const* queries, int64_t width, int64_t positions, const HeadCache& cache, float rate,
+                  float* scores, int64_t score_stride) {
+    for (int64_t position = 0; position < positions; position += LANES) {
+        const W* keys = (const W*)cache.keys + position * width;
+        Vector sums[Q][2];
+        for (auto& row : sums) row[0] = row[1] = fill(0);
+        int64_t i = 0;
+        for (; i + 2 <= width; i += 2) {
+            prefetch(keys + i * LANES + width * LANES);
+            const Vector even = load(keys + i * LANES), odd = load(keys + (i + 1) * LANES);
+            for (int q = 0; q < Q; ++q) {
+                add_product(sums[q][0], fill(queries[q][i]), even);
+                add_product(sums[q][1], fill(queries[q][i + 1]), odd);
+            }
+        }
+        for (; i < width; ++i)
+            for (int q = 0; q < Q; ++q) add_product(sums[q][0], fill(queries[q][i]), load(keys + i * LANES));
+        Vector rates = fill(rate);
+        if (sizeof(W) == 1) rates = rates * load(cache.key_scales + position);
+        for (int q = 0; q < Q; ++q) store(scores + q * score_stride + position, (sums[q][0] + sums[q][1]) * rates);
+    }
+}
+
+// Scores of positions < length become unnormalised probabilities, zeros up to `positions`; returns 1 / their sum.
+inline float soften(float* scores, int64_t length, int64_t positions) {
+    for (int64_t i = length; i < positions; ++i) scores[i] = -INFINITY;
+    Vector top = load(scores);
+    for (int64_t i = LANES; i < positions; i += LANES) top = larger(load(scores + i), top);
+    const Vector middle = fill(maximum(top));
+    Vector total = fill(0);
+    for (int64_t i = 0; i < positions; i += LANES) {
+        const Vector p = exponential(load(scores + i) - middle);
+        store(scores + i, p);
+        total = total + p;
+    }
+    for (int64_t i = length; i < positions; ++i) total.part[(i % LANES) / WIDTH][i % WIDTH] -= scores[i], scores[i] = 0;
+    return 1 / sum(total);
+}
+
+template <int Q, int V, class W>
+inline void mix(const float* scores, int64_t score_stride, int64_t positions, int64_t column,
+                const HeadCache& cache, int64_t value_stride, Vector (*out)[V]) {
+    for (int q = 0; q < Q; ++q)
+        for (int v = 0; v < V; ++v) out[q][v] = fill(0);
+    const W* values = (const W*)cache.values + column;
+    for (int64_t position = 0; position < positions; ++position, values += value_stride) {
+        prefetch(values + 16 * value_stride);
+        const float scale = sizeof(W) == 1 ? cache.value_scales[position] : 1;
+        Vector row[V];
+        for (int v = 0; v < V; ++v) row[v] = load(values + v * LANES);
+        for (int q = 0; q < Q; ++q) {
+            const Vector weight = fill(scores[q * score_stride + position] * scale);
+            for (int v = 0; v < V; ++v) add_product(out[q][v], weight, row[v]);
+        }
+    }
+}
+
+template <int Q, class W>
+void attend_queries(const float* const* queries, const int64_t* lengths, int64_t width, const HeadCache& cache,
+                    int64_t value_stride, float rate, float* scores, int64_t score_stride, float* const* out) {
+    int64_t longest = 0;
+    for (int q = 0; q < Q; ++q) longest = lengths[q] > longest ? lengths[q] : longest;
+    const int64_t positions = round_up(longest, LANES);
+    score<Q, W>(queries, width, positions, cache, rate, scores, score_stride);
+    float inverse[Q];
+    for (int q = 0; q < Q; ++q) inverse[q] = soften(scores + q * score_stride, lengths[q], positions);
+    constexpr int V = TILE_VECTORS;
+    for (int64_t column = 0; column < width; column += V * LANES) {
+        float line[V * LANES];
+        const auto write = [&](int q, const Vector* mixed, int vectors) {
+            for (int v = 0; v < vectors; ++v) store(line + v * LANES, mixed[v] * fill(inverse[q]));
+            for (int64_t i = column; i < width && i < column + vectors * LANES; ++i) out[q][i] = line[i - column];
+        };
+        if (column + V * LANES <= value_stride) {
+            Vector mixed[Q][V];
+            mix<Q, V, W>(scores, score_stride, longest, column, cache, value_stride, mixed);
+            for (int q = 0; q < Q; ++q) write(q, mixed[q], V);
+            continue;
+        }
+        for (int64_t rest = column; rest < width; rest += LANES) {
+            Vector mixed[Q][1];
+            mix<Q, 1, W>(scores, score_stride, longest, rest, cache, value_stride, mixed);
+            for (int q = 0; q < Q; ++q) {
+                store(line, mixed[q][0] * fill(inverse[q]));
+                for (int64_t i = rest; i < width && i < rest + LANES; ++i) out[q][i] = line[i - rest];
+            }
+        }
+    }
+}
+
+template <class W>
+void attend_typed(const float* const* queries, const int64_t* lengths, int64_t count, int64_t width,
+                  const HeadCache& cache, int64_t value_stride, float rate, float* scores, int64_t score_stride,
+                  float* const* out) {
+    static_assert(QUERIES == 4);
+    if (count == 4)
+        attend_queries<4, W>(queries, lengths, width, cache, value_stride, rate, scores, score_stride, out);
+    else if (count == 3)
+        attend_queries<3, W>(queries, lengths, width, cache, value_stride, rate, scores, score_stride, out);
+    else if (count == 2)
+        attend_queries<2, W>(queries, lengths, width, cache, value_stride, rate, scores, score_stride, out);
+    else
+        attend_queries<1, W>(queries, lengths, width, cache, value_stride, rate, scores, score_stride, out);
+}
+
+void attend(const float* const* queries, const int64_t* lengths, int64_t count, int64_t type, int64_t width,
+            const HeadCache& cache, int64_t value_stride, float rate, float* scores, int64_t score_stride,
+            float* const* out) {
+    if (type == FLOAT32)
+        attend_typed<float>(queries, lengths, count, width, cache, value_stride, rate, scores, score_stride, out);
+    else if (type == BFLOAT16)
+        attend_typed<uint16_t>(queries, lengths, count, width, cache, value_stride, rate, scores, score_stride, out);
+    else
+        attend_typed<int8_t>(queries, lengths, count, width, cache, value_stride, rate, scores, score_stride, out);
+}

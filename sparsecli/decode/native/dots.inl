@@ -1,0 +1,346 @@
+// Rows of weights with vectors: dense maps, and the rows of chosen units.
+// Part of kernels.inl, inside its namespaces.
+
+// -- dot products --------------------------------------------------------------------------------------------
+
+
+inline float largest_magnitude(const float* values, int64_t count) {
+    Vector top = fill(0);
+    for (int64_t i = 0; i < count; i += LANES) top = larger(top, magnitude(load(values + i)));
+    return maximum(top);
+}
+
+float quantise(const float* values, int64_t count, int16_t* integers) {
+    const float limit = largest_magnitude(values, count), inverse = limit > NOTHING ? 32767 / limit : 0;
+    for (int64_t i = 0; i < count; i += LANES) {
+#if defined(SPARSECLI_AVX512)
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(inverse)));
+        _mm256_storeu_si256((__m256i*)(integers + i), _mm512_cvtepi32_epi16(whole));
+#else
+        for (int64_t j = i; j < i + LANES; ++j) integers[j] = int16_t(std::nearbyint(values[j] * inverse));
+#endif
+    }
+    return limit / 32767;
+}
+
+void split(const float* values, int64_t count, uint16_t* halves) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Vector v = load(values + i);
+        store(halves + i, v);
+        store(halves + count + i, v - load(halves + i));
+    }
+}
+
+// R rows with one vector: what is loaded of the vector serves them all. Where `next` rows are given they are fetched
+// meanwhile; a stream of rows needs no such help.
+
+// 32-bit sums of products of 16-bit activations with 8-bit weights: exact, and so in any order.
+template <int R, bool FETCH>
+inline void dot(const int8_t* const* w, const int16_t* x, int64_t count, const int8_t* const* next, float* out) {
+#if defined(SPARSECLI_AVX512)
+    __m512i sums[R][2];
+    for (auto& pair : sums) pair[0] = pair[1] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += PAD) {
+        const __m512i low = _mm512_loadu_si512(x + i), high = _mm512_loadu_si512(x + i + 32);
+        for (int r = 0; r < R; ++r) {
+            if (FETCH) prefetch(next[r] + i);
+            const __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i)));
+            const __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i + 32)));
+            sums[r][0] = _mm512_dpwssd_epi32(sums[r][0], a, low);
+            sums[r][1] = _mm512_dpwssd_epi32(sums[r][1], b, high);
+        }
+    }
+    for (int r = 0; r < R; ++r) out[r] = float(_mm512_reduce_add_epi32(_mm512_add_epi32(sums[r][0], sums[r][1])));
+#elif defined(SPARSECLI_AVX2)
+    for (int r = 0; r < R; ++r) {
+        __m256i sums = _mm256_setzero_si256();
+        for (int64_t i = 0; i < count; i += PAD) {
+            if (FETCH) prefetch(next[r] + i);
+            for (int64_t j = i; j < i + PAD; j += 16) {
+                const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w[r] + j)));
+                const __m256i pairs = _mm256_madd_epi16(wide, _mm256_loadu_si256((const __m256i*)(x + j)));
+                sums = _mm256_add_epi32(sums, pairs);
+            }
+        }
+        int32_t lane[8], all = 0;
+        std::memcpy(lane, &sums, sizeof lane);
+        for (int32_t value : lane) all += value;
+        out[r] = float(all);
+    }
+#else
+    for (int r = 0; r < R; ++r) {
+        int32_t all = 0;
+        for (int64_t i = 0; i < count; ++i) all += int32_t(w[r][i]) * int32_t(x[i]);
+        out[r] = float(all);
+    }
+    (void)next;
+#endif
+}
+
+template <int R, bool FETCH, class W>
+inline void dot(const W* const* w, const float* x, int64_t count, const W* const* next, float* out) {
+    Vector sums[R][4];
+    for (auto& row : sums)
+        for (Vector& s : row) s = fill(0);
+    for (int64_t i = 0; i < count; i += PAD) {
+        for (int r = 0; FETCH && r < R; ++r)
+            for (int64_t line = 0; line < PAD; line += 64 / int64_t(sizeof(W))) prefetch(next[r] + i + line);
+        for (int64_t j = 0; j < 4; ++j) {
+            const Vector v = load(x + i + j * LANES);
+            for (int r = 0; r < R; ++r) add_product(sums[r][j], load(w[r] + i + j * LANES), v);
+        }
+    }
+    for (int r = 0; r < R; ++r) out[r] = sum((sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]));
+}
+
+#if defined(SPARSECLI_AVX512)
+constexpr bool SPLITS = true;
+
+// The processor multiplies pairs of bfloat16: exactly what the roundings give, plus what they left over.
+template <int R, bool FETCH>
+inline void split_dot(const uint16_t* const* w, const uint16_t* halves, int64_t rest, int64_t count,
+                      const uint16_t* const* next, float* out) {
+    __m512 sums[R][4];
+    for (auto& row : sums)
+        for (__m512& s : row) s = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += PAD) {
+        const __m512bh low = (__m512bh)_mm512_loadu_si512(halves + i);
+        const __m512bh high = (__m512bh)_mm512_loadu_si512(halves + i + 32);
+        const __m512bh low_rest = (__m512bh)_mm512_loadu_si512(halves + rest + i);
+        const __m512bh high_rest = (__m512bh)_mm512_loadu_si512(halves + rest + i + 32);
+        for (int r = 0; r < R; ++r) {
+            if (FETCH) prefetch(next[r] + i), prefetch(next[r] + i + 32);
+            const __m512bh a = (__m512bh)_mm512_loadu_si512(w[r] + i), b = (__m512bh)_mm512_loadu_si512(w[r] + i + 32);
+            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], a, low);
+            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], b, high);
+            sums[r][2] = _mm512_dpbf16_ps(sums[r][2], a, low_rest);
+            sums[r][3] = _mm512_dpbf16_ps(sums[r][3], b, high_rest);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        out[r] = _mm512_reduce_add_ps(
+            _mm512_add_ps(_mm512_add_ps(sums[r][0], sums[r][1]), _mm512_add_ps(sums[r][2], sums[r][3])));
+}
+#else
+constexpr bool SPLITS = false;
+#endif
+
+// `count` columns of R rows, `stride` apart from `first` on, with columns from `begin` on of one token's activations in
+// whichever form the weights need.
+template <int R, bool FETCH>
+inline void products_of(int64_t type, const void* first, int64_t stride, const int64_t* row, const int64_t* next,
+                        int64_t begin, int64_t count, const Activations& x, int64_t token, float* out) {
+    const auto pointers = [&](auto kind, auto& rows, auto& nexts) {
+        for (int r = 0; r < R; ++r) {
+            rows[r] = (const decltype(kind)*)first + row[r] * stride;
+            nexts[r] = FETCH ? (const decltype(kind)*)first + next[r] * stride : nullptr;
+        }
+    };
+    const int64_t at = token * x.stride + begin;
+    if (type == FLOAT32) {
+        const float *rows[R], *nexts[R];
+        pointers(float(), rows, nexts);
+        dot<R, FETCH>(rows, x.values + at, count, nexts, out);
+    } else if (type == BFLOAT16) {
+        const uint16_t *rows[R], *nexts[R];
+        pointers(uint16_t(), rows, nexts);
+#if defined(SPARSECLI_AVX512)
+        split_dot<R, FETCH>(rows, x.halves + token * x.stride + at, x.stride, count, nexts, out);
+#else
+        dot<R, FETCH>(rows, x.values + at, count, nexts, out);
+#endif
+    } else {
+        const int8_t *rows[R], *nexts[R];
+        pointers(int8_t(), rows, nexts);
+        dot<R, FETCH>(rows, x.integers + at, count, nexts, out);
+    }
+}
+
+// TOKENS tokens against two rows: every weight is widened once.
+template <class W>
+inline void dot_tile(const W* first, const W* second, const float* x, int64_t stride, int64_t count,
+                     float (*out)[TOKENS]) {
+    // The same four running sums as `dot` would need 32 registers; two rows of TOKENS tokens take one sum each.
+    Vector sums[2][TOKENS];
+    for (auto& row : sums)
+        for (Vector& s : row) s = fill(0);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Vector a = load(first + i), b = load(second + i);
+        for (int t = 0; t < TOKENS; ++t) {
+            const Vector v = load(x + t * stride + i);
+            add_product(sums[0][t], a, v);
+            add_product(sums[1][t], b, v);
+        }
+    }
+    for (int r = 0; r < 2; ++r)
+        for (int t = 0; t < TOKENS; ++t) out[r][t] = sum(sums[r][t]);
+}
+
+// The columns of one span for TOKENS tokens at a time.
+template <class W>
+void dot_block(const W* data, int64_t width, int64_t begin, int64_t end, int64_t column, const Activations& x,
+               int64_t tokens, float* out, int64_t out_stride) {
+    for (int64_t row = begin; row < end; row += 2) {
+        const int64_t second = row + 1 < end ? row + 1 : row;
+        for (int64_t t = 0; t < tokens; t += TOKENS) {
+            float result[2][TOKENS];
+            dot_tile(data + row * width, data + second * width, x.values + t * x.stride + column, x.stride, width,
+                     result);
+            for (int64_t r = 0; r <= second - row; ++r)
+                for (int u = 0; u < TOKENS; ++u) {
+                    float& to = out[(t + u) * out_stride + row + r];
+                    to = column ? to + result[r][u] : result[r][u];
+                }
+        }
+    }
+}
+
+void dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
+          int64_t out_stride) {
+    const int64_t stride = round_up(w.cols, PAD);
+    const int64_t tiled = w.type == INT8 || TOKENS == 1 ? 0 : tokens / TOKENS * TOKENS;
+    for (int64_t column = 0; column < stride; column += SPAN) {
+        const int64_t width = column + SPAN < stride ? SPAN : stride - column;
+        const void* span = (const char*)w.data + column * w.rows * type_bytes(w.type);
+        if (tiled && w.type == FLOAT32)
+            dot_block((const float*)span, width, begin, end, column, x, tiled, out, out_stride);
+        if (tiled && w.type == BFLOAT16)
+            dot_block((const uint16_t*)span, width, begin, end, column, x, tiled, out, out_stride);
+        for (int64_t t = tiled; t < tokens; ++t)
+            for (int64_t row = begin; row < end; ++row) {
+                float part, &to = out[t * out_stride + row];
+                products_of<1, false>(w.type, span, width, &row, nullptr, column, width, x, t, &part);
+                if (w.type == INT8) part *= w.scale[row] * x.scales[t];
+                to = column ? to + part : part;
+            }
+    }
+}
+
+// -- chosen units --------------------------------------------------------------------------------------------
+
+inline void prefetch_row(const char* row, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) prefetch(row + line);
+}
+
+// As many 16-bit products of 8-bit weights as fit into 32 bits, whatever the sum.
+constexpr int64_t LONGEST = 4096;
+
+template <int R>
+inline void whole_rows(const Matrix& w, const int64_t* row, const int64_t* next, const Activations& x, float* out) {
+    const int64_t stride = round_up(w.cols, PAD);
+    for (int64_t column = 0; column < stride; column += LONGEST) {
+        float part[R];
+        products_of<R, true>(w.type, (const char*)w.data + column * type_bytes(w.type), stride, row, next, column,
+                             column + LONGEST < stride ? LONGEST : stride - column, x, 0, part);
+        for (int r = 0; r < R; ++r) out[r] = column ? out[r] + part[r] : part[r];
+    }
+    for (int r = 0; w.type == INT8 && r < R; ++r) out[r] *= w.scale[row[r]] * x.scales[0];
+}
+
+void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias, const int32_t* chosen,
+               int64_t begin, int64_t end, const Activations& x, float* h) {
+    const int64_t stride = round_up(units.cols, PAD);
+    const int64_t inward = parts - 1;  // rows that meet x: gate and up, or up alone
+    constexpr int64_t AT_ONCE = 4, DISTANCE = 4;  // units that are computed together, and that are in flight
+    const int64_t bytes = stride * type_bytes(units.type);
+    for (int64_t i = begin; i < end && i < begin + DISTANCE; ++i)
+        prefetch_row((const char*)units.data + chosen[i] * parts * bytes, inward * bytes);
+    const auto finish = [&](int64_t i, float gate, float up) {
+        if (unit_bias) gate += unit_bias[chosen[i]];
+        h[i] = activation_of(activation, gate) * (inward == 2 ? up : 1);
+    };
+    for (int64_t i = begin; i < end;) {
+        int64_t row[AT_ONCE], next[AT_ONCE];
+        const int64_t together = i + AT_ONCE <= end ? AT_ONCE : 1;
+        for (int64_t j = 0; j < together; ++j) {
+            row[j] = int64_t(chosen[i + j]) * parts;
+            next[j] = i + j + DISTANCE < end ? int64_t(chosen[i + j + DISTANCE]) * parts : row[j];
+        }
+        float first[AT_ONCE], second[AT_ONCE] = {};
+        for (int64_t k = 0; k < inward; ++k) {
+            if (together == AT_ONCE)
+                whole_rows<AT_ONCE>(units, row, next, x, k ? second : first);
+            else
+                whole_rows<1>(units, row, next, x, k ? second : first);
+            for (int64_t j = 0; j < together; ++j) ++row[j], ++next[j];
+        }
+        for (int64_t j = 0; j < together; ++j) finish(i + j, first[j], second[j]);
+        i += together;
+    }
+}
+
+// y += sum of R rows, each times its factor.
+template <int R, class W>
+inline void add_rows(const W* const* rows, const float* factor, const W* const* next, int64_t begin, int64_t end,
+                     float* y) {
+    int64_t c = begin;
+    Vector factors[R];
+    for (int r = 0; r < R; ++r) factors[r] = fill(factor[r]);
+    for (; c + LANES <= end; c += LANES) {
+        if (c * sizeof(W) % 64 == 0)
+            for (int r = 0; r < R; ++r) prefetch(next[r] + c);
+        Vector total = load(y + c);
+        for (int r = 0; r < R; ++r) add_product(total, factors[r], load(rows[r] + c));
+        store(y + c, total);
+    }
+    if (c == end) return;
+    float lane[LANES];  // the last columns of a width that is no multiple of LANES; rows are padded, y is not
+    Vector total = fill(0);
+    for (int64_t i = c; i < end; ++i) lane[i - c] = y[i];
+    std::memcpy(&total, lane, size_t(end - c) * 4);
+    for (int r = 0; r < R; ++r) add_product(total, factors[r], load(rows[r] + c));
+    store(lane, total);
+    for (int64_t i = c; i < end; ++i) y[i] = lane[i - c];
+}
+
+template <class W>
+void sum_units(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
+               int64_t begin, int64_t end, float* y) {
+    constexpr int64_t AT_ONCE = 4;
+    const int64_t stride = round_up(units.cols, PAD);
+    const W* data = (const W*)units.data;
+    const W* rows[AT_ONCE];
+    float factor[AT_ONCE];
+    int64_t place = 0;
+    const auto gather = [&](const W** to, float* weight) {
+        int64_t found = 0;
+        for (; place < count && found < AT_ONCE; ++place) {
+            if (h[place] == 0) continue;
+            const int64_t row = int64_t(chosen[place]) * parts + parts - 1;
+            to[found] = data + row * stride;
+            weight[found] = h[place] * (units.scale ? units.scale[row] : 1);
+            ++found;
+        }
+        return found;
+    };
+    int64_t found = gather(rows, factor);
+    for (int64_t r = 0; r < found; ++r)
+        prefetch_row((const char*)(rows[r] + begin), (end - begin) * int64_t(sizeof(W)));
+    while (found) {
+        const W* next[AT_ONCE];
+        float next_factor[AT_ONCE];
+        const int64_t following = gather(next, next_factor);
+        for (int64_t r = following; r < AT_ONCE; ++r) next[r] = rows[0];
+        if (found == 4)
+            add_rows<4>(rows, factor, next, begin, end, y);
+        else if (found == 3)
+            add_rows<3>(rows, factor, next, begin, end, y);
+        else if (found == 2)
+            add_rows<2>(rows, factor, next, begin, end, y);
+        else
+            add_rows<1>(rows, factor, next, begin, end, y);
+        found = following;
+        std::memcpy(rows, next, sizeof rows);
+        std::memcpy(factor, next_factor, sizeof factor);
+    }
+}
+
+void unit_sums(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
+               int64_t begin, int64_t end, float* y) {
+    if (units.type == FLOAT32)
+        sum_units<float>(units, parts, chosen, h, count, begin, end, y);
+    else if (units.type == BFLOAT16)
+        sum_units<uint16_t>(units, parts, chosen, h, count, begin, end, y);
+    else
+        sum_units<int8_t>(units, parts, chosen, h, count, begin, end, y);
+}
