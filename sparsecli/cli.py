@@ -340,6 +340,17 @@ def _percent(text: str) -> float:
     return value
 
 
+def _numbers(text: str) -> list[int]:
+    """`64,2048` as [64, 2048]."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise typer.BadParameter(f"{text!r}; expected whole numbers above 0, such as 1,2")
+    return values
+
+
 @app.command(
     epilog="Example: sparsecli bench bench-800m --dtype bfloat16 --against base.json --fail-above 5%"
 )
@@ -354,12 +365,45 @@ def bench(
         list[str] | None,
         typer.Option(metavar="DIR", help="A trained run in place of random weights; may be repeated."),
     ] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(metavar="TYPE", help="float32 or bfloat16; may be repeated.")
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this variant; may be repeated.", show_default=False),
     ] = None,
-    threads: Threads = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="native or torch; may be repeated.", show_default=False),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another program beside ours; may be repeated.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TYPE", help="float32, bfloat16 or int8; may be repeated.", show_default=False),
+    ] = None,
+    threads: Annotated[
+        Any, typer.Option(parser=_numbers, metavar="N,...", help="CPU threads.", show_default=False)
+    ] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens in the cache at the start.")
+        Any,
+        typer.Option(
+            parser=_numbers, metavar="N,...", help="Tokens in the cache at the start.", show_default=False
+        ),
+    ] = None,
+    batch: Annotated[
+        Any, typer.Option(parser=_numbers, metavar="N,...", help="Sequences at once.", show_default=False)
+    ] = None,
+    prefill: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Also read a prompt of N tokens.", show_default=False),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Time the parts of a token.")] = False,
+    from_disk: Annotated[
+        bool, typer.Option("--from-disk", help="Read sparse units from a file, cold.")
+    ] = False,
+    disk_folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where that file lies for the time.", show_default=False),
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Turns of every variant.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Measured tokens of a turn.")] = None,
@@ -396,9 +440,17 @@ def bench(
         loaded,
         dense=dense,
         sparse=sparse,
+        names=variant or None,
+        backends=backend or None,
+        peers=peer or None,
         dtypes=dtype or None,
         threads=threads,
         context=context,
+        batch=batch,
+        prefill=prefill,
+        profile=profile,
+        from_disk=from_disk,
+        disk_folder=disk_folder,
         rounds=rounds,
         tokens=tokens,
         format="json" if json else format,

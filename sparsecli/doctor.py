@@ -14,6 +14,8 @@ import torch
 
 from sparsecli import __version__, console
 from sparsecli.bench import machine, roofline
+from sparsecli.decode import native
+from sparsecli.decode.engine import processors
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
@@ -90,9 +92,22 @@ def examine(cpuinfo: Path = machine.CPUINFO) -> Diagnosis:
             Backend(
                 "torch", True, f"torch {torch.__version__} with {torch.backends.cpu.get_cpu_capability()}"
             ),
-            Backend("native", False, "not part of this version"),
+            _native(),
         ],
     )
+
+
+def _native() -> Backend:
+    """The native engine: what it was built for and this processor has, or why it cannot be used."""
+    try:
+        reason = native.available()
+    except console.Failure as failure:  # an environment variable asks for what does not exist
+        reason = failure.message
+    if reason is not None:
+        return Backend("native", False, reason)
+    others = [name for name in native.instruction_sets() if name != native.isa()]
+    also = f"; SPARSECLI_ISA chooses another: {', '.join(others)}" if others else ""
+    return Backend("native", True, f"{native.isa()} with {processors()} threads{also}")
 
 
 def rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:

@@ -119,7 +119,20 @@ def test_bench(run, calls):
 def test_a_first_override_is_no_recipe(run, calls):
     assert run("bench", "bench.rounds=9", "bench.context=3") == 0
     assert calls.loaded.name == "bench-800m"
-    assert (calls.loaded.recipe.bench.rounds, calls.loaded.recipe.bench.context) == (9, 3)
+    assert (calls.loaded.recipe.bench.rounds, calls.loaded.recipe.bench.context) == (9, [3])
+
+
+def test_bench_takes_lists_of_numbers(run, calls):
+    assert run("bench", "--threads", "1,2", "--context", "64", "--batch", "1,4,16", "--backend", "native") == 0
+    options = calls.options
+    assert (options["threads"], options["context"], options["batch"]) == ([1, 2], [64], [1, 4, 16])
+    assert options["backends"] == ["native"]
+
+
+@pytest.mark.parametrize("numbers", ["0", "1,", "a", "1,-2", ""])
+def test_bench_refuses_lists_that_are_none(numbers, run, calls, capsys):
+    assert run("bench", f"--batch={numbers}") == 2
+    assert "expected whole numbers above 0, such as 1,2" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("share", ["x", "-1%", "100%", "nan", ""])
@@ -344,7 +357,7 @@ def test_recipes(run, capsys, tmp_path):
 
 
 def test_completion_offers_shipped_recipes():
-    assert cli._shipped("bench") == ["bench-17b", "bench-800m"]
+    assert sorted(cli._shipped("bench-8")) == ["bench-800m", "bench-800m-sparsity"]
 
 
 def test_every_command_is_documented():

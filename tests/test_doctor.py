@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 
 from sparsecli import doctor
+from sparsecli.decode import native
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def test_json_holds_the_figures(capsys):
     assert found["memory_gb"] >= found["available_gb"] > 0
     assert [(backend["name"], backend["usable"]) for backend in found["backends"]] == [
         ("torch", True),
-        ("native", False),
+        ("native", native.available() is None),
     ]
 
 
@@ -65,3 +66,24 @@ def test_a_missing_package_is_named(monkeypatch):
 
     monkeypatch.setattr(doctor, "version", lookup)
     assert ("datasets", "not installed", "pip install datasets") in doctor.rows(doctor.examine())
+
+
+def native_backend() -> doctor.Backend:
+    return next(backend for backend in doctor.examine().backends if backend.name == "native")
+
+
+def test_the_native_engine_and_why_it_cannot_be_used(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: "it was not built")
+    assert native_backend() == doctor.Backend("native", False, "it was not built")
+    monkeypatch.setattr(native, "available", lambda: None)
+    monkeypatch.setattr(native, "isa", lambda: "avx2")
+    monkeypatch.setattr(native, "instruction_sets", lambda: ["avx2", "portable"])
+    found = native_backend()
+    assert found.usable
+    assert found.reason.startswith("avx2 with ")
+    assert found.reason.endswith("SPARSECLI_ISA chooses another: portable")
+
+
+def test_a_wrong_environment_is_a_reason_and_no_error(monkeypatch):
+    monkeypatch.setenv("SPARSECLI_KERNELS", "fast")
+    assert native_backend().reason.startswith("SPARSECLI_KERNELS=fast: expected one of")

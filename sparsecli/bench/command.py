@@ -7,8 +7,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +16,18 @@ import psutil
 import torch
 
 from sparsecli import console
-from sparsecli.bench import compare, machine, report, roofline, variants
-from sparsecli.bench.measure import BACKENDS, Turn, measure, spread, times
-from sparsecli.bench.report import Bandwidth, Machine, Processor, Result, Row, Settings, Subject
+from sparsecli.bench import compare, disk, entries, machine, plan, roofline, table, variants
+from sparsecli.bench.measure import measure
+from sparsecli.bench.plan import Plan
+from sparsecli.bench.report import Bandwidth, Machine, Processor, Result, Settings
 from sparsecli.bench.variants import Candidate
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.decode import native
+from sparsecli.decode.engine import MAX_THREADS, processors
+from sparsecli.decode.tensorfile import WIDTHS
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WORKSPACE_BYTES = 2**30  # the interpreter, activations and the bandwidth probe's buffer
+BACKENDS = ("native", "torch")
 
 
 def run(
@@ -34,9 +35,17 @@ def run(
     *,
     dense: bool = False,
     sparse: bool = False,
+    names: Sequence[str] | None = None,
+    backends: Sequence[str] | None = None,
+    peers: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
-    threads: int | None = None,
-    context: int | None = None,
+    threads: Sequence[int] | None = None,
+    context: Sequence[int] | None = None,
+    batch: Sequence[int] | None = None,
+    prefill: int | None = None,
+    profile: bool = False,
+    from_disk: bool = False,
+    disk_folder: Path | None = None,
     rounds: int | None = None,
     tokens: int | None = None,
     format: Literal["table", "json", "csv", "markdown"] = "table",
@@ -46,10 +55,12 @@ def run(
     dry_run: bool = False,
     models: Sequence[str] = (),
 ) -> Result | None:
-    """Measure single-token decoding and show it in `format`; the result, or None for a dry run.
+    """Measure decoding and show it in `format`; the result, or None for a dry run.
 
-    `models` are trained runs to measure in place of the recipe's variants. `dtypes`, `context`, `rounds` and
-    `tokens` go before the recipe's `bench:` block. `fail_above` is a fraction (0.05: five per cent).
+    `models` are trained runs to measure in place of the recipe's variants; `names` chooses some of either. What is
+    given goes before the recipe's `bench:` block; of `threads`, `context` and `batch` every combination is measured.
+    `from_disk` writes packed models to `disk_folder` (the working directory) for as long as it takes. `fail_above`
+    is a fraction (0.05: five per cent).
     Raises `Failure` for anything that cannot be measured or compared, `Regression` when a row is slower than
     in `against` by more than `fail_above`.
     """
@@ -58,37 +69,46 @@ def run(
     earlier = compare.read(against) if against else None
     if output:
         _check_writable(output)
-    bench = loaded.recipe.bench or BenchSpec.model_construct(variants=[])
-    plan = Plan(
-        candidates=variants.choose(_candidates(loaded, models), dense=dense, sparse=sparse),
-        backends=bench.backends,
-        dtypes=_dtypes(dtypes or bench.dtypes),
-        settings=Settings(
-            context=_positive("--context", context, bench.context),
-            rounds=_positive("--rounds", rounds, bench.rounds),
-            tokens_per_round=_positive("--tokens", tokens, bench.tokens_per_round),
-            warmup_tokens=bench.warmup_tokens,
-        ),
-        layers=None if models else bench.measured_layers,
-    )
+    given = {
+        "backends": _names("--backend", backends, BACKENDS),
+        "peers": list(peers) if peers else None,
+        "dtypes": _names("--dtype", dtypes, tuple(WIDTHS)),
+        "threads": _positive("--threads", threads),
+        "context": _positive("--context", context),
+        "batch": _positive("--batch", batch),
+        "prefill": _one("--prefill", prefill),
+        "profile": profile or None,
+        "from_disk": from_disk or None,
+        "rounds": _one("--rounds", rounds),
+        "tokens_per_round": _one("--tokens", tokens),
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    bench = (loaded.recipe.bench or BenchSpec.model_construct(variants=[])).model_copy(update=chosen)
+    folder = disk_folder or Path()
+    candidates = variants.choose(_candidates(loaded, models), dense=dense, sparse=sparse, names=names)
+    what = _plan(bench, candidates, models)
     processor = Processor(
         cpu=machine.processor()[0],
-        isa=torch.backends.cpu.get_cpu_capability(),
-        threads=_positive("--threads", threads, torch.get_num_threads()),
+        isa=_isa(what),
+        threads=max(model.threads for model in what.models),
     )
-    _check_positions(plan)
+    plan.check_positions(what)
+    plan.check_whole(what)
+    if what.from_disk:
+        disk.check_supported()
+        plan.check_disk(what, folder)
     if earlier and against:
-        compare.check_comparable(processor, plan.settings, plan.subjects(), earlier, against)
-    if warning := variants.check_same_size(plan.candidates):
+        compare.check_comparable(processor, what.subjects(), earlier, against)
+    if what.candidates and (warning := variants.check_same_size(what.candidates)):
         console.warn(warning)
     if dry_run:
-        _show_plan(plan, output)
+        _show_plan(what, output, folder)
         return None
-    _check_memory(plan)
+    plan.check_memory(what)
 
     with machine.threads(processor.threads):
         machine.warn_if_busy()
-        result = _measure(loaded, plan, processor)
+        result = _measure(loaded, bench, what, processor, folder)
     if earlier:
         changes = compare.compare(result, earlier, fail_above or 0.0)
         result = result.model_copy(update={"comparison": changes})
@@ -101,48 +121,6 @@ def run(
 
 
 # -- what to measure -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which models are measured, and how."""
-
-    candidates: Sequence[Candidate]
-    backends: Sequence[str]
-    dtypes: Sequence[str]
-    settings: Settings
-    layers: int | None  # so many blocks of each model are built; None: all
-
-    @property
-    def positions(self) -> int:
-        """Tokens that a row's cache has to hold."""
-        return self.settings.context + self.settings.warmup_tokens + self.settings.tokens_per_round
-
-    def built(self, candidate: Candidate) -> ModelSpec:
-        """The part of a model that is built."""
-        return variants.part(candidate.spec, self.layers)
-
-    def subject(self, candidate: Candidate, backend: str, dtype: str) -> Subject:
-        """A row without its figures."""
-        return Subject(
-            variant=candidate.name,
-            group=candidate.group,
-            backend=backend,
-            dtype=dtype,
-            parameters=candidate.sizes.total,
-            active_parameters=candidate.sizes.active,
-            bytes_per_token=candidate.sizes.bytes_per_token(dtype, self.settings.context),
-            projected=self.built(candidate).layers != candidate.spec.layers,
-        )
-
-    def subjects(self) -> list[Subject]:
-        """All rows without their figures."""
-        return [
-            self.subject(candidate, backend, dtype)
-            for backend in self.backends
-            for dtype in self.dtypes
-            for candidate in self.candidates
-        ]
 
 
 def _candidates(loaded: LoadedRecipe, models: Sequence[str]) -> list[Candidate]:
@@ -158,84 +136,117 @@ def _candidates(loaded: LoadedRecipe, models: Sequence[str]) -> list[Candidate]:
     return variants.from_recipe(recipe.model, recipe.bench)
 
 
-def _dtypes(names: Sequence[str]) -> list[str]:
-    for name in names:
-        if name not in DTYPES:
-            raise console.Failure(f"--dtype: {name!r} is not one of {', '.join(DTYPES)}", exit_code=2)
-    return list(dict.fromkeys(names))
+def _plan(bench: BenchSpec, candidates: Sequence[Candidate], models: Sequence[str]) -> Plan:
+    backends = bench.backends or _default_backends()
+    if "native" in backends and (reason := native.available()):
+        raise console.Failure(f"--backend native: {reason}")
+    threads = bench.threads or [processors()]
+    if max(threads) > MAX_THREADS:
+        raise console.Failure(f"--threads: {max(threads)} is more than {MAX_THREADS}", exit_code=2)
+    settings = Settings(
+        context=bench.context[0],
+        rounds=bench.rounds,
+        tokens_per_round=bench.tokens_per_round,
+        warmup_tokens=bench.warmup_tokens,
+    )
+    cases = plan.rows(
+        candidates,
+        backends=backends,
+        dtypes=bench.dtypes,
+        threads=threads,
+        contexts=bench.context,
+        batches=bench.batch,
+        prefill=bench.prefill,
+        from_disk=bench.from_disk,
+    )
+    cases += plan.peer_rows(
+        bench.peers,
+        [] if models else candidates,
+        dtypes=bench.dtypes,
+        threads=threads,
+        contexts=bench.context,
+        positions=max(bench.context) + bench.warmup_tokens + bench.tokens_per_round,
+    )
+    return Plan(cases, settings, profile=bench.profile, from_disk=bench.from_disk)
 
 
-def _positive(option: str, value: int | None, default: int) -> int:
-    if value is not None and value < 1:
-        raise console.Failure(f"{option}: {value} should be at least 1", exit_code=2)
-    return default if value is None else value
+def _default_backends() -> list[Literal["native", "torch"]]:
+    reason = native.available()
+    if reason is None:
+        return ["native"]
+    console.say(f"measuring with PyTorch: the native engine cannot be used: {reason}")
+    return ["torch"]
 
 
-def _check_positions(plan: Plan) -> None:
-    settings = plan.settings
-    for candidate in plan.candidates:
-        if candidate.spec.max_positions < plan.positions:
-            raise console.Failure(
-                f"{candidate.name}: {plan.positions} positions are needed (context {settings.context} + "
-                f"{settings.warmup_tokens} warm-up + {settings.tokens_per_round} measured tokens), the model "
-                f"has {candidate.spec.max_positions}; use a smaller --context"
-            )
+def _isa(what: Plan) -> str:
+    if any(model.backend == "native" for model in what.models):
+        return native.isa()
+    return torch.backends.cpu.get_cpu_capability()
 
 
-def _needed_bytes(plan: Plan) -> int:
-    """An estimate: one pool a dtype, every trained model's weights, and every row's cache."""
-    total = WORKSPACE_BYTES
-    for name in plan.dtypes:
-        pools, trained, cached = [0], 0, 0
-        for candidate in plan.candidates:
-            sizes = variants.count_parameters(plan.built(candidate))
-            cached += sizes.cached_per_position * plan.positions
-            if candidate.run:
-                trained += sizes.total
-            else:
-                pools.append(sizes.total)
-        total += (max(pools) + trained + cached) * DTYPES[name].itemsize
-    return total
+def _names(option: str, names: Sequence[str] | None, known: Sequence[str]) -> list[str] | None:
+    for name in names or ():
+        if name not in known:
+            raise console.Failure(f"{option}: {name!r} is not one of {', '.join(known)}", exit_code=2)
+    return list(dict.fromkeys(names)) if names else None
 
 
-def _check_memory(plan: Plan) -> None:
-    needed, available = _needed_bytes(plan), psutil.virtual_memory().available
-    if needed > available:
-        raise console.Failure(
-            f"{needed / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are available; "
-            "choose one --dtype, or build part of the model with bench.measured_layers=1"
-        )
+def _one(option: str, value: int | None) -> int | None:
+    _positive(option, None if value is None else [value])
+    return value
 
 
-def _show_plan(plan: Plan, output: Path | None) -> None:
+def _positive(option: str, values: Sequence[int] | None) -> list[int] | None:
+    for value in values or ():
+        if value < 1:
+            raise console.Failure(f"{option}: {value} should be at least 1", exit_code=2)
+    return list(dict.fromkeys(values)) if values else None
+
+
+def _show_plan(what: Plan, output: Path | None, folder: Path) -> None:
     rows = [
         (
-            candidate.name,
-            candidate.group,
-            f"{candidate.sizes.total:,}",
-            f"{candidate.sizes.active:,}",
-            *(
-                report.megabytes(candidate.sizes.bytes_per_token(name, plan.settings.context))
-                for name in plan.dtypes
-            ),
+            subject.variant,
+            subject.group,
+            subject.backend,
+            subject.dtype + (f", {subject.changed_parts}" if subject.changed_parts else ""),
+            subject.sizes,
+            f"{subject.parameters:,}",
+            f"{subject.active_parameters:,}",
+            table.megabytes(subject.bytes_per_token),
         )
-        for candidate in plan.candidates
+        for subject in what.subjects()
     ]
-    columns = ("variant", "group", "parameters", "active / token", *(f"MB / token {n}" for n in plan.dtypes))
+    columns = (
+        "variant",
+        "group",
+        "backend",
+        "weights",
+        "sizes",
+        "parameters",
+        "active / token",
+        "MB / token",
+    )
     console.print_table(columns, rows, title="dry run: nothing is measured")
-    console.say(f"memory needed: about {_needed_bytes(plan) / 1e9:.1f} GB")
+    console.say(f"memory needed: about {plan.needed_bytes(what) / 1e9:.1f} GB")
+    if what.from_disk:
+        needed = sum(plan.packed_bytes(what, model) for model in what.models)
+        console.say(f"disk needed meanwhile: {needed / 1e9:.1f} GB in {folder.absolute()}")
     console.say(f"files to be written: {output or 'none'}")
 
 
 # -- measuring -----------------------------------------------------------------------------------------------
 
 
-def _measure(loaded: LoadedRecipe, plan: Plan, processor: Processor) -> Result:
-    console.say(f"building {len(plan.candidates)} models as {', '.join(plan.dtypes)}")
-    entries = _load(plan)
+def _measure(
+    loaded: LoadedRecipe, bench: BenchSpec, what: Plan, processor: Processor, folder: Path
+) -> Result:
+    console.say(f"building {len(what.models)} models")
+    found, disk_speed = entries.load(what, folder)
     before = roofline.bandwidth()
-    with console.progress("measuring", len(entries) * (plan.settings.rounds + 1)) as progress:
-        measure([entry.turn for entry in entries], plan.settings, loaded.recipe.seed, progress)
+    with console.progress("measuring", len(found) * (what.settings.rounds + 1)) as progress:
+        measure([entry.turn for entry in found], what.settings.rounds, loaded.recipe.seed, progress)
+    torch.set_num_threads(processor.threads)
     bandwidths = Bandwidth(before=round(before, 2), after=round(roofline.bandwidth(), 2))
     if roofline.drifted(bandwidths.before, bandwidths.after):
         console.warn(
@@ -245,89 +256,28 @@ def _measure(loaded: LoadedRecipe, plan: Plan, processor: Processor) -> Result:
     memory_gb = round(psutil.virtual_memory().total / 1e9, 1)
     return Result(
         command=shlex.join(["sparsecli", *sys.argv[1:]]),
-        recipe=_as_run(loaded, plan),
-        settings=plan.settings,
+        recipe=_as_run(loaded, bench, what),
+        settings=what.settings,
         versions={name: version(name) for name in ("sparsecli", "torch", "transformers")}
         | {"python": platform.python_version()},
-        machine=Machine(**dict(processor), bandwidth_gb_s=bandwidths, memory_gb=memory_gb),
-        rows=_rows(entries, bandwidths.mean),
+        machine=Machine(**dict(processor), bandwidth_gb_s=bandwidths, memory_gb=memory_gb, disk=disk_speed),
+        rows=entries.rows(found, bandwidths.mean),
+        peak_memory_gb=machine.peak_memory_gb(),
     )
 
 
-def _as_run(loaded: LoadedRecipe, plan: Plan) -> dict[str, Any] | None:
+def _as_run(loaded: LoadedRecipe, bench: BenchSpec, what: Plan) -> dict[str, Any] | None:
     """The recipe with the command line's options in it, or None for trained runs: it does not describe them."""
-    bench = loaded.recipe.bench
-    if bench is None or any(candidate.run for candidate in plan.candidates):
+    if loaded.recipe.bench is None or any(candidate.run for candidate in what.candidates):
         return None
-    groups = {candidate.group for candidate in plan.candidates}
+    names = {candidate.name for candidate in what.candidates}
+    ours = [name for name in BACKENDS if any(model.backend == name for model in what.models)]
     chosen = {
-        **dict(plan.settings),
-        "dtypes": list(plan.dtypes),
-        "variants": [variant for variant in bench.variants if variant.group in groups],
+        "backends": bench.backends or ours,
+        "variants": [variant for variant in bench.variants if variant.name in names],
     }
     recipe = loaded.recipe.model_copy(update={"bench": bench.model_copy(update=chosen)})
     return recipe.model_dump(mode="json", exclude_none=True)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A row on its way: what it is, and its decoder with its samples."""
-
-    subject: Subject
-    candidate: Candidate
-    turn: Turn
-
-
-def _load(plan: Plan) -> list[Entry]:
-    entries = []
-    for dtype in plan.dtypes:
-        for candidate, weights in _weights(plan, DTYPES[dtype]):
-            spec = plan.built(candidate)
-            for backend in plan.backends:
-                decoder = BACKENDS[backend].load(spec, weights, DTYPES[dtype], plan.positions)
-                turn = Turn(decoder, spec.vocabulary.size, candidate.spec.layers, spec.layers)
-                entries.append(Entry(plan.subject(candidate, backend, dtype), candidate, turn))
-    return sorted(entries, key=lambda entry: plan.backends.index(entry.subject.backend))
-
-
-def _weights(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[Candidate, Mapping[str, torch.Tensor]]]:
-    random = [plan.built(candidate) for candidate in plan.candidates if candidate.run is None]
-    elements = max((variants.pool_elements(spec, dtype) for spec in random), default=0)
-    pool = variants.random_pool(elements, dtype)
-    for candidate in plan.candidates:
-        if candidate.run:
-            yield candidate, variants.trained_weights(candidate.run, dtype)
-        else:
-            yield candidate, variants.random_weights(plan.built(candidate), pool)
-
-
-def _rows(entries: Sequence[Entry], gb_per_second: float) -> list[Row]:
-    baselines: dict[tuple[str, str], Entry] = {}
-    for entry in entries:
-        if entry.subject.group == "dense":
-            baselines.setdefault((entry.subject.backend, entry.subject.dtype), entry)
-    rows = []
-    for entry in entries:
-        subject, paper = entry.subject, entry.candidate.paper
-        token = times(entry.turn.token_ms)
-        baseline = baselines.get((subject.backend, subject.dtype))
-        paper_baseline = baseline.candidate.paper if baseline else None
-        share = roofline.fraction_of_limit(subject.bytes_per_token, token.p50, gb_per_second)
-        row = Row(
-            **dict(subject),
-            ms_per_token=token,
-            ms_per_block=spread(entry.turn.block_ms),
-            tokens_per_second=round(1e3 / token.p50, 3),
-            speedup=round(times(baseline.turn.token_ms).p50 / token.p50, 4) if baseline else None,
-            bandwidth_fraction=round(share, 4),
-            held_out_nats=entry.candidate.held_out_nats,
-            paper=paper,
-            paper_speedup=round(paper_baseline.ms_per_token / paper.ms_per_token, 4)
-            if paper_baseline and paper
-            else None,
-        )
-        rows.append(row)
-    return rows
 
 
 # -- saying it -----------------------------------------------------------------------------------------------
@@ -338,13 +288,15 @@ def _show(result: Result, format: str) -> None:
         console.out(_text(result, format))
         return
     width = shutil.get_terminal_size((240, 24)).columns if sys.stdout.isatty() else 240
-    console.table(report.table(result, width))
+    console.table(table.table(result, width))
+    if parts := table.parts_table(result):
+        console.table(parts)
     if result.comparison:
-        console.table(report.changes_table(result.comparison))
+        console.table(table.changes_table(result.comparison))
 
 
 def _text(result: Result, format: str) -> str:
-    formats = {"json": report.as_json, "csv": report.as_csv, "markdown": report.as_markdown}
+    formats = {"json": table.as_json, "csv": table.as_csv, "markdown": table.as_markdown}
     return formats[format](result)
 
 
@@ -382,6 +334,7 @@ def _judge(result: Result, earlier: Result, fail_above: float | None) -> None:
     if fail_above is None or not slower:
         return
     rows = ", ".join(
-        f"{change.variant} ({change.backend}, {change.dtype}) {change.ratio - 1:+.1%}" for change in slower
+        f"{change.variant} ({change.backend}, {change.dtype}, {change.sizes}) {change.ratio - 1:+.1%}"
+        for change in slower
     )
     raise console.Regression(f"slower than before by more than {fail_above:.1%}: {rows}")

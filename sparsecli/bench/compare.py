@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from sparsecli import console
-from sparsecli.bench.report import Change, Processor, Result, Row, Settings, Subject
+from sparsecli.bench.report import Change, Processor, Result, Row, Subject, in_words
 from sparsecli.bench.roofline import drifted
 
 RESAMPLES = 2000
@@ -34,31 +34,40 @@ def read(path: Path) -> Result:
         ) from error
 
 
-def check_comparable(
-    processor: Processor, settings: Settings, subjects: Sequence[Subject], before: Result, path: Path
-) -> None:
+def check_comparable(processor: Processor, subjects: Sequence[Subject], before: Result, path: Path) -> None:
     """Raise `Failure` unless what is to be measured is what `before`, read from `path`, measured.
 
     All of this is known before measuring. The memory's bandwidth is not: `compare` allows for it.
     """
-    pairs = [
+    pairs: list[tuple[str, object, object]] = [
         ("machine.cpu", before.machine.cpu, processor.cpu),
         ("machine.isa", before.machine.isa, processor.isa),
-        ("machine.threads", before.machine.threads, processor.threads),
-        ("settings.context", before.settings.context, settings.context),
     ]
     rows = {row.key: row for row in before.rows}
     common = [subject for subject in subjects if subject.key in rows]
-    pairs += [
-        (f"{field} of {subject.variant}", getattr(rows[subject.key], field), getattr(subject, field))
-        for subject in common
-        for field in ("parameters", "active_parameters", "bytes_per_token", "projected")
-    ]
+    for subject in common:
+        earlier = rows[subject.key]
+        fields = ["parameters", "active_parameters", "bytes_per_token", "projected"]
+        fields += ["precision"] if earlier.precision else []  # results from before it was written
+        pairs += [
+            (f"{field} of {subject.variant}", getattr(earlier, field), getattr(subject, field))
+            for field in fields
+        ]
     for name, theirs, ours in pairs:
         if theirs != ours:
             raise console.Failure(f"{path}: cannot be compared: {name} was {theirs!r}, is {ours!r}")
     if not common:
-        raise console.Failure(f"{path}: has no row of the same variant, backend and dtype as this bench")
+        raise console.Failure(f"{path}: has no row of {_difference(subjects, before)}")
+
+
+def _difference(subjects: Sequence[Subject], before: Result) -> str:
+    """What keeps two results from having a row in common."""
+    for subject in subjects:
+        for row in before.rows:
+            if row.key[:3] == subject.key[:3]:
+                theirs, ours = (in_words(*each.key[3:]) for each in (row, subject))
+                return f"the same sizes as this bench: {row.variant} was measured at {theirs}, is at {ours}"
+    return "the same variant, backend and dtype as this bench"
 
 
 def compare(now: Result, before: Result, threshold: float) -> list[Change]:
@@ -71,26 +80,16 @@ def compare(now: Result, before: Result, threshold: float) -> list[Change]:
     bandwidths = before.machine.bandwidth_gb_s.mean, now.machine.bandwidth_gb_s.mean
     explained = bandwidths[0] / bandwidths[1] if drifted(*bandwidths) else 1.0
     earlier = {row.key: row for row in before.rows}
+    rounds = now.settings.rounds, before.settings.rounds
     return [
-        _change(
-            row,
-            now.settings.tokens_per_round,
-            earlier[row.key],
-            before.settings.tokens_per_round,
-            threshold,
-            explained,
-        )
-        for row in now.rows
-        if row.key in earlier
+        _change(row, earlier[row.key], rounds, threshold, explained) for row in now.rows if row.key in earlier
     ]
 
 
-def _change(
-    row: Row, tokens: int, earlier: Row, earlier_tokens: int, threshold: float, explained: float
-) -> Change:
+def _change(row: Row, earlier: Row, rounds: tuple[int, int], threshold: float, explained: float) -> Change:
     ratio = row.ms_per_token.p50 / earlier.ms_per_token.p50
     low, high = ratio_interval(
-        rounds_of(row.ms_per_token.samples, tokens), rounds_of(earlier.ms_per_token.samples, earlier_tokens)
+        rounds_of(row.ms_per_token.samples, rounds[0]), rounds_of(earlier.ms_per_token.samples, rounds[1])
     )
     slow, fast = max(explained, 1.0), min(explained, 1.0)
     verdict: Literal["slower", "faster", "same"] = "same"
@@ -99,9 +98,7 @@ def _change(
     elif ratio < fast / (1 + threshold) and high < fast:
         verdict = "faster"
     return Change(
-        variant=row.variant,
-        backend=row.backend,
-        dtype=row.dtype,
+        **row.key._asdict(),
         before_ms=earlier.ms_per_token.p50,
         now_ms=row.ms_per_token.p50,
         ratio=ratio,
@@ -111,9 +108,9 @@ def _change(
     )
 
 
-def rounds_of(samples: list[float], tokens_per_round: int) -> np.ndarray:
+def rounds_of(samples: list[float], rounds: int) -> np.ndarray:
     """Samples as (rounds, tokens of a round)."""
-    return np.array(samples).reshape(-1, tokens_per_round)
+    return np.array(samples).reshape(rounds, -1)
 
 
 def ratio_interval(now: np.ndarray, before: np.ndarray, seed: int = 0) -> tuple[float, float]:

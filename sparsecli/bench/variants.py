@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,14 +15,11 @@ from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausa
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model, read_config
 from sparsecli.model.folder import find_model
-from sparsecli.model.memory import aligned, huge_page_tensor
 from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
-from sparsecli.recipe.schema import BenchSpec, PaperFigures
+from sparsecli.recipe.schema import BenchSpec, PaperFigures, PrecisionChanges, Variant
 from sparsecli.train.run_directory import read_facts
 
-TILE = 16_777_213  # an odd length, so that no two matrices start at the same phase of the repeated tile
-STANDARD_DEVIATION = 0.02
-BIAS_SCALE = 1e-3
+UNCHANGED = PrecisionChanges()
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,9 @@ class Candidate:
     run: Path | None = None  # a trained model's folder; without it the weights are random
     held_out_nats: float | None = None
     paper: PaperFigures | None = None
+    precision: PrecisionChanges = UNCHANGED
+    dtypes: Sequence[str] | None = None  # None: those of the bench
+    measured_layers: int | None = None  # so many blocks are built; None: all
 
 
 # -- choosing ------------------------------------------------------------------------------------------------
@@ -43,11 +43,21 @@ class Candidate:
 
 def from_recipe(model: ModelSpec, bench: BenchSpec) -> list[Candidate]:
     """The recipe's variants: its model with the blocks that each variant replaces."""
-    specs = [variant.apply(model) for variant in bench.variants]
-    return [
-        Candidate(variant.name, variant.group, spec, count_parameters(spec), paper=variant.paper)
-        for variant, spec in zip(bench.variants, specs, strict=True)
-    ]
+    return [_from_variant(variant, variant.apply(model), bench.measured_layers) for variant in bench.variants]
+
+
+def _from_variant(variant: Variant, spec: ModelSpec, measured_layers: int | None) -> Candidate:
+    limits = [limit for limit in (variant.measured_layers, measured_layers) if limit is not None]
+    return Candidate(
+        variant.name,
+        variant.group,
+        spec,
+        count_parameters(spec),
+        paper=variant.paper,
+        precision=variant.precision,
+        dtypes=tuple(variant.dtypes) if variant.dtypes else None,
+        measured_layers=min(limits, default=None),
+    )
 
 
 def from_runs(references: Sequence[str]) -> list[Candidate]:
@@ -88,15 +98,24 @@ def _group(spec: ModelSpec) -> Literal["dense", "sparse"]:
     return "dense" if kinds <= {"dense", "none"} else "sparse"
 
 
-def choose(candidates: Sequence[Candidate], *, dense: bool, sparse: bool) -> list[Candidate]:
-    """Those of the wanted groups; neither flag means both. Raises `Failure` when none is left."""
+def choose(
+    candidates: Sequence[Candidate], *, dense: bool, sparse: bool, names: Sequence[str] | None = None
+) -> list[Candidate]:
+    """Those of the wanted groups and names; neither flag means both groups.
+
+    Raises `Failure` when none is left, or for a name that none has.
+    """
+    known = ", ".join(candidate.name for candidate in candidates)
+    for name in names or ():
+        if all(candidate.name != name for candidate in candidates):
+            raise console.Failure(f"--variant: there is no {name!r} (there are: {known})", exit_code=2)
+    candidates = [candidate for candidate in candidates if not names or candidate.name in names]
     wanted = {"dense": dense or not sparse, "sparse": sparse or not dense}
     chosen = [candidate for candidate in candidates if wanted[candidate.group]]
     if not chosen:
         missing = "dense" if dense else "sparse"
-        names = ", ".join(candidate.name for candidate in candidates)
         raise console.Failure(
-            f"no variant belongs to group {missing} (there are: {names}); leave out --{missing}"
+            f"no variant belongs to group {missing} (there are: {known}); leave out --{missing}"
         )
     return chosen
 
@@ -118,56 +137,18 @@ def part(spec: ModelSpec, layers: int | None) -> ModelSpec:
     return spec if layers is None or layers >= spec.layers else spec.model_copy(update={"layers": layers})
 
 
-# -- weights -------------------------------------------------------------------------------------------------
+def with_positions(spec: ModelSpec, positions: int) -> ModelSpec:
+    """The model with room for so many positions: a table of learned ones grows, of which a token reads one row."""
+    return spec.model_copy(update={"max_positions": max(positions, spec.max_positions)})
+
+
+# -- building ------------------------------------------------------------------------------------------------
 
 
 def empty_model(spec: ModelSpec) -> ScalingTransformerForCausalLM:
     """The model without storage: nothing but its parameters is ever stored, so that they are all it lacks."""
     with torch.device("meta"):
         return ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec))
-
-
-def random_pool(elements: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Normal numbers for all variants of one dtype, which lie on the same memory: they never run at once.
-
-    One random tile is repeated, since drawing billions of numbers would take longer than measuring.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    tile = torch.empty(min(TILE, elements)).normal_(0, STANDARD_DEVIATION, generator=generator).to(dtype)
-    pool = huge_page_tensor(elements, dtype)
-    for start in range(0, elements, TILE):
-        part = pool[start : start + TILE]
-        part.copy_(tile[: len(part)])
-    return pool
-
-
-def _layout(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Matrices, which come from the pool; vectors (biases, normalisation) get their own memory."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.dim() > 1)
-
-
-def pool_elements(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Elements of the pool that one model needs, alignment included."""
-    return sum(aligned(parameter.numel(), dtype) for _, parameter in _layout(empty_model(spec)))
-
-
-def random_weights(spec: ModelSpec, pool: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Weights by name: matrices as views into `pool`, biases small, normalisation weights one."""
-    model = empty_model(spec)
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    position = 0
-    for name, parameter in _layout(model):
-        weights[name] = pool[position : position + parameter.numel()].view(parameter.shape)
-        position += aligned(parameter.numel(), pool.dtype)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() <= 1:
-            if "norm" in name and name.endswith("weight"):
-                weights[name] = torch.ones(parameter.shape, dtype=pool.dtype)
-            else:
-                values = torch.empty(parameter.shape).normal_(0, BIAS_SCALE, generator=generator)
-                weights[name] = values.to(pool.dtype)
-    return weights
 
 
 def trained_weights(folder: Path, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:

@@ -5,9 +5,9 @@ A recipe is inert data. Unions are closed and told apart by a literal field; not
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from sparsecli.model.architecture import (
     AttentionSpec,
@@ -25,7 +25,17 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 Names = Annotated[list[str], Field(min_length=1)]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "int8"]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if type(value) is int else value
+
+
+Sweep = Annotated[
+    list[Size], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=Size | list[Size])
+]
+"""One number, or a list of them for a row each."""
 
 
 # -- data ----------------------------------------------------------------------------------------------------
@@ -246,6 +256,29 @@ class VariantModel(Block):
     """Replaces model.vocabulary."""
 
 
+class PrecisionChanges(Block):
+    """Parts of the model whose weights are of another type than the row's; only the native backend has them."""
+
+    units: Dtype | None = None
+    """Feed-forward matrices, dense or sparse."""
+    projection: Dtype | None = None
+    """Dense projections of attention."""
+    controller: Dtype | None = None
+    """Controllers and routers."""
+    multiplicative: Dtype | None = None
+    """D and E of multiplicative layers, the sparse loss layer's too."""
+    convolution: Literal["float32", "bfloat16"] | None = None
+    """Convolution kernels."""
+    head: Dtype | None = None
+    """Dense logits."""
+    embedding: Dtype | None = None
+    """Tables of tokens and positions."""
+    cache: Dtype | None = None
+    """Keys and values."""
+    head_rescoring: bool | None = None
+    """Score the likeliest tokens of an int8 head again with bfloat16 weights."""
+
+
 class Variant(Block):
     """One row of the table."""
 
@@ -255,6 +288,12 @@ class Variant(Block):
     """`--dense` and `--sparse` choose by this."""
     model: VariantModel = VariantModel()
     """What differs from the recipe's model."""
+    precision: PrecisionChanges = PrecisionChanges()
+    """What differs from the row's weight type."""
+    dtypes: Annotated[list[Dtype], Field(min_length=1)] | None = None
+    """Weight types that this row is measured in; those of the bench by default."""
+    measured_layers: Size | None = None
+    """Build only this many blocks of this row and multiply out; the row says so."""
     paper: PaperFigures | None = None
     """The paper's figures, printed beside ours."""
 
@@ -269,12 +308,26 @@ class BenchSpec(Block):
 
     variants: Annotated[list[Variant], Field(min_length=1)]
     """Rows of the table; the first of group `dense` is the baseline."""
-    backends: Annotated[list[Literal["torch"]], Field(min_length=1)] = Field(default=["torch"])
-    """Decode backends."""
-    dtypes: Annotated[list[Dtype], Field(min_length=1)] = Field(default=["float32", "bfloat16"])
-    """Weight types."""
-    context: Size = 64
+    backends: Annotated[list[Literal["native", "torch"]], Field(min_length=1)] | None = None
+    """Decode backends; by default native where it can be used, else torch."""
+    peers: list[Literal["llama.cpp", "openvino", "ctranslate2", "torch.compile"]] = Field(default=[])
+    """Other programs to measure beside ours; one that is not installed is skipped with a line."""
+    peer_variants: Names | None = None
+    """Variants that peers without a model of their own run; by default the first dense and the last sparse one."""
+    dtypes: Annotated[list[Dtype], Field(min_length=1)] = Field(default=["float32", "bfloat16", "int8"])
+    """Weight types; int8 is for the native backend."""
+    threads: Sweep | None = None
+    """Threads of one step; by default one for each processor."""
+    context: Sweep = Field(default=[64])
     """Tokens in the cache before the first measured one."""
+    batch: Sweep = Field(default=[1])
+    """Sequences that are decoded at once."""
+    prefill: Size | None = None
+    """Measure reading a prompt of this many tokens too."""
+    profile: bool = False
+    """Time the parts of a token."""
+    from_disk: bool = False
+    """Leave the units of sparse layers in a file and read a token's from disk, cold."""
     rounds: Size = 5
     """Times that every variant gets its turn."""
     tokens_per_round: Size = 4
@@ -283,6 +336,14 @@ class BenchSpec(Block):
     """Unmeasured tokens at the start of each turn."""
     measured_layers: Size | None = None
     """Build only this many blocks and multiply out, for models larger than memory; the rows say so."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BenchSpec:
+        known = [variant.name for variant in self.variants]
+        for name in self.peer_variants or ():
+            if name not in known:
+                raise fault("peer_variants", f"{name!r} is not one of {', '.join(known)}")
+        return self
 
 
 # -- the whole -----------------------------------------------------------------------------------------------

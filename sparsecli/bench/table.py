@@ -1,0 +1,266 @@
+"""A result as text: tables for people, Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.cells import cell_len
+from rich.table import Table
+
+from sparsecli.bench.report import Change, Result, Row
+
+# -- figures as text -----------------------------------------------------------------------------------------
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits or so: 126, 19.4, 3.62, 0.065."""
+    decimals = next((index for index, limit in enumerate((100, 10, 1)) if value >= limit), 3)
+    return f"{value:.{decimals}f}"
+
+
+def count(value: int) -> str:
+    """A number of parameters as people say it: 819M, 16.9B, 12.3k."""
+    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}" if value < 999.5 * limit else f"{value / limit:.0f}{unit}"
+    return str(value)
+
+
+def megabytes(value: int) -> str:
+    """Bytes as MB."""
+    return f"{value / 1e6:.0f}" if value >= 1e7 else f"{value / 1e6:.2g}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: two-line title, cells, and rank in being left out (the highest goes first; 0 stays)."""
+
+    title: str
+    cell: Callable[[Row], str | None]
+    sacrifice: int = 0
+    left: bool = False
+
+
+COLUMNS = (
+    Column("variant\n", lambda row: row.variant + (" *" if row.projected else ""), left=True),
+    Column("backend\n", lambda row: row.backend, left=True),
+    Column("weights\n", lambda row: _weights(row), left=True),
+    Column("threads\n", lambda row: str(row.threads)),
+    Column("context\n", lambda row: str(row.context)),
+    Column("batch\n", lambda row: str(row.batch)),
+    Column("prompt\n", lambda row: str(row.prefill) if row.prefill else None),
+    Column("para-\nmeters", lambda row: count(row.parameters), sacrifice=3),
+    Column("active /\ntoken", lambda row: count(row.active_parameters), sacrifice=4),
+    Column("MB /\ntoken", lambda row: megabytes(row.bytes_per_token)),
+    Column("ms /\ntoken", lambda row: milliseconds(row.ms_per_token.p50)),
+    Column(
+        "\np10..p90",
+        lambda row: f"{milliseconds(row.ms_per_token.p10)}..{milliseconds(row.ms_per_token.p90)}",
+        sacrifice=5,
+    ),
+    Column("ms /\nblock", lambda row: milliseconds(row.ms_per_block.p50) if row.ms_per_block else None),
+    Column(
+        "disk MB\n/ token",
+        lambda row: megabytes(row.disk_bytes_per_token) if row.disk_bytes_per_token is not None else None,
+    ),
+    Column("disk\nMB / s", lambda row: f"{row.disk_mb_s:.0f}" if row.disk_mb_s is not None else None),
+    Column("tokens\n/ s", lambda row: f"{row.tokens_per_second:.1f}", sacrifice=2),
+    Column("speed-\nup", lambda row: f"{row.speedup:.2f}x" if row.speedup else None),
+    Column(
+        "of memory\nlimit",
+        lambda row: f"{row.bandwidth_fraction:.0%}" if row.bandwidth_fraction is not None else None,
+    ),
+    Column(
+        "held-out\nnats", lambda row: f"{row.held_out_nats:.3f}" if row.held_out_nats is not None else None
+    ),
+    Column("paper\nms", lambda row: milliseconds(row.paper.ms_per_token) if row.paper else None, sacrifice=6),
+    Column(
+        "paper\nspeed-up", lambda row: f"{row.paper_speedup:.2f}x" if row.paper_speedup else None, sacrifice=1
+    ),
+)
+
+
+NAMING = 7  # columns that say which row it is
+SAID_BELOW = ("backend\n", "threads\n", "context\n", "batch\n")
+"""Columns that are left out when all their cells are alike: the caption says it once."""
+
+
+def _weights(row: Row) -> str:
+    return row.dtype + (f", {row.changed_parts}" if row.changed_parts else "")
+
+
+def _filled(result: Result) -> list[tuple[Column, list[str]]]:
+    """The columns that say something, with their cells; a missing figure is a dash."""
+    columns = []
+    for column in COLUMNS:
+        cells = [column.cell(row) for row in result.rows]
+        if column.title in SAID_BELOW and len(set(cells)) == 1:
+            continue
+        if any(cell is not None for cell in cells):
+            columns.append((column, [cell if cell is not None else "-" for cell in cells]))
+    return columns
+
+
+def _width(columns: Sequence[tuple[Column, list[str]]]) -> int:
+    lines = [[*column.title.split("\n"), *cells] for column, cells in columns]
+    return sum(max(map(cell_len, texts)) + 2 for texts in lines) + 1
+
+
+def table(result: Result, width: int) -> Table:
+    """The rows as a table that fits `width` cells: columns that matter less are left out until it does."""
+    columns = _filled(result)
+    while _width(columns) > width:
+        dispensable = [column for column, _ in columns if column.sacrifice]
+        if not dispensable:
+            break
+        victim = max(dispensable, key=lambda column: column.sacrifice)
+        columns = [entry for entry in columns if entry[0] is not victim]
+    shown = Table(box=box.SIMPLE_HEAD, caption=caption(result), caption_justify="left", padding=(0, 1, 0, 0))
+    for column, _ in columns:
+        shown.add_column(column.title, justify="left" if column.left else "right", no_wrap=not column.left)
+    groups = [(row.backend, row.dtype, *row.key[3:]) for row in result.rows]
+    for index, cells in enumerate(zip(*(cells for _, cells in columns), strict=True)):
+        last_of_group = index + 1 < len(groups) and groups[index + 1] != groups[index]
+        shown.add_row(*cells, end_section=last_of_group)
+    return shown
+
+
+def caption(result: Result) -> str:
+    """What the figures were measured with, in plain sentences."""
+    machine, settings = result.machine, result.settings
+    threads, contexts, batches = (
+        sorted({getattr(row, name) for row in result.rows}) for name in ("threads", "context", "batch")
+    )
+    backends = ", ".join(sorted({row.backend for row in result.rows}))
+    text = f"{machine.cpu}, {machine.isa}, "
+    if len(threads) == 1:
+        text += f"{threads[0]} thread{'s' if threads[0] > 1 else ''}, "
+    text += (
+        f"backend {backends}; memory reads {machine.bandwidth_gb_s.before:.1f} GB/s before, "
+        f"{machine.bandwidth_gb_s.after:.1f} after; "
+    )
+    if len(contexts) == 1:
+        text += f"context {contexts[0]}, "
+    if len(batches) == 1 and batches != [1]:
+        text += f"batch {batches[0]}, "
+    text += f"median of {settings.rounds} x {settings.tokens_per_round} tokens."
+    if result.peak_memory_gb is not None:
+        text += f" Peak memory {result.peak_memory_gb:.1f} GB."
+    if machine.disk:
+        text += (
+            f" Units are read from disk, cold; it reads {machine.disk.sequential_mb_s:.0f} MB/s, "
+            f"{machine.disk.random_mb_s:.0f} in random pieces of {machine.disk.random_kb} KiB."
+        )
+    if any(row.batch > 1 for row in result.rows):
+        text += " Times of a batch are over its sequences."
+    if any(row.projected for row in result.rows):
+        text += " * projected: some blocks were measured and their time multiplied out."
+    for backend, told in {row.backend: row.peer_settings for row in result.rows if row.peer_settings}.items():
+        text += f" {backend}: {told}."
+    return text
+
+
+def parts_table(result: Result) -> Table | None:
+    """Where a token's time goes, mean milliseconds over the share of a token; None where it was not timed."""
+    timed = [row for row in result.rows if row.parts]
+    if not timed:
+        return None
+    names = list(dict.fromkeys(name for row in timed for name in row.parts or {}))
+    sized = [column for column in COLUMNS[:NAMING] if column.left or _varies(column, timed)]
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        title="parts of a token: mean milliseconds, and share",
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+    )
+    for column in sized:
+        shown.add_column(column.title.strip(), justify="left" if column.left else "right")
+    for name in (*names, "one feed-forward layer"):
+        shown.add_column(name, justify="right")
+    for row in timed:
+        parts = row.parts or {}
+        total = sum(parts.values())
+        cells = [f"{parts[name]:.3f}\n{parts[name] / total:.0%}" if name in parts else "-" for name in names]
+        layer = f"{row.ms_feed_forward:.4f}" if row.ms_feed_forward is not None else "-"
+        shown.add_row(*(column.cell(row) or "-" for column in sized), *cells, layer)
+    return shown
+
+
+def _varies(column: Column, rows: Sequence[Row]) -> bool:
+    return len({column.cell(row) for row in rows}) > 1
+
+
+def changes_table(changes: Sequence[Change]) -> Table:
+    """The comparison with an earlier result."""
+    shown = Table(
+        box=box.SIMPLE_HEAD, title="against the earlier result", title_justify="left", padding=(0, 1, 0, 0)
+    )
+    for title in ("variant", "backend", "weights", "sizes"):
+        shown.add_column(title)
+    for title in ("before ms", "now ms", "now / before", "95 % interval", "verdict"):
+        shown.add_column(title, justify="right", no_wrap=True)
+    for change in changes:
+        shown.add_row(
+            change.variant,
+            change.backend,
+            change.dtype,
+            change.sizes,
+            milliseconds(change.before_ms),
+            milliseconds(change.now_ms),
+            f"{change.ratio:.3f}",
+            f"{change.ratio_low:.3f}..{change.ratio_high:.3f}",
+            change.verdict,
+        )
+    return shown
+
+
+# -- text formats --------------------------------------------------------------------------------------------
+
+
+def as_json(result: Result) -> str:
+    """The whole record, samples included."""
+    return result.model_dump_json(by_alias=True, indent=2)
+
+
+def as_csv(result: Result) -> str:
+    """One line a row; nested figures as `ms_per_token_p50`; samples only in JSON; an empty cell is null."""
+    lines = []
+    for row in result.rows:
+        line = row.model_dump(mode="json", exclude={"ms_per_token": {"samples"}})
+        for name in ("paper", "precision", "parts"):
+            if line[name] is None:
+                del line[name]  # an object elsewhere: its columns stay empty
+        lines.append(_flat(line))
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue().rstrip("\n")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}_")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def as_markdown(result: Result) -> str:
+    """All columns as a Markdown table, the caption below it."""
+    columns = _filled(result)
+    titles = [" ".join(column.title.replace("-\n", "").split()) for column, _ in columns]
+    rules = ["---" if column.left else "---:" for column, _ in columns]
+    rows = [
+        [cell.replace("|", "\\|") for cell in cells] for cells in zip(*(c for _, c in columns), strict=True)
+    ]
+    lines = ["| " + " | ".join(line) + " |" for line in (titles, rules, *rows)]
+    return "\n".join([*lines, "", caption(result)])

@@ -1,0 +1,103 @@
+"""The PyTorch backend: the model as `transformers` runs it, eager, with the preallocated cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from sparsecli.bench.measure import others
+from sparsecli.bench.variants import empty_model
+from sparsecli.model import DecodeCache
+from sparsecli.model.architecture import ModelSpec
+
+
+class TorchModel:
+    """A model with its weights, which are used in place; `profile` times its attention, feed-forward and head."""
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, torch.Tensor], profile: bool = False) -> None:
+        self.spec = spec
+        self.network = empty_model(spec)
+        unknown = self.network.load_state_dict(dict(weights), strict=False, assign=True).unexpected_keys
+        assert not unknown, unknown
+        self.network.tie_weights()
+        self.network.eval()
+        self.stack = _Stopwatch()
+        blocks = self.network.model.blocks
+        self.stack.watch(blocks[0], blocks[-1])
+        self.parts: dict[str, _Stopwatch] = {}
+        if profile:
+            self.parts = {name: _Stopwatch() for name in ("attention", "feed-forward", "head")}
+            for block in blocks:
+                self.parts["attention"].watch(block.attention)
+                self.parts["feed-forward"].watch(block.feed_forward)
+            self.parts["head"].watch(self.network.head)
+
+
+class _Stopwatch:
+    """Nanoseconds from entering one module to leaving another."""
+
+    total = started = 0
+
+    def watch(self, first: nn.Module, last: nn.Module | None = None) -> None:
+        first.register_forward_pre_hook(self._start)
+        (last or first).register_forward_hook(self._stop)
+
+    def _start(self, *_: object) -> None:
+        self.started = time.perf_counter_ns()
+
+    def _stop(self, *_: object) -> None:
+        self.total += time.perf_counter_ns() - self.started
+
+    def read(self) -> int:
+        """What has come together since the last reading."""
+        total, self.total = self.total, 0
+        return total
+
+
+class TorchDecoder:
+    """One sequence, or a batch of them that start alike: see `Decoder`."""
+
+    def __init__(self, model: TorchModel, threads: int, capacity: int, batch: int = 1) -> None:
+        self.model, self.threads, self.batch = model, threads, batch
+        self.cache = DecodeCache(model.spec.layers, capacity)
+        self.context = 0
+        self.next: list[int] = []
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """See `Decoder.prefill`; every sequence of a batch has other tokens."""
+        torch.set_num_threads(self.threads)
+        self.cache.reset()
+        size = self.model.spec.vocabulary.size
+        self._forward([[others(token, index, size) for token in tokens] for index in range(self.batch)])
+        self.context = len(tokens)
+
+    def rewind(self) -> None:
+        """See `Decoder.rewind`."""
+        torch.set_num_threads(self.threads)
+        self.cache.crop(self.context - self.cache.get_seq_length())
+        self.next = []
+
+    def step(self, token: int) -> tuple[int, int]:
+        """See `Decoder.step`; the other sequences of a batch go on with their own greedy tokens."""
+        size = self.model.spec.vocabulary.size
+        added = self.next or [others(token, index, size) for index in range(self.batch)]
+        self.model.stack.read()
+        found = self._forward([[each] for each in added]).argmax(-1).tolist()
+        if self.batch > 1:
+            self.next = found
+        return found[0], self.model.stack.read()
+
+    def profile(self) -> dict[str, float]:
+        """Seconds by part since the last call."""
+        return {name: watch.read() / 1e9 for name, watch in self.model.parts.items()}
+
+    @torch.inference_mode()
+    def _forward(self, tokens: list[list[int]]) -> torch.Tensor:
+        """Logits (B, V) after the last of `tokens` (B, T)."""
+        output = self.model.network(
+            torch.tensor(tokens), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[:, -1]

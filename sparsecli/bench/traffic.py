@@ -1,0 +1,61 @@
+"""Bytes that a decode step has to read: its active weights in their packed types, and cached keys and values."""
+
+from __future__ import annotations
+
+from sparsecli.bench.weights import planned
+from sparsecli.decode.layout import LANES, Slot, padded
+from sparsecli.decode.packing import Precision
+from sparsecli.decode.tensorfile import WIDTHS
+from sparsecli.model.architecture import ModelSpec
+
+SCALE_BYTES = 4
+RESCORED = 64  # rows of the exact head: native/forward.h, HEAD_LANES * CANDIDATES
+
+
+def bytes_per_token(
+    spec: ModelSpec, precision: Precision, context: int, batch: int = 1, vectors: str = "float32"
+) -> int:
+    """Bytes of one step of `batch` sequences with `context` cached tokens each, over the sequences.
+
+    Weights are read once for all sequences. Of a sparse layer only chosen units count: k/N of them for one token,
+    for a batch as many different ones as independent choices make on average. `vectors` is the type of biases and
+    normalisation weights. Padding, activations and what a convolution remembers do not count.
+    """
+    tensors = planned(spec, precision)
+    weights = sum(_read(slot, kind if slot.part else vectors, spec, batch) for slot, kind in tensors)
+    return round((weights + batch * context * cached_bytes(spec, precision)) / batch)
+
+
+def cached_bytes(spec: ModelSpec, precision: Precision) -> int:
+    """Bytes of the keys and values of one token, the scales of int8 ones included."""
+    heads = spec.attention.key_value_heads or spec.heads
+    width = spec.d_model // spec.heads
+    scales = SCALE_BYTES if precision.cache == "int8" else 0
+    return 2 * spec.layers * heads * (width * WIDTHS[precision.cache] + scales)
+
+
+def chosen_share(spec: ModelSpec) -> float:
+    """Share of the feed-forward units that one token uses."""
+    feed_forward = spec.feed_forward
+    if feed_forward.kind == "sparse":
+        return feed_forward.units_per_block / feed_forward.block_size
+    if feed_forward.kind == "mixture":
+        return feed_forward.experts_per_token / feed_forward.experts
+    return 1.0
+
+
+def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int) -> float:
+    cols = slot.cols
+    if slot.name == "controller.bias":  # its blocks are filled up
+        cols = cols // padded(slot.group, LANES) * slot.group
+    row = cols * WIDTHS[kind] + (SCALE_BYTES if kind == "int8" else 0)
+    if slot.name in ("embedding", "positions"):
+        return batch * row
+    if slot.name == "frequencies":
+        return 0  # computed, not learned
+    if slot.name == "head.exact":
+        return min(batch * RESCORED, slot.rows) * row
+    share = 1.0
+    if slot.layout == "units" or slot.name == "unit_bias":
+        share = 1 - (1 - chosen_share(spec)) ** batch
+    return slot.rows * row * share
