@@ -107,11 +107,6 @@ inline int64_t largest(const float* logits, int64_t width) {
     return 0;
 }
 
-// Into the second-level cache, which holds all rows that a thread's blocks choose.
-inline void fetch_early(const char* row, int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(row + line, 0, 2);
-}
-
 constexpr int64_t MAX_BLOCK = 4096;  // units; the engine refuses more
 
 void choose(const Matrix& second, const float* bias, const Choice& choice, int64_t begin, int64_t end,
@@ -119,13 +114,8 @@ void choose(const Matrix& second, const float* bias, const Choice& choice, int64
             const Matrix& rows, int64_t parts) {
     const int64_t row_bytes = round_up(rows.cols, PAD) * type_bytes(rows.type);
     const int64_t width = choice.padded_block, size = choice.block_size, count = choice.units_per_block;
-    const int64_t block_bytes = width * choice.rank * type_bytes(second.type);
     float logits[TOKENS * MAX_BLOCK];
     for (int64_t block = begin; block < end; ++block) {
-        if (block + 1 < end) {
-            const char* next = (const char*)second.data + (block + 1) * block_bytes;
-            for (int64_t line = 0; line < block_bytes; line += 64) prefetch(next + line);
-        }
         for (int64_t t = 0; t < tokens;) {
             int64_t done = 1;
             if (t + TOKENS <= tokens) {
@@ -149,7 +139,7 @@ void choose(const Matrix& second, const float* bias, const Choice& choice, int64
                     if (best >= size) best = 0;
                     to[j] = int32_t(block * size + best);
                     if (tokens == 1)
-                        fetch_early((const char*)rows.data + to[j] * parts * row_bytes, (parts - 1) * row_bytes);
+                        fetch((const char*)rows.data + to[j] * parts * row_bytes, (parts - 1) * row_bytes);
                     if (weight) weight[j] = std::exp(of_token[best] - top) / total;
                     of_token[best] = -INFINITY;
                 }

@@ -218,10 +218,6 @@ void dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int
 
 // -- chosen units --------------------------------------------------------------------------------------------
 
-inline void prefetch_row(const char* row, int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64) prefetch(row + line);
-}
-
 // As many 16-bit products of 8-bit weights as fit into 32 bits, whatever the sum.
 constexpr int64_t LONGEST = 4096;
 
@@ -244,10 +240,11 @@ void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const flo
     constexpr int64_t AT_ONCE = 4, DISTANCE = 4;  // units that are computed together, and that are in flight
     const int64_t bytes = stride * type_bytes(units.type);
     for (int64_t i = begin; i < end && i < begin + DISTANCE; ++i)
-        prefetch_row((const char*)units.data + chosen[i] * parts * bytes, inward * bytes);
+        fetch((const char*)units.data + chosen[i] * parts * bytes, inward * bytes);
     const auto finish = [&](int64_t i, float gate, float up) {
         if (unit_bias) gate += unit_bias[chosen[i]];
         h[i] = activation_of(activation, gate) * (inward == 2 ? up : 1);
+        if (h[i] != 0) fetch((const char*)units.data + (int64_t(chosen[i]) * parts + inward) * bytes, bytes);
     };
     for (int64_t i = begin; i < end;) {
         int64_t row[AT_ONCE], next[AT_ONCE];
@@ -269,16 +266,15 @@ void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const flo
     }
 }
 
+constexpr int64_t FETCHED = 1 << 18;  // bytes that are on their way at most
+
 // y += sum of R rows, each times its factor.
 template <int R, class W>
-inline void add_rows(const W* const* rows, const float* factor, const W* const* next, int64_t begin, int64_t end,
-                     float* y) {
+inline void add_rows(const W* const* rows, const float* factor, int64_t begin, int64_t end, float* y) {
     int64_t c = begin;
     Vector factors[R];
     for (int r = 0; r < R; ++r) factors[r] = fill(factor[r]);
     for (; c + LANES <= end; c += LANES) {
-        if (c * sizeof(W) % 64 == 0)
-            for (int r = 0; r < R; ++r) prefetch(next[r] + c);
         Vector total = load(y + c);
         for (int r = 0; r < R; ++r) add_product(total, factors[r], load(rows[r] + c));
         store(y + c, total);
@@ -297,42 +293,28 @@ template <class W>
 void sum_units(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
                int64_t begin, int64_t end, float* y) {
     constexpr int64_t AT_ONCE = 4;
-    const int64_t stride = round_up(units.cols, PAD);
-    const W* data = (const W*)units.data;
+    const int64_t stride = round_up(units.cols, PAD), bytes = (end - begin) * int64_t(sizeof(W));
+    const W* data = (const W*)units.data + begin;
+    const auto row_of = [&](int64_t i) { return data + (int64_t(chosen[i]) * parts + parts - 1) * stride; };
+    // Rows are asked for long before they are used, as many as the cache holds.
+    const int64_t distance = FETCHED / bytes;
+    int64_t asked = 0;
     const W* rows[AT_ONCE];
     float factor[AT_ONCE];
-    int64_t place = 0;
-    const auto gather = [&](const W** to, float* weight) {
-        int64_t found = 0;
-        for (; place < count && found < AT_ONCE; ++place) {
-            if (h[place] == 0) continue;
-            const int64_t row = int64_t(chosen[place]) * parts + parts - 1;
-            to[found] = data + row * stride;
-            weight[found] = h[place] * (units.scale ? units.scale[row] : 1);
-            ++found;
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        for (; asked < count && asked < i + distance; ++asked)
+            if (h[asked] != 0) fetch(row_of(asked), bytes);
+        if (h[i] != 0) {
+            rows[found] = row_of(i) - begin;
+            factor[found++] = h[i] * (units.scale ? units.scale[int64_t(chosen[i]) * parts + parts - 1] : 1);
         }
-        return found;
-    };
-    int64_t found = gather(rows, factor);
-    for (int64_t r = 0; r < found; ++r)
-        prefetch_row((const char*)(rows[r] + begin), (end - begin) * int64_t(sizeof(W)));
-    while (found) {
-        const W* next[AT_ONCE];
-        float next_factor[AT_ONCE];
-        const int64_t following = gather(next, next_factor);
-        for (int64_t r = following; r < AT_ONCE; ++r) next[r] = rows[0];
-        if (found == 4)
-            add_rows<4>(rows, factor, next, begin, end, y);
-        else if (found == 3)
-            add_rows<3>(rows, factor, next, begin, end, y);
-        else if (found == 2)
-            add_rows<2>(rows, factor, next, begin, end, y);
-        else
-            add_rows<1>(rows, factor, next, begin, end, y);
-        found = following;
-        std::memcpy(rows, next, sizeof rows);
-        std::memcpy(factor, next_factor, sizeof factor);
+        if (found == AT_ONCE) {
+            add_rows<AT_ONCE>(rows, factor, begin, end, y);
+            found = 0;
+        }
     }
+    for (int64_t r = 0; r < found; ++r) add_rows<1>(rows + r, factor + r, begin, end, y);
 }
 
 void unit_sums(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,

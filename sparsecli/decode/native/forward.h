@@ -21,6 +21,7 @@ namespace sparsecli {
 constexpr int64_t CHUNK = 64;           // rows of one pass
 constexpr int64_t HEAD_LANES = 16;      // equal parts of the vocabulary, each with its own best candidates
 constexpr int64_t CANDIDATES = 4;       // of each part, scored again with exact weights
+constexpr int64_t FETCHED_POSITIONS = 128;  // of each head, before attention begins
 constexpr int64_t BLOCKS_AT_ONCE = 4;   // whose units many rows share while they are cached
 
 enum Part { OTHER, PROJECTION, MULTIPLY, CONVOLUTION, ATTENTION, CONTROLLER, UNIT_DOTS, UNIT_SUMS, DENSE_FF, HEAD,
@@ -150,6 +151,9 @@ class Forward {
 
     void run(const std::vector<Row>& rows, bool profile) {
         rows_ = &rows;
+        wanted_.clear();
+        for (size_t t = 0; t < rows.size(); ++t)
+            if (rows[t].logits) wanted_.push_back(int64_t(t));
         profile_ = profile;
         pool_.run([this](int64_t worker) { pass(worker); });
     }
@@ -261,8 +265,12 @@ class Forward {
 
     // Rows as layers read them, in every form that the model's weights need. With many rows a barrier follows.
     Activations readable(const Buffer<float>& source, int64_t stride, int64_t worker) {
-        if (count() == 1) return own_forms(source.row(0), stride, worker);
-        const Range rows = mine(count(), 1, worker);
+        return readable(source, stride, worker, count());
+    }
+
+    Activations readable(const Buffer<float>& source, int64_t stride, int64_t worker, int64_t held) {
+        if (held == 1) return own_forms(source.row(0), stride, worker);
+        const Range rows = mine(held, 1, worker);
         for (int64_t t = rows.begin; t < rows.end; ++t) {
             if (model_.quantised) scales_.row(0)[t] = k_.quantise(source.row(t), stride, integers_.data + t * stride);
             if (model_.rounded && k_.splits) k_.split(source.row(t), stride, halves_.data + 2 * t * stride);
@@ -331,6 +339,7 @@ class Forward {
             });
             mark(worker, MULTIPLY);
         }
+        if (count() == 1) fetch_cache(layer, worker);
         if (!ready) barrier(worker, OTHER);
         each(s.key_value_heads, worker, [&](int64_t t, int64_t begin, int64_t end) {
             for (int64_t head = begin; head < end; ++head) append(layer, t, head);
@@ -450,6 +459,19 @@ class Forward {
         rotate(key, t);
         k_.append(key, v_.row(t) + head * model_.head_width(), shape_.cache_type, model_.head_width(), row.position,
                   head_cache(*row.sequence, layer, head), sizes_.value_stride);
+    }
+
+    // Asks for the beginning of this worker's keys and values, all heads at once; the rest follows in streams.
+    void fetch_cache(int64_t layer, int64_t worker) const {
+        const Row& row = (*rows_)[0];
+        const Range heads = mine(shape_.key_value_heads, 1, worker);
+        const int64_t bytes = type_bytes(shape_.cache_type);
+        for (int64_t head = heads.begin; head < heads.end; ++head) {
+            const HeadCache cache = head_cache(*row.sequence, layer, head);
+            const int64_t held = std::min(row.position, FETCHED_POSITIONS);
+            k_.fetch(cache.keys, held * model_.head_width() * bytes);
+            k_.fetch(cache.values, held * sizes_.value_stride * bytes);
+        }
     }
 
     // Queries that read the same keys go together: neighbouring rows of a sequence, heads of a group.
@@ -660,52 +682,61 @@ class Forward {
 
     // -- logits ----------------------------------------------------------------------------------------------
 
+    // Logits of the rows that want them, which lie one after the other.
     void logits(int64_t worker) {
-        Worker& own = workers_[size_t(worker)];
-        for (int64_t t = 0; t < count(); ++t) {
-            float* out = (*rows_)[size_t(t)].logits;
-            if (!out) continue;
-            k_.normalize(x_.row(t), values(model_.norm.weight), shape_.rms ? nullptr : values(model_.norm.bias),
-                         shape_.d_model, shape_.rms, shape_.epsilon, own.normed.row(0));
-            const Activations x = own_forms(own.normed.row(0), d_stride_, worker);
-            if (shape_.head_modules)
-                multiplicative_logits(x.values, out, worker);
-            else
-                dense_logits(x, out, worker);
-        }
+        const int64_t held = int64_t(wanted_.size());
+        if (!held) return;
+        float* out = (*rows_)[size_t(wanted_[0])].logits;
+        const auto normalize = [&](int64_t i, float* to) {
+            k_.normalize(x_.row(wanted_[size_t(i)]), values(model_.norm.weight),
+                         shape_.rms ? nullptr : values(model_.norm.bias), shape_.d_model, shape_.rms, shape_.epsilon, to);
+        };
+        Buffer<float>& normed = held == 1 ? workers_[size_t(worker)].normed : normed_;
+        const Range rows = held == 1 ? Range{0, 1} : mine(held, 1, worker);
+        for (int64_t i = rows.begin; i < rows.end; ++i) normalize(i, normed.row(i));
+        const Activations x = readable(normed, d_stride_, worker, held);
+        if (shape_.head_modules)
+            multiplicative_logits(x, held, out, worker);
+        else
+            dense_logits(x, held, out, worker);
     }
 
-    void multiplicative_logits(const float* x, float* out, int64_t worker) {
+    void multiplicative_logits(const Activations& x, int64_t held, float* out, int64_t worker) {
         const Map& head = model_.head;
         const Range panels = mine((head.E.rows + PANEL - 1) / PANEL, 1, worker);
-        k_.multiplicative(head.D, head.E, values(head.bias), x, 0, shape_.head_modules, panels.begin, panels.end, out,
-                          workers_[size_t(worker)].scratch.row(0));
+        for (int64_t i = 0; i < held; ++i)
+            k_.multiplicative(head.D, head.E, values(head.bias), x.values + i * x.stride, 0, shape_.head_modules,
+                              panels.begin, panels.end, out + i * shape_.vocabulary,
+                              workers_[size_t(worker)].scratch.row(0));
     }
 
-    void dense_logits(const Activations& x, float* out, int64_t worker) {
+    void dense_logits(const Activations& x, int64_t held, float* out, int64_t worker) {
         const float* bias = values(model_.head.bias);
-        const auto plain = [&](const Matrix& weight, int64_t begin, int64_t end) {
-            k_.dots(weight, begin, end, x, 1, out, shape_.vocabulary);
+        const int64_t vocabulary = shape_.vocabulary;
+        const auto plain = [&](const Matrix& weight, Range rows, const Activations& of, int64_t tokens, float* to) {
+            k_.dots(weight, rows.begin, rows.end, of, tokens, to, vocabulary);
             if (bias)
-                for (int64_t r = begin; r < end; ++r) out[r] += bias[r];
+                for (int64_t i = 0; i < tokens; ++i)
+                    for (int64_t r = rows.begin; r < rows.end; ++r) to[i * vocabulary + r] += bias[r];
         };
-        if (!model_.exact_head.data) {
-            const Range rows = mine(shape_.vocabulary, LANES, worker);
-            return plain(model_.head.weight, rows.begin, rows.end);
-        }
-        // The likeliest tokens of every part of the vocabulary are scored again with weights that were not rounded.
+        if (!model_.exact_head.data) return plain(model_.head.weight, mine(vocabulary, LANES, worker), x, held, out);
+        // The likeliest tokens of every part of the vocabulary are scored again with weights that were rounded less.
         const Range lanes = mine(HEAD_LANES, 1, worker);
         for (int64_t lane = lanes.begin; lane < lanes.end; ++lane) {
-            const Range rows = share(shape_.vocabulary, 1, lane, HEAD_LANES);
-            plain(model_.head.weight, rows.begin, rows.end);
-            int64_t best[CANDIDATES], found = 0;
-            for (int64_t r = rows.begin; r < rows.end; ++r) {
-                if (found == CANDIDATES && !(out[r] > out[best[found - 1]])) continue;
-                int64_t place = found < CANDIDATES ? found++ : found - 1;
-                for (; place > 0 && out[r] > out[best[place - 1]]; --place) best[place] = best[place - 1];
-                best[place] = r;
+            const Range rows = share(vocabulary, 1, lane, HEAD_LANES);
+            plain(model_.head.weight, rows, x, held, out);
+            for (int64_t i = 0; i < held; ++i) {
+                float* of_token = out + i * vocabulary;
+                int64_t best[CANDIDATES], found = 0;
+                for (int64_t r = rows.begin; r < rows.end; ++r) {
+                    if (found == CANDIDATES && !(of_token[r] > of_token[best[found - 1]])) continue;
+                    int64_t place = found < CANDIDATES ? found++ : found - 1;
+                    for (; place > 0 && of_token[r] > of_token[best[place - 1]]; --place) best[place] = best[place - 1];
+                    best[place] = r;
+                }
+                for (int64_t j = 0; j < found; ++j)
+                    plain(model_.exact_head, {best[j], best[j] + 1}, row_of(x, i), 1, of_token);
             }
-            for (int64_t i = 0; i < found; ++i) plain(model_.exact_head, best[i], best[i] + 1);
         }
     }
 
@@ -718,6 +749,7 @@ class Forward {
     std::vector<Worker> workers_;
     CacheSizes sizes_{};
     const std::vector<Row>* rows_ = nullptr;
+    std::vector<int64_t> wanted_;  // rows that want logits
     bool profile_ = false;
     Clock::time_point since_;
     int64_t d_stride_ = 0, z_stride_ = 0, h_stride_ = 0, integer_stride_ = 0, score_stride_ = 0;

@@ -99,6 +99,9 @@ struct Kernels {
     void (*unit_sums)(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
                       int64_t begin, int64_t end, float* y);
 
+    // Asks for memory that is read soon.
+    void (*fetch)(const void* from, int64_t bytes);
+
     void (*activate)(int64_t activation, const float* gate, float* h, int64_t count);
     void (*normalize)(const float* x, const float* weight, const float* bias, int64_t count, bool rms, double epsilon,
                       float* out);

@@ -15,7 +15,7 @@ namespace {
 
 constexpr Kernels make_table(const char* name) {
     return {name,     SPLITS,    quantise, split,          dots,     multiplicative, convolve, choose, unit_dots, unit_sums,
-            activate, normalize, convert,  widen,          append,   attend};
+            fetch,    activate,  normalize, convert,  widen,          append,   attend};
 }
 
 }  // namespace

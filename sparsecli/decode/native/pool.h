@@ -71,7 +71,7 @@ class Pool {
     }
 
   private:
-    static constexpr int SPINS = 64;
+    static constexpr int SPINS = 256;
     static constexpr std::chrono::microseconds AWAKE{500};  // until a thread without work sleeps
 
     void serve(int64_t worker) {

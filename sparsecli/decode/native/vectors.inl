@@ -97,6 +97,12 @@ inline float maximum(const Vector& v) {
 
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
+// A piece of memory into the second-level cache: what comes from here and there arrives much faster when it is asked
+// for all at once.
+inline void fetch(const void* from, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char*)from + line, 0, 2);
+}
+
 // -- weights as floats ---------------------------------------------------------------------------------------
 
 inline float to_float(uint16_t bits) {
