@@ -33,8 +33,8 @@ class PeerDecoder(Protocol):
     def rewind(self) -> None:
         """Forget every token after the prefill."""
 
-    def step(self, token: int) -> tuple[int, int]:
-        """Add one token; the greedy next one, and 0 for the time of the blocks."""
+    def step(self, token: int) -> tuple[int, None]:
+        """Add one token; the greedy next one, and None for the time of the blocks."""
 
 
 class PeerModule(Protocol):

@@ -134,7 +134,7 @@ def load(
         generator = ctranslate2.Generator(
             name, device="cpu", compute_type=kind, inter_threads=1, intra_threads=threads
         )
-    settings = f"ctranslate2 {ctranslate2.__version__}, {threads} threads, compute type {kind}"
+    settings = f"ctranslate2 {ctranslate2.__version__}, threads {threads}, compute type {kind}"
     return CTranslate2Decoder(generator, settings, spec.vocabulary.size, capacity)
 
 
@@ -166,11 +166,11 @@ class CTranslate2Decoder:
             self.generation.stop()
         self.generation = None
 
-    def step(self, token: int) -> tuple[int, int]:
+    def step(self, token: int) -> tuple[int, None]:
         """See `PeerDecoder.step`."""
         if self.generation is None:
             self.generation = Generation(self.generator, self.prompt, self.names[token], self.capacity)
-        return self.generation.next(), 0
+        return self.generation.next(), None
 
 
 class Generation:

@@ -174,7 +174,7 @@ class LlamaDecoder:
         self.session = sessions[best]
         self.free_session = weakref.finalize(self, llama_cpp.llama_free, self.session)
         self.settings = (
-            f"llama-cpp-python {version('llama-cpp-python')}, {self.threads} threads, {best}, float16 cache "
+            f"llama-cpp-python {version('llama-cpp-python')}, threads {self.threads}, {best}, float16 cache "
             f"for {self.capacity} tokens, not memory-mapped, repacked weights where it can"
         )
         self.rewind()
@@ -183,9 +183,9 @@ class LlamaDecoder:
         """See `PeerDecoder.rewind`."""
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.session), 0, self.context, -1)
 
-    def step(self, token: int) -> tuple[int, int]:
+    def step(self, token: int) -> tuple[int, None]:
         """See `PeerDecoder.step`."""
-        return self._decode(self.session, [token]), 0
+        return self._decode(self.session, [token]), None
 
     def _session(self, attention: int) -> Any:
         options = llama_cpp.llama_context_default_params()

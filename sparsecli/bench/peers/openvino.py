@@ -144,12 +144,12 @@ class OpenVinoDecoder:
             state.state = held
         self.position = self.context
 
-    def step(self, token: int) -> tuple[int, int]:
+    def step(self, token: int) -> tuple[int, None]:
         """See `PeerDecoder.step`."""
         inputs = [np.array([[token]]), np.array([self.position]), self.beams]
         found = self.request.infer(inputs, share_inputs=True, share_outputs=True)
         self.position += 1
-        return int(found[0].flat[0]), 0
+        return int(found[0].flat[0]), None
 
 
 def _copy(tensor: Any) -> Any:

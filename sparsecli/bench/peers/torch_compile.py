@@ -29,7 +29,7 @@ class TorchCompileDecoder:
 
     def __init__(self, step: FixedStep, capacity: int, threads: int) -> None:
         self.threads = threads
-        self.settings = f"torch {torch.__version__}, {threads} threads, inductor, frozen weights, fixed cache"
+        self.settings = f"torch {torch.__version__}, threads {threads}, inductor, frozen weights, fixed cache"
         self.caches = step.new_caches(capacity)
         self.fresh = [cache.clone() for cache in self.caches]
         self.prompt = self.fresh
@@ -57,8 +57,8 @@ class TorchCompileDecoder:
         self.position = self.context
 
     @torch.no_grad()  # not inference mode, which freezing does not know
-    def step(self, token: int) -> tuple[int, int]:
+    def step(self, token: int) -> tuple[int, None]:
         """See `PeerDecoder.step`."""
         following, *_ = self.compiled(torch.tensor([[token]]), torch.tensor([self.position]), *self.caches)
         self.position += 1
-        return int(following), 0
+        return int(following), None
