@@ -401,6 +401,12 @@ def test_prompts_are_rows_of_their_own_beside_torch_as_bfloat16() -> None:
     )
 
 
+def test_part_of_a_model_reads_no_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = command.run(loaded(measured_layers=1), dtypes=["float32"], prefill=24, format="json")
+    assert [row.prefill for row in measured.rows] == [None, None]
+    assert "prompts are read by whole models" in capsys.readouterr().err
+
+
 def test_every_combination_is_a_row_with_a_key_of_its_own() -> None:
     measured = command.run(
         loaded(), dtypes=["float32"], threads=[1], context=[4, 40], batch=[1, 2], format="json"

@@ -93,7 +93,6 @@ def run(
         threads=max(model.threads for model in what.models),
     )
     plan.check_positions(what)
-    plan.check_whole(what)
     if what.from_disk:
         disk.check_supported()
         plan.check_disk(what, folder)
@@ -140,6 +139,8 @@ def _plan(bench: BenchSpec, candidates: Sequence[Candidate], models: Sequence[st
     backends = bench.backends or _default_backends()
     if "native" in backends and (reason := native.available()):
         raise console.Failure(f"--backend native: {reason}")
+    if models and bench.peers:
+        raise console.Failure("--peer: other programs have random weights; leave out --model", exit_code=2)
     threads = bench.threads or [processors()]
     if max(threads) > MAX_THREADS:
         raise console.Failure(f"--threads: {max(threads)} is more than {MAX_THREADS}", exit_code=2)
@@ -161,11 +162,12 @@ def _plan(bench: BenchSpec, candidates: Sequence[Candidate], models: Sequence[st
     )
     cases += plan.peer_rows(
         bench.peers,
-        [] if models else candidates,
+        candidates,
         dtypes=bench.dtypes,
         threads=threads,
         contexts=bench.context,
         positions=max(bench.context) + bench.warmup_tokens + bench.tokens_per_round,
+        variants_named=bench.peer_variants,
     )
     return Plan(cases, settings, profile=bench.profile, from_disk=bench.from_disk)
 

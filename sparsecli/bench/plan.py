@@ -110,7 +110,7 @@ class Plan:
                 sequences,
                 vectors="float32" if native else model.dtype,
             ),
-            projected=self.built(model).layers != candidate.spec.layers,
+            projected=not candidate.whole,
         )
 
     def subjects(self) -> list[Subject]:
@@ -152,7 +152,11 @@ def rows(
         for count in threads:
             models = [Model(candidate, backend, dtype, count) for candidate in chosen]
             cases += [Case(m, context, batch) for context in contexts for batch in batches for m in models]
-            cases += [Case(model, 0, prefill=prefill) for model in models if prefill]
+            cases += [
+                Case(model, 0, prefill=prefill) for model in models if prefill and model.candidate.whole
+            ]
+    if prefill and not all(candidate.whole for candidate in candidates):
+        console.say("rows left out: prompts are read by whole models, not by some of their blocks")
     if prefill and not from_disk:
         cases += _torch_prompt(cases, candidates, prefill, max(threads))
     return cases
@@ -179,7 +183,7 @@ def _torch_prompt(
     cases: Sequence[Case], candidates: Sequence[Candidate], prefill: int, threads: int
 ) -> Iterator[Case]:
     dense = next((candidate for candidate in candidates if candidate.group == "dense"), None)
-    if dense is None:
+    if dense is None or not dense.whole:
         return
     case = Case(Model(dense, "torch", PROMPT_RIVAL, threads), 0, prefill=prefill)
     there = {
@@ -197,16 +201,20 @@ def peer_rows(
     threads: Sequence[int],
     contexts: Sequence[int],
     positions: int,
+    variants_named: Sequence[str] | None = None,
 ) -> list[Case]:
-    """The rows of other programs, which decode one sequence, whole models alone."""
+    """The rows of other programs, which decode one sequence with whole models; `peers.choose` has the rules."""
     ours = [
         replace(each, spec=variants.with_positions(each.spec, positions))
         for each in candidates
         if each.precision == UNCHANGED
     ]
-    chosen = peers.choose(names, ours, dtypes, None) if names and ours else []
-    models = [Model(row.model, row.peer.name, row.dtype, count, row) for row in chosen for count in threads]
-    return [Case(model, context) for model in models for context in contexts]
+    chosen = peers.choose(names, ours, dtypes, variants_named) if names and ours else []
+    cases = []
+    for count in threads:
+        models = [Model(row.model, row.peer.name, row.dtype, count, row) for row in chosen]
+        cases += [Case(model, context) for context in contexts for model in models]
+    return cases
 
 
 # -- does it fit? --------------------------------------------------------------------------------------------
@@ -232,23 +240,13 @@ def check_positions(plan: Plan) -> None:
         )
 
 
-def check_whole(plan: Plan) -> None:
-    """Raise `Failure` when a prompt should be read by part of a model: its blocks are not timed apart there."""
-    for case in plan.cases:
-        if case.prefill and plan.subject(case).projected:
-            raise console.Failure(
-                f"{case.model.candidate.name}: --prefill needs the whole model, not "
-                f"{case.model.candidate.measured_layers} of its blocks; choose other rows (--sparse)"
-            )
-
-
 def pool_elements(plan: Plan) -> dict[str, int]:
     """Elements that the shared memory of the random models needs, by type."""
     needs = []
     for model in plan.models:
         if model.peer:
             if not model.peer.peer.own_model:
-                needs.append(torch_elements(model.candidate.spec, model.dtype))
+                needs.append(torch_elements(model.peer.beside.spec, model.peer.our_dtype))
         elif model.candidate.run:
             continue
         elif model.backend == "native":

@@ -37,6 +37,11 @@ class Candidate:
     dtypes: Sequence[str] | None = None  # None: those of the bench
     measured_layers: int | None = None  # so many blocks are built; None: all
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of its blocks are built."""
+        return self.measured_layers is None or self.measured_layers >= self.spec.layers
+
 
 # -- choosing ------------------------------------------------------------------------------------------------
 
