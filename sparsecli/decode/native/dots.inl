@@ -221,30 +221,31 @@ void dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int
 // As many 16-bit products of 8-bit weights as fit into 32 bits, whatever the sum.
 constexpr int64_t LONGEST = 4096;
 
-template <int R>
+template <int R, bool FETCH>
 inline void whole_rows(const Matrix& w, const int64_t* row, const int64_t* next, const Activations& x, float* out) {
     const int64_t stride = round_up(w.cols, PAD);
     for (int64_t column = 0; column < stride; column += LONGEST) {
         float part[R];
-        products_of<R, true>(w.type, (const char*)w.data + column * type_bytes(w.type), stride, row, next, column,
+        products_of<R, FETCH>(w.type, (const char*)w.data + column * type_bytes(w.type), stride, row, next, column,
                              column + LONGEST < stride ? LONGEST : stride - column, x, 0, part);
         for (int r = 0; r < R; ++r) out[r] = column ? out[r] + part[r] : part[r];
     }
     for (int r = 0; w.type == INT8 && r < R; ++r) out[r] *= w.scale[row[r]] * x.scales[0];
 }
 
-void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias, const int32_t* chosen,
-               int64_t begin, int64_t end, const Activations& x, float* h) {
-    const int64_t stride = round_up(units.cols, PAD);
-    const int64_t inward = parts - 1;  // rows that meet x: gate and up, or up alone
+// The chosen units' rows that meet x. With FETCH they come from far away: rows to come are fetched meanwhile, and the
+// row that leaves a unit as soon as it is known to be needed.
+template <bool FETCH>
+inline void dots_of_units(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,
+                          const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, float* h) {
+    const int64_t bytes = round_up(units.cols, PAD) * type_bytes(units.type);
+    const int64_t inward = parts - 1;               // gate and up, or up alone
     constexpr int64_t AT_ONCE = 4, DISTANCE = 4;  // units that are computed together, and that are in flight
-    const int64_t bytes = stride * type_bytes(units.type);
-    for (int64_t i = begin; i < end && i < begin + DISTANCE; ++i)
-        fetch((const char*)units.data + chosen[i] * parts * bytes, inward * bytes);
     const auto finish = [&](int64_t i, float gate, float up) {
         if (unit_bias) gate += unit_bias[chosen[i]];
         h[i] = activation_of(activation, gate) * (inward == 2 ? up : 1);
-        if (h[i] != 0) fetch((const char*)units.data + (int64_t(chosen[i]) * parts + inward) * bytes, bytes);
+        if (FETCH && h[i] != 0)
+            fetch((const char*)units.data + (int64_t(chosen[i]) * parts + inward) * bytes, bytes);
     };
     for (int64_t i = begin; i < end;) {
         int64_t row[AT_ONCE], next[AT_ONCE];
@@ -256,14 +257,22 @@ void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const flo
         float first[AT_ONCE], second[AT_ONCE] = {};
         for (int64_t k = 0; k < inward; ++k) {
             if (together == AT_ONCE)
-                whole_rows<AT_ONCE>(units, row, next, x, k ? second : first);
+                whole_rows<AT_ONCE, FETCH>(units, row, next, x, k ? second : first);
             else
-                whole_rows<1>(units, row, next, x, k ? second : first);
+                whole_rows<1, FETCH>(units, row, next, x, k ? second : first);
             for (int64_t j = 0; j < together; ++j) ++row[j], ++next[j];
         }
         for (int64_t j = 0; j < together; ++j) finish(i + j, first[j], second[j]);
         i += together;
     }
+}
+
+void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias, const int32_t* chosen,
+               int64_t begin, int64_t end, const Activations& x, bool far, float* h) {
+    if (far)
+        dots_of_units<true>(units, parts, activation, unit_bias, chosen, begin, end, x, h);
+    else
+        dots_of_units<false>(units, parts, activation, unit_bias, chosen, begin, end, x, h);
 }
 
 constexpr int64_t FETCHED = 1 << 18;  // bytes that are on their way at most

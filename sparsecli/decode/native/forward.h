@@ -18,11 +18,11 @@
 
 namespace sparsecli {
 
-constexpr int64_t CHUNK = 64;           // rows of one pass
+constexpr int64_t CHUNK = 512;           // rows of one pass
 constexpr int64_t HEAD_LANES = 16;      // equal parts of the vocabulary, each with its own best candidates
 constexpr int64_t CANDIDATES = 4;       // of each part, scored again with exact weights
 constexpr int64_t FETCHED_POSITIONS = 128;  // of each head, before attention begins
-constexpr int64_t BLOCKS_AT_ONCE = 4;   // whose units many rows share while they are cached
+constexpr int64_t BLOCKS_AT_ONCE = 8;   // whose units many rows share while they are cached
 
 enum Part { OTHER, PROJECTION, MULTIPLY, CONVOLUTION, ATTENTION, CONTROLLER, UNIT_DOTS, UNIT_SUMS, DENSE_FF, HEAD,
             BARRIERS, PART_COUNT };
@@ -90,12 +90,13 @@ class Forward {
         halves_.rows(CHUNK, 2 * integer_stride_, 2 * integer_stride_, false);
         scales_.rows(1, CHUNK, CHUNK, false);
         angles_.rows(CHUNK, model.head_width(), model.head_width(), false);
+        const int64_t scratch = std::max<int64_t>(1 << 19, CHUNK * z_stride_ * 2);  // products, or the controller's inputs
         for (Worker& worker : workers_) {
             worker.normed.rows(1, s.d_model, d_stride_, poison);
             worker.line.rows(1, z_stride_ + CHUNK + d_stride_, z_stride_ + CHUNK + d_stride_, false);
             worker.integers.rows(1, integer_stride_, integer_stride_, false);
             worker.halves.rows(1, 2 * integer_stride_, 2 * integer_stride_, false);
-            worker.scratch.rows(1, 1 << 19, 1 << 19, false);
+            worker.scratch.rows(1, scratch, scratch, false);
         }
         sizes_ = cache_sizes(model);
     }
@@ -593,7 +594,7 @@ class Forward {
             const int64_t begin = first * each_block, end = std::min(first + step, blocks.end) * each_block;
             for (int64_t t = 0; t < count(); ++t) {
                 k_.unit_dots(block.units, model_.parts(), shape_.activation, values(block.unit_bias), chosen_.row(t),
-                             begin, end, row_of(x, t), h_.row(t));
+                             begin, end, row_of(x, t), count() == 1, h_.row(t));
                 if (weights)
                     for (int64_t i = begin; i < end; ++i) h_.row(t)[i] *= probabilities_.row(t)[i];
             }
@@ -657,7 +658,7 @@ class Forward {
             weighted = own_forms(scaled, d_stride_, worker);
         }
         k_.unit_dots(block.units, model_.parts(), shape_.activation, nullptr, chosen_.row(t), begin, end, weighted,
-                     h_.row(t));
+                     count() == 1, h_.row(t));
     }
 
     void sum_units(const Block& block, int64_t worker) {

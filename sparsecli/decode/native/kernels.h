@@ -91,9 +91,10 @@ struct Kernels {
                    const Activations& z, int64_t tokens, int32_t* units, float* probabilities, int64_t unit_stride,
                    const Matrix& rows, int64_t parts);
 
-    // h[i] = activation(first[u_i] . x + unit_bias[u_i]) (times up[u_i] . x when gated), units[begin..end).
+    // h[i] = activation(first[u_i] . x + unit_bias[u_i]) (times up[u_i] . x when gated), units[begin..end). `far`: the
+    // rows are not cached, as they are where many tokens share them.
     void (*unit_dots)(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,
-                      const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, float* h);
+                      const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, bool far, float* h);
 
     // y[c] += sum_i h[i] down[u_i][c] over columns [begin, end); units with h = 0 are not read.
     void (*unit_sums)(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,

@@ -19,24 +19,31 @@ struct Buffer {
     Buffer() = default;
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
-    Buffer(Buffer&& other) noexcept : data(other.data), stride(other.stride) { other.data = nullptr; }
-    ~Buffer() { std::free(data); }
+    Buffer(Buffer&& other) noexcept : data(other.data), stride(other.stride), mapped_(other.mapped_) {
+        other.data = nullptr;
+    }
+    ~Buffer() { release(); }
 
     T* row(int64_t index) const { return data + index * stride; }
 
-    // Zeros; with `poison`, everything that a computation has to write before it is read is NaN.
+    // Zeros; with `poison`, everything that a computation has to write before it is read is NaN. Large buffers come
+    // from the system directly, which clears their pages when they are first used.
     void bytes(int64_t size, bool poison) {
-        constexpr int64_t HUGE = int64_t(1) << 21;
-        const int64_t alignment = size >= HUGE ? HUGE : 64;
-        std::free(data);
-        data = nullptr;
+        release();
         if (size == 0) return;
-        data = (T*)std::aligned_alloc(size_t(alignment), size_t((size + alignment - 1) / alignment * alignment));
-        if (!data) throw std::bad_alloc();
 #if defined(__linux__)
-        if (size >= HUGE) madvise(data, size_t(size), MADV_HUGEPAGE);
+        constexpr int64_t HUGE = int64_t(1) << 21;
+        if (size >= HUGE) {
+            void* pages = mmap(nullptr, size_t(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (pages == MAP_FAILED) throw std::bad_alloc();
+            madvise(pages, size_t(size), MADV_HUGEPAGE);
+            data = (T*)pages;
+            mapped_ = size;
+        }
 #endif
-        std::memset((void*)data, poison ? 0xff : 0, size_t(size));
+        if (!data) data = (T*)std::aligned_alloc(64, size_t((size + 63) / 64 * 64));
+        if (!data) throw std::bad_alloc();
+        if (!mapped_ || poison) std::memset((void*)data, poison ? 0xff : 0, size_t(size));
     }
 
     // `count` rows of `width` values, `step` apart; what lies between stays zero.
@@ -46,6 +53,18 @@ struct Buffer {
         if (poison)
             for (int64_t i = 0; i < count; ++i) std::memset((void*)row(i), 0xff, size_t(width) * sizeof(T));
     }
+
+  private:
+    void release() {
+#if defined(__linux__)
+        if (mapped_) munmap((void*)data, size_t(mapped_));
+#endif
+        if (!mapped_) std::free(data);
+        data = nullptr;
+        mapped_ = 0;
+    }
+
+    int64_t mapped_ = 0;
 };
 
 }  // namespace sparsecli
