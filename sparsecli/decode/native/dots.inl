@@ -46,8 +46,8 @@ inline void dot(const int8_t* const* w, const int16_t* x, int64_t count, const i
             if (FETCH) prefetch(next[r] + i);
             const __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i)));
             const __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i + 32)));
-            sums[r][0] = _mm512_dpwssd_epi32(sums[r][0], a, low);
-            sums[r][1] = _mm512_dpwssd_epi32(sums[r][1], b, high);
+            add_pairs(sums[r][0], a, low);
+            add_pairs(sums[r][1], b, high);
         }
     }
     for (int r = 0; r < R; ++r) out[r] = float(_mm512_reduce_add_epi32(_mm512_add_epi32(sums[r][0], sums[r][1])));
@@ -104,17 +104,16 @@ inline void split_dot(const uint16_t* const* w, const uint16_t* halves, int64_t 
     for (auto& row : sums)
         for (__m512& s : row) s = _mm512_setzero_ps();
     for (int64_t i = 0; i < count; i += PAD) {
-        const __m512bh low = (__m512bh)_mm512_loadu_si512(halves + i);
-        const __m512bh high = (__m512bh)_mm512_loadu_si512(halves + i + 32);
-        const __m512bh low_rest = (__m512bh)_mm512_loadu_si512(halves + rest + i);
-        const __m512bh high_rest = (__m512bh)_mm512_loadu_si512(halves + rest + i + 32);
+        const __m512i low = _mm512_loadu_si512(halves + i), high = _mm512_loadu_si512(halves + i + 32);
+        const __m512i low_rest = _mm512_loadu_si512(halves + rest + i);
+        const __m512i high_rest = _mm512_loadu_si512(halves + rest + i + 32);
         for (int r = 0; r < R; ++r) {
             if (FETCH) prefetch(next[r] + i), prefetch(next[r] + i + 32);
-            const __m512bh a = (__m512bh)_mm512_loadu_si512(w[r] + i), b = (__m512bh)_mm512_loadu_si512(w[r] + i + 32);
-            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], a, low);
-            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], b, high);
-            sums[r][2] = _mm512_dpbf16_ps(sums[r][2], a, low_rest);
-            sums[r][3] = _mm512_dpbf16_ps(sums[r][3], b, high_rest);
+            const __m512i a = _mm512_loadu_si512(w[r] + i), b = _mm512_loadu_si512(w[r] + i + 32);
+            add_pairs(sums[r][0], a, low);
+            add_pairs(sums[r][1], b, high);
+            add_pairs(sums[r][2], a, low_rest);
+            add_pairs(sums[r][3], b, high_rest);
         }
     }
     for (int r = 0; r < R; ++r)
@@ -306,7 +305,7 @@ void sum_units(const Matrix& units, int64_t parts, const int32_t* chosen, const 
     const W* data = (const W*)units.data + begin;
     const auto row_of = [&](int64_t i) { return data + (int64_t(chosen[i]) * parts + parts - 1) * stride; };
     // Rows are asked for long before they are used, as many as the cache holds.
-    const int64_t distance = FETCHED / bytes;
+    const int64_t distance = FETCHED / (bytes + 1);  // a thread may have no columns at all
     int64_t asked = 0;
     const W* rows[AT_ONCE];
     float factor[AT_ONCE];
