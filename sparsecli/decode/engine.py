@@ -65,7 +65,14 @@ class Engine:
         self.close = weakref.finalize(self, self._library.sparsecli_destroy, self._handle)
         self._bind()
         if profile:
-            self._library.sparsecli_profile(self._handle, None)
+            self._library.sparsecli_profile(self.handle, None)
+
+    @property
+    def handle(self) -> ctypes.c_void_p:
+        """The library's engine. Raises ValueError once it is closed."""
+        if not self.close.alive:
+            raise ValueError("the engine is closed")
+        return self._handle
 
     def _bind(self) -> None:
         tensors = self.model.tensors
@@ -79,9 +86,11 @@ class Engine:
                 raise ValueError(f"{slot.key}: is {tensor.dtype}, expected {kind}")
             scale = tensors.get(f"{slot.key}.scale") if kind == "int8" else None
             scales = 0 if scale is None else min(scale.size, slot.scales)
+            if scale is not None and scale.dtype != np.float32:
+                raise ValueError(f"{slot.key}.scale: is {scale.dtype}, expected float32")
             address = None if scale is None else scale.ctypes.data
             bound = self._library.sparsecli_bind(
-                self._handle,
+                self.handle,
                 slot.layer,
                 slot.name.encode(),
                 tensor.ctypes.data,
@@ -93,7 +102,7 @@ class Engine:
             )
             if bound < 0:
                 raise ValueError(self._message())
-        if self._library.sparsecli_ready(self._handle, self._error) < 0:
+        if self._library.sparsecli_ready(self.handle, self._error) < 0:
             raise ValueError(self._message())
 
     def _message(self) -> str:
@@ -108,13 +117,13 @@ class Engine:
         """
         if not 1 <= capacity <= 1 << 30:
             raise ValueError(f"capacity: {capacity} is not between 1 and {1 << 30}")
-        needed = self._library.sparsecli_sequence_bytes(self._handle, capacity)
+        needed = self._library.sparsecli_sequence_bytes(self.handle, capacity)
         if needed > _available_memory():
             raise Failure(
                 f"{capacity} positions need {needed / 1e9:.1f} GB of cache, more than the memory that is left; "
                 "use a shorter context or a narrower cache type"
             )
-        handle = self._library.sparsecli_sequence_create(self._handle, capacity, self._error)
+        handle = self._library.sparsecli_sequence_create(self.handle, capacity, self._error)
         if not handle:
             raise Failure(f"{capacity} positions need {needed / 1e9:.1f} GB of cache: {self._message()}")
         return Sequence(self, ctypes.c_void_p(handle), capacity)
@@ -152,7 +161,7 @@ class Engine:
         added = np.asarray(tokens, np.int64)
         logits = np.empty((count if all_logits else 1, self.vocabulary), np.float32)
         done = self._library.sparsecli_forward(
-            self._handle, handles, added.ctypes.data, count, all_logits, logits.ctypes.data, self._error
+            self.handle, handles, added.ctypes.data, count, all_logits, logits.ctypes.data, self._error
         )
         if done < 0:
             message = self._message()
@@ -162,7 +171,7 @@ class Engine:
     @property
     def block_stack_ns(self) -> int:
         """Nanoseconds that the blocks of the last call took (of its last 64 tokens, if it had more)."""
-        return self._library.sparsecli_block_stack_ns(self._handle)
+        return self._library.sparsecli_block_stack_ns(self.handle)
 
     def profile(self) -> dict[str, float]:
         """Seconds by part of the steps since the last call, measured on the caller's thread."""
@@ -170,7 +179,7 @@ class Engine:
         while (name := self._library.sparsecli_profile_part(len(names))) is not None:
             names.append(name.decode())
         seconds = (ctypes.c_double * len(names))()
-        self._library.sparsecli_profile(self._handle, seconds)
+        self._library.sparsecli_profile(self.handle, seconds)
         return dict(zip(names, seconds, strict=True))
 
 
@@ -178,8 +187,15 @@ class Sequence:
     """Keys, values and convolution inputs of the tokens so far, with room for `capacity`."""
 
     def __init__(self, engine: Engine, handle: ctypes.c_void_p, capacity: int) -> None:
-        self.engine, self.handle, self.capacity = engine, handle, capacity
+        self.engine, self._handle, self.capacity = engine, handle, capacity
         self.close = weakref.finalize(self, engine._library.sparsecli_sequence_destroy, handle)
+
+    @property
+    def handle(self) -> ctypes.c_void_p:
+        """The library's sequence. Raises ValueError once it is closed."""
+        if not self.close.alive:
+            raise ValueError("the sequence is closed")
+        return self._handle
 
     @property
     def length(self) -> int:

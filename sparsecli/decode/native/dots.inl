@@ -34,7 +34,16 @@ void split(const float* values, int64_t count, uint16_t* halves) {
 // R rows with one vector: what is loaded of the vector serves them all. Where `next` rows are given they are fetched
 // meanwhile; a stream of rows needs no such help.
 
-// 32-bit sums of products of 16-bit activations with 8-bit weights: exact, and so in any order.
+#if defined(SPARSECLI_AVX512)
+inline float sum(__m512i lanes) {  // each may be nearly full
+    const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(lanes));
+    const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(lanes, 1));
+    return float(_mm512_reduce_add_epi64(_mm512_add_epi64(low, high)));
+}
+#endif
+
+// Integer sums of products of 16-bit activations with 8-bit weights: exact, and so in any order. Lanes have 32 bits,
+// which LONGEST products fill at most.
 template <int R, bool FETCH>
 inline void dot(const int8_t* const* w, const int16_t* x, int64_t count, const int8_t* const* next, float* out) {
 #if defined(SPARSECLI_AVX512)
@@ -46,11 +55,11 @@ inline void dot(const int8_t* const* w, const int16_t* x, int64_t count, const i
             if (FETCH) prefetch(next[r] + i);
             const __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i)));
             const __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i + 32)));
-            add_pairs(sums[r][0], a, low);
-            add_pairs(sums[r][1], b, high);
+            sums[r][0] = add_pairs(sums[r][0], a, low);
+            sums[r][1] = add_pairs(sums[r][1], b, high);
         }
     }
-    for (int r = 0; r < R; ++r) out[r] = float(_mm512_reduce_add_epi32(_mm512_add_epi32(sums[r][0], sums[r][1])));
+    for (int r = 0; r < R; ++r) out[r] = sum(_mm512_add_epi32(sums[r][0], sums[r][1]));
 #elif defined(SPARSECLI_AVX2)
     for (int r = 0; r < R; ++r) {
         __m256i sums = _mm256_setzero_si256();
@@ -62,14 +71,15 @@ inline void dot(const int8_t* const* w, const int16_t* x, int64_t count, const i
                 sums = _mm256_add_epi32(sums, pairs);
             }
         }
-        int32_t lane[8], all = 0;
+        int32_t lane[8];
+        int64_t all = 0;
         std::memcpy(lane, &sums, sizeof lane);
         for (int32_t value : lane) all += value;
         out[r] = float(all);
     }
 #else
     for (int r = 0; r < R; ++r) {
-        int32_t all = 0;
+        int64_t all = 0;
         for (int64_t i = 0; i < count; ++i) all += int32_t(w[r][i]) * int32_t(x[i]);
         out[r] = float(all);
     }
@@ -110,10 +120,10 @@ inline void split_dot(const uint16_t* const* w, const uint16_t* halves, int64_t 
         for (int r = 0; r < R; ++r) {
             if (FETCH) prefetch(next[r] + i), prefetch(next[r] + i + 32);
             const __m512i a = _mm512_loadu_si512(w[r] + i), b = _mm512_loadu_si512(w[r] + i + 32);
-            add_pairs(sums[r][0], a, low);
-            add_pairs(sums[r][1], b, high);
-            add_pairs(sums[r][2], a, low_rest);
-            add_pairs(sums[r][3], b, high_rest);
+            sums[r][0] = add_pairs(sums[r][0], a, low);
+            sums[r][1] = add_pairs(sums[r][1], b, high);
+            sums[r][2] = add_pairs(sums[r][2], a, low_rest);
+            sums[r][3] = add_pairs(sums[r][3], b, high_rest);
         }
     }
     for (int r = 0; r < R; ++r)

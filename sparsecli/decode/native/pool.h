@@ -7,6 +7,9 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -28,16 +31,17 @@ inline void relax() {
 class Pool {
   public:
     Pool(int64_t threads, bool pin) : threads_(threads), pin_(pin) {
-        for (int64_t worker = 1; worker < threads; ++worker) workers_.emplace_back([this, worker] { serve(worker); });
+        try {
+            for (int64_t worker = 1; worker < threads; ++worker)
+                workers_.emplace_back([this, worker] { serve(worker); });
+        } catch (const std::system_error&) {
+            stop();
+            throw std::runtime_error("the system does not start " + std::to_string(threads) + " threads; use fewer");
+        }
         if (pin_) pin_to(0);  // after the others, which start with their creator's processors
     }
 
-    ~Pool() {
-        stopping_ = true;
-        epoch_.fetch_add(1);
-        epoch_.notify_all();
-        for (std::thread& worker : workers_) worker.join();
-    }
+    ~Pool() { stop(); }
 
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
@@ -73,6 +77,13 @@ class Pool {
   private:
     static constexpr int SPINS = 256;
     static constexpr std::chrono::microseconds AWAKE{500};  // until a thread without work sleeps
+
+    void stop() {
+        stopping_ = true;
+        epoch_.fetch_add(1);
+        epoch_.notify_all();
+        for (std::thread& worker : workers_) worker.join();
+    }
 
     void serve(int64_t worker) {
         if (pin_) pin_to(worker);
