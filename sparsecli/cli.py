@@ -375,7 +375,17 @@ def bench(
     ] = None,
     peer: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Another program beside ours; may be repeated.", show_default=False),
+        typer.Option(
+            metavar="NAME", help="Another program beside ours; may be repeated.", show_default=False
+        ),
+    ] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BACKEND:TYPE",
+            help="Also the speed-up over that dense row: torch:bfloat16.",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -443,6 +453,7 @@ def bench(
         names=variant or None,
         backends=backend or None,
         peers=peer or None,
+        over=over,
         dtypes=dtype or None,
         threads=threads,
         context=context,

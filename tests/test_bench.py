@@ -495,6 +495,7 @@ def test_without_the_native_engine_torch_measures_and_says_so(
         ({"dtypes": ["int4"]}, "--dtype: 'int4' is not one of float32, bfloat16, int8"),
         ({"threads": [10_000]}, "--threads: 10000 is more than 256"),
         ({"names": ["nobody"]}, "--variant: there is no 'nobody' \\(there are: dense, both"),
+        ({"over": "torch:int8"}, "--over: no dense or peer row is 'torch:int8' .*: torch:float32, torch:b"),
         ({"peers": ["gpt"]}, "--peer: 'gpt' is not one of"),
     ],
 )
@@ -619,6 +620,15 @@ def test_rows_of_a_run(result: Result) -> None:
     assert both.held_out_nats is None
 
 
+def test_rows_are_compared_with_the_dense_row_that_is_named() -> None:
+    measured = command.run(loaded(), over="torch:bfloat16", context=[4, 8], format="json")
+    dense = {row.context: row for row in measured.rows if row.variant == "dense" and row.dtype == "bfloat16"}
+    for row in measured.rows:
+        expected = dense[row.context].ms_per_token.p50 / row.ms_per_token.p50
+        assert row.speedup_over == pytest.approx(expected, rel=1e-3)
+    assert "the first dense or peer row of torch:bfloat16" in table.as_markdown(measured)
+
+
 def test_percentiles() -> None:
     spread = measure.spread(np.arange(101.0))
     assert (spread.p10, spread.p50, spread.p90) == (10, 50, 90)
@@ -658,6 +668,7 @@ def test_json_is_the_documented_format(result: Result) -> None:
         "versions",
         "machine",
         "rows",
+        "over",
         "peak_memory_gb",
         "comparison",
     ]

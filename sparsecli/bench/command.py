@@ -38,6 +38,7 @@ def run(
     names: Sequence[str] | None = None,
     backends: Sequence[str] | None = None,
     peers: Sequence[str] | None = None,
+    over: str | None = None,
     dtypes: Sequence[str] | None = None,
     threads: Sequence[int] | None = None,
     context: Sequence[int] | None = None,
@@ -57,6 +58,7 @@ def run(
 ) -> Result | None:
     """Measure decoding and show it in `format`; the result, or None for a dry run.
 
+    `over` names a backend and a weight type, `torch:bfloat16`, with whose dense row all rows are compared.
     `models` are trained runs to measure in place of the recipe's variants; `names` chooses some of either. What is
     given goes before the recipe's `bench:` block; of `threads`, `context` and `batch` every combination is measured.
     `from_disk` writes packed models to `disk_folder` (the working directory) for as long as it takes. `fail_above`
@@ -92,6 +94,7 @@ def run(
         isa=_isa(what),
         threads=max(model.threads for model in what.models),
     )
+    _check_over(over, what)
     plan.check_positions(what)
     if what.from_disk:
         disk.check_supported()
@@ -107,7 +110,7 @@ def run(
 
     with machine.threads(processor.threads):
         machine.warn_if_busy()
-        result = _measure(loaded, bench, what, processor, folder)
+        result = _measure(loaded, bench, what, processor, folder, over)
     if earlier:
         changes = compare.compare(result, earlier, fail_above or 0.0)
         result = result.model_copy(update={"comparison": changes})
@@ -180,6 +183,16 @@ def _default_backends() -> list[Literal["native", "torch"]]:
     return ["torch"]
 
 
+def _check_over(over: str | None, what: Plan) -> None:
+    """Before an expensive measurement: is there such a row?"""
+    subjects = [subject for subject in what.subjects() if subject.group != "sparse"]
+    there = list(dict.fromkeys(f"{subject.backend}:{subject.dtype}" for subject in subjects))
+    if over is not None and over not in there:
+        raise console.Failure(
+            f"--over: no dense or peer row is {over!r} (there are: {', '.join(there) or 'none'})", exit_code=2
+        )
+
+
 def _isa(what: Plan) -> str:
     if any(model.backend == "native" for model in what.models):
         return native.isa()
@@ -241,7 +254,12 @@ def _show_plan(what: Plan, output: Path | None, folder: Path) -> None:
 
 
 def _measure(
-    loaded: LoadedRecipe, bench: BenchSpec, what: Plan, processor: Processor, folder: Path
+    loaded: LoadedRecipe,
+    bench: BenchSpec,
+    what: Plan,
+    processor: Processor,
+    folder: Path,
+    over: str | None,
 ) -> Result:
     console.say(f"building {len(what.models)} models")
     found, disk_speed = entries.load(what, folder)
@@ -263,7 +281,8 @@ def _measure(
         versions={name: version(name) for name in ("sparsecli", "torch", "transformers")}
         | {"python": platform.python_version()},
         machine=Machine(**dict(processor), bandwidth_gb_s=bandwidths, memory_gb=memory_gb, disk=disk_speed),
-        rows=entries.rows(found, bandwidths.mean),
+        rows=entries.rows(found, bandwidths.mean, over),
+        over=over,
         peak_memory_gb=machine.peak_memory_gb(),
     )
 

@@ -141,16 +141,26 @@ def _turn(plan: Plan, case: Case, decoder: Decoder) -> Turn:
 # -- figures -------------------------------------------------------------------------------------------------
 
 
-def rows(entries: Sequence[Entry], gb_per_second: float) -> list[Row]:
-    """The measured rows; a dense row is what rows of the same backend, dtype and sizes are compared with."""
+def rows(entries: Sequence[Entry], gb_per_second: float, over: str | None) -> list[Row]:
+    """The measured rows; a dense row is what rows of the same backend, dtype and sizes are compared with.
+
+    `over` names the backend and dtype of another row that they are compared with, `torch:bfloat16`.
+    """
     baselines: dict[tuple[object, ...], Entry] = {}
+    rivals: dict[tuple[object, ...], Entry] = {}
     for entry in entries:
-        if entry.subject.group == "dense":
-            baselines.setdefault(entry.subject.key[1:], entry)
-    return [_row(entry, baselines.get(entry.subject.key[1:]), gb_per_second) for entry in entries]
+        subject = entry.subject
+        if subject.group == "dense":
+            baselines.setdefault(subject.key[1:], entry)
+        if subject.group != "sparse" and over == f"{subject.backend}:{subject.dtype}":
+            rivals.setdefault(subject.key[3:], entry)
+    return [
+        _row(entry, baselines.get(entry.subject.key[1:]), rivals.get(entry.subject.key[3:]), gb_per_second)
+        for entry in entries
+    ]
 
 
-def _row(entry: Entry, baseline: Entry | None, gb_per_second: float) -> Row:
+def _row(entry: Entry, baseline: Entry | None, rival: Entry | None, gb_per_second: float) -> Row:
     subject, turn = entry.subject, entry.turn
     candidate = entry.case.model.candidate
     token, block_ms, parts = times(turn.token_ms), turn.block_ms, turn.parts
@@ -165,7 +175,8 @@ def _row(entry: Entry, baseline: Entry | None, gb_per_second: float) -> Row:
         ms_per_token=token,
         ms_per_block=None if block_ms is None else spread(block_ms),
         tokens_per_second=round(1e3 / token.p50, 3),
-        speedup=round(times(baseline.turn.token_ms).p50 / token.p50, 4) if baseline else None,
+        speedup=_speedup(baseline, token.p50),
+        speedup_over=_speedup(rival, token.p50),
         bandwidth_fraction=round(share, 4) if limited else None,
         held_out_nats=candidate.held_out_nats,
         paper=paper,
@@ -178,3 +189,7 @@ def _row(entry: Entry, baseline: Entry | None, gb_per_second: float) -> Row:
         disk_mb_s=None if read is None else round(read / token.p50 / 1e3, 1),
         peer_settings=getattr(turn.decoder, "settings", None),
     )
+
+
+def _speedup(baseline: Entry | None, milliseconds: float) -> float | None:
+    return round(times(baseline.turn.token_ms).p50 / milliseconds, 4) if baseline else None

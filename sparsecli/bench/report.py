@@ -194,6 +194,8 @@ class Row(Subject):
     """At the median."""
     speedup: float | None
     """Median of the dense row of the same backend, dtype and sizes over this median."""
+    speedup_over: float | None = None
+    """The same over the row that `--over` names."""
     bandwidth_fraction: float | None
     """Share of the memory limit reached."""
     held_out_nats: float | None
@@ -261,6 +263,8 @@ class Result(_Record):
     """What the figures depend on."""
     rows: list[Row]
     """The figures."""
+    over: str | None = None
+    """Backend and dtype, `torch:bfloat16`, over whose dense row `speedup_over` is."""
     peak_memory_gb: float | None = None
     """The most memory that the process held at once."""
     comparison: list[Change] | None = None

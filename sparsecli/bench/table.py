@@ -71,6 +71,7 @@ COLUMNS = (
     Column("disk\nMB / s", lambda row: f"{row.disk_mb_s:.0f}" if row.disk_mb_s is not None else None),
     Column("tokens\n/ s", lambda row: f"{row.tokens_per_second:.1f}", sacrifice=2),
     Column("speed-\nup", lambda row: f"{row.speedup:.2f}x" if row.speedup else None),
+    Column("over\nthat", lambda row: f"{row.speedup_over:.2f}x" if row.speedup_over else None),
     Column(
         "of memory\nlimit",
         lambda row: f"{row.bandwidth_fraction:.0%}" if row.bandwidth_fraction is not None else None,
@@ -158,6 +159,8 @@ def caption(result: Result) -> str:
         )
     if any(row.batch > 1 for row in result.rows):
         text += " Times of a batch are over its sequences."
+    if result.over:
+        text += f" Over that: over the first dense or peer row of {result.over}, at the same sizes."
     if any(row.projected for row in result.rows):
         text += " * projected: some blocks were measured and their time multiplied out."
     for backend, told in {row.backend: row.peer_settings for row in result.rows if row.peer_settings}.items():
@@ -180,14 +183,14 @@ def parts_table(result: Result) -> Table | None:
     )
     for column in sized:
         shown.add_column(column.title.strip(), justify="left" if column.left else "right")
-    for name in (*names, "one feed-forward layer"):
+    for name in ("one feed-forward layer", *names):
         shown.add_column(name, justify="right")
     for row in timed:
         parts = row.parts or {}
         total = sum(parts.values())
         cells = [f"{parts[name]:.3f}\n{parts[name] / total:.0%}" if name in parts else "-" for name in names]
         layer = f"{row.ms_feed_forward:.4f}" if row.ms_feed_forward is not None else "-"
-        shown.add_row(*(column.cell(row) or "-" for column in sized), *cells, layer)
+        shown.add_row(*(column.cell(row) or "-" for column in sized), layer, *cells)
     return shown
 
 
