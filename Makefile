@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow quality lint types check bench clean
+.PHONY: setup demo test test-slow quality sanitize lint types check bench clean
 
 setup: $(READY)
 
@@ -26,6 +26,20 @@ test-slow: $(READY)  ## the long tests: every shipped recipe trained and measure
 
 quality: $(READY)  ## quickstart, its dense twin and the dense twin with a convolution, three seeds each
 	$(BIN)/python -m pytest -m slow tests/test_quality.py
+
+# Undefined behaviour ends the process at once; Python's own leaks are none of ours.
+NATIVE := sparsecli/decode/native
+SANITIZED := build/sanitized/_native.so
+SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer
+
+sanitize: $(READY) $(SANITIZED)  ## the decode engine's tests under address and undefined-behaviour sanitizers (g++)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 SPARSECLI_NATIVE_LIBRARY=$(SANITIZED) \
+	$(BIN)/python -m pytest -s tests/test_kernels.py tests/test_decode.py tests/test_packing.py
+
+$(SANITIZED): $(wildcard $(NATIVE)/*)
+	mkdir -p $(@D)
+	$(CXX) -std=c++20 -g -O1 -w -shared -fPIC -pthread $(SANITIZERS) $(NATIVE)/*.cpp -o $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

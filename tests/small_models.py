@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -167,8 +168,21 @@ def twin(name: str, precision: Precision, count: int) -> np.ndarray:
 
 
 def start(model: PackedModel, threads: int = 1) -> Engine:
-    """An engine whose memory holds NaN wherever nothing was written yet."""
+    """An engine that meets its mistakes: its memory is NaN wherever nothing was written yet, and every tensor has
+    memory of its own, so that a sanitizer notices reading beyond it."""
+    if not model.from_disk:
+        tensors = {name: on_its_own(tensor) for name, tensor in model.tensors.items()}
+        model = replace(model, tensors=tensors)
     return Engine(model, threads, poison=True)
+
+
+def on_its_own(tensor: np.ndarray) -> np.ndarray:
+    """A copy on cache lines, as far at the end of its memory as they allow."""
+    room = np.empty(tensor.nbytes + 63, np.uint8)
+    place = -room.ctypes.data % 64
+    copy = room[place : place + tensor.nbytes].view(tensor.dtype)
+    copy[:] = tensor
+    return copy
 
 
 def stepped(engine: Engine, tokens: Sequence[int]) -> np.ndarray:

@@ -18,6 +18,7 @@ from sparsecli.decode.tensorfile import TYPES, WIDTHS
 from sparsecli.model.architecture import ModelSpec
 
 LAYOUT_VERSION = 1
+INT8_RANK = 512  # the longest rank that is computed with in int8
 LINE = 64  # bytes: every packed tensor starts on a cache line
 
 
@@ -104,11 +105,17 @@ def huge_pages(nbytes: int) -> np.ndarray:
 
 def plan(spec: ModelSpec, precision: Precision) -> list[tuple[Slot, str]]:
     """Every tensor and its type."""
-    found = [(slot, getattr(precision, slot.part) if slot.part else "float32") for slot in slots(spec)]
+    found = [(slot, _type(slot, precision)) for slot in slots(spec)]
     if precision.head_rescoring and spec.vocabulary.kind == "dense":
         head = next(slot for slot, _ in found if slot.name == "head.weight")
         found.append((replace(head, name="head.exact"), "bfloat16"))
     return found
+
+
+def _type(slot: Slot, precision: Precision) -> str:
+    kind = getattr(precision, slot.part) if slot.part else "float32"
+    # Longer sums of the controller's integers could leave 32 bits.
+    return "bfloat16" if kind == "int8" and slot.layout == "blocks" and slot.cols > INT8_RANK else kind
 
 
 def place(planned: list[tuple[Slot, str]], room: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:

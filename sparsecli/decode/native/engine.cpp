@@ -12,6 +12,7 @@ using namespace sparsecli;
 namespace {
 
 const Kernels* chosen_kernels = nullptr;
+constexpr int64_t INT8_RANK = 512;  // products of a controller's 8-bit weights that fit into 32 bits, whatever the sum
 
 bool processor_has_avx2() {
 #if defined(__x86_64__)
@@ -135,7 +136,8 @@ int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name
         if (slot.name != name) continue;
         const int64_t expected = model.elements(slot) * type_bytes(type);
         const bool vector = slot.layout == Layout::VECTOR, taps = slot.layout == Layout::TAPS;
-        if ((vector && type != FLOAT32) || (taps && type != model.shape.history_type)) {
+        const bool long_sums = slot.layout == Layout::BLOCKS && type == INT8 && slot.cols > INT8_RANK;
+        if ((vector && type != FLOAT32) || (taps && type != model.shape.history_type) || long_sums) {
             complain(error, place + ": weights of this type are not computed with here");
             return -1;
         }
