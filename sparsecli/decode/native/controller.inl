@@ -16,11 +16,8 @@ inline void block_logits(const Matrix& w, int64_t block, int64_t width, int64_t 
             for (int v = 0; v < V; ++v) {
                 const __m256i narrow_pairs = _mm256_loadu_si256((const __m256i*)(from + i * width + v * 2 * LANES));
                 const __m512i pairs = _mm512_cvtepi8_epi16(narrow_pairs);
-                for (int t = 0; t < T; ++t) {
-                    int32_t pair;
-                    std::memcpy(&pair, integers + t * z.stride + i, 4);
-                    totals[t][v] = _mm512_dpwssd_epi32(totals[t][v], pairs, _mm512_set1_epi32(pair));
-                }
+                for (int t = 0; t < T; ++t)
+                    totals[t][v] = add_pairs(totals[t][v], pairs, broadcast_four(integers + t * z.stride + i));
             }
 #else
         int32_t totals[T][V][LANES] = {};

@@ -19,31 +19,41 @@ inline void tile(const float* a, int64_t a_stride, const float* panel, int64_t w
         for (int v = 0; v < V; ++v) store(c + r * c_stride + v * LANES, sums[r][v]);
 }
 
-// The same from pairs of bfloat16.
+// The same from pairs of bfloat16. (Unrolled by name: only then does GCC keep the sums in registers.)
 template <int R, int V>
 inline void tile(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t width, int64_t inputs, float* c,
                  int64_t c_stride) {
 #if defined(SPARSECLI_AVX512)
     __m512 sums[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] = _mm512_loadu_ps(c + r * c_stride + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) { sums[r][v] = _mm512_loadu_ps(c + r * c_stride + v * LANES); }
+    }
     for (int64_t i = 0; i < inputs; i += 2) {
         __m512i b[V];
-        for (int v = 0; v < V; ++v) b[v] = _mm512_loadu_si512(panel + i * width + v * 2 * LANES);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) { b[v] = _mm512_loadu_si512(panel + i * width + v * 2 * LANES); }
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            int32_t pair;
-            std::memcpy(&pair, a + r * a_stride + i, 4);
-            const __m512bh scalar = (__m512bh)_mm512_set1_epi32(pair);
-            for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], scalar, (__m512bh)b[v]);
+            const __m512i pair = broadcast_four(a + r * a_stride + i);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) { sums[r][v] = add_pairs(sums[r][v], pair, b[v]); }
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) { _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]); }
+    }
 #else
     Vector sums[R][V];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sums[r][v] = load(c + r * c_stride + v * LANES);
     for (int64_t i = 0; i < inputs; i += 2)
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
             Vector low, high;
             for (int p = 0; p < PARTS; ++p) {
@@ -52,12 +62,15 @@ inline void tile(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int
                 low.part[p] = (Floats)(pairs << 16);
                 high.part[p] = (Floats)(pairs & int32_t(0xffff0000));
             }
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 add_product(sums[r][v], fill(to_float(a[r * a_stride + i])), low);
                 add_product(sums[r][v], fill(to_float(a[r * a_stride + i + 1])), high);
             }
         }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) store(c + r * c_stride + v * LANES, sums[r][v]);
 #endif
 }
@@ -69,38 +82,49 @@ inline void tile(const int8_t* a, int64_t a_stride, const float* a_scale, const 
                  int64_t width, int64_t inputs, const float* scale, float* c, int64_t c_stride) {
 #if defined(SPARSECLI_AVX512)
     __m512i sums[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] = _mm512_set1_epi32(-128 * total[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) { sums[r][v] = _mm512_set1_epi32(-128 * total[r]); }
+    }
     for (int64_t i = 0; i < inputs; i += 4) {
         __m512i b[V];
-        for (int v = 0; v < V; ++v) b[v] = _mm512_loadu_si512(panel + i * width + v * 4 * LANES);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) { b[v] = _mm512_loadu_si512(panel + i * width + v * 4 * LANES); }
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            int32_t quad;
-            std::memcpy(&quad, a + r * a_stride + i, 4);
-            const __m512i scalar = _mm512_set1_epi32(quad);
-            for (int v = 0; v < V; ++v) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], b[v], scalar);
+            const __m512i quad = broadcast_four(a + r * a_stride + i);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) { sums[r][v] = add_quads(sums[r][v], b[v], quad); }
         }
     }
-    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
             float* to = c + r * c_stride + v * LANES;
             const __m512 rate = _mm512_mul_ps(_mm512_set1_ps(a_scale[r]), _mm512_loadu_ps(scale + v * LANES));
             _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), rate, _mm512_loadu_ps(to)));
         }
+    }
 #else
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
         for (int p = 0; p < PARTS; ++p) {
             const int64_t column = v * LANES + p * WIDTH;
             Ints sums[R];
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) sums[r] = Ints{} - 128 * total[r];
             for (int64_t i = 0; i < inputs; i += 4) {
                 Ints quads;
                 std::memcpy(&quads, panel + i * width + column * 4, sizeof quads);
                 for (int k = 0; k < 4; ++k) {
                     const Ints weights = (quads >> (8 * k)) & 255;
+#pragma GCC unroll 8
                     for (int r = 0; r < R; ++r) sums[r] += weights * int32_t(a[r * a_stride + i + k]);
                 }
             }
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 Floats rate, before;
                 float* to = c + r * c_stride + column;

@@ -80,19 +80,27 @@ inline Vector magnitude(Vector a) {
 
 // The order is the same whatever the width: halves are folded onto each other.
 inline float sum(const Vector& v) {
+#if defined(SPARSECLI_AVX512)
+    return _mm512_reduce_add_ps((__m512)v.part[0]);
+#else
     float lane[LANES];
     store(lane, v);
     for (int64_t half = LANES / 2; half; half /= 2)
         for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
     return lane[0];
+#endif
 }
 
 inline float maximum(const Vector& v) {
+#if defined(SPARSECLI_AVX512)
+    return _mm512_reduce_max_ps((__m512)v.part[0]);
+#else
     float lane[LANES];
     store(lane, v);
     for (int64_t half = LANES / 2; half; half /= 2)
         for (int64_t i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
     return lane[0];
+#endif
 }
 
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
@@ -268,3 +276,27 @@ void normalize(const float* x, const float* weight, const float* bias, int64_t c
 }
 
 constexpr float NOTHING = 1e-30f;  // a vector of such small numbers counts as zero: 1 / its scale would not be finite
+
+#if defined(SPARSECLI_AVX512)
+// total + pairs or quads of products. As assembly: compilers copy the intrinsics' sums from register to register.
+inline __m512 add_pairs(__m512 total, __m512i a, __m512i b) {  // bfloat16 with bfloat16
+    asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+    return total;
+}
+
+inline __m512i add_pairs(__m512i total, __m512i a, __m512i b) {  // 16-bit with 16-bit integers
+    asm("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+    return total;
+}
+
+inline __m512i add_quads(__m512i total, __m512i bytes, __m512i signed_bytes) {  // unsigned with signed bytes
+    asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(bytes), "v"(signed_bytes));
+    return total;
+}
+
+inline __m512i broadcast_four(const void* bytes) {  // straight from memory, not by way of an integer register
+    __m512i four;
+    asm("vpbroadcastd %1, %0" : "=v"(four) : "m"(*(const char(*)[4])bytes));
+    return four;
+}
+#endif
