@@ -11,7 +11,7 @@ import numpy as np
 
 from sparsecli.console import Failure
 from sparsecli.decode import native
-from sparsecli.decode.layout import modules_of, output_projection
+from sparsecli.decode.layout import modules_of
 from sparsecli.decode.native import ERROR_BYTES, Shape
 from sparsecli.decode.packing import PackedModel, plan
 from sparsecli.model.architecture import ModelSpec
@@ -50,7 +50,7 @@ class Engine:
     ) -> None:
         if reason := native.available():
             raise Failure(f"the native engine cannot be used: {reason}")
-        self.threads = processors() if threads is None else threads
+        self.threads = min(processors(), MAX_THREADS) if threads is None else threads
         if not 1 <= self.threads <= MAX_THREADS:
             raise ValueError(f"threads: {threads} is not between 1 and {MAX_THREADS}")
         self.model = model  # its memory is the engine's
@@ -175,7 +175,7 @@ class Engine:
 
     def profile(self) -> dict[str, float]:
         """Seconds by part of the steps since the last call, measured on the caller's thread."""
-        names = []
+        names: list[str] = []
         while (name := self._library.sparsecli_profile_part(len(names))) is not None:
             names.append(name.decode())
         seconds = (ctypes.c_double * len(names))()
@@ -233,7 +233,7 @@ def _shape(model: PackedModel, poison: bool) -> Shape:
         max_positions=spec.max_positions,
         vocabulary=vocabulary.size,
         projection=PROJECTIONS.index(attention.projection),
-        output=OUTPUTS.index(output_projection(spec)),
+        output=OUTPUTS.index(attention.output),
         modules=modules_of(spec),
         kernel=attention.kernel,
         value_concat=CONCATENATIONS.index(attention.value_concat),

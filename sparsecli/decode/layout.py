@@ -98,17 +98,8 @@ def slots(spec: ModelSpec) -> list[Slot]:
 def modules_of(spec: ModelSpec) -> int:
     """S of the attention's multiplicative layers and convolutions; 1 where there are none."""
     attention = spec.attention
-    kinds = (attention.projection, attention.output_projection or "")
-    return (
-        (attention.modules or spec.heads) if any(kind not in ("dense", "none", "") for kind in kinds) else 1
-    )
-
-
-def output_projection(spec: ModelSpec) -> str:
-    """The kind of the output projection, its default made explicit."""
-    attention = spec.attention
-    default = "none" if attention.projection.endswith("_conv") else attention.projection
-    return attention.output_projection or default
+    kinds = (attention.projection, attention.output)
+    return (attention.modules or spec.heads) if any(kind not in ("dense", "none") for kind in kinds) else 1
 
 
 def _norm(spec: ModelSpec, layer: int, name: str, source: str) -> Iterator[Slot]:
@@ -145,13 +136,12 @@ def _own(spec: ModelSpec) -> Iterator[Slot]:
         width = d_model // spec.heads if spec.positions == "rotary" else d_model
         yield Slot(-1, "frequencies", "vector", 1, width // 2, None, ())
     yield from _norm(spec, -1, "norm", "model.norm")
-    tied = vocabulary.kind == "dense" and vocabulary.tied
     modules = vocabulary.modules if vocabulary.kind == "multiplicative" else None
     for slot in _map(-1, "head", "head", size, d_model, "head", modules):
         weight = slot.name == "head.weight"
         yield (
             slot
-            if not (weight and tied)
+            if not (weight and spec.tied)
             else Slot(-1, slot.name, "spans", size, d_model, "head", ("model.embedding.weight",))
         )
 
@@ -173,7 +163,7 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
         key_width = d_model // spec.heads * (attention.key_value_heads or spec.heads)
         for name, rows in (("query", d_model), ("key", key_width), ("value", key_width)):
             yield from _map(layer, name, f"{source}.{name}", rows, d_model, "projection", multiplied)
-    kind = output_projection(spec)
+    kind = attention.output
     source = f"{block}.attention.output"
     if kind == "dense":
         yield from _map(layer, "output", source, d_model, d_model, "projection")

@@ -127,7 +127,8 @@ def place(planned: list[tuple[Slot, str]], room: Callable[[int], np.ndarray]) ->
             sizes.append((f"{slot.key}.scale", "float32", slot.scales))
     lengths = [-(-count * WIDTHS[kind] // LINE) * LINE for _, kind, count in sizes]
     memory = room(sum(lengths))
-    arrays, at = {}, 0
+    arrays: dict[str, np.ndarray] = {}
+    at = 0
     for (key, kind, _), length in zip(sizes, lengths, strict=True):
         arrays[key] = memory[at : at + length].view(TYPES[kind])
         at += length
@@ -316,7 +317,8 @@ def open_packed(path: Path, from_disk: bool = False) -> PackedModel:
         stays = {slot.key for slot in slots(spec) if from_disk and slot.layout == "units"}
         wanted = [name for name in file.entries if name not in stays]
         memory = huge_pages(sum(file.entries[name].length for name in wanted))
-        arrays, at = {}, 0
+        arrays: dict[str, np.ndarray] = {}
+        at = 0
         for name in wanted:
             entry = file.entries[name]
             if entry.kind not in TYPES:

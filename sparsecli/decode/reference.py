@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecli.decode.layout import LANES, PAD, PANEL, SPAN, Slot, modules_of, output_projection, padded
+from sparsecli.decode.layout import LANES, PAD, PANEL, SPAN, Slot, modules_of, padded
 from sparsecli.decode.packing import PackedModel, from_bfloat16, plan
 
 GROUP = 256  # inputs that share a scale when products are rounded to 8 bits
@@ -263,7 +263,7 @@ class Reference:
         keys.append(remember(k, self.precision.cache))
         values.append(remember(v, self.precision.cache))
         y = attend(q, torch.stack(keys), torch.stack(values)).flatten()
-        kind = output_projection(self.spec)
+        kind = self.spec.attention.output
         if kind == "none":
             return y
         y = self._map(f"{block}output", y)
