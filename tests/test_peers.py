@@ -299,6 +299,17 @@ def test_a_peer_decodes_as_our_model_does(name: str, kind: str) -> None:
         assert found[1:] == expected
 
 
+def test_compiled_models_do_not_undo_one_another() -> None:
+    beside = candidate(layers=1)
+    chosen = row("torch.compile", "float32", beside)
+    torch._dynamo.utils.counters.clear()
+    decoders = [chosen.load(weights_of(beside.spec), 40, 1) for _ in range(2)]
+    for decoder in decoders * 2:
+        decoder.prefill(PROMPT)
+        decoder.rewind()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def decodes_the_same_after_rewinding(decoder: peers.PeerDecoder) -> bool:
     runs = []
     for _ in range(2):

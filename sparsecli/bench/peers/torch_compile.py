@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,6 +15,8 @@ from sparsecli.model.architecture import ModelSpec
 
 def refusal(spec: ModelSpec, dtype: str) -> str | None:
     """See `PeerModule.refusal`."""
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        return f"torch {torch.__version__} cannot keep compiled models apart; install a newer one"
     return None
 
 
@@ -34,8 +37,10 @@ class TorchCompileDecoder:
         self.fresh = [cache.clone() for cache in self.caches]
         self.prompt = self.fresh
         self.context = self.position = 0
-        torch._dynamo.reset()  # what an earlier row compiled would count as this one's attempts
-        self.compiled = torch.compile(step, fullgraph=True, dynamic=False)
+        # Without isolation every row would be one more variant of the same function: each call would look for its own.
+        self.compiled = torch.compile(  # type: ignore[call-overload]  # its overloads lack the option
+            step, fullgraph=True, dynamic=False, isolate_recompiles=True
+        )
         # Freezing packs matrices for oneDNN. It has to be set for the whole process while compiling: as an option
         # of torch.compile it is read too late, and weights stay arguments.
         with inductor.patch(freezing=True):
