@@ -1,0 +1,180 @@
+// The pass as a whole, what its parts share, and the logits.
+#include "forward.h"
+
+namespace sparsecli {
+
+void Forward::pass(int64_t worker) {
+    if (!worker) since_ = Clock::now();
+    const Range rows = mine(count(), 1, worker);
+    for (int64_t t = rows.begin; t < rows.end; ++t) embed(t);
+    barrier(worker, OTHER);
+    const Clock::time_point start = Clock::now();
+    for (int64_t layer = 0; layer < shape_.layers; ++layer) {
+        const Block& block = model_.blocks[size_t(layer)];
+        attention(block, layer, worker);
+        feed_forward(block, worker);
+    }
+    if (!worker)
+        block_stack_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+    logits(worker);
+    mark(worker, HEAD);
+}
+
+void Forward::embed(int64_t t) {
+    const Row& row = (*rows_)[size_t(t)];
+    float* x = x_.row(t);
+    const int64_t d = shape_.d_model;
+    widen_row(model_.embedding, row.token, x);
+    if (shape_.positions == LEARNED) {
+        float* line = y_.row(t);
+        widen_row(model_.positions, row.position, line);
+        for (int64_t i = 0; i < d; ++i) x[i] += line[i];
+    } else {
+        const float* frequency = values(model_.frequencies);
+        const int64_t half = model_.frequencies.cols;
+        float* angles = angles_.row(t);
+        for (int64_t i = 0; i < half; ++i) {
+            const float angle = float(row.position) * frequency[i];
+            if (shape_.positions == ROTARY) {
+                angles[i] = std::cos(angle);
+                angles[half + i] = std::sin(angle);
+            } else {  // all sines, then all cosines
+                x[i] += std::sin(angle);
+                x[half + i] += std::cos(angle);
+            }
+        }
+    }
+}
+
+void Forward::widen_row(const Matrix& table, int64_t row, float* out) const {
+    const int64_t stride = round_up(table.cols, PAD) * type_bytes(table.type);
+    k_.widen((const char*)table.data + row * stride, table.scale ? table.scale + row : nullptr, table.type,
+             table.cols, out);
+}
+
+// Normalised residual rows for layers to read. A single row is computed by every thread for itself, which is
+// cheaper than waiting for one another.
+Activations Forward::normalized(const Norm& norm, int64_t worker) {
+    Worker& own = workers_[size_t(worker)];
+    const auto apply = [&](int64_t t, float* to) {
+        k_.normalize(x_.row(t), values(norm.weight), shape_.rms ? nullptr : values(norm.bias), shape_.d_model,
+                     shape_.rms, shape_.epsilon, to);
+    };
+    if (count() == 1) {
+        apply(0, own.normed.row(0));
+        return readable(own.normed, d_stride_, worker);
+    }
+    const Range rows = mine(count(), 1, worker);
+    for (int64_t t = rows.begin; t < rows.end; ++t) apply(t, normed_.row(t));
+    return readable(normed_, d_stride_, worker);
+}
+
+// Rows as layers read them, in every form that the model's weights need. With many rows a barrier follows.
+Activations Forward::readable(const Buffer<float>& source, int64_t stride, int64_t worker) {
+    return readable(source, stride, worker, count());
+}
+
+Activations Forward::readable(const Buffer<float>& source, int64_t stride, int64_t worker, int64_t held) {
+    if (held == 1) return own_forms(source.row(0), stride, worker);
+    const Range rows = mine(held, 1, worker);
+    for (int64_t t = rows.begin; t < rows.end; ++t) {
+        if (model_.quantised) scales_.row(0)[t] = k_.quantise(source.row(t), stride, integers_.data + t * stride);
+        if (model_.rounded && k_.splits) k_.split(source.row(t), stride, halves_.data + 2 * t * stride);
+    }
+    barrier(worker, OTHER);
+    return {source.row(0), integers_.data, scales_.row(0), halves_.data, stride};
+}
+
+Activations Forward::row_of(const Activations& x, int64_t t) {
+    return {x.values + t * x.stride, x.integers + t * x.stride, x.scales + t, x.halves + 2 * t * x.stride,
+            x.stride};
+}
+
+// One row, in this worker's own memory.
+Activations Forward::own_forms(const float* row, int64_t stride, int64_t worker) {
+    Worker& own = workers_[size_t(worker)];
+    if (model_.quantised) own.scale[0] = k_.quantise(row, stride, own.integers.row(0));
+    if (model_.rounded && k_.splits) k_.split(row, stride, own.halves.row(0));
+    return {row, own.integers.row(0), own.scale, own.halves.row(0), stride};
+}
+
+// out = w x (+ bias) for this worker's outputs; returns them.
+Range Forward::linear(const Map& map, const Activations& x, float* out, int64_t out_stride, int64_t worker) const {
+    const Range rows = mine(map.weight.rows, LANES, worker);
+    k_.dots(map.weight, rows.begin, rows.end, x, count(), out, out_stride);
+    if (const float* bias = values(map.bias))
+        for (int64_t t = 0; t < count(); ++t)
+            for (int64_t r = rows.begin; r < rows.end; ++r) out[t * out_stride + r] += bias[r];
+    return rows;
+}
+
+void Forward::multiply(const Map& map, const float* x, int64_t begin, int64_t end, float* out, int64_t worker) {
+    const int64_t panels = (map.E.rows + PANEL - 1) / PANEL;
+    k_.multiplicative(map.D, map.E, values(map.bias), x, begin, end, 0, panels, out,
+                      workers_[size_t(worker)].scratch.row(0));
+}
+
+void Forward::add_to_residual(const Buffer<float>& y, Range columns) {
+    for (int64_t t = 0; t < count(); ++t)
+        for (int64_t c = columns.begin; c < columns.end; ++c) x_.row(t)[c] += y.row(t)[c];
+}
+
+// Logits of the rows that want them, which lie one after the other.
+void Forward::logits(int64_t worker) {
+    const int64_t held = int64_t(wanted_.size());
+    if (!held) return;
+    float* out = (*rows_)[size_t(wanted_[0])].logits;
+    const auto normalize = [&](int64_t i, float* to) {
+        k_.normalize(x_.row(wanted_[size_t(i)]), values(model_.norm.weight),
+                     shape_.rms ? nullptr : values(model_.norm.bias), shape_.d_model, shape_.rms, shape_.epsilon, to);
+    };
+    Buffer<float>& normed = held == 1 ? workers_[size_t(worker)].normed : normed_;
+    const Range rows = held == 1 ? Range{0, 1} : mine(held, 1, worker);
+    for (int64_t i = rows.begin; i < rows.end; ++i) normalize(i, normed.row(i));
+    const Activations x = readable(normed, d_stride_, worker, held);
+    if (shape_.head_modules)
+        multiplicative_logits(x, held, out, worker);
+    else
+        dense_logits(x, held, out, worker);
+}
+
+void Forward::multiplicative_logits(const Activations& x, int64_t held, float* out, int64_t worker) {
+    const Map& head = model_.head;
+    const Range panels = mine((head.E.rows + PANEL - 1) / PANEL, 1, worker);
+    for (int64_t i = 0; i < held; ++i)
+        k_.multiplicative(head.D, head.E, values(head.bias), x.values + i * x.stride, 0, shape_.head_modules,
+                          panels.begin, panels.end, out + i * shape_.vocabulary,
+                          workers_[size_t(worker)].scratch.row(0));
+}
+
+void Forward::dense_logits(const Activations& x, int64_t held, float* out, int64_t worker) {
+    const float* bias = values(model_.head.bias);
+    const int64_t vocabulary = shape_.vocabulary;
+    const auto plain = [&](const Matrix& weight, Range rows, const Activations& of, int64_t tokens, float* to) {
+        k_.dots(weight, rows.begin, rows.end, of, tokens, to, vocabulary);
+        if (bias)
+            for (int64_t i = 0; i < tokens; ++i)
+                for (int64_t r = rows.begin; r < rows.end; ++r) to[i * vocabulary + r] += bias[r];
+    };
+    if (!model_.exact_head.data) return plain(model_.head.weight, mine(vocabulary, LANES, worker), x, held, out);
+    // The likeliest tokens of every part of the vocabulary are scored again with weights that were rounded less.
+    const Range lanes = mine(HEAD_LANES, 1, worker);
+    for (int64_t lane = lanes.begin; lane < lanes.end; ++lane) {
+        const Range rows = share(vocabulary, 1, lane, HEAD_LANES);
+        plain(model_.head.weight, rows, x, held, out);
+        for (int64_t i = 0; i < held; ++i) {
+            float* of_token = out + i * vocabulary;
+            int64_t best[CANDIDATES], found = 0;
+            for (int64_t r = rows.begin; r < rows.end; ++r) {
+                if (found == CANDIDATES && !(of_token[r] > of_token[best[found - 1]])) continue;
+                int64_t place = found < CANDIDATES ? found++ : found - 1;
+                for (; place > 0 && of_token[r] > of_token[best[place - 1]]; --place) best[place] = best[place - 1];
+                best[place] = r;
+            }
+            for (int64_t j = 0; j < found; ++j)
+                plain(model_.exact_head, {best[j], best[j] + 1}, row_of(x, i), 1, of_token);
+        }
+    }
+}
+
+}  // namespace sparsecli

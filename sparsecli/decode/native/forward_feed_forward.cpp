@@ -1,0 +1,138 @@
+// The feed-forward layer of one block: dense, sparse, or a mixture.
+#include "forward.h"
+
+namespace sparsecli {
+
+void Forward::feed_forward(const Block& block, int64_t worker) {
+    const Activations x = normalized(block.feed_forward_norm, worker);
+    mark(worker, OTHER);
+    if (shape_.feed_forward == DENSE_UNITS) return dense_feed_forward(block, x, worker);
+    if (shape_.feed_forward == SPARSE_UNITS)
+        choose_units(block, x, worker);
+    else
+        route(block, x, worker);
+    barrier(worker, UNIT_DOTS);
+    sum_units(block, worker);
+    barrier(worker, UNIT_SUMS);
+}
+
+void Forward::dense_feed_forward(const Block& block, const Activations& x, int64_t worker) {
+    const Range units = linear(block.up, x, h_.row(0), h_stride_, worker);
+    if (shape_.gated) linear(block.gate, x, gate_.row(0), h_stride_, worker);
+    for (int64_t t = 0; t < count(); ++t)
+        k_.activate(shape_.activation, shape_.gated ? gate_.row(t) + units.begin : nullptr,
+                    h_.row(t) + units.begin, units.end - units.begin);
+    barrier(worker, DENSE_FF);
+    const Activations h = readable(h_, h_stride_, worker);
+    add_to_residual(y_, linear(block.down, h, y_.row(0), d_stride_, worker));
+    barrier(worker, DENSE_FF);
+}
+
+void Forward::choose_units(const Block& block, const Activations& x, int64_t worker) {
+    const Range ranks = mine(shape_.rank, 2, worker);  // rows are computed in pairs
+    k_.dots(block.controller_first, ranks.begin, ranks.end, x, count(), z_.row(0), z_stride_);
+    barrier(worker, CONTROLLER);
+    const Range blocks = mine(shape_.d_ff / shape_.block_size, 1, worker);
+    const int64_t each_block = shape_.units_per_block;
+    const Choice choice{shape_.block_size, each_block, model_.padded_rank(), model_.padded_block()};
+    float* weights = shape_.probability_gate ? probabilities_.row(0) : nullptr;
+    Activations z{z_.row(0), nullptr, nullptr, nullptr, z_stride_};
+    Worker& own = workers_[size_t(worker)];
+    if (block.controller_second.type == INT8) {  // z is small: every thread quantises it for itself
+        const int64_t rows = count();
+        float* scales = own.line.row(0);
+        int16_t* integers = (int16_t*)own.scratch.row(0);
+        for (int64_t t = 0; t < rows; ++t) scales[t] = k_.quantise(z_.row(t), z_stride_, integers + t * z_stride_);
+        z.integers = integers;
+        z.scales = scales;
+    }
+    k_.choose(block.controller_second, values(block.controller_bias), choice, blocks.begin, blocks.end, z, count(),
+              chosen_.row(0), weights, h_stride_, block.units, model_.parts());
+    mark(worker, CONTROLLER);
+    for (int64_t t = 0; shape_.units_on_disk && t < count(); ++t)
+        read_ahead(block, t, blocks.begin * each_block, blocks.end * each_block);
+    const int64_t step = count() == 1 ? blocks.end - blocks.begin : BLOCKS_AT_ONCE;
+    for (int64_t first = blocks.begin; first < blocks.end; first += step) {
+        const int64_t begin = first * each_block, end = std::min(first + step, blocks.end) * each_block;
+        for (int64_t t = 0; t < count(); ++t) {
+            k_.unit_dots(block.units, model_.parts(), shape_.activation, values(block.unit_bias), chosen_.row(t),
+                         begin, end, row_of(x, t), count() == 1, h_.row(t));
+            if (weights)
+                for (int64_t i = begin; i < end; ++i) h_.row(t)[i] *= probabilities_.row(t)[i];
+        }
+    }
+}
+
+// Asks the system for all of a layer's chosen rows at once: one by one, a disk would be waited for each time.
+void Forward::read_ahead([[maybe_unused]] const Block& block, [[maybe_unused]] int64_t t,
+                         [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) const {
+#if defined(__linux__)
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    const int64_t bytes = model_.parts() * round_up(block.units.cols, PAD) * type_bytes(block.units.type);
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = int64_t(block.units.data) + chosen_.row(t)[i] * bytes;
+        const int64_t start = first / page * page;
+        madvise((void*)start, size_t(first + bytes - start), MADV_WILLNEED);
+    }
+#endif
+}
+
+// Mixture of experts: the router chooses slices of consecutive units.
+void Forward::route(const Block& block, const Activations& x, int64_t worker) {
+    const int64_t experts = shape_.rank, size = shape_.block_size, uses = shape_.units_per_block;
+    float* scores = workers_[size_t(worker)].line.row(0);
+    for (int64_t t = 0; t < count(); ++t) {
+        const Activations row = row_of(x, t);
+        k_.dots(block.router, 0, experts, row, 1, scores, experts);
+        float top = scores[0], total = 0;
+        for (int64_t e = 1; e < experts; ++e) top = std::max(top, scores[e]);
+        for (int64_t e = 0; e < experts; ++e) total += std::exp(scores[e] - top);
+        for (int64_t use = 0; use < uses; ++use) {
+            int64_t best = 0;
+            for (int64_t e = 1; e < experts; ++e)
+                if (scores[e] > scores[best]) best = e;
+            const float weight = shape_.probability_gate ? std::exp(scores[best] - top) / total : 1;
+            const Range units = mine(size, LANES, worker);
+            int32_t* to = chosen_.row(t) + use * size;
+            for (int64_t u = units.begin; u < units.end; ++u) to[u] = int32_t(best * size + u);
+            if (shape_.units_on_disk) read_ahead(block, t, use * size + units.begin, use * size + units.end);
+            expert_dots(block, row, weight, t, use * size + units.begin, use * size + units.end, worker);
+            scores[best] = -INFINITY;
+        }
+    }
+}
+
+// The router's weight enters before the activation.
+void Forward::expert_dots(const Block& block, const Activations& x, float weight, int64_t t, int64_t begin, int64_t end,
+                          int64_t worker) {
+    Activations weighted = x;
+    if (weight != 1) {
+        float* scaled = workers_[size_t(worker)].line.row(0) + z_stride_ + CHUNK;  // behind the router's scores
+        for (int64_t i = 0; i < d_stride_; ++i) scaled[i] = x.values[i] * weight;
+        weighted = own_forms(scaled, d_stride_, worker);
+    }
+    k_.unit_dots(block.units, model_.parts(), shape_.activation, nullptr, chosen_.row(t), begin, end, weighted,
+                 count() == 1, h_.row(t));
+}
+
+void Forward::sum_units(const Block& block, int64_t worker) {
+    const int64_t chosen = model_.chosen_units(), d = shape_.d_model;
+    const float* bias = values(block.bias);
+    if (count() == 1) {
+        const Range columns = mine(d, LANES, worker);
+        k_.unit_sums(block.units, model_.parts(), chosen_.row(0), h_.row(0), chosen, columns.begin, columns.end,
+                     x_.row(0));
+        for (int64_t c = columns.begin; c < columns.end; ++c) x_.row(0)[c] += bias[c];
+        return;
+    }
+    const Range rows = mine(count(), 1, worker);
+    const int64_t step = BLOCKS_AT_ONCE * (shape_.feed_forward == SPARSE_UNITS ? shape_.units_per_block : 1);
+    for (int64_t first = 0; first < chosen; first += step)
+        for (int64_t t = rows.begin; t < rows.end; ++t)
+            k_.unit_sums(block.units, model_.parts(), chosen_.row(t) + first, h_.row(t) + first,
+                         std::min(step, chosen - first), 0, d, x_.row(t));
+    for (int64_t t = rows.begin; t < rows.end; ++t)
+        for (int64_t c = 0; c < d; ++c) x_.row(t)[c] += bias[c];
+}
+
+}  // namespace sparsecli
