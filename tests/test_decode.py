@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,10 +27,16 @@ from small_models import (
 )
 from test_golden import LANGUAGE_MODELS, golden_language_model, load
 
+from sparsecli import console
 from sparsecli.console import Failure
+from sparsecli.data.packing import pack as pack_corpus
 from sparsecli.decode import native
 from sparsecli.decode.engine import MAX_THREADS, Engine
 from sparsecli.decode.packing import PackedModel, Precision, pack
+from sparsecli.decode.weights import read_weights
+from sparsecli.model.folder import read_description
+from sparsecli.recipe.loader import load as load_recipe
+from sparsecli.train import trainer
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"native engine: {native.available()}")
 
@@ -177,13 +184,13 @@ def test_engines_of_different_sizes_live_side_by_side() -> None:
     assert_close(np.stack([row for _, row in rows]), expected("mixture of two", COUNT))
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no threads")
 def test_pinned_threads_compute_the_same() -> None:
-    affinity = getattr(sys.modules["os"], "sched_getaffinity", None)
-    before = affinity(0) if affinity else None
-    engine = Engine(packed("sparse"), 2, pin=True)
-    rows = stepped(engine, tokens_of("sparse"))
-    if before is not None:  # the calling thread was pinned too
-        sys.modules["os"].sched_setaffinity(0, before)
+    before = os.sched_getaffinity(0)
+    try:
+        rows = stepped(Engine(packed("sparse"), 2, pin=True), tokens_of("sparse"))
+    finally:  # the calling thread was pinned, too
+        os.sched_setaffinity(0, before)
     assert_close(rows, expected("sparse", COUNT))
 
 
@@ -225,6 +232,49 @@ def test_greedy_text_equals_that_of_transformers(name: str) -> None:
 @every_model
 def test_long_greedy_text_equals_that_of_transformers(name: str) -> None:
     assert_same_text(name, 2000)
+
+
+# -- quality -------------------------------------------------------------------------------------------------
+
+QUALITY = {  # of each precision, the largest share by which the perplexity may rise
+    "bfloat16": (ROUNDED["bfloat16"], 0.001),
+    "int8": (ROUNDED["int8"], 0.005),
+    "int8, cache too": (Precision.of("int8", cache="int8"), 0.005),
+    "int8, head rescored": (Precision.of("int8", head_rescoring=True), 0.005),
+}
+
+
+@pytest.mark.slow
+def test_perplexity_with_fewer_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that has learned something, on held-out text; about five minutes."""
+    loaded = load_recipe("quickstart", ["train.max_steps=400", "train.eval_steps=400"])
+    trainer.run(loaded, output=tmp_path / "run")
+    assert loaded.recipe.data
+    held_out = pack_corpus(loaded.recipe.data).held_out.windows(256, 32_768)
+    texts = [window["input_ids"].tolist() for window in held_out]
+    folder = tmp_path / "run" / "model"
+    spec = read_description(folder).spec
+
+    def perplexity(precision: Precision) -> float:
+        engine = Engine(pack(spec, read_weights(folder), precision))
+        sequence, nats = engine.sequence(256), []
+        for text in texts:
+            sequence.truncate(0)
+            logits = torch.from_numpy(engine.logits(sequence, text)[:-1])
+            nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(text[1:])).item())
+        return float(np.exp(np.mean(nats)))
+
+    exact = perplexity(EXACT)
+    found = {name: perplexity(precision) for name, (precision, _) in QUALITY.items()}
+    with capsys.disabled():
+        console.print_table(
+            ("precision", "perplexity", "against float32"),
+            [("float32", f"{exact:.3f}", None)]
+            + [(name, f"{value:.3f}", f"{value / exact - 1:+.3%}") for name, value in found.items()],
+            title="held-out text",
+        )
+    for name, (_, limit) in QUALITY.items():
+        assert found[name] < exact * (1 + limit), name
 
 
 # -- the head ------------------------------------------------------------------------------------------------
