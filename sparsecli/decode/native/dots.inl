@@ -165,63 +165,150 @@ inline void products_of(int64_t type, const void* first, int64_t stride, const i
     }
 }
 
-// TOKENS tokens against two rows: every weight is widened once.
-template <class W>
-inline void dot_tile(const W* first, const W* second, const float* x, int64_t stride, int64_t count,
-                     float (*out)[TOKENS]) {
-    // The same four running sums as `dot` would need 32 registers; two rows of TOKENS tokens take one sum each.
-    Vector sums[2][TOKENS];
-    for (auto& row : sums)
-        for (Vector& s : row) s = fill(0);
+// R rows with TOKENS tokens, one running sum for each pair: what is loaded of a row serves all tokens.
+template <int R, class W>
+inline void dot_tile(const W* const* w, const float* x, int64_t x_stride, int64_t count, float (*out)[TOKENS]) {
+    Vector sums[R][TOKENS];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) sums[r][t] = fill(0);
     for (int64_t i = 0; i < count; i += LANES) {
-        const Vector a = load(first + i), b = load(second + i);
+        Vector weights[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) weights[r] = load(w[r] + i);
+#pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
-            const Vector v = load(x + t * stride + i);
-            add_product(sums[0][t], a, v);
-            add_product(sums[1][t], b, v);
+            const Vector v = load(x + t * x_stride + i);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) add_product(sums[r][t], weights[r], v);
         }
     }
-    for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < R; ++r)
         for (int t = 0; t < TOKENS; ++t) out[r][t] = sum(sums[r][t]);
 }
 
-// The columns of one span for TOKENS tokens at a time.
-template <class W>
-void dot_block(const W* data, int64_t width, int64_t begin, int64_t end, int64_t column, const Activations& x,
-               int64_t tokens, float* out, int64_t out_stride) {
-    for (int64_t row = begin; row < end; row += 2) {
-        const int64_t second = row + 1 < end ? row + 1 : row;
-        for (int64_t t = 0; t < tokens; t += TOKENS) {
-            float result[2][TOKENS];
-            dot_tile(data + row * width, data + second * width, x.values + t * x.stride + column, x.stride, width,
-                     result);
-            for (int64_t r = 0; r <= second - row; ++r)
-                for (int u = 0; u < TOKENS; ++u) {
-                    float& to = out[(t + u) * out_stride + row + r];
-                    to = column ? to + result[r][u] : result[r][u];
-                }
+#if defined(SPARSECLI_AVX512)
+// The same from pairs of bfloat16, see `split_dot`.
+template <int R>
+inline void split_tile(const uint16_t* const* w, const uint16_t* halves, int64_t x_stride, int64_t count,
+                       float (*out)[TOKENS]) {
+    __m512 sums[R][TOKENS];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) sums[r][t] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += 2 * LANES) {
+        __m512i weights[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) weights[r] = _mm512_loadu_si512(w[r] + i);
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) {
+            const __m512i whole = _mm512_loadu_si512(halves + 2 * t * x_stride + i);
+            const __m512i rest = _mm512_loadu_si512(halves + (2 * t + 1) * x_stride + i);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+                sums[r][t] = add_pairs(add_pairs(sums[r][t], weights[r], whole), weights[r], rest);
         }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < TOKENS; ++t) out[r][t] = _mm512_reduce_add_ps(sums[r][t]);
+}
+
+// The same from 8-bit weights and 16-bit activations.
+template <int R>
+inline void integer_tile(const int8_t* const* w, const int16_t* x, int64_t x_stride, int64_t count,
+                         float (*out)[TOKENS]) {
+    __m512i sums[R][TOKENS];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) sums[r][t] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += 2 * LANES) {
+        __m512i weights[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+            weights[r] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i)));
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) {
+            const __m512i v = _mm512_loadu_si512(x + t * x_stride + i);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sums[r][t] = add_pairs(sums[r][t], weights[r], v);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < TOKENS; ++t) out[r][t] = float(_mm512_reduce_add_epi32(sums[r][t]));
+}
+#endif
+
+// Products of rows [row, row + R) of a span with TOKENS tokens, without scales.
+template <int R>
+inline void tile_of(int64_t type, const void* span, int64_t width, int64_t row, const Activations& x, int64_t token,
+                    int64_t column, float (*out)[TOKENS]) {
+    const int64_t at = token * x.stride + column;
+    const auto rows_of = [&](auto kind, auto& rows) {
+        for (int r = 0; r < R; ++r) rows[r] = (const decltype(kind)*)span + (row + r) * width;
+    };
+    if (type == FLOAT32) {
+        const float* rows[R];
+        rows_of(float(), rows);
+        dot_tile<R>(rows, x.values + at, x.stride, width, out);
+    } else if (type == BFLOAT16) {
+        const uint16_t* rows[R];
+        rows_of(uint16_t(), rows);
+#if defined(SPARSECLI_AVX512)
+        split_tile<R>(rows, x.halves + token * x.stride + at, x.stride, width, out);
+#else
+        dot_tile<R>(rows, x.values + at, x.stride, width, out);
+#endif
+    } else {
+        const int8_t* rows[R];
+        rows_of(int8_t(), rows);
+#if defined(SPARSECLI_AVX512)
+        integer_tile<R>(rows, x.integers + at, x.stride, width, out);
+#else
+        for (int r = 0; r < R; ++r)
+            for (int64_t t = 0; t < TOKENS; ++t)
+                dot<1, false>(rows + r, x.integers + t * x.stride + at, width, rows + r, &out[r][t]);
+#endif
     }
 }
 
 void dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
           int64_t out_stride) {
-    const int64_t stride = round_up(w.cols, PAD);
-    const int64_t tiled = w.type == INT8 || TOKENS == 1 ? 0 : tokens / TOKENS * TOKENS;
+    constexpr int R = DOT_ROWS;
+    constexpr int64_t ROWS_AT_ONCE = 64;  // that stay cached while all tokens meet them
+    const int64_t stride = round_up(w.cols, PAD), tiled = TOKENS > 1 ? tokens / TOKENS * TOKENS : 0;
     for (int64_t column = 0; column < stride; column += SPAN) {
         const int64_t width = column + SPAN < stride ? SPAN : stride - column;
         const void* span = (const char*)w.data + column * w.rows * type_bytes(w.type);
-        if (tiled && w.type == FLOAT32)
-            dot_block((const float*)span, width, begin, end, column, x, tiled, out, out_stride);
-        if (tiled && w.type == BFLOAT16)
-            dot_block((const uint16_t*)span, width, begin, end, column, x, tiled, out, out_stride);
-        for (int64_t t = tiled; t < tokens; ++t)
-            for (int64_t row = begin; row < end; ++row) {
-                float part, &to = out[t * out_stride + row];
-                products_of<1, false>(w.type, span, width, &row, nullptr, column, width, x, t, &part);
-                if (w.type == INT8) part *= w.scale[row] * x.scales[t];
-                to = column ? to + part : part;
+        const auto add = [&](int64_t row, int64_t t, float part) {
+            float& to = out[t * out_stride + row];
+            if (w.type == INT8) part *= w.scale[row] * x.scales[t];
+            to = column ? to + part : part;
+        };
+        for (int64_t first = begin; first < end; first += ROWS_AT_ONCE) {
+            const int64_t last = first + ROWS_AT_ONCE < end ? first + ROWS_AT_ONCE : end;
+            for (int64_t t = 0; t < tiled; t += TOKENS) {
+                float part[R][TOKENS];
+                int64_t row = first;
+                for (; row + R <= last; row += R) {
+                    tile_of<R>(w.type, span, width, row, x, t, column, part);
+                    for (int r = 0; r < R; ++r)
+                        for (int u = 0; u < TOKENS; ++u) add(row + r, t + u, part[r][u]);
+                }
+                for (; row < last; ++row) {
+                    tile_of<1>(w.type, span, width, row, x, t, column, part);
+                    for (int u = 0; u < TOKENS; ++u) add(row, t + u, part[0][u]);
+                }
             }
+            for (int64_t row = first; row < last; ++row)
+                for (int64_t t = tiled; t < tokens; ++t) {
+                    float part;
+                    products_of<1, false>(w.type, span, width, &row, nullptr, column, width, x, t, &part);
+                    add(row, t, part);
+                }
+        }
     }
 }
 
