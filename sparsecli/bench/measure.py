@@ -14,6 +14,7 @@ from sparsecli.bench.report import Spread, Times
 from sparsecli.console import Progress
 
 PERCENTILES = (10, 50, 90)
+SETTLE_SECONDS = 0.01  # other programs' threads go on spinning for milliseconds after a step
 NEVER_REPEATED = ("head",)  # parts outside of the blocks
 
 
@@ -153,6 +154,7 @@ def _take(turn: Turn, token: int) -> None:
     decoder, disk = turn.decoder, turn.from_disk
     decoder.rewind()
     gc.collect()
+    time.sleep(SETTLE_SECONDS)
     gc.disable()
     try:
         for _ in range(turn.warmup):
