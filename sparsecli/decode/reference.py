@@ -3,7 +3,8 @@
 It reads the same packed tensors, takes one token at a time, and rounds where the kernels round, so that it makes the
 same choices of units with any precision. It shares no arithmetic with them, and is some hundred times slower.
 
-- float32 and bfloat16 weights meet float32 activations in float32 sums.
+- float32 and bfloat16 weights meet float32 activations in float32 sums. (Where the processor multiplies bfloat16, an
+  activation is the sum of two such numbers, which is 16 bits of it; the twin keeps all 24.)
 - int8 weights of dense maps, controllers and units meet activations rounded to 16 bits, with one scale for a vector.
 - Multiplicative layers round their products x * D: to bfloat16, or with int8 weights to 8 bits, with one scale for
   each module and GROUP inputs.
