@@ -80,7 +80,10 @@ class NativeBackend:
             packed = replace(packed, precision=replace(packed.precision, cache=choices.cache_dtype))
         self.dtype = packed.precision.units
         self.isa = native.isa()
-        self.engine = Engine(packed, threads=choices.threads)
+        try:
+            self.engine = Engine(packed, threads=choices.threads)
+        except ValueError as error:  # a packed file that is whole, but not of this model
+            raise Failure(f"{folder}: {error}") from error
         self.threads = self.engine.threads
         self.sequence: EngineSequence | None = None
 

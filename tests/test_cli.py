@@ -123,7 +123,9 @@ def test_a_first_override_is_no_recipe(run, calls):
 
 
 def test_bench_takes_lists_of_numbers(run, calls):
-    assert run("bench", "--threads", "1,2", "--context", "64", "--batch", "1,4,16", "--backend", "native") == 0
+    assert (
+        run("bench", "--threads", "1,2", "--context", "64", "--batch", "1,4,16", "--backend", "native") == 0
+    )
     options = calls.options
     assert (options["threads"], options["context"], options["batch"]) == ([1, 2], [64], [1, 4, 16])
     assert options["backends"] == ["native"]

@@ -179,7 +179,7 @@ def _default_backends() -> list[Literal["native", "torch"]]:
     reason = native.available()
     if reason is None:
         return ["native"]
-    console.say(f"measuring with PyTorch: the native engine cannot be used: {reason}")
+    console.say(f"measuring with PyTorch: {reason}")
     return ["torch"]
 
 

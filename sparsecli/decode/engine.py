@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import weakref
 from collections.abc import Sequence as Many
 
@@ -27,7 +28,7 @@ CONCATENATIONS = ("none", "modules", "whole")
 
 
 class Engine:
-    """Decodes with a packed model.
+    """Decodes with a packed model. Threads may share it, one call at a time; a forked child may not.
 
     Args:
         threads: threads of one step, the caller's included; by default one for each processor it may use.
@@ -57,6 +58,7 @@ class Engine:
         self.vocabulary = model.spec.vocabulary.size
         self._library = native.library()
         self._error = ctypes.create_string_buffer(ERROR_BYTES)
+        self._turn = threading.Lock()  # the library lets go of Python's lock, and has one working memory
         shape = _shape(model, poison)
         handle = self._library.sparsecli_create(ctypes.byref(shape), self.threads, pin, self._error)
         if not handle:
@@ -160,17 +162,18 @@ class Engine:
         handles = (ctypes.c_void_p * count)(*(sequence.handle.value for sequence in sequences))
         added = np.asarray(tokens, np.int64)
         logits = np.empty((count if all_logits else 1, self.vocabulary), np.float32)
-        done = self._library.sparsecli_forward(
-            self.handle, handles, added.ctypes.data, count, all_logits, logits.ctypes.data, self._error
-        )
-        if done < 0:
+        with self._turn:
+            done = self._library.sparsecli_forward(
+                self.handle, handles, added.ctypes.data, count, all_logits, logits.ctypes.data, self._error
+            )
             message = self._message()
+        if done < 0:
             raise ValueError(message) if "vocabulary" in message else Failure(message)
         return logits
 
     @property
     def block_stack_ns(self) -> int:
-        """Nanoseconds that the blocks of the last call took (of its last 64 tokens, if it had more)."""
+        """Nanoseconds that the blocks of the last call took (of its last 512 tokens, if it had more)."""
         return self._library.sparsecli_block_stack_ns(self.handle)
 
     def profile(self) -> dict[str, float]:

@@ -42,15 +42,20 @@ def available() -> str | None:
     wanted = os.environ.get("SPARSECLI_KERNELS") or "auto"
     if wanted not in KERNELS:
         raise Failure(f"SPARSECLI_KERNELS={wanted}: expected one of {', '.join(KERNELS)}", exit_code=2)
+    _wanted_isa()
     if wanted == "reference":
         return "SPARSECLI_KERNELS=reference"
     reason = None
     try:
         library()
     except OSError as error:
-        reason = "it was not built (no C++ compiler at install)" if not LIBRARY.exists() else str(error)
+        reason = (
+            "the native engine was not built (no C++ compiler at install)"
+            if not LIBRARY.exists()
+            else str(error)
+        )
     if reason and wanted == "native":
-        raise Failure(f"SPARSECLI_KERNELS=native: the native engine cannot be used: {reason}", exit_code=2)
+        raise Failure(f"SPARSECLI_KERNELS=native: {reason}", exit_code=2)
     if reason is None:
         isa()
     return reason
@@ -62,12 +67,15 @@ def isa() -> str:
     Raises:
         Failure: SPARSECLI_ISA is unknown, or this processor does not have it (exit code 2).
     """
+    return _select(_wanted_isa())
+
+
+def _wanted_isa() -> str:
     wanted = os.environ.get("SPARSECLI_ISA") or "auto"
-    if wanted != "auto" and wanted not in INSTRUCTION_SETS:
-        raise Failure(
-            f"SPARSECLI_ISA={wanted}: expected one of auto, {', '.join(INSTRUCTION_SETS)}", exit_code=2
-        )
-    return _select(wanted)
+    if wanted not in ("auto", *INSTRUCTION_SETS):
+        expected = ", ".join(("auto", *INSTRUCTION_SETS))
+        raise Failure(f"SPARSECLI_ISA={wanted}: expected one of {expected}", exit_code=2)
+    return wanted
 
 
 @functools.lru_cache(maxsize=1)  # selecting again would be harmless, and is only needed when the wish changes

@@ -219,8 +219,8 @@ class ModelSpec(Block):
         check_multiple("d_model", self.d_model, "heads", self.heads)
         if self.positions == "rotary" and (self.d_model // self.heads) % 2:
             raise fault("positions", "rotary positions need an even head width (d_model / heads)")
-        if self.positions == "sinusoidal" and self.d_model % 2:
-            raise fault("d_model", "sinusoidal positions need an even d_model")
+        if self.positions != "rotary" and self.d_model % 2:  # learned ones start as sinusoids
+            raise fault("d_model", f"{self.positions} positions need an even d_model")
         attention = self.attention
         if attention.projection != "dense" or attention.output.startswith("multiplicative"):
             check_multiple("d_model", self.d_model, "attention.modules", attention.modules or self.heads)
