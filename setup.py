@@ -26,7 +26,7 @@ setup(
             sources=[str(path) for path in sorted(SOURCES.glob("*.cpp"))],
             depends=[str(path) for pattern in ("*.h", "*.inl") for path in sorted(SOURCES.glob(pattern))],
             # Instruction sets are chosen at run time: nothing here depends on the machine that builds.
-            extra_compile_args=["-std=c++20", "-O3", "-fvisibility=default", "-fno-math-errno", "-g0", "-w"],
+            extra_compile_args=["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-g0", "-w"],
             extra_link_args=["-pthread"],
             language="c++",
             optional=True,

@@ -32,8 +32,9 @@ from sparsecli.console import Failure
 from sparsecli.data.packing import pack as pack_corpus
 from sparsecli.decode import native
 from sparsecli.decode.engine import MAX_THREADS, Engine
-from sparsecli.decode.packing import PackedModel, Precision, pack
+from sparsecli.decode.packing import PackedModel, Precision, pack, random_model
 from sparsecli.decode.weights import read_weights
+from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.folder import read_description
 from sparsecli.recipe.loader import load as load_recipe
 from sparsecli.train import trainer
@@ -128,6 +129,25 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str, precision: Pr
     for run, other in pairwise(runs):
         for ours, theirs in zip(run, other, strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+def test_wide_multiplicative_layers_do_not_depend_on_the_number_of_threads() -> None:
+    """Their inputs are summed chunk by chunk; a thread's share of the modules must not decide how large a chunk is."""
+    attention = {"projection": "multiplicative_conv", "modules": 64}
+    spec = ModelSpec.model_validate(
+        {**spec_of("sparse").model_dump(), "d_model": 640, "heads": 4, "attention": attention}
+    )
+    model, tokens = random_model(spec, EXACT), some_tokens(spec.vocabulary.size, 4)
+    first, second = (start(model, threads) for threads in (1, 2))
+    np.testing.assert_array_equal(stepped(first, tokens), stepped(second, tokens))
+
+
+def test_tokens_of_a_table_s_column() -> None:
+    """An array whose numbers do not lie one after the other."""
+    engine = start(packed("sparse"))
+    tokens = np.array(tokens_of("sparse"))[:16]
+    apart = engine.logits(engine.sequence(16), tokens[::2])
+    np.testing.assert_array_equal(apart, engine.logits(engine.sequence(16), tokens[::2].tolist()))
 
 
 @every_model
@@ -442,7 +462,8 @@ def test_sizes_that_the_engine_cannot_do(field: str, value: int) -> None:
         spec = spec.model_copy(update={"d_model": 2048, "heads": 1})
     else:
         spec = spec.model_copy(update=changes)
-    with pytest.raises(ValueError, match=f"{field}.* out of range"):
+    words = "rank or the number of experts" if field == "rank" else field
+    with pytest.raises(Failure, match=f"{words}.* out of range"):
         Engine(PackedModel(spec, EXACT, {}))
 
 

@@ -264,10 +264,11 @@ def test_integer_sums_that_all_point_one_way(instruction_set: str) -> None:
     weights["model.blocks.0.feed_forward.up.weight"][:] = 0.001
     weights["model.blocks.0.feed_forward.down.weight"][:300] = -0.001
     model = pack(spec, weights, Precision.of("int8", embedding="float32"))
-    wanted = Reference(model).logits([1, 2])
+    tokens = [1, 2, 1, 2, 1]  # enough for a tile of tokens
+    wanted = Reference(model).logits(tokens)
     engine = start(model)
-    assert_close(stepped(engine, [1, 2]), wanted)
-    assert_close(engine.logits(engine.sequence(2), [1, 2]), wanted)
+    assert_close(stepped(engine, tokens), wanted)
+    assert_close(engine.logits(engine.sequence(5), tokens), wanted)
 
 
 @needs_the_engine

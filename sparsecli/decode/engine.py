@@ -15,9 +15,11 @@ from sparsecli.decode import native
 from sparsecli.decode.layout import modules_of
 from sparsecli.decode.native import ERROR_BYTES, Shape
 from sparsecli.decode.packing import PackedModel, plan
+from sparsecli.decode.tensorfile import WIDTHS
 from sparsecli.model.architecture import ModelSpec
 
 MAX_THREADS = 256
+INVALID = -2  # of sparsecli_forward: a token that does not exist
 TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = ("relu", "gelu", "silu")
 FEED_FORWARDS = ("dense", "sparse", "mixture")
@@ -36,7 +38,8 @@ class Engine:
         profile: time the parts of every step, see `profile`.
         poison: fill working memory with NaN first, so that reading what was not written shows (tests).
     Raises:
-        Failure: the native library cannot be used, or memory does not suffice.
+        Failure: the native library cannot be used, memory or the system's threads do not suffice, or the model is
+            beyond the engine's limits.
         ValueError: threads out of range, or tensors that do not fit the architecture.
     """
 
@@ -62,9 +65,9 @@ class Engine:
         shape = _shape(model, poison)
         handle = self._library.sparsecli_create(ctypes.byref(shape), self.threads, pin, self._error)
         if not handle:
-            raise ValueError(f"the native engine cannot run this model: {self._message()}")
+            raise Failure(f"the native engine cannot run this model: {self._message()}")
         self._handle = ctypes.c_void_p(handle)
-        self.close = weakref.finalize(self, self._library.sparsecli_destroy, self._handle)
+        self._destroy = weakref.finalize(self, self._library.sparsecli_destroy, self._handle)
         self._bind()
         if profile:
             self._library.sparsecli_profile(self.handle, None)
@@ -72,9 +75,14 @@ class Engine:
     @property
     def handle(self) -> ctypes.c_void_p:
         """The library's engine. Raises ValueError once it is closed."""
-        if not self.close.alive:
+        if not self._destroy.alive:
             raise ValueError("the engine is closed")
         return self._handle
+
+    def close(self) -> None:
+        """Give memory and threads back; so does the end of the object."""
+        with self._turn:
+            self._destroy()
 
     def _bind(self) -> None:
         tensors = self.model.tensors
@@ -84,7 +92,7 @@ class Engine:
             if slot.key not in tensors:
                 raise ValueError(f"{slot.key} is missing from the packed model")
             tensor = tensors[slot.key]
-            if tensor.itemsize != {0: 4, 1: 2, 2: 1}[TYPE_CODES[kind]]:
+            if tensor.itemsize != WIDTHS[kind]:
                 raise ValueError(f"{slot.key}: is {tensor.dtype}, expected {kind}")
             scale = tensors.get(f"{slot.key}.scale") if kind == "int8" else None
             scales = 0 if scale is None else min(scale.size, slot.scales)
@@ -154,27 +162,35 @@ class Engine:
         return self._forward(sequences, tokens, all_logits=True)
 
     def _forward(self, sequences: Many[Sequence], tokens: Many[int], all_logits: bool) -> np.ndarray:
-        count = len(tokens)
+        added = np.ascontiguousarray(tokens)
+        count = added.size
         if not count:
             raise ValueError("no tokens")
+        if added.ndim != 1 or added.dtype.kind not in "iu":
+            raise ValueError(
+                f"tokens are {added.ndim}-dimensional {added.dtype}; expected a list of token ids"
+            )
+        added = added.astype(np.int64)
         if any(sequence.engine is not self for sequence in sequences):
             raise ValueError("the sequence belongs to another engine")
-        handles = (ctypes.c_void_p * count)(*(sequence.handle.value for sequence in sequences))
-        added = np.asarray(tokens, np.int64)
         logits = np.empty((count if all_logits else 1, self.vocabulary), np.float32)
         with self._turn:
+            handles = (ctypes.c_void_p * count)(*(sequence.handle.value for sequence in sequences))
             done = self._library.sparsecli_forward(
                 self.handle, handles, added.ctypes.data, count, all_logits, logits.ctypes.data, self._error
             )
             message = self._message()
+        if done == INVALID:
+            raise ValueError(message)
         if done < 0:
-            raise ValueError(message) if "vocabulary" in message else Failure(message)
+            raise Failure(message)
         return logits
 
     @property
     def block_stack_ns(self) -> int:
         """Nanoseconds that the blocks of the last call took (of its last 512 tokens, if it had more)."""
-        return self._library.sparsecli_block_stack_ns(self.handle)
+        with self._turn:
+            return self._library.sparsecli_block_stack_ns(self.handle)
 
     def profile(self) -> dict[str, float]:
         """Seconds by part of the steps since the last call, measured on the caller's thread."""
@@ -182,7 +198,8 @@ class Engine:
         while (name := self._library.sparsecli_profile_part(len(names))) is not None:
             names.append(name.decode())
         seconds = (ctypes.c_double * len(names))()
-        self._library.sparsecli_profile(self.handle, seconds)
+        with self._turn:
+            self._library.sparsecli_profile(self.handle, seconds)
         return dict(zip(names, seconds, strict=True))
 
 
@@ -191,12 +208,17 @@ class Sequence:
 
     def __init__(self, engine: Engine, handle: ctypes.c_void_p, capacity: int) -> None:
         self.engine, self._handle, self.capacity = engine, handle, capacity
-        self.close = weakref.finalize(self, engine._library.sparsecli_sequence_destroy, handle)
+        self._destroy = weakref.finalize(self, engine._library.sparsecli_sequence_destroy, handle)
+
+    def close(self) -> None:
+        """Give the memory back; so does the end of the object."""
+        with self.engine._turn:
+            self._destroy()
 
     @property
     def handle(self) -> ctypes.c_void_p:
         """The library's sequence. Raises ValueError once it is closed."""
-        if not self.close.alive:
+        if not self._destroy.alive:
             raise ValueError("the sequence is closed")
         return self._handle
 
@@ -207,9 +229,10 @@ class Sequence:
 
     def truncate(self, length: int) -> None:
         """Forget every token but the first `length`."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length: {length} is not between 0 and {self.length}")
-        self.engine._library.sparsecli_sequence_truncate(self.handle, length)
+        with self.engine._turn:
+            if not 0 <= length <= self.length:
+                raise ValueError(f"length: {length} is not between 0 and {self.length}")
+            self.engine._library.sparsecli_sequence_truncate(self.handle, length)
 
 
 def processors() -> int:

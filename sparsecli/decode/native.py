@@ -13,6 +13,7 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
+INTERFACE_VERSION = 1  # of native/engine.h
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 KERNELS = ("auto", "native", "reference")
 
@@ -98,8 +99,11 @@ def instruction_sets() -> list[str]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library. Raises OSError where it is not there."""
+    """The loaded library. Raises OSError where it is not there, or is of another version than this module."""
     loaded = ctypes.CDLL(str(LIBRARY))
+    found = loaded.sparsecli_interface() if hasattr(loaded, "sparsecli_interface") else None
+    if found != 1000 * INTERFACE_VERSION + ctypes.sizeof(Shape):
+        raise OSError(f"{LIBRARY.name} was built from other sources; install the package again")
     engine = sequence = c_void_p
     signatures: dict[str, tuple[object, list[object]]] = {
         "instruction_set": (c_char_p, [c_char_p, c_char_p]),

@@ -13,7 +13,7 @@ import psutil
 
 from sparsecli.console import Failure
 from sparsecli.decode import tensorfile
-from sparsecli.decode.layout import Slot, arrange, slots
+from sparsecli.decode.layout import LANES, Slot, arrange, padded, slots
 from sparsecli.decode.tensorfile import TYPES, WIDTHS
 from sparsecli.model.architecture import ModelSpec
 
@@ -198,8 +198,8 @@ def frequencies(spec: ModelSpec) -> np.ndarray:
 def quantise_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(R, C) -> int8 (R, C) and scales (R,): the largest weight of a row becomes 127 or -127."""
     scale = np.abs(rows).max(axis=1) / 127
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-    return np.rint(rows * inverse[:, None]).astype(np.int8), scale.astype(np.float32)
+    whole = np.divide(rows, scale[:, None], out=np.zeros_like(rows), where=scale[:, None] > 0)
+    return np.rint(whole).astype(np.int8), scale.astype(np.float32)
 
 
 def _arrange_scale(slot: Slot, scale: np.ndarray) -> np.ndarray:
@@ -254,7 +254,7 @@ def random_model(
             array[: slot.cols] = frequencies(spec)
         else:
             array[:] = 1 if slot.name.endswith("norm.weight") else 0
-            if slot.name == "controller.bias" and slot.group % 16:
+            if slot.name == "controller.bias" and slot.group % LANES:
                 _write(array, _no_padding(slot))
         if kind == "int8":
             arrays[f"{slot.key}.scale"][:] = STANDARD_DEVIATION / 40
@@ -271,7 +271,7 @@ def _tile(array: np.ndarray, tile: np.ndarray) -> None:
 
 
 def _no_padding(slot: Slot) -> np.ndarray:
-    width = -(-slot.group // 16) * 16
+    width = padded(slot.group, LANES)
     return np.tile(np.where(np.arange(width) < slot.group, 0, -np.inf), slot.cols // width)
 
 
@@ -312,19 +312,26 @@ def open_packed(path: Path, from_disk: bool = False) -> PackedModel:
         try:
             spec = ModelSpec.model_validate_json(file.metadata["spec"])
             precision = Precision(**tensorfile.from_json(file.metadata["precision"]))
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise Failure(f"{path}: its description is damaged; pack the model again") from error
-        stays = {slot.key for slot in slots(spec) if from_disk and slot.layout == "units"}
+        planned = plan(spec, precision)
+        known = {name for slot, _ in planned for name in (slot.key, f"{slot.key}.scale")}
+        if strange := file.entries.keys() - known:
+            raise Failure(f"{path}: has an unknown tensor {min(strange)}; pack the model again")
+        stays = {slot.key for slot, _ in planned if from_disk and slot.layout == "units"}
+        if lacking := stays - file.entries.keys():
+            raise Failure(f"{path}: lacks the tensor {min(lacking)}; pack the model again")
         wanted = [name for name in file.entries if name not in stays]
         memory = huge_pages(sum(file.entries[name].length for name in wanted))
         arrays: dict[str, np.ndarray] = {}
         at = 0
-        for name in wanted:
-            entry = file.entries[name]
+        for name, entry in file.entries.items():
             if entry.kind not in TYPES:
                 raise Failure(
                     f"{path}: {name} is {entry.kind}, which no packed tensor is; pack the model again"
                 )
+        for name in wanted:
+            entry = file.entries[name]
             into = memory[at : at + entry.length]
             file.copy(name, into)
             arrays[name] = into.view(TYPES[entry.kind])

@@ -34,8 +34,11 @@ def to_json(value: Any) -> str:
 
 
 def from_json(text: str) -> Any:
-    """The value of some JSON. Raises ValueError where it is none."""
-    return json.loads(text)
+    """The value of some JSON; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
 def header_checksum(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> str:
@@ -88,7 +91,7 @@ class TensorFile:
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self._check_header(header)
             self.entries = {name: self._entry(facts, 8 + length) for name, facts in header.items()}
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Failure(f"{self.path}: cut short or damaged ({error}); make or copy it again") from error
         end = max((entry.start + entry.length for entry in self.entries.values()), default=0)
         if end > size:
@@ -125,10 +128,10 @@ class TensorFile:
 
     def _checksums(self) -> dict[str, int]:
         if not hasattr(self, "_known"):
-            try:
-                self._known: dict[str, int] = from_json(self.metadata.get(CHECKSUMS, "{}"))
-            except ValueError as error:
-                raise Failure(f"{self.path}: damaged checksums; make or copy it again") from error
+            known = from_json(self.metadata.get(CHECKSUMS, "{}"))
+            if not isinstance(known, dict):
+                raise Failure(f"{self.path}: damaged checksums; make or copy it again")
+            self._known: dict[str, int] = known
         return self._known
 
     def read(self, name: str) -> np.ndarray:

@@ -89,8 +89,8 @@ inline void all_logits(const Matrix& w, int64_t block, int64_t width, int64_t ra
 
 // The first unit with the largest logit. A NaN never is; all NaN gives unit 0, which is at least a unit.
 inline int64_t largest(const float* logits, int64_t width) {
-    Vector top = load(logits);
-    for (int64_t u = LANES; u < width; u += LANES) top = larger(load(logits + u), top);
+    Vector top = fill(-INFINITY);
+    for (int64_t u = 0; u < width; u += LANES) top = larger(load(logits + u), top);
     const float best = maximum(top);
     for (int64_t u = 0; u < width; u += LANES) {
 #if defined(SPARSECLI_AVX512)

@@ -1,4 +1,4 @@
-// Rows of weights with vectors: dense maps, and the rows of chosen units.
+// Rows of weights with vectors.
 // Part of kernels.inl, inside its namespaces.
 
 // -- dot products --------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ inline void integer_tile(const int8_t* const* w, const int16_t* x, int64_t x_str
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int t = 0; t < TOKENS; ++t) out[r][t] = float(_mm512_reduce_add_epi32(sums[r][t]));
+        for (int t = 0; t < TOKENS; ++t) out[r][t] = sum(sums[r][t]);
 }
 #endif
 
@@ -310,124 +310,4 @@ void dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int
                 }
         }
     }
-}
-
-// -- chosen units --------------------------------------------------------------------------------------------
-
-// As many 16-bit products of 8-bit weights as fit into 32 bits, whatever the sum.
-constexpr int64_t LONGEST = 4096;
-
-template <int R, bool FETCH>
-inline void whole_rows(const Matrix& w, const int64_t* row, const int64_t* next, const Activations& x, float* out) {
-    const int64_t stride = round_up(w.cols, PAD);
-    for (int64_t column = 0; column < stride; column += LONGEST) {
-        float part[R];
-        products_of<R, FETCH>(w.type, (const char*)w.data + column * type_bytes(w.type), stride, row, next, column,
-                             column + LONGEST < stride ? LONGEST : stride - column, x, 0, part);
-        for (int r = 0; r < R; ++r) out[r] = column ? out[r] + part[r] : part[r];
-    }
-    for (int r = 0; w.type == INT8 && r < R; ++r) out[r] *= w.scale[row[r]] * x.scales[0];
-}
-
-// The chosen units' rows that meet x. With FETCH they come from far away: rows to come are fetched meanwhile, and the
-// row that leaves a unit as soon as it is known to be needed.
-template <bool FETCH>
-inline void dots_of_units(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,
-                          const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, float* h) {
-    const int64_t bytes = round_up(units.cols, PAD) * type_bytes(units.type);
-    const int64_t inward = parts - 1;               // gate and up, or up alone
-    constexpr int64_t AT_ONCE = 4, DISTANCE = 4;  // units that are computed together, and that are in flight
-    const auto finish = [&](int64_t i, float gate, float up) {
-        if (unit_bias) gate += unit_bias[chosen[i]];
-        h[i] = activation_of(activation, gate) * (inward == 2 ? up : 1);
-        if (FETCH && h[i] != 0)
-            fetch((const char*)units.data + (int64_t(chosen[i]) * parts + inward) * bytes, bytes);
-    };
-    for (int64_t i = begin; i < end;) {
-        int64_t row[AT_ONCE], next[AT_ONCE];
-        const int64_t together = i + AT_ONCE <= end ? AT_ONCE : 1;
-        for (int64_t j = 0; j < together; ++j) {
-            row[j] = int64_t(chosen[i + j]) * parts;
-            next[j] = i + j + DISTANCE < end ? int64_t(chosen[i + j + DISTANCE]) * parts : row[j];
-        }
-        float first[AT_ONCE], second[AT_ONCE] = {};
-        for (int64_t k = 0; k < inward; ++k) {
-            if (together == AT_ONCE)
-                whole_rows<AT_ONCE, FETCH>(units, row, next, x, k ? second : first);
-            else
-                whole_rows<1, FETCH>(units, row, next, x, k ? second : first);
-            for (int64_t j = 0; j < together; ++j) ++row[j], ++next[j];
-        }
-        for (int64_t j = 0; j < together; ++j) finish(i + j, first[j], second[j]);
-        i += together;
-    }
-}
-
-void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias, const int32_t* chosen,
-               int64_t begin, int64_t end, const Activations& x, bool far, float* h) {
-    if (far)
-        dots_of_units<true>(units, parts, activation, unit_bias, chosen, begin, end, x, h);
-    else
-        dots_of_units<false>(units, parts, activation, unit_bias, chosen, begin, end, x, h);
-}
-
-constexpr int64_t FETCHED = 1 << 18;  // bytes that are on their way at most
-
-// y += sum of R rows, each times its factor.
-template <int R, class W>
-inline void add_rows(const W* const* rows, const float* factor, int64_t begin, int64_t end, float* y) {
-    int64_t c = begin;
-    Vector factors[R];
-    for (int r = 0; r < R; ++r) factors[r] = fill(factor[r]);
-    for (; c + LANES <= end; c += LANES) {
-        Vector total = load(y + c);
-        for (int r = 0; r < R; ++r) add_product(total, factors[r], load(rows[r] + c));
-        store(y + c, total);
-    }
-    if (c == end) return;
-    float lane[LANES];  // the last columns of a width that is no multiple of LANES; rows are padded, y is not
-    Vector total = fill(0);
-    for (int64_t i = c; i < end; ++i) lane[i - c] = y[i];
-    std::memcpy(&total, lane, size_t(end - c) * 4);
-    for (int r = 0; r < R; ++r) add_product(total, factors[r], load(rows[r] + c));
-    store(lane, total);
-    for (int64_t i = c; i < end; ++i) y[i] = lane[i - c];
-}
-
-template <class W>
-void sum_units(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
-               int64_t begin, int64_t end, float* y) {
-    constexpr int64_t AT_ONCE = 4;
-    const int64_t stride = round_up(units.cols, PAD), bytes = (end - begin) * int64_t(sizeof(W));
-    const W* data = (const W*)units.data + begin;
-    const auto row_of = [&](int64_t i) { return data + (int64_t(chosen[i]) * parts + parts - 1) * stride; };
-    // Rows are asked for long before they are used, as many as the cache holds.
-    const int64_t distance = FETCHED / (bytes + 1);  // a thread may have no columns at all
-    int64_t asked = 0;
-    const W* rows[AT_ONCE];
-    float factor[AT_ONCE];
-    int64_t found = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        for (; asked < count && asked < i + distance; ++asked)
-            if (h[asked] != 0) fetch(row_of(asked), bytes);
-        if (h[i] != 0) {
-            rows[found] = row_of(i) - begin;
-            factor[found++] = h[i] * (units.scale ? units.scale[int64_t(chosen[i]) * parts + parts - 1] : 1);
-        }
-        if (found == AT_ONCE) {
-            add_rows<AT_ONCE>(rows, factor, begin, end, y);
-            found = 0;
-        }
-    }
-    for (int64_t r = 0; r < found; ++r) add_rows<1>(rows + r, factor + r, begin, end, y);
-}
-
-void unit_sums(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
-               int64_t begin, int64_t end, float* y) {
-    if (units.type == FLOAT32)
-        sum_units<float>(units, parts, chosen, h, count, begin, end, y);
-    else if (units.type == BFLOAT16)
-        sum_units<uint16_t>(units, parts, chosen, h, count, begin, end, y);
-    else
-        sum_units<int8_t>(units, parts, chosen, h, count, begin, end, y);
 }

@@ -72,8 +72,8 @@ std::string check(const sparsecli_shape& s) {
     if (s.kernel < 1 || s.kernel > 1 << 16) return wrong("kernel");
     if (s.feed_forward != DENSE_UNITS) {
         if (s.block_size < 1 || s.d_ff % s.block_size) return wrong("block_size");
-        if (s.feed_forward == SPARSE_UNITS && s.block_size > 4096) return wrong("block_size (at most 4096)");
-        if (s.units_per_block < 1 || s.rank < 1 || s.rank > 4096) return wrong("units_per_block or rank (at most 4096)");
+        if (s.feed_forward == SPARSE_UNITS && s.block_size > 4096) return wrong("block_size, at most 4096 units,");
+        if (s.units_per_block < 1 || s.rank < 1 || s.rank > 4096) return wrong("the rank or the number of experts, at most 4096,");
     }
     if (s.head_modules && s.vocabulary % s.head_modules) return wrong("head_modules");
     return "";
@@ -95,6 +95,8 @@ struct sparsecli_sequence {
 };
 
 extern "C" {
+
+int64_t sparsecli_interface(void) { return 1000 * 1 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* wanted, char* error) {
     const Kernels* found = find_kernels(wanted);
@@ -196,13 +198,15 @@ int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* s
     std::vector<Row> rows;
     // Every row is checked before anything is computed: an error leaves all sequences as they were.
     int64_t longest = 0;
+    bool valid = true;
     const bool fine = guarded(error, [&] {
         rows.reserve(size_t(count));
         for (int64_t i = 0; i < count; ++i) {
             Sequence* sequence = &sequences[i]->held;
             int64_t position = sequence->length;
             if (i && rows[size_t(i - 1)].sequence == sequence) position = rows[size_t(i - 1)].position + 1;
-            if (tokens[i] < 0 || tokens[i] >= shape.vocabulary)
+            valid = tokens[i] >= 0 && tokens[i] < shape.vocabulary;
+            if (!valid)
                 throw std::runtime_error("token " + std::to_string(tokens[i]) + " is not in the vocabulary of " +
                                          std::to_string(shape.vocabulary));
             if (position >= sequence->capacity)
@@ -226,7 +230,7 @@ int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* s
             for (const Row& row : chunk) row.sequence->length = row.position + 1;
         }
     });
-    return fine ? 0 : -1;
+    return fine ? 0 : valid ? -1 : -2;
 }
 
 int64_t sparsecli_block_stack_ns(const sparsecli_engine* engine) { return engine->forward->block_stack_ns; }

@@ -4,6 +4,9 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
 extern "C" {
 
 enum { SPARSECLI_ERROR_BYTES = 256 };
@@ -28,6 +31,8 @@ struct sparsecli_shape {
     double epsilon;
 };
 
+int64_t sparsecli_interface(void);  // a version, and the size of the structure above: the caller compares
+
 const char* sparsecli_instruction_set(const char* wanted, char* error);  // null: not available; "auto": the best
 
 struct sparsecli_engine;
@@ -47,8 +52,8 @@ int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence);
 void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length);
 int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity);
 
-// Adds tokens[i] to sequences[i], `count` of them; the same sequence may come several times in a row (a prompt).
-// logits (rows, vocabulary) of every token where all_logits, else of each sequence's last.
+// Adds tokens[i] to sequences[i], `count` of them; the same sequence may come several times, but in a row (a prompt).
+// logits (rows, vocabulary) of every token where all_logits, else of each sequence's last. -2: no such token.
 int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* sequences, const int64_t* tokens,
                           int64_t count, int64_t all_logits, float* logits, char* error);
 
@@ -58,3 +63,6 @@ void sparsecli_profile(sparsecli_engine* engine, double* seconds);
 const char* sparsecli_profile_part(int64_t index);  // null after the last
 
 }
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif

@@ -65,6 +65,7 @@ struct Worker {
     Buffer<int16_t> integers;
     Buffer<uint16_t> halves;
     Buffer<char> scratch;
+    std::vector<const void*> taps;
     float scale[1];
 };
 
@@ -97,6 +98,7 @@ class Forward {
             worker.integers.rows(1, integer_stride_, integer_stride_, false);
             worker.halves.rows(1, 2 * integer_stride_, 2 * integer_stride_, false);
             worker.scratch.rows(1, scratch, scratch, false);
+            worker.taps.resize(size_t(s.kernel));
         }
         sizes_ = cache_sizes(model);
     }
@@ -146,8 +148,10 @@ class Forward {
     // Room for attention scores over `positions`; before the pass, by one thread.
     void reserve(int64_t positions) {
         if (positions <= score_stride_) return;
-        score_stride_ = round_up(2 * positions, PAD);
-        for (Worker& worker : workers_) worker.scores.rows(1, QUERIES * score_stride_, QUERIES * score_stride_, false);
+        const int64_t stride = round_up(2 * positions, PAD);
+        score_stride_ = 0;  // until all of it is there: memory may not suffice
+        for (Worker& worker : workers_) worker.scores.rows(1, QUERIES * stride, QUERIES * stride, false);
+        score_stride_ = stride;
     }
 
     void run(const std::vector<Row>& rows, bool profile) {
@@ -228,9 +232,9 @@ class Forward {
                        int64_t margin) const;
     void remember(const History& to, const float* from, int64_t begin, int64_t end) const;
     void remember_joined(int64_t layer, int64_t t, const float* x, int64_t begin, int64_t end) const;
-    void convolve(const Block& block, int64_t layer, int64_t t, int64_t begin, int64_t end) const;
+    void convolve(const Block& block, int64_t layer, int64_t t, int64_t begin, int64_t end, int64_t worker);
     void run_convolution(const Convolution& convolution, const History& from, int64_t stride, int64_t lead,
-                         int64_t begin, int64_t end, float* out) const;
+                         int64_t begin, int64_t end, float* out, int64_t worker);
         HeadCache head_cache(const Sequence& sequence, int64_t layer, int64_t head) const;
     void rotate(float* head, int64_t t) const;
     void append(int64_t layer, int64_t t, int64_t head);

@@ -13,7 +13,7 @@ void Forward::attention(const Block& block, int64_t layer, int64_t worker) {
     if (model_.convolves()) {
         share_projection(block, layer, x, worker);
         barrier(worker, s.projection == DENSE_CONV ? PROJECTION : MULTIPLY);
-        each(s.modules, worker, [&](int64_t t, int64_t begin, int64_t end) { convolve(block, layer, t, begin, end); });
+        each(s.modules, worker, [&](int64_t t, int64_t begin, int64_t end) { convolve(block, layer, t, begin, end, worker); });
         mark(worker, CONVOLUTION);
         ready = aligned && s.modules == s.key_value_heads;
     } else if (s.projection == DENSE) {
@@ -91,21 +91,20 @@ void Forward::remember_joined(int64_t layer, int64_t t, const float* x, int64_t 
     }
 }
 
-void Forward::convolve(const Block& block, int64_t layer, int64_t t, int64_t begin, int64_t end) const {
+void Forward::convolve(const Block& block, int64_t layer, int64_t t, int64_t begin, int64_t end, int64_t worker) {
     const int64_t width = model_.module_width();
     const History m = history(layer, t);
-    run_convolution(block.query_convolution, m, width, width, begin, end, q_.row(t));
-    run_convolution(block.key_convolution, m, width, width, begin, end, k_row_.row(t));
-    if (!shape_.value_concat) return run_convolution(block.value_convolution, m, width, 0, begin, end, v_.row(t));
+    run_convolution(block.query_convolution, m, width, width, begin, end, q_.row(t), worker);
+    run_convolution(block.key_convolution, m, width, width, begin, end, k_row_.row(t), worker);
+    if (!shape_.value_concat) return run_convolution(block.value_convolution, m, width, 0, begin, end, v_.row(t), worker);
     const Row& row = (*rows_)[size_t(t)];
     const History joined = history_of(row, row.sequence->value_history, layer, sizes_.value_history_row, 0);
-    run_convolution(block.value_convolution, joined, 2 * width, 0, begin, end, v_.row(t));
+    run_convolution(block.value_convolution, joined, 2 * width, 0, begin, end, v_.row(t), worker);
 }
 
 void Forward::run_convolution(const Convolution& convolution, const History& from, int64_t stride, int64_t lead,
-                              int64_t begin, int64_t end, float* out) const {
-    static thread_local std::vector<const void*> taps;
-    taps.resize(size_t(shape_.kernel));
+                              int64_t begin, int64_t end, float* out, int64_t worker) {
+    std::vector<const void*>& taps = workers_[size_t(worker)].taps;
     for (int64_t tap = 0; tap < shape_.kernel; ++tap)
         taps[size_t(tap)] = from.base + (from.position - shape_.kernel + 1 + tap) * from.row +
                             from.margin * type_bytes(shape_.history_type);
@@ -214,7 +213,7 @@ void Forward::project_output(const Block& block, int64_t layer, int64_t worker) 
     barrier(worker, MULTIPLY);
     if (!convolved) return;
     each(shape_.modules, worker, [&](int64_t t, int64_t begin, int64_t end) {
-        run_convolution(block.output_convolution, past(t), width, width, begin, end, q_.row(t));
+        run_convolution(block.output_convolution, past(t), width, width, begin, end, q_.row(t), worker);
         for (int64_t i = begin * width; i < end * width; ++i) x_.row(t)[i] += q_.row(t)[i];
     });
     barrier(worker, CONVOLUTION);

@@ -29,7 +29,7 @@ void Forward::dense_feed_forward(const Block& block, const Activations& x, int64
 }
 
 void Forward::choose_units(const Block& block, const Activations& x, int64_t worker) {
-    const Range ranks = mine(shape_.rank, 4, worker);
+    const Range ranks = mine(shape_.rank, 4, worker);  // rows are computed four at a time
     k_.dots(block.controller_first, ranks.begin, ranks.end, x, count(), z_.row(0), z_stride_);
     barrier(worker, CONTROLLER);
     const Range blocks = mine(shape_.d_ff / shape_.block_size, 1, worker);

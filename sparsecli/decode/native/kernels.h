@@ -2,7 +2,7 @@
 //
 // Padding spares every kernel its tails: rows are PAD elements or a multiple long, panels and blocks are multiples
 // of LANES wide, and what fills them is zero. Sums run over LANES fixed lanes, so that a result depends neither on
-// the number of threads nor on the width of the machine's vectors.
+// the number of threads nor on who computes what.
 #pragma once
 #include <cstdint>
 

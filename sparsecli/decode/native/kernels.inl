@@ -9,6 +9,7 @@ namespace {
 
 #include "vectors.inl"
 #include "dots.inl"
+#include "units.inl"
 #include "products.inl"
 #include "controller.inl"
 #include "attention.inl"

@@ -19,9 +19,6 @@ struct Buffer {
     Buffer() = default;
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
-    Buffer(Buffer&& other) noexcept : data(other.data), stride(other.stride), mapped_(other.mapped_) {
-        other.data = nullptr;
-    }
     ~Buffer() { release(); }
 
     T* row(int64_t index) const { return data + index * stride; }
@@ -32,8 +29,8 @@ struct Buffer {
         release();
         if (size == 0) return;
 #if defined(__linux__)
-        constexpr int64_t HUGE = int64_t(1) << 21;
-        if (size >= HUGE) {
+        constexpr int64_t HUGE_PAGE = int64_t(1) << 21;
+        if (size >= HUGE_PAGE) {
             void* pages = mmap(nullptr, size_t(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
             if (pages == MAP_FAILED) throw std::bad_alloc();
             madvise(pages, size_t(size), MADV_HUGEPAGE);

@@ -31,17 +31,29 @@ inline void relax() {
 class Pool {
   public:
     Pool(int64_t threads, bool pin) : threads_(threads), pin_(pin) {
+#if defined(__linux__)
+        caller_ = pthread_self();
+        if (pin_) pin_ = !pthread_getaffinity_np(caller_, sizeof allowed_, &allowed_);
+#endif
         try {
             for (int64_t worker = 1; worker < threads; ++worker)
                 workers_.emplace_back([this, worker] { serve(worker); });
         } catch (const std::system_error&) {
             stop();
             throw std::runtime_error("the system does not start " + std::to_string(threads) + " threads; use fewer");
+        } catch (...) {
+            stop();
+            throw;
         }
-        if (pin_) pin_to(0);  // after the others, which start with their creator's processors
+        if (pin_) pin_to(0);
     }
 
-    ~Pool() { stop(); }
+    ~Pool() {
+        stop();
+#if defined(__linux__)
+        if (pin_) pthread_setaffinity_np(caller_, sizeof allowed_, &allowed_);  // as it was
+#endif
+    }
 
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
@@ -110,13 +122,12 @@ class Pool {
         epoch_.wait(seen, std::memory_order_acquire);
     }
 
-    static void pin_to([[maybe_unused]] int64_t worker) {
+    void pin_to([[maybe_unused]] int64_t worker) {
 #if defined(__linux__)
-        cpu_set_t allowed, one;
-        if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
-        int64_t left = worker % CPU_COUNT(&allowed);
+        cpu_set_t one;
+        int64_t left = worker % CPU_COUNT(&allowed_);
         for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
-            if (CPU_ISSET(cpu, &allowed) && left-- == 0) {
+            if (CPU_ISSET(cpu, &allowed_) && left-- == 0) {
                 CPU_ZERO(&one);
                 CPU_SET(cpu, &one);
                 pthread_setaffinity_np(pthread_self(), sizeof one, &one);
@@ -126,7 +137,11 @@ class Pool {
     }
 
     const int64_t threads_;
-    const bool pin_;
+    bool pin_;
+#if defined(__linux__)
+    pthread_t caller_;
+    cpu_set_t allowed_;  // processors of whoever made the pool
+#endif
     std::vector<std::thread> workers_;
     const std::function<void(int64_t)>* job_ = nullptr;
     std::atomic<bool> stopping_{false};

@@ -231,12 +231,14 @@ void multiplicative(const Matrix& D, const Matrix& E, const float* bias, const f
     const int64_t inputs = round_up(E.cols, PAD), width = E.rows, padded = round_up(width, LANES);
     const int64_t column_begin = panel_begin * PANEL;
     const int64_t column_end = panel_end * PANEL < padded ? panel_end * PANEL : padded;
+    if (column_begin >= column_end) return;
+    // Each chunk of inputs has a sum of its own: its size follows from the layer, not from this thread's share of it.
+    const int64_t bytes = type_bytes(E.type), most = D.rows < MODULE_TILE ? D.rows : MODULE_TILE;
+    int64_t chunk = SCRATCH / (most * bytes) / GROUP * GROUP;
+    chunk = chunk < GROUP ? GROUP : chunk > inputs ? inputs : chunk;
+    const int64_t groups = round_up(chunk, GROUP) / GROUP;
     for (int64_t first = module_begin; first < module_end; first += MODULE_TILE) {
         const int64_t modules = first + MODULE_TILE < module_end ? MODULE_TILE : module_end - first;
-        const int64_t bytes = type_bytes(E.type);
-        int64_t chunk = SCRATCH / (modules * bytes) / GROUP * GROUP;
-        chunk = chunk < GROUP ? GROUP : chunk > inputs ? inputs : chunk;
-        const int64_t groups = round_up(chunk, GROUP) / GROUP;
         // scratch: products (modules, chunk); then their scales and totals [group][module]; then sums
         char* at = (char*)scratch;
         float* scales = (float*)(at + round_up(modules * chunk * bytes, 64));
