@@ -38,6 +38,7 @@ class Backend(Protocol):
     isa: str
     threads: int
     dtype: str
+    cache_dtype: str
 
     def start(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
         """Logits after the prompt of a text with room for `capacity` tokens. Raises Failure without memory for it."""
@@ -61,6 +62,8 @@ def open_backend(folder: Path, model: Description, choices: Choices) -> Backend:
     if choices.backend == "native" and missing:
         raise Failure(f"--backend native: {missing}")
     if choices.backend == "torch" or missing:
+        if missing and not has_weights(folder):
+            raise Failure(f"{folder}: is packed for the native engine, which cannot be used here: {missing}")
         if choices.backend == "auto":
             console.say(f"decoding with PyTorch: {missing}")
         return TorchBackend(folder, choices)
@@ -78,7 +81,7 @@ class NativeBackend:
         packed = packed_weights(folder, model, choices.dtype)
         if choices.cache_dtype is not None:
             packed = replace(packed, precision=replace(packed.precision, cache=choices.cache_dtype))
-        self.dtype = packed.precision.units
+        self.dtype, self.cache_dtype = packed.precision.units, packed.precision.cache
         self.isa = native.isa()
         try:
             self.engine = Engine(packed, threads=choices.threads)
@@ -101,6 +104,11 @@ class NativeBackend:
         self.engine.close()
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there are safetensors files, not only packed ones."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
 def packed_weights(folder: Path, model: Description, dtype: str | None) -> PackedModel:
     """The weights in `folder` for the native engine: as they were packed there, unless `dtype` asks for another type.
 
@@ -117,7 +125,7 @@ def packed_weights(folder: Path, model: Description, dtype: str | None) -> Packe
         held = packed.precision.units
         if dtype in (None, held):
             return packed
-        if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        if not has_weights(folder):
             raise Failure(
                 f"{folder / PACKED}: was packed as {held}; leave out --dtype {dtype}, or pack the model again with it"
             )
@@ -141,7 +149,7 @@ class TorchBackend:
         if choices.threads is not None:
             torch.set_num_threads(choices.threads)
         logging.set_verbosity_error()
-        self.dtype = choices.dtype or DEFAULT_DTYPE
+        self.dtype = self.cache_dtype = choices.dtype or DEFAULT_DTYPE
         self.isa = torch.backends.cpu.get_cpu_capability()
         self.threads = torch.get_num_threads()
         self.network = load_network(folder, getattr(torch, self.dtype))

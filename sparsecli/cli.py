@@ -199,20 +199,20 @@ def generate(
     ] = None,
     model: Model = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Stop after so many tokens.")
+        int | None, typer.Option(metavar="N", help="Stop after so many tokens (128).")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(metavar="X", help="0 is greedy.")] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="X", help="0 is greedy (0.8).")] = None,
     top_k: Annotated[
-        int | None, typer.Option(metavar="N", help="Among the k likeliest tokens; 0 is all.")
+        int | None, typer.Option(metavar="N", help="Among the k likeliest tokens; 0 is all (0).")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(metavar="X", help="Among the likeliest tokens of this probability.")
+        float | None, typer.Option(metavar="X", help="Among the likeliest tokens of this probability (0.95).")
     ] = None,
     min_p: Annotated[
-        float | None, typer.Option(metavar="X", help="None below this share of the likeliest.")
+        float | None, typer.Option(metavar="X", help="None below this share of the likeliest (0).")
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(metavar="X", help="Above 1: repeat less.")
+        float | None, typer.Option(metavar="X", help="Above 1: repeat less (1).")
     ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Text that ends it; may be repeated.")

@@ -195,6 +195,7 @@ def run(
                 "isa": decoder.isa,
                 "threads": decoder.threads,
                 "dtype": decoder.dtype,
+                "cache_dtype": decoder.cache_dtype,
                 "prompt": prompt,
                 "text": result.text,
                 "tokens": result.tokens,
@@ -218,7 +219,8 @@ def run(
             )
         plural = "s" if decoder.threads != 1 else ""
         console.say(
-            f"{decoder.name} backend, {decoder.isa}, {decoder.threads} thread{plural}, {decoder.dtype}"
+            f"{decoder.name} backend, {decoder.isa}, {decoder.threads} thread{plural}, {decoder.dtype} weights, "
+            f"{decoder.cache_dtype} cache"
         )
 
 

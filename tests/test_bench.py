@@ -466,7 +466,7 @@ def test_native_rows_with_types_of_their_own() -> None:
         sum(small.parts.get(name, 0) for name in entries.FEED_FORWARD_PARTS), abs=1e-4
     )
     assert "bfloat16, int8 units, head + rescoring" in table.as_markdown(measured)
-    assert table.parts_table(measured).row_count == 5
+    assert table.parts_table(measured).row_count > 5 * 5
     assert Result.model_validate_json(table.as_json(measured)) == measured
 
 
@@ -481,7 +481,7 @@ def test_without_the_native_engine_torch_measures_and_says_so(
     assert {(row.backend, row.dtype) for row in measured.rows} == {("torch", "float32")}
     told = capsys.readouterr().err
     assert "measuring with PyTorch: it was not built" in told
-    assert "rows left out: int8 and rows with a precision of their own need the native backend" in told
+    assert "rows left out: int8 and what has a precision of its own need the native backend" in told
     with pytest.raises(console.Failure, match="--backend native: it was not built"):
         command.run(loaded(), backends=["native"])
     with pytest.raises(console.Failure, match="need the native backend"):

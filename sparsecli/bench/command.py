@@ -221,28 +221,28 @@ def _positive(option: str, values: Sequence[int] | None) -> list[int] | None:
 def _show_plan(what: Plan, output: Path | None, folder: Path) -> None:
     rows = [
         (
-            subject.variant,
-            subject.group,
+            subject.variant + (" *" if subject.projected else ""),
             subject.backend,
             subject.dtype + (f", {subject.changed_parts}" if subject.changed_parts else ""),
             subject.sizes,
-            f"{subject.parameters:,}",
-            f"{subject.active_parameters:,}",
+            table.count(subject.parameters),
+            table.count(subject.active_parameters),
             table.megabytes(subject.bytes_per_token),
         )
         for subject in what.subjects()
     ]
     columns = (
         "variant",
-        "group",
         "backend",
         "weights",
         "sizes",
         "parameters",
-        "active / token",
+        "active",
         "MB / token",
     )
     console.print_table(columns, rows, title="dry run: nothing is measured")
+    if any(subject.projected for subject in what.subjects()):
+        console.say("* projected: some of its blocks would be measured and their time multiplied out")
     console.say(f"memory needed: about {plan.needed_bytes(what) / 1e9:.1f} GB")
     if what.from_disk:
         needed = sum(plan.packed_bytes(what, model) for model in what.models)
@@ -261,7 +261,7 @@ def _measure(
     folder: Path,
     over: str | None,
 ) -> Result:
-    console.say(f"building {len(what.models)} models")
+    console.say(f"building {len(what.models)} model{'s' if len(what.models) > 1 else ''}")
     found, disk_speed = entries.load(what, folder)
     before = roofline.bandwidth()
     with console.progress("measuring", len(found) * (what.settings.rounds + 1)) as progress:

@@ -63,13 +63,17 @@ COLUMNS = (
         lambda row: f"{milliseconds(row.ms_per_token.p10)}..{milliseconds(row.ms_per_token.p90)}",
         sacrifice=5,
     ),
-    Column("ms /\nblock", lambda row: milliseconds(row.ms_per_block.p50) if row.ms_per_block else None),
+    Column(
+        "ms /\nblock",
+        lambda row: milliseconds(row.ms_per_block.p50) if row.ms_per_block else None,
+        sacrifice=2,
+    ),
     Column(
         "disk MB\n/ token",
         lambda row: megabytes(row.disk_bytes_per_token) if row.disk_bytes_per_token is not None else None,
     ),
     Column("disk\nMB / s", lambda row: f"{row.disk_mb_s:.0f}" if row.disk_mb_s is not None else None),
-    Column("tokens\n/ s", lambda row: f"{row.tokens_per_second:.1f}", sacrifice=2),
+    Column("tokens\n/ s", lambda row: f"{row.tokens_per_second:.1f}"),
     Column("speed-\nup", lambda row: f"{row.speedup:.2f}x" if row.speedup else None),
     Column("over\nthat", lambda row: f"{row.speedup_over:.2f}x" if row.speedup_over else None),
     Column(
@@ -125,9 +129,10 @@ def table(result: Result, width: int) -> Table:
     for column, _ in columns:
         shown.add_column(column.title, justify="left" if column.left else "right", no_wrap=not column.left)
     groups = [(row.backend, row.dtype, *row.key[3:]) for row in result.rows]
+    sets_apart = max(map(groups.count, groups)) > 1
     for index, cells in enumerate(zip(*(cells for _, cells in columns), strict=True)):
         last_of_group = index + 1 < len(groups) and groups[index + 1] != groups[index]
-        shown.add_row(*cells, end_section=last_of_group)
+        shown.add_row(*cells, end_section=sets_apart and last_of_group)
     return shown
 
 
@@ -168,29 +173,38 @@ def caption(result: Result) -> str:
     return text
 
 
+LEAST_SHARE = 0.005
+
+
 def parts_table(result: Result) -> Table | None:
-    """Where a token's time goes, mean milliseconds over the share of a token; None where it was not timed."""
+    """Where a token's time goes, one line for each part, the largest first; None where it was not timed.
+
+    Parts of less than half a per cent are left to the JSON.
+    """
     timed = [row for row in result.rows if row.parts]
     if not timed:
         return None
-    names = list(dict.fromkeys(name for row in timed for name in row.parts or {}))
     sized = [column for column in COLUMNS[:NAMING] if column.left or _varies(column, timed)]
-    shown = Table(
-        box=box.SIMPLE_HEAD,
-        title="parts of a token: mean milliseconds, and share",
-        title_justify="left",
-        padding=(0, 1, 0, 0),
-    )
-    for column in sized:
-        shown.add_column(column.title.strip(), justify="left" if column.left else "right")
-    for name in ("one feed-forward layer", *names):
-        shown.add_column(name, justify="right")
+    shown = Table(box=box.SIMPLE_HEAD, title="parts of a token", title_justify="left", padding=(0, 1, 0, 0))
+    for title in (*(column.title.strip() for column in sized), "part"):
+        shown.add_column(title)
+    for title in ("ms", "share"):
+        shown.add_column(title, justify="right", no_wrap=True)
     for row in timed:
-        parts = row.parts or {}
-        total = sum(parts.values())
-        cells = [f"{parts[name]:.3f}\n{parts[name] / total:.0%}" if name in parts else "-" for name in names]
-        layer = f"{row.ms_feed_forward:.4f}" if row.ms_feed_forward is not None else "-"
-        shown.add_row(*(column.cell(row) or "-" for column in sized), layer, *cells)
+        parts = sorted((row.parts or {}).items(), key=lambda part: -part[1])
+        total = sum(value for _, value in parts)
+        lines = [
+            (name, milliseconds(value), f"{value / total:.0%}")
+            for name, value in parts
+            if value >= LEAST_SHARE * total
+        ]
+        if row.ms_feed_forward is not None:
+            lines.append(("one feed-forward layer", milliseconds(row.ms_feed_forward), ""))
+        naming = [column.cell(row) or "-" for column in sized]
+        for index, line in enumerate(lines):
+            shown.add_row(
+                *(naming if index == 0 else [""] * len(naming)), *line, end_section=index + 1 == len(lines)
+            )
     return shown
 
 

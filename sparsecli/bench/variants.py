@@ -14,7 +14,7 @@ from sparsecli import console
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model, read_config
-from sparsecli.model.folder import find_model
+from sparsecli.model.folder import find_model, weight_files
 from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
 from sparsecli.recipe.schema import BenchSpec, PaperFigures, PrecisionChanges, Variant
 from sparsecli.train.run_directory import read_facts
@@ -75,6 +75,7 @@ def from_runs(references: Sequence[str]) -> list[Candidate]:
 
 
 def _from_run(name: str, run: Path, folder: Path) -> Candidate:
+    weight_files(folder)  # a packed model has none: better told before anything is built
     spec = read_config(folder).spec
     nats = (read_facts(run).get("result") or {}).get("held_out_nats")
     return Candidate(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_nats=nats)

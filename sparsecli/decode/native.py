@@ -50,11 +50,11 @@ def available() -> str | None:
     try:
         library()
     except OSError as error:
-        reason = (
-            "the native engine was not built (no C++ compiler at install)"
-            if not LIBRARY.exists()
-            else str(error)
-        )
+        reason = str(error)
+        if not LIBRARY.exists():
+            reason = f"{LIBRARY} does not exist"
+            if "SPARSECLI_NATIVE_LIBRARY" not in os.environ:
+                reason = "the native engine was not built; install a C++20 compiler, then sparsecli again"
     if reason and wanted == "native":
         raise Failure(f"SPARSECLI_KERNELS=native: {reason}", exit_code=2)
     if reason is None:
