@@ -87,7 +87,7 @@ struct sparsecli_engine {
     std::unique_ptr<Forward> forward;
     bool profile = false;
 
-    sparsecli_engine(const sparsecli_shape& shape, int64_t threads, bool pin) : model(shape), pool(threads, pin) {}
+    sparsecli_engine(const sparsecli_shape& shape, int64_t threads, bool pin) : model(shape), pool(threads, pin, !shape.units_on_disk) {}
 };
 
 struct sparsecli_sequence {

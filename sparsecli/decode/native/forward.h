@@ -186,7 +186,7 @@ class Forward {
 
     int64_t count() const { return int64_t(rows_->size()); }
     Range mine(int64_t total, int64_t step, int64_t worker) const {
-        return share(total, step, worker, pool_.threads());
+        return share(total, step, worker, pool_.active());
     }
 
     // Calls body(row, begin, end) for this worker's part of `width` things of every row.

@@ -8,7 +8,7 @@ void Forward::attention(const Block& block, int64_t layer, int64_t worker) {
     mark(worker, OTHER);
     const sparsecli_shape& s = shape_;
     // A head's projections, cache and attention fall to one thread where the parts coincide: no waiting then.
-    const bool aligned = count() == 1 && s.key_value_heads % pool_.threads() == 0;
+    const bool aligned = count() == 1 && s.key_value_heads % pool_.active() == 0;
     bool ready = false;
     if (model_.convolves()) {
         share_projection(block, layer, x, worker);
@@ -161,7 +161,7 @@ void Forward::attend(int64_t layer, int64_t worker) {
     const float rate = 1 / std::sqrt(float(width));
     // Ordered by key head, then row, then head of the group. A single row is shared out by key heads where they
     // are as many as the projections' parts.
-    const bool aligned = rows == 1 && shape_.key_value_heads % pool_.threads() == 0;
+    const bool aligned = rows == 1 && shape_.key_value_heads % pool_.active() == 0;
     const Range items = mine(shape_.heads * rows, aligned ? group : 1, worker);
     const float* queries[QUERIES];
     float* out[QUERIES];

@@ -2,10 +2,15 @@
 //
 // Who waits spins briefly, then yields its processor (a neighbour that shares it would otherwise delay the very
 // thread that is waited for), and between calls sleeps after a while.
+//
+// Where other programs keep the processors busy, threads that wait for one another hundreds of times a token lose a time
+// slice each time. A thread that got much less processor time than passed tells; the caller then works alone for some
+// calls before all try again. Results do not depend on it.
 #pragma once
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <ctime>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -30,7 +35,8 @@ inline void relax() {
 
 class Pool {
   public:
-    Pool(int64_t threads, bool pin) : threads_(threads), pin_(pin) {
+    // `yielding`: work alone where processors are busy.
+    Pool(int64_t threads, bool pin, bool yielding) : threads_(threads), yielding_(yielding), pin_(pin) {
 #if defined(__linux__)
         caller_ = pthread_self();
         if (pin_) pin_ = !pthread_getaffinity_np(caller_, sizeof allowed_, &allowed_);
@@ -60,19 +66,27 @@ class Pool {
 
     int64_t threads() const { return threads_; }
 
-    // Runs job(worker) on every thread, the caller's being worker 0; returns when all are done.
+    // Threads of the job that is running.
+    int64_t active() const { return alone_ > 0 ? 1 : threads_; }
+
+    // Runs job(worker) on every active thread, the caller's being worker 0; returns when all are done.
     void run(const std::function<void(int64_t)>& job) {
-        if (threads_ == 1) return job(0);
+        if (active() == 1) {
+            job(0);
+            if (alone_ > 0) --alone_;
+            return;
+        }
         job_ = &job;
         epoch_.fetch_add(1);
         epoch_.notify_all();
-        job(0);
+        watched(0);
         barrier();
+        if (yielding_) judge();
     }
 
     // Everybody waits for everybody.
     void barrier() {
-        if (threads_ == 1) return;
+        if (active() == 1) return;
         const uint32_t round = round_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
             arrived_.store(0, std::memory_order_relaxed);
@@ -88,6 +102,8 @@ class Pool {
 
   private:
     static constexpr int SPINS = 256;
+    static constexpr double SHORTEST = 2e-4, LEAST_SHARE = 0.75;  // seconds of a job that tells something
+    static constexpr int64_t SHORTEST_PAUSE = 16, LONGEST_PAUSE = 512, CALM = 16;  // jobs
     static constexpr std::chrono::microseconds AWAKE{500};  // until a thread without work sleeps
 
     void stop() {
@@ -104,9 +120,38 @@ class Pool {
             wait_for_work(seen);
             ++seen;
             if (stopping_) return;
-            (*job_)(worker);
+            watched(worker);
             barrier();
         }
+    }
+
+    // The job, and whether this thread got its processor for most of it.
+    void watched(int64_t worker) {
+        const double begin = seconds(CLOCK_MONOTONIC), used = seconds(CLOCK_THREAD_CPUTIME_ID);
+        (*job_)(worker);
+        const double passed = seconds(CLOCK_MONOTONIC) - begin;
+        if (passed > SHORTEST && seconds(CLOCK_THREAD_CPUTIME_ID) - used < LEAST_SHARE * passed) crowded_ = true;
+    }
+
+    static double seconds(clockid_t clock) {
+        timespec now{};
+        clock_gettime(clock, &now);
+        return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
+    }
+
+    // After a job of all threads. One crowded job may be chance; a second one in a row is not.
+    void judge() {
+        const bool crowded = crowded_.exchange(false);
+        if (!crowded) {
+            if (++calm_ >= CALM) pause_ = SHORTEST_PAUSE;
+            strikes_ = 0;
+            return;
+        }
+        calm_ = 0;
+        if (++strikes_ < 2) return;
+        alone_ = pause_;
+        pause_ = pause_ < LONGEST_PAUSE ? 2 * pause_ : pause_;
+        strikes_ = 1;  // when all try again, the first crowded job is enough
     }
 
     void wait_for_work(uint32_t seen) {
@@ -137,6 +182,9 @@ class Pool {
     }
 
     const int64_t threads_;
+    const bool yielding_;
+    int64_t alone_ = 0, pause_ = SHORTEST_PAUSE, strikes_ = 0, calm_ = 0;
+    std::atomic<bool> crowded_{false};
     bool pin_;
 #if defined(__linux__)
     pthread_t caller_;
