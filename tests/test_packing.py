@@ -279,6 +279,12 @@ def test_a_file_cut_short_anywhere(saved: Path) -> None:
             assert "\n" not in raised.value.message
 
 
+def test_a_file_with_something_behind_its_end(saved: Path) -> None:
+    longer = damaged(saved, lambda content: content + b"more")
+    with pytest.raises(Failure, match="4 bytes too many"):
+        open_packed(longer)
+
+
 @pytest.fixture(scope="module")
 def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("packed") / "model.spk"

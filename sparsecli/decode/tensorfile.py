@@ -96,6 +96,8 @@ class TensorFile:
         end = max((entry.start + entry.length for entry in self.entries.values()), default=0)
         if end > size:
             raise Failure(f"{self.path}: cut short ({size} of {end} bytes); make or copy it again")
+        if self.entries and end < size:
+            raise Failure(f"{self.path}: damaged ({size - end} bytes too many); make or copy it again")
 
     def _check_header(self, tensors: dict[str, Any]) -> None:
         expected = self.metadata.pop(HEADER_CHECKSUM, None)
