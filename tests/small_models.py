@@ -15,6 +15,7 @@ from sparsecli.decode.packing import PackedModel, Precision, pack
 from sparsecli.decode.reference import Reference
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.tensors import tensor_shapes
 
 INSTRUCTION_SETS = native.instruction_sets() if native.available() is None else []
 
@@ -142,6 +143,14 @@ def network(name: str) -> ScalingTransformerForCausalLM:
 
 def weights_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+
+
+def random_weights(spec: ModelSpec) -> dict[str, np.ndarray]:
+    """Normal numbers for every tensor of `spec`."""
+    random = np.random.default_rng(0)
+    return {
+        name: random.normal(0, 0.1, shape).astype(np.float32) for name, shape in tensor_shapes(spec).items()
+    }
 
 
 @cache

@@ -18,6 +18,7 @@ from small_models import (
     expected,
     network,
     packed,
+    random_weights,
     some_tokens,
     spec_of,
     start,
@@ -32,7 +33,7 @@ from sparsecli.console import Failure
 from sparsecli.data.packing import pack as pack_corpus
 from sparsecli.decode import native
 from sparsecli.decode.engine import MAX_THREADS, Engine
-from sparsecli.decode.packing import PackedModel, Precision, pack, random_model
+from sparsecli.decode.packing import PackedModel, Precision, pack
 from sparsecli.decode.weights import read_weights
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.folder import read_description
@@ -137,7 +138,7 @@ def test_wide_multiplicative_layers_do_not_depend_on_the_number_of_threads() -> 
     spec = ModelSpec.model_validate(
         {**spec_of("sparse").model_dump(), "d_model": 640, "heads": 4, "attention": attention}
     )
-    model, tokens = random_model(spec, EXACT), some_tokens(spec.vocabulary.size, 4)
+    model, tokens = pack(spec, random_weights(spec), EXACT), some_tokens(spec.vocabulary.size, 4)
     first, second = (start(model, threads) for threads in (1, 2))
     np.testing.assert_array_equal(stepped(first, tokens), stepped(second, tokens))
 

@@ -406,11 +406,14 @@ def test_rows_of_units_that_were_not_chosen_or_are_silent_are_not_read(
 
 MANY_THREADS = """
 import resource
+import numpy as np
 from sparsecli.decode.engine import Engine
-from sparsecli.decode.packing import Precision, random_model
+from sparsecli.decode.packing import Precision, pack
 from sparsecli.model.architecture import DEFAULT
+from sparsecli.model.tensors import tensor_shapes
 
-model = random_model(DEFAULT, Precision.of("int8"))
+weights = {name: np.ones(shape, np.float32) for name, shape in tensor_shapes(DEFAULT).items()}
+model = pack(DEFAULT, weights, Precision.of("int8"))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000,) * 2)
 try:

@@ -28,6 +28,7 @@ from small_models import (
     weights_of,
 )
 
+from sparsecli.bench.weights import Pools, packed_elements, packed_model
 from sparsecli.console import Failure
 from sparsecli.decode import native, packing, tensorfile
 from sparsecli.decode.packing import (
@@ -38,7 +39,6 @@ from sparsecli.decode.packing import (
     open_packed,
     pack,
     plan,
-    random_model,
     save,
 )
 from sparsecli.decode.reference import Reference
@@ -150,7 +150,8 @@ def test_bfloat16_weights_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize("name", ["sparse", "dense, gated, grouped queries", "mixture of one"])
 @pytest.mark.parametrize("precision", [Precision.of("float32"), INT8], ids=["float32", "int8"])
 def test_random_models_have_the_same_tensors_and_run(name: str, precision: Precision) -> None:
-    made = random_model(spec_of(name), precision)
+    spec = spec_of(name)
+    made = packed_model(spec, precision, Pools.of(packed_elements(spec, precision)))
     wanted = packed(name, precision)
     for key, tensor in wanted.tensors.items():
         assert (made.tensors[key].dtype, made.tensors[key].size) == (tensor.dtype, tensor.size)
@@ -175,11 +176,9 @@ def test_too_little_memory_for_the_weights(monkeypatch: pytest.MonkeyPatch, save
 @pytest.mark.parametrize("name", ["sparse", "sparse, odd widths", "dense", "multiplicative head"])
 def test_a_file_holds_the_model(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.spk"
-    save(packed(name, Precision.of("int8")), path, {"origin": "here"})
+    save(packed(name, Precision.of("int8")), path)
     read = open_packed(path)
     assert_same(read, packed(name, Precision.of("int8")))
-    assert read.metadata is not None
-    assert read.metadata["origin"] == "here"
     assert all(tensor.ctypes.data % 64 == 0 for tensor in read.tensors.values())
     assert list(tmp_path.iterdir()) == [path]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,15 +66,15 @@ def load(plan: Plan, folder: Path) -> tuple[list[Entry], Disk | None]:
     return sorted(entries, key=lambda entry: order[id(entry.case)]), speed
 
 
-class _Loader:
+class _Loader(ABC):
     """A model in memory, which gives a decoder for each row."""
 
     def __init__(self, plan: Plan, model: Model, pools: Pools) -> None:
         self.plan, self.model, self.pools = plan, model, pools
         self.spec = plan.built(model)
 
-    def decoder(self, case: Case) -> Decoder:
-        raise NotImplementedError
+    @abstractmethod
+    def decoder(self, case: Case) -> Decoder: ...
 
 
 class _Native(_Loader):

@@ -110,15 +110,16 @@ def packed_model(
         if slot.layout == "vector":
             continue
         start = 0 if overlapping else taken.get(kind, 0)
-        arrays[slot.key] = pools.arrays[kind][start : start + slot.elements]
         taken[kind] = start + _lines(slot.elements, kind)
+        arrays[slot.key] = pools.arrays[kind][start : taken[kind]]
     small = {slot.key: slot.elements for slot, _ in tensors if slot.layout == "vector"}
     small |= {f"{slot.key}.scale": slot.scales for slot, kind in tensors if kind == "int8"}
-    room = huge_pages(sum(_lines(count, "float32") for count in small.values()) * 4).view(np.float32)
+    lengths = {key: _lines(count, "float32") for key, count in small.items()}
+    room = huge_pages(sum(lengths.values()) * WIDTHS["float32"]).view(np.float32)
     at = 0
-    for key, count in small.items():
-        arrays[key] = room[at : at + count]
-        at += _lines(count, "float32")
+    for key, length in lengths.items():
+        arrays[key] = room[at : at + length]
+        at += length
     for slot, kind in tensors:
         if slot.layout == "vector":
             _fill_vector(slot, arrays[slot.key], spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import psutil
 
 from sparsecli.console import Failure
 from sparsecli.decode import tensorfile
-from sparsecli.decode.layout import LANES, Slot, arrange, padded, slots
+from sparsecli.decode.layout import Slot, arrange, slots
 from sparsecli.decode.tensorfile import TYPES, WIDTHS
 from sparsecli.model.architecture import ModelSpec
 
@@ -75,7 +75,6 @@ class PackedModel:
     precision: Precision
     tensors: Mapping[str, np.ndarray]
     from_disk: bool = False
-    metadata: Mapping[str, str] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -118,15 +117,15 @@ def _type(slot: Slot, precision: Precision) -> str:
     return "bfloat16" if kind == "int8" and slot.layout == "blocks" and slot.cols > INT8_RANK else kind
 
 
-def place(planned: list[tuple[Slot, str]], room: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays for every planned tensor, each on its own cache lines of one piece of memory from `room(bytes)`."""
+def place(planned: list[tuple[Slot, str]]) -> dict[str, np.ndarray]:
+    """Arrays for every planned tensor, each on its own cache lines of one piece of memory."""
     sizes: list[tuple[str, str, int]] = []
     for slot, kind in planned:
         sizes.append((slot.key, kind, slot.elements))
         if kind == "int8":
             sizes.append((f"{slot.key}.scale", "float32", slot.scales))
     lengths = [-(-count * WIDTHS[kind] // LINE) * LINE for _, kind, count in sizes]
-    memory = room(sum(lengths))
+    memory = huge_pages(sum(lengths))
     arrays: dict[str, np.ndarray] = {}
     at = 0
     for (key, kind, _), length in zip(sizes, lengths, strict=True):
@@ -142,7 +141,7 @@ def pack(spec: ModelSpec, weights: Mapping[str, np.ndarray], precision: Precisio
         Failure: a tensor is missing, has another shape, or holds a NaN or an infinity.
     """
     planned = [(slot, kind) for slot, kind in plan(spec, precision) if not _left_out(slot, weights)]
-    arrays = place(planned, huge_pages)
+    arrays = place(planned)
     for slot, kind in planned:
         source = _source(slot, spec, weights)
         target = arrays[slot.key]
@@ -224,61 +223,10 @@ def from_bfloat16(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.uint32) << 16).view(np.float32)
 
 
-# -- random weights ------------------------------------------------------------------------------------------
-
-STANDARD_DEVIATION = 0.02
-
-
-def random_model(
-    spec: ModelSpec, precision: Precision, room: Callable[[int], np.ndarray] = huge_pages
-) -> PackedModel:
-    """A model of normal numbers, generated straight into packed form.
-
-    `room(bytes)` gives the memory: one pool may serve models that never run at once. One random tile is repeated,
-    since drawing billions of numbers would take longer than measuring.
-    """
-    planned = plan(spec, precision)
-    arrays = place(planned, room)
-    generator = np.random.default_rng(0)
-    normal = generator.standard_normal(TILE, dtype=np.float32)
-    tiles = {
-        "float32": normal * np.float32(STANDARD_DEVIATION),
-        "bfloat16": to_bfloat16(normal * np.float32(STANDARD_DEVIATION)),
-        "int8": np.clip(np.rint(normal * 40), -127, 127).astype(np.int8),
-    }
-    for slot, kind in planned:
-        array = arrays[slot.key]
-        if slot.layout != "vector":
-            _tile(array, tiles[kind])
-        elif slot.name == "frequencies":
-            array[: slot.cols] = frequencies(spec)
-        else:
-            array[:] = 1 if slot.name.endswith("norm.weight") else 0
-            if slot.name == "controller.bias" and slot.group % LANES:
-                _write(array, _no_padding(slot))
-        if kind == "int8":
-            arrays[f"{slot.key}.scale"][:] = STANDARD_DEVIATION / 40
-    return PackedModel(spec, precision, arrays)
-
-
-TILE = 4_194_301  # prime: no two matrices start at the same phase
-
-
-def _tile(array: np.ndarray, tile: np.ndarray) -> None:
-    for start in range(0, array.size, tile.size):
-        part = array[start : start + tile.size]
-        part[:] = tile[: part.size]
-
-
-def _no_padding(slot: Slot) -> np.ndarray:
-    width = padded(slot.group, LANES)
-    return np.tile(np.where(np.arange(width) < slot.group, 0, -np.inf), slot.cols // width)
-
-
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-def save(model: PackedModel, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save(model: PackedModel, path: Path) -> None:
     """Write an `.spk` file: safetensors, with the layout's version, the architecture and checksums beside it.
 
     Raises:
@@ -288,7 +236,6 @@ def save(model: PackedModel, path: Path, metadata: Mapping[str, str] | None = No
         "sparsecli_layout": str(LAYOUT_VERSION),
         "spec": model.spec.model_dump_json(),
         "precision": tensorfile.to_json(vars(model.precision)),
-        **(metadata or {}),
     }
     tensorfile.write(path, model.tensors, facts)
 
@@ -337,4 +284,4 @@ def open_packed(path: Path, from_disk: bool = False) -> PackedModel:
             arrays[name] = into.view(TYPES[entry.kind])
             at += entry.length
         mapped = file.map(stays) if stays else {}
-    return PackedModel(spec, precision, arrays | mapped, from_disk=bool(stays), metadata=dict(file.metadata))
+    return PackedModel(spec, precision, arrays | mapped, from_disk=bool(stays))

@@ -52,20 +52,21 @@ void Forward::widen_row(const Matrix& table, int64_t row, float* out) const {
              table.cols, out);
 }
 
+void Forward::normalize(const Norm& norm, int64_t t, float* to) const {
+    k_.normalize(x_.row(t), values(norm.weight), shape_.rms ? nullptr : values(norm.bias), shape_.d_model, shape_.rms,
+                 shape_.epsilon, to);
+}
+
 // Normalised residual rows for layers to read. A single row is computed by every thread for itself, which is
 // cheaper than waiting for one another.
 Activations Forward::normalized(const Norm& norm, int64_t worker) {
     Worker& own = workers_[size_t(worker)];
-    const auto apply = [&](int64_t t, float* to) {
-        k_.normalize(x_.row(t), values(norm.weight), shape_.rms ? nullptr : values(norm.bias), shape_.d_model,
-                     shape_.rms, shape_.epsilon, to);
-    };
     if (count() == 1) {
-        apply(0, own.normed.row(0));
+        normalize(norm, 0, own.normed.row(0));
         return readable(own.normed, d_stride_, worker);
     }
     const Range rows = mine(count(), 1, worker);
-    for (int64_t t = rows.begin; t < rows.end; ++t) apply(t, normed_.row(t));
+    for (int64_t t = rows.begin; t < rows.end; ++t) normalize(norm, t, normed_.row(t));
     return readable(normed_, d_stride_, worker);
 }
 
@@ -98,13 +99,19 @@ Activations Forward::own_forms(const float* row, int64_t stride, int64_t worker)
     return {row, own.integers.row(0), own.scale, own.halves.row(0), stride};
 }
 
-// out = w x (+ bias) for this worker's outputs; returns them.
+// out = w x (+ bias, where there is one) for some outputs.
+void Forward::dense(const Matrix& weight, const float* bias, Range rows, const Activations& x, int64_t tokens,
+                    float* out, int64_t out_stride) const {
+    k_.dots(weight, rows.begin, rows.end, x, tokens, out, out_stride);
+    if (!bias) return;
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = rows.begin; r < rows.end; ++r) out[t * out_stride + r] += bias[r];
+}
+
+// The same for this worker's outputs; returns them.
 Range Forward::linear(const Map& map, const Activations& x, float* out, int64_t out_stride, int64_t worker) const {
     const Range rows = mine(map.weight.rows, LANES, worker);
-    k_.dots(map.weight, rows.begin, rows.end, x, count(), out, out_stride);
-    if (const float* bias = values(map.bias))
-        for (int64_t t = 0; t < count(); ++t)
-            for (int64_t r = rows.begin; r < rows.end; ++r) out[t * out_stride + r] += bias[r];
+    dense(map.weight, values(map.bias), rows, x, count(), out, out_stride);
     return rows;
 }
 
@@ -124,13 +131,9 @@ void Forward::logits(int64_t worker) {
     const int64_t held = int64_t(wanted_.size());
     if (!held) return;
     float* out = (*rows_)[size_t(wanted_[0])].logits;
-    const auto normalize = [&](int64_t i, float* to) {
-        k_.normalize(x_.row(wanted_[size_t(i)]), values(model_.norm.weight),
-                     shape_.rms ? nullptr : values(model_.norm.bias), shape_.d_model, shape_.rms, shape_.epsilon, to);
-    };
     Buffer<float>& normed = held == 1 ? workers_[size_t(worker)].normed : normed_;
     const Range rows = held == 1 ? Range{0, 1} : mine(held, 1, worker);
-    for (int64_t i = rows.begin; i < rows.end; ++i) normalize(i, normed.row(i));
+    for (int64_t i = rows.begin; i < rows.end; ++i) normalize(model_.norm, wanted_[size_t(i)], normed.row(i));
     const Activations x = readable(normed, d_stride_, worker, held);
     if (shape_.head_modules)
         multiplicative_logits(x, held, out, worker);
@@ -150,18 +153,14 @@ void Forward::multiplicative_logits(const Activations& x, int64_t held, float* o
 void Forward::dense_logits(const Activations& x, int64_t held, float* out, int64_t worker) {
     const float* bias = values(model_.head.bias);
     const int64_t vocabulary = shape_.vocabulary;
-    const auto plain = [&](const Matrix& weight, Range rows, const Activations& of, int64_t tokens, float* to) {
-        k_.dots(weight, rows.begin, rows.end, of, tokens, to, vocabulary);
-        if (bias)
-            for (int64_t i = 0; i < tokens; ++i)
-                for (int64_t r = rows.begin; r < rows.end; ++r) to[i * vocabulary + r] += bias[r];
-    };
-    if (!model_.exact_head.data) return plain(model_.head.weight, mine(vocabulary, LANES, worker), x, held, out);
+    const Matrix& weight = model_.head.weight;
+    if (!model_.exact_head.data)
+        return dense(weight, bias, mine(vocabulary, LANES, worker), x, held, out, vocabulary);
     // The likeliest tokens of every part of the vocabulary are scored again with weights that were rounded less.
     const Range lanes = mine(HEAD_LANES, 1, worker);
     for (int64_t lane = lanes.begin; lane < lanes.end; ++lane) {
         const Range rows = share(vocabulary, 1, lane, HEAD_LANES);
-        plain(model_.head.weight, rows, x, held, out);
+        dense(weight, bias, rows, x, held, out, vocabulary);
         for (int64_t i = 0; i < held; ++i) {
             float* of_token = out + i * vocabulary;
             int64_t best[CANDIDATES], found = 0;
@@ -172,7 +171,7 @@ void Forward::dense_logits(const Activations& x, int64_t held, float* out, int64
                 best[place] = r;
             }
             for (int64_t j = 0; j < found; ++j)
-                plain(model_.exact_head, {best[j], best[j] + 1}, row_of(x, i), 1, of_token);
+                dense(model_.exact_head, bias, {best[j], best[j] + 1}, row_of(x, i), 1, of_token, vocabulary);
         }
     }
 }

@@ -54,10 +54,14 @@ struct Row {
     float* logits;  // null: not wanted
 };
 
-// Sizes of a sequence's buffers, in bytes of one layer.
+// Strides of a sequence's buffers, in elements.
 struct CacheSizes {
-    int64_t value_stride, key_head, value_head, scale_head;  // elements of one head
-    int64_t history_margin, history_row, value_history_row;  // elements
+    int64_t value_stride, history_margin, history_row, value_history_row;
+};
+
+// Bytes of a sequence's buffers; 0: the model does not have it.
+struct CacheBytes {
+    int64_t keys, values, scales, history, value_history, output_history;  // `scales` of keys, and as many of values
 };
 
 struct Worker {
@@ -114,35 +118,36 @@ class Forward {
         return sizes;
     }
 
-    // Memory for one sequence; throws std::bad_alloc.
-    void allocate(Sequence& sequence) const {
-        const sparsecli_shape& s = shape_;
-        const int64_t positions = round_up(sequence.capacity, LANES);
-        const int64_t bytes = type_bytes(s.cache_type), remembered = type_bytes(s.history_type);
-        const int64_t all_heads = s.layers * s.key_value_heads, rows = s.kernel - 1 + sequence.capacity;
-        sequence.keys.bytes(all_heads * positions * model_.head_width() * bytes, s.poison);
-        sequence.values.bytes(all_heads * positions * sizes_.value_stride * bytes, s.poison);
-        if (s.cache_type == INT8) {
-            sequence.key_scales.bytes(all_heads * positions * 4, s.poison);
-            sequence.value_scales.bytes(all_heads * positions * 4, s.poison);
-        }
-        if (model_.convolves()) sequence.history.bytes(s.layers * rows * sizes_.history_row * remembered, false);
-        if (model_.convolves() && s.value_concat)
-            sequence.value_history.bytes(s.layers * rows * sizes_.value_history_row * remembered, false);
-        if (s.output == MULTIPLICATIVE_CONV_OUTPUT)
-            sequence.output_history.bytes(s.layers * rows * sizes_.history_row * remembered, false);
+    static CacheBytes cache_bytes(const Model& model, int64_t capacity) {
+        const sparsecli_shape& s = model.shape;
+        const CacheSizes sizes = cache_sizes(model);
+        const int64_t positions = s.layers * s.key_value_heads * round_up(capacity, LANES);  // of all heads
+        const int64_t rows = s.layers * (s.kernel - 1 + capacity) * type_bytes(s.history_type);
+        const bool convolves = model.convolves();
+        return {positions * model.head_width() * type_bytes(s.cache_type),
+                positions * sizes.value_stride * type_bytes(s.cache_type),
+                s.cache_type == INT8 ? positions * int64_t(sizeof(float)) : 0,
+                convolves ? rows * sizes.history_row : 0,
+                convolves && s.value_concat ? rows * sizes.value_history_row : 0,
+                s.output == MULTIPLICATIVE_CONV_OUTPUT ? rows * sizes.history_row : 0};
     }
 
     static int64_t sequence_bytes(const Model& model, int64_t capacity) {
-        const sparsecli_shape& s = model.shape;
-        const CacheSizes sizes = cache_sizes(model);
-        const int64_t positions = round_up(capacity, LANES), all_heads = s.layers * s.key_value_heads;
-        int64_t total = all_heads * positions * (model.head_width() + sizes.value_stride) * type_bytes(s.cache_type);
-        if (s.cache_type == INT8) total += all_heads * positions * 8;
-        const int64_t rows = s.layers * (s.kernel - 1 + capacity) * type_bytes(s.history_type);
-        if (model.convolves()) total += rows * (sizes.history_row + (s.value_concat ? sizes.value_history_row : 0));
-        if (s.output == MULTIPLICATIVE_CONV_OUTPUT) total += rows * sizes.history_row;
-        return total;
+        const CacheBytes b = cache_bytes(model, capacity);
+        return b.keys + b.values + 2 * b.scales + b.history + b.value_history + b.output_history;
+    }
+
+    // Memory for one sequence; throws std::bad_alloc.
+    void allocate(Sequence& sequence) const {
+        const CacheBytes b = cache_bytes(model_, sequence.capacity);
+        const bool poison = shape_.poison;
+        sequence.keys.bytes(b.keys, poison);
+        sequence.values.bytes(b.values, poison);
+        sequence.key_scales.bytes(b.scales, poison);
+        sequence.value_scales.bytes(b.scales, poison);
+        sequence.history.bytes(b.history, false);  // margins and what precedes the first position are zero
+        sequence.value_history.bytes(b.value_history, false);
+        sequence.output_history.bytes(b.output_history, false);
     }
 
     // Room for attention scores over `positions`; before the pass, by one thread.
@@ -205,11 +210,14 @@ class Forward {
     void pass(int64_t worker);
     void embed(int64_t t);
     void widen_row(const Matrix& table, int64_t row, float* out) const;
+    void normalize(const Norm& norm, int64_t t, float* to) const;
     Activations normalized(const Norm& norm, int64_t worker);
     Activations readable(const Buffer<float>& source, int64_t stride, int64_t worker);
     Activations readable(const Buffer<float>& source, int64_t stride, int64_t worker, int64_t held);
     static Activations row_of(const Activations& x, int64_t t);
     Activations own_forms(const float* row, int64_t stride, int64_t worker);
+    void dense(const Matrix& weight, const float* bias, Range rows, const Activations& x, int64_t tokens, float* out,
+               int64_t out_stride) const;
     Range linear(const Map& map, const Activations& x, float* out, int64_t out_stride, int64_t worker) const;
     void multiply(const Map& map, const float* x, int64_t begin, int64_t end, float* out, int64_t worker);
     void add_to_residual(const Buffer<float>& y, Range columns);

@@ -15,8 +15,8 @@ namespace {
 #include "attention.inl"
 
 constexpr Kernels make_table(const char* name) {
-    return {name,     SPLITS,    quantise, split,          dots,     multiplicative, convolve, choose, unit_dots, unit_sums,
-            fetch,    activate,  normalize, convert,  widen,          append,   attend};
+    return {name,      SPLITS,    quantise, split,     dots,    multiplicative, convolve, choose,
+            unit_dots, unit_sums, fetch,    activate,  normalize, convert,      widen,    append, attend};
 }
 
 }  // namespace
