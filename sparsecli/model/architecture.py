@@ -7,14 +7,16 @@ the same in YAML, in `config.json` and in Python. Importing this module imports 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-Activation = Literal["relu", "gelu", "silu"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[int, Field(gt=0)]
+UnitsPerBlock = Size | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+"""One number, or a list with one for every block of the model, from the first to the last."""
 
 
 class Block(BaseModel):
@@ -34,6 +36,26 @@ def check_multiple(field: str, value: int, of: str, factor: int) -> None:
         below = value // factor * factor
         nearest = f"{below} and {below + factor}" if below else f"{factor}"
         raise fault(field, f"{value} is not a multiple of {of} {factor}; nearest: {nearest}")
+
+
+class ChoosingSpec(Protocol):
+    """A feed-forward layer that chooses units in blocks."""
+
+    d_ff: int
+    block_size: int
+    units_per_block: int | list[int]
+
+
+def check_choice(spec: ChoosingSpec, least: int, most: int | None = None) -> None:
+    """Raise a `fault` unless blocks divide the units and every k lies between `least` and `most` (the block)."""
+    check_multiple("d_ff", spec.d_ff, "block_size", spec.block_size)
+    most = spec.block_size if most is None else most
+    for k in spec.units_per_block if isinstance(spec.units_per_block, list) else [spec.units_per_block]:
+        if k < least:
+            raise fault("units_per_block", f"{k} of {spec.block_size} units computes nothing")
+        if k > most:
+            what = "leaves nothing to skip" if k == spec.block_size else "are more than there are"
+            raise fault("units_per_block", f"{k} of {spec.block_size} units {what}")
 
 
 class DenseFeedForwardSpec(Block):
@@ -60,7 +82,7 @@ class SparseFeedForwardSpec(Block):
     """N: units that compete with one another."""
     rank: Size
     """r: inner width of the controller."""
-    units_per_block: Size = 1
+    units_per_block: UnitsPerBlock = 1
     """k: units chosen in each block (paper: 1)."""
     activation: Activation = "relu"
     """Non-linearity of a unit."""
@@ -77,11 +99,67 @@ class SparseFeedForwardSpec(Block):
 
     @model_validator(mode="after")
     def _check(self) -> SparseFeedForwardSpec:
-        check_multiple("d_ff", self.d_ff, "block_size", self.block_size)
-        if self.units_per_block >= self.block_size:
-            raise fault(
-                "units_per_block", f"{self.units_per_block} of {self.block_size} units leaves nothing to skip"
-            )
+        check_choice(self, least=1, most=self.block_size - 1 if type(self.units_per_block) is int else None)
+        return self
+
+
+class SelectorFeedForwardSpec(Block):
+    """Units chosen by a low-bit copy of their own weights, which every token reads; the rest as for Sparse FF."""
+
+    kind: Literal["selector"]
+    d_ff: Size
+    """Number of units in all."""
+    block_size: Annotated[int, Field(ge=2)] = 16
+    """N: units that compete with one another."""
+    units_per_block: UnitsPerBlock = 4
+    """k: units chosen in each block; not used by the choice `positive`."""
+    choice: Literal["top", "positive"] = "top"
+    """`top` takes the k units that add most; `positive` those whose activation is not predicted to be zero (ReLU)."""
+    bits: Literal[3, 4] = 3
+    """Bits of a weight of the copy, in groups of 64 inputs that share a scale."""
+    activation: Activation = "relu"
+    """Non-linearity of a unit."""
+    gated: bool = False
+    """Multiply the activated gate by a second, linear branch (SwiGLU-like)."""
+    unit_bias: bool = False
+    """A bias on every unit before its activation."""
+    bypass: Annotated[int, Field(ge=0)] = 0
+    """Rank of a linear map beside the units that stands in for those left out; 0 is none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SelectorFeedForwardSpec:
+        check_choice(self, least=1)
+        if self.choice == "positive" and (self.activation != "relu" or self.gated):
+            raise fault("choice", "positive needs a ReLU without a gate, whose units are exactly zero")
+        return self
+
+
+class PrecisionFeedForwardSpec(Block):
+    """Every unit in few bits; the chosen ones are read again with the bits that were left out.
+
+    The low-bit pass is the selector. No unit is dropped: a choice adds precision.
+    """
+
+    kind: Literal["precision"]
+    d_ff: Size
+    """Number of units."""
+    block_size: Annotated[int, Field(ge=2)] = 16
+    """N: units that compete for more bits."""
+    units_per_block: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] = 1
+    """k: units of each block that are read in full; 0 is plain low-bit weights. One number, or one for every block
+    of the model."""
+    bits: Literal[3, 4] = 4
+    """Bits of a weight that every token reads, in groups of 64 inputs that share a scale."""
+    activation: Activation = "silu"
+    """Non-linearity of a unit."""
+    gated: bool = False
+    """Multiply the activated gate by a second, linear branch (SwiGLU-like)."""
+    unit_bias: bool = False
+    """A bias on every unit before its activation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PrecisionFeedForwardSpec:
+        check_choice(self, least=0)
         return self
 
 
@@ -131,6 +209,10 @@ class AttentionSpec(Block):
     """Heads of keys and values (grouped queries); defaults to the number of heads; `dense` projection only."""
     bias: bool = True
     """Biases on dense projections; the paper's have them."""
+    output_bias: bool | None = None
+    """A bias on a dense output projection; by default as `bias` says."""
+    query_key_norm: bool = False
+    """RMS norms over every head of queries and keys, before rotary positions (as in Qwen 3)."""
 
     @property
     def output(self) -> Literal["none", "dense", "multiplicative", "multiplicative_conv"]:
@@ -148,6 +230,8 @@ class AttentionSpec(Block):
             raise fault("value_concat", "needs a projection with a convolution")
         if self.key_value_heads is not None and self.projection != "dense":
             raise fault("key_value_heads", "grouped queries need projection: dense")
+        if self.query_key_norm and self.projection != "dense":
+            raise fault("query_key_norm", "needs projection: dense")
         return self
 
 
@@ -178,8 +262,47 @@ class MultiplicativeVocabularySpec(Block):
         return self
 
 
+class LinearRotaryScaling(Block):
+    """Positions divided by a factor."""
+
+    kind: Literal["linear"]
+    factor: Annotated[float, Field(ge=1)]
+    """How many times longer the context is."""
+
+
+class Llama3RotaryScaling(Block):
+    """Low frequencies divided by a factor, high ones kept, those between blended (as in Llama 3.1)."""
+
+    kind: Literal["llama3"]
+    factor: Annotated[float, Field(ge=1)]
+    """How many times longer the context is."""
+    low_frequency_factor: Annotated[float, Field(gt=0)]
+    """Turns over the original context below which a frequency is divided."""
+    high_frequency_factor: Annotated[float, Field(gt=0)]
+    """Turns over the original context above which it is kept."""
+    original_positions: Size
+    """The context before it was extended."""
+
+
+RotaryScaling = Annotated[LinearRotaryScaling | Llama3RotaryScaling, Field(discriminator="kind")]
+
+
+class LowBitSpec(Block):
+    """Dense maps that are stored in few bits, in groups of 64 inputs that share a scale."""
+
+    projection: Literal[3, 4] | None = None
+    """Bits of the dense projections of attention."""
+    head: Literal[3, 4] | None = None
+    """Bits of the dense logits."""
+
+
 FeedForwardSpec = Annotated[
-    DenseFeedForwardSpec | SparseFeedForwardSpec | MixtureFeedForwardSpec, Field(discriminator="kind")
+    DenseFeedForwardSpec
+    | SparseFeedForwardSpec
+    | SelectorFeedForwardSpec
+    | PrecisionFeedForwardSpec
+    | MixtureFeedForwardSpec,
+    Field(discriminator="kind"),
 ]
 VocabularySpec = Annotated[DenseVocabularySpec | MultiplicativeVocabularySpec, Field(discriminator="kind")]
 
@@ -193,6 +316,8 @@ class ModelSpec(Block):
     """Number of blocks."""
     heads: Size
     """Attention heads."""
+    head_width: Size | None = None
+    """Width of a head; by default d_model / heads."""
     max_positions: Size
     """Longest sequence, in tokens."""
     feed_forward: FeedForwardSpec
@@ -209,6 +334,16 @@ class ModelSpec(Block):
     """How positions enter: a trained table, a fixed table, or rotated queries and keys."""
     rotary_base: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary frequencies."""
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a head, from its start, that rotary positions turn."""
+    rotary_scaling: RotaryScaling | None = None
+    """How rotary frequencies were changed for a longer context."""
+    parallel: bool = False
+    """Attention and feed-forward of a block read the same stream (as in GPT-NeoX), not one after the other."""
+    embedding_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the embedding of tokens (as in Gemma)."""
+    low_bit: LowBitSpec = LowBitSpec()
+    """Maps outside of the feed-forward layers that are stored in few bits."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of embeddings, attention and feed-forward outputs."""
     initialization: Literal["fan", "paper"] = "fan"
@@ -216,9 +351,12 @@ class ModelSpec(Block):
 
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
-        check_multiple("d_model", self.d_model, "heads", self.heads)
-        if self.positions == "rotary" and (self.d_model // self.heads) % 2:
-            raise fault("positions", "rotary positions need an even head width (d_model / heads)")
+        if self.head_width is None:
+            check_multiple("d_model", self.d_model, "heads", self.heads)
+        elif self.attention.projection != "dense" and self.head_width * self.heads != self.d_model:
+            raise fault("head_width", "heads that are not d_model wide together need projection: dense")
+        if self.positions == "rotary" and (not self.rotary_width or self.rotary_width % 2):
+            raise fault("positions", "rotary positions turn an even part of a head, which this is not")
         if self.positions != "rotary" and self.d_model % 2:  # learned ones start as sinusoids
             raise fault("d_model", f"{self.positions} positions need an even d_model")
         attention = self.attention
@@ -226,7 +364,35 @@ class ModelSpec(Block):
             check_multiple("d_model", self.d_model, "attention.modules", attention.modules or self.heads)
         if attention.key_value_heads:
             check_multiple("heads", self.heads, "attention.key_value_heads", attention.key_value_heads)
+        chosen = getattr(self.feed_forward, "units_per_block", None)
+        if isinstance(chosen, list) and len(chosen) != self.layers:
+            raise fault("feed_forward.units_per_block", f"{len(chosen)} numbers for {self.layers} blocks")
+        if self.low_bit.projection and (attention.projection, attention.output) != ("dense", "dense"):
+            raise fault("low_bit.projection", "needs dense projections")
+        if self.low_bit.head and (self.vocabulary.kind != "dense" or self.vocabulary.tied):
+            raise fault("low_bit.head", "needs dense logits that are not tied to the embedding")
         return self
+
+    @property
+    def width_of_head(self) -> int:
+        """Width of a head."""
+        return self.head_width or self.d_model // self.heads
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all heads together."""
+        return self.heads * self.width_of_head
+
+    @property
+    def rotary_width(self) -> int:
+        """Elements of a head that rotary positions turn."""
+        return int(self.width_of_head * self.rotary_fraction)
+
+    def units_per_block(self, layer: int) -> int:
+        """k of the block `layer`; only for feed-forward layers that choose units in blocks."""
+        assert self.feed_forward.kind in ("sparse", "selector", "precision")
+        k = self.feed_forward.units_per_block
+        return k if isinstance(k, int) else k[layer]
 
     @property
     def tied(self) -> bool:
