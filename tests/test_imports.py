@@ -23,7 +23,10 @@ LAYERS = {
     "sparsecli": {"sparsecli.model"},
     "sparsecli.console": set(),
     "sparsecli.model.architecture": set(),
-    "sparsecli.model.layers": {"sparsecli.model.layers", "sparsecli.model.architecture"},
+    "sparsecli.model.layers": {
+        *("sparsecli.model.layers", "sparsecli.model.architecture", "sparsecli.model.low_bit"),
+    },
+    "sparsecli.model.low_bit": set(),
     "sparsecli.model": {"sparsecli.model", "sparsecli.console"},
     "sparsecli.recipe": {"sparsecli.recipe", "sparsecli.console", "sparsecli.model.architecture"},
     "sparsecli.recipe.commands": {"sparsecli.recipe", "sparsecli.console", "sparsecli.model"},
@@ -37,7 +40,10 @@ BELOW_COMMANDS = {
     "sparsecli.data",
 }
 LAYERS |= {
-    "sparsecli.decode": {"sparsecli.decode", "sparsecli.console", "sparsecli.model.architecture"},
+    "sparsecli.decode": {
+        *("sparsecli.decode", "sparsecli.console"),
+        *("sparsecli.model.architecture", "sparsecli.model.low_bit"),
+    },
     "sparsecli.decode.weights": {
         *("sparsecli.decode", "sparsecli.console"),
         *("sparsecli.model.architecture", "sparsecli.model.folder"),

@@ -30,7 +30,7 @@ from small_models import (
 
 from sparsecli.bench.weights import Pools, packed_elements, packed_model
 from sparsecli.console import Failure
-from sparsecli.decode import native, packing, tensorfile
+from sparsecli.decode import native, tensorfile
 from sparsecli.decode.packing import (
     LAYOUT_VERSION,
     PackedModel,
@@ -44,6 +44,7 @@ from sparsecli.decode.packing import (
 from sparsecli.decode.reference import Reference
 from sparsecli.decode.tensorfile import TensorFile
 from sparsecli.decode.weights import read_weights
+from sparsecli.model.low_bit import from_bfloat16
 
 needs_the_engine = pytest.mark.skipif(
     native.available() is not None, reason=f"native engine: {native.available()}"
@@ -216,7 +217,7 @@ def test_safetensors_of_every_float_type_are_read(dtype: torch.dtype, tmp_path: 
     save_file({"weight": wanted}, tmp_path / "model.safetensors")
     read = read_weights(tmp_path)["weight"]
     assert read.shape == (4, 6)
-    np.testing.assert_array_equal(packing.from_bfloat16(read), wanted.float().numpy())
+    np.testing.assert_array_equal(from_bfloat16(read), wanted.float().numpy())
 
 
 def test_integers_are_not_weights(tmp_path: Path) -> None:

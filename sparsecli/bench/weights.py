@@ -10,9 +10,10 @@ import torch
 
 from sparsecli.bench.variants import empty_model
 from sparsecli.decode.layout import LANES, Slot, padded
-from sparsecli.decode.packing import PackedModel, Precision, frequencies, huge_pages, plan, to_bfloat16
+from sparsecli.decode.packing import PackedModel, Precision, frequencies, huge_pages, plan
 from sparsecli.decode.tensorfile import TYPES, WIDTHS
 from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.low_bit import to_bfloat16
 from sparsecli.model.tensors import tensor_shapes
 
 TILE = 4_194_301  # prime, so that no two matrices start at the same phase of the repeated tile

@@ -16,6 +16,7 @@ from sparsecli.decode import tensorfile
 from sparsecli.decode.layout import Slot, arrange, slots
 from sparsecli.decode.tensorfile import TYPES, WIDTHS
 from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.low_bit import from_bfloat16, to_bfloat16
 
 LAYOUT_VERSION = 1
 INT8_RANK = 512  # the longest rank that is computed with in int8
@@ -208,19 +209,6 @@ def _arrange_scale(slot: Slot, scale: np.ndarray) -> np.ndarray:
         width = slot.scales // blocks.shape[0]
         return np.pad(blocks, ((0, 0), (0, width - slot.group))).reshape(-1)
     return np.pad(scale, (0, slot.scales - scale.size))
-
-
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 -> bfloat16 as uint16, to nearest, ties to even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def from_bfloat16(values: np.ndarray) -> np.ndarray:
-    """bfloat16 as uint16 -> float32; float32 passes."""
-    if values.dtype != np.uint16:
-        return np.asarray(values, np.float32)
-    return (values.astype(np.uint32) << 16).view(np.float32)
 
 
 # -- files ---------------------------------------------------------------------------------------------------

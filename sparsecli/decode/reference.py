@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecli.decode.layout import LANES, PAD, PANEL, SPAN, Slot, modules_of, padded
-from sparsecli.decode.packing import PackedModel, from_bfloat16, plan
+from sparsecli.decode.packing import PackedModel, plan
+from sparsecli.model.low_bit import from_bfloat16
 
 GROUP = 256  # inputs that share a scale when products are rounded to 8 bits
 NOTHING = 1e-30  # a vector of such small numbers counts as zero: one over its scale would not be finite
