@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -18,20 +19,29 @@ from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import build_attention, causal_mask
 from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.feed_forward import DenseFeedForward, MixtureFeedForward, SparseFeedForward
+from sparsecli.model.layers.low_bit import PrecisionFeedForward, SelectorFeedForward
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.layers.normalization import normalization
 from sparsecli.model.layers.positions import LearnedPositions, SinusoidalPositions, rotary_angles
 
+FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
+    "dense": DenseFeedForward,
+    "sparse": SparseFeedForward,
+    "selector": SelectorFeedForward,
+    "precision": PrecisionFeedForward,
+    "mixture": MixtureFeedForward,
+}
 
-def build_feed_forward(spec: ModelSpec) -> nn.Module:
-    """The feed-forward layer that `spec.feed_forward` asks for."""
+
+def build_feed_forward(spec: ModelSpec, layer: int) -> nn.Module:
+    """The feed-forward layer that `spec.feed_forward` asks for in block `layer`."""
     feed_forward = spec.feed_forward
     fields: dict[str, Any] = feed_forward.model_dump(exclude={"kind", "gate"})
-    if feed_forward.kind == "dense":
-        return DenseFeedForward(spec.d_model, dropout=spec.dropout, **fields)
-    fields["probability_gate"] = feed_forward.gate == "probability"
-    layer = SparseFeedForward if feed_forward.kind == "sparse" else MixtureFeedForward
-    return layer(spec.d_model, dropout=spec.dropout, **fields)
+    if "units_per_block" in fields:
+        fields["units_per_block"] = spec.units_per_block(layer)
+    if feed_forward.kind in ("sparse", "mixture"):
+        fields["probability_gate"] = feed_forward.gate == "probability"
+    return FEED_FORWARDS[feed_forward.kind](spec.d_model, dropout=spec.dropout, **fields)
 
 
 def build_attention_layer(spec: ModelSpec) -> nn.Module:
@@ -55,13 +65,13 @@ def build_attention_layer(spec: ModelSpec) -> nn.Module:
 class ScalingTransformerBlock(GradientCheckpointingLayer):
     """x += dropout(attention(norm(x))); x += feed_forward(norm(x)), which has its own dropout."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
         norm = spec.normalization, spec.d_model, spec.normalization_epsilon
         self.attention_norm = normalization(*norm)
         self.attention = build_attention_layer(spec)
         self.feed_forward_norm = normalization(*norm)
-        self.feed_forward = build_feed_forward(spec)
+        self.feed_forward = build_feed_forward(spec, layer)
         self.dropout = spec.dropout
 
     def forward(
@@ -118,7 +128,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
             self.position_embedding = LearnedPositions(spec.max_positions, spec.d_model)
         elif spec.positions == "sinusoidal":
             self.position_embedding = SinusoidalPositions(spec.d_model)
-        self.blocks = nn.ModuleList(ScalingTransformerBlock(spec) for _ in range(spec.layers))
+        self.blocks = nn.ModuleList(ScalingTransformerBlock(spec, layer) for layer in range(spec.layers))
         self.norm = normalization(spec.normalization, spec.d_model, spec.normalization_epsilon)
         self.rotary = (spec.d_model // spec.heads, spec.rotary_base) if spec.positions == "rotary" else None
         self.dropout = spec.dropout

@@ -11,7 +11,8 @@ from torch import nn
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.layers.feed_forward import MixtureFeedForward, SparseFeedForward
+from sparsecli.model.layers.feed_forward import ChosenUnits, MixtureFeedForward
+from sparsecli.model.layers.low_bit import LowBitMatrix, Selector
 
 BYTES = {"float32": 4, "bfloat16": 2}
 TOLERANCE = 0.01
@@ -36,6 +37,10 @@ def count_parameters(spec: ModelSpec) -> Sizes:
     with torch.device("meta"):
         model = ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec))
     total = sum(parameter.numel() for parameter in model.parameters())
+    low_bit = [module for module in model.modules() if isinstance(module, LowBitMatrix)]
+    # A copy that only selects units adds reading, not parameters; what rounding left over is no parameter either.
+    copies = {id(matrix) for layer in model.modules() if isinstance(layer, Selector) for matrix in layer.children()}
+    total += sum(matrix.rows * matrix.cols for matrix in low_bit if id(matrix) not in copies)
     key_value_heads = spec.attention.key_value_heads or spec.heads
     return Sizes(
         total=total,
@@ -52,7 +57,7 @@ def disagreement(models: Sequence[Sizes]) -> float:
 
 def _skipped(module: nn.Module) -> int:
     """Weights of units that a token does not choose."""
-    if isinstance(module, SparseFeedForward):
+    if isinstance(module, ChosenUnits):
         weights = [weight.numel() for weight in (module.gate, module.up, module.down) if weight is not None]
         return sum(weights) * (module.block_size - module.units_per_block) // module.block_size
     if isinstance(module, MixtureFeedForward):

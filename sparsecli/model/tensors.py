@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sparsecli.model.architecture import FeedForwardSpec, ModelSpec, MultiplicativeVocabularySpec
+from sparsecli.model.architecture import (
+    FeedForwardSpec,
+    ModelSpec,
+    MultiplicativeVocabularySpec,
+    PrecisionFeedForwardSpec,
+)
+from sparsecli.model.low_bit import GROUP
 
 Shape = tuple[int, ...]
 
@@ -82,19 +88,55 @@ def _feed_forward(spec: FeedForwardSpec, d_model: int) -> dict[str, Shape]:
             _linear("down", spec.d_ff, d_model, spec.bias),
         )
         return gate | up | down
-    units = dict.fromkeys(("up", "down"), (spec.d_ff, d_model))  # unit-major
-    shapes: dict[str, Shape] = {**units, "bias": (d_model,)}
+    shapes: dict[str, Shape] = {"bias": (d_model,)}
+    if spec.kind == "precision":
+        return shapes | _precision(spec, d_model)
+    shapes |= dict.fromkeys(("up", "down"), (spec.d_ff, d_model))  # unit-major
     if spec.kind == "mixture":
         return shapes | {"router.weight": (spec.experts, d_model)}
     if spec.gated:
         shapes["gate"] = (spec.d_ff, d_model)
     if spec.unit_bias:
         shapes["unit_bias"] = (spec.d_ff,)
-    return shapes | {
-        "controller.first": (spec.rank, d_model),
-        "controller.second": (spec.d_ff, spec.rank),
-        "controller.bias": (spec.d_ff,),
+    if spec.kind == "sparse":
+        return shapes | {
+            "controller.first": (spec.rank, d_model),
+            "controller.second": (spec.d_ff, spec.rank),
+            "controller.bias": (spec.d_ff,),
+        }
+    shapes["importance"] = (spec.d_ff,)
+    for name in ("gate", "up") if spec.gated else ("up",):
+        shapes |= _low_bit(f"selector.{name}", d_model, spec.d_ff)
+    if spec.choice == "positive":
+        shapes["threshold"] = (spec.d_ff,)
+    if spec.bypass:
+        shapes |= {"bypass.first": (spec.bypass, d_model), "bypass.second": (d_model, spec.bypass)}
+    return shapes
+
+
+def _precision(spec: PrecisionFeedForwardSpec, d_model: int) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {"importance": (spec.d_ff,)}
+    if spec.unit_bias:
+        shapes["unit_bias"] = (spec.d_ff,)
+    for name in ("gate", "up") if spec.gated else ("up",):
+        shapes |= _low_bit(f"base.{name}", d_model, spec.d_ff) | _residual(name, d_model, spec.d_ff)
+    # The residual of W_down lies unit-major, as it is read.
+    return shapes | _low_bit("base.down", spec.d_ff, d_model) | _residual("down", d_model, spec.d_ff)
+
+
+def _low_bit(name: str, width_in: int, width_out: int) -> dict[str, Shape]:
+    groups = -(-width_in // GROUP)
+    return {
+        f"{name}.codes": (width_out, groups * GROUP // 2),
+        f"{name}.scale": (width_out, groups),
+        f"{name}.zero": (width_out, groups),
     }
+
+
+def _residual(name: str, width_in: int, width_out: int) -> dict[str, Shape]:
+    shapes = _low_bit(f"residual.{name}", width_in, width_out)
+    del shapes[f"residual.{name}.zero"]
+    return shapes
 
 
 def _norm(name: str, spec: ModelSpec) -> dict[str, Shape]:

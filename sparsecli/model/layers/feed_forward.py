@@ -7,6 +7,7 @@ means that the d weights of one unit lie side by side, so that reading a chosen 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,12 @@ from torch.nn import functional as F
 
 from sparsecli.model.layers.dropout import shared_dropout
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 class DenseFeedForward(nn.Module):
@@ -113,18 +119,15 @@ class Controller(nn.Module):
         return z.unflatten(-1, (-1, self.block_size))
 
 
-class SparseFeedForward(nn.Module):
-    """Sparse FF (paper section 3.1): only the chosen units of each block take part.
+class ChosenUnits(nn.Module):
+    """Units of which every token uses some, `units_per_block` of each block; subclasses choose them.
 
-    Training multiplies the mask in before the activation and computes every unit, as the paper does. Evaluation
-    takes the controller's argmax; for a few tokens it reads the chosen rows alone, for many it masks the dense
-    product. The two agree: `evaluate_gathered` has `evaluate_masked` as its readable twin.
+    For a few tokens the chosen rows alone are read, for many the dense product is masked. The two agree:
+    `evaluate_gathered` has `evaluate_masked` as its readable twin.
 
     Args:
-        d_ff, block_size, rank, units_per_block: sizes; d_ff is a multiple of block_size.
+        d_ff, block_size, units_per_block: sizes; d_ff is a multiple of block_size.
         unit_bias: a bias on what enters the activation (none in the paper's layer).
-        hard_fraction, temperature: training behaviour, see `training_mask`.
-        probability_gate: multiply a chosen unit by its probability (off in the paper).
     """
 
     def __init__(
@@ -132,20 +135,15 @@ class SparseFeedForward(nn.Module):
         d_model: int,
         d_ff: int,
         block_size: int,
-        rank: int,
-        units_per_block: int = 1,
-        activation: str = "relu",
-        gated: bool = False,
-        unit_bias: bool = False,
-        hard_fraction: float = 0.3,
-        temperature: float = 0.1,
-        probability_gate: bool = False,
-        dropout: float = 0.0,
+        units_per_block: int,
+        activation: str,
+        gated: bool,
+        unit_bias: bool,
+        dropout: float,
     ) -> None:
         super().__init__()
         if d_ff % block_size:
             raise ValueError(f"d_ff {d_ff} is not a multiple of block_size {block_size}")
-        self.controller = Controller(d_model, d_ff, block_size, rank)
         self.gate = (
             nn.Parameter(torch.empty(d_ff, d_model)) if gated else None
         )  # unit-major, as are up and down
@@ -156,11 +154,7 @@ class SparseFeedForward(nn.Module):
         self.block_size = block_size
         self.units_per_block = units_per_block
         self.activation = activation
-        self.hard_fraction = hard_fraction
-        self.temperature = temperature
-        self.probability_gate = probability_gate
         self.dropout = dropout
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for weight in (self.gate, self.up, self.down):
@@ -170,20 +164,11 @@ class SparseFeedForward(nn.Module):
             if bias is not None:
                 nn.init.normal_(bias, std=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., d) -> (..., d)."""
-        tokens = x.reshape(-1, x.shape[-1])
-        logits = self.controller(tokens)  # (tokens, blocks, N)
-        if self.training:
-            y = self._train(tokens, logits)
-        else:
-            chosen = choose(logits, self.units_per_block)  # (tokens, blocks, k)
-            scale = logits.softmax(dim=-1).gather(-1, chosen) if self.probability_gate else None
-            # Gathering copies k / N of the rows for every token; past a few tokens one dense product is cheaper.
-            few = tokens.shape[0] == 1 or 4 * tokens.shape[0] * self.units_per_block <= self.block_size
-            evaluate = self.evaluate_gathered if few else self.evaluate_masked
-            y = evaluate(tokens, chosen, scale)
-        return y.view_as(x)
+    def evaluate(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x (tokens, d), chosen (tokens, blocks, k), scale like chosen -> (tokens, d)."""
+        # Gathering copies k / N of the rows for every token; past a few tokens one dense product is cheaper.
+        few = x.shape[0] == 1 or 4 * x.shape[0] * self.units_per_block <= self.block_size
+        return (self.evaluate_gathered if few else self.evaluate_masked)(x, chosen, scale)
 
     def evaluate_gathered(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
         """x (tokens, d), chosen (tokens, blocks, k), scale like chosen -> (tokens, d), reading chosen rows only."""
@@ -230,6 +215,53 @@ class SparseFeedForward(nn.Module):
         if after is not None:
             h = h * after.flatten(1).to(h.dtype)
         return h @ self.down + self.bias
+
+class SparseFeedForward(ChosenUnits):
+    """Sparse FF (paper section 3.1): a low-rank controller chooses the units that take part.
+
+    Training multiplies the mask in before the activation and computes every unit, as the paper does. Evaluation
+    takes the controller's argmax.
+
+    Args:
+        d_ff, block_size, rank, units_per_block: sizes; d_ff is a multiple of block_size.
+        unit_bias: a bias on what enters the activation (none in the paper's layer).
+        hard_fraction, temperature: training behaviour, see `training_mask`.
+        probability_gate: multiply a chosen unit by its probability (off in the paper).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        block_size: int,
+        rank: int,
+        units_per_block: int = 1,
+        activation: str = "relu",
+        gated: bool = False,
+        unit_bias: bool = False,
+        hard_fraction: float = 0.3,
+        temperature: float = 0.1,
+        probability_gate: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(d_model, d_ff, block_size, units_per_block, activation, gated, unit_bias, dropout)
+        self.controller = Controller(d_model, d_ff, block_size, rank)
+        self.hard_fraction = hard_fraction
+        self.temperature = temperature
+        self.probability_gate = probability_gate
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., d)."""
+        tokens = x.reshape(-1, x.shape[-1])
+        logits = self.controller(tokens)  # (tokens, blocks, N)
+        if self.training:
+            y = self._train(tokens, logits)
+        else:
+            chosen = choose(logits, self.units_per_block)  # (tokens, blocks, k)
+            scale = logits.softmax(dim=-1).gather(-1, chosen) if self.probability_gate else None
+            y = self.evaluate(tokens, chosen, scale)
+        return y.view_as(x)
 
     def _train(self, x: Tensor, logits: Tensor) -> Tensor:
         mask, is_hard = training_mask(logits, self.units_per_block, self.temperature, self.hard_fraction)

@@ -1,0 +1,288 @@
+"""Weights in few bits, and the feed-forward layers that use them: `selector` and `precision`.
+
+Codes have 3 or 4 bits; 64 inputs of a row, a group, share a scale and a zero. How they lie in bytes is said in
+`sparsecli.model.low_bit`. A low-bit copy of the weights finds a token's units better than a low-rank controller of
+the same size, and knows both branches of a gated unit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecli.model.layers.dropout import shared_dropout
+from sparsecli.model.layers.feed_forward import ACTIVATIONS, ChosenUnits, choose
+from sparsecli.model.low_bit import (
+    GROUP,
+    MIDDLE,
+    STEPS,
+    from_bfloat16,
+    pack_nibbles,
+    quantise_groups,
+    quantise_residual,
+)
+
+
+class LowBitMatrix(nn.Module):
+    """A matrix (rows, cols) of which only codes are kept: weight = scale * (code - zero / 16).
+
+    Buffers: codes (rows, G * 32) uint8, two codes a byte; scale (rows, G); zero (rows, G) uint8, in sixteenths.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, rows: int, cols: int, bits: int) -> None:
+        super().__init__()
+        groups = -(-cols // GROUP)
+        self.rows, self.cols, self.bits = rows, cols, bits
+        self.register_buffer("codes", torch.zeros(rows, groups * GROUP // 2, dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(rows, groups))
+        self.register_buffer("zero", torch.zeros(rows, groups, dtype=torch.uint8))
+
+    @torch.no_grad()
+    def copy_(self, weight: Tensor) -> None:
+        """Round `weight` (rows, cols) to the nearest codes."""
+        self.store(*quantise_groups(weight.float().numpy(), self.bits))
+
+    @torch.no_grad()
+    def store(self, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> None:
+        """Take over codes uint8 (rows, 64 G), scale bfloat16 (rows, G) and zero uint8 (rows, G)."""
+        self.codes.copy_(torch.from_numpy(pack_nibbles(codes)))
+        self.scale.copy_(torch.from_numpy(from_bfloat16(scale)))
+        self.zero.copy_(torch.from_numpy(zero))
+
+    def reset_parameters(self) -> None:
+        if self.codes.is_meta or getattr(self.codes, "_is_hf_initialized", False):
+            return
+        self.copy_(nn.init.xavier_uniform_(torch.empty(self.rows, self.cols)))
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (rows, cols)."""
+        zero = self.zero.to(self.scale.dtype) / STEPS
+        return _widened(self.codes, self.scale, zero)[:, : self.cols]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., cols) -> (..., rows)."""
+        return F.linear(x, self.weight)
+
+
+class ResidualMatrix(nn.Module):
+    """What rounding a matrix (rows, cols) left over, in 4 bits around zero: value = scale * (code - 8)."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, rows: int, cols: int) -> None:
+        super().__init__()
+        groups = -(-cols // GROUP)
+        self.rows, self.cols = rows, cols
+        self.register_buffer("codes", torch.full((rows, groups * GROUP // 2), 0x88, dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(rows, groups))
+
+    @torch.no_grad()
+    def copy_(self, values: Tensor) -> None:
+        """Round `values` (rows, cols) to the nearest codes."""
+        codes, scale = quantise_residual(values.float().numpy())
+        self.codes.copy_(torch.from_numpy(pack_nibbles(codes)))
+        self.scale.copy_(torch.from_numpy(from_bfloat16(scale)))
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (rows, cols)."""
+        return _widened(self.codes, self.scale, float(MIDDLE))[:, : self.cols]
+
+
+def _widened(codes: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
+    """scale * (code - zero) for every code, the groups' padding included: (rows, G * GROUP)."""
+    groups = codes.view(*scale.shape, GROUP // 2)
+    values = torch.cat((groups & 15, groups >> 4), dim=-1).to(scale.dtype)  # (rows, G, GROUP)
+    shift = zero.unsqueeze(-1) if isinstance(zero, Tensor) else zero
+    return (scale.unsqueeze(-1) * (values - shift)).flatten(1)
+
+
+class LowBitLinear(LowBitMatrix):
+    """A linear layer whose weights have few bits."""
+
+    def __init__(self, width_in: int, width_out: int, bias: bool, bits: int) -> None:
+        super().__init__(width_out, width_in, bits)
+        self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., width_in) -> (..., width_out)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+def unit_values(
+    gate: Tensor | None, up: Tensor, unit_bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """What units give (tokens, d_ff) and their pre-activation, from the products of gate and up (tokens, d_ff)."""
+    before = up if gate is None else gate
+    if unit_bias is not None:
+        before = before + unit_bias
+    h = ACTIVATIONS[activation](before)
+    return (h if gate is None else h * up), before
+
+
+class Selector(nn.Module):
+    """A low-bit copy of what units read: gate and up (d_ff, d)."""
+
+    def __init__(self, d_model: int, d_ff: int, gated: bool, bits: int) -> None:
+        super().__init__()
+        self.gate = LowBitMatrix(d_ff, d_model, bits) if gated else None
+        self.up = LowBitMatrix(d_ff, d_model, bits)
+
+    def forward(self, x: Tensor, unit_bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+        """Every unit's estimated value and pre-activation for x (tokens, d): (tokens, d_ff) each."""
+        gate = None if self.gate is None else self.gate(x)
+        return unit_values(gate, self.up(x), unit_bias, activation)
+
+
+class Bypass(nn.Module):
+    """A linear map of low rank beside the units, which stands in for those that are left out."""
+
+    def __init__(self, d_model: int, rank: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.empty(rank, d_model))
+        self.second = nn.Parameter(torch.empty(d_model, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.first)
+        nn.init.zeros_(self.second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., d)."""
+        return F.linear(F.linear(x, self.first), self.second)
+
+
+class SelectorFeedForward(ChosenUnits):
+    """Units chosen by a frozen low-bit copy of their own weights.
+
+    The estimate |h| times the norm of a unit's row of W_down (`importance`) is what the unit adds to the output.
+    With the choice `positive` a unit takes part where its estimated pre-activation lies above its `threshold`.
+
+    Args:
+        bits: of a weight of the copy.
+        bypass: rank of the map beside the units, 0 for none.
+        others: as for `ChosenUnits`.
+    """
+
+    importance: Tensor
+    threshold: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        block_size: int,
+        units_per_block: int,
+        choice: str = "top",
+        bits: int = 3,
+        activation: str = "silu",
+        gated: bool = True,
+        unit_bias: bool = False,
+        bypass: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(d_model, d_ff, block_size, units_per_block, activation, gated, unit_bias, dropout)
+        self.selector = Selector(d_model, d_ff, gated, bits)
+        self.bypass = Bypass(d_model, bypass) if bypass else None
+        self.choice = choice
+        self.register_buffer("importance", torch.ones(d_ff))
+        if choice == "positive":
+            self.register_buffer("threshold", torch.zeros(d_ff))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., d). Training computes what decoding does; the choice passes no gradient."""
+        tokens = x.reshape(-1, x.shape[-1])
+        with torch.no_grad():
+            value, before = self.selector(tokens, self.unit_bias, self.activation)
+        if self.choice == "positive":
+            mask = (before > self.threshold).unflatten(-1, (-1, self.block_size)).to(tokens.dtype)
+            y = self._masked(tokens, mask, None)
+        elif self.units_per_block == self.block_size:
+            y = self._masked(tokens, tokens.new_ones(1, 1, self.up.shape[0]), None)
+        else:
+            scores = (value.abs() * self.importance).unflatten(-1, (-1, self.block_size))
+            chosen = choose(scores, self.units_per_block)
+            y = self.evaluate_masked(tokens, chosen) if self.training else self.evaluate(tokens, chosen)
+        if self.bypass is not None:
+            y = y + self.bypass(tokens)
+        return shared_dropout(y, self.dropout, self.training, (-2,)).view_as(x)
+
+
+class PrecisionFeedForward(nn.Module):
+    """Every unit in few bits, and the chosen ones with the bits that rounding left out.
+
+    The low-bit pass is the selector. Unlike a layer that drops units, this one keeps every unit's contribution, and
+    a few units carry most of the rounding error (measured: docs/conversion.md).
+
+    Args:
+        bits: of a weight that every token reads.
+        others: as for `ChosenUnits`; `units_per_block` may be 0.
+    """
+
+    importance: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        block_size: int,
+        units_per_block: int,
+        bits: int = 4,
+        activation: str = "silu",
+        gated: bool = False,
+        unit_bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.base = nn.ModuleDict({"up": LowBitMatrix(d_ff, d_model, bits)})
+        self.residual = nn.ModuleDict({"up": ResidualMatrix(d_ff, d_model)})
+        if gated:
+            self.base["gate"], self.residual["gate"] = (
+                LowBitMatrix(d_ff, d_model, bits),
+                ResidualMatrix(d_ff, d_model),
+            )
+        self.base["down"] = LowBitMatrix(d_model, d_ff, bits)
+        self.residual["down"] = ResidualMatrix(d_ff, d_model)  # unit-major, transposed
+        self.register_buffer("importance", torch.ones(d_ff))
+        self.unit_bias = nn.Parameter(torch.zeros(d_ff)) if unit_bias else None
+        self.bias = nn.Parameter(torch.zeros(d_model))
+        self.block_size, self.units_per_block = block_size, units_per_block
+        self.activation, self.gated, self.dropout = activation, gated, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., d)."""
+        tokens = x.reshape(-1, x.shape[-1])
+        base, residual = self.base, self.residual
+        gate = base["gate"](tokens) if self.gated else None
+        up = base["up"](tokens)
+        h, _ = unit_values(gate, up, self.unit_bias, self.activation)
+        promoted = None
+        if self.units_per_block:
+            if gate is not None:
+                gate = gate + F.linear(tokens, residual["gate"].weight)
+            full, _ = unit_values(
+                gate, up + F.linear(tokens, residual["up"].weight), self.unit_bias, self.activation
+            )
+            mask = self.promoted(h)
+            h = torch.where(mask, full, h)
+            promoted = h * mask
+        y = base["down"](h)
+        if promoted is not None:
+            y = y + promoted @ residual["down"].weight
+        return shared_dropout(y + self.bias, self.dropout, self.training, (-2,)).view_as(x)
+
+    @torch.no_grad()
+    def promoted(self, h: Tensor) -> Tensor:
+        """Which units are read in full, for their low-bit values h (tokens, d_ff): bool, of the same shape."""
+        scores = (h.abs() * self.importance).unflatten(-1, (-1, self.block_size))
+        chosen = choose(scores, self.units_per_block)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True).flatten(-2)
