@@ -182,7 +182,7 @@ def _convert(
     report = Report(
         source=str(source),
         output=str(output),
-        kept_fraction=convert.feed_forward.units_per_block / convert.feed_forward.block_size,
+        kept_fraction=spec.kept_fraction,
         dense_parameters=dense_sizes.total,
         sparse_parameters=sizes.total,
         dense_bytes_per_token=dense_sizes.bytes_per_token("float32", context=0),

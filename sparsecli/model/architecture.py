@@ -395,6 +395,17 @@ class ModelSpec(Block):
         return k if isinstance(k, int) else k[layer]
 
     @property
+    def kept_fraction(self) -> float:
+        """Share of the feed-forward units that a token computes in full, mean of all blocks."""
+        feed_forward = self.feed_forward
+        if feed_forward.kind == "dense":
+            return 1.0
+        if feed_forward.kind == "mixture":
+            return feed_forward.experts_per_token / feed_forward.experts
+        chosen = [self.units_per_block(layer) for layer in range(self.layers)]
+        return sum(chosen) / (self.layers * feed_forward.block_size)
+
+    @property
     def tied(self) -> bool:
         """Whether the logits use the embedding's table."""
         return self.vocabulary.kind == "dense" and self.vocabulary.tied

@@ -39,7 +39,9 @@ def count_parameters(spec: ModelSpec) -> Sizes:
     total = sum(parameter.numel() for parameter in model.parameters())
     low_bit = [module for module in model.modules() if isinstance(module, LowBitMatrix)]
     # A copy that only selects units adds reading, not parameters; what rounding left over is no parameter either.
-    copies = {id(matrix) for layer in model.modules() if isinstance(layer, Selector) for matrix in layer.children()}
+    copies = {
+        id(matrix) for layer in model.modules() if isinstance(layer, Selector) for matrix in layer.children()
+    }
     total += sum(matrix.rows * matrix.cols for matrix in low_bit if id(matrix) not in copies)
     key_value_heads = spec.attention.key_value_heads or spec.heads
     return Sizes(

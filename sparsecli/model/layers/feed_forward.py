@@ -216,6 +216,7 @@ class ChosenUnits(nn.Module):
             h = h * after.flatten(1).to(h.dtype)
         return h @ self.down + self.bias
 
+
 class SparseFeedForward(ChosenUnits):
     """Sparse FF (paper section 3.1): a low-rank controller chooses the units that take part.
 

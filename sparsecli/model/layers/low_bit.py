@@ -217,6 +217,26 @@ class SelectorFeedForward(ChosenUnits):
         return shared_dropout(y, self.dropout, self.training, (-2,)).view_as(x)
 
 
+class Base(nn.Module):
+    """All units in few bits: gate and up (d_ff, d), down (d, d_ff)."""
+
+    def __init__(self, d_model: int, d_ff: int, gated: bool, bits: int) -> None:
+        super().__init__()
+        self.gate = LowBitMatrix(d_ff, d_model, bits) if gated else None
+        self.up = LowBitMatrix(d_ff, d_model, bits)
+        self.down = LowBitMatrix(d_model, d_ff, bits)
+
+
+class Residual(nn.Module):
+    """What rounding the base left over, unit-major: (d_ff, d) each, W_down's too."""
+
+    def __init__(self, d_model: int, d_ff: int, gated: bool) -> None:
+        super().__init__()
+        self.gate = ResidualMatrix(d_ff, d_model) if gated else None
+        self.up = ResidualMatrix(d_ff, d_model)
+        self.down = ResidualMatrix(d_ff, d_model)
+
+
 class PrecisionFeedForward(nn.Module):
     """Every unit in few bits, and the chosen ones with the bits that rounding left out.
 
@@ -243,41 +263,31 @@ class PrecisionFeedForward(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.base = nn.ModuleDict({"up": LowBitMatrix(d_ff, d_model, bits)})
-        self.residual = nn.ModuleDict({"up": ResidualMatrix(d_ff, d_model)})
-        if gated:
-            self.base["gate"], self.residual["gate"] = (
-                LowBitMatrix(d_ff, d_model, bits),
-                ResidualMatrix(d_ff, d_model),
-            )
-        self.base["down"] = LowBitMatrix(d_model, d_ff, bits)
-        self.residual["down"] = ResidualMatrix(d_ff, d_model)  # unit-major, transposed
+        self.base = Base(d_model, d_ff, gated, bits)
+        self.residual = Residual(d_model, d_ff, gated)
         self.register_buffer("importance", torch.ones(d_ff))
         self.unit_bias = nn.Parameter(torch.zeros(d_ff)) if unit_bias else None
         self.bias = nn.Parameter(torch.zeros(d_model))
         self.block_size, self.units_per_block = block_size, units_per_block
-        self.activation, self.gated, self.dropout = activation, gated, dropout
+        self.activation, self.dropout = activation, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., d)."""
         tokens = x.reshape(-1, x.shape[-1])
         base, residual = self.base, self.residual
-        gate = base["gate"](tokens) if self.gated else None
-        up = base["up"](tokens)
+        gate = None if base.gate is None else base.gate(tokens)
+        up = base.up(tokens)
         h, _ = unit_values(gate, up, self.unit_bias, self.activation)
-        promoted = None
-        if self.units_per_block:
-            if gate is not None:
-                gate = gate + F.linear(tokens, residual["gate"].weight)
-            full, _ = unit_values(
-                gate, up + F.linear(tokens, residual["up"].weight), self.unit_bias, self.activation
-            )
+        if not self.units_per_block:
+            y = base.down(h)
+        else:
+            if gate is not None and residual.gate is not None:
+                gate = gate + F.linear(tokens, residual.gate.weight)
+            up = up + F.linear(tokens, residual.up.weight)
+            full, _ = unit_values(gate, up, self.unit_bias, self.activation)
             mask = self.promoted(h)
             h = torch.where(mask, full, h)
-            promoted = h * mask
-        y = base["down"](h)
-        if promoted is not None:
-            y = y + promoted @ residual["down"].weight
+            y = base.down(h) + (h * mask) @ residual.down.weight
         return shared_dropout(y + self.bias, self.dropout, self.training, (-2,)).view_as(x)
 
     @torch.no_grad()
