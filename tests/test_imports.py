@@ -42,7 +42,7 @@ BELOW_COMMANDS = {
 LAYERS |= {
     "sparsecli.decode": {
         *("sparsecli.decode", "sparsecli.console"),
-        *("sparsecli.model.architecture", "sparsecli.model.low_bit"),
+        *("sparsecli.model.architecture", "sparsecli.model.low_bit", "sparsecli.model.rotary"),
     },
     "sparsecli.decode.weights": {
         *("sparsecli.decode", "sparsecli.console"),

@@ -393,3 +393,34 @@ def test_tensor_shapes_of_every_projection(
     )
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert tensor_shapes(model.config.spec) == expected
+
+
+@torch.no_grad()
+def test_fields_of_foreign_checkpoints() -> None:
+    foreign = {
+        "attention": {
+            **ATTENTION["grouped"],
+            "bias": True,
+            "output_bias": False,
+            "query_key_norm": True,
+        },
+        "head_width": 12,
+        "rotary_fraction": 0.5,
+        "rotary_scaling": {"kind": "linear", "factor": 4.0},
+        "parallel": True,
+        "embedding_scale": 5.5,
+    }
+    fields = build("swiglu", normalization="rms").config.to_dict() | foreign
+    model = ScalingTransformerForCausalLM(ScalingTransformerConfig(**fields)).eval()
+    assert tensor_shapes(model.config.spec) == {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+    }
+    assert count_parameters(model.config.spec).cached_per_position == 2 * 2 * 2 * 12
+
+    ids = prompt()
+    expected = model(ids).logits
+    embedded = model.get_input_embeddings()(ids)
+    assert_same(model(inputs_embeds=embedded).logits, expected)
+    first = model(ids[:, :7], use_cache=True)
+    rest = model(ids[:, 7:], past_key_values=first.past_key_values)
+    assert_same(torch.cat((first.logits, rest.logits), 1), expected)

@@ -23,6 +23,7 @@ from sparsecli.model.layers.low_bit import PrecisionFeedForward, SelectorFeedFor
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.layers.normalization import normalization
 from sparsecli.model.layers.positions import LearnedPositions, SinusoidalPositions, rotary_angles
+from sparsecli.model.rotary import rotary_frequencies
 
 FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
     "dense": DenseFeedForward,
@@ -59,11 +60,17 @@ def build_attention_layer(spec: ModelSpec) -> nn.Module:
         attention.bias,
         spec.dropout,
         count_area=spec.initialization == "fan",
+        head_width=spec.head_width,
+        output_bias=attention.output_bias,
+        query_key_norm=spec.normalization_epsilon if attention.query_key_norm else None,
     )
 
 
 class ScalingTransformerBlock(GradientCheckpointingLayer):
-    """x += dropout(attention(norm(x))); x += feed_forward(norm(x)), which has its own dropout."""
+    """x += dropout(attention(norm(x))); x += feed_forward(norm(x)), which has its own dropout.
+
+    In a parallel block both read the same x.
+    """
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
@@ -73,6 +80,7 @@ class ScalingTransformerBlock(GradientCheckpointingLayer):
         self.feed_forward_norm = normalization(*norm)
         self.feed_forward = build_feed_forward(spec, layer)
         self.dropout = spec.dropout
+        self.parallel = spec.parallel
 
     def forward(
         self,
@@ -84,8 +92,8 @@ class ScalingTransformerBlock(GradientCheckpointingLayer):
     ) -> Tensor:
         """x (B, T, d) -> (B, T, d); `past_key_values` is this block's layer of the cache."""
         y = self.attention(self.attention_norm(x), mask, valid, angles, past_key_values)
-        x = x + shared_dropout(y, self.dropout, self.training, (-2,))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        y = x + shared_dropout(y, self.dropout, self.training, (-2,))
+        return y + self.feed_forward(self.feed_forward_norm(x if self.parallel else y))
 
 
 class ScalingTransformerPreTrainedModel(PreTrainedModel):
@@ -130,7 +138,8 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
             self.position_embedding = SinusoidalPositions(spec.d_model)
         self.blocks = nn.ModuleList(ScalingTransformerBlock(spec, layer) for layer in range(spec.layers))
         self.norm = normalization(spec.normalization, spec.d_model, spec.normalization_epsilon)
-        self.rotary = (spec.d_model // spec.heads, spec.rotary_base) if spec.positions == "rotary" else None
+        self.rotary = rotary_frequencies(spec).tolist() if spec.positions == "rotary" else None
+        self.embedding_scale = spec.embedding_scale
         self.dropout = spec.dropout
         self.gradient_checkpointing = False
         self.post_init()
@@ -167,6 +176,8 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass input_ids or inputs_embeds, one of them")
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
         new = x.shape[1]
         if use_cache and past_key_values is None:
             past_key_values = DecodeCache(len(self.blocks))
@@ -189,7 +200,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if self.position_embedding is not None:
             x = x + self.position_embedding(position_ids).to(x.dtype)
         x = shared_dropout(x, self.dropout, self.training, (-2,))
-        angles = rotary_angles(position_ids, *self.rotary) if self.rotary else None
+        angles = rotary_angles(position_ids, self.rotary) if self.rotary else None
 
         # None is plainly causal: one new token sees everything, a first pass is a triangle.
         mask = None

@@ -32,6 +32,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     d_model: int = DEFAULT.d_model
     layers: int = DEFAULT.layers
     heads: int = DEFAULT.heads
+    head_width: int | None = DEFAULT.head_width
     max_positions: int = DEFAULT.max_positions
     feed_forward: dict | None = None
     attention: dict | None = None
@@ -40,6 +41,11 @@ class ScalingTransformerConfig(PreTrainedConfig):
     normalization_epsilon: float = DEFAULT.normalization_epsilon
     positions: str = DEFAULT.positions
     rotary_base: float = DEFAULT.rotary_base
+    rotary_fraction: float = DEFAULT.rotary_fraction
+    rotary_scaling: dict | None = None
+    parallel: bool = DEFAULT.parallel
+    embedding_scale: float = DEFAULT.embedding_scale
+    low_bit: dict | None = None
     dropout: float = DEFAULT.dropout
     initialization: str = DEFAULT.initialization
     use_cache: bool = True
@@ -48,7 +54,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for block in ("feed_forward", "attention", "vocabulary"):
+        for block in ("feed_forward", "attention", "vocabulary", "low_bit"):
             if getattr(self, block) is None:
                 setattr(self, block, getattr(DEFAULT, block).model_dump())
         self.tie_word_embeddings = bool((self.vocabulary or {}).get("tied", False))

@@ -47,7 +47,7 @@ def count_parameters(spec: ModelSpec) -> Sizes:
     return Sizes(
         total=total,
         active=total - sum(_skipped(module) for module in model.modules()) - _unread_tables(model),
-        cached_per_position=2 * spec.layers * key_value_heads * (spec.d_model // spec.heads),
+        cached_per_position=2 * spec.layers * key_value_heads * spec.width_of_head,
     )
 
 

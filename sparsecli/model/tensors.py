@@ -61,17 +61,19 @@ def _attention(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
         for name in ("query", "key", "value"):
             made |= _multiplicative(name, d_model, d_model, modules)
     else:
-        held = d_model // spec.heads * (attention.key_value_heads or spec.heads)
-        made = _linear("query", d_model, d_model, attention.bias)
-        made |= _linear("key", d_model, held, attention.bias) | _linear(
-            "value", d_model, held, attention.bias
-        )
+        held = spec.width_of_head * (attention.key_value_heads or spec.heads)
+        made = _linear("query", d_model, spec.attention_width, attention.bias)
+        for name in ("key", "value"):
+            made |= _linear(name, d_model, held, attention.bias)
+        if attention.query_key_norm:
+            made |= dict.fromkeys(("query_norm.weight", "key_norm.weight"), (spec.width_of_head,))
     for name, shape in made.items():
         yield f"attention.projection.{name}", shape
 
     match attention.output:
         case "dense":
-            yield from _linear("attention.output", d_model, d_model, attention.bias).items()
+            bias = attention.bias if attention.output_bias is None else attention.output_bias
+            yield from _linear("attention.output", spec.attention_width, d_model, bias).items()
         case "multiplicative":
             yield from _multiplicative("attention.output", d_model, d_model, modules).items()
         case "multiplicative_conv":

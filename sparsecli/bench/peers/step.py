@@ -64,7 +64,7 @@ class Step(nn.Module):
         x = model.embedding(token)
         if model.position_embedding is not None:
             x = x + model.position_embedding(position).to(x.dtype)
-        angles = rotary_angles(position.unsqueeze(0), *model.rotary) if model.rotary else None
+        angles = rotary_angles(position.unsqueeze(0), model.rotary) if model.rotary else None
         for block, memory in zip(model.blocks, memories, strict=True):
             x = block(x, mask, None, angles, past_key_values=memory)
         return self.causal_lm.head(model.norm(x)).argmax(-1)

@@ -37,15 +37,34 @@ def with_history(rows: Tensor, before: int, memory: Memory | None, name: str, st
 
 
 class SeparateProjection(nn.Module):
-    """Queries, keys and values by one layer each (dense or multiplicative)."""
+    """Queries, keys and values by one layer each (dense or multiplicative).
 
-    def __init__(self, query: nn.Module, key: nn.Module, value: nn.Module) -> None:
+    Args:
+        norms: of every head of queries and of keys, or None.
+    """
+
+    def __init__(
+        self,
+        query: nn.Module,
+        key: nn.Module,
+        value: nn.Module,
+        norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None,
+    ) -> None:
         super().__init__()
         self.query, self.key, self.value = query, key, value
+        self.query_norm = norms[0] if norms else None
+        self.key_norm = norms[1] if norms else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, d) -> q (B, T, d), k and v (B, T, key_value_heads * d_head)."""
-        return self.query(x), self.key(x), self.value(x)
+        """x (B, T, d) -> q (B, T, heads * d_head), k and v (B, T, key_value_heads * d_head)."""
+        q, k = self.query(x), self.key(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = _norm_heads(self.query_norm, q), _norm_heads(self.key_norm, k)
+        return q, k, self.value(x)
+
+
+def _norm_heads(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    return norm(x.unflatten(-1, (-1, *norm.normalized_shape))).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -113,7 +132,7 @@ class Attention(nn.Module):
             is_causal=mask is None and q.shape[2] > 1,
             enable_gqa=self.heads != self.key_value_heads,
         )
-        y = y.transpose(1, 2).flatten(-2)  # (B, T, d)
+        y = y.transpose(1, 2).flatten(-2)  # (B, T, heads * d_head)
         if self.output is None:
             return y
         if isinstance(self.output, MultiplicativeConvolution):
@@ -147,27 +166,39 @@ def build_attention(
     bias: bool,
     dropout: float,
     count_area: bool,
+    head_width: int | None = None,
+    output_bias: bool | None = None,
+    query_key_norm: float | None = None,
 ) -> Attention:
     """Attention whose projections are named by `projection` and `output_projection` (see `AttentionSpec`).
 
+    Args:
+        head_width: of dense projections; d_model / heads where it is None.
+        output_bias: of a dense output projection; as `bias` where it is None.
+        query_key_norm: epsilon of the norms of queries and keys; None for no norms.
     Raises:
         ValueError: a size does not divide.
     """
-    if d_model % heads or heads % key_value_heads:
+    if (head_width is None and d_model % heads) or heads % key_value_heads:
         raise ValueError(
             f"heads {heads} and key_value_heads {key_value_heads} do not divide d_model {d_model}"
         )
-    width = d_model // heads * key_value_heads
+    head_width = d_model // heads if head_width is None else head_width
+    width, held = heads * head_width, key_value_heads * head_width
 
     def multiplicative() -> MultiplicativeDense:
         return MultiplicativeDense(d_model, d_model, modules)
 
+    norms = None
+    if query_key_norm is not None:
+        norms = nn.RMSNorm(head_width, eps=query_key_norm), nn.RMSNorm(head_width, eps=query_key_norm)
     made: SeparateProjection | ConvolutionProjection
     if projection == "dense":
         made = SeparateProjection(
-            nn.Linear(d_model, d_model, bias),
             nn.Linear(d_model, width, bias),
-            nn.Linear(d_model, width, bias),
+            nn.Linear(d_model, held, bias),
+            nn.Linear(d_model, held, bias),
+            norms,
         )
     elif projection == "multiplicative":
         made = SeparateProjection(multiplicative(), multiplicative(), multiplicative())
@@ -178,7 +209,7 @@ def build_attention(
         made = ConvolutionProjection(shared, d_model, modules, kernel, value_concat, count_area)  # type: ignore[arg-type]
     output: nn.Module | None = None
     if output_projection == "dense":
-        output = nn.Linear(d_model, d_model, bias)
+        output = nn.Linear(width, d_model, bias if output_bias is None else output_bias)
     elif output_projection == "multiplicative":
         output = multiplicative()
     elif output_projection == "multiplicative_conv":

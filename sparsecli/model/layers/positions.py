@@ -6,6 +6,8 @@ and a model without buffers can be built on the meta device and loaded without s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -58,16 +60,24 @@ class SinusoidalPositions(nn.Module):
         return sinusoids(positions, self.width, interleaved=False)
 
 
-def rotary_angles(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (B, 1, T, head_width) of the rotary angles of `positions` (B, T), float32."""
-    exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
-    angles = positions[:, None, :, None].float() * base**-exponents
+def rotary_angles(positions: Tensor, frequencies: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, 1, T, rotary_width) of the rotary angles of `positions` (B, T), float32.
+
+    `frequencies` are the radians a position of each pair of elements: rotary_width / 2 of them.
+    """
+    turns = torch.tensor(frequencies, device=positions.device, dtype=torch.float32)
+    angles = positions[:, None, :, None].float() * turns
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (i, i + head_width / 2) of `x` (B, H, T, head_width) by its angle (Llama's layout)."""
+    """Turn each pair (i, i + rotary_width / 2) of `x` (B, H, T, head_width) by its angle (Llama's layout).
+
+    What lies behind the first rotary_width elements of a head stays as it is.
+    """
     cosine, sine = (part.to(x.dtype) for part in angles)
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat((-second, first), dim=-1) * sine
+    turned, rest = x.tensor_split((cosine.shape[-1],), dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cosine + torch.cat((-second, first), dim=-1) * sine
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
