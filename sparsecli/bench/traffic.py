@@ -29,7 +29,7 @@ def bytes_per_token(
 def cached_bytes(spec: ModelSpec, precision: Precision) -> int:
     """Bytes of the keys and values of one token, the scales of int8 ones included."""
     heads = spec.attention.key_value_heads or spec.heads
-    width = spec.d_model // spec.heads
+    width = spec.width_of_head
     scales = SCALE_BYTES if precision.cache == "int8" else 0
     return 2 * spec.layers * heads * (width * WIDTHS[precision.cache] + scales)
 

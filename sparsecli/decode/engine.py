@@ -21,7 +21,7 @@ from sparsecli.model.architecture import ModelSpec
 MAX_THREADS = 256
 INVALID = -2  # of sparsecli_forward: a token that does not exist
 TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}
-ACTIVATIONS = ("relu", "gelu", "silu")
+ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh")
 FEED_FORWARDS = ("dense", "sparse", "mixture")
 PROJECTIONS = ("dense", "multiplicative", "dense_conv", "multiplicative_conv")
 OUTPUTS = ("none", "dense", "multiplicative", "multiplicative_conv")
@@ -255,6 +255,7 @@ def _shape(model: PackedModel, poison: bool) -> Shape:
         d_model=spec.d_model,
         layers=spec.layers,
         heads=spec.heads,
+        head_width=spec.width_of_head,
         key_value_heads=attention.key_value_heads or spec.heads,
         max_positions=spec.max_positions,
         vocabulary=vocabulary.size,
@@ -263,14 +264,18 @@ def _shape(model: PackedModel, poison: bool) -> Shape:
         modules=modules_of(spec),
         kernel=attention.kernel,
         value_concat=CONCATENATIONS.index(attention.value_concat),
+        query_key_norm=attention.query_key_norm,
         rms=spec.normalization == "rms",
         positions=POSITIONS.index(spec.positions),
+        rotary_width=spec.rotary_width if spec.positions == "rotary" else 0,
+        parallel=spec.parallel,
         head_modules=vocabulary.modules if vocabulary.kind == "multiplicative" else 0,
         cache_type=TYPE_CODES[precision.cache],
         history_type=TYPE_CODES[precision.convolution],
         units_on_disk=model.from_disk,
         poison=poison,
         epsilon=spec.normalization_epsilon,
+        embedding_scale=spec.embedding_scale,
     )
     _describe_feed_forward(shape, spec)
     return shape

@@ -133,7 +133,7 @@ def _own(spec: ModelSpec) -> Iterator[Slot]:
         source = ("model.position_embedding.weight",)
         yield Slot(-1, "positions", "rows", spec.max_positions, d_model, "embedding", source)
     else:
-        width = d_model // spec.heads if spec.positions == "rotary" else d_model
+        width = spec.rotary_width if spec.positions == "rotary" else d_model
         yield Slot(-1, "frequencies", "vector", 1, width // 2, None, ())
     yield from _norm(spec, -1, "norm", "model.norm")
     modules = vocabulary.modules if vocabulary.kind == "multiplicative" else None
@@ -160,13 +160,15 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
         for name, inputs in (("query", 3 * width), ("key", 3 * width), ("value", values)):
             yield from _convolution(layer, name, f"{source}.{name}", width, inputs, taps)
     else:
-        key_width = d_model // spec.heads * (attention.key_value_heads or spec.heads)
-        for name, rows in (("query", d_model), ("key", key_width), ("value", key_width)):
+        key_width = spec.width_of_head * (attention.key_value_heads or spec.heads)
+        for name, rows in (("query", spec.attention_width), ("key", key_width), ("value", key_width)):
             yield from _map(layer, name, f"{source}.{name}", rows, d_model, "projection", multiplied)
+    for name in ("query_norm", "key_norm") if attention.query_key_norm else ():
+        yield Slot(layer, f"{name}.weight", "vector", 1, spec.width_of_head, None, (f"{source}.{name}.weight",))
     kind = attention.output
     source = f"{block}.attention.output"
     if kind == "dense":
-        yield from _map(layer, "output", source, d_model, d_model, "projection")
+        yield from _map(layer, "output", source, d_model, spec.attention_width, "projection")
     elif kind == "multiplicative":
         yield from _map(layer, "output", source, d_model, d_model, "projection", modules)
     elif kind == "multiplicative_conv":

@@ -13,15 +13,15 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
-INTERFACE_VERSION = 1  # of native/engine.h
+INTERFACE_VERSION = 2  # of native/engine.h
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 KERNELS = ("auto", "native", "reference")
 
 SHAPE_FIELDS = (
-    "d_model", "layers", "heads", "key_value_heads", "max_positions", "vocabulary", "feed_forward", "d_ff",
-    "activation", "gated", "block_size", "units_per_block", "rank", "probability_gate", "projection", "output",
-    "modules", "kernel", "value_concat", "rms", "positions", "head_modules", "cache_type", "history_type",
-    "units_on_disk", "poison",
+    "d_model", "layers", "heads", "head_width", "key_value_heads", "max_positions", "vocabulary", "feed_forward",
+    "d_ff", "activation", "gated", "block_size", "units_per_block", "rank", "probability_gate", "projection",
+    "output", "modules", "kernel", "value_concat", "query_key_norm", "rms", "positions", "rotary_width", "parallel",
+    "head_modules", "cache_type", "history_type", "units_on_disk", "poison",
 )  # fmt: skip
 
 
@@ -31,6 +31,7 @@ class Shape(Structure):
     _fields_ = [
         *((name, c_int64) for name in SHAPE_FIELDS),
         ("epsilon", c_double),
+        ("embedding_scale", c_double),
     ]
 
 

@@ -188,7 +188,7 @@ def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> n
 def frequencies(spec: ModelSpec) -> np.ndarray:
     """Angles a position of rotary or sinusoidal positions, float32, in the model's own arithmetic."""
     if spec.positions == "rotary":
-        width, base = spec.d_model // spec.heads, np.float32(spec.rotary_base)
+        width, base = spec.rotary_width, np.float32(spec.rotary_base)
     else:
         width, base = spec.d_model, np.float32(10000.0)
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)

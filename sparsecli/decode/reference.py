@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,7 +34,12 @@ from sparsecli.model.low_bit import from_bfloat16
 GROUP = 256  # inputs that share a scale when products are rounded to 8 bits
 NOTHING = 1e-30  # a vector of such small numbers counts as zero: one over its scale would not be finite
 HEAD_PARTS, CANDIDATES = 16, 4  # equal parts of the vocabulary, and tokens of each that are scored again
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 # -- packed tensors ------------------------------------------------------------------------------------------
@@ -182,11 +188,11 @@ def remember(x: Tensor, kind: str) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x (H, width): turn the pairs (i, i + width / 2) by angles (width / 2,)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat(
-        (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), dim=-1
-    )
+    """x (H, head width): turn the pairs (i, i + width / 2) of its first `width` elements by angles (width / 2,)."""
+    half = len(angles)
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    turned = first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()
+    return torch.cat((*turned, rest), dim=-1)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -224,13 +230,14 @@ class Reference:
         x = self._embed(token)
         for layer in range(self.spec.layers):
             block = f"blocks.{layer}."
-            x = x + self._attention(block, self._normalize(f"{block}attention_norm", x))
-            x = x + self._feed_forward(block, self._normalize(f"{block}feed_forward_norm", x))
+            attended = x + self._attention(block, self._normalize(f"{block}attention_norm", x))
+            read = x if self.spec.parallel else attended
+            x = attended + self._feed_forward(block, self._normalize(f"{block}feed_forward_norm", read))
         self.length += 1
         return self._head(self._normalize("norm", x)).numpy()
 
     def _embed(self, token: int) -> Tensor:
-        x = self.weights["embedding"].row(token)
+        x = self.weights["embedding"].row(token) * self.spec.embedding_scale
         if self.spec.positions == "learned":
             return x + self.weights["positions"].row(self.length)
         if self.spec.positions == "sinusoidal":
@@ -246,6 +253,11 @@ class Reference:
             return F.rms_norm(x, x.shape, weight, epsilon)
         return F.layer_norm(x, x.shape, weight, self.weights[f"{name}.bias"].values[0], epsilon)
 
+    def _head_norm(self, name: str, x: Tensor) -> Tensor:
+        """x (heads, width) with every head normalised."""
+        weight = self.weights[f"{name}.weight"].values[0]
+        return F.rms_norm(x, weight.shape, weight, self.spec.normalization_epsilon)
+
     def _map(self, name: str, x: Tensor) -> Tensor:
         """The dense or multiplicative map called `name`."""
         if f"{name}.weight" in self.weights:
@@ -258,7 +270,9 @@ class Reference:
 
     def _attention(self, block: str, x: Tensor) -> Tensor:
         q, k, v = self._project(block, x)
-        q, k, v = (part.unflatten(0, (-1, self.spec.d_model // self.spec.heads)) for part in (q, k, v))
+        q, k, v = (part.unflatten(0, (-1, self.spec.width_of_head)) for part in (q, k, v))
+        if self.spec.attention.query_key_norm:
+            q, k = self._head_norm(f"{block}query_norm", q), self._head_norm(f"{block}key_norm", k)
         if self.spec.positions == "rotary":
             q, k = rotate(q, self._angles()), rotate(k, self._angles())
         keys, values = self.memory[f"{block}keys"], self.memory[f"{block}values"]

@@ -351,10 +351,11 @@ class ModelSpec(Block):
 
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
+        dense = (self.attention.projection, self.attention.output) == ("dense", "dense")
         if self.head_width is None:
             check_multiple("d_model", self.d_model, "heads", self.heads)
-        elif self.attention.projection != "dense" and self.head_width * self.heads != self.d_model:
-            raise fault("head_width", "heads that are not d_model wide together need projection: dense")
+        elif self.attention_width != self.d_model and not dense:
+            raise fault("head_width", "heads that are not d_model wide together need dense projections")
         if self.positions == "rotary" and (not self.rotary_width or self.rotary_width % 2):
             raise fault("positions", "rotary positions turn an even part of a head, which this is not")
         if self.positions != "rotary" and self.d_model % 2:  # learned ones start as sinusoids
@@ -367,7 +368,7 @@ class ModelSpec(Block):
         chosen = getattr(self.feed_forward, "units_per_block", None)
         if isinstance(chosen, list) and len(chosen) != self.layers:
             raise fault("feed_forward.units_per_block", f"{len(chosen)} numbers for {self.layers} blocks")
-        if self.low_bit.projection and (attention.projection, attention.output) != ("dense", "dense"):
+        if self.low_bit.projection and not dense:
             raise fault("low_bit.projection", "needs dense projections")
         if self.low_bit.head and (self.vocabulary.kind != "dense" or self.vocabulary.tied):
             raise fault("low_bit.head", "needs dense logits that are not tied to the embedding")

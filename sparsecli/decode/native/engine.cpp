@@ -64,11 +64,15 @@ std::string check(const sparsecli_shape& s) {
     const auto wrong = [](const char* what) { return std::string(what) + " is out of range"; };
     if (s.d_model < 1 || s.d_model > 1 << 20) return wrong("d_model");
     if (s.layers < 1 || s.layers > 1 << 16) return wrong("layers");
-    if (s.heads < 1 || s.d_model % s.heads || s.d_model / s.heads > 1024) return wrong("heads");
+    if (s.heads < 1 || s.heads > 1 << 16) return wrong("heads");
+    if (s.head_width < 1 || s.head_width > MAX_HEAD_WIDTH) return wrong("the width of heads, at most 1024,");
+    if (s.rotary_width < 0 || s.rotary_width > s.head_width || s.rotary_width % 2) return wrong("rotary_width");
     if (s.key_value_heads < 1 || s.heads % s.key_value_heads) return wrong("key_value_heads");
     if (s.vocabulary < 1 || s.vocabulary > int64_t(1) << 31) return wrong("vocabulary");
     if (s.d_ff < 1 || s.d_ff > int64_t(1) << 30) return wrong("d_ff");
     if (s.modules < 1 || s.d_model % s.modules) return wrong("modules");
+    const bool dense = s.projection == DENSE && s.output == DENSE_OUTPUT;
+    if (!dense && s.heads * s.head_width != s.d_model) return wrong("the width of heads together");
     if (s.kernel < 1 || s.kernel > 1 << 16) return wrong("kernel");
     if (s.feed_forward != DENSE_UNITS) {
         if (s.block_size < 1 || s.d_ff % s.block_size) return wrong("block_size");
@@ -96,7 +100,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 1 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 2 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* wanted, char* error) {
     const Kernels* found = find_kernels(wanted);

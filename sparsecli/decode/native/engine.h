@@ -12,7 +12,7 @@ extern "C" {
 enum { SPARSECLI_ERROR_BYTES = 256 };
 
 struct sparsecli_shape {
-    int64_t d_model, layers, heads, key_value_heads, max_positions, vocabulary;
+    int64_t d_model, layers, heads, head_width, key_value_heads, max_positions, vocabulary;
     int64_t feed_forward;  // 0 dense, 1 sparse, 2 mixture
     int64_t d_ff, activation, gated;
     int64_t block_size, units_per_block, rank;  // mixture: units of an expert, experts a token, experts
@@ -21,14 +21,17 @@ struct sparsecli_shape {
     int64_t output;      // 0 none, 1 dense, 2 multiplicative, 3 multiplicative_conv
     int64_t modules, kernel;
     int64_t value_concat;  // 0 none, 1 modules, 2 whole
+    int64_t query_key_norm;  // over every head, before rotary positions
     int64_t rms;
     int64_t positions;       // 0 learned, 1 sinusoidal, 2 rotary
+    int64_t rotary_width;    // elements of a head that are turned, from its start
+    int64_t parallel;        // attention and feed-forward of a block read the same stream
     int64_t head_modules;    // 0: dense
     int64_t cache_type;      // of keys and values
     int64_t history_type;    // of the convolutions' inputs: that of their kernels
     int64_t units_on_disk;   // units are mapped from a file: ask for a layer's chosen rows at once
     int64_t poison;          // fill working memory with NaN first, for tests
-    double epsilon;
+    double epsilon, embedding_scale;
 };
 
 int64_t sparsecli_interface(void);  // a version, and the size of the structure above: the caller compares

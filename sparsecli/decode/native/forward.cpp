@@ -11,6 +11,7 @@ void Forward::pass(int64_t worker) {
     const Clock::time_point start = Clock::now();
     for (int64_t layer = 0; layer < shape_.layers; ++layer) {
         const Block& block = model_.blocks[size_t(layer)];
+        if (shape_.parallel) set_aside(block.feed_forward_norm, worker);
         attention(block, layer, worker);
         feed_forward(block, worker);
     }
@@ -25,6 +26,7 @@ void Forward::embed(int64_t t) {
     float* x = x_.row(t);
     const int64_t d = shape_.d_model;
     widen_row(model_.embedding, row.token, x);
+    for (int64_t i = 0; i < d; ++i) x[i] *= float(shape_.embedding_scale);
     if (shape_.positions == LEARNED) {
         float* line = y_.row(t);
         widen_row(model_.positions, row.position, line);
@@ -68,6 +70,13 @@ Activations Forward::normalized(const Norm& norm, int64_t worker) {
     const Range rows = mine(count(), 1, worker);
     for (int64_t t = rows.begin; t < rows.end; ++t) normalize(norm, t, normed_.row(t));
     return readable(normed_, d_stride_, worker);
+}
+
+// Normalised rows that are read later, when the residual ones have changed.
+void Forward::set_aside(const Norm& norm, int64_t worker) {
+    if (count() == 1) return normalize(norm, 0, workers_[size_t(worker)].aside.row(0));
+    const Range rows = mine(count(), 1, worker);
+    for (int64_t t = rows.begin; t < rows.end; ++t) normalize(norm, t, aside_.row(t));
 }
 
 // Rows as layers read them, in every form that the model's weights need. With many rows a barrier follows.

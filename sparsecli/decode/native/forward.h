@@ -22,6 +22,7 @@ constexpr int64_t CHUNK = 512;           // rows of one pass
 constexpr int64_t HEAD_LANES = 16;      // equal parts of the vocabulary, each with its own best candidates
 constexpr int64_t CANDIDATES = 4;       // of each part, scored again with exact weights
 constexpr int64_t FETCHED_POSITIONS = 128;  // of each head, before attention begins
+constexpr int64_t MAX_HEAD_WIDTH = 1024;
 constexpr int64_t BLOCKS_AT_ONCE = 8;   // whose units many rows share while they are cached
 
 enum Part { OTHER, PROJECTION, MULTIPLY, CONVOLUTION, ATTENTION, CONTROLLER, UNIT_DOTS, UNIT_SUMS, DENSE_FF, HEAD,
@@ -65,7 +66,7 @@ struct CacheBytes {
 };
 
 struct Worker {
-    Buffer<float> normed, scores, line;
+    Buffer<float> normed, aside, scores, line;
     Buffer<int16_t> integers;
     Buffer<uint16_t> halves;
     Buffer<char> scratch;
@@ -81,11 +82,14 @@ class Forward {
         const bool poison = s.poison;
         const int64_t wide = round_up(s.d_ff, PAD);
         d_stride_ = round_up(s.d_model, PAD);
+        a_stride_ = round_up(model.attention_width(), PAD);
         z_stride_ = round_up(model.padded_rank(), PAD);
         h_stride_ = s.feed_forward == DENSE_UNITS ? wide : round_up(model.chosen_units(), PAD);
-        integer_stride_ = std::max({d_stride_, z_stride_, h_stride_});
-        for (Buffer<float>* buffer : {&x_, &normed_, &q_, &k_row_, &v_, &m_, &y_})
-            buffer->rows(CHUNK, s.d_model, d_stride_, poison);
+        integer_stride_ = std::max({d_stride_, a_stride_, z_stride_, h_stride_});
+        for (Buffer<float>* buffer : {&x_, &normed_, &m_, &y_}) buffer->rows(CHUNK, s.d_model, d_stride_, poison);
+        for (Buffer<float>* buffer : {&q_, &k_row_, &v_, &mixed_})
+            buffer->rows(CHUNK, model.attention_width(), a_stride_, poison);
+        aside_.rows(s.parallel ? CHUNK : 0, s.d_model, d_stride_, poison);
         z_.rows(CHUNK, model.padded_rank(), z_stride_, false);
         h_.rows(CHUNK, h_stride_, h_stride_, false);
         gate_.rows(s.gated && s.feed_forward == DENSE_UNITS ? CHUNK : 0, h_stride_, h_stride_, false);
@@ -94,10 +98,11 @@ class Forward {
         integers_.rows(CHUNK, integer_stride_, integer_stride_, false);
         halves_.rows(CHUNK, 2 * integer_stride_, 2 * integer_stride_, false);
         scales_.rows(1, CHUNK, CHUNK, false);
-        angles_.rows(CHUNK, model.head_width(), model.head_width(), false);
+        angles_.rows(CHUNK, s.rotary_width, s.rotary_width, false);
         const int64_t scratch = std::max<int64_t>(1 << 19, CHUNK * z_stride_ * 2);  // products, or the controller's inputs
         for (Worker& worker : workers_) {
             worker.normed.rows(1, s.d_model, d_stride_, poison);
+            worker.aside.rows(s.parallel ? 1 : 0, s.d_model, d_stride_, poison);
             worker.line.rows(1, z_stride_ + CHUNK + d_stride_, z_stride_ + CHUNK + d_stride_, false);
             worker.integers.rows(1, integer_stride_, integer_stride_, false);
             worker.halves.rows(1, 2 * integer_stride_, 2 * integer_stride_, false);
@@ -109,7 +114,7 @@ class Forward {
 
     static CacheSizes cache_sizes(const Model& model) {
         CacheSizes sizes{};
-        const int64_t width = model.head_width(), margin = model.convolves() ||
+        const int64_t width = model.shape.head_width, margin = model.convolves() ||
             model.shape.output == MULTIPLICATIVE_CONV_OUTPUT ? model.module_width() : 0;
         sizes.value_stride = round_up(width, LANES);
         sizes.history_margin = round_up(margin, LANES);
@@ -124,7 +129,7 @@ class Forward {
         const int64_t positions = s.layers * s.key_value_heads * round_up(capacity, LANES);  // of all heads
         const int64_t rows = s.layers * (s.kernel - 1 + capacity) * type_bytes(s.history_type);
         const bool convolves = model.convolves();
-        return {positions * model.head_width() * type_bytes(s.cache_type),
+        return {positions * s.head_width * type_bytes(s.cache_type),
                 positions * sizes.value_stride * type_bytes(s.cache_type),
                 s.cache_type == INT8 ? positions * int64_t(sizeof(float)) : 0,
                 convolves ? rows * sizes.history_row : 0,
@@ -212,6 +217,7 @@ class Forward {
     void widen_row(const Matrix& table, int64_t row, float* out) const;
     void normalize(const Norm& norm, int64_t t, float* to) const;
     Activations normalized(const Norm& norm, int64_t worker);
+    void set_aside(const Norm& norm, int64_t worker);
     Activations readable(const Buffer<float>& source, int64_t stride, int64_t worker);
     Activations readable(const Buffer<float>& source, int64_t stride, int64_t worker, int64_t held);
     static Activations row_of(const Activations& x, int64_t t);
@@ -244,10 +250,10 @@ class Forward {
     void run_convolution(const Convolution& convolution, const History& from, int64_t stride, int64_t lead,
                          int64_t begin, int64_t end, float* out, int64_t worker);
         HeadCache head_cache(const Sequence& sequence, int64_t layer, int64_t head) const;
-    void rotate(float* head, int64_t t) const;
-    void append(int64_t layer, int64_t t, int64_t head);
+    void prepare_head(const Norm& norm, float* head, int64_t t) const;
+    void append(const Block& block, int64_t layer, int64_t t, int64_t head);
     void fetch_cache(int64_t layer, int64_t worker) const;
-    void attend(int64_t layer, int64_t worker);
+    void attend(const Block& block, int64_t layer, int64_t worker);
     void project_output(const Block& block, int64_t layer, int64_t worker);
 
     // -- feed-forward (forward_feed_forward.cpp) -------------------------------------------------------------
@@ -261,8 +267,6 @@ class Forward {
                      int64_t worker);
     void sum_units(const Block& block, int64_t worker);
 
-    static constexpr int64_t MAX_HEAD_WIDTH = 1024;
-
     const Model& model_;
     const sparsecli_shape& shape_;
     const Kernels& k_;
@@ -273,8 +277,8 @@ class Forward {
     std::vector<int64_t> wanted_;  // rows that want logits
     bool profile_ = false;
     Clock::time_point since_;
-    int64_t d_stride_ = 0, z_stride_ = 0, h_stride_ = 0, integer_stride_ = 0, score_stride_ = 0;
-    Buffer<float> x_, normed_, q_, k_row_, v_, m_, y_, z_, h_, gate_, probabilities_, scales_, angles_;
+    int64_t d_stride_ = 0, a_stride_ = 0, z_stride_ = 0, h_stride_ = 0, integer_stride_ = 0, score_stride_ = 0;
+    Buffer<float> x_, normed_, aside_, q_, k_row_, v_, mixed_, m_, y_, z_, h_, gate_, probabilities_, scales_, angles_;
     Buffer<int32_t> chosen_;
     Buffer<int16_t> integers_;
     Buffer<uint16_t> halves_;

@@ -17,9 +17,9 @@ void Forward::attention(const Block& block, int64_t layer, int64_t worker) {
         mark(worker, CONVOLUTION);
         ready = aligned && s.modules == s.key_value_heads;
     } else if (s.projection == DENSE) {
-        linear(block.query, x, q_.row(0), d_stride_, worker);
-        linear(block.key, x, k_row_.row(0), d_stride_, worker);
-        linear(block.value, x, v_.row(0), d_stride_, worker);
+        linear(block.query, x, q_.row(0), a_stride_, worker);
+        linear(block.key, x, k_row_.row(0), a_stride_, worker);
+        linear(block.value, x, v_.row(0), a_stride_, worker);
         mark(worker, PROJECTION);
     } else {
         each(s.modules, worker, [&](int64_t t, int64_t begin, int64_t end) {
@@ -33,10 +33,10 @@ void Forward::attention(const Block& block, int64_t layer, int64_t worker) {
     if (count() == 1) fetch_cache(layer, worker);
     if (!ready) barrier(worker, OTHER);
     each(s.key_value_heads, worker, [&](int64_t t, int64_t begin, int64_t end) {
-        for (int64_t head = begin; head < end; ++head) append(layer, t, head);
+        for (int64_t head = begin; head < end; ++head) append(block, layer, t, head);
     });
     if (!aligned) barrier(worker, ATTENTION);
-    attend(layer, worker);
+    attend(block, layer, worker);
     barrier(worker, ATTENTION);
     if (s.output != NO_OUTPUT) project_output(block, layer, worker);
 }
@@ -115,16 +115,19 @@ void Forward::run_convolution(const Convolution& convolution, const History& fro
 HeadCache Forward::head_cache(const Sequence& sequence, int64_t layer, int64_t head) const {
     const int64_t positions = round_up(sequence.capacity, LANES), bytes = type_bytes(shape_.cache_type);
     const int64_t at = layer * shape_.key_value_heads + head;
-    return {sequence.keys.data + at * positions * model_.head_width() * bytes,
+    return {sequence.keys.data + at * positions * shape_.head_width * bytes,
             sequence.values.data + at * positions * sizes_.value_stride * bytes,
             sequence.key_scales.data ? sequence.key_scales.data + at * positions : nullptr,
             sequence.value_scales.data ? sequence.value_scales.data + at * positions : nullptr};
 }
 
-// Turns pairs (i, i + width / 2) by the row's angles.
-void Forward::rotate(float* head, int64_t t) const {
+// A head of queries or keys as attention reads it: normalised where there is a norm, then pairs (i, i + width / 2) of
+// its rotary part turned by the row's angles.
+void Forward::prepare_head(const Norm& norm, float* head, int64_t t) const {
+    if (norm.weight.data)
+        k_.normalize(head, values(norm.weight), nullptr, shape_.head_width, true, shape_.epsilon, head);
     if (shape_.positions != ROTARY) return;
-    const int64_t half = model_.head_width() / 2;
+    const int64_t half = shape_.rotary_width / 2;
     const float *cosine = angles_.row(t), *sine = cosine + half;
     for (int64_t i = 0; i < half; ++i) {
         const float first = head[i], second = head[half + i];
@@ -133,11 +136,12 @@ void Forward::rotate(float* head, int64_t t) const {
     }
 }
 
-void Forward::append(int64_t layer, int64_t t, int64_t head) {
+void Forward::append(const Block& block, int64_t layer, int64_t t, int64_t head) {
     const Row& row = (*rows_)[size_t(t)];
-    float* key = k_row_.row(t) + head * model_.head_width();
-    rotate(key, t);
-    k_.append(key, v_.row(t) + head * model_.head_width(), shape_.cache_type, model_.head_width(), row.position,
+    const int64_t width = shape_.head_width;
+    float* key = k_row_.row(t) + head * width;
+    prepare_head(block.key_norm, key, t);
+    k_.append(key, v_.row(t) + head * width, shape_.cache_type, width, row.position,
               head_cache(*row.sequence, layer, head), sizes_.value_stride);
 }
 
@@ -149,14 +153,14 @@ void Forward::fetch_cache(int64_t layer, int64_t worker) const {
     for (int64_t head = heads.begin; head < heads.end; ++head) {
         const HeadCache cache = head_cache(*row.sequence, layer, head);
         const int64_t held = std::min(row.position, FETCHED_POSITIONS);
-        k_.fetch(cache.keys, held * model_.head_width() * bytes);
+        k_.fetch(cache.keys, held * shape_.head_width * bytes);
         k_.fetch(cache.values, held * sizes_.value_stride * bytes);
     }
 }
 
 // Queries that read the same keys go together: neighbouring rows of a sequence, heads of a group.
-void Forward::attend(int64_t layer, int64_t worker) {
-    const int64_t width = model_.head_width(), group = shape_.heads / shape_.key_value_heads, rows = count();
+void Forward::attend(const Block& block, int64_t layer, int64_t worker) {
+    const int64_t width = shape_.head_width, group = shape_.heads / shape_.key_value_heads, rows = count();
     float* scores = workers_[size_t(worker)].scores.row(0);
     const float rate = 1 / std::sqrt(float(width));
     // Ordered by key head, then row, then head of the group. A single row is shared out by key heads where they
@@ -177,7 +181,7 @@ void Forward::attend(int64_t layer, int64_t worker) {
             head_of[held] = key_head * group + item % group;
             owner[held] = t;
             float* query = q_.row(t) + head_of[held] * width;
-            rotate(query, t);
+            prepare_head(block.query_norm, query, t);
             queries[held] = query;
             lengths[held] = (*rows_)[size_t(t)].position + 1;
             out[held] = mixed[held];
@@ -186,7 +190,7 @@ void Forward::attend(int64_t layer, int64_t worker) {
                   sizes_.value_stride, rate, scores, score_stride_, out);
         for (int64_t i = 0; i < held; ++i) {
             const int64_t at = head_of[i] * width;
-            float* to = (shape_.output == NO_OUTPUT ? x_ : y_).row(owner[i]) + at;
+            float* to = (shape_.output == NO_OUTPUT ? x_ : mixed_).row(owner[i]) + at;
             for (int64_t c = 0; c < width; ++c)
                 to[c] = shape_.output == NO_OUTPUT ? to[c] + mixed[i][c] : mixed[i][c];
         }
@@ -195,7 +199,7 @@ void Forward::attend(int64_t layer, int64_t worker) {
 
 void Forward::project_output(const Block& block, int64_t layer, int64_t worker) {
     if (shape_.output == DENSE_OUTPUT) {
-        const Activations y = readable(y_, d_stride_, worker);
+        const Activations y = readable(mixed_, a_stride_, worker);
         add_to_residual(m_, linear(block.output, y, m_.row(0), d_stride_, worker));
         return barrier(worker, PROJECTION);
     }
@@ -206,7 +210,7 @@ void Forward::project_output(const Block& block, int64_t layer, int64_t worker) 
         return history_of(row, row.sequence->output_history, layer, sizes_.history_row, sizes_.history_margin);
     };
     each(shape_.modules, worker, [&](int64_t t, int64_t begin, int64_t end) {
-        multiply(block.output, y_.row(t), begin, end, m_.row(t), worker);
+        multiply(block.output, mixed_.row(t), begin, end, m_.row(t), worker);
         if (convolved) return remember(past(t), m_.row(t), begin * width, end * width);
         for (int64_t i = begin * width; i < end * width; ++i) x_.row(t)[i] += m_.row(t)[i];
     });

@@ -4,7 +4,9 @@
 namespace sparsecli {
 
 void Forward::feed_forward(const Block& block, int64_t worker) {
-    const Activations x = normalized(block.feed_forward_norm, worker);
+    const Buffer<float>& aside = count() == 1 ? workers_[size_t(worker)].aside : aside_;
+    const Activations x = shape_.parallel ? readable(aside, d_stride_, worker)
+                                          : normalized(block.feed_forward_norm, worker);
     mark(worker, OTHER);
     if (shape_.feed_forward == DENSE_UNITS) return dense_feed_forward(block, x, worker);
     if (shape_.feed_forward == SPARSE_UNITS)

@@ -57,7 +57,7 @@ struct Choice {
     int64_t block_size, units_per_block, rank, padded_block;
 };
 
-enum Activation : int64_t { RELU = 0, GELU = 1, SILU = 2 };
+enum Activation : int64_t { RELU = 0, GELU = 1, SILU = 2, GELU_TANH = 3 };
 
 struct Kernels {
     const char* name;

@@ -33,6 +33,7 @@ struct Convolution {
 struct Block {
     Norm attention_norm, feed_forward_norm;
     Map query, key, value, shared, output;
+    Norm query_norm, key_norm;  // of every head
     Convolution query_convolution, key_convolution, value_convolution, output_convolution;
     Map gate, up, down;  // dense feed-forward
     Matrix router, controller_first, controller_second, controller_bias, units, unit_bias, bias;
@@ -57,8 +58,8 @@ struct Model {
     bool quantised = false, rounded = false;  // some weights are int8, some are bfloat16
     std::vector<std::vector<Slot>> slots;  // the model's own first, then each block's
 
-    int64_t head_width() const { return shape.d_model / shape.heads; }
-    int64_t key_width() const { return head_width() * shape.key_value_heads; }
+    int64_t attention_width() const { return shape.head_width * shape.heads; }
+    int64_t key_width() const { return shape.head_width * shape.key_value_heads; }
     int64_t parts() const { return shape.gated ? 3 : 2; }
     int64_t module_width() const { return shape.d_model / shape.modules; }
     int64_t padded_block() const { return round_up(shape.block_size, LANES); }
@@ -79,8 +80,8 @@ struct Model {
             own.push_back({"positions", &positions, Layout::ROWS, shape.max_positions, d});
         else
             own.push_back({"frequencies", &frequencies, Layout::VECTOR, 1,
-                           (shape.positions == ROTARY ? head_width() : d) / 2});
-        add_norm(own, "norm", norm);
+                           (shape.positions == ROTARY ? shape.rotary_width : d) / 2});
+        add_norm(own, "norm", norm, d, shape.rms);
         add_map(own, "head", head, !shape.head_modules, vocabulary, d, shape.head_modules);
         own.push_back({"head.exact", &exact_head, Layout::SPANS, vocabulary, d, true});
         slots.push_back(own);
@@ -90,10 +91,6 @@ struct Model {
     static void add_norm(std::vector<Slot>& to, const std::string& name, Norm& norm_slots, int64_t d, bool rms) {
         to.push_back({name + ".weight", &norm_slots.weight, Layout::VECTOR, 1, d});
         if (!rms) to.push_back({name + ".bias", &norm_slots.bias, Layout::VECTOR, 1, d});
-    }
-
-    void add_norm(std::vector<Slot>& to, const std::string& name, Norm& norm_slots) const {
-        add_norm(to, name, norm_slots, shape.d_model, shape.rms);
     }
 
     static void add_map(std::vector<Slot>& to, const std::string& name, Map& map, bool dense, int64_t rows,
@@ -116,8 +113,8 @@ struct Model {
     std::vector<Slot> block_slots(Block& block) const {
         std::vector<Slot> to;
         const int64_t d = shape.d_model, modules = shape.modules;
-        add_norm(to, "attention_norm", block.attention_norm);
-        add_norm(to, "feed_forward_norm", block.feed_forward_norm);
+        add_norm(to, "attention_norm", block.attention_norm, d, shape.rms);
+        add_norm(to, "feed_forward_norm", block.feed_forward_norm, d, shape.rms);
         const bool dense = shape.projection == DENSE || shape.projection == DENSE_CONV;
         if (convolves()) {
             const int64_t width = module_width(), taps = shape.kernel;
@@ -126,12 +123,16 @@ struct Model {
             add_convolution(to, "key", block.key_convolution, width, 3 * width, taps);
             add_convolution(to, "value", block.value_convolution, width, shape.value_concat ? 2 * width : width, taps);
         } else {
-            add_map(to, "query", block.query, dense, d, d, modules);
+            add_map(to, "query", block.query, dense, attention_width(), d, modules);
             add_map(to, "key", block.key, dense, key_width(), d, modules);
             add_map(to, "value", block.value, dense, key_width(), d, modules);
         }
+        if (shape.query_key_norm) {
+            add_norm(to, "query_norm", block.query_norm, shape.head_width, true);
+            add_norm(to, "key_norm", block.key_norm, shape.head_width, true);
+        }
         if (shape.output != NO_OUTPUT)
-            add_map(to, "output", block.output, shape.output == DENSE_OUTPUT, d, d, modules);
+            add_map(to, "output", block.output, shape.output == DENSE_OUTPUT, d, attention_width(), modules);
         if (shape.output == MULTIPLICATIVE_CONV_OUTPUT)
             add_convolution(to, "output_convolution", block.output_convolution, module_width(), 3 * module_width(),
                             shape.kernel);

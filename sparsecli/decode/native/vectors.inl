@@ -229,12 +229,17 @@ inline Vector error_function(const Vector& x) {
 inline Vector activation_of(int64_t activation, const Vector& x) {
     if (activation == RELU) return larger(x, fill(0));
     if (activation == SILU) return x / (fill(1) + exponential(fill(0) - x));
+    if (activation == GELU_TANH) {  // (1 + tanh(u)) / 2 = 1 / (1 + e^-2u)
+        const Vector twice = x * fill(1.59576912f) * (fill(1) + fill(0.044715f) * x * x);
+        return x / (fill(1) + exponential(fill(0) - twice));
+    }
     return fill(0.5f) * x * (fill(1) + error_function(x * fill(0.70710678f)));
 }
 
 inline float activation_of(int64_t activation, float x) {
     if (activation == RELU) return x > 0 ? x : 0;
     if (activation == SILU) return x / (1 + std::exp(-x));
+    if (activation == GELU_TANH) return x / (1 + std::exp(-1.59576912f * x * (1 + 0.044715f * x * x)));
     return 0.5f * x * (1 + std::erf(x * 0.70710678f));
 }
 
