@@ -164,7 +164,9 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
         for name, rows in (("query", spec.attention_width), ("key", key_width), ("value", key_width)):
             yield from _map(layer, name, f"{source}.{name}", rows, d_model, "projection", multiplied)
     for name in ("query_norm", "key_norm") if attention.query_key_norm else ():
-        yield Slot(layer, f"{name}.weight", "vector", 1, spec.width_of_head, None, (f"{source}.{name}.weight",))
+        yield Slot(
+            layer, f"{name}.weight", "vector", 1, spec.width_of_head, None, (f"{source}.{name}.weight",)
+        )
     kind = attention.output
     source = f"{block}.attention.output"
     if kind == "dense":
