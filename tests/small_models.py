@@ -124,6 +124,91 @@ MODELS: dict[str, dict] = {
     },
 }
 
+DENSE = {"kind": "dense", "d_ff": 100}
+SWIGLU = {"kind": "dense", "d_ff": 100, "gated": True, "activation": "silu", "bias": False}
+GROUPED = {"projection": "dense", "key_value_heads": 2, "bias": False}
+TIED = {"kind": "dense", "size": 101, "tied": True}
+EXTENDED = {
+    "kind": "llama3",
+    "factor": 8.0,
+    "low_frequency_factor": 1.0,
+    "high_frequency_factor": 4.0,
+    "original_positions": 16,
+}
+FAMILIES: dict[str, dict] = {  # as checkpoints of other projects combine what the engine can do
+    "llama 3": {
+        "feed_forward": SWIGLU,
+        "attention": GROUPED,
+        "vocabulary": TIED,
+        "normalization": "rms",
+        "normalization_epsilon": 1e-5,
+        "rotary_base": 5e5,
+        "rotary_scaling": EXTENDED,
+    },
+    "mistral": {
+        "head_width": 18,
+        "feed_forward": SWIGLU,
+        "attention": GROUPED,
+        "normalization": "rms",
+    },
+    "qwen 2": {
+        "feed_forward": SWIGLU,
+        "attention": {**GROUPED, "bias": True, "output_bias": False},
+        "vocabulary": TIED,
+        "normalization": "rms",
+    },
+    "qwen 3": {
+        "head_width": 20,
+        "feed_forward": SWIGLU,
+        "attention": {**GROUPED, "query_key_norm": True},
+        "normalization": "rms",
+    },
+    "gemma": {
+        "head_width": 36,
+        "feed_forward": {**SWIGLU, "activation": "gelu_tanh"},
+        "attention": {**GROUPED, "key_value_heads": 1},
+        "vocabulary": TIED,
+        "normalization": "rms",
+        "embedding_scale": 48**0.5,
+    },
+    "gpt 2": {
+        "feed_forward": {**DENSE, "activation": "gelu_tanh"},
+        "attention": {"projection": "dense"},
+        "vocabulary": TIED,
+        "positions": "learned",
+    },
+    "opt": {
+        "max_positions": 717,
+        "feed_forward": DENSE,
+        "attention": {"projection": "dense"},
+        "vocabulary": TIED,
+        "positions": "learned",
+    },
+    "neox": {
+        "feed_forward": {**DENSE, "activation": "gelu"},
+        "attention": {"projection": "dense"},
+        "rotary_fraction": 0.35,
+        "parallel": True,
+    },
+}
+ALONE: dict[str, dict] = {  # one field each, in a model of our own
+    "narrow heads": {"head_width": 6, "attention": {"projection": "dense"}},
+    "part of a head turned": {"rotary_fraction": 0.5},
+    "slower turns": {"rotary_scaling": {"kind": "linear", "factor": 4.0}},
+    "side by side": {"parallel": True},
+    "side by side, no output": {
+        "feed_forward": {"kind": "mixture", "d_ff": 99, "experts": 3},
+        "attention": {"projection": "dense", "output_projection": "none"},
+        "parallel": True,
+    },
+    "scaled embedding": {"positions": "learned", "embedding_scale": 3.0},
+    "only the output biased": {"attention": {"projection": "dense", "bias": False, "output_bias": True}},
+    "heads normalised": {"attention": {"projection": "dense", "query_key_norm": True}},
+    "gelu by tanh": {"feed_forward": {**SPARSE, "gated": True, "activation": "gelu_tanh"}},
+    "gated, biased": {"feed_forward": {**SWIGLU, "activation": "gelu", "bias": True}},
+}
+MODELS |= FAMILIES | ALONE
+
 
 def spec_of(name: str) -> ModelSpec:
     return ModelSpec.model_validate({**DEFAULTS, **MODELS[name]})

@@ -17,6 +17,7 @@ from sparsecli.decode.layout import Slot, arrange, slots
 from sparsecli.decode.tensorfile import TYPES, WIDTHS
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import from_bfloat16, to_bfloat16
+from sparsecli.model.rotary import rotary_frequencies
 
 LAYOUT_VERSION = 1
 INT8_RANK = 512  # the longest rank that is computed with in int8
@@ -188,11 +189,9 @@ def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> n
 def frequencies(spec: ModelSpec) -> np.ndarray:
     """Angles a position of rotary or sinusoidal positions, float32, in the model's own arithmetic."""
     if spec.positions == "rotary":
-        width, base = spec.rotary_width, np.float32(spec.rotary_base)
-    else:
-        width, base = spec.d_model, np.float32(10000.0)
-    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    return (base**-exponents).astype(np.float32)
+        return rotary_frequencies(spec)
+    exponents = np.arange(0, spec.d_model, 2, dtype=np.float32) / np.float32(spec.d_model)
+    return (np.float32(10000.0) ** -exponents).astype(np.float32)
 
 
 def quantise_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
