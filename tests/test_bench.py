@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.cells import cell_len
 from rich.console import Console
+from small_models import ALONE, FAMILIES, spec_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -44,6 +45,7 @@ from sparsecli.decode.engine import Engine
 from sparsecli.decode.packing import Precision
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import LoadedRecipe, load, shipped
 from sparsecli.recipe.schema import PaperFigures, Recipe
 from sparsecli.train import run_directory
@@ -274,6 +276,14 @@ def test_bytes_of_one_type_are_those_of_the_active_parameters(name: str) -> None
     for candidate in variants.from_recipe(recipe.model, recipe.bench):
         counted = traffic.bytes_per_token(candidate.spec, Precision.of("bfloat16"), 64, vectors="bfloat16")
         assert counted == candidate.sizes.bytes_per_token("bfloat16", 64)
+
+
+@pytest.mark.parametrize("name", FAMILIES | ALONE)
+def test_bytes_of_foreign_models(name: str) -> None:
+    spec = spec_of(name)
+    counted = traffic.bytes_per_token(spec, Precision.of("bfloat16"), 64, vectors="bfloat16")
+    again = spec.tied * spec.d_model * 2  # the token's row of a table that the logits read whole
+    assert counted == count_parameters(spec).bytes_per_token("bfloat16", 64) + again
 
 
 def test_bytes_follow_the_packed_types() -> None:
