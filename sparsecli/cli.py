@@ -310,6 +310,47 @@ def _decode(content: bytes, source: str) -> str:
         raise Failure(f"{source}: byte {error.start} is not UTF-8 text") from None
 
 
+@app.command(
+    "import", epilog="Example: sparsecli import HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2"
+)
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A Hugging Face folder, a name on the hub, or a GGUF file.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.", show_default=False)],
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.", show_default=False),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Take in a dense model of another architecture.
+
+    Llama, Mistral, Qwen 2 and 3, Gemma, GPT-2, OPT and GPT-NeoX; the result computes exactly what the original does.
+    """
+    from sparsecli.interchange import importing
+
+    importing.run(source=source, output=output, revision=revision, dry_run=dry_run)
+
+
+@app.command(epilog="Example: sparsecli export smollm2 --output smollm2-hf")
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run or a model folder.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.", show_default=False)],
+) -> None:
+    """Write an imported model that is still dense as a Hugging Face folder of its own architecture."""
+    from sparsecli.interchange import exporting
+
+    exporting.run(model=model, output=output)
+
+
 @app.command(epilog="Example: sparsecli pack runs/quickstart --dtype int8")
 def pack(
     model: Annotated[

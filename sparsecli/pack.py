@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.decode.packing import Precision, save
 from sparsecli.decode.weights import pack_folder
-from sparsecli.model.folder import CONFIG, PACKED, check_weights, find_model, read_description
+from sparsecli.model.folder import (
+    CONFIG,
+    PACKED,
+    check_weights,
+    find_model,
+    read_description,
+    written_beside,
+)
 from sparsecli.model.tokenizer import FILES, read_tokenizer
 
 
@@ -41,14 +47,10 @@ def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = F
         )
         return
     packed = pack_folder(source, spec, Precision.of(dtype))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as beside:
-        made = Path(beside) / output.name  # with the permissions of any other folder
-        made.mkdir()
+    with written_beside(output) as made:
         for name in copied:
             shutil.copyfile(source / name, made / name)
         save(packed, made / PACKED)
-        made.rename(output)
     console.say(
         f"wrote {output} ({packed.nbytes / 1e6:,.1f} MB of weights); sparsecli generate --model {output}"
     )

@@ -54,11 +54,16 @@ LAYERS |= {
     "sparsecli.generate": BELOW_COMMANDS
     | {"sparsecli.generate", "sparsecli.backends", "sparsecli.sampling", "sparsecli.decode"},
     "sparsecli.pack": {"sparsecli.console", "sparsecli.model", "sparsecli.decode"},
+    "sparsecli.interchange": {"sparsecli.interchange", "sparsecli.console", "sparsecli.model"},
     "sparsecli.bench": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.train", "sparsecli.decode"},
-    "sparsecli.convert": BELOW_COMMANDS | {"sparsecli.convert", "sparsecli.train", "sparsecli.bench"},
+    "sparsecli.convert": BELOW_COMMANDS
+    | {"sparsecli.convert", "sparsecli.train", "sparsecli.bench", "sparsecli.interchange"},
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},
     "sparsecli.cli": BELOW_COMMANDS
-    | {f"sparsecli.{name}" for name in ("train", "generate", "pack", "bench", "convert", "doctor")},
+    | {
+        f"sparsecli.{name}"
+        for name in ("train", "generate", "pack", "bench", "convert", "doctor", "interchange")
+    },
     "sparsecli.__main__": {"sparsecli.cli"},
 }
 

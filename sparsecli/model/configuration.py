@@ -16,6 +16,8 @@ from sparsecli.model.folder import MODEL_TYPE
 class ScalingTransformerConfig(PreTrainedConfig):
     """Fields and nested blocks of `ModelSpec`, under the same names.
 
+    `origin` says of an imported model where it came from: source, revision, architecture, and its own config.json.
+
     Raises:
         ValueError: a block does not fit the architecture's closed choices; the message names the field.
     """
@@ -52,6 +54,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    origin: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for block in ("feed_forward", "attention", "vocabulary", "low_bit"):

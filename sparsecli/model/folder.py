@@ -6,6 +6,10 @@ One clear line says what is wrong with whatever is wrong.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +78,9 @@ def read_description(folder: Path) -> Description:
     fields = read_json(path)
     kind = fields.get("model_type")
     if kind != MODEL_TYPE:
-        raise Failure(f"{path}: model type {kind!r} is not one of ours ({MODEL_TYPE})")
+        raise Failure(
+            f"{path}: model type {kind!r} is not one of ours ({MODEL_TYPE}); sparsecli import {folder} makes it one"
+        )
     try:
         spec = ModelSpec.from_config(fields)
     except ValueError as error:
@@ -144,6 +150,26 @@ def check_weights(folder: Path, spec: ModelSpec) -> None:
     for name, shape in expected.items():
         if found[name] != shape:
             raise Failure(f"{folder}: tensor {name} is {found[name]}, config.json asks for {shape}")
+
+
+@contextmanager
+def written_beside(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output` that takes its name at the end: all of it is there, or nothing."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as beside:
+        made = Path(beside) / output.name  # with the permissions of any other folder
+        made.mkdir()
+        yield made
+        share(made)
+        made.rename(output)
+
+
+def share(folder: Path) -> None:
+    """Give the files of a model the permissions that new files have; safetensors lets only the owner read its own."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""GGUF files, read by transformers' own rules; weights are dequantised one tensor at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsecli.console import Failure
+from sparsecli.interchange.families import family_of
+from sparsecli.model.folder import last_line
+
+FREQUENCIES = "rope_freqs.weight"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json that a GGUF file stands for.
+
+    Raises:
+        Failure: the package `gguf` is missing, the file is damaged, or of an architecture or with rotary positions
+            that transformers does not read from GGUF.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    reader = _reader(path)
+    kind = (
+        reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
+    )
+    # transformers would leave these out, and the model would be another one.
+    scaling = reader.fields.get(f"{kind}.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none":
+        raise Failure(
+            f"{path}: {kind}.rope.scaling.type: {scaling.contents()!r}: import the original checkpoint"
+        )
+    if any(tensor.name == FREQUENCIES for tensor in reader.tensors):
+        raise Failure(f"{path}: {FREQUENCIES}: rotary frequencies of its own; import the original checkpoint")
+    try:
+        family_of(kind)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Failure as failure:
+        raise Failure(f"{path}: {failure.message}") from failure
+    except Exception as error:  # the library raises whatever its parsers do
+        raise Failure(f"{path}: does not load: {last_line(error)}") from error
+    left_out = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    fields = {name: value for name, value in config.to_diff_dict().items() if name not in left_out}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {**fields, **special, "architectures": [family_of(config.model_type).architecture]}
+
+
+class GgufTensors:
+    """The tensors of a GGUF file as float32, under the names that they have in transformers.
+
+    Raises:
+        Failure: as `read_config`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        reader = _reader(path)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        rules = TENSOR_PROCESSORS.get(reader.fields["general.architecture"].contents(), TensorProcessor)
+        self.rules = rules(config=config.to_dict())
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+        names = get_gguf_hf_weights_map(empty, self.rules)
+        self.stored = {names.get(tensor.name, tensor.name): tensor for tensor in reader.tensors}
+        expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+        self.shapes = {name: expected.get(name, _shape(tensor)) for name, tensor in self.stored.items()}
+        self.types = dict.fromkeys(self.stored, torch.float32)
+
+    def read(self, name: str) -> Tensor:
+        """One of them, dequantised."""
+        from gguf import dequantize
+
+        tensor = self.stored[name]
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        beside: dict[str, dict[str, Tensor]] = {"tensors": {}}  # where some rules leave their result
+        made = self.rules.process(weights=weights, name=tensor.name, parsed_parameters=beside)
+        if made.name is None:
+            return next(iter(beside["tensors"].values())).float()
+        return torch.from_numpy(np.array(made.weights, np.float32))
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    """GGUF counts axes from the last."""
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _reader(path: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise Failure(f"{path}: GGUF files need the package gguf: pip install 'sparsecli[gguf]'") from None
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # a damaged file fails wherever its bytes lead
+        raise Failure(f"{path}: not a whole GGUF file: {last_line(error)}") from error

@@ -1,0 +1,194 @@
+"""`sparsecli import`: a foreign checkpoint as a model folder of ours, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecli import console
+from sparsecli.console import Failure
+from sparsecli.interchange.families import Part
+from sparsecli.interchange.shards import Tensors, check_finite, write_shards
+from sparsecli.interchange.sources import GENERATION, ForeignModel, OwnModel, open_source
+from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.folder import check_weights, written_beside
+from sparsecli.model.sizes import count_parameters
+from sparsecli.model.tokenizer import read_tokenizer
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def run(*, source: str, output: Path, revision: str | None = None, dry_run: bool = False) -> None:
+    """The `import` command.
+
+    Raises:
+        Failure: no such model, one that ours cannot express, damaged or incomplete weights, a tokenizer that does not
+            match, or an output that is there already or cannot be written.
+    """
+    opened = open_source(source, revision, weights=not dry_run)
+    if isinstance(opened, OwnModel):
+        raise Failure(f"{source}: is a model of ours already; every command takes it as it is")
+    if output.exists():
+        raise Failure(f"{output}: is there already; choose another --output")
+    for note in opened.notes:
+        console.warn(note)
+    if dry_run:
+        _print_plan(opened, output)
+        return
+    write_model(opened, output)
+    parameters = count_parameters(opened.spec).total
+    console.say(
+        f"wrote {output} ({parameters:,} parameters); sparsecli generate --model {output} --prompt ..."
+    )
+
+
+def model_folder(opened: OwnModel | ForeignModel, into: Path) -> Path:
+    """A model folder of ours for what was opened: its own, or `into`, where it is imported unless it is there.
+
+    Raises:
+        Failure: as `write_model`; or `into` holds something else.
+    """
+    if isinstance(opened, OwnModel):
+        return opened.folder
+    if not into.exists():
+        write_model(opened, into)
+    elif ScalingTransformerConfig.from_pretrained(into).origin != _origin(opened):
+        raise Failure(f"{into}: is there already, and not an import of {opened.reference}")
+    return into
+
+
+def write_model(source: ForeignModel, output: Path) -> None:
+    """Write a model folder; it is there as a whole or not at all.
+
+    Weights keep their type, but for float16, which becomes float32: bfloat16 would cost it three bits, and the
+    native engine computes with no third type. So do tensors whose values change (Gemma's norms).
+
+    Raises:
+        Failure: tensors are missing, too many, of a wrong shape or not finite, the tokenizer does not match, or the
+            folder cannot be written.
+    """
+    tensors = source.tensors()
+    parts = source.family.parts(source.spec)
+    try:
+        names = _check_tensors(source, parts, tensors)
+        with written_beside(output) as folder:
+            _write_description(source, folder, tensors.types[names[parts[0].name]])
+            _check_tokens(source, folder)
+            write_shards(
+                folder,
+                parts,
+                size=lambda part: part.elements * _kept(part, tensors.types[names[part.name]]).itemsize,
+                make=lambda part: _unfold(source, part, names[part.name], tensors),
+                description="importing tensors",
+            )
+            check_weights(folder, source.spec)
+    except Failure as failure:
+        if failure.message.startswith(str(source.path)):
+            raise
+        raise Failure(f"{source.path}: {failure.message}") from failure
+
+
+def _check_tensors(source: ForeignModel, parts: list[Part], tensors: Tensors) -> dict[str, str]:
+    """The name in the checkpoint of every part."""
+    names = source.family.canonical(list(tensors.shapes))
+    expected = {part.name: part.shape for part in parts}
+    if source.spec.tied and "lm_head.weight" in names:  # a copy of the embedding, which some files hold too
+        embedding, head = tensors.read(names[parts[0].name]), tensors.read(names.pop("lm_head.weight"))
+        if not torch.equal(embedding, head):
+            raise Failure("tie_word_embeddings: true, but lm_head.weight is not the embedding")
+    for problem, wrong in (
+        ("misses", expected.keys() - names.keys()),
+        ("has unknown", names.keys() - expected.keys()),
+    ):
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise Failure(
+                f"{problem} tensor {min(wrong)}{more}; weights and config.json do not belong together"
+            )
+    for name, shape in expected.items():
+        if tensors.shapes[names[name]] != shape:
+            raise Failure(f"tensor {name} is {tensors.shapes[names[name]]}, config.json asks for {shape}")
+    return names
+
+
+def _kept(part: Part, stored: torch.dtype) -> torch.dtype:
+    """The type in which a tensor is written."""
+    return torch.bfloat16 if stored == torch.bfloat16 and not part.form.computes else torch.float32
+
+
+def _unfold(source: ForeignModel, part: Part, name: str, tensors: Tensors) -> Mapping[str, Tensor]:
+    foreign = tensors.read(name)
+    check_finite(part.name, foreign)
+    if tuple(foreign.shape) != part.shape:
+        raise Failure(
+            f"tensor {part.name} is {tuple(foreign.shape)}, its configuration asks for {part.shape}"
+        )
+    kept = _kept(part, foreign.dtype)
+    return {
+        ours: tensor.to(kept)
+        for ours, tensor in zip(part.ours, part.form.unfold(foreign, source.spec), strict=True)
+    }
+
+
+def _origin(source: ForeignModel) -> dict[str, Any]:
+    """What `export` needs to go back."""
+    return {
+        "source": source.reference,
+        "revision": source.revision,
+        "architecture": source.family.architecture,
+        "config": source.config,
+    }
+
+
+def _write_description(source: ForeignModel, folder: Path, stored: torch.dtype) -> None:
+    generation = source.generation()
+    special = {name: generation.get(name, source.config.get(name)) for name in SPECIAL}
+    config = ScalingTransformerConfig.from_spec(
+        source.spec,
+        **special,
+        architectures=["ScalingTransformerForCausalLM"],
+        dtype="bfloat16" if stored == torch.bfloat16 else "float32",
+        origin=_origin(source),
+    )
+    config.save_pretrained(folder)
+    if generation:
+        (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    source.write_tokenizer(folder)
+
+
+def _check_tokens(source: ForeignModel, folder: Path) -> None:
+    """Raise Failure where the tokenizer is not that of the model."""
+    size = source.spec.vocabulary.size
+    try:
+        tokenizer = read_tokenizer(folder, size)
+    except Failure as failure:
+        raise Failure(failure.message.replace(str(folder), str(source.path))) from failure
+    config = ScalingTransformerConfig.from_pretrained(folder)
+    for name in SPECIAL:
+        given = getattr(config, name)
+        for token in given if isinstance(given, list) else [given]:
+            if token is not None and not 0 <= token < min(len(tokenizer), size):
+                raise Failure(f"{name}: {token} is none of the {len(tokenizer)} tokens of the tokenizer")
+
+
+def _print_plan(source: ForeignModel, output: Path) -> None:
+    spec = source.spec
+    console.print_table(
+        ["plan", ""],
+        [
+            (
+                "source",
+                source.reference if source.revision is None else f"{source.reference} at {source.revision}",
+            ),
+            ("architecture", source.family.architecture),
+            ("parameters", f"{count_parameters(spec).total:,}"),
+            ("blocks", f"{spec.layers} of width {spec.d_model}, {spec.heads} heads of {spec.width_of_head}"),
+            ("context", f"{spec.max_positions:,} tokens"),
+            ("files", f"config.json, weights and tokenizer in {output}"),
+        ],
+    )

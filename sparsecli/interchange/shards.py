@@ -1,0 +1,123 @@
+"""Weight files: tensors of others read one at a time, ours and theirs written shard by shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsecli.console import Failure, progress
+from sparsecli.model.folder import INDEX, WEIGHTS, last_line
+from sparsecli.model.tensors import Shape
+
+SHARD_BYTES = 2_000_000_000
+"""What a weight file holds at most, so long as one tensor is not larger; so much memory is needed beside it."""
+
+TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+Item = TypeVar("Item")
+
+
+class Tensors(Protocol):
+    """The tensors of a checkpoint; each is read when it is asked for."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shape of each."""
+
+    @property
+    def types(self) -> Mapping[str, torch.dtype]:
+        """Type of each."""
+
+    def read(self, name: str) -> Tensor:
+        """One of them."""
+
+
+class StoredTensors:
+    """The tensors of safetensors files.
+
+    Raises:
+        Failure: a file is cut short or damaged, or a tensor is of a type that is not one of `TYPES`.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = {}
+        self.shapes: dict[str, Shape] = {}
+        self.types: dict[str, torch.dtype] = {}
+        for path in files:
+            try:
+                file = safe_open(path, framework="pt")
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise Failure(f"{path}: cut short or damaged ({last_line(error)}); copy it again") from error
+            for name, piece in slices.items():
+                if piece.get_dtype() not in TYPES:
+                    raise Failure(
+                        f"{path}: tensor {name} is {piece.get_dtype()}, not one of {', '.join(TYPES)}"
+                    )
+                self.files[name] = file
+                self.shapes[name] = tuple(piece.get_shape())
+                self.types[name] = TYPES[piece.get_dtype()]
+
+    def read(self, name: str) -> Tensor:
+        """One of them, as it is stored."""
+        return self.files[name].get_tensor(name)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise Failure where a tensor holds what no model computes with."""
+    if not torch.isfinite(tensor).all():
+        raise Failure(f"tensor {name} holds a NaN or an infinity; the checkpoint is damaged")
+
+
+def write_shards(
+    folder: Path,
+    items: Iterable[Item],
+    size: Callable[[Item], int],
+    make: Callable[[Item], Mapping[str, Tensor]],
+    description: str,
+) -> list[Path]:
+    """Write the tensors that `make` makes of each item, whose bytes `size` tells before; at most a shard is held.
+
+    Returns the files: one, or several and an index, as transformers names them.
+
+    Raises:
+        Failure: a file cannot be written, or what `make` raises.
+    """
+    shards: list[list[Item]] = [[]]
+    held = 0
+    for item in items:
+        if shards[-1] and held + size(item) > SHARD_BYTES:
+            shards.append([])
+            held = 0
+        shards[-1].append(item)
+        held += size(item)
+
+    files: list[Path] = []
+    places: dict[str, str] = {}
+    total = 0
+    with progress(description, sum(map(len, shards))) as bar:
+        for number, shard in enumerate(shards, 1):
+            tensors: dict[str, Tensor] = {}
+            for item in shard:
+                tensors |= {name: tensor.contiguous() for name, tensor in make(item).items()}
+                bar.advance()
+            stem, _, ending = WEIGHTS.partition(".")
+            name = WEIGHTS if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.{ending}"
+            try:
+                save_file(tensors, folder / name, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise Failure(f"{folder / name}: cannot be written: {last_line(error)}") from error
+            files.append(folder / name)
+            places |= dict.fromkeys(tensors, name)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files

@@ -1,0 +1,195 @@
+"""Where a model comes from: a folder of ours, a Hugging Face folder, a name on the hub, or a GGUF file."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsecli.console import Failure
+from sparsecli.interchange.families import Family, family_of
+from sparsecli.interchange.shards import StoredTensors, Tensors
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.folder import (
+    CONFIG,
+    MODEL_TYPE,
+    find_model,
+    last_line,
+    read_description,
+    read_json,
+    weight_files,
+)
+from sparsecli.model.tokenizer import FILES, TOKENIZER
+
+GENERATION = "generation_config.json"
+DESCRIPTIONS = (
+    CONFIG,
+    GENERATION,
+    *FILES,
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""What describes a model and its tokenizer in a Hugging Face folder; all but the first may be missing."""
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A model folder of ours."""
+
+    reference: str
+    folder: Path
+    spec: ModelSpec
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A checkpoint of another architecture."""
+
+    reference: str
+    path: Path
+    """Its folder or file."""
+    family: Family
+    spec: ModelSpec
+    config: dict[str, Any]
+    """Its config.json."""
+    notes: list[str]
+    """What is not as in the original, a sentence each."""
+    revision: str | None = None
+    """The hub's name of its state."""
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file, and not a folder."""
+        return self.path.is_file()
+
+    def tensors(self) -> Tensors:
+        """Its weights.
+
+        Raises:
+            Failure: a file is missing, cut short or damaged, or a pickle.
+        """
+        if self.is_gguf:
+            from sparsecli.interchange.gguf_file import GgufTensors
+
+            return GgufTensors(self.path)
+        return StoredTensors(weight_files(self.path))
+
+    def generation(self) -> dict[str, Any]:
+        """Its generation_config.json; empty where there is none."""
+        path = self.path / GENERATION
+        return read_json(path) if path.is_file() else {}
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Put its tokenizer into `folder`: as it is, or converted where it has no tokenizer.json.
+
+        Raises:
+            Failure: there is none, or it cannot be converted.
+        """
+        if (self.path / TOKENIZER).is_file():
+            for name in DESCRIPTIONS[2:]:
+                if (self.path / name).is_file():
+                    shutil.copyfile(self.path / name, folder / name)
+            return
+        from transformers import AutoTokenizer
+
+        place = {"gguf_file": self.path.name} if self.is_gguf else {}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.path.parent if self.is_gguf else self.path,
+                local_files_only=True,
+                trust_remote_code=False,
+                **place,
+            )
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the library raises whatever its parsers do
+            raise Failure(f"{self.path}: no tokenizer can be loaded: {last_line(error)}") from error
+        if not (folder / TOKENIZER).is_file():
+            raise Failure(f"{self.path}: the tokenizer has no `tokenizers` version ({TOKENIZER})")
+
+
+def open_source(reference: str, revision: str | None = None, weights: bool = True) -> OwnModel | ForeignModel:
+    """The model that `reference` names: a run or a model folder of ours, a Hugging Face folder or its name on the
+    hub, or a GGUF file.
+
+    Args:
+        revision: of a name on the hub: a branch, a tag or a commit.
+        weights: also fetch the weights of a name on the hub.
+    Raises:
+        Failure: there is no such model, or it is of an architecture, or has a feature, that ours cannot express.
+    """
+    path = Path(reference)
+    if path.exists():
+        if revision is not None:
+            raise Failure(f"{reference}: is a local path; --revision is for names on the hub")
+        if path.is_file() and path.suffix == ".gguf":
+            from sparsecli.interchange.gguf_file import read_config
+
+            return _foreign(reference, path, read_config(path))
+        folder = find_model(reference)
+        if read_json(folder / CONFIG).get("model_type") == MODEL_TYPE:
+            return OwnModel(reference, folder, read_description(folder).spec)
+        return _foreign(reference, folder, read_json(folder / CONFIG))
+    folder = _fetch(reference, revision, weights)
+    return _foreign(reference, folder, read_json(folder / CONFIG), revision=folder.name)
+
+
+def _fetch(name: str, revision: str | None, weights: bool) -> Path:
+    """The local copy of a model on the hub."""
+    if not HUB_NAME.fullmatch(name):
+        raise Failure(f"{name}: no such file or folder, nor a name on the hub")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    # Some models carry their weights twice, under other names; and pickles are never fetched.
+    wanted = [*DESCRIPTIONS, *(["model*.safetensors", "model.safetensors.index.json"] if weights else [])]
+    disable_progress_bars()
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # what the hub's client raises is one of these
+        reason = str(error).strip().partition("\n")[0]
+        raise Failure(
+            f"{name}: no such file or folder here, and not to be had from the hub: {reason}"
+        ) from error
+    if not (folder / CONFIG).is_file():
+        raise Failure(f"{name}: holds no {CONFIG} on the hub")
+    return folder
+
+
+def _foreign(reference: str, path: Path, fields: dict[str, Any], revision: str | None = None) -> ForeignModel:
+    place = path if path.is_file() else path / CONFIG
+    try:
+        family, spec = read_family(fields)
+    except Failure as failure:
+        raise Failure(f"{place}: {failure.message}") from failure
+    notes = []
+    told = fields.get("max_position_embeddings")
+    if isinstance(told, int) and spec.max_positions < told:
+        notes.append(
+            f"the context is {spec.max_positions} tokens, the original's sliding window, and not {told}: "
+            "within it every token is seen, as in the original"
+        )
+    return ForeignModel(reference, path, family, spec, fields, notes, revision)
+
+
+def read_family(fields: dict[str, Any]) -> tuple[Family, ModelSpec]:
+    """The family and our architecture for the fields of a foreign config.json.
+
+    Raises:
+        Failure: ours cannot express it; the line begins with the field that says so.
+    """
+    from transformers import AutoConfig
+
+    kind = fields.get("model_type")
+    family = family_of(kind)
+    known = {name: value for name, value in fields.items() if name not in ("model_type", "auto_map")}
+    try:
+        config = AutoConfig.for_model(kind, **known)
+    except Exception as error:  # transformers wraps what its validation raises
+        raise Failure(last_line(error)) from error
+    return family, family.spec(config)
