@@ -345,7 +345,10 @@ def export(
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.", show_default=False)],
 ) -> None:
-    """Write an imported model that is still dense as a Hugging Face folder of its own architecture."""
+    """Write an imported model in its own architecture.
+
+    The output is a Hugging Face folder that transformers loads by itself. The model must still be dense.
+    """
     from sparsecli.interchange import exporting
 
     exporting.run(model=model, output=output)

@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sparsecli.console import Failure
-from sparsecli.data.tokenization import END_OF_TEXT, train_byte_pairs
-from sparsecli.interchange import exporting, importing, shards
-from sparsecli.interchange.sources import OwnModel, open_source
+from sparsecli.data.tokenization import train_byte_pairs
+from sparsecli.interchange import exporting, importing
 from sparsecli.model.checkpoint import load_model
-from sparsecli.model.folder import read_description
-from sparsecli.model.tokenizer import read_tokenizer
 
 VOCABULARY = 270
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

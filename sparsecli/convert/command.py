@@ -23,7 +23,7 @@ from sparsecli.model.architecture import DenseFeedForwardSpec, ModelSpec, Sparse
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_model, read_config
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.folder import find_model
+from sparsecli.model.folder import find_model, share
 from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import LoadedRecipe, dump, load, require
@@ -233,7 +233,7 @@ def _write(
     model.save_pretrained(beside)
     corpus.tokenizer.save_pretrained(beside)
     _verify(model, beside)
-    run_directory.share(beside)
+    share(beside)
     beside.rename(output / "model")
     run_directory.replace_text(output / "report.md", report.markdown())
     run_directory.replace_text(output / "report.json", json.dumps(report.as_json(), indent=2) + "\n")

@@ -74,14 +74,6 @@ def writing(place: Path, hint: str) -> Iterator[None]:
         raise Failure(f"{file}: {reason}; once that is mended, {hint}") from None
 
 
-def share(folder: Path) -> None:
-    """Give the files of a model the permissions that new files have; safetensors lets only the owner read its own."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
-
-
 def _probe(output: Path) -> None:
     """Raise `Failure` unless a file can be written where `output` is or will be."""
     place = output.absolute()

@@ -18,6 +18,7 @@ from sparsecli.console import Failure, RecipeError, Stopped, first_process, prin
 from sparsecli.data.packing import PackedCorpus, pack
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.folder import share
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import LoadedRecipe, dump, require
 from sparsecli.recipe.schema import Recipe
@@ -213,7 +214,7 @@ def _train(
     trainer.save_model(str(beside))
     if first:
         (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody may load
-        run_directory.share(beside)
+        share(beside)
         shutil.rmtree(place, ignore_errors=True)
         beside.rename(place)
     row = journal.held_out_at(step) if journal else None
