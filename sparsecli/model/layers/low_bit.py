@@ -46,14 +46,15 @@ class LowBitMatrix(nn.Module):
     @torch.no_grad()
     def copy_(self, weight: Tensor) -> None:
         """Round `weight` (rows, cols) to the nearest codes."""
-        self.store(*quantise_groups(weight.float().numpy(), self.bits))
+        codes, scale, zero = quantise_groups(weight.float().numpy(), self.bits)
+        self.store(codes, torch.from_numpy(from_bfloat16(scale)), torch.from_numpy(zero))
 
     @torch.no_grad()
-    def store(self, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> None:
-        """Take over codes uint8 (rows, 64 G), scale bfloat16 (rows, G) and zero uint8 (rows, G)."""
+    def store(self, codes: np.ndarray, scale: Tensor, zero: Tensor) -> None:
+        """Take over codes uint8 (rows, 64 G), scale (rows, G) and zero uint8 (rows, G)."""
         self.codes.copy_(torch.from_numpy(pack_nibbles(codes)))
-        self.scale.copy_(torch.from_numpy(from_bfloat16(scale)))
-        self.zero.copy_(torch.from_numpy(zero))
+        self.scale.copy_(scale)
+        self.zero.copy_(zero)
 
     def reset_parameters(self) -> None:
         if self.codes.is_meta or getattr(self.codes, "_is_hf_initialized", False):
