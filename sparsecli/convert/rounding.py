@@ -16,8 +16,11 @@ DAMPING = 0.01  # of the mean diagonal: inputs may lie in a subspace
 
 def second_moment(x: Tensor) -> Tensor:
     """Mean of x x^T over the tokens of x (tokens, d): (d, d), float64."""
-    moment = x.T.float() @ x.float()
-    return moment.double() / len(x)
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    with torch.autocast(x.device.type, enabled=False):
+        for part in x.float().split(4096):  # sums in float32 lose what few large inputs leave of the others
+            total += (part.T @ part).double()
+    return total / len(x)
 
 
 @torch.no_grad()

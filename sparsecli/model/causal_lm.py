@@ -19,7 +19,7 @@ from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import build_attention, causal_mask
 from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.feed_forward import DenseFeedForward, MixtureFeedForward, SparseFeedForward
-from sparsecli.model.layers.low_bit import PrecisionFeedForward, SelectorFeedForward
+from sparsecli.model.layers.low_bit import PrecisionFeedForward, SelectorFeedForward, linear
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.layers.normalization import normalization
 from sparsecli.model.layers.positions import LearnedPositions, SinusoidalPositions, rotary_angles
@@ -63,6 +63,7 @@ def build_attention_layer(spec: ModelSpec) -> nn.Module:
         head_width=spec.head_width,
         output_bias=attention.output_bias,
         query_key_norm=spec.normalization_epsilon if attention.query_key_norm else None,
+        bits=spec.low_bit.projection,
     )
 
 
@@ -247,7 +248,7 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
                 spec.d_model, spec.vocabulary.size, spec.vocabulary.modules
             )
         else:
-            self.head = nn.Linear(spec.d_model, spec.vocabulary.size, bias=spec.vocabulary.bias)
+            self.head = linear(spec.d_model, spec.vocabulary.size, spec.vocabulary.bias, spec.low_bit.head)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module | None:

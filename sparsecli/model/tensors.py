@@ -28,7 +28,7 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
     if isinstance(vocabulary, MultiplicativeVocabularySpec):
         shapes |= _multiplicative("head", spec.d_model, vocabulary.size, vocabulary.modules)
     else:
-        shapes |= _linear("head", spec.d_model, vocabulary.size, vocabulary.bias)
+        shapes |= _linear("head", spec.d_model, vocabulary.size, vocabulary.bias, spec.low_bit.head)
     return shapes
 
 
@@ -62,9 +62,10 @@ def _attention(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
             made |= _multiplicative(name, d_model, d_model, modules)
     else:
         held = spec.width_of_head * (attention.key_value_heads or spec.heads)
-        made = _linear("query", d_model, spec.attention_width, attention.bias)
+        bits = spec.low_bit.projection
+        made = _linear("query", d_model, spec.attention_width, attention.bias, bits)
         for name in ("key", "value"):
-            made |= _linear(name, d_model, held, attention.bias)
+            made |= _linear(name, d_model, held, attention.bias, bits)
         if attention.query_key_norm:
             made |= dict.fromkeys(("query_norm.weight", "key_norm.weight"), (spec.width_of_head,))
     for name, shape in made.items():
@@ -73,7 +74,8 @@ def _attention(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
     match attention.output:
         case "dense":
             bias = attention.bias if attention.output_bias is None else attention.output_bias
-            yield from _linear("attention.output", spec.attention_width, d_model, bias).items()
+            bits = spec.low_bit.projection
+            yield from _linear("attention.output", spec.attention_width, d_model, bias, bits).items()
         case "multiplicative":
             yield from _multiplicative("attention.output", d_model, d_model, modules).items()
         case "multiplicative_conv":
@@ -146,8 +148,12 @@ def _norm(name: str, spec: ModelSpec) -> dict[str, Shape]:
     return weight | ({f"{name}.bias": (spec.d_model,)} if spec.normalization == "layer" else {})
 
 
-def _linear(name: str, width_in: int, width_out: int, bias: bool) -> dict[str, Shape]:
+def _linear(
+    name: str, width_in: int, width_out: int, bias: bool, bits: int | None = None
+) -> dict[str, Shape]:
     weight: dict[str, Shape] = {f"{name}.weight": (width_out, width_in)}
+    if bits is not None:
+        weight = _low_bit(name, width_in, width_out)
     return weight | ({f"{name}.bias": (width_out,)} if bias else {})
 
 

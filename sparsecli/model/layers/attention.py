@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecli.model.layers.low_bit import linear
 from sparsecli.model.layers.multiplicative import (
     ConvolutionProjection,
     MultiplicativeConvolution,
@@ -169,6 +170,7 @@ def build_attention(
     head_width: int | None = None,
     output_bias: bool | None = None,
     query_key_norm: float | None = None,
+    bits: int | None = None,
 ) -> Attention:
     """Attention whose projections are named by `projection` and `output_projection` (see `AttentionSpec`).
 
@@ -176,6 +178,7 @@ def build_attention(
         head_width: of dense projections; d_model / heads where it is None.
         output_bias: of a dense output projection; as `bias` where it is None.
         query_key_norm: epsilon of the norms of queries and keys; None for no norms.
+        bits: of the weights of dense projections; None for floating point.
     Raises:
         ValueError: a size does not divide.
     """
@@ -195,9 +198,9 @@ def build_attention(
     made: SeparateProjection | ConvolutionProjection
     if projection == "dense":
         made = SeparateProjection(
-            nn.Linear(d_model, width, bias),
-            nn.Linear(d_model, held, bias),
-            nn.Linear(d_model, held, bias),
+            linear(d_model, width, bias, bits),
+            linear(d_model, held, bias, bits),
+            linear(d_model, held, bias, bits),
             norms,
         )
     elif projection == "multiplicative":
@@ -209,7 +212,7 @@ def build_attention(
         made = ConvolutionProjection(shared, d_model, modules, kernel, value_concat, count_area)  # type: ignore[arg-type]
     output: nn.Module | None = None
     if output_projection == "dense":
-        output = nn.Linear(width, d_model, bias if output_bias is None else output_bias)
+        output = linear(width, d_model, bias if output_bias is None else output_bias, bits)
     elif output_projection == "multiplicative":
         output = multiplicative()
     elif output_projection == "multiplicative_conv":

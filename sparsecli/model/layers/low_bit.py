@@ -118,6 +118,13 @@ class LowBitLinear(LowBitMatrix):
         return F.linear(x, self.weight, self.bias)
 
 
+def linear(width_in: int, width_out: int, bias: bool, bits: int | None) -> nn.Module:
+    """A linear layer, of weights in so many `bits` or, for None, in floating point."""
+    if bits is None:
+        return nn.Linear(width_in, width_out, bias)
+    return LowBitLinear(width_in, width_out, bias, bits)
+
+
 def unit_values(
     gate: Tensor | None, up: Tensor, unit_bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
