@@ -15,12 +15,12 @@ from sparsecli.convert.feed_forward import (
     copy_units,
     fit_controller,
     start_controller,
-    unit_scores,
 )
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.train import trainer
+from sparsecli.train.controllers import unit_scores
 
 RECIPE = """
 model:
@@ -41,7 +41,7 @@ convert:
   feed_forward: {kind: sparse, d_ff: 64, block_size: 16, units_per_block: 4, rank: 12}
   calibration_tokens: 2048
   controller_steps: 100
-  distillation: {max_steps: 40, batch_size: 8, learning_rate: 0.002}
+  distillation: {tokens: 10_240, batch_size: 8, learning_rate: 0.002}
 """
 
 
@@ -172,7 +172,7 @@ def test_a_seed_reproduces_a_conversion(
     monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
     config = json.loads((dense / "model" / "config.json").read_text())
     (dense / "model" / "config.json").write_text(json.dumps(config | {"dropout": 0.1}))
-    short = load(str(loaded.path), ["convert.distillation.max_steps=3", "convert.controller_steps=3"])
+    short = load(str(loaded.path), ["convert.distillation.tokens=768", "convert.controller_steps=3"])
     weights = []
     for attempt in range(2):
         torch.manual_seed(attempt)  # whatever was drawn before

@@ -32,7 +32,7 @@ SHORT_TRAIN = [
 SHORT_CONVERT = [
     "convert.calibration_tokens=512",
     "convert.controller_steps=2",
-    "convert.distillation.max_steps=1",
+    "convert.distillation.tokens=256",
     "convert.distillation.batch_size=1",
     "data.held_out_tokens=512",
 ]

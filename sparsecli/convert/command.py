@@ -15,7 +15,6 @@ from torch import Tensor
 from sparsecli import console
 from sparsecli.console import Mismatch, RecipeError, progress
 from sparsecli.convert.calibration import feed_forward_inputs
-from sparsecli.convert.distillation import distil
 from sparsecli.convert.feed_forward import copy_units, fit_controller
 from sparsecli.convert.report import Report, Stage
 from sparsecli.data.packing import PackedCorpus, Windows, pack
@@ -29,6 +28,7 @@ from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import LoadedRecipe, dump, load, require
 from sparsecli.recipe.schema import ConvertSpec, DataSpec, Recipe, SavedTokenizer
 from sparsecli.train import run_directory
+from sparsecli.train.distillation import distil
 from sparsecli.train.evaluation import HeldOut, evaluate
 
 Layer = TypeVar("Layer", DenseFeedForward, SparseFeedForward)
@@ -67,7 +67,6 @@ def run(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dense, _ = load_model(source)
-    transformers.set_seed(recipe.seed)  # for the dropout of the distillation
     report = _convert(recipe, recipe.convert, dense, spec, pack(data), data, source, output)
     report.show(format)
     return report
@@ -101,7 +100,6 @@ def sparse_spec(dense: ModelSpec, sparse: SparseFeedForwardSpec, file: str) -> M
 def _print_plan(convert: ConvertSpec, source: Path, spec: ModelSpec, data: DataSpec, output: Path) -> None:
     sizes, dense = count_parameters(spec), count_parameters(read_config(source).spec)
     layer = convert.feed_forward
-    distillation = convert.distillation
     rows = [
         ("dense model", str(source)),
         ("units kept per token", f"{layer.units_per_block} of every {layer.block_size}"),
@@ -111,10 +109,7 @@ def _print_plan(convert: ConvertSpec, source: Path, spec: ModelSpec, data: DataS
             "calibration",
             f"{convert.calibration_tokens:,} tokens, {convert.controller_steps} steps a controller",
         ),
-        (
-            "distillation",
-            f"{distillation.max_steps * distillation.batch_size * data.sequence_length:,} tokens",
-        ),
+        ("distillation", f"{convert.distillation.tokens:,} tokens"),
         ("files", f"recipe.yaml, run.json, report.json, report.md, model/ in {output}"),
     ]
     console.print_table(["plan", ""], rows)
@@ -166,16 +161,19 @@ def _convert(
             captured.append(fit_controller(layer, x, convert.controller_steps, generator))
             bar.advance(1, captured_share=captured[-1])
     note("controllers fitted", sparse)
-    if convert.distillation.max_steps:
-        with progress("distilling", convert.distillation.max_steps) as bar:
-            distil(
-                sparse,
-                dense,
-                windows,
-                convert.distillation,
-                generator,
-                lambda loss: bar.advance(1, loss=loss),
-            )
+    if convert.distillation.tokens:
+        training = convert.distillation.training(data.sequence_length)
+        distil(
+            sparse,
+            dense,
+            corpus,
+            data,
+            convert.distillation,
+            training,
+            recipe.seed,
+            output / "distillation",
+            "convert again with another --output",
+        )
         note("distilled", sparse)
 
     dense_sizes, sizes = count_parameters(dense.config.spec), count_parameters(spec)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sparsecli.model.layers.feed_forward import ACTIVATIONS, DenseFeedForward, SparseFeedForward, choose
+from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward, choose
+from sparsecli.train.controllers import controller_loss, unit_scores
 
 
 def copy_units(dense: DenseFeedForward, sparse: SparseFeedForward) -> None:
@@ -22,19 +22,6 @@ def copy_units(dense: DenseFeedForward, sparse: SparseFeedForward) -> None:
             sparse.gate.copy_(dense.gate.weight)
         if sparse.unit_bias is not None:
             sparse.unit_bias.copy_(dense.up.bias)
-
-
-@torch.no_grad()
-def unit_scores(sparse: SparseFeedForward, x: Tensor) -> Tensor:
-    """How much each unit adds to the output for x (tokens, d): |h| times the norm of its row of W_down.
-
-    Returns (tokens, blocks, N). The best k of a block are what a perfect controller would choose.
-    """
-    h = F.linear(x, sparse.up if sparse.gate is None else sparse.gate, sparse.unit_bias)
-    h = ACTIVATIONS[sparse.activation](h)
-    if sparse.gate is not None:
-        h = h * F.linear(x, sparse.up)
-    return (h.abs() * sparse.down.norm(dim=-1)).unflatten(-1, (-1, sparse.block_size))
 
 
 @torch.no_grad()
@@ -78,15 +65,8 @@ def fit_controller(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         rows = torch.randint(len(x), (min(batch_size, len(x)),), generator=generator)
-        wanted = scores[rows]
-        mass = wanted.sum(dim=-1, keepdim=True)
-        # Blocks that add much count more; a block with no active unit has nothing to learn from.
-        weight = mass.squeeze(-1) / mass.mean().clamp(min=1e-12)
-        losses = -(wanted / mass.clamp(min=1e-12) * sparse.controller(x[rows]).log_softmax(dim=-1)).sum(
-            dim=-1
-        )
         optimizer.zero_grad()
-        (weight * losses).mean().backward()
+        controller_loss(sparse, x[rows], scores[rows]).backward()
         optimizer.step()
     fitted = captured_share(sparse, x, scores)
     if fitted < started:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsecli.console import Failure, say, warn
+from sparsecli.console import Failure, RecipeError, say, warn
 from sparsecli.data.cache import cache_folder, digest, write_folder
 from sparsecli.recipe.schema import DataSpec
 
@@ -28,6 +28,8 @@ def load_or_train(
     Code that comes with a tokenizer is never run. Raises `Failure` when the tokenizer cannot be loaded.
     """
     spec = data.tokenizer
+    if spec is None:
+        raise RecipeError("data.tokenizer: missing; name the tokenizer to read the text with")
     if spec.kind == "bpe":
         return _cached_byte_pairs(spec.vocabulary_size, train_documents, cache_dir)
     if spec.kind == "saved":

@@ -114,6 +114,15 @@ def require(loaded: LoadedRecipe, *blocks: str) -> None:
         raise RecipeError(f"{loaded.path.name}: this command needs {needed}")
 
 
+def complete(loaded: LoadedRecipe, blocks: Mapping[str, object]) -> Recipe:
+    """The recipe with these top-level blocks in place of its own. Raises RecipeError where they do not fit the rest."""
+    try:
+        return Recipe(**{**dict(loaded.recipe), **blocks})
+    except ValidationError as error:
+        fault = error.errors()[0]["ctx"]
+        raise RecipeError(f"{loaded.path.name}: {fault['field']}: {fault['message']}") from None
+
+
 @cache
 def shipped() -> dict[str, Path]:
     """The recipes that come with sparsecli, by name."""

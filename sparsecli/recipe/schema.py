@@ -20,10 +20,8 @@ from sparsecli.model.architecture import (
     VocabularySpec,
     fault,
 )
+from sparsecli.recipe.training import Count, NonNegative, Positive, RecoverySpec, TrainSpec
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
 Names = Annotated[list[str], Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16", "int8"]
 
@@ -73,8 +71,8 @@ TokenizerSpec = Annotated[TrainedTokenizer | SavedTokenizer | HubTokenizer, Fiel
 class _Corpus(Block):
     """Fields that every source shares."""
 
-    tokenizer: TokenizerSpec
-    """Where the tokenizer comes from."""
+    tokenizer: TokenizerSpec | None = None
+    """Where the tokenizer comes from; by default from the model that training starts from or that is converted."""
     sequence_length: Annotated[int, Field(ge=2)] = 256
     """Tokens of one training window."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -130,68 +128,7 @@ class HubCorpus(_Corpus):
 DataSpec = Annotated[StdlibCorpus | FilesCorpus | HubCorpus, Field(discriminator="source")]
 
 
-# -- train ---------------------------------------------------------------------------------------------------
-
-
-class TrainSpec(Block):
-    """Training, in the words of transformers' `TrainingArguments`."""
-
-    max_steps: Size
-    """Optimizer steps in all."""
-    per_device_train_batch_size: Size = 8
-    """Windows per step and device."""
-    gradient_accumulation_steps: Size = 1
-    """Batches summed into one step."""
-    per_device_eval_batch_size: Size = 16
-    """Windows per evaluation batch."""
-    learning_rate: Positive = 1e-3
-    """Peak learning rate."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = (
-        "cosine"
-    )
-    """Shape of the learning rate after the warm-up."""
-    min_lr_rate: Probability = 0.05
-    """Where the cosine ends, as a share of the peak."""
-    warmup_steps: Count = 0
-    """Steps of linear warm-up."""
-    optim: Literal["adamw_torch", "adafactor"] = "adamw_torch"
-    """Optimizer."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW's first decay."""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """AdamW's second decay."""
-    weight_decay: NonNegative = 0.1
-    """Decay of matrices; controllers, embeddings, norms and biases have none."""
-    max_grad_norm: NonNegative = 1.0
-    """Clip the gradient to this norm; 0 turns clipping off."""
-    bf16: bool = False
-    """Run matrix products in bfloat16 (weights stay float32)."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
-    torch_compile: bool = False
-    """Compile the model with torch."""
-    logging_steps: Size = 10
-    """Steps between lines of the log."""
-    eval_steps: Size = 250
-    """Steps between evaluations on the held-out text."""
-    save_steps: Size = 250
-    """Steps between checkpoints."""
-    save_total_limit: Annotated[int, Field(ge=2)] = 2
-    """Checkpoints kept; two at least, so that a torn one never is the only one."""
-
-
 # -- convert -------------------------------------------------------------------------------------------------
-
-
-class DistillationSpec(Block):
-    """Train the sparse model towards the dense one's predictions."""
-
-    max_steps: Count = 200
-    """Optimizer steps; 0 skips distillation."""
-    batch_size: Size = 8
-    """Windows per step."""
-    learning_rate: Positive = 3e-4
-    """Peak learning rate (cosine to zero)."""
 
 
 class ConvertSpec(Block):
@@ -205,7 +142,7 @@ class ConvertSpec(Block):
     """Training tokens that the controllers are fitted on."""
     controller_steps: Count = 200
     """Optimizer steps of each controller's fit."""
-    distillation: DistillationSpec = DistillationSpec()
+    distillation: RecoverySpec = RecoverySpec()
     """Recovery after the fit."""
 
 
@@ -373,14 +310,17 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        tokenizer = self.data.tokenizer if self.data else None
+        if self.data and tokenizer is None and not self.convert and not (self.train and self.train.init_from):
+            raise fault("data.tokenizer", "missing; only a model that is there already can bring its own")
         if self.data and self.model:
             length, positions = self.data.sequence_length, self.model.max_positions
             if length > positions:
                 raise fault(
                     "data.sequence_length", f"{length} is longer than model.max_positions {positions}"
                 )
-            tokenizer, size = self.data.tokenizer, self.model.vocabulary.size
-            if tokenizer.kind == "bpe" and tokenizer.vocabulary_size > size:
+            size = self.model.vocabulary.size
+            if tokenizer and tokenizer.kind == "bpe" and tokenizer.vocabulary_size > size:
                 raise fault(
                     "data.tokenizer.vocabulary_size",
                     f"{tokenizer.vocabulary_size} tokens do not fit model.vocabulary.size {size}",

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsecli.data.packing import Windows
 from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
+from sparsecli.train.divergence import divergence
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class HeldOut:
     """Share of the sparse layers' units that no token chose; None without sparse layers."""
     balance: float | None
     """Entropy of the choices in a block over that of even choices, mean of all blocks; 1 is even."""
+    kl_to_teacher: float | None = None
+    """KL(teacher || model) in nats per predicted token; None without a teacher."""
+
+
+TeacherModel = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Token ids (B, T) to logits (B, T, V) and final hidden states (B, T, d)."""
 
 
 @torch.no_grad()
@@ -36,6 +43,7 @@ def evaluate(
     bytes_per_token: float,
     *,
     batch_size: int = 16,
+    teacher: TeacherModel | None = None,
     rank: int = 0,
     ranks: int = 1,
     add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
@@ -48,7 +56,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)  # nats, predicted tokens
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, divergence from the teacher, predicted tokens
     try:
         with ExitStack() as stack:
             layers = [layer for layer in model.modules() if isinstance(layer, SparseFeedForward)]
@@ -58,16 +66,22 @@ def evaluate(
                     return None
                 indices = range(start, min(start + batch_size, len(windows)))
                 batch = torch.stack([windows[index]["input_ids"] for index in indices]).to(model.device)
-                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-                predicted = batch.shape[0] * (batch.shape[1] - 1)
-                sums += torch.tensor([loss.double().item() * predicted, predicted], dtype=torch.float64)
+                output = model(input_ids=batch, labels=batch, use_cache=False)
+                predicted = batch.shape[1] - 1
+                means = [output.loss.double().item() * len(batch), 0.0, float(len(batch))]
+                if teacher:
+                    pairs = zip(output.logits, teacher(batch)[0], strict=True)
+                    means[1] = sum(divergence(ours[:-1], theirs[:-1]).item() for ours, theirs in pairs)
+                sums += predicted * torch.tensor(means, dtype=torch.float64)
     finally:
         model.train(was_training)
 
-    nats, tokens = add_up(sums).tolist()
+    nats, kl, tokens = add_up(sums).tolist()
     never_chosen, balance = _evenness([add_up(count) for count in counts])
     per_token = nats / tokens
-    return HeldOut(per_token, per_token / math.log(2) / bytes_per_token, int(tokens), never_chosen, balance)
+    bits_per_byte = per_token / math.log(2) / bytes_per_token
+    kl_to_teacher = kl / tokens if teacher else None
+    return HeldOut(per_token, bits_per_byte, int(tokens), never_chosen, balance, kl_to_teacher)
 
 
 @contextmanager

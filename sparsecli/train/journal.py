@@ -85,7 +85,7 @@ class Journal(TrainerCallback):
             }
             self.shown = {"loss": logs["loss"], "tokens_per_second": round(speed)}
         elif "held_out_nats" in logs:
-            names = ("held_out_nats", "bits_per_byte", "never_chosen", "balance")
+            names = ("held_out_nats", "bits_per_byte", "never_chosen", "balance", "kl_to_teacher")
             row = {name: logs[name] for name in names if logs.get(name) is not None}
             figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items())
             say(f"step {step}: {figures}")

@@ -20,13 +20,16 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
+from sparsecli.console import Stopped, first_process, progress
 from sparsecli.data.packing import Windows
 from sparsecli.model.layers.feed_forward import Controller, MixtureFeedForward
 from sparsecli.model.layers.positions import LearnedPositions
-from sparsecli.recipe.schema import TrainSpec
-from sparsecli.train.checkpoint import seal
-from sparsecli.train.evaluation import evaluate
+from sparsecli.recipe.training import TrainSpec
+from sparsecli.train.checkpoint import seal, step_of
+from sparsecli.train.evaluation import TeacherModel, evaluate
+from sparsecli.train.journal import Journal
 
 UNFINISHED = ".unfinished"
 """Folder under `checkpoints/` where a checkpoint is written before it is renamed."""
@@ -35,6 +38,7 @@ UNFINISHED = ".unfinished"
 def training_arguments(train: TrainSpec, seed: int, checkpoints: Path) -> TrainingArguments:
     """A recipe's `train` block in transformers' words, which are nearly the same."""
     ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit", "gradient_checkpointing"}
+    ours |= {"init_from", "distillation"}
     # Releases of transformers 5 differ in this one name.
     names = TrainingArguments.__dataclass_fields__
     recompute = (
@@ -55,12 +59,13 @@ def training_arguments(train: TrainSpec, seed: int, checkpoints: Path) -> Traini
         save_strategy="steps",
         seed=seed,
         data_seed=seed,
+        # A stage that chooses every unit leaves the controllers out.
+        ddp_find_unused_parameters=train.distillation is not None,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         include_num_input_tokens_seen="all",
         logging_nan_inf_filter=False,
-        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
@@ -120,6 +125,7 @@ class LanguageModelTrainer(Trainer):
             data_collator=_stack,
         )
         self.bytes_per_token = bytes_per_token
+        self.teacher: TeacherModel | None = None
         self.checkpoints, self.keep, self.signals = checkpoints, keep, signals
         # Windows all have the same length, so the mean of batch means is exact; the count that the Trainer
         # would hand over includes the first token of each window, which is not predicted.
@@ -148,6 +154,7 @@ class LanguageModelTrainer(Trainer):
             self.eval_dataset,
             self.bytes_per_token,
             batch_size=self.args.per_device_eval_batch_size,
+            teacher=self.teacher,
             rank=self.args.process_index,
             ranks=self.args.world_size,
             add_up=(lambda sums: sums) if alone else self._add_up,
@@ -163,6 +170,7 @@ class LanguageModelTrainer(Trainer):
             "bits_per_byte": figures.bits_per_byte,
             "never_chosen": figures.never_chosen,
             "balance": figures.balance,
+            "kl_to_teacher": figures.kl_to_teacher,
         }
         known = {name: value for name, value in metrics.items() if value is not None}
         self.log(dict(known))
@@ -210,3 +218,33 @@ class _StopAtSignal(TrainerCallback):
 
 def _stack(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
+
+
+def run_steps(
+    trainer: LanguageModelTrainer, output: Path, checkpoint: Path | None, *, description: str, hint: str
+) -> Journal | None:
+    """Run `trainer` to its last step, from `checkpoint` where there is one, with a journal in `output`.
+
+    Returns the journal, in the first process. Raises `Stopped`, whose message ends with `hint`, after SIGTERM or
+    SIGINT before the last step. One that comes later has nothing left to stop.
+    """
+    start_step, steps = step_of(checkpoint) if checkpoint else 0, trainer.args.max_steps
+    with trainer.signals as signals, progress(description, steps) as bar:
+        bar.advance(start_step)
+        journal = Journal(output, start_step, bar) if first_process() else None
+        if journal:
+            trainer.add_callback(journal)
+        try:
+            if start_step < steps:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            elif checkpoint:
+                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        finally:
+            if journal:
+                journal.close()
+    step = max(trainer.state.global_step, start_step)
+    if step < steps:
+        message = f"stopped at step {step} of {steps} with a checkpoint; {hint}"
+        raise Stopped(message, exit_code=130 if signals.received == signal.SIGINT else None)
+    signals.received = None  # one in the last step, or in the evaluation after it
+    return journal

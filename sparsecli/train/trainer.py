@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PreTrainedTokenizerFast, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedTokenizerFast, set_seed
 
-from sparsecli.console import Failure, RecipeError, Stopped, first_process, print_table, progress, say
+from sparsecli.console import Failure, RecipeError, first_process, print_table, say
 from sparsecli.data.packing import PackedCorpus, pack
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.model.checkpoint import load_network, load_tokenizer
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.folder import share
+from sparsecli.model.folder import find_model, read_description, share
 from sparsecli.model.sizes import count_parameters
-from sparsecli.recipe.loader import LoadedRecipe, dump, require
-from sparsecli.recipe.schema import Recipe
+from sparsecli.recipe.loader import LoadedRecipe, complete, dump, require
+from sparsecli.recipe.schema import Recipe, SavedTokenizer
+from sparsecli.recipe.training import TrainSpec
 from sparsecli.train import run_directory
-from sparsecli.train.checkpoint import newest_sound, step_of
-from sparsecli.train.journal import Journal
-from sparsecli.train.loop import LanguageModelTrainer, Signals, training_arguments
+from sparsecli.train.checkpoint import newest_sound
+from sparsecli.train.distillation import DistillationTrainer, Teacher, check_teacher, check_vocabulary
+from sparsecli.train.loop import LanguageModelTrainer, Signals, run_steps, training_arguments
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Result:
     """Training speed of the process that finished the run."""
     never_chosen: float | None = None
     balance: float | None = None
+    kl_to_teacher: float | None = None
 
 
 def run(
@@ -52,10 +53,10 @@ def run(
     asked; `Stopped` after SIGTERM or SIGINT before the last step. One that comes later has nothing left to
     stop: the run ends as if none had.
     """
-    require(loaded, "model", "data", "train")
-    recipe = loaded.recipe
+    recipe = _resolved(loaded)
     assert recipe.model
     assert recipe.data
+    assert recipe.train
     if resume not in (None, "auto"):
         raise Failure(
             f"--resume {resume}: expected auto, which takes the newest whole checkpoint", exit_code=2
@@ -88,6 +89,7 @@ def run(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     corpus = pack(recipe.data)
+    _check_vocabularies(recipe.train, corpus.tokenizer)
     if len(corpus.tokenizer) > recipe.model.vocabulary.size:
         raise RecipeError(
             f"{loaded.path.name}: model.vocabulary.size: {recipe.model.vocabulary.size} is less than the "
@@ -98,6 +100,49 @@ def run(
     if result:
         _print_result(result, output)
     return result
+
+
+def _resolved(loaded: LoadedRecipe) -> Recipe:
+    """The recipe with the architecture and the tokenizer of the model that it starts from.
+
+    Raises:
+        RecipeError: a block is missing, or the two do not agree.
+        Failure: there is no such model, or the teacher does not fit it.
+    """
+    recipe = loaded.recipe
+    start = recipe.train and recipe.train.init_from
+    require(loaded, *(() if start else ("model",)), "data", "train")
+    assert recipe.data
+    assert recipe.train
+    if start:
+        folder = find_model(start)
+        spec = read_description(folder).spec
+        model = recipe.model or spec
+        differ = [name for name, value in spec if value != getattr(model, name)]
+        if differ:
+            raise RecipeError(
+                f"{loaded.path.name}: model: is not the one in train.init_from {start}: {', '.join(differ)}; "
+                f"leave the block out to take it from there"
+            )
+        tokenizer = recipe.data.tokenizer or SavedTokenizer(kind="saved", path=str(folder))
+        data = recipe.data.model_copy(update={"tokenizer": tokenizer})
+        recipe = complete(loaded, {"model": spec, "data": data})
+    assert recipe.model
+    objective = recipe.train and recipe.train.distillation
+    if objective:
+        check_teacher(objective, recipe.model, read_description(find_model(objective.teacher)).spec)
+    return recipe
+
+
+def _check_vocabularies(train: TrainSpec, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise Failure unless the models that the training starts from and learns from read the text's tokens alike."""
+    models = {"train.init_from": train.init_from}
+    if train.distillation:
+        models["train.distillation.teacher"] = train.distillation.teacher
+    for key, reference in models.items():
+        if reference is not None:
+            folder = find_model(reference)
+            check_vocabulary(tokenizer, load_tokenizer(folder), key, folder)
 
 
 def _print_plan(recipe: Recipe, output: Path) -> None:
@@ -111,7 +156,11 @@ def _print_plan(recipe: Recipe, output: Path) -> None:
     copies = 4 if train.optim == "adamw_torch" else 3  # weights, gradients, the optimizer's averages
     logits = 3 * batch * recipe.model.vocabulary.size  # themselves, their softmax and their gradient
     written = (run_directory.RECIPE, run_directory.FACTS, run_directory.METRICS, "loss.png")
+    starts = [("starts from", train.init_from)] if train.init_from else []
+    teachers = [("learns from", train.distillation.teacher)] if train.distillation else []
     rows = [
+        *starts,
+        *teachers,
         ("parameters", f"{sizes.total:,}, of which a token reads {sizes.active:,}"),
         ("weights, gradients, optimizer", f"about {sizes.total * copies * 4 / 2**20:,.0f} MiB"),
         ("logits of a batch", f"about {logits * 4 / 2**20:,.0f} MiB"),
@@ -132,6 +181,7 @@ def _print_result(result: Result, output: Path) -> None:
         ("training tokens per second", show(result.tokens_per_second, ",.0f")),
         ("units never chosen", show(result.never_chosen, ".2%")),
         ("balance of choices", show(result.balance, ".4f")),
+        ("KL to the teacher", show(result.kl_to_teacher, ".4f")),
         ("model", str(output / "model")),
     ]
     print_table(["result", ""], rows)
@@ -145,7 +195,6 @@ def _train(
     train, checkpoints = recipe.train, output / run_directory.CHECKPOINTS
     windows = corpus.train.windows(recipe.data.sequence_length)
     held_out = corpus.held_out.windows(recipe.data.sequence_length, recipe.data.held_out_tokens)
-    start_step = step_of(checkpoint) if checkpoint else 0
     facts = run_directory.read_facts(output)
     if facts.get("corpus", corpus.fingerprint) != corpus.fingerprint:
         raise Failure(f"{output}: the text or its tokenizer is not what this run was started with")
@@ -173,39 +222,23 @@ def _train(
         }
         run_directory.write_facts(output, facts)
 
-    with Signals() as signals, progress("training", train.max_steps) as bar:
-        bar.advance(start_step)
-        trainer = LanguageModelTrainer(
-            model,
-            arguments,
-            corpus.tokenizer,
-            windows,
-            held_out,
-            held_out.bytes_per_token(corpus.tokenizer),
-            checkpoints=checkpoints,
-            keep=train.save_total_limit,
-            signals=signals,
-        )
-        journal = Journal(output, start_step, bar) if first else None
-        if journal:
-            trainer.add_callback(journal)
-        try:
-            if start_step < train.max_steps:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            elif checkpoint:
-                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        finally:
-            if journal:
-                journal.close()
-    step = max(trainer.state.global_step, start_step)
-    if step < train.max_steps:
-        interrupted = signals.received == signal.SIGINT
-        message = (
-            f"stopped at step {step} of {train.max_steps} with a checkpoint; {run_directory.go_on(output)}"
-        )
-        raise Stopped(message, exit_code=130 if interrupted else None)
-
-    signals.received = None  # one in the last step, or in the evaluation after it, has nothing left to stop
+    parts = (
+        model,
+        arguments,
+        corpus.tokenizer,
+        windows,
+        held_out,
+        held_out.bytes_per_token(corpus.tokenizer),
+    )
+    places: dict[str, Any] = {"checkpoints": checkpoints, "keep": train.save_total_limit, "signals": Signals()}
+    trainer: LanguageModelTrainer
+    if train.distillation:
+        teacher = Teacher(load_network(find_model(train.distillation.teacher)), train.bf16)
+        trainer = DistillationTrainer(*parts, **places, teacher=teacher, objective=train.distillation)
+    else:
+        trainer = LanguageModelTrainer(*parts, **places)
+    hint = run_directory.go_on(output)
+    journal = run_steps(trainer, output, checkpoint, description="training", hint=hint)
 
     beside, place = output / "model.tmp", output / "model"
     if first:
@@ -217,18 +250,19 @@ def _train(
         share(beside)
         shutil.rmtree(place, ignore_errors=True)
         beside.rename(place)
-    row = journal.held_out_at(step) if journal else None
+    row = journal.held_out_at(train.max_steps) if journal else None
     if trainer.anywhere(first and row is None):
         row = trainer.evaluate()
     if journal is None or row is None:
         return None
     result = Result(
-        steps=step,
+        steps=train.max_steps,
         held_out_nats=row["held_out_nats"],
         bits_per_byte=row["bits_per_byte"],
         tokens_per_second=journal.tokens_per_second,
         never_chosen=row.get("never_chosen"),
         balance=row.get("balance"),
+        kl_to_teacher=row.get("kl_to_teacher"),
     )
     run_directory.write_facts(output, {**facts, "finished": _now(), "result": asdict(result)})
     return result
@@ -237,10 +271,12 @@ def _train(
 def _model(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None
 ) -> ScalingTransformerForCausalLM:
-    """The recipe's model with fresh weights, or with those of a checkpoint."""
+    """The recipe's model with fresh weights, or with those of a checkpoint or of the model that it starts from."""
     assert recipe.model
     if checkpoint:
         return ScalingTransformerForCausalLM.from_pretrained(checkpoint)
+    if recipe.train and recipe.train.init_from:
+        return load_network(find_model(recipe.train.init_from))
     tokens: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

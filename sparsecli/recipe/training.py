@@ -1,0 +1,123 @@
+"""What a recipe may say about training: from the text, from a teacher, or to recover from a conversion."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sparsecli.model.architecture import Block, Probability, Size, fault
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Objective(Block):
+    """What a student learns from its teacher: a weighted sum of these terms.
+
+    Layers that choose units choose as they will decode: hard and without noise.
+    """
+
+    temperature: Positive = 1.0
+    """Divides the logits of both before they are compared; above 1 shows more of the unlikely tokens."""
+    kl_weight: NonNegative = 1.0
+    """Weight of KL(teacher || student) over the vocabulary, in nats per token times the temperature's square."""
+    hidden_weight: NonNegative = 0.0
+    """Weight of the mean squared error of the final hidden state; needs a teacher of the same width."""
+    cross_entropy_weight: NonNegative = 0.0
+    """Weight of the cross-entropy on the text itself."""
+    controller_weight: NonNegative = 0.0
+    """Weight of the controllers' own cross-entropy towards the units that add most to their layer (kind sparse)."""
+    start_units_per_block: Size | None = None
+    """Choose this many units at first and half as many at each stage, down to the model's own k at half of the
+    steps; by default the model's own k from the start."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Objective:
+        if not (self.kl_weight or self.hidden_weight or self.cross_entropy_weight):
+            raise fault("kl_weight", "all weights are 0; there is nothing to learn from")
+        return self
+
+
+class DistillationSpec(Objective):
+    """Train towards another model's predictions."""
+
+    teacher: str
+    """The model to learn from: a run or a model folder, of the same vocabulary."""
+
+
+class TrainSpec(Block):
+    """Training, in the words of transformers' `TrainingArguments`."""
+
+    max_steps: Size
+    """Optimizer steps in all."""
+    per_device_train_batch_size: Size = 8
+    """Windows per step and device."""
+    gradient_accumulation_steps: Size = 1
+    """Batches summed into one step."""
+    per_device_eval_batch_size: Size = 16
+    """Windows per evaluation batch."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = (
+        "cosine"
+    )
+    """Shape of the learning rate after the warm-up."""
+    min_lr_rate: Probability = 0.05
+    """Where the cosine ends, as a share of the peak."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up."""
+    optim: Literal["adamw_torch", "adafactor"] = "adamw_torch"
+    """Optimizer."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first decay."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's second decay."""
+    weight_decay: NonNegative = 0.1
+    """Decay of matrices; controllers, embeddings, norms and biases have none."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the gradient to this norm; 0 turns clipping off."""
+    bf16: bool = False
+    """Run matrix products in bfloat16 (weights stay float32)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    torch_compile: bool = False
+    """Compile the model with torch."""
+    logging_steps: Size = 10
+    """Steps between lines of the log."""
+    eval_steps: Size = 250
+    """Steps between evaluations on the held-out text."""
+    save_steps: Size = 250
+    """Steps between checkpoints."""
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; two at least, so that a torn one never is the only one."""
+    init_from: str | None = None
+    """Start from the weights of this run or model folder, whose architecture and tokenizer the recipe may leave out."""
+    distillation: DistillationSpec | None = None
+    """Learn from a teacher instead of from the text alone."""
+
+
+class RecoverySpec(Objective):
+    """Train the converted model towards the dense one."""
+
+    tokens: Count = 400_000
+    """Tokens to train on; 0 skips distillation."""
+    batch_size: Size = 8
+    """Windows per step."""
+    learning_rate: Positive = 3e-4
+    """Peak learning rate (cosine to 5 %)."""
+
+    def training(self, sequence_length: int) -> TrainSpec:
+        """The training that these words stand for, on windows of `sequence_length` tokens."""
+        steps = max(1, round(self.tokens / (self.batch_size * sequence_length)))
+        return TrainSpec(
+            max_steps=steps,
+            per_device_train_batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=0.0,
+            bf16=True,
+            logging_steps=min(10, steps),
+            eval_steps=steps + 1,  # the conversion measures what comes out
+            save_steps=50,
+        )
