@@ -118,6 +118,5 @@ class RecoverySpec(Objective):
             weight_decay=0.0,
             bf16=True,
             logging_steps=min(10, steps),
-            eval_steps=steps + 1,  # the conversion measures what comes out
             save_steps=50,
         )

@@ -69,11 +69,12 @@ def distil(
             student.load_state_dict(load_network(checkpoint).state_dict())
         trainer = DistillationTrainer(
             student,
-            training_arguments(train, seed, checkpoints),
+            training_arguments(train, seed, checkpoints, evaluations=False),
             corpus.tokenizer,
             windows,
             held_out,
             held_out.bytes_per_token(corpus.tokenizer),
+            bf16=train.bf16,
             checkpoints=checkpoints,
             keep=train.save_total_limit,
             signals=Signals(),

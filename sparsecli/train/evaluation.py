@@ -56,7 +56,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, divergence from the teacher, predicted tokens
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, predicted tokens, divergence from the teacher
     try:
         with ExitStack() as stack:
             layers = [layer for layer in model.modules() if isinstance(layer, SparseFeedForward)]
@@ -68,15 +68,15 @@ def evaluate(
                 batch = torch.stack([windows[index]["input_ids"] for index in indices]).to(model.device)
                 output = model(input_ids=batch, labels=batch, use_cache=False)
                 predicted = batch.shape[1] - 1
-                means = [output.loss.double().item() * len(batch), 0.0, float(len(batch))]
+                means = [output.loss.double().item() * len(batch), float(len(batch)), 0.0]
                 if teacher:
                     pairs = zip(output.logits, teacher(batch)[0], strict=True)
-                    means[1] = sum(divergence(ours[:-1], theirs[:-1]).item() for ours, theirs in pairs)
+                    means[2] = sum(divergence(ours[:-1], theirs[:-1]).item() for ours, theirs in pairs)
                 sums += predicted * torch.tensor(means, dtype=torch.float64)
     finally:
         model.train(was_training)
 
-    nats, kl, tokens = add_up(sums).tolist()
+    nats, tokens, kl = add_up(sums).tolist()
     never_chosen, balance = _evenness([add_up(count) for count in counts])
     per_token = nats / tokens
     bits_per_byte = per_token / math.log(2) / bytes_per_token

@@ -35,10 +35,12 @@ UNFINISHED = ".unfinished"
 """Folder under `checkpoints/` where a checkpoint is written before it is renamed."""
 
 
-def training_arguments(train: TrainSpec, seed: int, checkpoints: Path) -> TrainingArguments:
+def training_arguments(
+    train: TrainSpec, seed: int, checkpoints: Path, *, evaluations: bool = True
+) -> TrainingArguments:
     """A recipe's `train` block in transformers' words, which are nearly the same."""
     ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit", "gradient_checkpointing"}
-    ours |= {"init_from", "distillation"}
+    ours |= {"init_from", "distillation", "bf16"}
     # Releases of transformers 5 differ in this one name.
     names = TrainingArguments.__dataclass_fields__
     recompute = (
@@ -55,7 +57,7 @@ def training_arguments(train: TrainSpec, seed: int, checkpoints: Path) -> Traini
         **train.model_dump(exclude=ours),
         **schedule,
         **{recompute: train.gradient_checkpointing},
-        eval_strategy="steps",
+        eval_strategy="steps" if evaluations else "no",
         save_strategy="steps",
         seed=seed,
         data_seed=seed,
@@ -97,6 +99,7 @@ class LanguageModelTrainer(Trainer):
     """Trains on windows of tokens; evaluates with hard choices; seals its checkpoints.
 
     Args:
+        bf16: matrix products in bfloat16. Transformers' own option would also copy the logits to float32.
         keep: checkpoints to keep under `checkpoints`.
         signals: stops training at the end of the step, with a checkpoint, once it has received one.
     """
@@ -112,6 +115,7 @@ class LanguageModelTrainer(Trainer):
         held_out: Windows,
         bytes_per_token: float,
         *,
+        bf16: bool,
         checkpoints: Path,
         keep: int,
         signals: Signals,
@@ -124,7 +128,7 @@ class LanguageModelTrainer(Trainer):
             processing_class=tokenizer,
             data_collator=_stack,
         )
-        self.bytes_per_token = bytes_per_token
+        self.bytes_per_token, self.bf16 = bytes_per_token, bf16
         self.teacher: TeacherModel | None = None
         self.checkpoints, self.keep, self.signals = checkpoints, keep, signals
         # Windows all have the same length, so the mean of batch means is exact; the count that the Trainer
@@ -132,6 +136,10 @@ class LanguageModelTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self.add_callback(_StopAtSignal(self))
+
+    def compute_loss_context_manager(self) -> Any:
+        """What training and evaluation run in."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices, but not those of embeddings and of what chooses units or experts."""
@@ -149,18 +157,19 @@ class LanguageModelTrainer(Trainer):
         assert isinstance(self.model, PreTrainedModel)
         assert isinstance(self.eval_dataset, Windows)
         alone = self.args.world_size == 1
-        figures = evaluate(
-            self.model,
-            self.eval_dataset,
-            self.bytes_per_token,
-            batch_size=self.args.per_device_eval_batch_size,
-            teacher=self.teacher,
-            rank=self.args.process_index,
-            ranks=self.args.world_size,
-            add_up=(lambda sums: sums) if alone else self._add_up,
-            # Several processes may not part ways in the middle; they agree at the end of a step.
-            stopped=lambda: alone and self.signals.received is not None,
-        )
+        with self.compute_loss_context_manager():
+            figures = evaluate(
+                self.model,
+                self.eval_dataset,
+                self.bytes_per_token,
+                batch_size=self.args.per_device_eval_batch_size,
+                teacher=self.teacher,
+                rank=self.args.process_index,
+                ranks=self.args.world_size,
+                add_up=(lambda sums: sums) if alone else self._add_up,
+                # Several processes may not part ways in the middle; they agree at the end of a step.
+                stopped=lambda: alone and self.signals.received is not None,
+            )
         if figures is None:
             self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True

@@ -222,21 +222,24 @@ def _train(
         }
         run_directory.write_facts(output, facts)
 
-    parts = (
-        model,
-        arguments,
-        corpus.tokenizer,
-        windows,
-        held_out,
-        held_out.bytes_per_token(corpus.tokenizer),
-    )
-    places: dict[str, Any] = {"checkpoints": checkpoints, "keep": train.save_total_limit, "signals": Signals()}
+    parts: dict[str, Any] = {
+        "model": model,
+        "arguments": arguments,
+        "tokenizer": corpus.tokenizer,
+        "windows": windows,
+        "held_out": held_out,
+        "bytes_per_token": held_out.bytes_per_token(corpus.tokenizer),
+        "bf16": train.bf16,
+        "checkpoints": checkpoints,
+        "keep": train.save_total_limit,
+        "signals": Signals(),
+    }
     trainer: LanguageModelTrainer
     if train.distillation:
         teacher = Teacher(load_network(find_model(train.distillation.teacher)), train.bf16)
-        trainer = DistillationTrainer(*parts, **places, teacher=teacher, objective=train.distillation)
+        trainer = DistillationTrainer(**parts, teacher=teacher, objective=train.distillation)
     else:
-        trainer = LanguageModelTrainer(*parts, **places)
+        trainer = LanguageModelTrainer(**parts)
     hint = run_directory.go_on(output)
     journal = run_steps(trainer, output, checkpoint, description="training", hint=hint)
 
