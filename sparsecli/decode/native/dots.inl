@@ -165,14 +165,57 @@ inline void products_of(int64_t type, const void* first, int64_t stride, const i
     }
 }
 
+// Sums over the lanes of R vectors. Four are added up as the columns of one matrix, which takes a third of the steps.
+#if defined(SPARSECLI_AVX512)
+template <int R>
+inline void sum_each(const __m512* v, float* out) {
+    if constexpr (R == 4) {
+        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+        const __m512 low = _mm512_shuffle_ps(a, b, 0x44), high = _mm512_shuffle_ps(a, b, 0xee);
+        const __m512 all = _mm512_add_ps(low, high);  // four times the four vectors
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    } else {
+        for (int r = 0; r < R; ++r) out[r] = _mm512_reduce_add_ps(v[r]);
+    }
+}
+
+// The sum of four lanes fits into 32 bits, that of more may not.
+static_assert(4 * SPAN / LANES * 32767 * 127 < int64_t(1) << 31);
+template <int R>
+inline void sum_each(const __m512i* v, float* out) {
+    if constexpr (R == 4) {
+        const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+        const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+        const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+        const __m512i wide = _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(all)),
+                                              _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(all, 1)));
+        const __m256i half = _mm256_add_epi64(_mm512_castsi512_si256(wide), _mm512_extracti64x4_epi64(wide, 1));
+        _mm_storeu_ps(out, _mm256_cvtepi64_ps(half));
+    } else {
+        for (int r = 0; r < R; ++r) out[r] = sum(v[r]);
+    }
+}
+#endif
+
+template <int R>
+inline void sum_each(const Vector* v, float* out) {
+#if defined(SPARSECLI_AVX512)
+    sum_each<R>((const __m512*)v, out);
+#else
+    for (int r = 0; r < R; ++r) out[r] = sum(v[r]);
+#endif
+}
+
 // R rows with TOKENS tokens, one running sum for each pair: what is loaded of a row serves all tokens.
 template <int R, class W>
-inline void dot_tile(const W* const* w, const float* x, int64_t x_stride, int64_t count, float (*out)[TOKENS]) {
-    Vector sums[R][TOKENS];
+inline void dot_tile(const W* const* w, const float* x, int64_t x_stride, int64_t count, float (*out)[R]) {
+    Vector sums[TOKENS][R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+    for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; ++t) sums[r][t] = fill(0);
+        for (int r = 0; r < R; ++r) sums[t][r] = fill(0);
     for (int64_t i = 0; i < count; i += LANES) {
         Vector weights[R];
 #pragma GCC unroll 8
@@ -181,23 +224,23 @@ inline void dot_tile(const W* const* w, const float* x, int64_t x_stride, int64_
         for (int t = 0; t < TOKENS; ++t) {
             const Vector v = load(x + t * x_stride + i);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) add_product(sums[r][t], weights[r], v);
+            for (int r = 0; r < R; ++r) add_product(sums[t][r], weights[r], v);
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < TOKENS; ++t) out[r][t] = sum(sums[r][t]);
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t) sum_each<R>(sums[t], out[t]);
 }
 
 #if defined(SPARSECLI_AVX512)
 // The same from pairs of bfloat16, see `split_dot`.
 template <int R>
 inline void split_tile(const uint16_t* const* w, const uint16_t* halves, int64_t x_stride, int64_t count,
-                       float (*out)[TOKENS]) {
-    __m512 sums[R][TOKENS];
+                       float (*out)[R]) {
+    __m512 sums[TOKENS][R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+    for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; ++t) sums[r][t] = _mm512_setzero_ps();
+        for (int r = 0; r < R; ++r) sums[t][r] = _mm512_setzero_ps();
     for (int64_t i = 0; i < count; i += 2 * LANES) {
         __m512i weights[R];
 #pragma GCC unroll 8
@@ -208,22 +251,22 @@ inline void split_tile(const uint16_t* const* w, const uint16_t* halves, int64_t
             const __m512i rest = _mm512_loadu_si512(halves + (2 * t + 1) * x_stride + i);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
-                sums[r][t] = add_pairs(add_pairs(sums[r][t], weights[r], whole), weights[r], rest);
+                sums[t][r] = add_pairs(add_pairs(sums[t][r], weights[r], whole), weights[r], rest);
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < TOKENS; ++t) out[r][t] = _mm512_reduce_add_ps(sums[r][t]);
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t) sum_each<R>(sums[t], out[t]);
 }
 
 // The same from 8-bit weights and 16-bit activations.
 template <int R>
 inline void integer_tile(const int8_t* const* w, const int16_t* x, int64_t x_stride, int64_t count,
-                         float (*out)[TOKENS]) {
-    __m512i sums[R][TOKENS];
+                         float (*out)[R]) {
+    __m512i sums[TOKENS][R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+    for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; ++t) sums[r][t] = _mm512_setzero_si512();
+        for (int r = 0; r < R; ++r) sums[t][r] = _mm512_setzero_si512();
     for (int64_t i = 0; i < count; i += 2 * LANES) {
         __m512i weights[R];
 #pragma GCC unroll 8
@@ -233,18 +276,18 @@ inline void integer_tile(const int8_t* const* w, const int16_t* x, int64_t x_str
         for (int t = 0; t < TOKENS; ++t) {
             const __m512i v = _mm512_loadu_si512(x + t * x_stride + i);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) sums[r][t] = add_pairs(sums[r][t], weights[r], v);
+            for (int r = 0; r < R; ++r) sums[t][r] = add_pairs(sums[t][r], weights[r], v);
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < TOKENS; ++t) out[r][t] = sum(sums[r][t]);
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t) sum_each<R>(sums[t], out[t]);
 }
 #endif
 
 // Products of rows [row, row + R) of a span with TOKENS tokens, without scales.
 template <int R>
 inline void tile_of(int64_t type, const void* span, int64_t width, int64_t row, const Activations& x, int64_t token,
-                    int64_t column, float (*out)[TOKENS]) {
+                    int64_t column, float (*out)[R]) {
     const int64_t at = token * x.stride + column;
     const auto rows_of = [&](auto kind, auto& rows) {
         for (int r = 0; r < R; ++r) rows[r] = (const decltype(kind)*)span + (row + r) * width;
@@ -269,7 +312,7 @@ inline void tile_of(int64_t type, const void* span, int64_t width, int64_t row, 
 #else
         for (int r = 0; r < R; ++r)
             for (int64_t t = 0; t < TOKENS; ++t)
-                dot<1, false>(rows + r, x.integers + t * x.stride + at, width, rows + r, &out[r][t]);
+                dot<1, false>(rows + r, x.integers + t * x.stride + at, width, rows + r, &out[t][r]);
 #endif
     }
 }
@@ -282,30 +325,31 @@ void dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int
     for (int64_t column = 0; column < stride; column += SPAN) {
         const int64_t width = column + SPAN < stride ? SPAN : stride - column;
         const void* span = (const char*)w.data + column * w.rows * type_bytes(w.type);
-        const auto add = [&](int64_t row, int64_t t, float part) {
-            float& to = out[t * out_stride + row];
-            if (w.type == INT8) part *= w.scale[row] * x.scales[t];
-            to = column ? to + part : part;
+        // One token's products with N rows from `row` on.
+        const auto add = [&]<int N>(int64_t row, int64_t t, float (&part)[N]) {
+            float* to = out + t * out_stride + row;
+            if (w.type == INT8)
+                for (int r = 0; r < N; ++r) part[r] *= w.scale[row + r] * x.scales[t];
+            for (int r = 0; r < N; ++r) to[r] = column ? to[r] + part[r] : part[r];
         };
         for (int64_t first = begin; first < end; first += ROWS_AT_ONCE) {
             const int64_t last = first + ROWS_AT_ONCE < end ? first + ROWS_AT_ONCE : end;
             for (int64_t t = 0; t < tiled; t += TOKENS) {
-                float part[R][TOKENS];
+                float part[TOKENS][R], rest[TOKENS][1];
                 int64_t row = first;
                 for (; row + R <= last; row += R) {
                     tile_of<R>(w.type, span, width, row, x, t, column, part);
-                    for (int r = 0; r < R; ++r)
-                        for (int u = 0; u < TOKENS; ++u) add(row + r, t + u, part[r][u]);
+                    for (int u = 0; u < TOKENS; ++u) add(row, t + u, part[u]);
                 }
                 for (; row < last; ++row) {
-                    tile_of<1>(w.type, span, width, row, x, t, column, part);
-                    for (int u = 0; u < TOKENS; ++u) add(row, t + u, part[0][u]);
+                    tile_of<1>(w.type, span, width, row, x, t, column, rest);
+                    for (int u = 0; u < TOKENS; ++u) add(row, t + u, rest[u]);
                 }
             }
             for (int64_t row = first; row < last; ++row)
                 for (int64_t t = tiled; t < tokens; ++t) {
-                    float part;
-                    products_of<1, false>(w.type, span, width, &row, nullptr, column, width, x, t, &part);
+                    float part[1];
+                    products_of<1, false>(w.type, span, width, &row, nullptr, column, width, x, t, part);
                     add(row, t, part);
                 }
         }
