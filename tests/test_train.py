@@ -6,19 +6,16 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from small_runs import assert_same_run, at_step, crash, files_up_to, send, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sparsecli.console import Failure, RecipeError, Stopped
@@ -28,7 +25,7 @@ from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.recipe.loader import LoadedRecipe, load
-from sparsecli.train import checkpoint, journal, loop, run_directory, trainer
+from sparsecli.train import checkpoint, loop, run_directory, trainer
 from sparsecli.train.evaluation import evaluate
 from sparsecli.train.trainer import Result, run
 
@@ -90,46 +87,6 @@ def finished(recipe_file: Path) -> tuple[Path, Result]:
 @pytest.fixture
 def tiny(recipe_file: Path) -> LoadedRecipe:
     return load(str(recipe_file))
-
-
-def at_step(patch: pytest.MonkeyPatch, step: int, action: Any) -> None:
-    """Do `action` in the middle of one training step."""
-    before = journal.Journal.on_step_begin
-
-    def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        before(self, args, state, control, **kwargs)
-        if state.global_step == step - 1:
-            action()
-
-    patch.setattr(journal.Journal, "on_step_begin", on_step_begin)
-
-
-def crash() -> None:
-    raise KeyboardInterrupt
-
-
-def send(number: int) -> Any:
-    return lambda: os.kill(os.getpid(), number)
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model" / "model.safetensors")
-
-
-def assert_same_run(output: Path, reference: Path) -> None:
-    """The same weights bit for bit, and every step there once with the same loss."""
-    ours, theirs = weights(output), weights(reference)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-    curves = [
-        [
-            (row["step"], row["tokens"], row.get("loss"), row.get("held_out_nats"))
-            for row in run_directory.read_metrics(folder)
-        ]
-        for folder in (output, reference)
-    ]
-    assert curves[0] == curves[1]
 
 
 # -- what a run leaves behind --------------------------------------------------------------------------------
@@ -557,17 +514,6 @@ def test_unwritable_output_is_found_before_anything_is_read(
     with pytest.raises(Failure, match=r"file/run: cannot be written: .*file: Not a directory") as caught:
         run(tiny, output=tmp_path / "file" / "run")
     assert "\n" not in caught.value.message
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """No longer file can be written: like a full disk, the system refuses, whichever library writes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(

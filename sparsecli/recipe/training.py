@@ -117,6 +117,6 @@ class RecoverySpec(Objective):
             learning_rate=self.learning_rate,
             weight_decay=0.0,
             bf16=True,
-            logging_steps=min(10, steps),
+            logging_steps=1,
             save_steps=50,
         )
