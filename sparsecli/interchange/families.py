@@ -175,18 +175,25 @@ def _rotary(config: Any) -> dict[str, Any]:
     kind = given.get("rope_type", "default")
     scaling: dict[str, Any] | None = None
     if kind == "linear":
-        scaling = {"kind": "linear", "factor": float(given["factor"])}
+        scaling = {"kind": "linear", "factor": _number(given, "factor")}
     elif kind == "llama3":
         scaling = {
             "kind": "llama3",
-            "factor": float(given["factor"]),
-            "low_frequency_factor": float(given["low_freq_factor"]),
-            "high_frequency_factor": float(given["high_freq_factor"]),
-            "original_positions": given["original_max_position_embeddings"],
+            "factor": _number(given, "factor"),
+            "low_frequency_factor": _number(given, "low_freq_factor"),
+            "high_frequency_factor": _number(given, "high_freq_factor"),
+            "original_positions": int(_number(given, "original_max_position_embeddings")),
         }
     elif kind != "default":
         raise Failure(f"rope_parameters.rope_type: {kind!r} is not supported (default, linear, llama3)")
-    return {"positions": "rotary", "rotary_base": float(given["rope_theta"]), "rotary_scaling": scaling}
+    return {"positions": "rotary", "rotary_base": _number(given, "rope_theta"), "rotary_scaling": scaling}
+
+
+def _number(given: Mapping[str, Any], name: str) -> float:
+    value = given.get(name)
+    if not isinstance(value, int | float):
+        raise Failure(f"rope_parameters.{name}: {value!r} is not a number")
+    return float(value)
 
 
 def _llama(

@@ -20,6 +20,9 @@ from sparsecli.model.folder import check_weights, written_beside
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tokenizer import read_tokenizer
 
+FILLED = 0.75
+"""The share of a model's vocabulary that its tokenizer has at least."""
+
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -147,7 +150,11 @@ def _origin(source: ForeignModel) -> dict[str, Any]:
 
 def _write_description(source: ForeignModel, folder: Path, stored: torch.dtype) -> None:
     generation = source.generation()
-    special = {name: generation.get(name, source.config.get(name)) for name in SPECIAL}
+    told = [generation, source.config]  # the first is what transformers goes by when it writes
+    special = {
+        name: next((fields[name] for fields in told if fields.get(name) is not None), None)
+        for name in SPECIAL
+    }
     config = ScalingTransformerConfig.from_spec(
         source.spec,
         **special,
@@ -162,12 +169,19 @@ def _write_description(source: ForeignModel, folder: Path, stored: torch.dtype) 
 
 
 def _check_tokens(source: ForeignModel, folder: Path) -> None:
-    """Raise Failure where the tokenizer is not that of the model."""
+    """Raise Failure where the tokenizer is not that of the model.
+
+    Vocabularies are often filled up to a round number, so a few tokens more in the model are none too many.
+    """
     size = source.spec.vocabulary.size
     try:
         tokenizer = read_tokenizer(folder, size)
     except Failure as failure:
         raise Failure(failure.message.replace(str(folder), str(source.path))) from failure
+    if len(tokenizer) < FILLED * size:
+        raise Failure(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {size}; they do not belong together"
+        )
     config = ScalingTransformerConfig.from_pretrained(folder)
     for name in SPECIAL:
         given = getattr(config, name)

@@ -15,6 +15,7 @@ from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.folder import (
     CONFIG,
     MODEL_TYPE,
+    PACKED,
     find_model,
     last_line,
     read_description,
@@ -35,6 +36,7 @@ DESCRIPTIONS = (
 )
 """What describes a model and its tokenizer in a Hugging Face folder; all but the first may be missing."""
 
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -131,6 +133,9 @@ def open_source(reference: str, revision: str | None = None, weights: bool = Tru
             from sparsecli.interchange.gguf_file import read_config
 
             return _foreign(reference, path, read_config(path))
+        if path.is_file() and path.name != PACKED:
+            hint = "a pickle, which is never loaded" if path.suffix in PICKLES else "neither"
+            raise Failure(f"{reference}: expected a model's folder or a .gguf file; it is {hint}")
         folder = find_model(reference)
         if read_json(folder / CONFIG).get("model_type") == MODEL_TYPE:
             return OwnModel(reference, folder, read_description(folder).spec)
@@ -158,6 +163,8 @@ def _fetch(name: str, revision: str | None, weights: bool) -> Path:
         ) from error
     if not (folder / CONFIG).is_file():
         raise Failure(f"{name}: holds no {CONFIG} on the hub")
+    if weights and not any(folder.glob("*.safetensors")):
+        raise Failure(f"{name}: holds no safetensors files on the hub; pickles are never loaded")
     return folder
 
 

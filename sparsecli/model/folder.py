@@ -34,6 +34,8 @@ class Description:
     spec: ModelSpec
     end_tokens: frozenset[int]
     """Tokens that end a text."""
+    imported: bool = False
+    """Whether it comes from another architecture, whose tokenizer may put tokens before every text."""
 
 
 def find_model(reference: str | None, output: Path | None = None) -> Path:
@@ -46,6 +48,8 @@ def find_model(reference: str | None, output: Path | None = None) -> Path:
     """
     if reference is not None:
         folder = Path(reference)
+        if folder.suffix == ".gguf" and folder.is_file():
+            raise Failure(f"{reference}: is a GGUF file; sparsecli import makes a model folder of it")
         if not folder.exists():
             raise Failure(f"{reference}: no such folder; expected a run directory or a model folder")
         if folder.name == PACKED:
@@ -89,7 +93,7 @@ def read_description(folder: Path) -> Description:
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(type(token) is not int for token in ends):
         raise Failure(f"{path}: eos_token_id: expected a token's number or a list of them")
-    return Description(spec, frozenset(ends))
+    return Description(spec, frozenset(ends), imported=bool(fields.get("origin")))
 
 
 def weight_files(folder: Path) -> list[Path]:

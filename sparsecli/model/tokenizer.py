@@ -52,9 +52,12 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text` as it stands: nothing is put before or behind it, as with the training text."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of `text` as it stands: nothing is put before or behind it, as with the training text.
+
+        With `special` the tokenizer adds what it has for that, such as Llama's first token.
+        """
+        return list(self.backend.encode(text, add_special_tokens=special).ids)
 
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of a chat in which the user has said `message` and the answer begins.

@@ -1,0 +1,123 @@
+"""Small foreign models of every architecture that is imported, built and saved by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sparsecli.data.tokenization import train_byte_pairs
+
+VOCABULARY = 270
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+OPT = {
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+NEOX = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MODELS: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", LLAMA),
+    "llama, tied, biases, one head of keys": (
+        "llama",
+        {
+            **LLAMA,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "num_key_value_heads": 1,
+        },
+    ),
+    "llama, llama3 positions": ("llama", {**LLAMA, "rope_parameters": LLAMA3}),
+    "llama, linear positions": (
+        "llama",
+        {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    ),
+    "llama, wide heads": ("llama", {**LLAMA, "head_dim": 12, "hidden_act": "gelu"}),
+    "mistral": ("mistral", {**LLAMA, "sliding_window": None}),
+    "qwen2": ("qwen2", {**LLAMA, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {**LLAMA, "head_dim": 16}),
+    "gemma": ("gemma", {**LLAMA, "head_dim": 16}),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2, untied, own width": (
+        "gpt2",
+        {**GPT2, "n_inner": 40, "tie_word_embeddings": False, "activation_function": "relu"},
+    ),
+    "opt": ("opt", OPT),
+    "opt, untied, no biases": ("opt", {**OPT, "enable_bias": False, "tie_word_embeddings": False}),
+    "neox, parallel": ("gpt_neox", NEOX),
+    "neox, one after the other": (
+        "gpt_neox",
+        {
+            **NEOX,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        },
+    ),
+}
+
+
+def save(model: PreTrainedModel, folder: Path, **options: object) -> Path:
+    """Write `model` as a Hugging Face folder, with a tokenizer that has a chat template."""
+    model.save_pretrained(folder, **options)
+    tokenizer = train_byte_pairs(VOCABULARY, ["a text about reading and writing text"] * 4)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build(kind: str, **fields: object) -> PreTrainedModel:
+    """A model with random weights everywhere, norms and biases too."""
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **{**special, **fields})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            mean = 1.0 if parameter.ndim == 1 and name.endswith("weight") and kind != "gemma" else 0.0
+            parameter.normal_(mean, 0.3 if parameter.ndim == 2 else 0.2)
+    return model
+
+
+def prompt() -> Tensor:
+    """Token ids (2, 40)."""
+    return torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def greedy(model: PreTrainedModel, ids: Tensor, tokens: int = 200) -> list[int]:
+    """What `model` writes after `ids` (1, T), with them in front."""
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+    )[0].tolist()

@@ -1,0 +1,298 @@
+"""Where foreign models come from, and one clear line for each that cannot be taken in or given back."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from foreign_models import LLAMA, MODELS, build, prompt, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sparsecli.console import Failure
+from sparsecli.generate import encode_prompt
+from sparsecli.interchange import exporting, importing
+from sparsecli.interchange.sources import ForeignModel, open_source
+from sparsecli.model.checkpoint import load_network
+from sparsecli.model.folder import CONFIG, WEIGHTS, find_model, read_description
+from sparsecli.model.tokenizer import read_tokenizer
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(build("llama", **LLAMA), tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def theirs(llama: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(llama, tmp_path / "theirs"))
+
+
+@pytest.fixture
+def ours(llama: Path, tmp_path: Path) -> Path:
+    importing.run(source=str(llama), output=tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+def change(folder: Path, **fields: object) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def refused(source: Path | str, output: Path) -> str:
+    """What `import` says; it leaves nothing behind."""
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(Failure) as caught:
+        importing.run(source=str(source), output=output)
+    assert sorted(output.parent.iterdir()) == before
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+# -- what ours cannot express ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "gemma2"}, "model_type: 'gemma2' is not an architecture"),
+        ({"model_type": None}, "model_type: None is not an architecture"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act: 'quick_gelu' is not an activation"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: only weights"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_parameters.rope_type: 'yarn' is not supported",
+        ),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "rope_parameters.rope_type: 'dynamic' is not supported",
+        ),
+        ({"num_key_value_heads": 3}, "attention.key_value_heads"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"hidden_size": 33}, "hidden size"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(fields: dict, message: str, theirs: Path, tmp_path: Path) -> None:
+    change(theirs, **fields)
+    shown = refused(theirs, tmp_path / "ours")
+    assert shown.startswith(f"{theirs / CONFIG}: ")
+    assert message in shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before: False"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim: 16"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+)
+def test_features_that_a_family_does_not_share(kind: str, fields: dict, message: str, tmp_path: Path) -> None:
+    folder = save(build(kind, **MODELS[kind][1]), tmp_path / "theirs")
+    change(folder, **fields)
+    assert message in refused(folder, tmp_path / "ours")
+
+
+# -- damaged weights and tokenizers ----------------------------------------------------------------------------
+
+
+def damage(folder: Path, **tensors: torch.Tensor | None) -> None:
+    held = load_file(folder / WEIGHTS) | tensors
+    save_file({name: tensor for name, tensor in held.items() if tensor is not None}, folder / WEIGHTS)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({UP: None}, f"misses tensor {UP}"),
+        ({"lm_head.weight": None}, "misses tensor lm_head.weight"),
+        ({"score.weight": torch.zeros(2, 32)}, "has unknown tensor score.weight"),
+        ({UP: torch.zeros(48, 31)}, f"tensor {UP} is (48, 31), config.json asks for (48, 32)"),
+        ({UP: torch.full((48, 32), torch.nan)}, f"tensor {UP} holds a NaN"),
+        ({UP: torch.zeros(48, 32, dtype=torch.int8)}, f"tensor {UP} is I8, not one of"),
+    ],
+)
+def test_weights_that_do_not_fit(tensors: dict, message: str, theirs: Path, tmp_path: Path) -> None:
+    damage(theirs, **tensors)
+    shown = refused(theirs, tmp_path / "ours")
+    assert shown.startswith(str(theirs))
+    assert message in shown
+
+
+def test_a_tied_head_that_is_another_one(theirs: Path, tmp_path: Path) -> None:
+    change(theirs, tie_word_embeddings=True)
+    assert "tie_word_embeddings: true, but lm_head.weight" in refused(theirs, tmp_path / "ours")
+
+
+def test_weights_cut_short(theirs: Path, tmp_path: Path) -> None:
+    content = (theirs / WEIGHTS).read_bytes()
+    (theirs / WEIGHTS).write_bytes(content[:-1000])
+    assert "cut short or damaged" in refused(theirs, tmp_path / "ours")
+
+
+def test_pickles_are_refused(theirs: Path, tmp_path: Path) -> None:
+    (theirs / WEIGHTS).unlink()
+    pickled = theirs / "pytorch_model.bin"
+    pickled.write_bytes(pickle.dumps({}))
+    assert "pytorch_model.bin is a pickle, which is never loaded" in refused(theirs, tmp_path / "ours")
+    assert "a pickle, which is never loaded" in refused(pickled, tmp_path / "ours")
+
+
+def test_a_tokenizer_of_another_model(theirs: Path, tmp_path: Path) -> None:
+    change(theirs, vocab_size=200)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        damage(theirs, **{name: torch.zeros(200, 32)})
+    assert "the tokenizer has 270 tokens, the model 200" in refused(theirs, tmp_path / "ours")
+    change(theirs, vocab_size=400)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        damage(theirs, **{name: torch.zeros(400, 32)})
+    assert "the tokenizer has 270 tokens, the model 400" in refused(theirs, tmp_path / "ours")
+
+
+def test_an_end_token_that_there_is_not(theirs: Path, tmp_path: Path) -> None:
+    (theirs / "generation_config.json").write_text('{"eos_token_id": [0, 999]}')
+    assert "eos_token_id: 999 is none of the 270 tokens" in refused(theirs, tmp_path / "ours")
+
+
+def test_no_tokenizer(theirs: Path, tmp_path: Path) -> None:
+    for path in theirs.glob("tokenizer*"):
+        path.unlink()
+    assert refused(theirs, tmp_path / "ours").startswith(f"{theirs}: no tokenizer can be loaded")
+
+
+def test_a_full_disk(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sparsecli.interchange.shards.save_file", full)
+    assert "No space left on device" in refused(theirs, tmp_path / "ours")
+
+
+# -- places ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A cache of the hub that holds one model, and no network."""
+    folder = tmp_path / "hub" / "models--someone--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(llama, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return commit
+
+
+def test_a_name_on_the_hub(hub: str, llama: Path, tmp_path: Path) -> None:
+    source = open_source("someone/tiny")
+    assert isinstance(source, ForeignModel)
+    assert source.revision == hub
+    importing.run(source="someone/tiny", output=tmp_path / "ours", revision="main")
+    importing.run(source=str(llama), output=tmp_path / "same")
+    assert torch.equal(
+        load_network(tmp_path / "ours")(prompt()).logits, load_network(tmp_path / "same")(prompt()).logits
+    )
+
+
+@pytest.mark.parametrize("name", ["someone/other", "gpt2", "someone/../other/x", "no-such-folder/a/b"])
+def test_names_that_lead_nowhere(name: str, hub: str, tmp_path: Path) -> None:
+    assert refused(name, tmp_path / "ours").startswith(f"{name}: no such file or folder")
+
+
+def test_a_revision_that_there_is_not(hub: str, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="someone/tiny"):
+        importing.run(source="someone/tiny", output=tmp_path / "ours", revision="other")
+
+
+def test_not_a_gguf_file(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF but no more")
+    assert "not a whole GGUF file" in refused(tmp_path / "model.gguf", tmp_path / "ours")
+    with pytest.raises(Failure, match="sparsecli import makes a model folder of it"):
+        find_model(str(tmp_path / "model.gguf"))
+
+
+def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert "pip install 'sparsecli[gguf]'" in refused(tmp_path / "model.gguf", tmp_path / "ours")
+
+
+def test_a_model_of_ours_and_an_output_that_is_taken(ours: Path, llama: Path, tmp_path: Path) -> None:
+    assert "is a model of ours already" in refused(ours, tmp_path / "again")
+    assert "is there already" in refused(llama, ours)
+    opened = open_source(str(llama))
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(Failure, match="not an import of"):
+        importing.model_folder(opened, tmp_path / "taken")
+
+
+def test_a_dry_run_writes_nothing(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    importing.run(source=str(llama), output=tmp_path / "ours", dry_run=True)
+    assert not list(tmp_path.iterdir())
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+
+
+def test_generate_names_the_way_in(llama: Path) -> None:
+    with pytest.raises(Failure, match=f"model type 'llama' is not one of ours .*; sparsecli import {llama}"):
+        read_description(llama)
+
+
+def test_prompts_begin_as_the_original_tokenizer_begins_them(theirs: Path, tmp_path: Path) -> None:
+    path = theirs / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    fields["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    path.write_text(json.dumps(fields))
+    importing.run(source=str(theirs), output=tmp_path / "ours")
+    assert read_description(tmp_path / "ours").imported
+    tokenizer = read_tokenizer(tmp_path / "ours", 270)
+    plain = tokenizer.encode("text")
+    assert encode_prompt(tokenizer, "text", 99, chat=False, special=True) == [0, *plain]
+    assert encode_prompt(tokenizer, "text", 99, chat=False) == plain
+
+
+# -- the way back ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"origin": None}, "was not imported"),
+        (
+            {"feed_forward": {"kind": "mixture", "d_ff": 48, "experts": 3, "activation": "silu"}},
+            "are mixture, not dense any more",
+        ),
+        ({"rotary_base": 5.0}, "rotary_base is not as it was imported"),
+        ({"origin": {"config": {"model_type": "gemma2"}}}, "origin.config: model_type: 'gemma2'"),
+    ],
+)
+def test_what_cannot_go_back(fields: dict, message: str, ours: Path, tmp_path: Path) -> None:
+    change(ours, **fields)
+    with pytest.raises(Failure, match=message) as caught:
+        exporting.run(model=str(ours), output=tmp_path / "back")
+    assert "\n" not in caught.value.message
+    assert not (tmp_path / "back").exists()
+
+
+def test_export_overwrites_nothing(ours: Path) -> None:
+    with pytest.raises(Failure, match="is there already"):
+        exporting.run(model=str(ours), output=ours)
