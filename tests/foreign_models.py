@@ -113,11 +113,9 @@ def prompt() -> Tensor:
 
 
 def greedy(model: PreTrainedModel, ids: Tensor, tokens: int = 200) -> list[int]:
-    """What `model` writes after `ids` (1, T), with them in front."""
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-    )[0].tolist()
+    """What `model` writes after `ids` (1, T), with them in front; no token ends it."""
+    model.generation_config.eos_token_id = None
+    text = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, pad_token_id=0
+    )
+    return text[0].tolist()
