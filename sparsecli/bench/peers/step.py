@@ -61,7 +61,7 @@ class Step(nn.Module):
         self, token: Tensor, position: Tensor, mask: Tensor | None, memories: Sequence[Memory]
     ) -> Tensor:
         model = self.causal_lm.model
-        x = model.embedding(token)
+        x = model.embedding(token) * model.embedding_scale
         if model.position_embedding is not None:
             x = x + model.position_embedding(position).to(x.dtype)
         angles = rotary_angles(position.unsqueeze(0), model.rotary) if model.rotary else None
