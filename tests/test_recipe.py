@@ -466,6 +466,8 @@ def test_shipped_names():
         "quickstart-dense",
         "quickstart-dense-conv",
         "quickstart-convert",
+        "quickstart-upcycle",
+        "upcycle-smollm2",
         "bench-800m",
         "bench-17b",
     }

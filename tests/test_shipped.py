@@ -83,8 +83,22 @@ def trained(name: str) -> str:
             trained("quickstart-dense")
             run("sparsify-convert", name, *SHORT_CONVERT)
         else:
-            run("train", name, *SHORT_TRAIN)
+            run("train", *shortened(name))
     return output
+
+
+def shortened(name: str) -> list[str]:
+    """The shipped recipe for a moment; where it starts from another model, from ours and on the text at hand."""
+    recipe, overrides = load(name).recipe, []
+    assert recipe.train
+    if recipe.train.init_from:
+        overrides = [
+            f"train.init_from={trained('quickstart-convert')}",
+            "train.gradient_accumulation_steps=1",
+        ]
+        overrides += [f"train.distillation.teacher={trained('quickstart-dense')}"]
+        overrides += ["data={source: stdlib, sequence_length: 64}"]
+    return [name, *overrides, *SHORT_TRAIN]
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if load(name).recipe.train])
@@ -142,7 +156,7 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
         if word.startswith("runs/") and "model" not in words[1] and words[0] != "train":
             trained(Path(word).name)
     if words[0] == "train":
-        words = shorten_training(words)
+        words = words if "--resume" in words else [*shorten_training(words), "--output", fresh("trained")]
     elif words[0] == "sparsify-convert":
         trained("quickstart-dense")
         words += [*SHORT_CONVERT, "--output", fresh("converted")]
@@ -165,9 +179,10 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
 
 
 def shorten_training(words: list[str]) -> list[str]:
-    if "--resume" in words:
-        return words  # of a finished run: says so
-    return [*words, *SHORT_TRAIN, "--output", fresh("trained")]
+    """A command of the pages with the shipped recipe that it names, or a copy of one, shortened."""
+    name, *others = words[1:]
+    _, *changes = shortened(name) if name in shipped() else [name, *SHORT_TRAIN]
+    return ["train", name, *others, *changes]
 
 
 def fresh(name: str) -> str:

@@ -40,7 +40,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """A recipe's `train` block in transformers' words, which are nearly the same."""
     ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit", "gradient_checkpointing"}
-    ours |= {"init_from", "distillation", "bf16"}
+    ours |= {"init_from", "distillation", "bf16", "optim"}
     # Releases of transformers 5 differ in this one name.
     names = TrainingArguments.__dataclass_fields__
     recompute = (
@@ -56,6 +56,8 @@ def training_arguments(
         output_dir=str(checkpoints / UNFINISHED),
         **train.model_dump(exclude=ours),
         **schedule,
+        # One pass over the weights in place of a dozen: five times faster on a CPU.
+        optim="adamw_torch_fused" if train.optim == "adamw_torch" else train.optim,
         **{recompute: train.gradient_checkpointing},
         eval_strategy="steps" if evaluations else "no",
         save_strategy="steps",
