@@ -139,7 +139,7 @@ class TorchBackend:
 
     def __init__(self, folder: Path, choices: Choices) -> None:
         for option, chosen in (("--dtype", choices.dtype), ("--cache-dtype", choices.cache_dtype)):
-            if chosen == "int8" or (option == "--cache-dtype" and chosen is not None):
+            if chosen in ("int8", "int4") or (option == "--cache-dtype" and chosen is not None):
                 raise Failure(f"{option} {chosen}: only the native backend has it")
         import torch
         from transformers.utils import logging

@@ -117,6 +117,7 @@ Model = Annotated[
 ]
 Format = Literal["table", "json", "csv", "markdown"]
 Dtype = Literal["float32", "bfloat16", "int8"]
+WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
 
 
 def _load(reference: str, overrides: list[str] | None, seed: int | None = None) -> LoadedRecipe:
@@ -227,7 +228,7 @@ def generate(
         Literal["auto", "native", "torch"], typer.Option(help="What decodes; auto: native where it can.")
     ] = "auto",
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Weight type; float32, or as packed.", show_default=False)
+        WeightDtype | None, typer.Option(help="Weight type; float32, or as packed.", show_default=False)
     ] = None,
     cache_dtype: Annotated[
         Dtype | None, typer.Option(help="Of keys and values; by --dtype.", show_default=False)
@@ -360,7 +361,7 @@ def pack(
         str | None, typer.Argument(metavar="MODEL", help="A run or a model folder.", show_default=False)
     ] = None,
     output: Output = None,
-    dtype: Annotated[Dtype, typer.Option(help="Weight type.")] = "bfloat16",
+    dtype: Annotated[WeightDtype, typer.Option(help="Weight type.")] = "bfloat16",
     dry_run: DryRun = False,
 ) -> None:
     """Pack a model's weights for the native engine.
@@ -433,7 +434,9 @@ def bench(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(metavar="TYPE", help="float32, bfloat16 or int8; may be repeated.", show_default=False),
+        typer.Option(
+            metavar="TYPE", help="float32, bfloat16, int8 or int4; may be repeated.", show_default=False
+        ),
     ] = None,
     threads: Annotated[
         Any, typer.Option(parser=_numbers, metavar="N,...", help="CPU threads.", show_default=False)

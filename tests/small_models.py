@@ -209,9 +209,63 @@ ALONE: dict[str, dict] = {  # one field each, in a model of our own
 }
 MODELS |= FAMILIES | ALONE
 
+PRECISION = {"kind": "precision", "d_ff": 160, "units_per_block": 2, "gated": True}
+SELECTOR = {"kind": "selector", "d_ff": 160, "gated": True, "activation": "silu"}
+FEW_BITS: dict[str, dict] = {  # activations are rounded, whatever the precision
+    "precision": {"d_model": 72, "feed_forward": PRECISION, "attention": {"projection": "dense"}},
+    "precision, three bits": {
+        "d_model": 200,
+        "feed_forward": {**PRECISION, "d_ff": 144, "bits": 3, "block_size": 8, "units_per_block": 1},
+        "attention": {"projection": "dense"},
+        "low_bit": {"projection": 3, "head": 4},
+        "normalization": "rms",
+    },
+    "precision by layer, one branch": {
+        "feed_forward": {
+            **PRECISION,
+            "d_ff": 100,
+            "block_size": 20,
+            "units_per_block": [0, 20],
+            "gated": False,
+            "unit_bias": True,
+        },
+        "vocabulary": {"kind": "dense", "size": 101, "bias": True},
+        "low_bit": {"head": 3},
+    },
+    "selector": {
+        "feed_forward": SELECTOR,
+        "attention": {"projection": "dense"},
+        "low_bit": {"projection": 4},
+    },
+    "selector by layer": {
+        "feed_forward": {
+            **SELECTOR,
+            "d_ff": 126,
+            "block_size": 7,
+            "units_per_block": [7, 2],
+            "bits": 4,
+            "unit_bias": True,
+            "gated": False,
+            "bypass": 5,
+        },
+        "parallel": True,
+    },
+    "positive": {
+        "feed_forward": {
+            "kind": "selector",
+            "d_ff": 150,
+            "block_size": 10,
+            "choice": "positive",
+            "unit_bias": True,
+            "bypass": 3,
+        },
+    },
+    "sparse by layer": {"feed_forward": {**SPARSE, "units_per_block": [20, 3]}},
+}
+
 
 def spec_of(name: str) -> ModelSpec:
-    return ModelSpec.model_validate({**DEFAULTS, **MODELS[name]})
+    return ModelSpec.model_validate({**DEFAULTS, **(MODELS | FEW_BITS)[name]})
 
 
 @cache
@@ -223,6 +277,15 @@ def network(name: str) -> ScalingTransformerForCausalLM:
         for parameter in made.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for kind, buffer in made.named_buffers():
+            if kind.endswith("importance"):
+                buffer.uniform_(0.5, 2)
+            elif kind.endswith("threshold"):
+                buffer.normal_(0, 0.1)
+            elif "residual" in kind and kind.endswith("codes"):
+                buffer.random_(0, 256)
+            elif "residual" in kind:
+                buffer.copy_(buffer.uniform_(0.001, 0.01).bfloat16())
     return made
 
 

@@ -491,7 +491,7 @@ def test_without_the_native_engine_torch_measures_and_says_so(
     assert {(row.backend, row.dtype) for row in measured.rows} == {("torch", "float32")}
     told = capsys.readouterr().err
     assert "measuring with PyTorch: it was not built" in told
-    assert "rows left out: int8 and what has a precision of its own need the native backend" in told
+    assert "rows left out: int8, int4 and what has a precision of its own need the native backend" in told
     with pytest.raises(console.Failure, match="--backend native: it was not built"):
         command.run(loaded(), backends=["native"])
     with pytest.raises(console.Failure, match="need the native backend"):
@@ -502,7 +502,7 @@ def test_without_the_native_engine_torch_measures_and_says_so(
     ("options", "told"),
     [
         ({"backends": ["cuda"]}, "--backend: 'cuda' is not one of native, torch"),
-        ({"dtypes": ["int4"]}, "--dtype: 'int4' is not one of float32, bfloat16, int8"),
+        ({"dtypes": ["int2"]}, "--dtype: 'int2' is not one of float32, bfloat16, int8, int4"),
         ({"threads": [10_000]}, "--threads: 10000 is more than 256"),
         ({"names": ["nobody"]}, "--variant: there is no 'nobody' \\(there are: dense, both"),
         ({"over": "torch:int8"}, "--over: no dense or peer row is 'torch:int8' .*: torch:float32, torch:b"),

@@ -276,7 +276,7 @@ def test_debug_shows_where(run, calls, capsys):
         ["generate", "--threads", "0"],
         ["generate", "--threads", "10000"],
         ["generate", "--backend", "cuda"],
-        ["pack", "--dtype", "int4"],
+        ["pack", "--dtype", "int2"],
         ["bench", "--format", "xml"],
         ["recipes", "show"],
     ],

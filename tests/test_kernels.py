@@ -15,7 +15,8 @@ from small_models import INSTRUCTION_SETS, assert_close, assert_twins, some_toke
 from sparsecli.decode import native
 from sparsecli.decode.layout import SPAN, Slot, arrange, slots
 from sparsecli.decode.packing import Precision, pack, quantise_rows
-from sparsecli.decode.reference import Reference, unpack
+from sparsecli.decode.reference import Reference
+from sparsecli.decode.unpacking import unpack
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import from_bfloat16, to_bfloat16
 from sparsecli.model.tensors import tensor_shapes

@@ -23,7 +23,7 @@ from sparsecli.bench.report import Bandwidth, Machine, Processor, Result, Settin
 from sparsecli.bench.variants import Candidate
 from sparsecli.decode import native
 from sparsecli.decode.engine import MAX_THREADS, processors
-from sparsecli.decode.tensorfile import WIDTHS
+from sparsecli.decode.packing import WORDS
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
 
@@ -74,7 +74,7 @@ def run(
     given = {
         "backends": _names("--backend", backends, BACKENDS),
         "peers": list(peers) if peers else None,
-        "dtypes": _names("--dtype", dtypes, tuple(WIDTHS)),
+        "dtypes": _names("--dtype", dtypes, WORDS),
         "threads": _positive("--threads", threads),
         "context": _positive("--context", context),
         "batch": _positive("--batch", batch),

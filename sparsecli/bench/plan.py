@@ -175,8 +175,8 @@ def _nothing_left(backends: Sequence[str], from_disk: bool) -> str:
     if from_disk:
         return "--from-disk is for sparse layers on the native backend"
     if "native" in backends:
-        return "in PyTorch, int8 and what has a precision of its own"
-    return "int8 and what has a precision of its own need the native backend"
+        return "in PyTorch, int8, int4 and what has a precision of its own"
+    return "int8, int4 and what has a precision of its own need the native backend"
 
 
 def _torch_prompt(

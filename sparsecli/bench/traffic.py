@@ -7,8 +7,10 @@ from sparsecli.decode.layout import LANES, Slot, padded
 from sparsecli.decode.packing import Precision
 from sparsecli.decode.tensorfile import WIDTHS
 from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.low_bit import GROUP
 
 SCALE_BYTES = 4
+GROUP_BYTES = {"low_bit": 3, "residual": 2}  # the scale of a group of few bits, and its zero
 RESCORED = 64  # rows of the exact head: native/forward.h, HEAD_LANES * CANDIDATES
 
 
@@ -22,7 +24,9 @@ def bytes_per_token(
     normalisation weights. Padding, activations and what a convolution remembers do not count.
     """
     tensors = planned(spec, precision)
-    weights = sum(_read(slot, kind if slot.part else vectors, spec, batch) for slot, kind in tensors)
+    weights = sum(
+        _read(slot, kind if slot.part or slot.bits else vectors, spec, batch) for slot, kind in tensors
+    )
     return round((weights + batch * context * cached_bytes(spec, precision)) / batch)
 
 
@@ -34,21 +38,24 @@ def cached_bytes(spec: ModelSpec, precision: Precision) -> int:
     return 2 * spec.layers * heads * (width * WIDTHS[precision.cache] + scales)
 
 
-def chosen_share(spec: ModelSpec) -> float:
-    """Share of the feed-forward units that one token uses."""
+def chosen_share(spec: ModelSpec, layer: int) -> float:
+    """Share of a layer's units that one token computes in full."""
     feed_forward = spec.feed_forward
-    if feed_forward.kind == "sparse":
-        return feed_forward.units_per_block / feed_forward.block_size
+    if feed_forward.kind == "dense":
+        return 1.0
     if feed_forward.kind == "mixture":
         return feed_forward.experts_per_token / feed_forward.experts
-    return 1.0
+    return spec.units_per_block(layer) / feed_forward.block_size
 
 
 def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int) -> float:
     cols = slot.cols
     if slot.name == "controller.bias":  # its blocks are filled up
         cols = cols // padded(slot.group, LANES) * slot.group
-    row = cols * WIDTHS[kind] + (SCALE_BYTES if kind == "int8" else 0)
+    if slot.bits:
+        row = cols * slot.bits / 8 + -(-cols // GROUP) * GROUP_BYTES[slot.layout]
+    else:
+        row = cols * WIDTHS[kind] + (SCALE_BYTES if kind == "int8" else 0)
     if slot.name in ("embedding", "positions"):
         return batch * row
     if slot.name == "frequencies":
@@ -56,6 +63,7 @@ def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int) -> float:
     if slot.name == "head.exact":
         return min(batch * RESCORED, slot.rows) * row
     share = 1.0
-    if slot.layout == "units" or slot.name == "unit_bias":
-        share = 1 - (1 - chosen_share(spec)) ** batch
+    of_chosen = slot.name == "unit_bias" and spec.feed_forward.kind == "sparse"
+    if slot.layout in ("units", "residual") or of_chosen:
+        share = 1 - (1 - chosen_share(spec, slot.layer)) ** batch
     return slot.rows * row * share

@@ -25,7 +25,7 @@ LINE = 64  # bytes: a cache line, on which every matrix starts
 
 @dataclass(frozen=True)
 class Pools:
-    """Normal numbers, one piece of memory for each weight type: float32, bfloat16 as uint16, int8."""
+    """Normal numbers, one piece of memory for each weight type: float32, bfloat16 as uint16, int8; codes are bytes."""
 
     arrays: Mapping[str, np.ndarray]
 
@@ -42,6 +42,8 @@ class Pools:
             "float32": lambda: small,
             "bfloat16": lambda: to_bfloat16(small),
             "int8": lambda: np.clip(np.rint(normal * INTEGER_DEVIATION), -127, 127).astype(np.int8),
+            # Scales lie between the codes: as bfloat16 these bytes are small numbers.
+            "uint8": lambda: np.random.default_rng(0).integers(0x38, 0x3C, TILE, np.uint8),
         }
         arrays = {}
         for kind, count in elements.items():
@@ -132,7 +134,7 @@ def packed_model(
 def _fill_vector(slot: Slot, array: np.ndarray, spec: ModelSpec) -> None:
     if slot.name == "frequencies":
         array[: slot.cols] = frequencies(spec)
-    elif slot.name.endswith("norm.weight"):
+    elif slot.name.endswith("norm.weight") or slot.name == "importance":
         array[:] = 1
     elif slot.name == "controller.bias":  # units that only fill a block up are never chosen
         width = padded(slot.group, LANES)

@@ -21,8 +21,9 @@ from sparsecli.model.architecture import ModelSpec
 MAX_THREADS = 256
 INVALID = -2  # of sparsecli_forward: a token that does not exist
 TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}
+FEW_BITS_CODES = {4: 3, 3: 4}  # native/kernels.h, by bits of a weight
 ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh")
-FEED_FORWARDS = ("dense", "sparse", "mixture")
+FEED_FORWARDS = ("dense", "sparse", "mixture", "selector", "precision")
 PROJECTIONS = ("dense", "multiplicative", "dense_conv", "multiplicative_conv")
 OUTPUTS = ("none", "dense", "multiplicative", "multiplicative_conv")
 POSITIONS = ("learned", "sinusoidal", "rotary")
@@ -63,6 +64,8 @@ class Engine:
         self._error = ctypes.create_string_buffer(ERROR_BYTES)
         self._turn = threading.Lock()  # the library lets go of Python's lock, and has one working memory
         shape = _shape(model, poison)
+        chosen = (ctypes.c_int64 * model.spec.layers)(*_units_per_block(model.spec))
+        shape.units_per_block = ctypes.addressof(chosen)
         handle = self._library.sparsecli_create(ctypes.byref(shape), self.threads, pin, self._error)
         if not handle:
             raise Failure(f"the native engine cannot run this model: {self._message()}")
@@ -105,7 +108,7 @@ class Engine:
                 slot.name.encode(),
                 tensor.ctypes.data,
                 tensor.nbytes,
-                TYPE_CODES[kind],
+                FEW_BITS_CODES[slot.bits] if slot.bits else TYPE_CODES[kind],
                 address,
                 scales,
                 self._error,
@@ -185,6 +188,16 @@ class Engine:
         if done < 0:
             raise Failure(message)
         return logits
+
+    def counts(self) -> list[tuple[int, int]]:
+        """Of every layer since the last call: units that were computed in full, and tokens.
+
+        Of a dense layer that is every unit, of `precision` those that were read with more bits.
+        """
+        units, tokens = (ctypes.c_int64 * self.model.spec.layers)(), ctypes.c_int64()
+        with self._turn:
+            self._library.sparsecli_counts(self.handle, units, ctypes.byref(tokens))
+        return [(count, tokens.value) for count in units]
 
     @property
     def block_stack_ns(self) -> int:
@@ -286,13 +299,25 @@ def _describe_feed_forward(shape: Shape, spec: ModelSpec) -> None:
     shape.feed_forward = FEED_FORWARDS.index(feed_forward.kind)
     shape.d_ff = feed_forward.d_ff
     shape.activation = ACTIVATIONS.index(feed_forward.activation)
-    if feed_forward.kind == "dense":
-        shape.gated = feed_forward.gated
+    if feed_forward.kind == "mixture":  # native/engine.h: the units of an expert, and experts
+        shape.block_size, shape.rank = feed_forward.d_ff // feed_forward.experts, feed_forward.experts
+        shape.probability_gate = feed_forward.gate == "probability"
         return
-    shape.probability_gate = feed_forward.gate == "probability"
+    shape.gated = feed_forward.gated
+    if feed_forward.kind == "dense":
+        return
+    shape.block_size = feed_forward.block_size
     if feed_forward.kind == "sparse":
-        shape.gated, shape.rank = feed_forward.gated, feed_forward.rank
-        shape.block_size, shape.units_per_block = feed_forward.block_size, feed_forward.units_per_block
-    else:  # native/engine.h: the units of an expert, experts a token, experts
-        shape.block_size = feed_forward.d_ff // feed_forward.experts
-        shape.units_per_block, shape.rank = feed_forward.experts_per_token, feed_forward.experts
+        shape.rank, shape.probability_gate = feed_forward.rank, feed_forward.gate == "probability"
+    elif feed_forward.kind == "selector":
+        shape.rank, shape.positive = feed_forward.bypass, feed_forward.choice == "positive"
+
+
+def _units_per_block(spec: ModelSpec) -> list[int]:
+    """k of every layer; experts a token of a mixture."""
+    feed_forward = spec.feed_forward
+    if feed_forward.kind == "dense":
+        return [0] * spec.layers
+    if feed_forward.kind == "mixture":
+        return [feed_forward.experts_per_token] * spec.layers
+    return [spec.units_per_block(layer) for layer in range(spec.layers)]

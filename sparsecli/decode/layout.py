@@ -1,7 +1,7 @@
 """Which tensors a packed model has, where they come from, and how they lie in memory.
 
 The layouts are those of native/kernels.h, the names those of native/model.h. Rows are PAD elements or a multiple
-long and outputs come in multiples of LANES; what fills them up is zero.
+long and outputs come in multiples of LANES; what fills them up is zero. Weights in few bits: layout_low_bit.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from sparsecli.decode.layout_low_bit import panel_bytes, residual_bytes
 from sparsecli.model.architecture import ModelSpec
 
 LANES = 16
@@ -19,7 +20,7 @@ PAD = 64
 PANEL = 64
 SPAN = 2048
 
-Layout = Literal["vector", "rows", "spans", "panels", "taps", "blocks", "units"]
+Layout = Literal["vector", "rows", "spans", "panels", "taps", "blocks", "units", "low_bit", "residual"]
 
 
 def padded(value: int, step: int) -> int:
@@ -33,11 +34,13 @@ class Slot:
 
     Attributes:
         layer: block it belongs to, -1 for the model's own.
-        rows, cols: outputs and inputs of the map; `units` counts every row of every unit.
+        rows, cols: outputs and inputs of the map; `units`, `residual` and a copy count every row of every unit.
         part: field of `Precision` that gives its type; None is float32.
         sources: names in the Hugging Face state dict; several for `units`, in order.
         optional: leave it out where the state dict has no such tensor.
-        group: `blocks`: units of a block; `taps`: positions of the kernel.
+        group: `blocks`: units of a block; `taps`: positions of the kernel; `residual`: rows of a unit; `low_bit`:
+            maps of which panels follow each other in turn.
+        bits: of a weight of the layouts `low_bit` and `residual`; their elements are bytes.
     """
 
     layer: int
@@ -49,6 +52,7 @@ class Slot:
     sources: tuple[str, ...]
     optional: bool = False
     group: int = 1
+    bits: int = 0
 
     @property
     def key(self) -> str:
@@ -67,6 +71,10 @@ class Slot:
             return padded(rows, LANES) * padded(cols // self.group, 4) * self.group
         if self.layout == "blocks":
             return rows // self.group * padded(self.group, LANES) * padded(cols, 2)
+        if self.layout == "low_bit":
+            return self.group * padded(rows // self.group, LANES) // LANES * panel_bytes(cols, self.bits)
+        if self.layout == "residual":
+            return rows // self.group * residual_bytes(cols, self.group)
         return rows * padded(cols, PAD)
 
     @property
@@ -108,15 +116,32 @@ def _norm(spec: ModelSpec, layer: int, name: str, source: str) -> Iterator[Slot]
 
 
 def _map(
-    layer: int, name: str, source: str, rows: int, cols: int, part: str, modules: int | None = None
+    layer: int,
+    name: str,
+    source: str,
+    rows: int,
+    cols: int,
+    part: str,
+    modules: int | None = None,
+    bits: int | None = None,
 ) -> Iterator[Slot]:
-    """A dense map, or a multiplicative one with so many `modules`."""
-    if modules is None:
+    """A dense map, one whose weights have few `bits`, or a multiplicative one with so many `modules`."""
+    if bits:
+        yield _low_bit(layer, f"{name}.weight", (source,), rows, cols, bits)
+    elif modules is None:
         yield Slot(layer, f"{name}.weight", "spans", rows, cols, part, (f"{source}.weight",))
     else:
         yield Slot(layer, f"{name}.D", "rows", modules, cols, "multiplicative", (f"{source}.D",))
         yield Slot(layer, f"{name}.E", "panels", rows // modules, cols, "multiplicative", (f"{source}.E",))
     yield Slot(layer, f"{name}.bias", "vector", 1, rows, None, (f"{source}.bias",), optional=True)
+
+
+def _low_bit(layer: int, name: str, sources: tuple[str, ...], rows: int, cols: int, bits: int) -> Slot:
+    """Maps of `rows` outputs each, whose panels follow each other in turn."""
+    stored = tuple(f"{source}.{field}" for source in sources for field in ("codes", "scale", "zero"))
+    return Slot(
+        layer, name, "low_bit", rows * len(sources), cols, None, stored, group=len(sources), bits=bits
+    )
 
 
 def _convolution(layer: int, name: str, source: str, width: int, inputs: int, taps: int) -> Iterator[Slot]:
@@ -137,7 +162,7 @@ def _own(spec: ModelSpec) -> Iterator[Slot]:
         yield Slot(-1, "frequencies", "vector", 1, width // 2, None, ())
     yield from _norm(spec, -1, "norm", "model.norm")
     modules = vocabulary.modules if vocabulary.kind == "multiplicative" else None
-    for slot in _map(-1, "head", "head", size, d_model, "head", modules):
+    for slot in _map(-1, "head", "head", size, d_model, "head", modules, spec.low_bit.head):
         weight = slot.name == "head.weight"
         yield (
             slot
@@ -162,7 +187,8 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     else:
         key_width = spec.width_of_head * (attention.key_value_heads or spec.heads)
         for name, rows in (("query", spec.attention_width), ("key", key_width), ("value", key_width)):
-            yield from _map(layer, name, f"{source}.{name}", rows, d_model, "projection", multiplied)
+            bits = spec.low_bit.projection
+            yield from _map(layer, name, f"{source}.{name}", rows, d_model, "projection", multiplied, bits)
     for name in ("query_norm", "key_norm") if attention.query_key_norm else ():
         yield Slot(
             layer, f"{name}.weight", "vector", 1, spec.width_of_head, None, (f"{source}.{name}.weight",)
@@ -170,7 +196,8 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     kind = attention.output
     source = f"{block}.attention.output"
     if kind == "dense":
-        yield from _map(layer, "output", source, d_model, spec.attention_width, "projection")
+        width, bits = spec.attention_width, spec.low_bit.projection
+        yield from _map(layer, "output", source, d_model, width, "projection", bits=bits)
     elif kind == "multiplicative":
         yield from _map(layer, "output", source, d_model, d_model, "projection", modules)
     elif kind == "multiplicative_conv":
@@ -190,9 +217,15 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
             yield from _map(layer, name, f"{source}.{name}", units, d_model, "units")
         yield from _map(layer, "down", f"{source}.down", d_model, units, "units")
         return
-    names = ["up", "down"]
-    if feed_forward.kind == "sparse":
-        names = ["gate", *names] if feed_forward.gated else names
+    if feed_forward.kind == "mixture":
+        router = (f"{source}.router.weight",)
+        yield Slot(layer, "router", "spans", feed_forward.experts, d_model, "controller", router)
+        names = ["up", "down"]
+    else:
+        names = ["gate", "up", "down"] if feed_forward.gated else ["up", "down"]
+        unit_bias = (f"{source}.unit_bias",)
+        yield Slot(layer, "unit_bias", "vector", 1, units, None, unit_bias, optional=True)
+    if feed_forward.kind == "sparse" and chooses(spec, layer):
         rank, size = feed_forward.rank, feed_forward.block_size
         first, second, bias = (f"{source}.controller.{name}" for name in ("first", "second", "bias"))
         blocks = units // size
@@ -201,14 +234,53 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
         yield Slot(
             layer, "controller.bias", "vector", 1, blocks * padded(size, LANES), None, (bias,), group=size
         )
-        unit_bias = (f"{source}.unit_bias",)
-        yield Slot(layer, "unit_bias", "vector", 1, units, None, unit_bias, optional=True)
+    elif feed_forward.kind in ("selector", "precision"):
+        yield from _copy(spec, layer, source, names[:-1])
+    if feed_forward.kind == "precision":
+        if spec.units_per_block(layer):
+            stored = tuple(
+                f"{source}.residual.{name}.{field}" for name in names for field in ("codes", "scale")
+            )
+            rows = units * len(names)
+            yield Slot(layer, "residual", "residual", rows, d_model, None, stored, group=len(names), bits=4)
     else:
-        router = (f"{source}.router.weight",)
-        yield Slot(layer, "router", "spans", feed_forward.experts, d_model, "controller", router)
-    rows = tuple(f"{source}.{name}" for name in names)
-    yield Slot(layer, "units", "units", units * len(names), d_model, "units", rows)
+        rows_of_units = tuple(f"{source}.{name}" for name in names)
+        yield Slot(layer, "units", "units", units * len(names), d_model, "units", rows_of_units)
     yield Slot(layer, "bias", "vector", 1, d_model, None, (f"{source}.bias",))
+
+
+def chooses(spec: ModelSpec, layer: int) -> bool:
+    """Whether a layer that chooses units in blocks has to: where all are used, nothing is computed for it."""
+    feed_forward = spec.feed_forward
+    assert feed_forward.kind in ("sparse", "selector", "precision")
+    if (
+        getattr(feed_forward, "choice", "top") == "positive"
+        or getattr(feed_forward, "gate", "none") != "none"
+    ):
+        return True
+    return spec.units_per_block(layer) < feed_forward.block_size
+
+
+def _copy(spec: ModelSpec, layer: int, source: str, names: list[str]) -> Iterator[Slot]:
+    """What a layer reads of all its units in few bits, and what it chooses some of them with."""
+    feed_forward, d_model = spec.feed_forward, spec.d_model
+    assert feed_forward.kind in ("selector", "precision")
+    units = feed_forward.d_ff
+    place = "base" if feed_forward.kind == "precision" else "selector"
+    if place == "base" or chooses(spec, layer):
+        sources = tuple(f"{source}.{place}.{name}" for name in names)
+        yield _low_bit(layer, "copy", sources, units, d_model, feed_forward.bits)
+    if chooses(spec, layer):
+        yield Slot(layer, "importance", "vector", 1, units, None, (f"{source}.importance",))
+    if feed_forward.kind == "precision":
+        yield _low_bit(layer, "base.down", (f"{source}.base.down",), d_model, units, feed_forward.bits)
+        return
+    if feed_forward.choice == "positive":
+        yield Slot(layer, "threshold", "vector", 1, units, None, (f"{source}.threshold",))
+    if rank := feed_forward.bypass:
+        for name, rows, cols in (("first", rank, d_model), ("second", d_model, rank)):
+            stored = (f"{source}.bypass.{name}",)
+            yield Slot(layer, f"bypass.{name}.weight", "spans", rows, cols, "projection", stored)
 
 
 def arrange(slot: Slot, weights: np.ndarray) -> np.ndarray:

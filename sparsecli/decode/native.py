@@ -13,13 +13,13 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
-INTERFACE_VERSION = 2  # of native/engine.h
+INTERFACE_VERSION = 3  # of native/engine.h
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 KERNELS = ("auto", "native", "reference")
 
 SHAPE_FIELDS = (
     "d_model", "layers", "heads", "head_width", "key_value_heads", "max_positions", "vocabulary", "feed_forward",
-    "d_ff", "activation", "gated", "block_size", "units_per_block", "rank", "probability_gate", "projection",
+    "d_ff", "activation", "gated", "block_size", "rank", "positive", "probability_gate", "projection",
     "output", "modules", "kernel", "value_concat", "query_key_norm", "rms", "positions", "rotary_width", "parallel",
     "head_modules", "cache_type", "history_type", "units_on_disk", "poison",
 )  # fmt: skip
@@ -32,6 +32,7 @@ class Shape(Structure):
         *((name, c_int64) for name in SHAPE_FIELDS),
         ("epsilon", c_double),
         ("embedding_scale", c_double),
+        ("units_per_block", c_void_p),  # of every layer
     ]
 
 
@@ -121,6 +122,7 @@ def library() -> ctypes.CDLL:
         "sequence_truncate": (None, [sequence, c_int64]),
         "sequence_bytes": (c_int64, [engine, c_int64]),
         "forward": (c_int64, [engine, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_char_p]),
+        "counts": (None, [engine, c_void_p, c_void_p]),
         "block_stack_ns": (c_int64, [engine]),
         "profile": (None, [engine, c_void_p]),
         "profile_part": (c_char_p, [c_int64]),

@@ -14,22 +14,28 @@ import psutil
 from sparsecli.console import Failure
 from sparsecli.decode import tensorfile
 from sparsecli.decode.layout import Slot, arrange, slots
+from sparsecli.decode.layout_low_bit import arrange_panels, arrange_residual
 from sparsecli.decode.tensorfile import TYPES, WIDTHS
 from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.low_bit import from_bfloat16, to_bfloat16
+from sparsecli.model.low_bit import GROUP, from_bfloat16, quantise_groups, to_bfloat16, unpack_nibbles
 from sparsecli.model.rotary import rotary_frequencies
 
 LAYOUT_VERSION = 1
 INT8_RANK = 512  # the longest rank that is computed with in int8
 LINE = 64  # bytes: every packed tensor starts on a cache line
+WORDS = ("float32", "bfloat16", "int8", "int4")
+FEW_BITS = ("units", "projection", "head")  # parts that may be int4
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The type of each part's weights: float32, bfloat16 or int8 (a scale for each row)."""
+    """The type of each part's weights: float32, bfloat16, int8 (a scale for each row) or int4 (for 64 columns of it).
+
+    Weights that the checkpoint itself holds in few bits stay as they are.
+    """
 
     units: str
-    """Feed-forward matrices, dense or sparse."""
+    """Feed-forward matrices, dense or sparse; int4 is for dense ones, others become int8."""
     projection: str
     """Dense projections of attention."""
     controller: str
@@ -51,18 +57,21 @@ class Precision:
     def of(cls, name: str, **changes: Any) -> Precision:
         """All parts as `name`, but for `changes`.
 
-        `int8` keeps kernels, tables and the cache in bfloat16, which are a small part of what a token reads.
+        `int8` keeps kernels, tables and the cache in bfloat16, which are a small part of what a token reads; so does
+        `int4`, with int8 where int4 is not computed with.
         """
-        if name not in WIDTHS:
-            raise ValueError(f"{name!r} is not one of {', '.join(WIDTHS)}")
-        small = "bfloat16" if name == "int8" else name
-        chosen = cls(name, name, name, name, small, name, small, small)
+        if name not in WORDS:
+            raise ValueError(f"{name!r} is not one of {', '.join(WORDS)}")
+        small = "bfloat16" if name in ("int8", "int4") else name
+        other = "int8" if name == "int4" else name
+        chosen = cls(name, name, other, other, small, name, small, small)
         return replace(chosen, **changes)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != "head_rescoring" and value not in WIDTHS:
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(WIDTHS)}")
+            words = WORDS if name in FEW_BITS else WORDS[:-1]
+            if name != "head_rescoring" and value not in words:
+                raise ValueError(f"{name}: {value!r} is not one of {', '.join(words)}")
         if self.convolution == "int8":
             raise ValueError("convolution: int8 kernels are not computed with; use bfloat16")
         if self.head_rescoring and self.head != "int8":
@@ -106,17 +115,23 @@ def huge_pages(nbytes: int) -> np.ndarray:
 
 def plan(spec: ModelSpec, precision: Precision) -> list[tuple[Slot, str]]:
     """Every tensor and its type."""
-    found = [(slot, _type(slot, precision)) for slot in slots(spec)]
+    found = [_typed(slot, precision) for slot in slots(spec)]
     if precision.head_rescoring and spec.vocabulary.kind == "dense":
         head = next(slot for slot, _ in found if slot.name == "head.weight")
         found.append((replace(head, name="head.exact"), "bfloat16"))
     return found
 
 
-def _type(slot: Slot, precision: Precision) -> str:
+def _typed(slot: Slot, precision: Precision) -> tuple[Slot, str]:
+    if slot.bits:
+        return slot, "uint8"
     kind = getattr(precision, slot.part) if slot.part else "float32"
+    if kind == "int4" and slot.layout == "spans":
+        return replace(slot, layout="low_bit", bits=4), "uint8"
+    if kind == "int4":
+        kind = "int8"
     # Longer sums of the controller's integers could leave 32 bits.
-    return "bfloat16" if kind == "int8" and slot.layout == "blocks" and slot.cols > INT8_RANK else kind
+    return slot, "bfloat16" if kind == "int8" and slot.layout == "blocks" and slot.cols > INT8_RANK else kind
 
 
 def place(planned: list[tuple[Slot, str]]) -> dict[str, np.ndarray]:
@@ -137,7 +152,7 @@ def place(planned: list[tuple[Slot, str]]) -> dict[str, np.ndarray]:
 
 
 def pack(spec: ModelSpec, weights: Mapping[str, np.ndarray], precision: Precision) -> PackedModel:
-    """Repack a state dict. `weights` are float32, or bfloat16 as uint16.
+    """Repack a state dict. `weights` are float32, or bfloat16 as uint16; codes of few bits are uint8.
 
     Raises:
         Failure: a tensor is missing, has another shape, or holds a NaN or an infinity.
@@ -145,8 +160,11 @@ def pack(spec: ModelSpec, weights: Mapping[str, np.ndarray], precision: Precisio
     planned = [(slot, kind) for slot, kind in plan(spec, precision) if not _left_out(slot, weights)]
     arrays = place(planned)
     for slot, kind in planned:
-        source = _source(slot, spec, weights)
         target = arrays[slot.key]
+        if slot.bits:
+            _write(target, _in_few_bits(slot, spec, weights))
+            continue
+        source = _source(slot, spec, weights)
         if kind == "int8":
             quantised, scale = quantise_rows(source)
             _write(target, arrange(slot, quantised))
@@ -164,6 +182,42 @@ def _write(target: np.ndarray, values: np.ndarray) -> None:
     target[: values.size] = values
 
 
+def _in_few_bits(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The tensor's bytes, from codes as they are stored or from float weights."""
+    if slot.layout == "residual":
+        codes, scale = ([_stored(name, slot, weights) for name in slot.sources[at::2]] for at in range(2))
+        return arrange_residual(codes, scale).reshape(-1)
+    if len(slot.sources) == 1:  # float weights
+        return arrange_panels(*quantise_groups(_source(slot, spec, weights), slot.bits), slot.bits).reshape(
+            -1
+        )
+    stored = [_stored(name, slot, weights) for name in slot.sources]
+    maps = [stored[at : at + 3] for at in range(0, len(stored), 3)]
+    panels = [arrange_panels(unpack_nibbles(codes), scale, zero, slot.bits) for codes, scale, zero in maps]
+    return np.stack(panels, axis=1).reshape(-1)  # those of all maps in turn
+
+
+def _stored(name: str, slot: Slot, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A stored part of a matrix in few bits: uint8, or scales as bfloat16.
+
+    Raises:
+        Failure: it is missing, has another shape or type, holds codes that have more bits, a NaN or an infinity.
+    """
+    if name not in weights:
+        raise Failure(f"tensor {name} is missing")
+    found = weights[name]
+    groups = -(-slot.cols // GROUP)
+    codes, scale = name.endswith(".codes"), name.endswith(".scale")
+    expected = (slot.rows // slot.group, groups * GROUP // 2 if codes else groups)
+    if found.shape != expected or (found.dtype == np.uint8) == scale:
+        raise Failure(f"tensor {name} is {found.dtype} {found.shape}, expected {expected}")
+    if scale and not np.isfinite(from_bfloat16(found)).all():
+        raise Failure(f"tensor {name} holds a NaN or an infinity; the checkpoint is damaged")
+    if codes and slot.bits == 3 and (found & 0x88).any():
+        raise Failure(f"tensor {name} holds codes of more than 3 bits; the checkpoint is damaged")
+    return to_bfloat16(from_bfloat16(found)) if scale else found
+
+
 def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> np.ndarray:
     """The tensor's weights (rows, cols) as float32."""
     if slot.name == "frequencies":
@@ -173,6 +227,8 @@ def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> n
         if name not in weights:
             raise Failure(f"tensor {name} is missing")
         found.append(from_bfloat16(weights[name]))
+        if weights[name].dtype == np.uint8:
+            raise Failure(f"tensor {name} is uint8, expected float weights")
         if found[-1].size != slot.source_elements:
             raise Failure(f"tensor {name} is {found[-1].shape}, expected {slot.source_elements} elements")
         if not np.isfinite(found[-1]).all():

@@ -5,7 +5,8 @@ same choices of units with any precision. It shares no arithmetic with them, and
 
 - float32 and bfloat16 weights meet float32 activations in float32 sums. (Where the processor multiplies bfloat16, an
   activation is the sum of two such numbers, which is 16 bits of it; the twin keeps all 24.)
-- int8 weights of dense maps, controllers and units meet activations rounded to 16 bits, with one scale for a vector.
+- int8 weights of dense maps, controllers and units, and weights of fewer bits, meet activations rounded to 16 bits,
+  with one scale for a vector.
 - Multiplicative layers round their products x * D: to bfloat16, or with int8 weights to 8 bits, with one scale for
   each module and GROUP inputs.
 - Convolutions read what was remembered of earlier positions, in the type of their kernels.
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecli.decode.layout import LANES, PAD, PANEL, SPAN, Slot, modules_of, padded
-from sparsecli.decode.packing import PackedModel, plan
-from sparsecli.model.low_bit import from_bfloat16
+from sparsecli.decode.layout import LANES, PAD, chooses, modules_of, padded
+from sparsecli.decode.packing import PackedModel
+from sparsecli.decode.unpacking import FewBits, Weight, unpack_model
+from sparsecli.model.low_bit import STEPS
 
 GROUP = 256  # inputs that share a scale when products are rounded to 8 bits
 NOTHING = 1e-30  # a vector of such small numbers counts as zero: one over its scale would not be finite
@@ -40,92 +41,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
-
-
-# -- packed tensors ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A packed tensor, unpacked.
-
-    Attributes:
-        kind: its packed type.
-        values: (rows, cols) as float32; those of int8 are integers.
-        scale: (rows,), what a row has to be multiplied by; ones but for int8.
-    """
-
-    kind: str
-    values: Tensor
-    scale: Tensor
-
-    def __getitem__(self, rows: Tensor) -> Weight:
-        """Only some rows."""
-        return Weight(self.kind, self.values[rows], self.scale[rows])
-
-    def row(self, index: int) -> Tensor:
-        """One row (cols,) as the numbers that it stands for."""
-        return self.values[index] * self.scale[index]
-
-
-def unpack(slot: Slot, packed: np.ndarray) -> np.ndarray:
-    """The inverse of `layout.arrange`: (rows, cols) of the packed type."""
-    packed = packed[: slot.elements]
-    rows, cols = slot.rows, slot.cols
-    match slot.layout:
-        case "spans":
-            width = padded(cols, PAD)
-            spans = np.split(packed, [rows * at for at in range(SPAN, width, SPAN)])
-            return np.concatenate([span.reshape(rows, -1) for span in spans], axis=1)[:, :cols]
-        case "panels":
-            return unpack_panels(packed, padded(rows, LANES), padded(cols, PAD))[:rows, :cols]
-        case "taps":
-            inputs = cols // slot.group
-            taps = packed.reshape(slot.group, -1)
-            matrices = [unpack_panels(tap, padded(rows, LANES), padded(inputs, 4)) for tap in taps]
-            return np.stack([matrix[:rows, :inputs] for matrix in matrices], axis=1).reshape(rows, cols)
-        case "blocks":
-            together = 1 if packed.dtype == np.float32 else 2
-            blocks = packed.reshape(rows // slot.group, -1, padded(slot.group, LANES), together)
-            units = blocks.transpose(0, 2, 1, 3).reshape(
-                *blocks.shape[::2], -1
-            )  # (blocks, N padded, r padded)
-            return units[:, : slot.group, :cols].reshape(rows, cols)
-    return packed.reshape(rows, -1)[:, :cols]
-
-
-def unpack_panels(packed: np.ndarray, outputs: int, inputs: int) -> np.ndarray:
-    """(outputs, inputs) from panels of PANEL outputs, each [inputs / p][outputs][p]; int8 is stored as w + 128."""
-    together = 4 // packed.itemsize
-    if packed.dtype == np.int8:
-        packed = (packed.view(np.uint8) ^ 0x80).view(np.int8)
-    panels, at = [], 0
-    for start in range(0, outputs, PANEL):
-        width = min(PANEL, outputs - start)
-        panel = packed[at : at + width * inputs].reshape(-1, width, together)
-        panels.append(panel.transpose(1, 0, 2).reshape(width, inputs))
-        at += width * inputs
-    return np.concatenate(panels)
-
-
-def unpack_scale(slot: Slot, scale: np.ndarray) -> np.ndarray:
-    """Scales (rows,) without those of padding."""
-    if slot.layout == "blocks":
-        return scale[: slot.scales].reshape(-1, padded(slot.group, LANES))[:, : slot.group].reshape(-1)
-    return scale[: slot.rows]
-
-
-def unpack_model(model: PackedModel) -> dict[str, Weight]:
-    """Every tensor of a packed model, by its name there."""
-    weights = {}
-    for slot, kind in plan(model.spec, model.precision):
-        if slot.key in model.tensors:
-            values = torch.from_numpy(from_bfloat16(unpack(slot, model.tensors[slot.key])).copy())
-            scale = torch.ones(slot.rows)
-            if kind == "int8":
-                scale = torch.from_numpy(unpack_scale(slot, model.tensors[f"{slot.key}.scale"]).copy())
-            weights[slot.key] = Weight(kind, values, scale)
-    return weights
 
 
 # -- kernels -------------------------------------------------------------------------------------------------
@@ -145,6 +60,15 @@ def dots(weight: Weight, x: Tensor) -> Tensor:
     integers, scale = quantise(x, 32767)
     exact = weight.values.double() @ integers.double()
     return exact.float() * weight.scale * scale
+
+
+def dots_of_few_bits(weight: FewBits, x: Tensor) -> Tensor:
+    """x (cols,) -> (rows,). Sums of a group are exact."""
+    integers, scale = quantise(x, 32767)
+    groups = weight.scale.shape[1]
+    filled = F.pad(integers, (0, groups * PAD - len(x))).double().unflatten(0, (groups, PAD))
+    sums = torch.einsum("rgc,gc->rg", weight.steps, filled)
+    return ((sums * weight.scale).sum(-1) / STEPS).float() * scale
 
 
 def multiplicative(D: Weight, E: Weight, x: Tensor) -> Tensor:
@@ -214,7 +138,7 @@ class Reference:
 
     def __init__(self, model: PackedModel) -> None:
         self.spec, self.precision = model.spec, model.precision
-        self.weights = unpack_model(model)
+        self.weights, self.few_bits = unpack_model(model)
         self.memory: dict[str, list[Tensor]] = defaultdict(list)
         self.length = 0
 
@@ -232,7 +156,7 @@ class Reference:
             block = f"blocks.{layer}."
             attended = x + self._attention(block, self._normalize(f"{block}attention_norm", x))
             read = x if self.spec.parallel else attended
-            x = attended + self._feed_forward(block, self._normalize(f"{block}feed_forward_norm", read))
+            x = attended + self._feed_forward(layer, self._normalize(f"{block}feed_forward_norm", read))
         self.length += 1
         return self._head(self._normalize("norm", x)).numpy()
 
@@ -260,7 +184,9 @@ class Reference:
 
     def _map(self, name: str, x: Tensor) -> Tensor:
         """The dense or multiplicative map called `name`."""
-        if f"{name}.weight" in self.weights:
+        if f"{name}.weight" in self.few_bits:
+            y = dots_of_few_bits(self.few_bits[f"{name}.weight"], x)
+        elif f"{name}.weight" in self.weights:
             y = dots(self.weights[f"{name}.weight"], x)
         else:
             y = multiplicative(self.weights[f"{name}.D"], self.weights[f"{name}.E"], x)
@@ -320,54 +246,119 @@ class Reference:
 
     # Feed-forward.
 
-    def _feed_forward(self, block: str, x: Tensor) -> Tensor:
+    def _feed_forward(self, layer: int, x: Tensor) -> Tensor:
         feed_forward = self.spec.feed_forward
-        activation = ACTIVATIONS[feed_forward.activation]
+        block = f"blocks.{layer}."
         if feed_forward.kind == "dense":
             h = self._map(f"{block}up", x)
-            h = activation(self._map(f"{block}gate", x)) * h if feed_forward.gated else activation(h)
-            return self._map(f"{block}down", h)
-        gate = feed_forward.gate == "probability"
-        if feed_forward.kind == "sparse":
-            z = dots(self.weights[f"{block}controller.first"], x)
-            logits = dots(self.weights[f"{block}controller.second"], z)
-            logits = logits.unflatten(0, (-1, feed_forward.block_size)) + self._controller_bias(block)
-            chosen, weights = choose(logits, feed_forward.units_per_block, gate)
-            gated = feed_forward.gated
+            gate = self._map(f"{block}gate", x) if feed_forward.gated else None
+            return self._map(f"{block}down", self._activated(gate, h))
+        if feed_forward.kind == "precision":
+            return self._precise(layer, x)
+        y = self.weights[f"{block}bias"].values[0]
+        if feed_forward.kind == "selector":
+            chosen, weights = self._selected(layer, x), torch.ones(())
+            if feed_forward.bypass:
+                y = y + self._map(f"{block}bypass.second", self._map(f"{block}bypass.first", x))
+        elif feed_forward.kind == "sparse":
+            chosen, weights = self._controlled(layer, x)
         else:
-            logits = dots(self.weights[f"{block}router"], x)[None]
-            experts, weights = choose(logits, feed_forward.experts_per_token, gate)
-            size = feed_forward.d_ff // feed_forward.experts
-            chosen = (experts[:, None] * size + torch.arange(size)).flatten()
-            weights = weights.repeat_interleave(size)
-            gated = False
+            chosen, weights = self._routed(block, x)
 
-        first = dots(self._units(block, chosen, "gate" if gated else "up"), x)
+        up = dots(self._units(block, chosen, "up"), x)
         if feed_forward.kind == "mixture":
-            h = activation(first * weights)  # an expert's probability enters before the activation
+            h = self._activated(None, up * weights)  # an expert's probability enters before the activation
         else:
-            if f"{block}unit_bias" in self.weights:
-                first = first + self.weights[f"{block}unit_bias"].values[0, chosen]
-            h = activation(first) * weights
-            if gated:
-                h = h * dots(self._units(block, chosen, "up"), x)
+            gate = dots(self._units(block, chosen, "gate"), x) if feed_forward.gated else None
+            h = self._activated(*self._biased(block, gate, up, chosen)) * weights
         down = self._units(block, chosen, "down")
-        return (h * down.scale) @ down.values + self.weights[f"{block}bias"].values[0]
+        return (h * down.scale) @ down.values + y
 
-    def _controller_bias(self, block: str) -> Tensor:
-        """(blocks, N); the packed one has minus infinity where units only fill a block up."""
-        feed_forward = self.spec.feed_forward
+    def _activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        activation = ACTIVATIONS[self.spec.feed_forward.activation]
+        return activation(up) if gate is None else activation(gate) * up
+
+    def _biased(
+        self, block: str, gate: Tensor | None, up: Tensor, units: Tensor | slice
+    ) -> tuple[Tensor | None, Tensor]:
+        """Gate and up of some units with their bias on what enters the activation."""
+        if f"{block}unit_bias" not in self.weights:
+            return gate, up
+        bias = self.weights[f"{block}unit_bias"].values[0, units]
+        return (gate, up + bias) if gate is None else (gate + bias, up)
+
+    def _controlled(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Units that the controller chooses, and their weights."""
+        feed_forward, block = self.spec.feed_forward, f"blocks.{layer}."
         assert feed_forward.kind == "sparse"
-        size = feed_forward.block_size
-        return self.weights[f"{block}controller.bias"].values.view(-1, padded(size, LANES))[:, :size]
+        if not chooses(self.spec, layer):
+            return torch.arange(feed_forward.d_ff), torch.ones(())
+        z = dots(self.weights[f"{block}controller.first"], x)
+        logits = dots(self.weights[f"{block}controller.second"], z)
+        size = feed_forward.block_size  # packed blocks are filled up
+        bias = self.weights[f"{block}controller.bias"].values.view(-1, padded(size, LANES))[:, :size]
+        gate = feed_forward.gate == "probability"
+        return choose(logits.unflatten(0, (-1, size)) + bias, self.spec.units_per_block(layer), gate)
+
+    def _routed(self, block: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Units of the experts that the router chooses, and their weights."""
+        feed_forward = self.spec.feed_forward
+        assert feed_forward.kind == "mixture"
+        logits = dots(self.weights[f"{block}router"], x)[None]
+        experts, weights = choose(logits, feed_forward.experts_per_token, feed_forward.gate == "probability")
+        size = feed_forward.d_ff // feed_forward.experts
+        return (experts[:, None] * size + torch.arange(size)).flatten(), weights.repeat_interleave(size)
+
+    def _selected(self, layer: int, x: Tensor) -> Tensor:
+        """Units that a low-bit copy chooses."""
+        feed_forward, block = self.spec.feed_forward, f"blocks.{layer}."
+        assert feed_forward.kind == "selector"
+        if not chooses(self.spec, layer):
+            return torch.arange(feed_forward.d_ff)
+        gate, up = self._biased(block, *self._copied(block, x), slice(None))
+        if feed_forward.choice == "positive":
+            return (up > self.weights[f"{block}threshold"].values[0]).nonzero()[:, 0]
+        return self._best(layer, self._activated(gate, up))
+
+    def _copied(self, block: str, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Gate and up of all units, in few bits."""
+        feed_forward = self.spec.feed_forward
+        assert feed_forward.kind in ("selector", "precision")
+        products = dots_of_few_bits(self.few_bits[f"{block}copy"], x)
+        gate, up = products.chunk(2) if feed_forward.gated else (None, products)
+        return gate, up
+
+    def _best(self, layer: int, h: Tensor) -> Tensor:
+        """The units of each block that add most, for what they give."""
+        feed_forward = self.spec.feed_forward
+        assert feed_forward.kind in ("selector", "precision")
+        scores = h.abs() * self.weights[f"blocks.{layer}.importance"].values[0]
+        order = scores.unflatten(0, (-1, feed_forward.block_size)).sort(descending=True, stable=True).indices
+        best = order[:, : self.spec.units_per_block(layer)]  # of equal ones the first
+        return (best + torch.arange(len(best))[:, None] * feed_forward.block_size).flatten()
+
+    def _precise(self, layer: int, x: Tensor) -> Tensor:
+        """All units in few bits, the chosen ones with more."""
+        feed_forward, block = self.spec.feed_forward, f"blocks.{layer}."
+        assert feed_forward.kind == "precision"
+        gate, up = self._biased(block, *self._copied(block, x), slice(None))
+        h = self._activated(gate, up)
+        y = self.weights[f"{block}bias"].values[0]
+        if self.spec.units_per_block(layer):
+            chosen = self._best(layer, h) if chooses(self.spec, layer) else torch.arange(feed_forward.d_ff)
+            parts = 3 if feed_forward.gated else 2
+            more = [self.few_bits[f"{block}residual"][chosen * parts + part] for part in range(parts)]
+            if gate is not None:
+                gate = gate[chosen] + dots_of_few_bits(more[0], x)
+            h[chosen] = self._activated(gate, up[chosen] + dots_of_few_bits(more[-2], x))
+            y = y + h[chosen] @ more[-1].values()[:, : len(x)]
+        return dots_of_few_bits(self.few_bits[f"{block}base.down"], h) + y
 
     def _units(self, block: str, chosen: Tensor, part: str) -> Weight:
         """One row of each chosen unit; a unit's rows lie side by side."""
-        units = self.weights[f"{block}units"]
-        feed_forward = self.spec.feed_forward
-        gated = feed_forward.kind == "sparse" and feed_forward.gated
+        gated = getattr(self.spec.feed_forward, "gated", False)
         parts = ["gate", "up", "down"] if gated else ["up", "down"]
-        return units[chosen * len(parts) + parts.index(part)]
+        return self.weights[f"{block}units"][chosen * len(parts) + parts.index(part)]
 
     # Logits.
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from sparsecli.console import Failure
 
-WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1}
-TYPES: dict[str, type] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
-NAMES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
+TYPES: dict[str, type] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8, "uint8": np.uint8}
+NAMES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
 KINDS = {name: kind for kind, name in NAMES.items()}
 PAGE = 4096  # the header is filled up to it, so that tensors keep their alignment in a mapping
 LONGEST_HEADER = 100_000_000  # the format's own limit

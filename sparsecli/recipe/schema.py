@@ -24,6 +24,7 @@ from sparsecli.recipe.training import Count, NonNegative, Positive, RecoverySpec
 
 Names = Annotated[list[str], Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16", "int8"]
+WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
 
 
 def _listed(value: Any) -> Any:
@@ -196,9 +197,9 @@ class VariantModel(Block):
 class PrecisionChanges(Block):
     """Parts of the model whose weights are of another type than the row's; only the native backend has them."""
 
-    units: Dtype | None = None
-    """Feed-forward matrices, dense or sparse."""
-    projection: Dtype | None = None
+    units: WeightDtype | None = None
+    """Feed-forward matrices, dense or sparse; int4 is for dense ones."""
+    projection: WeightDtype | None = None
     """Dense projections of attention."""
     controller: Dtype | None = None
     """Controllers and routers."""
@@ -206,7 +207,7 @@ class PrecisionChanges(Block):
     """D and E of multiplicative layers, the sparse loss layer's too."""
     convolution: Literal["float32", "bfloat16"] | None = None
     """Convolution kernels."""
-    head: Dtype | None = None
+    head: WeightDtype | None = None
     """Dense logits."""
     embedding: Dtype | None = None
     """Tables of tokens and positions."""
@@ -227,7 +228,7 @@ class Variant(Block):
     """What differs from the recipe's model."""
     precision: PrecisionChanges = PrecisionChanges()
     """What differs from the row's weight type."""
-    dtypes: Annotated[list[Dtype], Field(min_length=1)] | None = None
+    dtypes: Annotated[list[WeightDtype], Field(min_length=1)] | None = None
     """Weight types that this row is measured in; those of the bench by default."""
     measured_layers: Size | None = None
     """Build only this many blocks of this row and multiply out; the row says so."""
@@ -251,8 +252,8 @@ class BenchSpec(Block):
     """Other programs to measure beside ours; one that is not installed is skipped with a line."""
     peer_variants: Names | None = None
     """Variants that peers without a model of their own run; by default the first dense and the last sparse one."""
-    dtypes: Annotated[list[Dtype], Field(min_length=1)] = Field(default=["float32", "bfloat16", "int8"])
-    """Weight types; int8 is for the native backend."""
+    dtypes: Annotated[list[WeightDtype], Field(min_length=1)] = Field(default=["float32", "bfloat16", "int8"])
+    """Weight types; int8 and int4 are for the native backend."""
     threads: Sweep | None = None
     """Threads of one step; by default one for each processor."""
     context: Sweep = Field(default=[64])

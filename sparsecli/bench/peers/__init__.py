@@ -85,7 +85,7 @@ PEERS = {
             ("llama_cpp", "gguf"),
             "peers-llama-cpp",
             own_model=True,
-            dtypes={**OURS, "int8": ("q8_0", "q4_0")},
+            dtypes={**OURS, "int8": ("q8_0", "q4_0"), "int4": ("q4_0",)},
             cache_bytes=dict.fromkeys(("float32", "bfloat16", "q8_0", "q4_0"), 2),
         ),
         Peer("openvino", "openvino", ("openvino",), "peers-openvino", False, OURS, BYTES),

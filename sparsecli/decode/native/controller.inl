@@ -104,8 +104,6 @@ inline int64_t largest(const float* logits, int64_t width) {
     return 0;
 }
 
-constexpr int64_t MAX_BLOCK = 4096;  // units; the engine refuses more
-
 void choose(const Matrix& second, const float* bias, const Choice& choice, int64_t begin, int64_t end,
             const Activations& z, int64_t tokens, int32_t* units, float* probabilities, int64_t unit_stride,
             const Matrix& rows, int64_t parts) {

@@ -10,7 +10,7 @@ inline float largest_magnitude(const float* values, int64_t count) {
     return maximum(top);
 }
 
-float quantise(const float* values, int64_t count, int16_t* integers) {
+float quantise(const float* values, int64_t count, int16_t* integers, int32_t* sums) {
     const float limit = largest_magnitude(values, count), inverse = limit > NOTHING ? 32767 / limit : 0;
     for (int64_t i = 0; i < count; i += LANES) {
 #if defined(SPARSECLI_AVX512)
@@ -19,6 +19,11 @@ float quantise(const float* values, int64_t count, int16_t* integers) {
 #else
         for (int64_t j = i; j < i + LANES; ++j) integers[j] = int16_t(std::nearbyint(values[j] * inverse));
 #endif
+    }
+    for (int64_t group = 0; sums && group < count / LOW_BIT_GROUP; ++group) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < LOW_BIT_GROUP; ++i) sum += integers[group * LOW_BIT_GROUP + i];
+        sums[group] = sum;
     }
     return limit / 32767;
 }
@@ -319,6 +324,8 @@ inline void tile_of(int64_t type, const void* span, int64_t width, int64_t row, 
 
 void dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
           int64_t out_stride) {
+    if (w.type == INT4) return low_bit_dots<4>(w, begin, end, x, tokens, out, out_stride);
+    if (w.type == INT3) return low_bit_dots<3>(w, begin, end, x, tokens, out, out_stride);
     constexpr int R = DOT_ROWS;
     constexpr int64_t ROWS_AT_ONCE = 64;  // that stay cached while all tokens meet them
     const int64_t stride = round_up(w.cols, PAD), tiled = TOKENS > 1 ? tokens / TOKENS * TOKENS : 0;

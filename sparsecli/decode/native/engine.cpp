@@ -74,10 +74,15 @@ std::string check(const sparsecli_shape& s) {
     const bool dense = s.projection == DENSE && s.output == DENSE_OUTPUT;
     if (!dense && s.heads * s.head_width != s.d_model) return wrong("the width of heads together");
     if (s.kernel < 1 || s.kernel > 1 << 16) return wrong("kernel");
+    if (s.feed_forward < DENSE_UNITS || s.feed_forward > PRECISION_UNITS) return wrong("feed_forward");
     if (s.feed_forward != DENSE_UNITS) {
+        const bool mixture = s.feed_forward == MIXTURE_UNITS, sparse = s.feed_forward == SPARSE_UNITS;
         if (s.block_size < 1 || s.d_ff % s.block_size) return wrong("block_size");
-        if (s.feed_forward == SPARSE_UNITS && s.block_size > 4096) return wrong("block_size, at most 4096 units,");
-        if (s.units_per_block < 1 || s.rank < 1 || s.rank > 4096) return wrong("the rank or the number of experts, at most 4096,");
+        if (!mixture && s.block_size > MAX_BLOCK) return wrong("block_size, at most 4096 units,");
+        if (s.rank < (mixture || sparse) || s.rank > 4096) return wrong("the rank or the number of experts, at most 4096,");
+        const int64_t least = s.feed_forward != PRECISION_UNITS, most = mixture ? s.rank : s.block_size;
+        for (int64_t layer = 0; layer < s.layers; ++layer)
+            if (s.units_per_block[layer] < least || s.units_per_block[layer] > most) return wrong("units_per_block");
     }
     if (s.head_modules && s.vocabulary % s.head_modules) return wrong("head_modules");
     return "";
@@ -100,7 +105,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 2 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 3 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* wanted, char* error) {
     const Kernels* found = find_kernels(wanted);
@@ -134,16 +139,15 @@ int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name
                        int64_t type, const float* scale, int64_t scales, char* error) {
     Model& model = engine->model;
     const std::string place = layer < 0 ? name : "block " + std::to_string(layer) + ": " + name;
-    if (layer < -1 || layer >= model.shape.layers || type < FLOAT32 || type > INT8) {
+    if (layer < -1 || layer >= model.shape.layers || type < FLOAT32 || type > INT3) {
         complain(error, place + ": no such layer or type");
         return -1;
     }
     for (Slot& slot : model.slots[size_t(layer + 1)]) {
         if (slot.name != name) continue;
-        const int64_t expected = model.elements(slot) * type_bytes(type);
-        const bool vector = slot.layout == Layout::VECTOR, taps = slot.layout == Layout::TAPS;
+        const int64_t expected = model.bytes(slot, type);
         const bool long_sums = slot.layout == Layout::BLOCKS && type == INT8 && slot.cols > INT8_RANK;
-        if ((vector && type != FLOAT32) || (taps && type != model.shape.history_type) || long_sums) {
+        if (!model.takes(slot.layout, type) || long_sums) {
             complain(error, place + ": weights of this type are not computed with here");
             return -1;
         }
@@ -155,8 +159,11 @@ int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name
             return -1;
         }
         *slot.matrix = {data, type == INT8 ? scale : nullptr, type, slot.rows, slot.cols};
-        model.quantised = model.quantised || type == INT8;
-        model.rounded = model.rounded || type == BFLOAT16;
+        const bool few_bits = type == INT4 || type == INT3;
+        const bool meets_rows = slot.layout == Layout::SPANS || slot.layout == Layout::UNITS;
+        model.few_bits = model.few_bits || few_bits;
+        model.quantised = model.quantised || type == INT8 || few_bits;
+        model.rounded = model.rounded || (type == BFLOAT16 && meets_rows);
         return 0;
     }
     complain(error, place + ": the model has no such tensor");
@@ -235,6 +242,10 @@ int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* s
         }
     });
     return fine ? 0 : valid ? -1 : -2;
+}
+
+void sparsecli_counts(sparsecli_engine* engine, int64_t* units, int64_t* tokens) {
+    *tokens = engine->forward->take_counts(units);
 }
 
 int64_t sparsecli_block_stack_ns(const sparsecli_engine* engine) { return engine->forward->block_stack_ns; }

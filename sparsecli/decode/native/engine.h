@@ -13,9 +13,10 @@ enum { SPARSECLI_ERROR_BYTES = 256 };
 
 struct sparsecli_shape {
     int64_t d_model, layers, heads, head_width, key_value_heads, max_positions, vocabulary;
-    int64_t feed_forward;  // 0 dense, 1 sparse, 2 mixture
+    int64_t feed_forward;  // 0 dense, 1 sparse, 2 mixture, 3 selector, 4 precision
     int64_t d_ff, activation, gated;
-    int64_t block_size, units_per_block, rank;  // mixture: units of an expert, experts a token, experts
+    int64_t block_size, rank;  // mixture: units of an expert, and experts; selector: rank of the bypass
+    int64_t positive;          // selector: units above their threshold, not the best of a block
     int64_t probability_gate;
     int64_t projection;  // 0 dense, 1 multiplicative, 2 dense_conv, 3 multiplicative_conv
     int64_t output;      // 0 none, 1 dense, 2 multiplicative, 3 multiplicative_conv
@@ -32,6 +33,7 @@ struct sparsecli_shape {
     int64_t units_on_disk;   // units are mapped from a file: ask for a layer's chosen rows at once
     int64_t poison;          // fill working memory with NaN first, for tests
     double epsilon, embedding_scale;
+    const int64_t* units_per_block;  // of every layer, read once; mixture: experts a token
 };
 
 int64_t sparsecli_interface(void);  // a version, and the size of the structure above: the caller compares
@@ -59,6 +61,9 @@ int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacit
 // logits (rows, vocabulary) of every token where all_logits, else of each sequence's last. -2: no such token.
 int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* sequences, const int64_t* tokens,
                           int64_t count, int64_t all_logits, float* logits, char* error);
+
+// Units that were computed in full since the last call, of every layer, and tokens that were added.
+void sparsecli_counts(sparsecli_engine* engine, int64_t* units, int64_t* tokens);
 
 // Nanoseconds that the blocks of the last sparsecli_forward took, and seconds by part since the last call.
 int64_t sparsecli_block_stack_ns(const sparsecli_engine* engine);

@@ -13,7 +13,7 @@ void Forward::pass(int64_t worker) {
         const Block& block = model_.blocks[size_t(layer)];
         if (shape_.parallel) set_aside(block.feed_forward_norm, worker);
         attention(block, layer, worker);
-        feed_forward(block, worker);
+        feed_forward(block, layer, worker);
     }
     if (!worker)
         block_stack_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
@@ -88,24 +88,27 @@ Activations Forward::readable(const Buffer<float>& source, int64_t stride, int64
     if (held == 1) return own_forms(source.row(0), stride, worker);
     const Range rows = mine(held, 1, worker);
     for (int64_t t = rows.begin; t < rows.end; ++t) {
-        if (model_.quantised) scales_.row(0)[t] = k_.quantise(source.row(t), stride, integers_.data + t * stride);
+        if (model_.quantised)
+            scales_.row(0)[t] = k_.quantise(source.row(t), stride, integers_.data + t * stride,
+                                            model_.few_bits ? sums_.data + t * (stride / LOW_BIT_GROUP) : nullptr);
         if (model_.rounded && k_.splits) k_.split(source.row(t), stride, halves_.data + 2 * t * stride);
     }
     barrier(worker, OTHER);
-    return {source.row(0), integers_.data, scales_.row(0), halves_.data, stride};
+    return {source.row(0), integers_.data, scales_.row(0), halves_.data, stride, sums_.data};
 }
 
 Activations Forward::row_of(const Activations& x, int64_t t) {
     return {x.values + t * x.stride, x.integers + t * x.stride, x.scales + t, x.halves + 2 * t * x.stride,
-            x.stride};
+            x.stride, x.sums + t * (x.stride / LOW_BIT_GROUP)};
 }
 
 // One row, in this worker's own memory.
 Activations Forward::own_forms(const float* row, int64_t stride, int64_t worker) {
     Worker& own = workers_[size_t(worker)];
-    if (model_.quantised) own.scale[0] = k_.quantise(row, stride, own.integers.row(0));
+    if (model_.quantised)
+        own.scale[0] = k_.quantise(row, stride, own.integers.row(0), model_.few_bits ? own.sums.row(0) : nullptr);
     if (model_.rounded && k_.splits) k_.split(row, stride, own.halves.row(0));
-    return {row, own.integers.row(0), own.scale, own.halves.row(0), stride};
+    return {row, own.integers.row(0), own.scale, own.halves.row(0), stride, own.sums.row(0)};
 }
 
 // out = w x (+ bias, where there is one) for some outputs.

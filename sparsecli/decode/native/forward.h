@@ -5,6 +5,7 @@
 #pragma once
 #include <chrono>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "memory.h"
@@ -68,9 +69,11 @@ struct CacheBytes {
 struct Worker {
     Buffer<float> normed, aside, scores, line;
     Buffer<int16_t> integers;
+    Buffer<int32_t> sums;
     Buffer<uint16_t> halves;
     Buffer<char> scratch;
     std::vector<const void*> taps;
+    std::vector<int64_t> used;  // units of each layer that it computed in full
     float scale[1];
 };
 
@@ -84,7 +87,10 @@ class Forward {
         d_stride_ = round_up(s.d_model, PAD);
         a_stride_ = round_up(model.attention_width(), PAD);
         z_stride_ = round_up(model.padded_rank(), PAD);
-        h_stride_ = s.feed_forward == DENSE_UNITS ? wide : round_up(model.chosen_units(), PAD);
+        h_stride_ = s.feed_forward == DENSE_UNITS || model.promotes() ? wide : 0;
+        for (int64_t layer = 0; layer < s.layers; ++layer)
+            h_stride_ = std::max(h_stride_, round_up(model.chosen_units(layer), PAD));
+        pair_stride_ = model.padded_units() * model.inward();
         integer_stride_ = std::max({d_stride_, a_stride_, z_stride_, h_stride_});
         for (Buffer<float>* buffer : {&x_, &normed_, &m_, &y_}) buffer->rows(CHUNK, s.d_model, d_stride_, poison);
         for (Buffer<float>* buffer : {&q_, &k_row_, &v_, &mixed_})
@@ -93,9 +99,14 @@ class Forward {
         z_.rows(CHUNK, model.padded_rank(), z_stride_, false);
         h_.rows(CHUNK, h_stride_, h_stride_, false);
         gate_.rows(s.gated && s.feed_forward == DENSE_UNITS ? CHUNK : 0, h_stride_, h_stride_, false);
+        const int64_t copied = model.promotes() || model.selects() ? CHUNK : 0;
+        pairs_.rows(copied, pair_stride_, pair_stride_, poison);
+        estimates_.rows(model.selects() ? CHUNK : 0, wide, wide, poison);
+        found_.rows(CHUNK, pool.threads(), pool.threads(), false);
         probabilities_.rows(CHUNK, h_stride_, h_stride_, false);
         chosen_.rows(CHUNK, h_stride_, h_stride_, false);
         integers_.rows(CHUNK, integer_stride_, integer_stride_, false);
+        sums_.rows(CHUNK, integer_stride_ / LOW_BIT_GROUP, integer_stride_ / LOW_BIT_GROUP, false);
         halves_.rows(CHUNK, 2 * integer_stride_, 2 * integer_stride_, false);
         scales_.rows(1, CHUNK, CHUNK, false);
         angles_.rows(CHUNK, s.rotary_width, s.rotary_width, false);
@@ -105,9 +116,11 @@ class Forward {
             worker.aside.rows(s.parallel ? 1 : 0, s.d_model, d_stride_, poison);
             worker.line.rows(1, z_stride_ + CHUNK + d_stride_, z_stride_ + CHUNK + d_stride_, false);
             worker.integers.rows(1, integer_stride_, integer_stride_, false);
+            worker.sums.rows(1, integer_stride_ / LOW_BIT_GROUP, integer_stride_ / LOW_BIT_GROUP, false);
             worker.halves.rows(1, 2 * integer_stride_, 2 * integer_stride_, false);
             worker.scratch.rows(1, scratch, scratch, false);
             worker.taps.resize(size_t(s.kernel));
+            worker.used.resize(size_t(s.layers));
         }
         sizes_ = cache_sizes(model);
     }
@@ -164,7 +177,17 @@ class Forward {
         score_stride_ = stride;
     }
 
+    // Units that were computed in full since the last call, of every layer; returns the tokens.
+    int64_t take_counts(int64_t* units) {
+        for (int64_t layer = 0; layer < shape_.layers; ++layer) {
+            units[layer] = 0;
+            for (Worker& worker : workers_) units[layer] += std::exchange(worker.used[size_t(layer)], 0);
+        }
+        return std::exchange(tokens_, 0);
+    }
+
     void run(const std::vector<Row>& rows, bool profile) {
+        tokens_ += int64_t(rows.size());
         rows_ = &rows;
         wanted_.clear();
         for (size_t t = 0; t < rows.size(); ++t)
@@ -258,14 +281,31 @@ class Forward {
 
     // -- feed-forward (forward_feed_forward.cpp) -------------------------------------------------------------
 
-    void feed_forward(const Block& block, int64_t worker);
-    void dense_feed_forward(const Block& block, const Activations& x, int64_t worker);
-    void choose_units(const Block& block, const Activations& x, int64_t worker);
+    void feed_forward(const Block& block, int64_t layer, int64_t worker);
+    void dense_feed_forward(const Block& block, int64_t layer, const Activations& x, int64_t worker);
+    void controlled_units(const Block& block, int64_t layer, const Activations& x, int64_t worker);
+    void choose_units(const Block& block, Range blocks, int64_t each_block, const Activations& x, int64_t worker);
+    void use_units(const Block& block, int64_t begin, int64_t end, const Activations& x, int64_t t);
     void read_ahead(const Block& block, int64_t t, int64_t begin, int64_t end) const;
-    void route(const Block& block, const Activations& x, int64_t worker);
+    void route(const Block& block, int64_t layer, const Activations& x, int64_t worker);
     void expert_dots(const Block& block, const Activations& x, float weight, int64_t t, int64_t begin, int64_t end,
                      int64_t worker);
-    void sum_units(const Block& block, int64_t worker);
+    void sum_units(const Block& block, int64_t layer, int64_t worker);
+
+    // -- units in few bits (forward_low_bit.cpp) -------------------------------------------------------------
+
+    Range copied_units(int64_t worker) const;
+    template <class F>
+    void each_piece(Range units, const F& body) const;
+    void read_copy(const Block& block, int64_t first, int64_t last, const Activations& x, Buffer<float>& h);
+    void choose_best(const Block& block, int64_t layer, int64_t first, int64_t last, const float* h,
+                     int32_t* chosen) const;
+    void selected_units(const Block& block, int64_t layer, const Activations& x, int64_t worker);
+    void positive_units(const Block& block, int64_t layer, const Activations& x, Range units, int64_t worker);
+    void fetch_units(const Block& block, int64_t t, int64_t begin, int64_t end) const;
+    void add_bypass(const Block& block, int64_t worker);
+    void precise_feed_forward(const Block& block, int64_t layer, const Activations& x, int64_t worker);
+    void promote(const Block& block, int64_t begin, int64_t end, const Activations& x, int64_t t);
 
     const Model& model_;
     const sparsecli_shape& shape_;
@@ -275,11 +315,13 @@ class Forward {
     CacheSizes sizes_{};
     const std::vector<Row>* rows_ = nullptr;
     std::vector<int64_t> wanted_;  // rows that want logits
+    int64_t tokens_ = 0;  // since they were last counted
     bool profile_ = false;
     Clock::time_point since_;
-    int64_t d_stride_ = 0, a_stride_ = 0, z_stride_ = 0, h_stride_ = 0, integer_stride_ = 0, score_stride_ = 0;
-    Buffer<float> x_, normed_, aside_, q_, k_row_, v_, mixed_, m_, y_, z_, h_, gate_, probabilities_, scales_, angles_;
-    Buffer<int32_t> chosen_;
+    int64_t d_stride_ = 0, a_stride_ = 0, z_stride_ = 0, h_stride_ = 0, pair_stride_ = 0, integer_stride_ = 0, score_stride_ = 0;
+    Buffer<float> x_, normed_, aside_, q_, k_row_, v_, mixed_, m_, y_, z_, h_, gate_, pairs_, estimates_, probabilities_, scales_, angles_;
+    Buffer<int32_t> chosen_, sums_;
+    Buffer<int64_t> found_;  // units that each thread found, where their number is up to the token
     Buffer<int16_t> integers_;
     Buffer<uint16_t> halves_;
 };

@@ -1,25 +1,32 @@
 // The feed-forward layer of one block: dense, sparse, or a mixture.
+#include <numeric>
+
 #include "forward.h"
 
 namespace sparsecli {
 
-void Forward::feed_forward(const Block& block, int64_t worker) {
+void Forward::feed_forward(const Block& block, int64_t layer, int64_t worker) {
     const Buffer<float>& aside = count() == 1 ? workers_[size_t(worker)].aside : aside_;
     const Activations x = shape_.parallel ? readable(aside, d_stride_, worker)
                                           : normalized(block.feed_forward_norm, worker);
     mark(worker, OTHER);
-    if (shape_.feed_forward == DENSE_UNITS) return dense_feed_forward(block, x, worker);
+    if (shape_.feed_forward == DENSE_UNITS) return dense_feed_forward(block, layer, x, worker);
+    if (model_.promotes()) return precise_feed_forward(block, layer, x, worker);
     if (shape_.feed_forward == SPARSE_UNITS)
-        choose_units(block, x, worker);
+        controlled_units(block, layer, x, worker);
+    else if (model_.selects())
+        selected_units(block, layer, x, worker);
     else
-        route(block, x, worker);
+        route(block, layer, x, worker);
     barrier(worker, UNIT_DOTS);
-    sum_units(block, worker);
+    if (model_.selects() && shape_.rank) add_bypass(block, worker);
+    sum_units(block, layer, worker);
     barrier(worker, UNIT_SUMS);
 }
 
-void Forward::dense_feed_forward(const Block& block, const Activations& x, int64_t worker) {
+void Forward::dense_feed_forward(const Block& block, int64_t layer, const Activations& x, int64_t worker) {
     const Range units = linear(block.up, x, h_.row(0), h_stride_, worker);
+    workers_[size_t(worker)].used[size_t(layer)] += count() * (units.end - units.begin);
     if (shape_.gated) linear(block.gate, x, gate_.row(0), h_stride_, worker);
     for (int64_t t = 0; t < count(); ++t)
         k_.activate(shape_.activation, shape_.gated ? gate_.row(t) + units.begin : nullptr,
@@ -30,26 +37,15 @@ void Forward::dense_feed_forward(const Block& block, const Activations& x, int64
     barrier(worker, DENSE_FF);
 }
 
-void Forward::choose_units(const Block& block, const Activations& x, int64_t worker) {
-    const Range ranks = mine(shape_.rank, 4, worker);  // rows are computed four at a time
-    k_.dots(block.controller_first, ranks.begin, ranks.end, x, count(), z_.row(0), z_stride_);
-    barrier(worker, CONTROLLER);
+void Forward::controlled_units(const Block& block, int64_t layer, const Activations& x, int64_t worker) {
     const Range blocks = mine(shape_.d_ff / shape_.block_size, 1, worker);
-    const int64_t each_block = shape_.units_per_block;
-    const Choice choice{shape_.block_size, each_block, model_.padded_rank(), model_.padded_block()};
-    float* weights = shape_.probability_gate ? probabilities_.row(0) : nullptr;
-    Activations z{z_.row(0), nullptr, nullptr, nullptr, z_stride_};
-    Worker& own = workers_[size_t(worker)];
-    if (block.controller_second.type == INT8) {  // z is small: every thread quantises it for itself
-        const int64_t rows = count();
-        float* scales = own.line.row(0);
-        int16_t* integers = (int16_t*)own.scratch.row(0);
-        for (int64_t t = 0; t < rows; ++t) scales[t] = k_.quantise(z_.row(t), z_stride_, integers + t * z_stride_);
-        z.integers = integers;
-        z.scales = scales;
-    }
-    k_.choose(block.controller_second, values(block.controller_bias), choice, blocks.begin, blocks.end, z, count(),
-              chosen_.row(0), weights, h_stride_, block.units, model_.parts());
+    const int64_t each_block = model_.chosen_in_block(layer);
+    if (model_.chooses(layer))
+        choose_units(block, blocks, each_block, x, worker);
+    else
+        for (int64_t t = 0; t < count(); ++t)
+            std::iota(chosen_.row(t) + blocks.begin * each_block, chosen_.row(t) + blocks.end * each_block,
+                      int32_t(blocks.begin * each_block));
     mark(worker, CONTROLLER);
     for (int64_t t = 0; shape_.units_on_disk && t < count(); ++t)
         read_ahead(block, t, blocks.begin * each_block, blocks.end * each_block);
@@ -57,12 +53,40 @@ void Forward::choose_units(const Block& block, const Activations& x, int64_t wor
     for (int64_t first = blocks.begin; first < blocks.end; first += step) {
         const int64_t begin = first * each_block, end = std::min(first + step, blocks.end) * each_block;
         for (int64_t t = 0; t < count(); ++t) {
-            k_.unit_dots(block.units, model_.parts(), shape_.activation, values(block.unit_bias), chosen_.row(t),
-                         begin, end, row_of(x, t), count() == 1, h_.row(t));
-            if (weights)
-                for (int64_t i = begin; i < end; ++i) h_.row(t)[i] *= probabilities_.row(t)[i];
+            use_units(block, begin, end, x, t);
+            for (int64_t i = begin; shape_.probability_gate && i < end; ++i)
+                h_.row(t)[i] *= probabilities_.row(t)[i];
         }
     }
+    workers_[size_t(worker)].used[size_t(layer)] += count() * (blocks.end - blocks.begin) * each_block;
+}
+
+// What the controller chooses of this worker's blocks.
+void Forward::choose_units(const Block& block, Range blocks, int64_t each_block, const Activations& x, int64_t worker) {
+    const Range ranks = mine(shape_.rank, 4, worker);  // rows are computed four at a time
+    k_.dots(block.controller_first, ranks.begin, ranks.end, x, count(), z_.row(0), z_stride_);
+    barrier(worker, CONTROLLER);
+    const Choice choice{shape_.block_size, each_block, model_.padded_rank(), model_.padded_block()};
+    float* weights = shape_.probability_gate ? probabilities_.row(0) : nullptr;
+    Activations z{z_.row(0), nullptr, nullptr, nullptr, z_stride_, nullptr};
+    Worker& own = workers_[size_t(worker)];
+    if (block.controller_second.type == INT8) {  // z is small: every thread quantises it for itself
+        const int64_t rows = count();
+        float* scales = own.line.row(0);
+        int16_t* integers = (int16_t*)own.scratch.row(0);
+        for (int64_t t = 0; t < rows; ++t)
+            scales[t] = k_.quantise(z_.row(t), z_stride_, integers + t * z_stride_, nullptr);
+        z.integers = integers;
+        z.scales = scales;
+    }
+    k_.choose(block.controller_second, values(block.controller_bias), choice, blocks.begin, blocks.end, z, count(),
+              chosen_.row(0), weights, h_stride_, block.units, model_.parts());
+}
+
+// The chosen units [begin, end) of one row.
+void Forward::use_units(const Block& block, int64_t begin, int64_t end, const Activations& x, int64_t t) {
+    k_.unit_dots(block.units, model_.parts(), shape_.activation, values(block.unit_bias), chosen_.row(t), begin, end,
+                 row_of(x, t), count() == 1, h_.row(t));
 }
 
 // Asks the system for all of a layer's chosen rows at once, since a disk would otherwise be waited for row by row; then
@@ -87,8 +111,8 @@ void Forward::read_ahead([[maybe_unused]] const Block& block, [[maybe_unused]] i
 }
 
 // Mixture of experts: the router chooses slices of consecutive units.
-void Forward::route(const Block& block, const Activations& x, int64_t worker) {
-    const int64_t experts = shape_.rank, size = shape_.block_size, uses = shape_.units_per_block;
+void Forward::route(const Block& block, int64_t layer, const Activations& x, int64_t worker) {
+    const int64_t experts = shape_.rank, size = shape_.block_size, uses = model_.chosen_in_block(layer);
     float* scores = workers_[size_t(worker)].line.row(0);
     for (int64_t t = 0; t < count(); ++t) {
         const Activations row = row_of(x, t);
@@ -105,6 +129,7 @@ void Forward::route(const Block& block, const Activations& x, int64_t worker) {
             int32_t* to = chosen_.row(t) + use * size;
             for (int64_t u = units.begin; u < units.end; ++u) to[u] = int32_t(best * size + u);
             if (shape_.units_on_disk) read_ahead(block, t, use * size + units.begin, use * size + units.end);
+            workers_[size_t(worker)].used[size_t(layer)] += units.end - units.begin;
             expert_dots(block, row, weight, t, use * size + units.begin, use * size + units.end, worker);
             scores[best] = -INFINITY;
         }
@@ -124,22 +149,35 @@ void Forward::expert_dots(const Block& block, const Activations& x, float weight
                  count() == 1, h_.row(t));
 }
 
-void Forward::sum_units(const Block& block, int64_t worker) {
-    const int64_t chosen = model_.chosen_units(), d = shape_.d_model;
+void Forward::sum_units(const Block& block, int64_t layer, int64_t worker) {
+    const int64_t chosen = model_.chosen_units(layer), d = shape_.d_model;
     const float* bias = values(block.bias);
+    const auto add = [&](int64_t t, int64_t begin, int64_t end, Range columns) {
+        k_.unit_sums(block.units, model_.parts(), chosen_.row(t) + begin, h_.row(t) + begin, end - begin,
+                     columns.begin, columns.end, x_.row(t));
+    };
+    // Where their number is up to the token, every thread has listed its own.
+    const auto add_found = [&](int64_t t, Range columns) {
+        for (int64_t other = 0; other < pool_.active(); ++other) {
+            const int64_t begin = copied_units(other).begin;
+            add(t, begin, begin + found_.row(t)[other], columns);
+        }
+    };
     if (count() == 1) {
         const Range columns = mine(d, LANES, worker);
-        k_.unit_sums(block.units, model_.parts(), chosen_.row(0), h_.row(0), chosen, columns.begin, columns.end,
-                     x_.row(0));
+        if (shape_.positive)
+            add_found(0, columns);
+        else
+            add(0, 0, chosen, columns);
         for (int64_t c = columns.begin; c < columns.end; ++c) x_.row(0)[c] += bias[c];
         return;
     }
     const Range rows = mine(count(), 1, worker);
-    const int64_t step = BLOCKS_AT_ONCE * (shape_.feed_forward == SPARSE_UNITS ? shape_.units_per_block : 1);
-    for (int64_t first = 0; first < chosen; first += step)
-        for (int64_t t = rows.begin; t < rows.end; ++t)
-            k_.unit_sums(block.units, model_.parts(), chosen_.row(t) + first, h_.row(t) + first,
-                         std::min(step, chosen - first), 0, d, x_.row(t));
+    const bool blocks = shape_.feed_forward != MIXTURE_UNITS;
+    const int64_t step = BLOCKS_AT_ONCE * (blocks ? model_.chosen_in_block(layer) : 1);
+    for (int64_t first = 0; first < chosen && !shape_.positive; first += step)
+        for (int64_t t = rows.begin; t < rows.end; ++t) add(t, first, std::min(first + step, chosen), {0, d});
+    for (int64_t t = rows.begin; t < rows.end && shape_.positive; ++t) add_found(t, {0, d});
     for (int64_t t = rows.begin; t < rows.end; ++t)
         for (int64_t c = 0; c < d; ++c) x_.row(t)[c] += bias[c];
 }

@@ -13,12 +13,23 @@ constexpr int64_t PAD = 64;     // elements that a row's length is rounded up to
 constexpr int64_t PANEL = 64;   // columns of a panel
 constexpr int64_t SPAN = 2048;  // columns at a time of a long row: as many activations stay in the first-level cache
 constexpr int64_t GROUP = 256;  // inputs that share a scale when products are quantised
+constexpr int64_t LOW_BIT_GROUP = 64;  // inputs that share a scale and a zero where weights have 3 or 4 bits
+constexpr int64_t MAX_BLOCK = 4096;  // units of a block
 constexpr int64_t QUERIES = 4;  // queries that share one reading of keys and values
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, INT3 = 4 };
 inline int64_t type_bytes(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
+
+inline int64_t groups_of(int64_t cols) { return (cols + LOW_BIT_GROUP - 1) / LOW_BIT_GROUP; }
+
+// Bytes of LANES rows in few bits, and of a row and a unit of residuals.
+inline int64_t low_bit_panel(int64_t cols, int64_t bits) {
+    return round_up(groups_of(cols) * LANES * (bits * LOW_BIT_GROUP / 8 + 3), 64);
+}
+inline int64_t residual_row(int64_t cols) { return groups_of(cols) * (LOW_BIT_GROUP / 2 + 2); }
+inline int64_t residual_unit(int64_t cols, int64_t parts) { return round_up(parts * residual_row(cols), 64); }
 
 // Weights in one of these layouts (packing.py writes them):
 //   rows      (rows, cols) with cols rounded up to PAD; int8 has a scale for each row
@@ -27,6 +38,10 @@ inline int64_t type_bytes(int64_t type) { return type == FLOAT32 ? 4 : type == B
 //             where p = 1, 2, 4 for float32, bfloat16, int8 (stored with 128 added); int8 has a scale for each output
 //   blocks    the controller's second factor: [block][rank / 2][unit][2], float32 [block][rank][unit]
 //   units     rows of chosen units: [unit][gate, up, down], each PAD-rounded; int8 has a scale for each row
+//   low bit   panels of LANES rows in 3 or 4 bits: the codes of every group of LOW_BIT_GROUP columns (low_bit.inl), then
+//             scales (bfloat16) and zeros (bytes, in sixteenths) as [group][row]; INT4 and INT3 dense maps
+//   residual  [unit][gate, up, down]: a row's codes in 4 bits, columns j and j + 32 of a group in one byte, then its
+//             scales (bfloat16); value = scale * (code - 8)
 struct Matrix {
     const void* data = nullptr;
     const float* scale = nullptr;
@@ -34,14 +49,16 @@ struct Matrix {
 };
 
 // Row vectors, `stride` elements apart and zero beyond their length, in the forms that weights are multiplied with:
-// `values` always, `integers` and `scales` where weights are int8, and for bfloat16 products `halves`, each row as
-// its bfloat16 roundings followed by what they leave over: together 16 bits, twice what the weights have.
+// `values` always, `integers` and `scales` where weights are int8 or fewer bits, with the `sums` of every LOW_BIT_GROUP
+// integers, and for bfloat16 products `halves`, each row as its bfloat16 roundings followed by what they leave over:
+// together 16 bits, twice what the weights have.
 struct Activations {
     const float* values;
     const int16_t* integers;
     const float* scales;
     const uint16_t* halves;
     int64_t stride;
+    const int32_t* sums;
 };
 
 // Keys and values of one layer and one head of one sequence.
@@ -64,13 +81,14 @@ struct Kernels {
 
     bool splits;  // bfloat16 products take `halves`
 
-    // values -> integers; returns the scale. `count` is a multiple of PAD.
-    float (*quantise)(const float* values, int64_t count, int16_t* integers);
+    // values -> integers; returns the scale. `count` is a multiple of PAD. Where `sums` is given, it gets theirs.
+    float (*quantise)(const float* values, int64_t count, int16_t* integers, int32_t* sums);
 
     // values -> halves (2 * count).
     void (*split)(const float* values, int64_t count, uint16_t* halves);
 
-    // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens; w is `spans`.
+    // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens; w is `spans`, or `low bit`: then
+    // `begin` is a multiple of LANES.
     void (*dots)(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
                  int64_t out_stride);
 
@@ -99,6 +117,13 @@ struct Kernels {
     // y[c] += sum_i h[i] down[u_i][c] over columns [begin, end); units with h = 0 are not read.
     void (*unit_sums)(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
                       int64_t begin, int64_t end, float* y);
+
+    // out[i * (parts - 1) + r] = r-th row of chosen[i]'s residual . x, and y[c] += sum_i h[chosen[i]] * its last row over
+    // columns [begin, end), `begin` a multiple of LANES.
+    void (*residual_dots)(const Matrix& residual, int64_t parts, const int32_t* chosen, int64_t count,
+                          const Activations& x, float* out);
+    void (*residual_sums)(const Matrix& residual, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
+                          int64_t begin, int64_t end, float* y);
 
     // Asks for memory that is read soon.
     void (*fetch)(const void* from, int64_t bytes);

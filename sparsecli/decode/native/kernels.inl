@@ -8,6 +8,7 @@ namespace sparsecli {
 namespace {
 
 #include "vectors.inl"
+#include "low_bit.inl"
 #include "dots.inl"
 #include "units.inl"
 #include "products.inl"
@@ -15,8 +16,9 @@ namespace {
 #include "attention.inl"
 
 constexpr Kernels make_table(const char* name) {
-    return {name,      SPLITS,    quantise, split,     dots,    multiplicative, convolve, choose,
-            unit_dots, unit_sums, fetch,    activate,  normalize, convert,      widen,    append, attend};
+    return {name,      SPLITS,    quantise,      split,         dots,  multiplicative, convolve,  choose,
+            unit_dots, unit_sums, residual_dots, residual_sums, fetch, activate,       normalize, convert,
+            widen,     append,    attend};
 }
 
 }  // namespace

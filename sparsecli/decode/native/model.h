@@ -10,12 +10,12 @@
 
 namespace sparsecli {
 
-enum FeedForward { DENSE_UNITS = 0, SPARSE_UNITS = 1, MIXTURE_UNITS = 2 };
+enum FeedForward { DENSE_UNITS = 0, SPARSE_UNITS = 1, MIXTURE_UNITS = 2, SELECTOR_UNITS = 3, PRECISION_UNITS = 4 };
 enum Projection { DENSE = 0, MULTIPLICATIVE = 1, DENSE_CONV = 2, MULTIPLICATIVE_CONV = 3 };
 enum Output { NO_OUTPUT = 0, DENSE_OUTPUT = 1, MULTIPLICATIVE_OUTPUT = 2, MULTIPLICATIVE_CONV_OUTPUT = 3 };
 enum Positions { LEARNED = 0, SINUSOIDAL = 1, ROTARY = 2 };
 enum ValueConcat { NO_CONCAT = 0, CONCAT_MODULES = 1, CONCAT_WHOLE = 2 };
-enum class Layout { VECTOR, ROWS, SPANS, PANELS, TAPS, BLOCKS, UNITS };
+enum class Layout { VECTOR, ROWS, SPANS, PANELS, TAPS, BLOCKS, UNITS, LOW_BIT, RESIDUAL };
 
 // A dense or a multiplicative map, whichever is bound.
 struct Map {
@@ -37,6 +37,9 @@ struct Block {
     Convolution query_convolution, key_convolution, value_convolution, output_convolution;
     Map gate, up, down;  // dense feed-forward
     Matrix router, controller_first, controller_second, controller_bias, units, unit_bias, bias;
+    Matrix copy;  // of gate and up in few bits: panels of either in turn
+    Matrix importance, threshold, base_down, residual;
+    Map bypass_first, bypass_second;
 };
 
 struct Slot {
@@ -55,7 +58,8 @@ struct Model {
     Norm norm;
     Map head;
     std::vector<Block> blocks;
-    bool quantised = false, rounded = false;  // some weights are int8, some are bfloat16
+    std::vector<int64_t> chosen_in_blocks;
+    bool quantised = false, few_bits = false, rounded = false;  // what some weights that meet activations are
     std::vector<std::vector<Slot>> slots;  // the model's own first, then each block's
 
     int64_t attention_width() const { return shape.head_width * shape.heads; }
@@ -64,15 +68,49 @@ struct Model {
     int64_t module_width() const { return shape.d_model / shape.modules; }
     int64_t padded_block() const { return round_up(shape.block_size, LANES); }
     int64_t padded_rank() const { return round_up(shape.rank, 2); }
+    // Whether a tensor of such a layout may be of such a type.
+    bool takes(Layout layout, int64_t type) const {
+        const bool few = type == INT4 || type == INT3;
+        switch (layout) {
+            case Layout::VECTOR: return type == FLOAT32;
+            case Layout::TAPS: return type == shape.history_type;
+            case Layout::LOW_BIT: return few;
+            case Layout::RESIDUAL: return type == INT4;
+            case Layout::SPANS: return true;
+            default: return !few;
+        }
+    }
     bool convolves() const { return shape.projection == DENSE_CONV || shape.projection == MULTIPLICATIVE_CONV; }
 
-    // Units that a token uses, as the layer lists them.
-    int64_t chosen_units() const {
-        if (shape.feed_forward == SPARSE_UNITS) return shape.d_ff / shape.block_size * shape.units_per_block;
-        return shape.feed_forward == MIXTURE_UNITS ? shape.block_size * shape.units_per_block : 0;
+    int64_t inward() const { return parts() - 1; }  // rows of a unit that meet its input
+    int64_t padded_units() const { return round_up(shape.d_ff, LANES); }
+    // Units of whole blocks that fill panels.
+    int64_t whole_blocks() const {
+        int64_t units = shape.block_size;
+        while (units % LANES) units += shape.block_size;
+        return units;
+    }
+    bool selects() const { return shape.feed_forward == SELECTOR_UNITS; }
+    bool promotes() const { return shape.feed_forward == PRECISION_UNITS; }
+
+    // k of a layer: units of a block, or experts a token.
+    int64_t chosen_in_block(int64_t layer) const { return chosen_in_blocks[size_t(layer)]; }
+
+    // Whether a layer with blocks has to choose: where all units are used, nothing is computed for it.
+    bool chooses(int64_t layer) const {
+        return shape.positive || shape.probability_gate || chosen_in_block(layer) < shape.block_size;
     }
 
-    explicit Model(const sparsecli_shape& given) : shape(given), blocks(size_t(given.layers)) {
+    // Units of a layer that a token uses, as the layer lists them: at most, where it is up to the token.
+    int64_t chosen_units(int64_t layer) const {
+        if (shape.feed_forward == DENSE_UNITS || shape.positive) return shape.d_ff;
+        if (shape.feed_forward == MIXTURE_UNITS) return shape.block_size * chosen_in_block(layer);
+        return shape.d_ff / shape.block_size * chosen_in_block(layer);
+    }
+
+    explicit Model(const sparsecli_shape& given)
+        : shape(given), blocks(size_t(given.layers)), chosen_in_blocks(given.units_per_block, given.units_per_block + given.layers) {
+        shape.units_per_block = chosen_in_blocks.data();
         std::vector<Slot> own;
         const int64_t d = shape.d_model, vocabulary = shape.vocabulary;
         own.push_back({"embedding", &embedding, Layout::ROWS, vocabulary, d});
@@ -85,7 +123,7 @@ struct Model {
         add_map(own, "head", head, !shape.head_modules, vocabulary, d, shape.head_modules);
         own.push_back({"head.exact", &exact_head, Layout::SPANS, vocabulary, d, true});
         slots.push_back(own);
-        for (Block& block : blocks) slots.push_back(block_slots(block));
+        for (int64_t layer = 0; layer < shape.layers; ++layer) slots.push_back(block_slots(layer));
     }
 
     static void add_norm(std::vector<Slot>& to, const std::string& name, Norm& norm_slots, int64_t d, bool rms) {
@@ -110,7 +148,8 @@ struct Model {
         to.push_back({name + ".bias", &convolution.bias, Layout::VECTOR, 1, width});
     }
 
-    std::vector<Slot> block_slots(Block& block) const {
+    std::vector<Slot> block_slots(int64_t layer) {
+        Block& block = blocks[size_t(layer)];
         std::vector<Slot> to;
         const int64_t d = shape.d_model, modules = shape.modules;
         add_norm(to, "attention_norm", block.attention_norm, d, shape.rms);
@@ -143,21 +182,38 @@ struct Model {
             add_map(to, "down", block.down, true, d, units, 0);
             return to;
         }
-        if (shape.feed_forward == SPARSE_UNITS) {
+        if (shape.feed_forward != MIXTURE_UNITS)
+            to.push_back({"unit_bias", &block.unit_bias, Layout::VECTOR, 1, units, true});
+        const bool copied = promotes() || (selects() && chooses(layer));
+        if (copied) to.push_back({"copy", &block.copy, Layout::LOW_BIT, padded_units() * inward(), d});
+        if (copied && chooses(layer)) to.push_back({"importance", &block.importance, Layout::VECTOR, 1, units});
+        if (promotes()) {
+            to.push_back({"base.down", &block.base_down, Layout::LOW_BIT, d, units});
+            if (chosen_in_block(layer)) to.push_back({"residual", &block.residual, Layout::RESIDUAL, units, d});
+        } else if (selects()) {
+            if (shape.positive) to.push_back({"threshold", &block.threshold, Layout::VECTOR, 1, units});
+            if (shape.rank) add_map(to, "bypass.first", block.bypass_first, true, shape.rank, d, 0);
+            if (shape.rank) add_map(to, "bypass.second", block.bypass_second, true, d, shape.rank, 0);
+        } else if (shape.feed_forward == MIXTURE_UNITS) {
+            to.push_back({"router", &block.router, Layout::SPANS, shape.rank, d});
+        } else if (chooses(layer)) {
             to.push_back({"controller.first", &block.controller_first, Layout::SPANS, shape.rank, d});
             to.push_back({"controller.second", &block.controller_second, Layout::BLOCKS, units, shape.rank});
             to.push_back({"controller.bias", &block.controller_bias, Layout::VECTOR, 1,
                           units / shape.block_size * padded_block()});
-            to.push_back({"unit_bias", &block.unit_bias, Layout::VECTOR, 1, units, true});
-        } else {
-            to.push_back({"router", &block.router, Layout::SPANS, shape.rank, d});
         }
-        to.push_back({"units", &block.units, Layout::UNITS, units * parts(), d});
+        if (!promotes()) to.push_back({"units", &block.units, Layout::UNITS, units * parts(), d});
         to.push_back({"bias", &block.bias, Layout::VECTOR, 1, d});
         return to;
     }
 
-    // Elements that a slot's tensor has in memory, padding included, and scales when it is int8.
+    // Bytes that a slot's tensor has in memory, padding included, and its scales when it is int8.
+    int64_t bytes(const Slot& slot, int64_t type) const {
+        if (slot.layout == Layout::RESIDUAL) return slot.rows * residual_unit(slot.cols, parts());
+        if (type != INT4 && type != INT3) return elements(slot) * type_bytes(type);
+        return round_up(slot.rows, LANES) / LANES * low_bit_panel(slot.cols, type == INT4 ? 4 : 3);
+    }
+
     int64_t elements(const Slot& slot) const {
         const int64_t rows = slot.rows, cols = slot.cols;
         switch (slot.layout) {

@@ -4,11 +4,14 @@
 // -- sixteen floats ------------------------------------------------------------------------------------------
 
 #if defined(SPARSECLI_AVX512)
-constexpr int WIDTH = 16, TILE_ROWS = 4, TILE_VECTORS = 4, TOKENS = 4, DOT_ROWS = 4;
+constexpr int WIDTH = 16, TILE_ROWS = 4, TILE_VECTORS = 4, TOKENS = 4, DOT_ROWS = 4,
+              LOW_BIT_TOKENS = 8;
 #elif defined(SPARSECLI_AVX2)
-constexpr int WIDTH = 8, TILE_ROWS = 3, TILE_VECTORS = 2, TOKENS = 2, DOT_ROWS = 2;
+constexpr int WIDTH = 8, TILE_ROWS = 3, TILE_VECTORS = 2, TOKENS = 2, DOT_ROWS = 2,
+              LOW_BIT_TOKENS = 4;
 #else
-constexpr int WIDTH = 4, TILE_ROWS = 2, TILE_VECTORS = 1, TOKENS = 1, DOT_ROWS = 1;
+constexpr int WIDTH = 4, TILE_ROWS = 2, TILE_VECTORS = 1, TOKENS = 1, DOT_ROWS = 1,
+              LOW_BIT_TOKENS = 4;
 #endif
 constexpr int PARTS = LANES / WIDTH;
 

@@ -1,0 +1,317 @@
+// Weights in 3 or 4 bits, in panels: sixteen outputs are computed side by side, a group of inputs at a time.
+// Part of kernels.inl, inside its namespaces.
+//
+// Every 32-bit lane belongs to one output. What is multiplied are pairs of 16-bit numbers: codes of two inputs that
+// lie next to each other, with the two activations. Codes are used where they lie in their 16 bits, times 1, 2, 16, 32
+// or 256, as long as sums fit into 32 bits: masks are cheaper than shifts. Each such factor has a sum of its own.
+
+typedef uint32_t Lanes __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t Halves __attribute__((vector_size(WIDTH * 4)));
+
+struct Codes {
+    Lanes part[PARTS];
+};
+
+inline Codes load_codes(const uint8_t* from) {
+    Codes c;
+    std::memcpy(&c, from, sizeof c);
+#if defined(SPARSECLI_AVX512)
+    asm("" : "+v"(c.part[0]));  // once: compilers load it again for each use, and loads are what is scarce
+#endif
+    return c;
+}
+
+// LANES bytes, one in each lane.
+inline Codes bytes_widened(const uint8_t* from) {
+    Codes c;
+#if defined(SPARSECLI_AVX512)
+    c.part[0] = (Lanes)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(SPARSECLI_AVX2)
+    for (int p = 0; p < PARTS; ++p)
+        c.part[p] = (Lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(from + p * WIDTH)));
+#else
+    for (int i = 0; i < LANES; ++i) c.part[i / WIDTH][i % WIDTH] = from[i];
+#endif
+    return c;
+}
+
+inline Codes halves_shifted(Codes a, int bits) {
+    for (int p = 0; p < PARTS; ++p) a.part[p] = (Lanes)((Halves)a.part[p] >> bits);
+    return a;
+}
+
+inline Codes operator&(Codes a, uint32_t mask) {
+    for (int p = 0; p < PARTS; ++p) a.part[p] &= mask;
+    return a;
+}
+
+inline Codes rotated_right(Codes a, int bits) {
+    for (int p = 0; p < PARTS; ++p) a.part[p] = a.part[p] >> bits | a.part[p] << (32 - bits);
+    return a;
+}
+
+// Bits of `a` where the mask has ones, of `b` elsewhere.
+inline Codes mixed(uint32_t mask, const Codes& a, const Codes& b) {
+    Codes c;
+    for (int p = 0; p < PARTS; ++p)
+#if defined(SPARSECLI_AVX512)
+        c.part[p] = (Lanes)_mm512_ternarylogic_epi32(_mm512_set1_epi32(int(mask)), (__m512i)a.part[p], (__m512i)b.part[p], 0xca);
+#else
+        c.part[p] = (a.part[p] & mask) | (b.part[p] & ~mask);
+#endif
+    return c;
+}
+
+// sums += both inputs of `codes` with x[0] and x[1].
+inline void add_pairs(Codes& sums, const Codes& codes, const int16_t* x) {
+#if defined(SPARSECLI_AVX512)
+    Lanes total = sums.part[0];  // by value, so that it stays in a register
+    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(codes.part[0]), "m"(*(const char(*)[4])x));
+    sums.part[0] = total;
+#elif defined(SPARSECLI_AVX2)
+    int32_t pair;
+    std::memcpy(&pair, x, 4);
+    for (int p = 0; p < PARTS; ++p)
+        sums.part[p] += (Lanes)_mm256_madd_epi16((__m256i)codes.part[p], _mm256_set1_epi32(pair));
+#else
+    const uint32_t first = uint32_t(int32_t(x[0])), second = uint32_t(int32_t(x[1]));
+    for (int p = 0; p < PARTS; ++p)
+        sums.part[p] += (codes.part[p] & 0xffff) * first + (codes.part[p] >> 16) * second;
+#endif
+}
+
+constexpr int FACTORS = 4;  // sums that a group has
+
+// How the codes of a group lie in memory (layout.py): calls use(i, factor, codes) for every pair i of inputs, in order,
+// with codes that are multiplied by 2^power[factor]; `total` is what sixteen times the unmultiplied sums are.
+template <int BITS>
+struct Planes;
+
+// Eight vectors; lane r of the i-th has inputs 8 i .. 8 i + 7 of output r, as four pairs: one code of each in either half.
+template <>
+struct Planes<4> {
+    static constexpr int64_t BYTES = 512;
+    static constexpr int power[FACTORS] = {0, 4, 8, 0};
+
+    template <class F>
+    static void visit(const uint8_t* from, const F& use) {
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; ++v) {
+            const Codes c = load_codes(from + 64 * v);
+            use(4 * v, 0, c & 0x000f000f);
+            use(4 * v + 1, 1, c & 0x00f000f0);
+            use(4 * v + 2, 2, c & 0x0f000f00);
+            use(4 * v + 3, 3, halves_shifted(c, 12));
+        }
+    }
+
+    static Codes total(const Codes* sums) {
+        Codes all;
+        for (int p = 0; p < PARTS; ++p)
+            all.part[p] = ((sums[0].part[p] + sums[3].part[p]) << 4) + sums[1].part[p] +
+                          (Lanes)((Ints)sums[2].part[p] >> 4);
+        return all;
+    }
+};
+
+// Four vectors with two bits of every code, in fields f = 0 .. 7 of either half, and two with the third: for fields with
+// an even f the code's highest bit, above the other two, for those with an odd f its lowest, below them.
+template <>
+struct Planes<3> {
+    static constexpr int64_t BYTES = 384;
+    static constexpr int power[FACTORS] = {0, 1, 4, 5};
+
+    template <class F>
+    static void visit(const uint8_t* from, const F& use) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            const Codes two = load_codes(from + 64 * v), ones = load_codes(from + 64 * (4 + v / 2));
+            const Codes one = v % 2 ? rotated_right(ones, 2) : ones;
+            const Codes even = mixed(0x33333333, two, one), odd = mixed(0xcccccccc, two, one);
+            use(8 * v, 0, even & 0x00070007);
+            use(8 * v + 1, 1, odd & 0x000e000e);
+            use(8 * v + 2, 2, even & 0x00700070);
+            use(8 * v + 3, 3, odd & 0x00e000e0);
+            use(8 * v + 4, 0, halves_shifted(even, 8) & 0x00070007);
+            use(8 * v + 5, 1, halves_shifted(odd, 8) & 0x000e000e);
+            use(8 * v + 6, 2, halves_shifted(even, 8) & 0x00700070);
+            use(8 * v + 7, 3, halves_shifted(odd, 8) & 0x00e000e0);
+        }
+    }
+
+    static Codes total(const Codes* sums) {
+        Codes all;
+        for (int p = 0; p < PARTS; ++p)
+            all.part[p] = (sums[0].part[p] << 4) + (sums[1].part[p] << 3) + sums[2].part[p] +
+                          (Lanes)((Ints)sums[3].part[p] >> 1);
+        return all;
+    }
+};
+
+// A panel: the codes of all groups, then their scales and their zeros, sixteen of each for a group.
+template <int BITS>
+struct Panel {
+    const uint8_t* codes;
+    const uint16_t* scale;
+    const uint8_t* zero;
+
+    Panel(const uint8_t* from, int64_t groups)
+        : codes(from), scale((const uint16_t*)(from + groups * Planes<BITS>::BYTES)),
+          zero((const uint8_t*)(scale + groups * LANES)) {}
+
+    // y += scale * (sixteen times the sums of codes with x - zero * the sum of x), all exact but for the last product.
+    void add_group(Vector& y, int64_t g, const Codes& sixteen_times, int32_t sum_of_x) const {
+        const Codes zeros = bytes_widened(zero + g * LANES);
+        Vector sums;
+        for (int p = 0; p < PARTS; ++p)
+            sums.part[p] = __builtin_convertvector((Ints)(sixteen_times.part[p] - zeros.part[p] * uint32_t(sum_of_x)), Floats);
+        add_product(y, load(scale + g * LANES), sums);
+    }
+};
+
+// Sixteen outputs of one token, sixteenfold and without the scale of its activations.
+template <int BITS>
+inline Vector panel_of_one(const Panel<BITS>& panel, int64_t groups, const int16_t* x, const int32_t* sums_of_x) {
+    Vector y = fill(0);
+    for (int64_t g = 0; g < groups; ++g) {
+        Codes sums[FACTORS] = {};
+        Planes<BITS>::visit(panel.codes + g * Planes<BITS>::BYTES, [&](int pair, int factor, const Codes& codes) {
+            add_pairs(sums[factor], codes, x + g * LOW_BIT_GROUP + 2 * pair);
+        });
+        panel.add_group(y, g, Planes<BITS>::total(sums), sums_of_x[g]);
+    }
+    return y;
+}
+
+// The same of T tokens: codes are taken apart once for all of them.
+template <int BITS, int T>
+inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_t* x, const int32_t* sums_of_x,
+                          int64_t stride, Vector* y) {
+    for (int t = 0; t < T; ++t) y[t] = fill(0);
+    for (int64_t g = 0; g < groups; ++g) {
+        Codes apart[LOW_BIT_GROUP / 2];
+        Planes<BITS>::visit(panel.codes + g * Planes<BITS>::BYTES, [&](int pair, int factor, const Codes& codes) {
+            apart[pair] = halves_shifted(codes, Planes<BITS>::power[factor]);
+        });
+        Codes sums[T] = {};
+        const int16_t* group = x + g * LOW_BIT_GROUP;
+#pragma GCC unroll 4
+        for (int64_t pair = 0; pair < LOW_BIT_GROUP / 2; ++pair) {
+            const Codes codes = apart[pair];
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) add_pairs(sums[t], codes, group + t * stride + 2 * pair);
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            for (int p = 0; p < PARTS; ++p) sums[t].part[p] <<= 4;
+            panel.add_group(y[t], g, sums[t], sums_of_x[t * (stride / LOW_BIT_GROUP) + g]);
+        }
+    }
+}
+
+template <int BITS>
+void low_bit_dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
+                  int64_t out_stride) {
+    const int64_t groups = groups_of(w.cols), bytes = low_bit_panel(w.cols, BITS);
+    for (int64_t row = begin; row < end; row += LANES) {
+        const Panel<BITS> panel((const uint8_t*)w.data + row / LANES * bytes, groups);
+        const auto keep = [&](int64_t t, const Vector& y) {
+            float lane[LANES];
+            store(lane, y * fill(x.scales[t] / 16));
+            std::memcpy(out + t * out_stride + row, lane, size_t(row + LANES <= end ? LANES : end - row) * 4);
+        };
+        int64_t t = 0;
+        for (; t + LOW_BIT_TOKENS <= tokens; t += LOW_BIT_TOKENS) {
+            Vector y[LOW_BIT_TOKENS];
+            panel_of_many<BITS, LOW_BIT_TOKENS>(panel, groups, x.integers + t * x.stride,
+                                                x.sums + t * (x.stride / LOW_BIT_GROUP), x.stride, y);
+            for (int u = 0; u < LOW_BIT_TOKENS; ++u) keep(t + u, y[u]);
+        }
+        for (; t < tokens; ++t)
+            keep(t, panel_of_one<BITS>(panel, groups, x.integers + t * x.stride, x.sums + t * (x.stride / LOW_BIT_GROUP)));
+    }
+}
+
+// -- residuals of units --------------------------------------------------------------------------------------
+
+// Sixteen of a row's codes from column `column` on, a multiple of sixteen, less 8.
+inline Vector residual_values(const uint8_t* codes, int64_t column) {
+    const uint8_t* from = codes + column / LOW_BIT_GROUP * (LOW_BIT_GROUP / 2) + column % (LOW_BIT_GROUP / 2);
+    const int shift = column % LOW_BIT_GROUP < LOW_BIT_GROUP / 2 ? 0 : 4;
+    const Codes bytes = bytes_widened(from);
+    Vector values;
+    for (int p = 0; p < PARTS; ++p)
+        values.part[p] = __builtin_convertvector((Ints)(bytes.part[p] >> shift & 15) - 8, Floats);
+    return values;
+}
+
+// One row with one token's integers, without their scale. Sums of a group are exact.
+inline float residual_dot(const uint8_t* codes, const uint16_t* scale, int64_t groups, const int16_t* x) {
+#if defined(SPARSECLI_AVX512)
+    __m512 total = _mm512_setzero_ps();
+    const __m512i mask = _mm512_set1_epi16(15), middle = _mm512_set1_epi16(8);
+    for (int64_t g = 0; g < groups; ++g) {
+        const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(codes + g * LOW_BIT_GROUP / 2)));
+        const __m512i low = _mm512_sub_epi16(_mm512_and_si512(bytes, mask), middle);
+        const __m512i high = _mm512_sub_epi16(_mm512_srli_epi16(bytes, 4), middle);
+        const int16_t* group = x + g * LOW_BIT_GROUP;
+        const __m512i sums = add_pairs(add_pairs(_mm512_setzero_si512(), low, _mm512_loadu_si512(group)), high,
+                                       _mm512_loadu_si512(group + LOW_BIT_GROUP / 2));
+        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(to_float(scale[g])), total);
+    }
+    return _mm512_reduce_add_ps(total);
+#else
+    float total = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+        const uint8_t* bytes = codes + g * LOW_BIT_GROUP / 2;
+        const int16_t* group = x + g * LOW_BIT_GROUP;
+        int32_t sum = 0;
+        for (int64_t j = 0; j < LOW_BIT_GROUP / 2; ++j)
+            sum += ((bytes[j] & 15) - 8) * group[j] + ((bytes[j] >> 4) - 8) * group[j + LOW_BIT_GROUP / 2];
+        total += float(sum) * to_float(scale[g]);
+    }
+    return total;
+#endif
+}
+
+// Where the rows of a unit's residual and their scales lie.
+struct Residual {
+    const uint8_t* codes;
+    const uint16_t* scale;
+    int64_t groups;
+
+    Residual(const Matrix& residual, int64_t parts, int64_t unit, int64_t row)
+        : groups(groups_of(residual.cols)) {
+        codes = (const uint8_t*)residual.data + unit * residual_unit(residual.cols, parts) + row * residual_row(residual.cols);
+        scale = (const uint16_t*)(codes + groups * (LOW_BIT_GROUP / 2));
+    }
+};
+
+void residual_dots(const Matrix& residual, int64_t parts, const int32_t* chosen, int64_t count, const Activations& x,
+                   float* out) {
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t row = 0; row < parts - 1; ++row) {
+            const Residual r(residual, parts, chosen[i], row);
+            out[i * (parts - 1) + row] = residual_dot(r.codes, r.scale, r.groups, x.integers) * x.scales[0];
+        }
+}
+
+void residual_sums(const Matrix& residual, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
+                   int64_t begin, int64_t end, float* y) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float value = h[chosen[i]];
+        if (value == 0) continue;
+        const Residual r(residual, parts, chosen[i], parts - 1);
+        for (int64_t c = begin; c < end; c += LANES) {
+            const Vector factor = fill(value * to_float(r.scale[c / LOW_BIT_GROUP]));
+            const Vector values = residual_values(r.codes, c);
+            float lane[LANES] = {};
+            const size_t bytes = size_t(c + LANES <= end ? LANES : end - c) * 4;
+            std::memcpy(lane, y + c, bytes);
+            Vector total = load(lane);
+            add_product(total, factor, values);
+            store(lane, total);
+            std::memcpy(y + c, lane, bytes);
+        }
+    }
+}
