@@ -1,38 +1,83 @@
-"""What the dense layers see: inputs of every feed-forward layer on calibration text."""
+"""Calibration text on its way through the dense and the converted model, block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.layers.feed_forward import DenseFeedForward
+from sparsecli.model.causal_lm import ScalingTransformerBlock, ScalingTransformerForCausalLM
+
+
+class _Reached(Exception):
+    """The first block is reached; nothing behind it needs to be computed."""
+
+
+class Streams:
+    """The residual stream of every calibration batch, before one block of a model."""
+
+    def __init__(self, model: ScalingTransformerForCausalLM, batches: list[Tensor]) -> None:
+        """Before the first block, for token ids (B, T)."""
+        self.x: list[Tensor] = []
+        self.arguments: list[tuple[Any, ...]] = []
+
+        def reached(block: nn.Module, arguments: tuple[Any, ...]) -> None:
+            self.x.append(arguments[0])
+            self.arguments.append(arguments[1:])
+            raise _Reached
+
+        handle = model.model.blocks[0].register_forward_pre_hook(reached)
+        try:
+            for batch in batches:
+                try:
+                    model.model(batch, use_cache=False)
+                except _Reached:
+                    continue
+        finally:
+            handle.remove()
+
+    def through(self, block: ScalingTransformerBlock) -> list[Tensor]:
+        """The stream behind `block`, for every batch (B, T, d)."""
+        found = []
+        for x, arguments in zip(self.x, self.arguments, strict=True):
+            with torch.autocast(x.device.type, torch.bfloat16):
+                found.append(block(x, *arguments))
+        return found
+
+
+@contextmanager
+def inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """What `layer` reads while open: (tokens, width) for each call, float32."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].flatten(0, -2).float())
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
-def feed_forward_inputs(
-    model: ScalingTransformerForCausalLM, batches: Iterable[Tensor], tokens: int
-) -> list[Tensor]:
-    """Inputs (tokens, d) of each dense feed-forward layer, from token ids (B, T) until `tokens` are reached."""
-    layers = [layer for layer in model.modules() if isinstance(layer, DenseFeedForward)]
-    collected: list[list[Tensor]] = [[] for _ in layers]
-    hooks = []
-    for layer, inputs in zip(layers, collected, strict=True):
+def blockwise(
+    dense: ScalingTransformerForCausalLM,
+    model: ScalingTransformerForCausalLM,
+    batches: list[Tensor],
+    fit: Callable[[int, ScalingTransformerBlock, ScalingTransformerBlock, Streams, list[Tensor]], None],
+) -> Tensor:
+    """Call `fit` for every block of `model`, with the streams that the blocks before it, already fitted, give.
 
-        def keep(layer: nn.Module, arguments: tuple[Tensor, ...], inputs: list[Tensor] = inputs) -> None:
-            inputs.append(arguments[0].flatten(0, -2))
-
-        hooks.append(layer.register_forward_pre_hook(keep))
-    try:
-        seen = 0
-        for batch in batches:
-            model.model(batch, use_cache=False)
-            seen += batch.numel()
-            if seen >= tokens:
-                break
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [torch.cat(inputs)[:tokens] for inputs in collected]
+    `fit` gets the block's number, the dense and the converted block, the converted model's streams before it, and the
+    dense model's streams behind it. Returns what the logits of the converted model read (tokens, d).
+    """
+    wanted, given = Streams(dense, batches), Streams(model, batches)
+    for index, (theirs, ours) in enumerate(zip(dense.model.blocks, model.model.blocks, strict=True)):
+        assert isinstance(theirs, ScalingTransformerBlock)
+        assert isinstance(ours, ScalingTransformerBlock)
+        wanted.x = wanted.through(theirs)
+        fit(index, theirs, ours, given, wanted.x)
+        given.x = given.through(ours)
+    return model.model.norm(torch.cat([x.flatten(0, 1) for x in given.x])).float()

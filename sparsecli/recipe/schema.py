@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from sparsecli.model.architecture import (
     AttentionSpec,
     Block,
     FeedForwardSpec,
+    LowBitSpec,
     ModelSpec,
+    PrecisionFeedForwardSpec,
     Probability,
+    SelectorFeedForwardSpec,
     Size,
     SparseFeedForwardSpec,
     VocabularySpec,
     fault,
 )
+from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.training import Count, NonNegative, Positive, RecoverySpec, TrainSpec
 
 Names = Annotated[list[str], Field(min_length=1)]
@@ -132,19 +136,52 @@ DataSpec = Annotated[StdlibCorpus | FilesCorpus | HubCorpus, Field(discriminator
 # -- convert -------------------------------------------------------------------------------------------------
 
 
+def _budget(text: str) -> str:
+    parse_budget(text)
+    return text
+
+
+ConvertedFeedForward = Annotated[
+    SparseFeedForwardSpec | SelectorFeedForwardSpec | PrecisionFeedForwardSpec, Field(discriminator="kind")
+]
+Method = Literal["precision", "selector", "controller", "exact"]
+
+
 class ConvertSpec(Block):
-    """Make a dense model's feed-forward layers sparse."""
+    """Make a dense model faster: within a budget, by a search, or into given feed-forward layers."""
 
     model: str | None = None
-    """The dense model: a run or a model folder; `--model` on the command line goes first."""
-    feed_forward: SparseFeedForwardSpec
-    """What every feed-forward layer becomes; `d_ff` must be the dense model's."""
-    calibration_tokens: Size = 32768
-    """Training tokens that the controllers are fitted on."""
+    """The dense model: a run, a model folder, a Hugging Face folder or name on the hub, or a GGUF file; `--model` on
+    the command line goes first."""
+    budget: Annotated[str, AfterValidator(_budget)] | None = None
+    """Search for the fastest model within `loss +2 %` or `perplexity +5 %` of the dense one on held-out text, or the
+    best within `kept 1/4` of the units or `bytes 100 MB` a token."""
+    feed_forward: ConvertedFeedForward | None = None
+    """Without a budget: what every feed-forward layer becomes; its units must be the dense model's."""
+    methods: Annotated[list[Method], Field(min_length=1)] | None = None
+    """What the search tries; by default every method that fits the model's activation."""
+    rank: Size = 128
+    """Rank of the controllers that the search tries."""
+    low_bit: LowBitSpec | None = None
+    """Bits of attention and logits; by default the search decides, and given layers leave them as they are."""
+    decode_dtype: Dtype = "int8"
+    """Weight type of what has no bits of its own, as the result is measured and checked."""
+    calibration_tokens: Size = 16384
+    """Training tokens that layers are fitted on."""
+    tuning_tokens: Size = 8192
+    """Training tokens, others, that the search compares candidates on."""
     controller_steps: Count = 200
     """Optimizer steps of each controller's fit."""
+    refit: bool = True
+    """Solve for the W_down, bias and bypass that make up for the units left out."""
     distillation: RecoverySpec = RecoverySpec()
-    """Recovery after the fit."""
+    """Recovery after the fit; a search that has met its budget leaves it out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ConvertSpec:
+        if (self.budget is None) == (self.feed_forward is None):
+            raise fault("budget", "give a budget to search within, or feed_forward for given layers, one of them")
+        return self
 
 
 # -- generate ------------------------------------------------------------------------------------------------

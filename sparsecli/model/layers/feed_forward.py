@@ -207,14 +207,22 @@ class ChosenUnits(nn.Module):
         return self._masked(x, mask, after)
 
     def _masked(self, x: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
-        """Every unit, with `mask` (tokens, blocks, N) before the activation and `after` behind it."""
+        return self.values(x, mask, after) @ self.down + self.bias
+
+    def values(self, x: Tensor, mask: Tensor, after: Tensor | None = None) -> Tensor:
+        """Every unit's value for x (tokens, d), with `mask` (tokens, blocks, N) before the activation and `after`
+        behind it: (tokens, d_ff)."""
         h = F.linear(x, self.up if self.gate is None else self.gate, self.unit_bias)
         h = ACTIVATIONS[self.activation](h * mask.flatten(1).to(h.dtype))
         if self.gate is not None:
             h = h * F.linear(x, self.up)
         if after is not None:
             h = h * after.flatten(1).to(h.dtype)
-        return h @ self.down + self.bias
+        return h
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Which units of each block decoding uses for x (tokens, d): ones and zeros (tokens, blocks, N)."""
+        raise NotImplementedError
 
 
 class SparseFeedForward(ChosenUnits):
@@ -263,6 +271,11 @@ class SparseFeedForward(ChosenUnits):
             scale = logits.softmax(dim=-1).gather(-1, chosen) if self.probability_gate else None
             y = self.evaluate(tokens, chosen, scale)
         return y.view_as(x)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """See `ChosenUnits.mask`."""
+        logits = self.controller(x)
+        return torch.zeros_like(logits).scatter_(-1, choose(logits, self.units_per_block), 1.0)
 
     def _train(self, x: Tensor, logits: Tensor) -> Tensor:
         mask, is_hard = training_mask(logits, self.units_per_block, self.temperature, self.hard_fraction)

@@ -209,20 +209,30 @@ class SelectorFeedForward(ChosenUnits):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., d). Training computes what decoding does; the choice passes no gradient."""
         tokens = x.reshape(-1, x.shape[-1])
-        with torch.no_grad():
-            value, before = self.selector(tokens, self.unit_bias, self.activation)
-        if self.choice == "positive":
-            mask = (before > self.threshold).unflatten(-1, (-1, self.block_size)).to(tokens.dtype)
-            y = self._masked(tokens, mask, None)
-        elif self.units_per_block == self.block_size:
-            y = self._masked(tokens, tokens.new_ones(1, 1, self.up.shape[0]), None)
+        if self.training or self.choice == "positive" or self.units_per_block == self.block_size:
+            y = self._masked(tokens, self.mask(tokens), None)
         else:
-            scores = (value.abs() * self.importance).unflatten(-1, (-1, self.block_size))
-            chosen = choose(scores, self.units_per_block)
-            y = self.evaluate_masked(tokens, chosen) if self.training else self.evaluate(tokens, chosen)
+            y = self.evaluate(tokens, choose(self._scores(tokens), self.units_per_block))
         if self.bypass is not None:
             y = y + self.bypass(tokens)
         return shared_dropout(y, self.dropout, self.training, (-2,)).view_as(x)
+
+    @torch.no_grad()
+    def mask(self, x: Tensor) -> Tensor:
+        """See `ChosenUnits.mask`."""
+        if self.choice == "positive":
+            _, before = self.selector(x, self.unit_bias, self.activation)
+            return (before > self.threshold).unflatten(-1, (-1, self.block_size)).to(x.dtype)
+        if self.units_per_block == self.block_size:
+            return x.new_ones(len(x), len(self.up) // self.block_size, self.block_size)
+        scores = self._scores(x)
+        return torch.zeros_like(scores).scatter_(-1, choose(scores, self.units_per_block), 1.0)
+
+    @torch.no_grad()
+    def _scores(self, x: Tensor) -> Tensor:
+        """What each unit is estimated to add to the output (tokens, blocks, N)."""
+        value, _ = self.selector(x, self.unit_bias, self.activation)
+        return (value.abs() * self.importance).unflatten(-1, (-1, self.block_size))
 
 
 class Base(nn.Module):

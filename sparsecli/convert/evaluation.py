@@ -1,0 +1,74 @@
+"""Held-out loss window by window, of a model in PyTorch and of packed weights in the engine; differences in pairs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from sparsecli.console import Progress
+from sparsecli.data.packing import Windows
+from sparsecli.decode.engine import Engine
+from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+
+BATCH = 4
+
+
+@torch.no_grad()
+def window_losses(model: ScalingTransformerForCausalLM, windows: Windows) -> np.ndarray:
+    """Mean nats a token of every window (W,), of a model that decodes as it does in evaluation; bfloat16 products."""
+    found = []
+    for start in range(0, len(windows), BATCH):
+        ids = torch.stack([windows[i]["input_ids"] for i in range(start, min(start + BATCH, len(windows)))])
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            logits = model(ids, use_cache=False).logits
+        for row, tokens in zip(logits, ids, strict=True):
+            found.append(F.cross_entropy(row[:-1].float(), tokens[1:]).item())
+    return np.array(found)
+
+
+def engine_losses(engine: Engine, windows: Windows, bar: Progress) -> np.ndarray:
+    """The same of an engine, which reads every window as a prompt: (W,)."""
+    found = []
+    sequence = engine.sequence(windows.sequence_length)
+    for index in range(len(windows)):
+        tokens = windows[index]["input_ids"].numpy()
+        sequence.truncate(0)
+        logits = engine.logits(sequence, tokens[:-1])
+        top = logits.max(axis=1)
+        total = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)) + top
+        found.append(float((total - logits[np.arange(len(logits)), tokens[1:]]).mean()))
+        bar.advance()
+    sequence.close()
+    return np.array(found)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Held-out loss of one stage, in pairs with the dense model's on the same windows."""
+
+    nats_per_token: float
+    change: float
+    """Nats a token over the dense model's."""
+    standard_error: float
+    """Of `change`, from the differences of windows."""
+
+    @classmethod
+    def of(cls, losses: np.ndarray, dense: np.ndarray) -> Loss:
+        """From mean losses of windows (W,)."""
+        differences = losses - dense
+        error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+        return cls(float(losses.mean()), float(differences.mean()), float(error))
+
+    @property
+    def perplexity_change(self) -> float:
+        """Rise of the perplexity, as a share."""
+        return math.expm1(self.change)
+
+    @property
+    def loss_change(self) -> float:
+        """Rise of the loss, as a share."""
+        return self.change / (self.nats_per_token - self.change)

@@ -1,0 +1,123 @@
+"""A converted model from a dense one: what stays is copied, the rest is fitted block by block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsecli.console import progress
+from sparsecli.convert.calibration import Streams, blockwise, inputs_of
+from sparsecli.convert.methods import KINDS, METHODS, Options
+from sparsecli.convert.refit import refit as refit_layer
+from sparsecli.convert.rounding import round_to, second_moment
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.causal_lm import ScalingTransformerBlock, ScalingTransformerForCausalLM
+from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.layers.attention import SeparateProjection
+from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward
+from sparsecli.model.layers.low_bit import LowBitLinear
+
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def start(dense: ScalingTransformerForCausalLM, spec: ModelSpec) -> ScalingTransformerForCausalLM:
+    """A model of `spec` with every weight of `dense` that it has too."""
+    tokens = {name: getattr(dense.config, name) for name in KEPT}
+    model = ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec, **tokens)).eval()
+    ours, theirs = model.state_dict(), dense.state_dict()
+    same = {name: value for name, value in theirs.items() if name in ours and ".feed_forward." not in name}
+    if spec.feed_forward.kind == "dense":
+        same |= {name: value for name, value in theirs.items() if name in ours}
+    model.load_state_dict(same, strict=False)
+    if dense.config.spec.tied and not spec.tied and isinstance(model.head, nn.Linear):
+        model.head.load_state_dict({"weight": dense.model.embedding.weight}, strict=False)
+    return model
+
+
+def fit(
+    dense: ScalingTransformerForCausalLM,
+    model: ScalingTransformerForCausalLM,
+    batches: list[Tensor],
+    options: Options,
+    *,
+    refit: bool,
+    keep: bool = False,
+) -> None:
+    """Fit what `model` has in other forms than `dense`, on token ids (B, T).
+
+    Args:
+        refit: solve for W_down, bias and bypass of layers that leave units out.
+        keep: layers are fitted already; only refit them.
+    """
+    spec = model.config.spec
+    method = METHODS[KINDS[spec.feed_forward.kind]] if spec.feed_forward.kind in KINDS else None
+    with progress("refitting layers" if keep else "fitting layers", spec.layers) as bar:
+
+        def block(
+            index: int,
+            theirs: ScalingTransformerBlock,
+            ours: ScalingTransformerBlock,
+            streams: Streams,
+            wanted: list[Tensor],
+        ) -> None:
+            if spec.low_bit.projection and not keep:
+                _round_attention(theirs, ours, streams)
+            if method is not None:
+                layer = ours.feed_forward
+                assert isinstance(theirs.feed_forward, DenseFeedForward)
+                x, before = _before(ours, streams)
+                behind = torch.cat([each.flatten(0, 1) for each in wanted])
+                # The norm in front of whatever reads the stream divides by its size; errors count in that measure.
+                weight = behind.square().mean(dim=-1).rsqrt()
+                weight /= weight.square().mean().sqrt()
+                if not keep:
+                    method.fit(theirs.feed_forward, layer, x, weight, options)
+                if refit and isinstance(layer, ChosenUnits) and method.recovers:
+                    refit_layer(layer, x, behind - before, weight)
+            bar.advance()
+
+        last = blockwise(dense, model, batches, block)
+    if isinstance(model.head, LowBitLinear) and not keep:
+        weights = dense.model.embedding if dense.config.spec.tied else dense.head
+        assert isinstance(weights, nn.Embedding | nn.Linear)
+        round_to(model.head, weights.weight, second_moment(last))
+        if isinstance(dense.head, nn.Linear) and dense.head.bias is not None:
+            model.head.load_state_dict({"bias": dense.head.bias}, strict=False)
+
+
+class _Silent(nn.Module):
+    """A layer that adds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def _before(block: ScalingTransformerBlock, streams: Streams) -> tuple[Tensor, Tensor]:
+    """What the block's feed-forward layer reads, and the stream that it adds to: (tokens, d) each."""
+    layer, block.feed_forward = block.feed_forward, _Silent()
+    try:
+        with inputs_of(block.feed_forward) as seen:
+            before = streams.through(block)
+    finally:
+        block.feed_forward = layer
+    return torch.cat(seen), torch.cat([each.flatten(0, 1) for each in before]).float()
+
+
+def _round_attention(
+    theirs: ScalingTransformerBlock, ours: ScalingTransformerBlock, streams: Streams
+) -> None:
+    """Round queries, keys and values, then the output on what these give."""
+    made, from_ = ours.attention.projection, theirs.attention.projection
+    assert isinstance(made, SeparateProjection)
+    assert isinstance(from_, SeparateProjection)
+    for layer, pairs in (
+        (made, [(getattr(made, name), getattr(from_, name)) for name in ("query", "key", "value")]),
+        (ours.attention.output, [(ours.attention.output, theirs.attention.output)]),
+    ):
+        with inputs_of(layer) as seen:
+            _before(ours, streams)
+        moment = second_moment(torch.cat(seen))
+        for rounded, linear in pairs:
+            round_to(rounded, linear.weight, moment)
+            if linear.bias is not None:
+                rounded.bias.copy_(linear.bias)

@@ -1,0 +1,141 @@
+"""What a search may end at: candidates with what they read, and, once measured, what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sparsecli.bench.traffic import bytes_per_token
+from sparsecli.convert.methods import METHODS
+from sparsecli.decode.packing import Precision
+from sparsecli.model.architecture import DenseFeedForwardSpec, DenseVocabularySpec, LowBitSpec, ModelSpec
+from sparsecli.recipe.budget import Budget
+
+RECOVERED = 0.5
+"""Share of a method's loss that refit and some ten thousand tokens of distillation make up for (docs/conversion.md)."""
+MARGIN = 0.9
+"""Share of a loss budget that predictions may use: the losses of parts only nearly add up."""
+BITS = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A converted model that could be built.
+
+    Attributes:
+        method: what feed-forward layers become; None leaves them dense.
+        bytes_per_token: weights that a decoded token reads.
+        change: nats a token over the dense model's, predicted from parts measured on tuning text; None before.
+        recovers: whether refit and distillation will make up for part of that.
+    """
+
+    spec: ModelSpec
+    method: str | None
+    bytes_per_token: int
+    change: float | None = None
+    recovers: bool = False
+
+    @property
+    def name(self) -> str:
+        """A short name: the method, units of a block, and parts in few bits."""
+        feed_forward, low_bit = self.spec.feed_forward, self.spec.low_bit
+        words = ["dense" if self.method is None else self.method]
+        if feed_forward.kind in ("sparse", "selector", "precision") and self.method != "exact":
+            k = {self.spec.units_per_block(layer) for layer in range(self.spec.layers)}
+            words.append(f"{min(k)}/{feed_forward.block_size}" if len(k) == 1 else "by layer")
+        words += [f"{part} {bits} bit" for part, bits in (("attention", low_bit.projection), ("logits", low_bit.head)) if bits]
+        return ", ".join(words)
+
+    @property
+    def expected(self) -> float:
+        """The change after recovery, as far as it can be told beforehand. Only once `change` is known."""
+        assert self.change is not None
+        return self.change * (1 - RECOVERED) if self.recovers else self.change
+
+
+def candidates(
+    dense: ModelSpec, methods: Sequence[str], rank: int, dtype: str, low_bit: LowBitSpec | None, distils: bool
+) -> list[Candidate]:
+    """Every combination of a method, units of a block, and bits of attention and logits.
+
+    Args:
+        low_bit: those bits, where they are given.
+        dtype: weight type of what has no bits of its own.
+        distils: whether there will be a distillation.
+    """
+    layer = dense.feed_forward
+    assert isinstance(layer, DenseFeedForwardSpec)
+    found = []
+    for bits in [low_bit] if low_bit else _low_bits(dense):
+        base = with_low_bit(dense, bits)
+        for name in methods:
+            method = METHODS[name]
+            for k in method.choices:
+                spec = base.model_copy(update={"feed_forward": method.spec(layer, dense.d_model, k, rank)})
+                recovers = method.recovers and distils
+                found.append(Candidate(spec, name, read_bytes(spec, dtype), recovers=recovers))
+    return found
+
+
+def with_low_bit(spec: ModelSpec, low_bit: LowBitSpec) -> ModelSpec:
+    """`spec` with these bits of attention and logits; logits in few bits are no longer the embedding's table."""
+    vocabulary = spec.vocabulary
+    if low_bit.head and isinstance(vocabulary, DenseVocabularySpec):
+        vocabulary = vocabulary.model_copy(update={"tied": False})
+    return spec.model_copy(update={"low_bit": low_bit, "vocabulary": vocabulary})
+
+
+def _low_bits(dense: ModelSpec) -> list[LowBitSpec]:
+    can_project = (dense.attention.projection, dense.attention.output) == ("dense", "dense")
+    projections = (None, BITS) if can_project else (None,)
+    heads = (None, BITS) if dense.vocabulary.kind == "dense" else (None,)
+    return [LowBitSpec(projection=projection, head=head) for projection in projections for head in heads]
+
+
+def read_bytes(spec: ModelSpec, dtype: str) -> int:
+    """Bytes of weights that a decoded token reads, parts without bits of their own being of `dtype`."""
+    return bytes_per_token(spec, Precision.of(dtype), context=0)
+
+
+def predicted(candidate: Candidate, layers: dict[tuple[str, int], float], projection: float, head: float) -> Candidate:
+    """`candidate` with the sum of what its parts cost: nats a token of (method, k), of attention and of logits."""
+    feed_forward, low_bit = candidate.spec.feed_forward, candidate.spec.low_bit
+    k = getattr(feed_forward, "units_per_block", 0)
+    assert candidate.method is not None
+    change = layers[candidate.method, k]
+    change += (projection if low_bit.projection else 0) + (head if low_bit.head else 0)
+    return replace(candidate, change=change)
+
+
+def eligible(found: Sequence[Candidate], budget: Budget, dense_loss: float) -> list[Candidate]:
+    """Those expected to keep the budget, the most promising first: by bytes under a loss budget, else by loss."""
+    allowed = budget.nats(dense_loss)
+    if allowed is not None:
+        kept = [each for each in found if each.expected <= MARGIN * allowed]
+        return sorted(kept, key=lambda each: each.bytes_per_token)
+    if budget.kind == "kept":
+        kept = [each for each in found if each.spec.kept_fraction <= budget.value]
+    else:
+        kept = [each for each in found if each.bytes_per_token <= budget.value]
+    return sorted(kept, key=lambda each: each.expected)
+
+
+def would_hold(found: Sequence[Candidate], budget: Budget, dense_loss: float) -> str:
+    """The budget, of the same kind, that the nearest candidate keeps."""
+    if budget.kind == "kept":
+        least = min(each.spec.kept_fraction for each in found)
+        return str(Budget("kept", least))
+    if budget.kind == "bytes":
+        return str(Budget("bytes", min(each.bytes_per_token for each in found) + 1e5))
+    least_change = min(each.expected for each in found) / MARGIN
+    return rounded_up(budget, least_change, dense_loss)
+
+
+def rounded_up(budget: Budget, change: float, dense_loss: float) -> str:
+    """A loss budget of the same kind that allows for `change` nats a token, in whole tenths of a percent."""
+    one = Budget(budget.kind, 0.001).nats(dense_loss)
+    assert one is not None
+    steps = 1
+    while (allowed := Budget(budget.kind, steps / 1000).nats(dense_loss)) is not None and allowed < change:
+        steps += 1
+    return str(Budget(budget.kind, steps / 1000))

@@ -1,0 +1,55 @@
+"""What a conversion may cost, as people write it: `loss +2 %`, `perplexity +5 %`, `kept 1/4`, `bytes 100 MB`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+EXPECTED = "expected `loss +2 %`, `perplexity +5 %`, `kept 1/4` (or `kept 25 %`), or `bytes 100 MB`"
+UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on the converted model.
+
+    Attributes:
+        kind: `loss`: held-out nats a token over the dense model's, `perplexity`: the same for its exponential, both as
+            a share; `kept`: share of the units that a token computes in full; `bytes` that a token reads.
+    """
+
+    kind: Literal["loss", "perplexity", "kept", "bytes"]
+    value: float
+
+    def nats(self, dense: float) -> float | None:
+        """Largest allowed rise of the loss in nats a token over a `dense` loss; None where the loss has no limit."""
+        if self.kind == "loss":
+            return dense * self.value
+        return math.log1p(self.value) if self.kind == "perplexity" else None
+
+    def __str__(self) -> str:
+        if self.kind == "bytes":
+            return f"bytes {self.value / 1e6:.4g} MB"
+        sign = "" if self.kind == "kept" else "+"
+        return f"{self.kind} {sign}{self.value * 100:.3g} %"
+
+
+def parse_budget(text: str) -> Budget:
+    """The budget that `text` writes.
+
+    Raises:
+        ValueError: it is none of the forms, or out of range.
+    """
+    words = text.strip().lower()
+    if found := re.fullmatch(r"(loss|perplexity)\s*\+?\s*(\d+(?:\.\d+)?)\s*%", words):
+        return Budget("loss" if found[1] == "loss" else "perplexity", float(found[2]) / 100)
+    if found := re.fullmatch(r"kept\s*(\d+(?:\.\d+)?)\s*(%|/\s*(\d+))", words):
+        share = float(found[1]) / (100 if found[2] == "%" else int(found[3]))
+        if not 0 <= share <= 1:
+            raise ValueError(f"{text!r} keeps {share:g} of the units; a share lies between 0 and 1")
+        return Budget("kept", share)
+    if found := re.fullmatch(r"bytes\s*(\d+(?:\.\d+)?)\s*([kmg]b)", words):
+        return Budget("bytes", float(found[1]) * UNITS[found[2]])
+    raise ValueError(f"{text!r} is no budget; {EXPECTED}")
