@@ -35,7 +35,7 @@ def engine_losses(engine: Engine, windows: Windows, bar: Progress) -> np.ndarray
     found = []
     sequence = engine.sequence(windows.sequence_length)
     for index in range(len(windows)):
-        tokens = windows[index]["input_ids"].numpy()
+        tokens = windows[index]["input_ids"].tolist()
         sequence.truncate(0)
         logits = engine.logits(sequence, tokens[:-1])
         top = logits.max(axis=1)

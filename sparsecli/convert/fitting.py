@@ -107,17 +107,21 @@ def _round_attention(
     theirs: ScalingTransformerBlock, ours: ScalingTransformerBlock, streams: Streams
 ) -> None:
     """Round queries, keys and values, then the output on what these give."""
-    made, from_ = ours.attention.projection, theirs.attention.projection
+    made, given = ours.attention.projection, theirs.attention.projection
+    output = ours.attention.output
     assert isinstance(made, SeparateProjection)
-    assert isinstance(from_, SeparateProjection)
-    for layer, pairs in (
-        (made, [(getattr(made, name), getattr(from_, name)) for name in ("query", "key", "value")]),
-        (ours.attention.output, [(ours.attention.output, theirs.attention.output)]),
-    ):
+    assert output is not None
+    steps: list[tuple[nn.Module, list[tuple[nn.Module, nn.Module | None]]]] = [
+        (made, [(getattr(made, name), getattr(given, name)) for name in ("query", "key", "value")]),
+        (output, [(output, theirs.attention.output)]),
+    ]
+    for layer, pairs in steps:
         with inputs_of(layer) as seen:
             _before(ours, streams)
         moment = second_moment(torch.cat(seen))
         for rounded, linear in pairs:
+            assert isinstance(rounded, LowBitLinear)
+            assert isinstance(linear, nn.Linear)
             round_to(rounded, linear.weight, moment)
-            if linear.bias is not None:
+            if rounded.bias is not None:
                 rounded.bias.copy_(linear.bias)

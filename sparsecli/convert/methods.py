@@ -47,21 +47,30 @@ class Method(ABC):
     """One way to make a dense feed-forward layer cheaper to decode."""
 
     name: str
-    choices: tuple[int, ...]
-    """Units of a block of BLOCK that the search tries, from the most to the fewest."""
+    choices: tuple[tuple[int, ...], ...]
+    """Units of a block of BLOCK that the search tries, those together that one fit serves."""
     recovers: bool
     """Whether refit and distillation make up for much of what it loses."""
+
+    @property
+    def units(self) -> list[int]:
+        """All that the search tries."""
+        return [k for together in self.choices for k in together]
 
     def fits(self, dense: DenseFeedForwardSpec) -> bool:
         """Whether layers like `dense` can be converted."""
         return dense.d_ff % BLOCK == 0 and not (dense.gated and dense.bias)
 
     @abstractmethod
-    def spec(self, dense: DenseFeedForwardSpec, d_model: int, units_per_block: int, rank: int) -> FeedForwardSpec:
+    def spec(
+        self, dense: DenseFeedForwardSpec, d_model: int, units_per_block: int, rank: int
+    ) -> FeedForwardSpec:
         """The layer that `dense` becomes."""
 
     @abstractmethod
-    def fit(self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options) -> None:
+    def fit(
+        self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options
+    ) -> None:
         """Fill `layer` so that it does for inputs x (tokens, d) what `dense` does.
 
         Args:
@@ -73,10 +82,12 @@ class Precision(Method):
     """Every unit in 4 bits, rounded to second order, and the bits left out for the chosen ones."""
 
     name = "precision"
-    choices = (8, 4, 2, 1, 0)
+    choices = ((8, 4, 2, 1), (0,))
     recovers = False
 
-    def spec(self, dense: DenseFeedForwardSpec, d_model: int, units_per_block: int, rank: int) -> FeedForwardSpec:
+    def spec(
+        self, dense: DenseFeedForwardSpec, d_model: int, units_per_block: int, rank: int
+    ) -> FeedForwardSpec:
         """See `Method.spec`."""
         return PrecisionFeedForwardSpec(
             kind="precision",
@@ -88,7 +99,9 @@ class Precision(Method):
             unit_bias=dense.bias,
         )
 
-    def fit(self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options) -> None:
+    def fit(
+        self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options
+    ) -> None:
         """See `Method.fit`. The moment of W_down's inputs leaves the chosen units out: they are read in full."""
         assert isinstance(layer, PrecisionFeedForward)
         moment = second_moment(x)
@@ -111,10 +124,12 @@ class Selector(Method):
     """Units chosen by a 3-bit copy of themselves, the others dropped."""
 
     name = "selector"
-    choices = (12, 8, 6, 4, 2)
+    choices: tuple[tuple[int, ...], ...] = ((12, 8, 6, 4, 2),)
     recovers = True
 
-    def spec(self, dense: DenseFeedForwardSpec, d_model: int, units_per_block: int, rank: int) -> FeedForwardSpec:
+    def spec(
+        self, dense: DenseFeedForwardSpec, d_model: int, units_per_block: int, rank: int
+    ) -> FeedForwardSpec:
         """See `Method.spec`."""
         return SelectorFeedForwardSpec(
             kind="selector",
@@ -127,7 +142,9 @@ class Selector(Method):
             bypass=max(1, d_model // 8),
         )
 
-    def fit(self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options) -> None:
+    def fit(
+        self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options
+    ) -> None:
         """See `Method.fit`; the copy needs no text."""
         assert isinstance(layer, SelectorFeedForward)
         copy_units(dense, layer)
@@ -140,10 +157,12 @@ class Controller(Method):
     """Sparse FF (paper section 3.1): units chosen by a low-rank controller, the others dropped."""
 
     name = "controller"
-    choices = (12, 8, 6, 4, 2)
+    choices = ((12, 8, 6, 4, 2),)
     recovers = True
 
-    def spec(self, dense: DenseFeedForwardSpec, d_model: int, units_per_block: int, rank: int) -> FeedForwardSpec:
+    def spec(
+        self, dense: DenseFeedForwardSpec, d_model: int, units_per_block: int, rank: int
+    ) -> FeedForwardSpec:
         """See `Method.spec`."""
         return SparseFeedForwardSpec(
             kind="sparse",
@@ -157,7 +176,9 @@ class Controller(Method):
             hard_fraction=1.0,
         )
 
-    def fit(self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options) -> None:
+    def fit(
+        self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options
+    ) -> None:
         """See `Method.fit`."""
         assert isinstance(layer, SparseFeedForward)
         copy_units(dense, layer)
@@ -169,14 +190,16 @@ class Exact(Selector):
     """For ReLU: units whose activation a 4-bit copy predicts to be zero are skipped, almost without loss."""
 
     name = "exact"
-    choices = (BLOCK,)
+    choices = ((BLOCK,),)
     recovers = False
 
     def fits(self, dense: DenseFeedForwardSpec) -> bool:
         """See `Method.fits`."""
         return super().fits(dense) and dense.activation == "relu" and not dense.gated
 
-    def spec(self, dense: DenseFeedForwardSpec, d_model: int, units_per_block: int, rank: int) -> FeedForwardSpec:
+    def spec(
+        self, dense: DenseFeedForwardSpec, d_model: int, units_per_block: int, rank: int
+    ) -> FeedForwardSpec:
         """See `Method.spec`."""
         return SelectorFeedForwardSpec(
             kind="selector",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from sparsecli.bench.traffic import bytes_per_token
 from sparsecli.convert.methods import METHODS
@@ -15,7 +16,7 @@ RECOVERED = 0.5
 """Share of a method's loss that refit and some ten thousand tokens of distillation make up for (docs/conversion.md)."""
 MARGIN = 0.9
 """Share of a loss budget that predictions may use: the losses of parts only nearly add up."""
-BITS = 4
+BITS: Literal[4] = 4
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class Candidate:
         if feed_forward.kind in ("sparse", "selector", "precision") and self.method != "exact":
             k = {self.spec.units_per_block(layer) for layer in range(self.spec.layers)}
             words.append(f"{min(k)}/{feed_forward.block_size}" if len(k) == 1 else "by layer")
-        words += [f"{part} {bits} bit" for part, bits in (("attention", low_bit.projection), ("logits", low_bit.head)) if bits]
+        words += [
+            f"{part} {bits} bit"
+            for part, bits in (("attention", low_bit.projection), ("logits", low_bit.head))
+            if bits
+        ]
         return ", ".join(words)
 
     @property
@@ -70,7 +75,7 @@ def candidates(
         base = with_low_bit(dense, bits)
         for name in methods:
             method = METHODS[name]
-            for k in method.choices:
+            for k in method.units:
                 spec = base.model_copy(update={"feed_forward": method.spec(layer, dense.d_model, k, rank)})
                 recovers = method.recovers and distils
                 found.append(Candidate(spec, name, read_bytes(spec, dtype), recovers=recovers))
@@ -87,9 +92,12 @@ def with_low_bit(spec: ModelSpec, low_bit: LowBitSpec) -> ModelSpec:
 
 def _low_bits(dense: ModelSpec) -> list[LowBitSpec]:
     can_project = (dense.attention.projection, dense.attention.output) == ("dense", "dense")
-    projections = (None, BITS) if can_project else (None,)
-    heads = (None, BITS) if dense.vocabulary.kind == "dense" else (None,)
-    return [LowBitSpec(projection=projection, head=head) for projection in projections for head in heads]
+    found = [LowBitSpec()]
+    if can_project:
+        found.append(LowBitSpec(projection=BITS))
+    if dense.vocabulary.kind == "dense":
+        found += [low_bit.model_copy(update={"head": BITS}) for low_bit in found]
+    return found
 
 
 def read_bytes(spec: ModelSpec, dtype: str) -> int:
@@ -97,7 +105,9 @@ def read_bytes(spec: ModelSpec, dtype: str) -> int:
     return bytes_per_token(spec, Precision.of(dtype), context=0)
 
 
-def predicted(candidate: Candidate, layers: dict[tuple[str, int], float], projection: float, head: float) -> Candidate:
+def predicted(
+    candidate: Candidate, layers: dict[tuple[str, int], float], projection: float, head: float
+) -> Candidate:
     """`candidate` with the sum of what its parts cost: nats a token of (method, k), of attention and of logits."""
     feed_forward, low_bit = candidate.spec.feed_forward, candidate.spec.low_bit
     k = getattr(feed_forward, "units_per_block", 0)

@@ -1,22 +1,49 @@
-"""What a conversion cost and saved, as data, as a table and as Markdown."""
+"""What a conversion cost and gained, as data, as a table, as Markdown and as a picture."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sparsecli import console
+from sparsecli.convert.evaluation import Loss
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Held-out figures of one stage."""
+    """Held-out loss after one stage, computed in PyTorch."""
 
     name: str
-    nats_per_token: float
-    bits_per_byte: float
-    change: float
-    """Loss relative to the dense model's, as a fraction."""
+    loss: Loss
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model as the engine decodes it: the dense one in several weight types, and the converted one."""
+
+    name: str
+    loss: Loss
+    bytes_per_token: int
+    """Weights that a decoded token reads."""
+    ms_per_token: float
+    """Median of one decoded token."""
+    prompt_ms_per_token: float
+    """Median of a prompt's token."""
+    converted: bool = False
+
+
+@dataclass(frozen=True)
+class Considered:
+    """A candidate of the search."""
+
+    name: str
+    bytes_per_token: int
+    predicted_change: float
+    """Nats a token over the dense model's, on tuning text, before recovery."""
+    expected_change: float
+    """The same after recovery."""
 
 
 @dataclass(frozen=True)
@@ -25,57 +52,124 @@ class Report:
 
     source: str
     output: str
+    budget: str | None
+    method: str
+    """The candidate's name."""
+    calibration_tokens: int
+    held_out_tokens: int
+    distilled_tokens: int
     kept_fraction: float
-    """Share of feed-forward units that a token uses."""
-    dense_parameters: int
-    sparse_parameters: int
-    dense_bytes_per_token: int
-    """Weights that one decoded token reads, float32."""
-    sparse_bytes_per_token: int
-    captured_share: list[float]
-    """Per block: score of the units that the controller chose over that of the best choice."""
+    """Share of feed-forward units that a token computes in full, as planned."""
+    kept_fraction_by_layer: list[float] | None
+    """The same as the kernels counted it on held-out text."""
+    threads: int
+    bandwidth_gb_per_second: float
     stages: list[Stage] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    considered: list[Considered] = field(default_factory=list)
+
+    @property
+    def result(self) -> Row:
+        """The converted model."""
+        return next(row for row in self.rows if row.converted)
+
+    @property
+    def verdict(self) -> str:
+        """One plain line: what was gained, at which cost, and whether a dense model does better."""
+        result, dense = self.result, self.rows[0]
+        others = [row for row in self.rows if not row.converted]
+        text = (
+            f"{dense.ms_per_token / result.ms_per_token:.2f}x the speed of {dense.name} at "
+            f"{result.loss.perplexity_change:+.2%} perplexity"
+        )
+        better = [
+            row
+            for row in others
+            if row.ms_per_token <= result.ms_per_token and row.loss.change <= result.loss.change
+        ]
+        if better:
+            best = min(better, key=lambda row: row.ms_per_token)
+            return f"{text}; {best.name} is faster and no worse: prefer it"
+        against = "; ".join(
+            f"{row.name}: {dense.ms_per_token / row.ms_per_token:.2f}x at {row.loss.perplexity_change:+.2%}"
+            for row in others[1:]
+        )
+        return f"{text}; {against}"
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON data; `schema` changes when a field changes its meaning."""
-        return {"schema": 1, **asdict(self)}
+        return {"schema": 2, **asdict(self), "verdict": self.verdict}
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """Stage, loss in nats per token, bits per byte, change against dense."""
+    def stage_rows(self) -> list[tuple[str, ...]]:
+        """Stage, loss in nats a token, perplexity against dense, and its standard error."""
+        return [(stage.name, *_loss_cells(stage.loss)) for stage in self.stages]
+
+    def model_rows(self) -> list[tuple[str, ...]]:
+        """Model, loss cells, megabytes a token, milliseconds a token, speed-up over the first, prompt milliseconds."""
+        first = self.rows[0].ms_per_token
         return [
-            (stage.name, f"{stage.nats_per_token:.4f}", f"{stage.bits_per_byte:.4f}", f"{stage.change:+.2%}")
-            for stage in self.stages
+            (
+                row.name,
+                *_loss_cells(row.loss),
+                f"{row.bytes_per_token / 1e6:.1f}",
+                f"{row.ms_per_token:.2f}",
+                f"{first / row.ms_per_token:.2f}x",
+                f"{row.prompt_ms_per_token:.2f}",
+            )
+            for row in self.rows
         ]
 
     def facts(self) -> list[tuple[str, str]]:
         """The other figures, for people."""
-        saved = self.dense_bytes_per_token / self.sparse_bytes_per_token
-        shares = ", ".join(f"{share:.0%}" for share in self.captured_share)
-        return [
-            ("units kept per token", f"{self.kept_fraction:.1%}"),
-            ("parameters", f"{self.dense_parameters:,} → {self.sparse_parameters:,}"),
-            (
-                "weights read per token",
-                f"{self.dense_bytes_per_token / 1e6:.2f} → {self.sparse_bytes_per_token / 1e6:.2f} MB "
-                f"({saved:.2f}x less, float32)",
-            ),
-            ("controller's choice against the best, by block", shares),
+        rows = [("method", self.method)]
+        if self.budget:
+            rows.insert(0, ("budget", self.budget))
+        if self.kept_fraction_by_layer:
+            counted = ", ".join(f"{share:.1%}" for share in self.kept_fraction_by_layer)
+            rows.append(("units computed in full, by layer", counted))
+        rows += [
+            ("text", f"{self.calibration_tokens:,} tokens calibrate, {self.held_out_tokens:,} held out"),
+            ("distilled on", f"{self.distilled_tokens:,} tokens"),
+            ("measured on", f"{self.threads} threads, {self.bandwidth_gb_per_second:.0f} GB/s"),
+            ("verdict", self.verdict),
             ("model", f"{self.output}/model"),
         ]
+        return rows
 
     def markdown(self) -> str:
         """A page for a pull request or a model card."""
-        lines = [
-            f"# {self.source} made sparse",
-            "",
-            "| stage | held-out nats per token | bits per byte | against dense |",
-            "| --- | --- | --- | --- |",
-            *(f"| {' | '.join(row)} |" for row in self.rows()),
-            "",
-            *(f"- {name}: {value}" for name, value in self.facts()),
-            "",
-        ]
-        return "\n".join(lines)
+        lines = [f"# {self.source} converted", "", *_markdown_table(STAGES, self.stage_rows()), ""]
+        lines += [*_markdown_table(MODELS, self.model_rows()), ""]
+        if self.considered:
+            rows = [
+                (
+                    each.name,
+                    f"{each.bytes_per_token / 1e6:.1f}",
+                    f"{each.predicted_change:+.4f}",
+                    f"{each.expected_change:+.4f}",
+                )
+                for each in self.considered
+            ]
+            lines += [*_markdown_table(CONSIDERED, rows), ""]
+        return "\n".join([*lines, *(f"- {name}: {value}" for name, value in self.facts()), ""])
+
+    def draw(self, path: Path) -> None:
+        """Save the picture of loss against time as PNG: what is down and to the left is better."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for row in self.rows:
+            place = row.ms_per_token, row.loss.perplexity_change * 100
+            error = row.loss.standard_error * 100
+            axes.errorbar(*place, yerr=error, fmt="s" if row.converted else "o", capsize=3)
+            axes.annotate(row.name, place, textcoords="offset points", xytext=(6, 6))
+        axes.set_xlabel("milliseconds a token")
+        axes.set_ylabel("perplexity over dense (%)")
+        axes.set_xlim(left=0)
+        axes.margins(x=0.2, y=0.15)
+        axes.grid(alpha=0.3)
+        figure.savefig(path, format="png")
 
     def show(self, format: str) -> None:
         """Print the report to stdout as table, json, csv or markdown."""
@@ -84,9 +178,31 @@ class Report:
         elif format == "markdown":
             console.out(self.markdown(), end="")
         elif format == "csv":
-            console.out("stage,nats_per_token,bits_per_byte,change")
-            for stage in self.stages:
-                console.out(f"{stage.name},{stage.nats_per_token},{stage.bits_per_byte},{stage.change}")
+            console.out(
+                "model,nats_per_token,change,standard_error,bytes_per_token,ms_per_token,prompt_ms_per_token"
+            )
+            for row in self.rows:
+                loss = f"{row.loss.nats_per_token},{row.loss.change},{row.loss.standard_error}"
+                times = f"{row.ms_per_token},{row.prompt_ms_per_token}"
+                console.out(f'"{row.name}",{loss},{row.bytes_per_token},{times}')
         else:
-            console.print_table(["stage", "nats/token", "bits/byte", "against dense"], self.rows())
+            console.print_table(STAGES, self.stage_rows())
+            console.print_table(MODELS, self.model_rows())
             console.print_table(["conversion", ""], self.facts())
+
+
+STAGES = ["stage", "nats/token", "perplexity", "± error"]
+MODELS = ["model", "nats/token", "perplexity", "± error", "MB/token", "ms/token", "speed", "prompt ms/token"]
+CONSIDERED = ["candidate", "MB/token", "predicted nats", "after recovery"]
+
+
+def _loss_cells(loss: Loss) -> tuple[str, str, str]:
+    return f"{loss.nats_per_token:.4f}", f"{loss.perplexity_change:+.2%}", f"{loss.standard_error:.2%}"
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join('---' for _ in columns)} |",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]

@@ -180,7 +180,9 @@ class ConvertSpec(Block):
     @model_validator(mode="after")
     def _check(self) -> ConvertSpec:
         if (self.budget is None) == (self.feed_forward is None):
-            raise fault("budget", "give a budget to search within, or feed_forward for given layers, one of them")
+            raise fault(
+                "budget", "give a budget to search within, or feed_forward for given layers, one of them"
+            )
         return self
 
 

@@ -1,0 +1,111 @@
+"""The text of a conversion: to calibrate on, to compare candidates on, to distil on, and to judge by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsecli.console import Failure
+from sparsecli.data.packing import PackedCorpus, Windows, pack
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.recipe.loader import load
+from sparsecli.recipe.schema import DataSpec, Recipe, SavedTokenizer, StdlibCorpus
+from sparsecli.train.run_directory import RECIPE
+
+WINDOW = 512
+HELD_OUT = 32768
+CHANCE = 0.75  # of the loss of a blind guess: a model that does no better does not know the text's language
+APART = 1.5  # nats a token between calibration and held-out text, from which they are two kinds of text
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Text:
+    """A packed corpus and its windows."""
+
+    data: DataSpec
+    corpus: PackedCorpus
+    calibration: list[Tensor]
+    """Token ids (B, T) of batches."""
+    tuning: Windows
+    held_out: Windows
+
+
+def data_of(recipe: Recipe, folder: Path, spec: ModelSpec) -> DataSpec:
+    """The recipe's text; else that of the run which trained the model; else the standard library.
+
+    It is always read with the model's own tokenizer.
+    """
+    data = recipe.data
+    stored = folder.parent / RECIPE
+    if data is None and stored.is_file():
+        data = load(str(stored)).recipe.data
+    if data is None:
+        length = min(WINDOW, spec.max_positions)
+        data = StdlibCorpus(source="stdlib", sequence_length=length, held_out_tokens=HELD_OUT)
+    return data.model_copy(update={"tokenizer": SavedTokenizer(kind="saved", path=str(folder))})
+
+
+def read_text(data: DataSpec, calibration_tokens: int, tuning_tokens: int, seed: int) -> Text:
+    """Pack the corpus and draw the windows of its training split that are calibrated and tuned on.
+
+    Raises:
+        Failure: there is too little text, or documents are in both splits.
+    """
+    corpus = pack(data)
+    windows = corpus.train.windows(data.sequence_length)
+    held_out = corpus.held_out.windows(data.sequence_length, data.held_out_tokens)
+    needed = [max(1, -(-tokens // data.sequence_length)) for tokens in (calibration_tokens, tuning_tokens)]
+    if len(windows) < sum(needed):
+        have = len(windows) * data.sequence_length
+        raise Failure(
+            f"data: {have:,} tokens to calibrate on, but convert.calibration_tokens and tuning_tokens ask for "
+            f"{calibration_tokens + tuning_tokens:,}; add text or lower them"
+        )
+    _check_overlap(corpus)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen, others = order[: needed[0]], order[needed[0] : sum(needed)]
+    rows = torch.stack([windows[index]["input_ids"] for index in chosen])
+    tokens = np.concatenate([windows[index]["input_ids"].numpy() for index in others])
+    return Text(data, corpus, list(rows.split(BATCH)), Windows(tokens, data.sequence_length), held_out)
+
+
+def check_language(dense_tuning: np.ndarray, dense_held_out: np.ndarray, vocabulary: int) -> None:
+    """Raise Failure where the dense model's losses show that the text is not for it.
+
+    Args:
+        dense_tuning, dense_held_out: losses of windows in nats a token.
+    """
+    held_out, tuning = float(dense_held_out.mean()), float(dense_tuning.mean())
+    if held_out > CHANCE * math.log(vocabulary):
+        raise Failure(
+            f"data: the dense model predicts the held-out text hardly better than by chance ({held_out:.2f} nats a "
+            f"token of {math.log(vocabulary):.2f}); is it in the model's language, and is the tokenizer its own?"
+        )
+    if abs(held_out - tuning) > APART:
+        raise Failure(
+            f"data: calibration and held-out text are of different kinds ({tuning:.2f} against {held_out:.2f} nats a "
+            f"token); calibrate on text like that which the model will see"
+        )
+
+
+def _check_overlap(corpus: PackedCorpus) -> None:
+    """Raise Failure where a held-out document was also given to train on."""
+    end = corpus.tokenizer.eos_token_id
+    documents = [_documents(stream.tokens, end) for stream in (corpus.train, corpus.held_out)]
+    if shared := documents[0] & documents[1]:
+        raise Failure(
+            f"data: {len(shared)} held-out documents are also among those to calibrate on; take them out of one"
+        )
+
+
+def _documents(tokens: np.ndarray, end: int | None) -> set[bytes]:
+    """The documents of a stream, each as its bytes; empty ones do not count."""
+    ends = np.flatnonzero(np.asarray(tokens) == end)
+    pieces = np.split(np.asarray(tokens), ends + 1)
+    return {piece.tobytes() for piece in pieces if len(piece) > 1}
