@@ -1,26 +1,23 @@
-"""From a dense run to a sparse one: units copied, controllers fitted, loss recovered, nothing overwritten."""
+"""The command: given layers, a search within a budget, stopped and resumed conversions, and what it refuses."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
-from sparsecli.console import Failure, Mismatch, RecipeError
-from sparsecli.convert import command
-from sparsecli.convert.feed_forward import (
-    captured_share,
-    copy_units,
-    fit_controller,
-    start_controller,
-)
+from sparsecli.console import Failure, Mismatch, RecipeError, Stopped
+from sparsecli.convert import command, conversion
+from sparsecli.convert.conversion import check_written
+from sparsecli.decode import native
 from sparsecli.model.checkpoint import load_model
-from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.train import trainer
-from sparsecli.train.controllers import unit_scores
+
+pytestmark = pytest.mark.skipif(native.available() is not None, reason="the native engine is not there")
 
 RECIPE = """
 model:
@@ -39,9 +36,10 @@ data:
 train: {max_steps: 120, per_device_train_batch_size: 8, learning_rate: 0.003, eval_steps: 120, save_steps: 120}
 convert:
   feed_forward: {kind: sparse, d_ff: 64, block_size: 16, units_per_block: 4, rank: 12}
-  calibration_tokens: 2048
+  calibration_tokens: 1024
+  tuning_tokens: 512
   controller_steps: 100
-  distillation: {tokens: 10_240, batch_size: 8, learning_rate: 0.002}
+  distillation: {tokens: 10240, batch_size: 8, learning_rate: 0.002}
 """
 
 
@@ -62,63 +60,44 @@ def dense_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRecipe, P
     return loaded, folder / "dense"
 
 
-def layers(
-    activation: str = "relu", gated: bool = False, rank: int = 12
-) -> tuple[DenseFeedForward, SparseFeedForward]:
-    torch.manual_seed(0)
-    dense = DenseFeedForward(24, 64, activation, gated, bias=not gated)
-    for parameter in dense.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter)
-    sparse = SparseFeedForward(24, 64, 16, rank, 4, activation, gated, unit_bias=not gated).eval()
-    copy_units(dense, sparse)
-    return dense, sparse
+def losses(report: conversion.Report) -> dict[str, float]:
+    return {stage.name: stage.loss.nats_per_token for stage in report.stages}
 
 
-@pytest.mark.parametrize(("activation", "gated"), [("relu", False), ("gelu", False), ("silu", True)])
-@torch.no_grad()
-def test_copied_units_compute_the_same(activation: str, gated: bool) -> None:
-    """With a mask that lets every unit through, the sparse layer is the dense one."""
-    dense, sparse = layers(activation, gated)
-    x = torch.randn(5, 24)
-    everything = torch.ones(5, 4, 16)
-    torch.testing.assert_close(sparse._masked(x, everything, None), dense(x), atol=1e-5, rtol=1e-5)
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(conversion, "ROUNDS", 1)
 
 
-@pytest.mark.parametrize(("rank", "least"), [(4, 0.75), (20, 0.98)])
-def test_fitting_a_controller_finds_the_units_that_matter(rank: int, least: float) -> None:
-    _, sparse = layers(rank=rank)
-    # Inputs that spread less and less along 24 directions, as real ones do.
-    x = (torch.randn(4096, 24) * 3 * 0.95 ** torch.arange(24)) @ torch.linalg.qr(torch.randn(24, 24))[0]
-    scores = unit_scores(sparse, x)
-    by_chance = captured_share(sparse, x, scores)
-    start_controller(sparse, x)
-    started = captured_share(sparse, x, scores)
-    fitted = fit_controller(sparse, x, steps=200, generator=torch.Generator().manual_seed(0))
-    assert by_chance < 0.6 < started
-    assert fitted == captured_share(sparse, x, scores) >= max(started, least)
-    assert rank > 4 or fitted > started
+def search(loaded: LoadedRecipe, budget: str, *overrides: str) -> LoadedRecipe:
+    """The recipe with a budget in place of its layers."""
+    return load(str(loaded.path), ["convert.feed_forward=null", f"convert.budget={budget}", *overrides])
 
 
-def test_conversion_recovers_most_of_the_loss(
-    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_given_layers_recover_most_of_the_loss(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None
 ) -> None:
     loaded, dense = dense_run
-    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
     report = command.run(loaded, model=str(dense), output=tmp_path / "sparse")
     assert report
-    before, fitted, distilled = (stage.nats_per_token for stage in report.stages)
+    stages = losses(report)
     trained = json.loads((dense / "run.json").read_text())["result"]["held_out_nats"]
-    assert before == pytest.approx(trained, abs=1e-3)
-    assert distilled < fitted
-    assert distilled < before * 1.1
-    written = json.loads((tmp_path / "sparse" / "report.json").read_text())
-    assert written == report.as_json()
-    assert "against dense" in (tmp_path / "sparse" / "report.md").read_text()
+    assert stages["dense"] == pytest.approx(trained, abs=5e-3)
+    assert stages["distilled"] < stages["fitted"]
+    assert stages["distilled"] < stages["dense"] * 1.1
+    assert report.result.loss.nats_per_token == pytest.approx(stages["distilled"], abs=0.02)
+    assert report.kept_fraction_by_layer == pytest.approx([0.25, 0.25])
+    assert report.result.bytes_per_token < report.rows[1].bytes_per_token
+    assert [row.name for row in report.rows[:3]] == ["dense, bfloat16", "dense, int8", "dense, 4 bit"]
 
+    written = json.loads((tmp_path / "sparse" / "report.json").read_text())
+    assert written == json.loads(json.dumps(report.as_json()))
+    assert report.verdict in (tmp_path / "sparse" / "report.md").read_text()
+    assert (tmp_path / "sparse" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "sparse.converting").exists()
     model, _ = load_model(tmp_path / "sparse" / "model")
     assert model.config.spec.feed_forward.kind == "sparse"
-    assert report.sparse_bytes_per_token < report.dense_bytes_per_token
 
     contents = sorted((tmp_path / "sparse").rglob("*"))
     with pytest.raises(Failure, match=r"already holds a run; choose another --output$"):
@@ -129,13 +108,83 @@ def test_conversion_recovers_most_of_the_loss(
     assert not (tmp_path / "again").exists()
 
 
+def test_a_search_keeps_its_budget(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None) -> None:
+    loaded, dense = dense_run
+    report = command.run(search(loaded, "perplexity +3 %"), model=str(dense), output=tmp_path / "found")
+    assert report
+    assert report.result.loss.perplexity_change <= 0.03
+    assert report.result.bytes_per_token < report.rows[1].bytes_per_token
+    assert {each.name.split()[0].strip(",") for each in report.considered} == {
+        "precision",
+        "selector",
+        "controller",
+        "exact",
+    }
+    assert report.distilled_tokens == 0  # the budget was kept without
+
+
+def test_a_kept_fraction_is_a_budget_too(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None
+) -> None:
+    loaded, dense = dense_run
+    changed = search(loaded, "kept 1/4", "convert.methods=[selector]", "convert.distillation.tokens=0")
+    report = command.run(changed, model=str(dense), output=tmp_path / "found")
+    assert report
+    assert report.kept_fraction <= 0.25
+    assert report.kept_fraction_by_layer == pytest.approx([report.kept_fraction] * 2)
+    assert list(losses(report)) == ["dense", "fitted", "refitted"]
+
+
+def test_a_budget_that_cannot_be_kept(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None
+) -> None:
+    loaded, dense = dense_run
+    changed = search(loaded, "bytes 1 KB")
+    with pytest.raises(Mismatch, match=r"nothing keeps bytes 0\.001 MB; `budget: bytes .* MB` would hold"):
+        command.run(changed, model=str(dense), output=tmp_path / "found")
+    assert not (tmp_path / "found").exists()
+    assert not (tmp_path / "found.converting").exists()
+
+
+def test_a_stopped_conversion_goes_on(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, dense = dense_run
+    report = command.run(loaded, model=str(dense), output=tmp_path / "whole")
+    assert report
+
+    def stop(*_: object) -> None:
+        raise Stopped("stopped")
+
+    monkeypatch.setattr(conversion, "distil", stop)
+    with pytest.raises(Stopped):
+        command.run(loaded, model=str(dense), output=tmp_path / "stopped")
+    assert not (tmp_path / "stopped").exists()
+    other = load(str(loaded.path), ["seed=5"])
+    with pytest.raises(Failure, match="the beginning of another conversion"):
+        command.run(other, model=str(dense), output=tmp_path / "stopped")
+    monkeypatch.undo()
+    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(conversion, "ROUNDS", 1)
+    monkeypatch.setattr(conversion.Conversion, "_fitted", None)  # it is not fitted again
+    again = command.run(loaded, model=str(dense), output=tmp_path / "stopped")
+    assert again
+    assert losses(again) == losses(report)
+    weights = [
+        (tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "stopped")
+    ]
+    assert weights[0] == weights[1]
+
+
 def test_dry_run_writes_nothing(
     dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded, dense = dense_run
     command.run(loaded, model=str(dense), output=tmp_path / "sparse", dry_run=True)
-    assert "4 of every 16" in capsys.readouterr().out
-    assert not (tmp_path / "sparse").exists()
+    assert "controller, 4/16" in capsys.readouterr().out
+    command.run(search(loaded, "loss +1 %"), model=str(dense), output=tmp_path / "sparse", dry_run=True)
+    assert "precision, 1/16, attention 4 bit, logits 4 bit" in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -145,6 +194,11 @@ def test_dry_run_writes_nothing(
         ("convert.feed_forward.activation=silu", "activation: silu, but the dense model has relu"),
         ("convert.feed_forward.gated=true", "gated: True, but the dense model has False"),
         ("convert.feed_forward.rank=33", "rank: 33 is more than the model's width 32"),
+        ("convert.feed_forward.units_per_block=[1,2,3]", "3 numbers for 2 blocks"),
+        (
+            "convert.low_bit.projection=4 model=null convert.feed_forward.units_per_block=[1]",
+            "1 numbers for 2",
+        ),
         (
             "model.max_positions=64 data.sequence_length=33",
             "sequence_length: 33 is longer than the dense model's context of 32",
@@ -158,6 +212,7 @@ def test_layers_that_do_not_fit(
     changed = load(str(loaded.path), override.split())
     with pytest.raises(RecipeError, match=message):
         command.run(changed, model=str(dense), output=tmp_path / "sparse")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_must_be_named(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:
@@ -165,43 +220,36 @@ def test_a_model_must_be_named(dense_run: tuple[LoadedRecipe, Path], tmp_path: P
         command.run(dense_run[0], model=None, output=tmp_path / "sparse")
 
 
-def test_a_seed_reproduces_a_conversion(
-    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["convert.calibration_tokens=10000000"], r"tokens to calibrate on, but .* ask for 10,000,512"),
+        (['data.held_out_paths=["TEXTS/1.txt"]'], "held-out documents are also among those to calibrate on"),
+        (['data.paths=["TEXTS/../noise/*.txt"]'], "hardly better than by chance"),
+    ],
+)
+def test_text_that_does_not_do(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None, overrides: list[str], message: str
 ) -> None:
     loaded, dense = dense_run
-    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
-    config = json.loads((dense / "model" / "config.json").read_text())
-    (dense / "model" / "config.json").write_text(json.dumps(config | {"dropout": 0.1}))
-    short = load(str(loaded.path), ["convert.distillation.tokens=768", "convert.controller_steps=3"])
-    weights = []
-    for attempt in range(2):
-        torch.manual_seed(attempt)  # whatever was drawn before
-        command.run(short, model=str(dense), output=tmp_path / str(attempt))
-        weights.append((tmp_path / str(attempt) / "model" / "model.safetensors").read_bytes())
-    (dense / "model" / "config.json").write_text(json.dumps(config))
-    assert weights[0] == weights[1]
+    texts = dense.parent / "texts"
+    noise = dense.parent / "noise"
+    noise.mkdir(exist_ok=True)
+    random = Random(0)
+    for number in range(20):
+        letters = "".join(chr(random.randrange(0x4E00, 0x9FFF)) for _ in range(400))
+        (noise / f"{number}.txt").write_text(letters)
+    changed = load(str(loaded.path), [override.replace("TEXTS", str(texts)) for override in overrides])
+    with pytest.raises(Failure, match=message):
+        command.run(changed, model=str(dense), output=tmp_path / "sparse")
+    assert not (tmp_path / "sparse").exists()
 
 
-def test_all_but_the_feed_forward_layers_is_kept(dense_run: tuple[LoadedRecipe, Path]) -> None:
-    loaded, folder = dense_run
-    dense, _ = load_model(folder / "model")
-    spec = command.sparse_spec(dense.config.spec, loaded.recipe.convert.feed_forward, "recipe")
-    sparse = command._with_units_of(dense, spec).state_dict()
-    kept = {name: value for name, value in dense.state_dict().items() if ".feed_forward." not in name}
-    assert len(kept) > 20
-    for name, value in kept.items():
-        assert torch.equal(sparse[name], value), name
-
-
-def test_a_torn_model_is_noticed(
-    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_torn_model_is_noticed(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:
     model, _ = load_model(dense_run[1] / "model")
     model.save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "model" / name).write_bytes((dense_run[1] / "model" / name).read_bytes())
-    command._verify(model, tmp_path / "model")
+    check_written(model, tmp_path / "model")
     with torch.no_grad():
         model.model.norm.weight[0] += 1
     with pytest.raises(Mismatch, match="logits differ"):
-        command._verify(model, tmp_path / "model")
+        check_written(model, tmp_path / "model")

@@ -13,7 +13,7 @@ from sparsecli.convert.rounding import round_to, second_moment
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerBlock, ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.layers.attention import SeparateProjection
+from sparsecli.model.layers.attention import Attention
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward
 from sparsecli.model.layers.low_bit import LowBitLinear
 
@@ -107,9 +107,10 @@ def _round_attention(
     theirs: ScalingTransformerBlock, ours: ScalingTransformerBlock, streams: Streams
 ) -> None:
     """Round queries, keys and values, then the output on what these give."""
+    assert isinstance(ours.attention, Attention)
+    assert isinstance(theirs.attention, Attention)
     made, given = ours.attention.projection, theirs.attention.projection
     output = ours.attention.output
-    assert isinstance(made, SeparateProjection)
     assert output is not None
     steps: list[tuple[nn.Module, list[tuple[nn.Module, nn.Module | None]]]] = [
         (made, [(getattr(made, name), getattr(given, name)) for name in ("query", "key", "value")]),

@@ -43,8 +43,8 @@ def refit(layer: ChosenUnits, x: Tensor, wanted: Tensor, weight: Tensor) -> bool
             best, change, shift = error, step, offset
     if change is None or shift is None:
         return False
-    layer.down += change
-    layer.bias += shift
+    layer.down.add_(change)
+    layer.bias.add_(shift)
     if bypass is not None:
         bypass.first.copy_(first)
         bypass.second.copy_(second)

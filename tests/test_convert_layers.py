@@ -1,0 +1,308 @@
+"""The converter's parts: budgets, rounding, methods, refit, and what calibration text goes through."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sparsecli.convert.calibration import Streams, inputs_of
+from sparsecli.convert.controller import captured_share, fit_controller, start_controller
+from sparsecli.convert.evaluation import Loss
+from sparsecli.convert.fitting import fit, start
+from sparsecli.convert.methods import METHODS, Options, copy_units
+from sparsecli.convert.plan import candidates, eligible, predicted, rounded_up, with_low_bit, would_hold
+from sparsecli.convert.refit import low_rank, refit
+from sparsecli.convert.rounding import round_to, second_moment
+from sparsecli.model.architecture import DEFAULT, DenseFeedForwardSpec, LowBitSpec, ModelSpec
+from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward
+from sparsecli.model.layers.low_bit import LowBitMatrix, PrecisionFeedForward, SelectorFeedForward
+from sparsecli.recipe.budget import Budget, parse_budget
+from sparsecli.train.controllers import unit_scores
+
+WIDTH, UNITS = 24, 64
+OPTIONS = Options(50, torch.Generator().manual_seed(0))
+
+
+def inputs(tokens: int = 4096) -> Tensor:
+    """Inputs that spread less and less along WIDTH directions, as real ones do."""
+    torch.manual_seed(1)
+    axes = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
+    return (torch.randn(tokens, WIDTH) * 3 * 0.95 ** torch.arange(WIDTH)) @ axes
+
+
+def dense_layer(activation: str = "relu", gated: bool = False) -> DenseFeedForward:
+    torch.manual_seed(0)
+    layer = DenseFeedForward(WIDTH, UNITS, activation, gated, bias=not gated)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def converted(name: str, dense: DenseFeedForward, k: int, x: Tensor) -> torch.nn.Module:
+    """The layer that a method makes of `dense`, fitted on x."""
+    gated = dense.gate is not None
+    spec = DenseFeedForwardSpec(
+        kind="dense", d_ff=UNITS, activation=dense.activation, gated=gated, bias=not gated
+    )
+    method = METHODS[name]
+    fields = method.spec(spec, WIDTH, k, rank=12).model_dump(exclude={"kind", "gate"})
+    kind = {"precision": PrecisionFeedForward, "controller": SparseFeedForward}.get(name, SelectorFeedForward)
+    layer = kind(WIDTH, **fields).eval()
+    with torch.no_grad():
+        method.fit(dense, layer, x, torch.ones(len(x)), OPTIONS)
+    return layer
+
+
+def error(layer: torch.nn.Module, dense: DenseFeedForward, x: Tensor) -> float:
+    """Squared error relative to what the dense layer gives."""
+    with torch.no_grad():
+        wanted = dense(x)
+        return ((layer(x) - wanted).square().sum() / wanted.square().sum()).item()
+
+
+# -- budgets -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value", "written"),
+    [
+        ("loss +2 %", "loss", 0.02, "loss +2 %"),
+        ("Perplexity 0.5%", "perplexity", 0.005, "perplexity +0.5 %"),
+        ("kept 1/4", "kept", 0.25, "kept 25 %"),
+        ("kept 12.5 %", "kept", 0.125, "kept 12.5 %"),
+        ("bytes 100 MB", "bytes", 1e8, "bytes 100 MB"),
+    ],
+)
+def test_budget(text: str, kind: str, value: float, written: str) -> None:
+    budget = parse_budget(text)
+    assert (budget.kind, budget.value) == (kind, pytest.approx(value))
+    assert str(budget) == written
+    assert parse_budget(written) == budget
+
+
+@pytest.mark.parametrize("text", ["", "loss", "loss 2", "loss -2 %", "kept 5/4", "bytes 100", "speed 2x"])
+def test_what_is_no_budget(text: str) -> None:
+    with pytest.raises(ValueError, match=r"budget|share"):
+        parse_budget(text)
+
+
+def test_budgets_in_nats() -> None:
+    assert parse_budget("loss +2 %").nats(3.0) == pytest.approx(0.06)
+    assert parse_budget("perplexity +5 %").nats(3.0) == pytest.approx(math.log(1.05))
+    assert parse_budget("kept 1/4").nats(3.0) is None
+    assert rounded_up(Budget("perplexity", 0.01), math.log(1.0231), 3.0) == "perplexity +2.4 %"
+
+
+def test_paired_losses() -> None:
+    dense = np.array([1.0, 5.0, 3.0])
+    loss = Loss.of(dense + np.array([0.1, 0.1, 0.1]), dense)
+    assert loss.change == pytest.approx(0.1)
+    assert loss.standard_error == pytest.approx(0, abs=1e-9)  # the windows differ, their differences do not
+    assert loss.perplexity_change == pytest.approx(math.expm1(0.1))
+    assert loss.loss_change == pytest.approx(0.1 / 3)
+
+
+# -- rounding ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_second_order_rounding_keeps_products_better(bits: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2048, 20) @ torch.randn(20, 150) + 0.1 * torch.randn(2048, 150)  # correlated columns
+    weight = torch.randn(40, 150)
+    nearest, second_order = LowBitMatrix(40, 150, bits), LowBitMatrix(40, 150, bits)
+    nearest.copy_(weight)
+    round_to(second_order, weight, second_moment(x))
+    wanted = x @ weight.T
+
+    def lost(matrix: LowBitMatrix) -> float:
+        return ((matrix(x) - wanted).square().mean() / wanted.square().mean()).item()
+
+    assert lost(second_order) < 0.3 * lost(nearest)
+    assert int((second_order.codes & 15).max()) < 2**bits
+
+
+def test_rounding_of_inputs_that_are_all_zero() -> None:
+    matrix = LowBitMatrix(8, 70, 4)
+    weight = torch.randn(8, 70)
+    round_to(matrix, weight, torch.zeros(70, 70, dtype=torch.float64))
+    assert (matrix.weight - weight).abs().max() < 0.3
+
+
+# -- methods -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("activation", "gated"), [("relu", False), ("gelu_tanh", False), ("silu", True)])
+@pytest.mark.parametrize(("name", "most"), [("precision", 5e-4), ("selector", 1e-10)])
+def test_every_unit_chosen_is_the_dense_layer(name: str, most: float, activation: str, gated: bool) -> None:
+    """Selected units are exact; those of `precision` have 8 bits."""
+    dense, x = dense_layer(activation, gated), inputs()
+    assert error(converted(name, dense, 16, x), dense, inputs(100)) < most
+
+
+@pytest.mark.parametrize(("activation", "gated"), [("relu", False), ("silu", True)])
+def test_more_units_lose_less(activation: str, gated: bool) -> None:
+    dense, x = dense_layer(activation, gated), inputs()
+    for name, choices in (
+        ("precision", (0, 1, 4, 16)),
+        ("selector", (2, 6, 12, 16)),
+        ("controller", (2, 6, 12)),
+    ):
+        errors = [error(converted(name, dense, k, x), dense, x) for k in choices]
+        assert errors == sorted(errors, reverse=True), name
+
+
+def test_a_low_bit_copy_chooses_better_than_a_low_rank_controller() -> None:
+    dense, x = dense_layer("silu", gated=True), inputs()
+    assert error(converted("selector", dense, 8, x), dense, x) < error(
+        converted("controller", dense, 8, x), dense, x
+    )
+
+
+def test_exact_skips_zeros_and_loses_almost_nothing() -> None:
+    dense, x = dense_layer(), inputs()
+    with torch.no_grad():
+        dense.up.bias -= 2.0  # most units are silent
+    layer = converted("exact", dense, 16, x)
+    assert isinstance(layer, SelectorFeedForward)
+    other = inputs(500)
+    active = (dense.up(other) > 0).float().mean().item()
+    chosen = layer.mask(other).mean().item()
+    assert active < chosen < active + 0.1 < 0.6
+    assert error(layer, dense, other) < 1e-4
+
+
+@pytest.mark.parametrize(("rank", "least"), [(4, 0.72), (20, 0.98)])
+def test_fitting_a_controller_finds_the_units_that_matter(rank: int, least: float) -> None:
+    dense = dense_layer()
+    sparse = SparseFeedForward(WIDTH, UNITS, 16, rank, 4, "relu", unit_bias=True).eval()
+    copy_units(dense, sparse)
+    x = inputs()
+    scores = unit_scores(sparse, x)
+    by_chance = captured_share(sparse, x, scores)
+    start_controller(sparse, x)
+    started = captured_share(sparse, x, scores)
+    fitted = fit_controller(sparse, x, steps=200, generator=torch.Generator().manual_seed(0))
+    assert by_chance < 0.6 < started
+    assert fitted == captured_share(sparse, x, scores) >= max(started, least)
+    assert rank > 4 or fitted > started
+
+
+# -- refit ---------------------------------------------------------------------------------------------------
+
+
+def test_low_rank_finds_a_map_of_that_rank() -> None:
+    torch.manual_seed(0)
+    x, first, second = torch.randn(500, 12), torch.randn(3, 12), torch.randn(7, 3)
+    found_first, found_second = low_rank(x, x @ first.T @ second.T, torch.ones(500), 3)
+    assert found_first.shape == (3, 12)
+    torch.testing.assert_close(found_second @ found_first, second @ first, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["selector", "controller"])
+def test_refit_makes_up_for_units_left_out(name: str) -> None:
+    dense, x = dense_layer("silu", gated=True), inputs()
+    layer = converted(name, dense, 4, x)
+    before = error(layer, dense, inputs(6000)[4096:])
+    assert refit(layer, x, dense(x), torch.ones(len(x)))
+    assert error(layer, dense, inputs(6000)[4096:]) < 0.97 * before
+
+
+def test_refit_changes_nothing_where_nothing_is_to_gain() -> None:
+    dense, x = dense_layer("silu", gated=True), inputs(256)
+    layer = converted("selector", dense, 16, x)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    assert not refit(layer, x, dense(x), torch.ones(len(x)))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+# -- whole models --------------------------------------------------------------------------------------------
+
+
+def dense_model(**changes: object) -> ScalingTransformerForCausalLM:
+    fields = DEFAULT.model_dump() | {
+        "d_model": 32,
+        "layers": 2,
+        "heads": 4,
+        "feed_forward": {"kind": "dense", "d_ff": 64, "activation": "silu", "gated": True, "bias": False},
+        "attention": {"projection": "dense", "key_value_heads": 2, "bias": False},
+        "vocabulary": {"kind": "dense", "size": 300, "tied": True},
+        "normalization": "rms",
+    }
+    torch.manual_seed(0)
+    spec = ModelSpec.model_validate(fields | changes)
+    return ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec)).eval()
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_streams_are_those_of_the_model(parallel: bool) -> None:
+    model = dense_model(parallel=parallel)
+    ids = torch.randint(0, 300, (2, 16))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = model.model(ids, output_hidden_states=True).hidden_states
+        streams = Streams(model, list(ids.split(1)))
+        torch.testing.assert_close(torch.cat(streams.x), wanted[0])
+        with inputs_of(model.model.blocks[0].feed_forward) as seen:
+            streams.x = streams.through(model.model.blocks[0])
+    torch.testing.assert_close(torch.cat(streams.x), wanted[1], atol=0.02, rtol=0.02)
+    assert torch.cat(seen).shape == (32, 32)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@torch.no_grad()
+def test_a_model_in_few_bits_stays_close(parallel: bool) -> None:
+    model = dense_model(parallel=parallel)
+    spec = with_low_bit(model.config.spec, LowBitSpec(projection=4, head=4))
+    assert isinstance(spec.feed_forward, DenseFeedForwardSpec)
+    layer = METHODS["precision"].spec(spec.feed_forward, 32, 2, 8)
+    small = start(model, spec.model_copy(update={"feed_forward": layer}))
+    ids = torch.randint(0, 300, (16, 32))
+    fit(model, small, list(ids.split(4)), OPTIONS, refit=False)
+    wanted, found = model(ids).logits, small(ids).logits
+    assert not small.config.spec.tied
+    assert ((found - wanted).square().mean() / wanted.var()).item() < 0.05
+
+
+@torch.no_grad()
+def test_all_but_what_is_fitted_is_kept() -> None:
+    model = dense_model()
+    spec = model.config.spec
+    assert isinstance(spec.feed_forward, DenseFeedForwardSpec)
+    layer = METHODS["selector"].spec(spec.feed_forward, 32, 4, 8)
+    sparse = start(model, spec.model_copy(update={"feed_forward": layer})).state_dict()
+    kept = {name: value for name, value in model.state_dict().items() if ".feed_forward." not in name}
+    assert len(kept) == 15
+    for name, value in kept.items():
+        assert torch.equal(sparse[name], value), name
+
+
+# -- plans ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_keeps_its_budget_with_the_fewest_bytes() -> None:
+    spec = dense_model().config.spec
+    found = candidates(spec, ["precision", "selector"], 8, "int8", None, distils=True)
+    assert len({each.name for each in found}) == len(found)
+    layers = {("precision", k): 0.1 / (k + 1) for k in (0, 1, 2, 4, 8)}
+    layers |= {("selector", k): 1.0 / k for k in (12, 8, 6, 4, 2)}
+    known = [predicted(each, layers, projection=0.02, head=0.01) for each in found]
+    chosen = eligible(known, Budget("loss", 0.02), dense_loss=3.0)
+    assert chosen
+    assert all(each.expected <= 0.06 for each in chosen)
+    assert [each.bytes_per_token for each in chosen] == sorted(each.bytes_per_token for each in chosen)
+    rest = [each for each in known if each not in chosen]
+    assert any(each.bytes_per_token < chosen[0].bytes_per_token for each in rest)
+
+    small = eligible(known, Budget("kept", 0.25), dense_loss=3.0)
+    assert max(each.spec.kept_fraction for each in small) == 0.25
+    assert small[0].expected == min(each.expected for each in small)
+
+    assert not eligible(known, Budget("perplexity", 0.001), dense_loss=3.0)
+    nearest = parse_budget(would_hold(known, Budget("perplexity", 0.001), 3.0))
+    assert eligible(known, nearest, dense_loss=3.0)
