@@ -13,7 +13,7 @@ from sparsecli.convert.methods import METHODS
 from sparsecli.convert.plan import Candidate, candidates, read_bytes, with_low_bit
 from sparsecli.convert.report import Report
 from sparsecli.convert.text import data_of, read_text
-from sparsecli.convert.work import Work, fingerprint
+from sparsecli.convert.work import Work, fingerprint, place_of
 from sparsecli.decode import native
 from sparsecli.interchange.importing import model_folder
 from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source
@@ -53,11 +53,12 @@ def run(
     if dry_run:
         _print_plan(recipe.convert, opened, found, output)
         return None
+    folder = opened.folder if isinstance(opened, OwnModel) else place_of(output) / "dense"
+    data = _data(recipe, folder, opened.spec, file)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     work = Work(output, recipe, _identity(opened))
-    folder = model_folder(opened, work.folder / "dense")
-    data = _data(recipe, folder, opened.spec, file)
+    model_folder(opened, folder)
     dense, tokenizer = load_model(folder)
     text = read_text(data, recipe.convert.calibration_tokens, recipe.convert.tuning_tokens, recipe.seed)
     conversion = Conversion(recipe, recipe.convert, reference, folder, dense, tokenizer, text, work, output)

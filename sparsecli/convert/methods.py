@@ -205,6 +205,7 @@ class Exact(Selector):
             kind="selector",
             d_ff=dense.d_ff,
             block_size=BLOCK,
+            units_per_block=BLOCK,  # what it chooses is not a number of each block
             choice="positive",
             bits=4,
             activation="relu",

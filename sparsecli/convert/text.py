@@ -54,8 +54,10 @@ def data_of(recipe: Recipe, folder: Path, spec: ModelSpec) -> DataSpec:
 def read_text(data: DataSpec, calibration_tokens: int, tuning_tokens: int, seed: int) -> Text:
     """Pack the corpus and draw the windows of its training split that are calibrated and tuned on.
 
+    No document is in both splits: `read_documents` sees to that.
+
     Raises:
-        Failure: there is too little text, or documents are in both splits.
+        Failure: there is too little text.
     """
     corpus = pack(data)
     windows = corpus.train.windows(data.sequence_length)
@@ -67,7 +69,6 @@ def read_text(data: DataSpec, calibration_tokens: int, tuning_tokens: int, seed:
             f"data: {have:,} tokens to calibrate on, but convert.calibration_tokens and tuning_tokens ask for "
             f"{calibration_tokens + tuning_tokens:,}; add text or lower them"
         )
-    _check_overlap(corpus)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen, others = order[: needed[0]], order[needed[0] : sum(needed)]
     rows = torch.stack([windows[index]["input_ids"] for index in chosen])
@@ -92,20 +93,3 @@ def check_language(dense_tuning: np.ndarray, dense_held_out: np.ndarray, vocabul
             f"data: calibration and held-out text are of different kinds ({tuning:.2f} against {held_out:.2f} nats a "
             f"token); calibrate on text like that which the model will see"
         )
-
-
-def _check_overlap(corpus: PackedCorpus) -> None:
-    """Raise Failure where a held-out document was also given to train on."""
-    end = corpus.tokenizer.eos_token_id
-    documents = [_documents(stream.tokens, end) for stream in (corpus.train, corpus.held_out)]
-    if shared := documents[0] & documents[1]:
-        raise Failure(
-            f"data: {len(shared)} held-out documents are also among those to calibrate on; take them out of one"
-        )
-
-
-def _documents(tokens: np.ndarray, end: int | None) -> set[bytes]:
-    """The documents of a stream, each as its bytes; empty ones do not count."""
-    ends = np.flatnonzero(np.asarray(tokens) == end)
-    pieces = np.split(np.asarray(tokens), ends + 1)
-    return {piece.tobytes() for piece in pieces if len(piece) > 1}

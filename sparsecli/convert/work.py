@@ -28,7 +28,7 @@ class Work:
         Raises:
             Failure: what is there was started with another recipe or model, or nothing can be written.
         """
-        self.folder = output.with_name(f"{output.name}.converting")
+        self.folder = place_of(output)
         self.hint = "convert again, and it goes on from there"
         mine = {"source": source, "recipe": recipe.model_dump(mode="json", include=DECISIVE)}
         if self.folder.exists():
@@ -80,6 +80,11 @@ class Work:
 
     def _write(self) -> None:
         run_directory.replace_text(self.folder / FACTS, json.dumps(self.facts, indent=1) + "\n")
+
+
+def place_of(output: Path) -> Path:
+    """Where the work for `output` lies."""
+    return output.with_name(f"{output.name}.converting")
 
 
 def fingerprint(folder: Path) -> str:
