@@ -55,7 +55,7 @@ def converted(name: str, dense: DenseFeedForward, k: int, x: Tensor) -> torch.nn
     kind = {"precision": PrecisionFeedForward, "controller": SparseFeedForward}.get(name, SelectorFeedForward)
     layer = kind(WIDTH, **fields).eval()
     with torch.no_grad():
-        method.fit(dense, layer, x, torch.ones(len(x)), OPTIONS)
+        method.fit(dense, layer, x, OPTIONS)
     return layer
 
 

@@ -66,14 +66,13 @@ def fit(
                 layer = ours.feed_forward
                 assert isinstance(theirs.feed_forward, DenseFeedForward)
                 x, before = _before(ours, streams)
-                behind = torch.cat([each.flatten(0, 1) for each in wanted])
-                # The norm in front of whatever reads the stream divides by its size; errors count in that measure.
-                weight = behind.square().mean(dim=-1).rsqrt()
-                weight /= weight.square().mean().sqrt()
                 if not keep:
-                    method.fit(theirs.feed_forward, layer, x, weight, options)
+                    method.fit(theirs.feed_forward, layer, x, options)
                 if refit and isinstance(layer, ChosenUnits) and method.recovers:
-                    refit_layer(layer, x, behind - before, weight)
+                    behind = torch.cat([each.flatten(0, 1) for each in wanted])
+                    # The norm before what reads the stream divides by its size; errors count in that measure.
+                    weight = behind.square().mean(dim=-1).rsqrt()
+                    refit_layer(layer, x, behind - before, weight / weight.square().mean().sqrt())
             bar.advance()
 
         last = blockwise(dense, model, batches, block)

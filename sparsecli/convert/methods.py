@@ -68,14 +68,8 @@ class Method(ABC):
         """The layer that `dense` becomes."""
 
     @abstractmethod
-    def fit(
-        self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options
-    ) -> None:
-        """Fill `layer` so that it does for inputs x (tokens, d) what `dense` does.
-
-        Args:
-            weight: (tokens,), how much an error of a token's output counts.
-        """
+    def fit(self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, options: Options) -> None:
+        """Fill `layer` so that it does for inputs x (tokens, d) what `dense` does."""
 
 
 class Precision(Method):
@@ -99,9 +93,7 @@ class Precision(Method):
             unit_bias=dense.bias,
         )
 
-    def fit(
-        self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options
-    ) -> None:
+    def fit(self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, options: Options) -> None:
         """See `Method.fit`. The moment of W_down's inputs leaves the chosen units out: they are read in full."""
         assert isinstance(layer, PrecisionFeedForward)
         moment = second_moment(x)
@@ -116,7 +108,7 @@ class Precision(Method):
         h, _ = unit_values(gate, layer.base.up(x), layer.unit_bias, layer.activation)
         if layer.units_per_block:
             h = h * ~layer.promoted(h)
-        round_to(layer.base.down, dense.down.weight, second_moment(h * weight[:, None]))
+        round_to(layer.base.down, dense.down.weight, second_moment(h))
         layer.residual.down.copy_((dense.down.weight - layer.base.down.weight).T)
 
 
@@ -142,9 +134,7 @@ class Selector(Method):
             bypass=max(1, d_model // 8),
         )
 
-    def fit(
-        self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options
-    ) -> None:
+    def fit(self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, options: Options) -> None:
         """See `Method.fit`; the copy needs no text."""
         assert isinstance(layer, SelectorFeedForward)
         copy_units(dense, layer)
@@ -176,9 +166,7 @@ class Controller(Method):
             hard_fraction=1.0,
         )
 
-    def fit(
-        self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, weight: Tensor, options: Options
-    ) -> None:
+    def fit(self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, options: Options) -> None:
         """See `Method.fit`."""
         assert isinstance(layer, SparseFeedForward)
         copy_units(dense, layer)
