@@ -57,7 +57,7 @@ LAYERS |= {
     "sparsecli.interchange": {"sparsecli.interchange", "sparsecli.console", "sparsecli.model"},
     "sparsecli.bench": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.train", "sparsecli.decode"},
     "sparsecli.convert": BELOW_COMMANDS
-    | {"sparsecli.convert", "sparsecli.train", "sparsecli.bench", "sparsecli.interchange"},
+    | {f"sparsecli.{name}" for name in ("convert", "train", "bench", "decode", "interchange")},
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},
     "sparsecli.cli": BELOW_COMMANDS
     | {
