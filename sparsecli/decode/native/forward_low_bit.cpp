@@ -142,8 +142,12 @@ void Forward::precise_feed_forward(const Block& block, int64_t layer, const Acti
     barrier(worker, UNIT_DOTS);
 
     const Range columns = mine(d, LANES, worker);
-    for (int64_t i = 0; count() == 1 && i < chosen; ++i)
-        k_.fetch(residual + chosen_.row(0)[i] * unit + model_.inward() * row, row);
+    for (int64_t i = 0; count() == 1 && i < chosen; ++i) {
+        const char* down = residual + chosen_.row(0)[i] * unit + model_.inward() * row;
+        const int64_t first = columns.begin / LOW_BIT_GROUP, last = groups_of(columns.end), width = LOW_BIT_GROUP / 2;
+        k_.fetch(down + first * width, (last - first) * width);
+        k_.fetch(down + groups_of(d) * width, row - groups_of(d) * width);  // the scales
+    }
     const Activations h = readable(h_, h_stride_, worker);
     dense(block.base_down, values(block.bias), columns, h, count(), y_.row(0), d_stride_);
     mark(worker, DENSE_FF);

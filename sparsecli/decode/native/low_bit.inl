@@ -215,6 +215,8 @@ void low_bit_dots(const Matrix& w, int64_t begin, int64_t end, const Activations
     const int64_t groups = groups_of(w.cols), bytes = low_bit_panel(w.cols, BITS);
     for (int64_t row = begin; row < end; row += LANES) {
         const Panel<BITS> panel((const uint8_t*)w.data + row / LANES * bytes, groups);
+        // The next panel's scales and zeros: a second stream, which processors do not foresee beside that of the codes.
+        if (row + LANES < end) fetch(panel.codes + bytes + groups * Planes<BITS>::BYTES, groups * LANES * 3);
         const auto keep = [&](int64_t t, const Vector& y) {
             float lane[LANES];
             store(lane, y * fill(x.scales[t] / 16));
