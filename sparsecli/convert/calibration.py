@@ -66,18 +66,19 @@ def blockwise(
     dense: ScalingTransformerForCausalLM,
     model: ScalingTransformerForCausalLM,
     batches: list[Tensor],
-    fit: Callable[[int, ScalingTransformerBlock, ScalingTransformerBlock, Streams, list[Tensor]], None],
+    fit: Callable[[ScalingTransformerBlock, ScalingTransformerBlock, Streams, list[Tensor]], None],
+    with_dense: bool,
 ) -> Tensor:
     """Call `fit` for every block of `model`, with the streams that the blocks before it, already fitted, give.
 
-    `fit` gets the block's number, the dense and the converted block, the converted model's streams before it, and the
-    dense model's streams behind it. Returns what the logits of the converted model read (tokens, d).
+    `fit` gets the dense and the converted block, the converted model's streams before it, and, `with_dense`, the dense
+    model's streams behind it (else nothing). Returns what the logits of the converted model read (tokens, d).
     """
-    wanted, given = Streams(dense, batches), Streams(model, batches)
-    for index, (theirs, ours) in enumerate(zip(dense.model.blocks, model.model.blocks, strict=True)):
+    wanted, given = Streams(dense, batches if with_dense else []), Streams(model, batches)
+    for theirs, ours in zip(dense.model.blocks, model.model.blocks, strict=True):
         assert isinstance(theirs, ScalingTransformerBlock)
         assert isinstance(ours, ScalingTransformerBlock)
         wanted.x = wanted.through(theirs)
-        fit(index, theirs, ours, given, wanted.x)
+        fit(theirs, ours, given, wanted.x)
         given.x = given.through(ours)
     return model.model.norm(torch.cat([x.flatten(0, 1) for x in given.x])).float()

@@ -54,7 +54,6 @@ def fit(
     with progress("refitting layers" if keep else "fitting layers", spec.layers) as bar:
 
         def block(
-            index: int,
             theirs: ScalingTransformerBlock,
             ours: ScalingTransformerBlock,
             streams: Streams,
@@ -75,7 +74,7 @@ def fit(
                     refit_layer(layer, x, behind - before, weight / weight.square().mean().sqrt())
             bar.advance()
 
-        last = blockwise(dense, model, batches, block)
+        last = blockwise(dense, model, batches, block, with_dense=refit)
     if isinstance(model.head, LowBitLinear) and not keep:
         weights = dense.model.embedding if dense.config.spec.tied else dense.head
         assert isinstance(weights, nn.Embedding | nn.Linear)
