@@ -19,7 +19,7 @@ from sparsecli.train.run_directory import RECIPE
 
 WINDOW = 512
 HELD_OUT = 32768
-CHANCE = 0.75  # of the loss of a blind guess: a model that does no better does not know the text's language
+CHANCE = 0.95  # of the loss of a blind guess: a model that does no better does not know the text's language
 APART = 1.5  # nats a token between calibration and held-out text, from which they are two kinds of text
 BATCH = 4
 
