@@ -13,6 +13,17 @@ from sparsecli.console import Failure
 from sparsecli.interchange.families import family_of
 from sparsecli.model.folder import last_line
 
+SPECIAL = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+LEFT_OUT = {
+    "qwen3": {"head_dim": "attention.key_length"},
+    "gpt2": {"n_positions": "context_length", "n_inner": "feed_forward_length"},
+}
+"""Sizes that transformers does not read from a GGUF file, by architecture."""
+
 FREQUENCIES = "rope_freqs.weight"
 
 
@@ -23,7 +34,7 @@ def read_config(path: Path) -> dict[str, Any]:
         Failure: the package `gguf` is missing, the file is damaged, or of an architecture or with rotary positions
             that transformers does not read from GGUF.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     reader = _reader(path)
     kind = (
@@ -40,25 +51,29 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         family_of(kind)
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Failure as failure:
         raise Failure(f"{path}: {failure.message}") from failure
     except Exception as error:  # the library raises whatever its parsers do
         raise Failure(f"{path}: does not load: {last_line(error)}") from error
-    left_out = ("quantization_config", "_name_or_path", "_model_name_or_path")
-    fields = {name: value for name, value in config.to_diff_dict().items() if name not in left_out}
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return {**fields, **special, "architectures": [family_of(config.model_type).architecture]}
+    foreign = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    fields = {name: value for name, value in config.to_diff_dict().items() if name not in foreign}
+    left_out = {**SPECIAL, **{name: f"{kind}.{key}" for name, key in LEFT_OUT.get(kind, {}).items()}}
+    told = {
+        name: int(reader.fields[key].contents()) for name, key in left_out.items() if key in reader.fields
+    }
+    return {**fields, **told, "architectures": [family_of(config.model_type).architecture]}
 
 
 class GgufTensors:
     """The tensors of a GGUF file as float32, under the names that they have in transformers.
 
+    Args:
+        config: what `read_config` gave.
     Raises:
         Failure: as `read_config`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
@@ -67,11 +82,11 @@ class GgufTensors:
         )
 
         reader = _reader(path)
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        known = AutoConfig.for_model(**config)
         rules = TENSOR_PROCESSORS.get(reader.fields["general.architecture"].contents(), TensorProcessor)
-        self.rules = rules(config=config.to_dict())
+        self.rules = rules(config=known.to_dict())
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
+            empty = AutoModelForCausalLM.from_config(known)
         names = get_gguf_hf_weights_map(empty, self.rules)
         self.stored = {names.get(tensor.name, tensor.name): tensor for tensor in reader.tensors}
         expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}

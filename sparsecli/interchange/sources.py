@@ -79,7 +79,7 @@ class ForeignModel:
         if self.is_gguf:
             from sparsecli.interchange.gguf_file import GgufTensors
 
-            return GgufTensors(self.path)
+            return GgufTensors(self.path, self.config)
         return StoredTensors(weight_files(self.path))
 
     def generation(self) -> dict[str, Any]:
