@@ -37,9 +37,8 @@ def read_config(path: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     reader = _reader(path)
-    kind = (
-        reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
-    )
+    architecture = reader.fields.get("general.architecture")
+    kind = "unknown" if architecture is None else str(architecture.contents())
     # transformers would leave these out, and the model would be another one.
     scaling = reader.fields.get(f"{kind}.rope.scaling.type")
     if scaling is not None and scaling.contents() != "none":
