@@ -107,7 +107,7 @@ def test_frequencies_are_those_of_transformers() -> None:
             module.inv_freq for module in original.modules() if hasattr(module, "original_inv_freq")
         )
         _, spec = read_family(original.config.to_dict())
-        np.testing.assert_allclose(rotary_frequencies(spec), expected.numpy(), rtol=3e-7)
+        np.testing.assert_allclose(rotary_frequencies(spec), expected.numpy(), rtol=1.2e-7)  # the last bit
 
 
 def test_a_window_shorter_than_the_context_limits_it(tmp_path: Path) -> None:

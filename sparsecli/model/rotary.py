@@ -10,20 +10,24 @@ from sparsecli.model.architecture import Llama3RotaryScaling, ModelSpec
 def rotary_frequencies(spec: ModelSpec) -> np.ndarray:
     """Radians by which a position turns each pair of a head, float32 (rotary_width / 2,), the fastest first.
 
-    The order of operations is that of transformers, in float32 too, so that a foreign checkpoint keeps its angles.
+    Operations and their order are those of transformers, so that a foreign checkpoint keeps its angles: far into
+    a text the last bit of a frequency shows. PyTorch's powers are rounded correctly nearly always, NumPy's own
+    float32 ones are not.
     """
     exponents = np.arange(0, spec.rotary_width, 2, dtype=np.float32) / np.float32(spec.rotary_width)
-    frequencies = 1 / np.float32(spec.rotary_base) ** exponents
+    powers = np.float64(spec.rotary_base) ** exponents.astype(np.float64)
+    frequencies = 1 / powers.astype(np.float32)
     scaling = spec.rotary_scaling
     if scaling is None:
         return frequencies
-    divided = frequencies / np.float32(scaling.factor)
-    return _blend(frequencies, divided, scaling) if scaling.kind == "llama3" else divided
+    if scaling.kind == "llama3":
+        return _blend(frequencies, scaling)
+    return frequencies / np.float32(scaling.factor)
 
 
-def _blend(kept: np.ndarray, divided: np.ndarray, scaling: Llama3RotaryScaling) -> np.ndarray:
-    """`kept` where a pair turns often within the original context, `divided` where seldom, between them a mix."""
+def _blend(frequencies: np.ndarray, scaling: Llama3RotaryScaling) -> np.ndarray:
+    """Kept where a pair turns often within the original context, divided where seldom, between them a mix."""
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    turns = np.float32(scaling.original_positions) * kept / np.float32(2 * np.pi)
+    turns = np.float32(scaling.original_positions) / (np.float32(2 * np.pi) / frequencies)
     share = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
-    return (1 - share) * divided + share * kept
+    return (1 - share) * frequencies / np.float32(scaling.factor) + share * frequencies
