@@ -89,7 +89,11 @@ def test_given_layers_recover_most_of_the_loss(
     assert report.result.loss.nats_per_token == pytest.approx(stages["distilled"], abs=0.02)
     assert report.kept_fraction_by_layer == pytest.approx([0.25, 0.25])
     assert report.result.bytes_per_token < report.rows[1].bytes_per_token
-    assert [row.name for row in report.rows[:3]] == ["dense, bfloat16", "dense, int8", "dense, 4 bit"]
+    assert [row.name for row in report.rows[:3]] == [
+        "dense, bfloat16",
+        "dense, int8",
+        "dense, 4 bit, nearest",
+    ]
 
     written = json.loads((tmp_path / "sparse" / "report.json").read_text())
     assert written == json.loads(json.dumps(report.as_json()))

@@ -32,7 +32,7 @@ from sparsecli.recipe.schema import ConvertSpec, Recipe
 from sparsecli.train import run_directory
 from sparsecli.train.distillation import distil
 
-BASELINES = {"dense, bfloat16": "bfloat16", "dense, int8": "int8", "dense, 4 bit": "int4"}
+BASELINES = {"dense, bfloat16": "bfloat16", "dense, int8": "int8", "dense, 4 bit, nearest": "int4"}
 TRIES = 3  # candidates that are built before a loss budget is given up
 ROUNDS = 7
 TORN = 1e-4  # difference of logits between the model in memory and the one written

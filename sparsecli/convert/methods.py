@@ -100,7 +100,7 @@ class Precision(Method):
         for name in ("gate", "up"):
             linear, base, residual = (getattr(of, name) for of in (dense, layer.base, layer.residual))
             if linear is not None:
-                round_to(base, linear.weight, moment)
+                round_to(base, linear.weight, moment, near=True)
                 residual.copy_(linear.weight - base.weight)
         layer.importance.copy_(dense.down.weight.norm(dim=0))
         _copy_biases(dense, layer.unit_bias, layer.bias)
@@ -108,7 +108,7 @@ class Precision(Method):
         h, _ = unit_values(gate, layer.base.up(x), layer.unit_bias, layer.activation)
         if layer.units_per_block:
             h = h * ~layer.promoted(h)
-        round_to(layer.base.down, dense.down.weight, second_moment(h))
+        round_to(layer.base.down, dense.down.weight, second_moment(h), near=True)
         layer.residual.down.copy_((dense.down.weight - layer.base.down.weight).T)
 
 

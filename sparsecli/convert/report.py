@@ -125,8 +125,11 @@ class Report:
         if self.budget:
             rows.insert(0, ("budget", self.budget))
         if self.kept_fraction_by_layer:
-            counted = ", ".join(f"{share:.1%}" for share in self.kept_fraction_by_layer)
-            rows.append(("units computed in full, by layer", counted))
+            shares = self.kept_fraction_by_layer
+            counted = f"{sum(shares) / len(shares):.1%}"
+            if max(shares) - min(shares) > 5e-4:
+                counted += f", by layer {min(shares):.1%} to {max(shares):.1%}"
+            rows.append(("units computed in full", counted))
         rows += [
             ("text", f"{self.calibration_tokens:,} tokens calibrate, {self.held_out_tokens:,} held out"),
             ("distilled on", f"{self.distilled_tokens:,} tokens"),
@@ -166,8 +169,8 @@ class Report:
             axes.annotate(row.name, place, textcoords="offset points", xytext=(6, 6))
         axes.set_xlabel("milliseconds a token")
         axes.set_ylabel("perplexity over dense (%)")
-        axes.set_xlim(left=0)
-        axes.margins(x=0.2, y=0.15)
+        axes.set_xlim(0, 1.35 * max(row.ms_per_token for row in self.rows))  # room for the names
+        axes.margins(y=0.15)
         axes.grid(alpha=0.3)
         figure.savefig(path, format="png")
 

@@ -1,6 +1,6 @@
 """Second-order rounding: what a rounded weight gets wrong, the weights not yet rounded make up for.
 
-The method is GPTQ (Frantar et al. 2022), with a scale and a zero for each group of columns chosen as it is reached.
+The method is GPTQ (Frantar et al. 2022) on the grids of the nearest rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 from sparsecli.model.layers.low_bit import LowBitMatrix
 from sparsecli.model.low_bit import GROUP, STEPS, from_bfloat16, quantise_groups
 
-DAMPING = 0.01  # of the mean diagonal: inputs may lie in a subspace
+DAMPING, NEAR_DAMPING = 0.001, 0.01  # of the mean diagonal: inputs may lie in a subspace
+TOGETHER = 64  # columns after which the others are brought up to date
 
 
 def second_moment(x: Tensor) -> Tensor:
@@ -24,42 +25,43 @@ def second_moment(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def round_to(matrix: LowBitMatrix, weight: Tensor, moment: Tensor) -> None:
+def round_to(matrix: LowBitMatrix, weight: Tensor, moment: Tensor, near: bool = False) -> None:
     """Fill `matrix` with codes of `weight` (rows, cols) that keep its products with inputs of this second moment.
+
+    Columns whose inputs are large come first: what they get wrong, all others can make up for.
 
     Args:
         moment: (cols, cols), see `second_moment`.
+        near: stay nearer to `weight`, for a residual that has to tell the difference in few bits: columns whose
+            inputs are small do not make up for everything.
     """
-    remaining = weight.float().clone()
-    factor = _inverse_factor(moment)
-    groups = range(0, matrix.cols, GROUP)
-    codes = torch.zeros(matrix.rows, len(groups) * GROUP, dtype=torch.uint8)
-    scale = torch.zeros(matrix.rows, len(groups))
-    zero = torch.zeros(matrix.rows, len(groups), dtype=torch.uint8)
-    largest = 2**matrix.bits - 1
-    for group, start in enumerate(groups):
-        end = min(start + GROUP, matrix.cols)
-        _, found_scale, found_zero = quantise_groups(remaining[:, start:end].numpy(), matrix.bits)
-        scale[:, group] = torch.from_numpy(from_bfloat16(found_scale))[:, 0]
-        zero[:, group] = torch.from_numpy(found_zero)[:, 0]
-        step, shift = scale[:, group], zero[:, group] / STEPS
-        inverse = torch.where(step > 0, 1 / step, 0.0)
+    codes, scale_bits, zero = quantise_groups(weight.float().numpy(), matrix.bits)
+    scale, shift = torch.from_numpy(from_bfloat16(scale_bits)), torch.from_numpy(zero).float() / STEPS
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    order = torch.arange(matrix.cols) if near else moment.diagonal().argsort(descending=True)
+    factor = _inverse_factor(moment[order][:, order], NEAR_DAMPING if near else DAMPING)
+    remaining = weight.float()[:, order].clone()
+    rounded = torch.zeros_like(remaining)
+    for start in range(0, matrix.cols, TOGETHER):
+        end = min(start + TOGETHER, matrix.cols)
         errors = torch.empty(matrix.rows, end - start)
         for column in range(start, end):
+            group = int(order[column]) // GROUP
             wanted = remaining[:, column]
-            code = (wanted * inverse + shift).round_().clamp_(0, largest)
-            error = (wanted - step * (code - shift)) / factor[column, column]
+            code = (wanted * inverse[:, group] + shift[:, group]).round_().clamp_(0, 2**matrix.bits - 1)
+            error = (wanted - scale[:, group] * (code - shift[:, group])) / factor[column, column]
             remaining[:, column:end] -= error[:, None] * factor[column, column:end]
-            codes[:, column] = code.to(torch.uint8)
+            rounded[:, column] = code
             errors[:, column - start] = error
         remaining[:, end:] -= errors @ factor[start:end, end:]
-    matrix.store(codes.numpy(), scale, zero)
+    codes[:, order.numpy()] = rounded.to(torch.uint8).numpy()
+    matrix.store(codes, scale, torch.from_numpy(zero))
 
 
-def _inverse_factor(moment: Tensor) -> Tensor:
+def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of the damped `moment`, float32."""
     damped = moment.double().clone()
     mean = damped.diagonal().mean().clamp(min=1e-12)
-    damped.diagonal().add_(DAMPING * mean)
+    damped.diagonal().add_(damping * mean)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).float()
