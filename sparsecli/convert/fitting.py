@@ -17,7 +17,7 @@ from sparsecli.model.layers.attention import Attention
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward
 from sparsecli.model.layers.low_bit import LowBitLinear
 
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "origin")
 
 
 def start(dense: ScalingTransformerForCausalLM, spec: ModelSpec) -> ScalingTransformerForCausalLM:
