@@ -104,14 +104,14 @@ def _before(block: ScalingTransformerBlock, streams: Streams) -> tuple[Tensor, T
 def _round_attention(
     theirs: ScalingTransformerBlock, ours: ScalingTransformerBlock, streams: Streams
 ) -> None:
-    """Round queries, keys and values, then the output on what these give."""
+    """Round queries and keys, then the output on what these give."""
     assert isinstance(ours.attention, Attention)
     assert isinstance(theirs.attention, Attention)
     made, given = ours.attention.projection, theirs.attention.projection
     output = ours.attention.output
     assert output is not None
     steps: list[tuple[nn.Module, list[tuple[nn.Module, nn.Module | None]]]] = [
-        (made, [(getattr(made, name), getattr(given, name)) for name in ("query", "key", "value")]),
+        (made, [(getattr(made, name), getattr(given, name)) for name in ("query", "key")]),
         (output, [(output, theirs.attention.output)]),
     ]
     for layer, pairs in steps:

@@ -187,7 +187,7 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     else:
         key_width = spec.width_of_head * (attention.key_value_heads or spec.heads)
         for name, rows in (("query", spec.attention_width), ("key", key_width), ("value", key_width)):
-            bits = spec.low_bit.projection
+            bits = None if name == "value" else spec.low_bit.projection
             yield from _map(layer, name, f"{source}.{name}", rows, d_model, "projection", multiplied, bits)
     for name in ("query_norm", "key_norm") if attention.query_key_norm else ():
         yield Slot(

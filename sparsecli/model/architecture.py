@@ -291,7 +291,7 @@ class LowBitSpec(Block):
     """Dense maps that are stored in few bits, in groups of 64 inputs that share a scale."""
 
     projection: Literal[3, 4] | None = None
-    """Bits of the dense projections of attention."""
+    """Bits of attention's dense maps but that of the values, which loses most by rounding and is often small."""
     head: Literal[3, 4] | None = None
     """Bits of the dense logits."""
 

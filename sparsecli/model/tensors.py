@@ -64,8 +64,8 @@ def _attention(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
         held = spec.width_of_head * (attention.key_value_heads or spec.heads)
         bits = spec.low_bit.projection
         made = _linear("query", d_model, spec.attention_width, attention.bias, bits)
-        for name in ("key", "value"):
-            made |= _linear(name, d_model, held, attention.bias, bits)
+        made |= _linear("key", d_model, held, attention.bias, bits)
+        made |= _linear("value", d_model, held, attention.bias)
         if attention.query_key_norm:
             made |= dict.fromkeys(("query_norm.weight", "key_norm.weight"), (spec.width_of_head,))
     for name, shape in made.items():

@@ -178,7 +178,7 @@ def build_attention(
         head_width: of dense projections; d_model / heads where it is None.
         output_bias: of a dense output projection; as `bias` where it is None.
         query_key_norm: epsilon of the norms of queries and keys; None for no norms.
-        bits: of the weights of dense projections; None for floating point.
+        bits: of the weights of dense projections but the values'; None for floating point.
     Raises:
         ValueError: a size does not divide.
     """
@@ -200,7 +200,7 @@ def build_attention(
         made = SeparateProjection(
             linear(d_model, width, bias, bits),
             linear(d_model, held, bias, bits),
-            linear(d_model, held, bias, bits),
+            nn.Linear(d_model, held, bias),
             norms,
         )
     elif projection == "multiplicative":
