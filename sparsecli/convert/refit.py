@@ -31,14 +31,13 @@ def refit(layer: ChosenUnits, x: Tensor, wanted: Tensor, weight: Tensor) -> bool
     left = wanted - layer(x)
     checked = torch.zeros(len(x), dtype=torch.bool)
     checked[::CHECKED] = True
-    before = _error(left[checked], weight[checked])
+    best, change, shift = _error(left[checked], weight[checked]), None, None
     bypass = getattr(layer, "bypass", None)
     if bypass is not None:
         first, second = low_rank(x[~checked], left[~checked], weight[~checked], len(bypass.first))
-        left = left - x @ first.T @ second.T
-    best, change, shift = before, None, None
+        left -= x @ first.T @ second.T
     for step, offset in _ridge(values[~checked], left[~checked], weight[~checked]):
-        error = _error((left - values @ step - offset)[checked], weight[checked])
+        error = _error(left[checked] - values[checked] @ step - offset, weight[checked])
         if error < best:
             best, change, shift = error, step, offset
     if change is None or shift is None:
@@ -72,10 +71,12 @@ def _ridge(values: Tensor, left: Tensor, weight: Tensor) -> Iterator[tuple[Tenso
     mean_values, mean_left = share @ values, share @ left
     centred = ((values - mean_values) * weight[:, None]).double()
     target = ((left - mean_left) * weight[:, None]).double()
-    square, directions = torch.linalg.eigh(centred.T @ centred)
-    towards = directions.T @ (centred.T @ target)
+    moment, towards = centred.T @ centred, centred.T @ target
+    size = moment.diagonal().mean().clamp(min=1e-12)
     for ridge in RIDGES:
-        step = (directions @ (towards / (square + ridge * square.mean())[:, None])).float()
+        damped = moment.clone()
+        damped.diagonal().add_(ridge * size)
+        step = torch.cholesky_solve(towards, torch.linalg.cholesky(damped)).float()
         yield step, mean_left - mean_values @ step
 
 
