@@ -69,9 +69,9 @@ def _ridge(values: Tensor, left: Tensor, weight: Tensor) -> Iterator[tuple[Tenso
     """Changes of W_down (d_ff, d) and of the bias (d,) that explain what is `left`, for every ridge."""
     share = weight / weight.sum()
     mean_values, mean_left = share @ values, share @ left
-    centred = ((values - mean_values) * weight[:, None]).double()
-    target = ((left - mean_left) * weight[:, None]).double()
-    moment, towards = centred.T @ centred, centred.T @ target
+    centred = (values - mean_values) * weight[:, None]
+    target = (left - mean_left) * weight[:, None]
+    moment, towards = (centred.T @ centred).double(), (centred.T @ target).double()
     size = moment.diagonal().mean().clamp(min=1e-12)
     for ridge in RIDGES:
         damped = moment.clone()
