@@ -1,27 +1,12 @@
-"""From a dense feed-forward layer to a sparse one: the same units, and a controller fitted to choose among them."""
+"""A controller that is fitted to choose among the units of a dense feed-forward layer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward, choose
+from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
 from sparsecli.train.controllers import controller_loss, unit_scores
-
-
-def copy_units(dense: DenseFeedForward, sparse: SparseFeedForward) -> None:
-    """Give `sparse` the units of `dense`; consecutive units share a block."""
-    with torch.no_grad():
-        sparse.up.copy_(dense.up.weight)
-        sparse.down.copy_(dense.down.weight.T)  # (d, d_ff) -> unit-major
-        if dense.down.bias is not None:
-            sparse.bias.copy_(dense.down.bias)
-        else:
-            sparse.bias.zero_()
-        if dense.gate is not None and sparse.gate is not None:
-            sparse.gate.copy_(dense.gate.weight)
-        if sparse.unit_bias is not None:
-            sparse.unit_bias.copy_(dense.up.bias)
 
 
 @torch.no_grad()
@@ -44,6 +29,7 @@ def start_controller(sparse: SparseFeedForward, x: Tensor) -> None:
     bias = torch.zeros_like(importance) if sparse.unit_bias is None else importance * sparse.unit_bias
     # Logits of unit spread: a softmax over them is neither flat nor already certain.
     spread = (x.double() @ first.T @ (left[:, :rank] * values[:rank]).T + bias).std()
+    spread = spread.clamp(min=1e-12)  # units that add nothing have none
     sparse.controller.first.copy_(first)
     sparse.controller.second.copy_(left[:, :rank] * values[:rank] / spread)
     sparse.controller.bias.copy_(bias / spread)
