@@ -77,6 +77,8 @@ def error(layer: torch.nn.Module, dense: DenseFeedForward, x: Tensor) -> float:
         ("kept 1/4", "kept", 0.25, "kept 25 %"),
         ("kept 12.5 %", "kept", 0.125, "kept 12.5 %"),
         ("bytes 100 MB", "bytes", 1e8, "bytes 100 MB"),
+        ("bytes 12.34567 GB", "bytes", 12.34567e9, "bytes 12345.67 MB"),
+        ("loss +123.4 %", "loss", 1.234, "loss +123.4 %"),
     ],
 )
 def test_budget(text: str, kind: str, value: float, written: str) -> None:
@@ -86,7 +88,9 @@ def test_budget(text: str, kind: str, value: float, written: str) -> None:
     assert parse_budget(written) == budget
 
 
-@pytest.mark.parametrize("text", ["", "loss", "loss 2", "loss -2 %", "kept 5/4", "bytes 100", "speed 2x"])
+@pytest.mark.parametrize(
+    "text", ["", "loss", "loss 2", "loss -2 %", "kept 5/4", "kept 1/0", "bytes 100", "speed 2x"]
+)
 def test_what_is_no_budget(text: str) -> None:
     with pytest.raises(ValueError, match=r"budget|share"):
         parse_budget(text)
@@ -97,6 +101,9 @@ def test_budgets_in_nats() -> None:
     assert parse_budget("perplexity +5 %").nats(3.0) == pytest.approx(math.log(1.05))
     assert parse_budget("kept 1/4").nats(3.0) is None
     assert rounded_up(Budget("perplexity", 0.01), math.log(1.0231), 3.0) == "perplexity +2.4 %"
+    assert rounded_up(Budget("loss", 0.01), 0.3001, 3.0) == "loss +10.1 %"
+    far = parse_budget(rounded_up(Budget("perplexity", 0.01), 50.0, 3.0))  # at once, and not step by step
+    assert far.nats(3.0) == pytest.approx(50)
 
 
 def test_paired_losses() -> None:
@@ -176,6 +183,18 @@ def test_exact_skips_zeros_and_loses_almost_nothing() -> None:
     chosen = layer.mask(other).mean().item()
     assert active < chosen < active + 0.1 < 0.6
     assert error(layer, dense, other) < 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_layer_that_gives_nothing(name: str) -> None:
+    """As pruned and grown models have them."""
+    dense, x = dense_layer(), inputs(500)
+    for parameter in dense.parameters():
+        torch.nn.init.zeros_(parameter)
+    layer = converted(name, dense, 16 if name == "exact" else 4, x)
+    for key, value in layer.state_dict().items():
+        assert value.isfinite().all(), key
+    assert not layer(x).any()
 
 
 @pytest.mark.parametrize(("rank", "least"), [(4, 0.72), (20, 0.98)])
@@ -305,4 +324,6 @@ def test_a_plan_keeps_its_budget_with_the_fewest_bytes() -> None:
 
     assert not eligible(known, Budget("perplexity", 0.001), dense_loss=3.0)
     nearest = parse_budget(would_hold(known, Budget("perplexity", 0.001), 3.0))
+    assert eligible(known, nearest, dense_loss=3.0)
+    nearest = parse_budget(would_hold(known, Budget("bytes", 1.0), 3.0))
     assert eligible(known, nearest, dense_loss=3.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -83,11 +84,15 @@ def candidates(
 
 
 def with_low_bit(spec: ModelSpec, low_bit: LowBitSpec) -> ModelSpec:
-    """`spec` with these bits of attention and logits; logits in few bits are no longer the embedding's table."""
+    """`spec` with these bits of attention and logits; logits in few bits are no longer the embedding's table.
+
+    Raises:
+        ValueError: the model has no dense maps there.
+    """
     vocabulary = spec.vocabulary
     if low_bit.head and isinstance(vocabulary, DenseVocabularySpec):
         vocabulary = vocabulary.model_copy(update={"tied": False})
-    return spec.model_copy(update={"low_bit": low_bit, "vocabulary": vocabulary})
+    return ModelSpec(**{**dict(spec), "low_bit": low_bit, "vocabulary": vocabulary})
 
 
 def _low_bits(dense: ModelSpec) -> list[LowBitSpec]:
@@ -136,16 +141,13 @@ def would_hold(found: Sequence[Candidate], budget: Budget, dense_loss: float) ->
         least = min(each.spec.kept_fraction for each in found)
         return str(Budget("kept", least))
     if budget.kind == "bytes":
-        return str(Budget("bytes", min(each.bytes_per_token for each in found) + 1e5))
+        least_bytes = min(each.bytes_per_token for each in found)
+        return str(Budget("bytes", math.ceil(least_bytes / 1e4) * 1e4))
     least_change = min(each.expected for each in found) / MARGIN
     return rounded_up(budget, least_change, dense_loss)
 
 
 def rounded_up(budget: Budget, change: float, dense_loss: float) -> str:
     """A loss budget of the same kind that allows for `change` nats a token, in whole tenths of a percent."""
-    one = Budget(budget.kind, 0.001).nats(dense_loss)
-    assert one is not None
-    steps = 1
-    while (allowed := Budget(budget.kind, steps / 1000).nats(dense_loss)) is not None and allowed < change:
-        steps += 1
-    return str(Budget(budget.kind, steps / 1000))
+    share = change / dense_loss if budget.kind == "loss" else math.expm1(change)
+    return str(Budget(budget.kind, max(1, math.ceil(share * 1000)) / 1000))

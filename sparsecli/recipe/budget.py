@@ -31,9 +31,14 @@ class Budget:
 
     def __str__(self) -> str:
         if self.kind == "bytes":
-            return f"bytes {self.value / 1e6:.4g} MB"
+            return f"bytes {_plain(self.value / 1e6)} MB"
         sign = "" if self.kind == "kept" else "+"
-        return f"{self.kind} {sign}{self.value * 100:.3g} %"
+        return f"{self.kind} {sign}{_plain(self.value * 100)} %"
+
+
+def _plain(value: float) -> str:
+    """Up to four decimals, and never an exponent, which `parse_budget` does not read."""
+    return f"{value:.4f}".rstrip("0").rstrip(".")
 
 
 def parse_budget(text: str) -> Budget:
@@ -46,7 +51,8 @@ def parse_budget(text: str) -> Budget:
     if found := re.fullmatch(r"(loss|perplexity)\s*\+?\s*(\d+(?:\.\d+)?)\s*%", words):
         return Budget("loss" if found[1] == "loss" else "perplexity", float(found[2]) / 100)
     if found := re.fullmatch(r"kept\s*(\d+(?:\.\d+)?)\s*(%|/\s*(\d+))", words):
-        share = float(found[1]) / (100 if found[2] == "%" else int(found[3]))
+        whole = int(found[3] or 100)
+        share = float(found[1]) / whole if whole else math.inf
         if not 0 <= share <= 1:
             raise ValueError(f"{text!r} keeps {share:g} of the units; a share lies between 0 and 1")
         return Budget("kept", share)
