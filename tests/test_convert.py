@@ -13,7 +13,9 @@ from sparsecli.console import Failure, Mismatch, RecipeError, Stopped
 from sparsecli.convert import command, conversion
 from sparsecli.convert.conversion import check_written
 from sparsecli.decode import native
+from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model
+from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.train import trainer
 
@@ -217,6 +219,57 @@ def test_layers_that_do_not_fit(
     with pytest.raises(RecipeError, match=message):
         command.run(changed, model=str(dense), output=tmp_path / "sparse")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("units", "overrides", "message"),
+    [
+        (40, [], "40 units are no whole blocks of 16"),
+        (64, ["convert.low_bit={head: 4, projection: 3}"], "convert.low_bit: needs dense projections"),
+        (64, ["convert.budget=kept 1/0"], r"convert\.budget.*keeps inf of the units"),
+        (64, ["convert.budget=quick"], "'quick' is no budget; expected `loss"),
+    ],
+)
+def test_a_search_that_cannot_be(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, units: int, overrides: list[str], message: str
+) -> None:
+    loaded, _ = dense_run
+    assert loaded.recipe.model
+    fields = loaded.recipe.model.model_dump()
+    fields["feed_forward"]["d_ff"] = units
+    fields["attention"] |= {"projection": "multiplicative"}
+    spec = ModelSpec(**fields)
+    ScalingTransformerConfig.from_spec(spec).save_pretrained(tmp_path / "dense")
+    with pytest.raises(RecipeError, match=message):
+        command.run(
+            search(loaded, "loss +2 %", *overrides), model=str(tmp_path / "dense"), output=tmp_path / "found"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_wider_budget_takes_what_was_built(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, dense = dense_run
+    given = ["convert.methods=[controller]", "convert.distillation.tokens=2048"]
+
+    def refuse(*_: object) -> None:
+        raise Mismatch("not kept")
+
+    monkeypatch.setattr(conversion.Conversion, "_check_budget", refuse)
+    monkeypatch.setattr(conversion.Conversion, "_needs_recovery", lambda *_: True)
+    with pytest.raises(Mismatch):
+        command.run(search(loaded, "perplexity +300 %", *given), model=str(dense), output=tmp_path / "found")
+    monkeypatch.undo()
+    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(conversion, "ROUNDS", 1)
+    monkeypatch.setattr(conversion.Conversion, "_fitted", None)  # it is not fitted again
+    report = command.run(
+        search(loaded, "perplexity +900 %", *given), model=str(dense), output=tmp_path / "found"
+    )
+    assert report
+    assert report.distilled_tokens == 2048
+    assert list(losses(report)) == ["dense", "fitted", "refitted", "distilled"]
 
 
 def test_a_model_must_be_named(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import transformers
+from pydantic import ValidationError
 
 from sparsecli import console
 from sparsecli.console import Failure, RecipeError
 from sparsecli.convert.conversion import Conversion
-from sparsecli.convert.methods import METHODS
+from sparsecli.convert.methods import BLOCK, METHODS
 from sparsecli.convert.plan import Candidate, candidates, read_bytes, with_low_bit
 from sparsecli.convert.report import Report
 from sparsecli.convert.text import data_of, read_text
@@ -85,15 +86,23 @@ def _candidates(dense: ModelSpec, convert: ConvertSpec, file: str) -> list[Candi
             f"{file}: convert.model: gated feed-forward layers with biases cannot be converted yet"
         )
     dtype = convert.decode_dtype
+    if convert.low_bit is not None:
+        try:
+            with_low_bit(dense, convert.low_bit)
+        except ValueError as error:
+            raise RecipeError(f"{file}: convert.low_bit: {_reason(error)}") from error
     if convert.feed_forward is not None:
         spec = given_spec(dense, convert.feed_forward, convert.low_bit or LowBitSpec(), file)
         return [Candidate(spec, method_of(convert.feed_forward), read_bytes(spec, dtype))]
     fitting = [name for name, method in METHODS.items() if method.fits(layer)]
+    if not fitting:
+        raise RecipeError(
+            f"{file}: convert.model: {layer.d_ff} units are no whole blocks of {BLOCK}, which a search needs"
+        )
     methods = convert.methods or fitting
     if unfit := [name for name in methods if name not in fitting]:
-        why = "needs a ReLU without a gate" if unfit[0] == "exact" else "needs units in whole blocks of 16"
         raise RecipeError(
-            f"{file}: convert.methods: {unfit[0]} {why}; this model allows {', '.join(fitting) or 'none'}"
+            f"{file}: convert.methods: {unfit[0]} needs a ReLU without a gate; this model allows {', '.join(fitting)}"
         )
     distils = convert.distillation.tokens > 0
     return candidates(dense, methods, convert.rank, dtype, convert.low_bit, distils)
@@ -119,7 +128,11 @@ def given_spec(dense: ModelSpec, layer: ConvertedFeedForward, low_bit: LowBitSpe
     try:
         return ModelSpec(**{**dict(with_low_bit(dense, low_bit)), **changed})
     except ValueError as error:
-        raise RecipeError(f"{where}: {error.errors()[0]['msg']}") from error  # type: ignore[attr-defined]
+        raise RecipeError(f"{where}: {_reason(error)}") from error
+
+
+def _reason(error: ValueError) -> str:
+    return error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
 
 
 def method_of(layer: ConvertedFeedForward) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,10 +100,10 @@ class Conversion:
         self, ranked: list[Candidate], tuning: np.ndarray, allowed: float | None, options: Options
     ) -> tuple[Candidate, ScalingTransformerForCausalLM]:
         """The first candidate that, once it is built, still keeps the budget on tuning text; else the best tried."""
-        done = self.work.recall("built")
+        done = next((each for each in ranked if each.name == self.work.recall("built")), None)
         if done is not None and (model := self.work.model("fitted")) is not None:
-            candidate = next(each for each in ranked if each.name == done)
-            return candidate, model
+            return done, model
+        self._forget_distillation()  # of another candidate, which an earlier budget allowed
         tried: list[tuple[float, Candidate, ScalingTransformerForCausalLM]] = []
         for candidate in ranked[: TRIES if allowed is not None else 1]:
             console.say(f"building {candidate.name}")
@@ -113,7 +114,7 @@ class Conversion:
             if allowed is None or remaining <= allowed:
                 break
             console.say(f"{candidate.name}: {change:+.4f} nats on tuning text, {allowed:+.4f} allowed")
-        _, candidate, model = min(tried, key=lambda each: each[0]) if len(tried) == TRIES else tried[-1]
+        _, candidate, model = min(tried, key=lambda each: each[0])
         self.work.keep_model("fitted", model)
         self.work.note("built", candidate.name)
         return candidate, model
@@ -134,10 +135,13 @@ class Conversion:
         tuning: np.ndarray,
         allowed: float | None,
     ) -> bool:
-        """Whether the model is distilled: as the recipe says, but not when the loss budget is kept already."""
+        """Whether the model is distilled: as the recipe says, but not when the loss budget is kept already.
+
+        One that was distilled before, under a narrower budget, stays so.
+        """
         if not self.convert.distillation.tokens:
             return False
-        if allowed is None:
+        if allowed is None or "distilled" in (self.work.recall("losses") or {}):
             return True
         return float((window_losses(model, self.text.tuning) - tuning).mean()) > allowed
 
@@ -159,6 +163,11 @@ class Conversion:
         )
         self._stage("distilled", model)
         return training.max_steps * spec.batch_size * data.sequence_length
+
+    def _forget_distillation(self) -> None:
+        shutil.rmtree(self.work.folder / "distillation", ignore_errors=True)
+        known = self.work.recall("losses")
+        self.work.note("losses", {name: losses for name, losses in known.items() if name != "distilled"})
 
     def _losses(self, name: str, model: ScalingTransformerForCausalLM, tuning: bool = False) -> np.ndarray:
         """Losses of windows, remembered under the stage's name."""

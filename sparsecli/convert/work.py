@@ -30,7 +30,9 @@ class Work:
         """
         self.folder = place_of(output)
         self.hint = "convert again, and it goes on from there"
-        mine = {"source": source, "recipe": recipe.model_dump(mode="json", include=DECISIVE)}
+        # Another budget may take what was built for the first: see Conversion._check_budget.
+        decisive = recipe.model_dump(mode="json", include=DECISIVE, exclude={"convert": {"budget"}})
+        mine = {"source": source, "recipe": decisive}
         if self.folder.exists():
             try:
                 theirs = json.loads((self.folder / FACTS).read_text())
