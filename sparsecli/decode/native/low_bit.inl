@@ -236,14 +236,18 @@ void low_bit_dots(const Matrix& w, int64_t begin, int64_t end, const Activations
 
 // -- residuals of units --------------------------------------------------------------------------------------
 
-// Sixteen of a row's codes from column `column` on, a multiple of sixteen, less 8.
-inline Vector residual_values(const uint8_t* codes, int64_t column) {
-    const uint8_t* from = codes + column / LOW_BIT_GROUP * (LOW_BIT_GROUP / 2) + column % (LOW_BIT_GROUP / 2);
-    const int shift = column % LOW_BIT_GROUP < LOW_BIT_GROUP / 2 ? 0 : 4;
+// Sixteen codes, the low nibbles of as many bytes or (shift 4) the high ones, less 8.
+template <int SHIFT>
+inline Vector residual_values(const uint8_t* from) {
     const Codes bytes = bytes_widened(from);
     Vector values;
+#if defined(SPARSECLI_AVX512)
+    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    values.part[0] = (Floats)_mm512_permutexvar_ps((__m512i)(bytes.part[0] >> SHIFT), table);  // by the lowest four bits
+#else
     for (int p = 0; p < PARTS; ++p)
-        values.part[p] = __builtin_convertvector((Ints)(bytes.part[p] >> shift & 15) - 8, Floats);
+        values.part[p] = __builtin_convertvector((Ints)(bytes.part[p] >> SHIFT & 15) - 8, Floats);
+#endif
     return values;
 }
 
@@ -276,17 +280,15 @@ inline float residual_dot(const uint8_t* codes, const uint16_t* scale, int64_t g
 #endif
 }
 
-// Where the rows of a unit's residual and their scales lie.
+// Where a row of a unit's residual and its scales lie.
 struct Residual {
     const uint8_t* codes;
     const uint16_t* scale;
-    int64_t groups;
 
+    Residual() = default;
     Residual(const Matrix& residual, int64_t parts, int64_t unit, int64_t row)
-        : groups(groups_of(residual.cols)) {
-        codes = (const uint8_t*)residual.data + unit * residual_unit(residual.cols, parts) + row * residual_row(residual.cols);
-        scale = (const uint16_t*)(codes + groups * (LOW_BIT_GROUP / 2));
-    }
+        : codes((const uint8_t*)residual.data + unit * residual_unit(residual.cols, parts) + row * residual_row(residual.cols)),
+          scale((const uint16_t*)(codes + groups_of(residual.cols) * (LOW_BIT_GROUP / 2))) {}
 };
 
 void residual_dots(const Matrix& residual, int64_t parts, const int32_t* chosen, int64_t count, const Activations& x,
@@ -294,26 +296,47 @@ void residual_dots(const Matrix& residual, int64_t parts, const int32_t* chosen,
     for (int64_t i = 0; i < count; ++i)
         for (int64_t row = 0; row < parts - 1; ++row) {
             const Residual r(residual, parts, chosen[i], row);
-            out[i * (parts - 1) + row] = residual_dot(r.codes, r.scale, r.groups, x.integers) * x.scales[0];
+            out[i * (parts - 1) + row] = residual_dot(r.codes, r.scale, groups_of(residual.cols), x.integers) * x.scales[0];
         }
+}
+
+// y[0 .. 32) += factor[i] * columns [column, column + 32) of row i: the low nibbles of a group's bytes, or the high ones.
+template <int SHIFT>
+inline void add_half_group(const Residual* rows, const float* factor, int64_t count, int64_t column, float* y) {
+    const int64_t group = column / LOW_BIT_GROUP;
+    Vector low = load(y), high = load(y + LANES);
+    for (int64_t i = 0; i < count; ++i) {
+        const Vector scaled = fill(factor[i] * to_float(rows[i].scale[group]));
+        const uint8_t* codes = rows[i].codes + group * (LOW_BIT_GROUP / 2);
+        add_product(low, scaled, residual_values<SHIFT>(codes));
+        add_product(high, scaled, residual_values<SHIFT>(codes + LANES));
+    }
+    store(y, low);
+    store(y + LANES, high);
 }
 
 void residual_sums(const Matrix& residual, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
                    int64_t begin, int64_t end, float* y) {
-    for (int64_t i = 0; i < count; ++i) {
-        const float value = h[chosen[i]];
-        if (value == 0) continue;
-        const Residual r(residual, parts, chosen[i], parts - 1);
-        for (int64_t c = begin; c < end; c += LANES) {
-            const Vector factor = fill(value * to_float(r.scale[c / LOW_BIT_GROUP]));
-            const Vector values = residual_values(r.codes, c);
-            float lane[LANES] = {};
-            const size_t bytes = size_t(c + LANES <= end ? LANES : end - c) * 4;
-            std::memcpy(lane, y + c, bytes);
-            Vector total = load(lane);
-            add_product(total, factor, values);
-            store(lane, total);
-            std::memcpy(y + c, lane, bytes);
+    constexpr int64_t HALF = LOW_BIT_GROUP / 2, AT_ONCE = 64;  // rows that stay cached while columns pass
+    static_assert(HALF == 2 * LANES);
+    Residual rows[AT_ONCE];
+    float factor[AT_ONCE];
+    for (int64_t i = 0; i < count;) {
+        int64_t found = 0;
+        for (; i < count && found < AT_ONCE; ++i) {
+            if (h[chosen[i]] == 0) continue;
+            rows[found] = Residual(residual, parts, chosen[i], parts - 1);
+            factor[found++] = h[chosen[i]];
+        }
+        for (int64_t c = begin / HALF * HALF; c < end; c += HALF) {
+            float line[HALF] = {};
+            const int64_t first = c < begin ? begin : c, last = c + HALF < end ? c + HALF : end;
+            std::memcpy(line + first - c, y + first, size_t(last - first) * 4);
+            if (c % LOW_BIT_GROUP)
+                add_half_group<4>(rows, factor, found, c, line);
+            else
+                add_half_group<0>(rows, factor, found, c, line);
+            std::memcpy(y + first, line + first - c, size_t(last - first) * 4);
         }
     }
 }
