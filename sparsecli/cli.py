@@ -167,6 +167,12 @@ def sparsify_convert(
     model: Model = None,
     output: Output = None,
     seed: Seed = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="llama.cpp: the dense model there, beside our rows.", show_default=False
+        ),
+    ] = None,
     dry_run: DryRun = False,
     format: Annotated[Format, typer.Option(help="Of the report on stdout.")] = "table",
     json: AsJson = False,
@@ -182,6 +188,7 @@ def sparsify_convert(
         loaded,
         model=model,
         output=output or loaded.output,
+        peers=peer or None,
         dry_run=dry_run,
         format="json" if json else format,
     )

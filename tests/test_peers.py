@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -328,8 +328,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     name: str, temporary_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = row(name, "float32", CANDIDATES[0])
-    module = importlib.import_module(f"sparsecli.bench.peers.{chosen.peer.module}")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(Failure, match="set TMPDIR"):
         chosen.load({}, 40, 1)
     assert list(temporary_files.iterdir()) == []
@@ -338,10 +337,10 @@ def test_a_full_disk_is_told_before_anything_is_written(
 def test_the_gguf_file_says_what_the_model_is(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
-    from sparsecli.bench.peers.llama_cpp import write_model
+    from sparsecli.bench.peers.llama_file import write_random
 
     spec = llama_shaped(CANDIDATES[0].spec, CANDIDATES[0].sizes.total)
-    write_model(tmp_path / "model.gguf", spec, "q4_0")
+    write_random(tmp_path / "model.gguf", spec, "q4_0")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.architecture"] == "llama"

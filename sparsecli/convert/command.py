@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
@@ -11,6 +12,7 @@ from sparsecli import console
 from sparsecli.console import Failure, RecipeError
 from sparsecli.convert.conversion import Conversion
 from sparsecli.convert.methods import BLOCK, METHODS
+from sparsecli.convert.peers import check_names, usable
 from sparsecli.convert.plan import Candidate, candidates, read_bytes, with_low_bit
 from sparsecli.convert.report import Report
 from sparsecli.convert.text import data_of, read_text
@@ -26,11 +28,17 @@ from sparsecli.train import run_directory
 
 
 def run(
-    loaded: LoadedRecipe, *, model: str | None, output: Path, dry_run: bool = False, format: str = "table"
+    loaded: LoadedRecipe,
+    *,
+    model: str | None,
+    output: Path,
+    peers: Sequence[str] | None = None,
+    dry_run: bool = False,
+    format: str = "table",
 ) -> Report | None:
     """Convert the dense model and print the report; a dry run prints the plan.
 
-    An earlier attempt that was stopped goes on.
+    An earlier attempt that was stopped goes on. `peers` go before those of the recipe.
 
     Raises:
         RecipeError: the recipe's layers do not fit the dense model.
@@ -39,7 +47,7 @@ def run(
         Stopped: after SIGTERM or SIGINT during the distillation.
     """
     require(loaded, "convert")
-    recipe, file = loaded.recipe, loaded.path.name
+    recipe, file = _with_peers(loaded.recipe, peers or ()), loaded.path.name
     assert recipe.convert
     reference = model or recipe.convert.model
     if reference is None:
@@ -51,6 +59,7 @@ def run(
     opened = open_source(reference, weights=not dry_run)
     found = _candidates(opened.spec, recipe.convert, file)
     run_directory.claim(output, recipe, resume=False, hint="choose another --output")
+    with_llama = usable(recipe.convert.peers, opened.spec)
     if dry_run:
         _print_plan(recipe.convert, opened, found, output)
         return None
@@ -62,10 +71,20 @@ def run(
     model_folder(opened, folder)
     dense, tokenizer = load_model(folder)
     text = read_text(data, recipe.convert.calibration_tokens, recipe.convert.tuning_tokens, recipe.seed)
-    conversion = Conversion(recipe, recipe.convert, reference, folder, dense, tokenizer, text, work, output)
+    conversion = Conversion(
+        recipe, recipe.convert, reference, folder, dense, tokenizer, text, work, output, with_llama
+    )
     report = conversion.run(found)
     report.show(format)
     return report
+
+
+def _with_peers(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe with these peers, where there are any. Raises `Failure` for an unknown one."""
+    if not names or recipe.convert is None:
+        return recipe
+    chosen = recipe.convert.model_copy(update={"peers": check_names(names)})
+    return recipe.model_copy(update={"convert": chosen})
 
 
 def _candidates(dense: ModelSpec, convert: ConvertSpec, file: str) -> list[Candidate]:

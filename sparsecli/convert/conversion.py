@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from sparsecli import console
-from sparsecli.console import Mismatch
+from sparsecli.console import Failure, Mismatch
 from sparsecli.convert import search
 from sparsecli.convert.evaluation import Loss, window_losses
 from sparsecli.convert.fitting import fit, start
-from sparsecli.convert.measurement import Contender, Decoded, Speed, decode, speeds
+from sparsecli.convert.measurement import Contender, Decoded, OwnContender, Speed, speeds
 from sparsecli.convert.methods import METHODS, Options
 from sparsecli.convert.plan import RECOVERED, Candidate, eligible, rounded_up, would_hold
 from sparsecli.convert.report import Considered, Report, Row, Stage
@@ -35,6 +37,8 @@ from sparsecli.train.distillation import distil
 
 BASELINES = {"dense, bfloat16": "bfloat16", "dense, int8": "int8", "dense, 4 bit, nearest": "int4"}
 TRIES = 3  # candidates that are built before a loss budget is given up
+CONVERTED = len(BASELINES)
+"""Place of the converted model among the rows: after the baselines, before other programs."""
 ROUNDS = 7
 TORN = 1e-4  # difference of logits between the model in memory and the one written
 
@@ -46,6 +50,7 @@ class Conversion:
     Attributes:
         reference: the dense model as the user named it.
         folder: where it lies as a model folder of ours.
+        with_llama: whether llama.cpp is measured too.
     """
 
     recipe: Recipe
@@ -57,6 +62,7 @@ class Conversion:
     text: Text
     work: Work
     output: Path
+    with_llama: bool = False
 
     def run(self, found: list[Candidate]) -> Report:
         """Convert to one of the candidates `found`, of which a search with a budget chooses.
@@ -200,16 +206,20 @@ class Conversion:
             self.tokenizer.save_pretrained(written)
             share(written)
         check_written(model, written)
-        contenders = [
-            Contender(name, self.folder, self.dense.config.spec, Precision.of(dtype))
+        contenders: list[Contender] = [
+            OwnContender(name, self.folder, self.dense.config.spec, Precision.of(dtype))
             for name, dtype in BASELINES.items()
         ]
         precision = Precision.of(self.convert.decode_dtype)
-        contenders.append(Contender(candidate.name, written, candidate.spec, precision))
-        decoded = [decode(contender, self.text.held_out) for contender in contenders]
-        loss = Loss.of(decoded[-1].losses, dense)
+        contenders.append(OwnContender(candidate.name, written, candidate.spec, precision))
+        decoded = [contender.decode(self.text.held_out) for contender in contenders]
+        loss = Loss.of(decoded[CONVERTED].losses, dense)
         self._check_budget(loss, budget, float(dense.mean()))
-        times, gb_per_second = speeds(contenders, ROUNDS, self.recipe.seed)
+        with TemporaryDirectory(dir=self.work.folder) as folder:
+            peers = self._peers(Path(folder))
+            contenders += peers
+            decoded += [contender.decode(self.text.held_out) for contender in peers]
+            times, gb_per_second = speeds(contenders, ROUNDS, self.recipe.seed)
         report = self._report(candidate, contenders, decoded, times, dense, found, distilled, gb_per_second)
         with run_directory.writing(self.output, self.work.hint):
             self._write(report, result, loss)
@@ -218,6 +228,18 @@ class Conversion:
             result.rename(self.output)
         self.work.close()
         return report
+
+    def _peers(self, folder: Path) -> Sequence[Contender]:
+        """The dense model in other programs, whose files lie in `folder`; what cannot be measured is told."""
+        if not self.with_llama:
+            return []
+        from sparsecli.convert import llama
+
+        try:
+            return llama.contenders(folder, self.dense, self.text.held_out, processors())
+        except Failure as failure:
+            console.warn(f"llama.cpp is not measured: {failure}")
+            return []
 
     def _check_budget(self, loss: Loss, budget: Budget | None, dense: float) -> None:
         allowed = None if budget is None else budget.nats(dense)
@@ -253,9 +275,11 @@ class Conversion:
                 contender.bytes_per_token,
                 speed.decode_ms.p50,
                 speed.prompt_ms.p50,
-                converted=contender is contenders[-1],
+                converted=contender is contenders[CONVERTED],
+                peer=index > CONVERTED,
+                settings=contender.settings,
             )
-            for contender, computed, speed in zip(contenders, decoded, times, strict=True)
+            for index, (contender, computed, speed) in enumerate(zip(contenders, decoded, times, strict=True))
         ]
         considered = [
             Considered(each.name, each.bytes_per_token, each.change, each.expected)
@@ -272,7 +296,7 @@ class Conversion:
             held_out_tokens=len(held_out) * (held_out.sequence_length - 1),
             distilled_tokens=distilled,
             kept_fraction=candidate.spec.kept_fraction,
-            kept_fraction_by_layer=decoded[-1].kept_fractions,
+            kept_fraction_by_layer=decoded[CONVERTED].kept_fractions,
             threads=processors(),
             bandwidth_gb_per_second=round(gb_per_second, 1),
             stages=stages,

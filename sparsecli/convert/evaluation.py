@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +19,14 @@ BATCH = 4
 
 
 @torch.no_grad()
-def window_losses(model: ScalingTransformerForCausalLM, windows: Windows) -> np.ndarray:
-    """Mean nats a token of every window (W,), of a model that decodes as it does in evaluation; bfloat16 products."""
+def window_losses(
+    model: ScalingTransformerForCausalLM, windows: Windows, products: torch.dtype = torch.bfloat16
+) -> np.ndarray:
+    """Mean nats a token of every window (W,), of a model that decodes as it does in evaluation."""
     found = []
     for start in range(0, len(windows), BATCH):
         ids = torch.stack([windows[i]["input_ids"] for i in range(start, min(start + BATCH, len(windows)))])
-        with torch.autocast(ids.device.type, torch.bfloat16):
+        with torch.autocast(ids.device.type, products, enabled=products != torch.float32):
             logits = model(ids, use_cache=False).logits
         for row, tokens in zip(logits, ids, strict=True):
             found.append(F.cross_entropy(row[:-1].float(), tokens[1:]).item())
@@ -32,17 +35,27 @@ def window_losses(model: ScalingTransformerForCausalLM, windows: Windows) -> np.
 
 def engine_losses(engine: Engine, windows: Windows, bar: Progress) -> np.ndarray:
     """The same of an engine, which reads every window as a prompt: (W,)."""
-    found = []
     sequence = engine.sequence(windows.sequence_length)
+
+    def read(tokens: list[int]) -> np.ndarray:
+        sequence.truncate(0)
+        return engine.logits(sequence, tokens)
+
+    found = prompt_losses(read, windows, bar)
+    sequence.close()
+    return found
+
+
+def prompt_losses(read: Callable[[list[int]], np.ndarray], windows: Windows, bar: Progress) -> np.ndarray:
+    """The same of whatever reads tokens (T,) and gives the logits (T, vocabulary) after each: (W,)."""
+    found = []
     for index in range(len(windows)):
         tokens = windows[index]["input_ids"].tolist()
-        sequence.truncate(0)
-        logits = engine.logits(sequence, tokens[:-1])
+        logits = read(tokens[:-1])
         top = logits.max(axis=1)
         total = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)) + top
         found.append(float((total - logits[np.arange(len(logits)), tokens[1:]]).mean()))
         bar.advance()
-    sequence.close()
     return np.array(found)
 
 

@@ -1,14 +1,16 @@
-"""The dense model and the converted one as they decode: loss and speed through the engine, interleaved."""
+"""The dense model and the converted one as they decode: loss and speed, interleaved, other programs' too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from sparsecli.bench.measure import PromptReader, Turn, measure, spread
+from sparsecli.bench.measure import Decoder, PromptReader, Turn, measure, spread
 from sparsecli.bench.native_decoder import NativeDecoder
 from sparsecli.bench.report import Spread
 from sparsecli.bench.roofline import bandwidth
@@ -24,25 +26,6 @@ from sparsecli.model.architecture import ModelSpec
 CONTEXT = 64  # tokens before the first that is timed
 STEPS, WARMUP = 8, 2
 PROMPT = 256  # tokens of a timed prompt
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model on disk as it will be decoded."""
-
-    name: str
-    folder: Path
-    spec: ModelSpec
-    precision: Precision
-
-    def pack(self) -> PackedModel:
-        """Its weights in memory, as the engine reads them."""
-        return pack_folder(self.folder, self.spec, self.precision)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that a decoded token reads."""
-        return bytes_per_token(self.spec, self.precision, context=0)
 
 
 @dataclass(frozen=True)
@@ -62,45 +45,86 @@ class Decoded:
     """By layer: share of the units that were computed in full, as the kernels counted them; None for dense layers."""
 
 
-def decode(contender: Contender, windows: Windows) -> Decoded:
-    """Losses of every window and counted units."""
-    engine = Engine(contender.pack())
-    try:
-        engine.counts()
-        with progress(f"checking {contender.name} in the engine", len(windows)) as bar:
-            losses = engine_losses(engine, windows, bar)
-        kept = None
-        if contender.spec.feed_forward.kind != "dense":
-            units = contender.spec.feed_forward.d_ff
-            kept = [chosen / (units * tokens) for chosen, tokens in engine.counts()]
-        return Decoded(losses, kept)
-    finally:
-        engine.close()
+class Contender(Protocol):
+    """A model as it will be decoded."""
+
+    @property
+    def name(self) -> str:
+        """What its row is called."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Its architecture."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a decoded token reads."""
+
+    @property
+    def settings(self) -> str:
+        """What there is to say of how another program runs it; empty for our own."""
+
+    def decode(self, windows: Windows) -> Decoded:
+        """Losses of every window and counted units."""
+
+    def loaded(self, positions: int, prompt: int) -> AbstractContextManager[tuple[Decoder, Decoder]]:
+        """What decodes `positions` tokens, and what reads prompts of `prompt` tokens, until the context ends."""
+
+
+@dataclass(frozen=True)
+class OwnContender:
+    """A model on disk, in our engine: see `Contender`."""
+
+    name: str
+    folder: Path
+    spec: ModelSpec
+    precision: Precision
+    settings: str = ""
+
+    def pack(self) -> PackedModel:
+        """Its weights in memory, as the engine reads them."""
+        return pack_folder(self.folder, self.spec, self.precision)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a decoded token reads."""
+        return bytes_per_token(self.spec, self.precision, context=0)
+
+    def decode(self, windows: Windows) -> Decoded:
+        """Losses of every window and counted units."""
+        with closing(Engine(self.pack())) as engine:
+            engine.counts()
+            with progress(f"checking {self.name} in the engine", len(windows)) as bar:
+                losses = engine_losses(engine, windows, bar)
+            kept = None
+            if self.spec.feed_forward.kind != "dense":
+                units = self.spec.feed_forward.d_ff
+                kept = [chosen / (units * tokens) for chosen, tokens in engine.counts()]
+            return Decoded(losses, kept)
+
+    @contextmanager
+    def loaded(self, positions: int, prompt: int) -> Iterator[tuple[Decoder, Decoder]]:
+        """What decodes `positions` tokens, and what reads prompts of `prompt` tokens."""
+        with closing(Engine(self.pack())) as engine:
+            yield NativeDecoder(engine, positions), NativeDecoder(engine, prompt)
 
 
 def speeds(contenders: Sequence[Contender], rounds: int, seed: int) -> tuple[list[Speed], float]:
     """Times of all contenders, each getting its turn in every round, and the bandwidth in GB/s after them."""
-    engines = [Engine(contender.pack()) for contender in contenders]
-    try:
+    with ExitStack() as stack:
         decoding, reading = [], []
-        for engine, contender in zip(engines, contenders, strict=True):
-            layers = contender.spec.layers
-            decoder = NativeDecoder(engine, min(CONTEXT + STEPS + WARMUP, contender.spec.max_positions))
-            decoding.append(
-                Turn(decoder, engine.vocabulary, layers, layers, _context(contender), STEPS, WARMUP)
-            )
-            length = min(PROMPT, contender.spec.max_positions)
-            reader = PromptReader(NativeDecoder(engine, length), engine.vocabulary)
-            reading.append(Turn(reader, engine.vocabulary, layers, layers, length, 1, 0, tokens=length))
-        with progress("measuring speed", len(engines) * (rounds + 1) + len(engines) * 4) as bar:
+        for contender in contenders:
+            spec = contender.spec
+            vocabulary, layers = spec.vocabulary.size, spec.layers
+            length = min(PROMPT, spec.max_positions)
+            context = max(1, min(CONTEXT, spec.max_positions - STEPS - WARMUP))
+            room = min(CONTEXT + STEPS + WARMUP, spec.max_positions)
+            decoder, reader = stack.enter_context(contender.loaded(room, length))
+            decoding.append(Turn(decoder, vocabulary, layers, layers, context, STEPS, WARMUP))
+            prompt = PromptReader(reader, vocabulary)
+            reading.append(Turn(prompt, vocabulary, layers, layers, length, 1, 0, tokens=length))
+        with progress("measuring speed", len(contenders) * (rounds + 1) + len(contenders) * 4) as bar:
             measure(decoding, rounds, seed, bar)
             measure(reading, 3, seed, bar)
         pairs = zip(decoding, reading, strict=True)
         return [Speed(spread(turn.token_ms), spread(prompt.token_ms)) for turn, prompt in pairs], bandwidth()
-    finally:
-        for engine in engines:
-            engine.close()
-
-
-def _context(contender: Contender) -> int:
-    return max(1, min(CONTEXT, contender.spec.max_positions - STEPS - WARMUP))

@@ -21,7 +21,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Row:
-    """A model as the engine decodes it: the dense one in several weight types, and the converted one."""
+    """A model as it decodes: the dense one in several weight types, the converted one, the dense one elsewhere."""
 
     name: str
     loss: Loss
@@ -32,6 +32,10 @@ class Row:
     prompt_ms_per_token: float
     """Median of a prompt's token."""
     converted: bool = False
+    peer: bool = False
+    """Another program decodes it, the dense model."""
+    settings: str = ""
+    """What a peer's file holds and how it is run."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class Report:
             ("text", f"{self.calibration_tokens:,} tokens calibrate, {self.held_out_tokens:,} held out"),
             ("distilled on", f"{self.distilled_tokens:,} tokens"),
             ("measured on", f"{self.threads} threads, {self.bandwidth_gb_per_second:.0f} GB/s"),
+            *((row.name, row.settings) for row in self.rows if row.peer),
             ("verdict", self.verdict),
             ("model", f"{self.output}/model"),
         ]
@@ -165,7 +170,8 @@ class Report:
         for row in self.rows:
             place = row.ms_per_token, row.loss.perplexity_change * 100
             error = row.loss.standard_error * 100
-            axes.errorbar(*place, yerr=error, fmt="s" if row.converted else "o", capsize=3)
+            marker = "s" if row.converted else "^" if row.peer else "o"
+            axes.errorbar(*place, yerr=error, fmt=marker, capsize=3)
             axes.annotate(row.name, place, textcoords="offset points", xytext=(6, 6))
         axes.set_xlabel("milliseconds a token")
         axes.set_ylabel("perplexity over dense (%)")

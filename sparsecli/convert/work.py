@@ -30,8 +30,9 @@ class Work:
         """
         self.folder = place_of(output)
         self.hint = "convert again, and it goes on from there"
-        # Another budget may take what was built for the first: see Conversion._check_budget.
-        decisive = recipe.model_dump(mode="json", include=DECISIVE, exclude={"convert": {"budget"}})
+        # Another budget may take what was built for the first: see Conversion._check_budget. Peers change nothing.
+        free = {"convert": {"budget", "peers"}}
+        decisive = recipe.model_dump(mode="json", include=DECISIVE, exclude=free)
         mine = {"source": source, "recipe": decisive}
         if self.folder.exists():
             try:

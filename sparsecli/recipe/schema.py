@@ -176,6 +176,9 @@ class ConvertSpec(Block):
     """Solve for the W_down, bias and bypass that make up for the units left out."""
     distillation: RecoverySpec = RecoverySpec()
     """Recovery after the fit; a search that has met its budget leaves it out."""
+    peers: list[Literal["llama.cpp"]] = Field(default=[])
+    """Other programs whose rows, of the same dense model, stand beside ours; one that is not installed is skipped
+    with a line."""
 
     @model_validator(mode="after")
     def _check(self) -> ConvertSpec:

@@ -1,18 +1,16 @@
-"""llama.cpp through llama-cpp-python: a Llama-shaped model, written as GGUF and loaded at once."""
+"""llama.cpp through llama-cpp-python: it loads and quantises GGUF files, decodes, and reads prompts."""
 
 from __future__ import annotations
 
 import ctypes
-import shutil
 import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import gguf
 import llama_cpp
@@ -20,23 +18,13 @@ import numpy as np
 from torch import Tensor
 
 from sparsecli import console
-from sparsecli.bench.peers.llama_shape import matrices, random_tile, repeated
+from sparsecli.bench.peers.llama_file import MAKE_ROOM, TYPES, check_room, write_random
 from sparsecli.model.architecture import ModelSpec
 
-TYPES = {
-    "float32": gguf.GGMLQuantizationType.F32,
-    "bfloat16": gguf.GGMLQuantizationType.BF16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-    "q4_0": gguf.GGMLQuantizationType.Q4_0,
-}
-NAMES = {
-    "query": "attn_q",
-    "key": "attn_k",
-    "value": "attn_v",
-    "output": "attn_output",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
+FILE_TYPES = {
+    "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
 }
 CONTEXT_STEP = 256  # llama.cpp rounds its cache up to this
 TRIAL_TOKENS = 8
@@ -51,83 +39,17 @@ def refusal(spec: ModelSpec, dtype: str) -> str | None:
     return None
 
 
-# -- the file ------------------------------------------------------------------------------------------------
-
-
-def write_model(path: Path, spec: ModelSpec, dtype: str) -> None:
-    """A GGUF file of random weights without a tokenizer. Raises `Failure` when it cannot be written."""
-    kind = TYPES[dtype]
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    shapes = matrices(spec)
-    blocks = {name: rows * width // block for name, (rows, width) in shapes.items()}
-    size = sum(blocks.values()) * block_bytes
-    free = shutil.disk_usage(path.parent).free
-    if free < 1.1 * size:
-        raise console.Failure(
-            f"{path.parent}: llama.cpp reads its model from a file of {size / 1e9:.1f} GB, {free / 1e9:.1f} GB "
-            "are free; set TMPDIR to a folder with more room"
-        )
-    tile = gguf.quants.quantize(random_tile(), kind).view(np.uint8).reshape(-1, block_bytes)
-    whole = np.dtype(
-        (np.void, block_bytes)
-    )  # so that weights start at a block, wherever they start in the tile
-    writer = gguf.GGUFWriter(path, "llama")
-    _describe(writer, spec)
-    for name, (rows, width) in shapes.items():
-        shape = rows, width // block * block_bytes
-        writer.add_tensor_info(
-            _tensor(name), shape, np.dtype(np.uint8), blocks[name] * block_bytes, raw_dtype=kind
-        )
-    norms = ["output_norm"] + [f"blk.{n}.{part}_norm" for n in range(spec.layers) for part in ("attn", "ffn")]
-    ones = np.ones(spec.d_model, dtype=np.float32)
-    for norm in norms:
-        writer.add_tensor_info(f"{norm}.weight", ones.shape, ones.dtype, ones.nbytes)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for _, values in repeated(tile.view(whole).ravel(), blocks):
-            writer.write_tensor_data(values.view(np.uint8))
-        for _ in norms:
-            writer.write_tensor_data(ones)
-    except OSError as error:
-        raise console.Failure(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        writer.close()
-
-
-def _describe(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
-    writer.add_vocab_size(spec.vocabulary.size)
-    writer.add_tokenizer_model("none")
-    writer.add_context_length(spec.max_positions)
-    writer.add_embedding_length(spec.d_model)
-    writer.add_block_count(spec.layers)
-    writer.add_feed_forward_length(spec.feed_forward.d_ff)
-    writer.add_head_count(spec.heads)
-    writer.add_head_count_kv(spec.attention.key_value_heads or spec.heads)
-    writer.add_rope_dimension_count(spec.d_model // spec.heads)
-    writer.add_layer_norm_rms_eps(spec.normalization_epsilon)
-
-
-def _tensor(name: str) -> str:
-    """llama.cpp's name of a matrix."""
-    if "." not in name:
-        return {"embedding": "token_embd.weight", "head": "output.weight"}[name]
-    block, part = name.split(".")
-    return f"blk.{block}.{NAMES[part]}.weight"
-
-
-# -- decoding ------------------------------------------------------------------------------------------------
-
-
 def load(
     spec: ModelSpec, weights: Mapping[str, Tensor], dtype: str, capacity: int, threads: int
 ) -> LlamaDecoder:
     """See `PeerModule.load`. The file is gone when this returns or raises."""
     with tempfile.TemporaryDirectory(prefix="sparsecli-") as folder:
         path = Path(folder) / "model.gguf"
-        write_model(path, spec, dtype)
-        return LlamaDecoder(path, spec, capacity, threads)
+        write_random(path, spec, dtype)
+        return LlamaDecoder(LlamaModel(path, spec, threads), capacity)
+
+
+# -- files and sequences -------------------------------------------------------------------------------------
 
 
 SAID: deque[str] = deque(maxlen=200)
@@ -139,85 +61,176 @@ def _listen(level: int, text: bytes, _: object) -> None:
     SAID.append(text.decode(errors="replace"))
 
 
-class LlamaDecoder:
-    """See `PeerDecoder`. The prefill tries both kinds of attention and keeps the faster."""
+def quantise(source: Path, target: Path, dtype: str, threads: int) -> None:
+    """Let llama.cpp write the file `source` as it distributes `dtype` (q8_0, q4_0, q4_k_m).
 
-    def __init__(self, path: Path, spec: ModelSpec, capacity: int, threads: int) -> None:
+    Where its blocks do not divide the rows of a matrix, it takes a type with smaller ones.
+
+    Raises:
+        Failure: no room, or it refuses.
+    """
+    check_room(target.parent, source.stat().st_size, MAKE_ROOM)
+    llama_cpp.llama_log_set(_listen, ctypes.c_void_p(0))
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.nthread, options.ftype = threads, FILE_TYPES[dtype]
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), options):
+        raise console.Failure(f"llama.cpp cannot make a {dtype} file: {_last_error()}")
+
+
+class LlamaModel:
+    """The model of a GGUF file, which may be deleted once this is there."""
+
+    def __init__(self, path: Path, spec: ModelSpec, threads: int) -> None:
         llama_cpp.llama_log_set(_listen, ctypes.c_void_p(0))
         options = llama_cpp.llama_model_default_params()
         # Not memory-mapped: the file is deleted, and its pages would be read from the disk again.
         options.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
-        if not self.model:
+        self.handle = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
+        if not self.handle:
             raise console.Failure(f"llama.cpp cannot load its model: {_last_error()}")
-        weakref.finalize(
-            self, llama_cpp.llama_model_free, self.model
-        )  # after the session's, which comes later
+        weakref.finalize(self, llama_cpp.llama_model_free, self.handle)  # after its sequences, which hold it
         self.vocabulary = spec.vocabulary.size
-        self.capacity = -(-(capacity + TRIAL_TOKENS) // CONTEXT_STEP) * CONTEXT_STEP
         self.threads = threads
-        self.context = 0
-        self.session: Any = None
-        self.free_session: Callable[[], object] = lambda: None
-        self.settings = ""
 
-    def prefill(self, tokens: Sequence[int]) -> None:
-        """See `PeerDecoder.prefill`."""
-        self.free_session()
-        self.context = len(tokens)
-        sessions = {name: self._session(kind) for name, kind in ATTENTIONS.items()}
-        seconds = {name: self._try(session, tokens) for name, session in sessions.items()}
-        best = min(seconds, key=lambda name: seconds[name])
-        for name, session in sessions.items():
-            if name != best:
-                llama_cpp.llama_free(session)
-        self.session = sessions[best]
-        self.free_session = weakref.finalize(self, llama_cpp.llama_free, self.session)
-        self.settings = (
-            f"llama-cpp-python {version('llama-cpp-python')}, threads {self.threads}, {best}, float16 cache "
-            f"for {self.capacity} tokens, not memory-mapped, repacked weights where it can"
-        )
-        self.rewind()
 
-    def rewind(self) -> None:
-        """See `PeerDecoder.rewind`."""
-        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.session), 0, self.context, -1)
+def settings(threads: int) -> str:
+    """llama.cpp's version, and how it is run."""
+    return (
+        f"llama-cpp-python {version('llama-cpp-python')}, threads {threads}, not memory-mapped, repacked weights "
+        "where it can"
+    )
 
-    def step(self, token: int) -> tuple[int, None]:
-        """See `PeerDecoder.step`."""
-        return self._decode(self.session, [token]), None
 
-    def _session(self, attention: int) -> Any:
+class LlamaSequence:
+    """Tokens in a float16 cache with room for `capacity` of them; `attention` is one of ATTENTIONS."""
+
+    def __init__(self, model: LlamaModel, capacity: int, attention: str = "plain attention") -> None:
+        capacity = -(-capacity // CONTEXT_STEP) * CONTEXT_STEP
         options = llama_cpp.llama_context_default_params()
-        options.n_ctx = options.n_batch = self.capacity
-        options.n_threads = options.n_threads_batch = self.threads
-        options.flash_attn_type = attention
+        options.n_ctx = options.n_batch = capacity
+        options.n_threads = options.n_threads_batch = model.threads
+        options.flash_attn_type = ATTENTIONS[attention]
         options.no_perf = True
-        session = llama_cpp.llama_init_from_model(self.model, options)
-        if not session:
+        self.model, self.capacity, self.attention = model, capacity, attention
+        self.handle = llama_cpp.llama_init_from_model(model.handle, options)
+        if not self.handle:
             raise console.Failure(f"llama.cpp cannot start a sequence: {_last_error()}")
-        return session
+        weakref.finalize(self, llama_cpp.llama_free, self.handle)
 
-    def _try(self, session: Any, tokens: Sequence[int]) -> float:
-        """Prefill, then seconds of a token."""
-        token = self._decode(session, tokens)
-        seconds = []
-        for _ in range(TRIAL_TOKENS):
-            start = time.perf_counter()
-            token = self._decode(session, [token])
-            seconds.append(time.perf_counter() - start)
-        return median(seconds)
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.handle), 0, length, -1)
 
-    def _decode(self, session: Any, tokens: Sequence[int]) -> int:
+    def add(self, tokens: Sequence[int]) -> int:
         """Add `tokens`; the greedy next one."""
         array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        status = llama_cpp.llama_decode(session, llama_cpp.llama_batch_get_one(array, len(tokens)))
+        self._decode(llama_cpp.llama_batch_get_one(array, len(tokens)))
+        return int(self._logits(-1, 1).argmax())
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits (T, vocabulary) after each of the `tokens`, which start anew."""
+        self.truncate(0)
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for index, token in enumerate(tokens):
+                batch.token[index], batch.pos[index] = token, index
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+                batch.logits[index] = True
+            self._decode(batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        return self._logits(0, len(tokens)).copy()
+
+    def _decode(self, batch: llama_cpp.llama_batch) -> None:
+        status = llama_cpp.llama_decode(self.handle, batch)
         if status:
             raise console.Failure(f"llama.cpp cannot decode (status {status}): {_last_error()}")
-        logits = llama_cpp.llama_get_logits_ith(session, -1)
-        return int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax())
+
+    def _logits(self, index: int, rows: int) -> np.ndarray:
+        """A view of those from the row `index` on, into llama.cpp's memory."""
+        logits = llama_cpp.llama_get_logits_ith(self.handle, index)
+        return np.ctypeslib.as_array(logits, (rows, self.model.vocabulary))
 
 
 def _last_error() -> str:
     lines = [line.strip() for line in "".join(SAID).splitlines() if "error" in line or "fail" in line]
     return lines[-1] if lines else "it gives no reason"
+
+
+# -- what is measured ----------------------------------------------------------------------------------------
+
+
+class LlamaDecoder:
+    """See `PeerDecoder`. The prefill tries both kinds of attention and keeps the faster."""
+
+    def __init__(self, model: LlamaModel, capacity: int) -> None:
+        self.model = model
+        self.capacity = capacity + TRIAL_TOKENS
+        self.context = 0
+        self.sequence: LlamaSequence | None = None
+        self.settings = ""
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """See `PeerDecoder.prefill`."""
+        self.sequence = None
+        self.context = len(tokens)
+        tried = [LlamaSequence(self.model, self.capacity, attention) for attention in ATTENTIONS]
+        seconds = [self._try(sequence, tokens) for sequence in tried]
+        self.sequence = tried[int(np.argmin(seconds))]
+        attention, room = self.sequence.attention, self.sequence.capacity
+        self.settings = f"{settings(self.model.threads)}, {attention}, float16 cache for {room} tokens"
+        self.rewind()
+
+    def rewind(self) -> None:
+        """See `PeerDecoder.rewind`."""
+        self._prefilled.truncate(self.context)
+
+    def step(self, token: int) -> tuple[int, None]:
+        """See `PeerDecoder.step`."""
+        return self._prefilled.add([token]), None
+
+    @property
+    def _prefilled(self) -> LlamaSequence:
+        assert self.sequence, "decoding starts with a prefill"
+        return self.sequence
+
+    def _try(self, sequence: LlamaSequence, tokens: Sequence[int]) -> float:
+        """Prefill, then seconds of a token."""
+        token = sequence.add(tokens)
+        seconds = []
+        for _ in range(TRIAL_TOKENS):
+            start = time.perf_counter()
+            token = sequence.add([token])
+            seconds.append(time.perf_counter() - start)
+        return median(seconds)
+
+
+class LlamaReader:
+    """A `measure.Decoder` whose prefill only reads the prompt, with the attention that was faster in a trial."""
+
+    def __init__(self, model: LlamaModel, length: int) -> None:
+        self.vocabulary = model.vocabulary
+        tried = [LlamaSequence(model, length, attention) for attention in ATTENTIONS]
+        prompt = [index % self.vocabulary for index in range(length)]
+        seconds = []
+        for self.sequence in tried:
+            self.prefill(prompt)  # the first time, its memory is new
+            start = time.perf_counter()
+            self.prefill(prompt)
+            seconds.append(time.perf_counter() - start)
+        self.sequence = tried[int(np.argmin(seconds))]
+        self.rewind()
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """See `Decoder.prefill`."""
+        self.rewind()
+        self.sequence.add(tokens)
+
+    def rewind(self) -> None:
+        """Forget the prompt."""
+        self.sequence.truncate(0)
+
+    def step(self, token: int) -> tuple[int, None]:
+        """See `Decoder.step`."""
+        return self.sequence.add([token]), None

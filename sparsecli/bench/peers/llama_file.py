@@ -1,0 +1,222 @@
+"""GGUF files of Llama-like dense models, for llama.cpp: with random weights, or with a model's own."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsecli import console
+from sparsecli.bench.peers.llama_shape import matrices, random_tile, repeated
+from sparsecli.model.architecture import LowBitSpec, ModelSpec
+from sparsecli.model.rotary import rotary_frequencies
+
+TYPES = {
+    "float32": gguf.GGMLQuantizationType.F32,
+    "float16": gguf.GGMLQuantizationType.F16,
+    "bfloat16": gguf.GGMLQuantizationType.BF16,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "q4_0": gguf.GGMLQuantizationType.Q4_0,
+}
+MAKE_ROOM = "make room, and start it again"
+NAMES = {
+    "query": "attn_q",
+    "key": "attn_k",
+    "value": "attn_v",
+    "output": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+    "query_norm": "attn_q_norm",
+    "key_norm": "attn_k_norm",
+    "attention_norm": "attn_norm",
+    "feed_forward_norm": "ffn_norm",
+    "embedding": "token_embd",
+    "norm": "output_norm",
+}
+"""llama.cpp's names by the last part of ours."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file, by llama.cpp's name; `shape` is in weights, (out, in)."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+
+    @property
+    def blocks(self) -> int:
+        """Its blocks of weights that share a scale."""
+        return math.prod(self.shape) // gguf.GGML_QUANT_SIZES[self.kind][0]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return self.blocks * gguf.GGML_QUANT_SIZES[self.kind][1]
+
+
+# -- random weights ------------------------------------------------------------------------------------------
+
+
+def write_random(path: Path, spec: ModelSpec, dtype: str) -> None:
+    """A file of random weights in `dtype`. Raises `Failure` when it cannot be written."""
+    kind = TYPES[dtype]
+    stored = [Stored(_matrix(name), shape, kind) for name, shape in matrices(spec).items()]
+    names = ["output_norm"] + [f"blk.{n}.{part}_norm" for n in range(spec.layers) for part in ("attn", "ffn")]
+    norms = [Stored(f"{name}.weight", (spec.d_model,), TYPES["float32"]) for name in names]
+
+    check_room(path.parent, _size(stored + norms), "set TMPDIR to a folder with more room")
+
+    def values() -> Iterable[np.ndarray]:
+        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        tile = gguf.quants.quantize(random_tile(), kind).view(np.uint8).reshape(-1, block_bytes)
+        # Whole blocks, so that weights start at one, wherever they start in the tile.
+        whole = tile.view(np.dtype((np.void, block_bytes))).ravel()
+        for _, blocks in repeated(whole, {each.name: each.blocks for each in stored}):
+            yield blocks.view(np.uint8)
+        for _ in norms:
+            yield np.ones(spec.d_model, dtype=np.float32)
+
+    _write(path, spec, "llama", stored + norms, values())
+
+
+def _matrix(name: str) -> str:
+    if "." not in name:
+        return {"embedding": "token_embd.weight", "head": "output.weight"}[name]
+    block, part = name.split(".")
+    return f"blk.{block}.{NAMES[part]}.weight"
+
+
+# -- a model's own weights -----------------------------------------------------------------------------------
+
+
+def unlike_llama(spec: ModelSpec) -> str | None:
+    """What of the model llama.cpp has no architecture for that could be written; None where it has one."""
+    feed_forward, attention, vocabulary = spec.feed_forward, spec.attention, spec.vocabulary
+    if feed_forward.kind != "dense" or spec.low_bit != LowBitSpec():
+        return "layers that are not dense"
+    checks = {
+        "units that are not gated SiLU": feed_forward.activation != "silu" or not feed_forward.gated,
+        "biases in the feed-forward layers": feed_forward.bias,
+        "attention that is not dense": (attention.projection, attention.output) != ("dense", "dense"),
+        "a bias after attention": attention.bias and attention.output_bias is not False,
+        "norms of queries and biases together": attention.bias and attention.query_key_norm,
+        "logits of another kind": vocabulary.kind != "dense" or vocabulary.bias,
+        "layer norm": spec.normalization != "rms",
+        "other than rotary positions": spec.positions != "rotary" or spec.rotary_fraction != 1,
+        "scaled rotary positions": spec.rotary_scaling is not None and _architecture(spec) != "llama",
+        "parallel blocks": spec.parallel,
+        "a scaled embedding": spec.embedding_scale != 1,
+    }
+    return next((what for what, there in checks.items() if there), None)
+
+
+def write_weights(path: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
+    """A file of `weights`, by our names and without a tied head: matrices as float16, vectors as float32.
+
+    Raises `Failure` when it cannot be written.
+    """
+    stored = [
+        Stored(_name(name), tuple(tensor.shape), TYPES["float16" if tensor.ndim == 2 else "float32"])
+        for name, tensor in weights.items()
+    ]
+    factors = []
+    if spec.rotary_scaling is not None:
+        plain = rotary_frequencies(spec.model_copy(update={"rotary_scaling": None}))
+        factors = [plain / rotary_frequencies(spec)]
+        stored.append(Stored("rope_freqs.weight", factors[0].shape, TYPES["float32"]))
+    check_room(path.parent, _size(stored), MAKE_ROOM)
+
+    def values() -> Iterable[np.ndarray]:
+        for name, tensor in weights.items():
+            dtype = torch.float16 if tensor.ndim == 2 else torch.float32
+            yield _in_their_order(name, tensor.detach().to(dtype).numpy(), spec)
+        yield from factors
+
+    _write(path, spec, _architecture(spec), stored, values())
+
+
+def _architecture(spec: ModelSpec) -> str:
+    """llama.cpp's name of it. Mistral is a `llama` there."""
+    if spec.attention.query_key_norm:
+        return "qwen3"
+    return "qwen2" if spec.attention.bias else "llama"
+
+
+def _name(ours: str) -> str:
+    """llama.cpp's name of a tensor of ours."""
+    if ours == "head.weight":
+        return "output.weight"
+    *path, part, suffix = ours.split(".")
+    block = f"blk.{path[2]}." if "blocks" in path else ""
+    return f"{block}{NAMES[part]}.{suffix}"
+
+
+def _in_their_order(name: str, values: np.ndarray, spec: ModelSpec) -> np.ndarray:
+    """Its `llama` turns neighbours of a head together, ours element i with i + width / 2."""
+    turned = name.split(".")[-2] in ("query", "key")
+    if not turned or _architecture(spec) != "llama":
+        return np.ascontiguousarray(values)
+    halves = values.reshape(-1, 2, spec.width_of_head // 2, *values.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+
+
+# -- the file ------------------------------------------------------------------------------------------------
+
+
+def _write(
+    path: Path, spec: ModelSpec, architecture: str, stored: Sequence[Stored], values: Iterable[np.ndarray]
+) -> None:
+    """The tensors `stored` with their `values`, in order, and no tokenizer."""
+    writer = gguf.GGUFWriter(path, architecture)
+    _describe(writer, spec)
+    for each in stored:
+        writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.bytes, raw_dtype=each.kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for array in values:
+            writer.write_tensor_data(array)
+    except OSError as error:
+        raise console.Failure(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        writer.close()
+
+
+def check_room(folder: Path, size: int, hint: str) -> None:
+    """Raise `Failure` unless a file of `size` bytes fits in `folder`; `hint` says what to do where it does not."""
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * size:
+        raise console.Failure(
+            f"{folder}: llama.cpp reads its model from a file of {size / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+            f"are free; {hint}"
+        )
+
+
+def _size(stored: Sequence[Stored]) -> int:
+    return sum(each.bytes for each in stored)
+
+
+def _describe(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
+    writer.add_vocab_size(spec.vocabulary.size)
+    writer.add_tokenizer_model("none")
+    writer.add_context_length(spec.max_positions)
+    writer.add_embedding_length(spec.d_model)
+    writer.add_block_count(spec.layers)
+    writer.add_feed_forward_length(spec.feed_forward.d_ff)
+    writer.add_head_count(spec.heads)
+    writer.add_head_count_kv(spec.attention.key_value_heads or spec.heads)
+    writer.add_key_length(spec.width_of_head)
+    writer.add_value_length(spec.width_of_head)
+    writer.add_rope_dimension_count(spec.rotary_width)
+    writer.add_rope_freq_base(spec.rotary_base)
+    writer.add_layer_norm_rms_eps(spec.normalization_epsilon)
