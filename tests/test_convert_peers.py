@@ -69,7 +69,7 @@ def model_of(**changes: Any) -> ScalingTransformerForCausalLM:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
     return model.eval()
 
 
@@ -117,7 +117,7 @@ def test_quantised_files_come_from_the_same_weights(tmp_path: Path) -> None:
         errors.append(float(np.abs(found - exact).mean() / exact.std()))
         sizes.append(file.stat().st_size)
     assert errors == sorted(errors)
-    assert errors[0] < 0.02 < errors[2] < 0.5
+    assert errors[0] < 0.04 < errors[2] < 0.5
     assert source.stat().st_size > sizes[0] > sizes[2]
 
 
