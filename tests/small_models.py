@@ -204,6 +204,14 @@ ALONE: dict[str, dict] = {  # one field each, in a model of our own
     "scaled embedding": {"positions": "learned", "embedding_scale": 3.0},
     "only the output biased": {"attention": {"projection": "dense", "bias": False, "output_bias": True}},
     "heads normalised": {"attention": {"projection": "dense", "query_key_norm": True}},
+    "low rank": {"attention": {"projection": "dense", "query_key_rank": 7}},
+    "low rank, grouped, normalised": {
+        "d_model": 150,
+        "heads": 6,
+        "head_width": 26,
+        "feed_forward": SWIGLU,
+        "attention": {"projection": "dense", "key_value_heads": 3, "query_key_norm": True, "query_key_rank": 67},
+    },
     "gelu by tanh": {"feed_forward": {**SPARSE, "gated": True, "activation": "gelu_tanh"}},
     "gated, biased": {"feed_forward": {**SWIGLU, "activation": "gelu", "bias": True}},
 }
@@ -259,6 +267,10 @@ FEW_BITS: dict[str, dict] = {  # activations are rounded, whatever the precision
             "unit_bias": True,
             "bypass": 3,
         },
+    },
+    "low rank in few bits": {
+        "attention": {"projection": "dense", "query_key_rank": 13},
+        "low_bit": {"projection": 4},
     },
     "sparse by layer": {"feed_forward": {**SPARSE, "units_per_block": [20, 3]}},
 }

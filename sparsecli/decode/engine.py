@@ -278,6 +278,8 @@ def _shape(model: PackedModel, poison: bool) -> Shape:
         kernel=attention.kernel,
         value_concat=CONCATENATIONS.index(attention.value_concat),
         query_key_norm=attention.query_key_norm,
+        query_rank=spec.query_rank or 0,
+        key_rank=spec.key_rank or 0,
         rms=spec.normalization == "rms",
         positions=POSITIONS.index(spec.positions),
         rotary_width=spec.rotary_width if spec.positions == "rotary" else 0,

@@ -185,10 +185,17 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
         for name, inputs in (("query", 3 * width), ("key", 3 * width), ("value", values)):
             yield from _convolution(layer, name, f"{source}.{name}", width, inputs, taps)
     else:
-        key_width = spec.width_of_head * (attention.key_value_heads or spec.heads)
-        for name, rows in (("query", spec.attention_width), ("key", key_width), ("value", key_width)):
+        for name, rows, rank in (
+            ("query", spec.attention_width, spec.query_rank),
+            ("key", spec.key_width, spec.key_rank),
+            ("value", spec.key_width, None),
+        ):
             bits = None if name == "value" else spec.low_bit.projection
-            yield from _map(layer, name, f"{source}.{name}", rows, d_model, "projection", multiplied, bits)
+            place, cols = (f"{source}.{name}", d_model)
+            if rank:
+                yield from _map(layer, f"{name}.first", f"{place}.first", rank, d_model, "projection", bits=bits)
+                name, place, cols = f"{name}.second", f"{place}.second", rank
+            yield from _map(layer, name, place, rows, cols, "projection", multiplied, bits)
     for name in ("query_norm", "key_norm") if attention.query_key_norm else ():
         yield Slot(
             layer, f"{name}.weight", "vector", 1, spec.width_of_head, None, (f"{source}.{name}.weight",)

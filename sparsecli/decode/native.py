@@ -13,15 +13,15 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
-INTERFACE_VERSION = 3  # of native/engine.h
+INTERFACE_VERSION = 4  # of native/engine.h
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 KERNELS = ("auto", "native", "reference")
 
 SHAPE_FIELDS = (
     "d_model", "layers", "heads", "head_width", "key_value_heads", "max_positions", "vocabulary", "feed_forward",
     "d_ff", "activation", "gated", "block_size", "rank", "positive", "probability_gate", "projection",
-    "output", "modules", "kernel", "value_concat", "query_key_norm", "rms", "positions", "rotary_width", "parallel",
-    "head_modules", "cache_type", "history_type", "units_on_disk", "poison",
+    "output", "modules", "kernel", "value_concat", "query_key_norm", "query_rank", "key_rank", "rms", "positions",
+    "rotary_width", "parallel", "head_modules", "cache_type", "history_type", "units_on_disk", "poison",
 )  # fmt: skip
 
 

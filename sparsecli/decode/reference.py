@@ -216,7 +216,12 @@ class Reference:
     def _project(self, block: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x (d,), all heads side by side."""
         if not self.spec.attention.projection.endswith("_conv"):
-            return self._map(f"{block}query", x), self._map(f"{block}key", x), self._map(f"{block}value", x)
+            queries, keys = x, x
+            if self.spec.query_rank:
+                queries, keys = self._map(f"{block}query.first", x), self._map(f"{block}key.first", x)
+            last = ".second" if self.spec.query_rank else ""
+            values = self._map(f"{block}value", x)
+            return self._map(f"{block}query{last}", queries), self._map(f"{block}key{last}", keys), values
         m = self._map(f"{block}shared", x)
         past, joined = self._past(f"{block}shared", m), m
         match self.spec.attention.value_concat:

@@ -213,6 +213,9 @@ class AttentionSpec(Block):
     """A bias on a dense output projection; by default as `bias` says."""
     query_key_norm: bool = False
     """RMS norms over every head of queries and keys, before rotary positions (as in Qwen 3)."""
+    query_key_rank: Size | None = None
+    """Make queries by two maps with so many numbers between them, and keys by two with as large a share of their
+    weights; by default one map each. `dense` projection only."""
 
     @property
     def output(self) -> Literal["none", "dense", "multiplicative", "multiplicative_conv"]:
@@ -232,6 +235,8 @@ class AttentionSpec(Block):
             raise fault("key_value_heads", "grouped queries need projection: dense")
         if self.query_key_norm and self.projection != "dense":
             raise fault("query_key_norm", "needs projection: dense")
+        if self.query_key_rank is not None and self.projection != "dense":
+            raise fault("query_key_rank", "needs projection: dense")
         return self
 
 
@@ -365,6 +370,9 @@ class ModelSpec(Block):
             check_multiple("d_model", self.d_model, "attention.modules", attention.modules or self.heads)
         if attention.key_value_heads:
             check_multiple("heads", self.heads, "attention.key_value_heads", attention.key_value_heads)
+        if (attention.query_key_rank or 0) > (full := min(self.d_model, self.attention_width)):
+            message = f"{attention.query_key_rank} is more than the {full} of a whole map"
+            raise fault("attention.query_key_rank", message)
         chosen = getattr(self.feed_forward, "units_per_block", None)
         if isinstance(chosen, list) and len(chosen) != self.layers:
             raise fault("feed_forward.units_per_block", f"{len(chosen)} numbers for {self.layers} blocks")
@@ -383,6 +391,25 @@ class ModelSpec(Block):
     def attention_width(self) -> int:
         """Width of all heads together."""
         return self.heads * self.width_of_head
+
+    @property
+    def key_width(self) -> int:
+        """Width of all heads of keys together."""
+        return self.width_of_head * (self.attention.key_value_heads or self.heads)
+
+    @property
+    def query_rank(self) -> int | None:
+        """Numbers between the two maps that make queries; None where it is one map."""
+        return self.attention.query_key_rank
+
+    @property
+    def key_rank(self) -> int | None:
+        """The same of keys: the two maps have as large a share of the weights of one as those of queries."""
+        if self.query_rank is None:
+            return None
+        d_model, queries, keys = self.d_model, self.attention_width, self.key_width
+        rank = self.query_rank * (d_model + queries) * keys / (queries * (d_model + keys))
+        return min(max(1, round(rank)), d_model, keys)
 
     @property
     def rotary_width(self) -> int:

@@ -64,6 +64,7 @@ def build_attention_layer(spec: ModelSpec) -> nn.Module:
         output_bias=attention.output_bias,
         query_key_norm=spec.normalization_epsilon if attention.query_key_norm else None,
         bits=spec.low_bit.projection,
+        ranks=(spec.query_rank, spec.key_rank) if spec.query_rank and spec.key_rank else None,
     )
 
 

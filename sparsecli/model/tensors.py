@@ -61,11 +61,10 @@ def _attention(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
         for name in ("query", "key", "value"):
             made |= _multiplicative(name, d_model, d_model, modules)
     else:
-        held = spec.width_of_head * (attention.key_value_heads or spec.heads)
-        bits = spec.low_bit.projection
-        made = _linear("query", d_model, spec.attention_width, attention.bias, bits)
-        made |= _linear("key", d_model, held, attention.bias, bits)
-        made |= _linear("value", d_model, held, attention.bias)
+        bias, bits = attention.bias, spec.low_bit.projection
+        made = _maps("query", d_model, spec.attention_width, bias, bits, spec.query_rank)
+        made |= _maps("key", d_model, spec.key_width, bias, bits, spec.key_rank)
+        made |= _linear("value", d_model, spec.key_width, bias)
         if attention.query_key_norm:
             made |= dict.fromkeys(("query_norm.weight", "key_norm.weight"), (spec.width_of_head,))
     for name, shape in made.items():
@@ -155,6 +154,16 @@ def _linear(
     if bits is not None:
         weight = _low_bit(name, width_in, width_out)
     return weight | ({f"{name}.bias": (width_out,)} if bias else {})
+
+
+def _maps(
+    name: str, width_in: int, width_out: int, bias: bool, bits: int | None, rank: int | None
+) -> dict[str, Shape]:
+    """One linear map, or two with `rank` numbers between them."""
+    if rank is None:
+        return _linear(name, width_in, width_out, bias, bits)
+    first = _linear(f"{name}.first", width_in, rank, bias=False, bits=bits)
+    return first | _linear(f"{name}.second", rank, width_out, bias, bits)
 
 
 def _multiplicative(name: str, width_in: int, width_out: int, modules: int) -> dict[str, Shape]:

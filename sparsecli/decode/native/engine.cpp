@@ -68,6 +68,10 @@ std::string check(const sparsecli_shape& s) {
     if (s.head_width < 1 || s.head_width > MAX_HEAD_WIDTH) return wrong("the width of heads, at most 1024,");
     if (s.rotary_width < 0 || s.rotary_width > s.head_width || s.rotary_width % 2) return wrong("rotary_width");
     if (s.key_value_heads < 1 || s.heads % s.key_value_heads) return wrong("key_value_heads");
+    const int64_t most_query_rank = std::min(s.d_model, s.heads * s.head_width), queries = s.query_rank;
+    if (queries < 0 || queries > most_query_rank || (queries && s.projection != DENSE)) return wrong("query_rank");
+    const int64_t most_key_rank = std::min(s.d_model, s.key_value_heads * s.head_width);
+    if (s.key_rank < (queries > 0) || s.key_rank > (queries ? most_key_rank : 0)) return wrong("key_rank");
     if (s.vocabulary < 1 || s.vocabulary > int64_t(1) << 31) return wrong("vocabulary");
     if (s.d_ff < 1 || s.d_ff > int64_t(1) << 30) return wrong("d_ff");
     if (s.modules < 1 || s.d_model % s.modules) return wrong("modules");
@@ -105,7 +109,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 3 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 4 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* wanted, char* error) {
     const Kernels* found = find_kernels(wanted);

@@ -23,6 +23,7 @@ struct sparsecli_shape {
     int64_t modules, kernel;
     int64_t value_concat;  // 0 none, 1 modules, 2 whole
     int64_t query_key_norm;  // over every head, before rotary positions
+    int64_t query_rank, key_rank;  // numbers between the two maps that make them; 0: one map each
     int64_t rms;
     int64_t positions;       // 0 learned, 1 sinusoidal, 2 rotary
     int64_t rotary_width;    // elements of a head that are turned, from its start

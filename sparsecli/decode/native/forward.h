@@ -95,6 +95,9 @@ class Forward {
         for (Buffer<float>* buffer : {&x_, &normed_, &m_, &y_}) buffer->rows(CHUNK, s.d_model, d_stride_, poison);
         for (Buffer<float>* buffer : {&q_, &k_row_, &v_, &mixed_})
             buffer->rows(CHUNK, model.attention_width(), a_stride_, poison);
+        const int64_t query_stride = round_up(s.query_rank, PAD), key_stride = round_up(s.key_rank, PAD);
+        query_first_.rows(model.low_rank() ? CHUNK : 0, s.query_rank, query_stride, poison);
+        key_first_.rows(model.low_rank() ? CHUNK : 0, s.key_rank, key_stride, poison);
         aside_.rows(s.parallel ? CHUNK : 0, s.d_model, d_stride_, poison);
         z_.rows(CHUNK, model.padded_rank(), z_stride_, false);
         h_.rows(CHUNK, h_stride_, h_stride_, false);
@@ -263,6 +266,7 @@ class Forward {
     };
 
     void attention(const Block& block, int64_t layer, int64_t worker);
+    void low_rank_projection(const Block& block, const Activations& x, int64_t worker);
     void share_projection(const Block& block, int64_t layer, const Activations& x, int64_t worker);
     History history(int64_t layer, int64_t t) const;
     History history_of(const Row& row, const Buffer<char>& buffer, int64_t layer, int64_t elements,
@@ -319,7 +323,7 @@ class Forward {
     bool profile_ = false;
     Clock::time_point since_;
     int64_t d_stride_ = 0, a_stride_ = 0, z_stride_ = 0, h_stride_ = 0, pair_stride_ = 0, integer_stride_ = 0, score_stride_ = 0;
-    Buffer<float> x_, normed_, aside_, q_, k_row_, v_, mixed_, m_, y_, z_, h_, gate_, pairs_, estimates_, probabilities_, scales_, angles_;
+    Buffer<float> x_, normed_, aside_, q_, k_row_, v_, mixed_, query_first_, key_first_, m_, y_, z_, h_, gate_, pairs_, estimates_, probabilities_, scales_, angles_;
     Buffer<int32_t> chosen_, sums_;
     Buffer<int64_t> found_;  // units that each thread found, where their number is up to the token
     Buffer<int16_t> integers_;

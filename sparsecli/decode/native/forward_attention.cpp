@@ -16,6 +16,9 @@ void Forward::attention(const Block& block, int64_t layer, int64_t worker) {
         each(s.modules, worker, [&](int64_t t, int64_t begin, int64_t end) { convolve(block, layer, t, begin, end, worker); });
         mark(worker, CONVOLUTION);
         ready = aligned && s.modules == s.key_value_heads;
+    } else if (model_.low_rank()) {
+        low_rank_projection(block, x, worker);
+        mark(worker, PROJECTION);
     } else if (s.projection == DENSE) {
         linear(block.query, x, q_.row(0), a_stride_, worker);
         linear(block.key, x, k_row_.row(0), a_stride_, worker);
@@ -39,6 +42,20 @@ void Forward::attention(const Block& block, int64_t layer, int64_t worker) {
     attend(block, layer, worker);
     barrier(worker, ATTENTION);
     if (s.output != NO_OUTPUT) project_output(block, layer, worker);
+}
+
+// Values, and queries and keys by two products each; the first two and values need one another's results only after
+// them. With many rows the forms of a row are kept in one place: keys wait until queries are done with it.
+void Forward::low_rank_projection(const Block& block, const Activations& x, int64_t worker) {
+    linear(block.query_first, x, query_first_.row(0), query_first_.stride, worker);
+    linear(block.key_first, x, key_first_.row(0), key_first_.stride, worker);
+    linear(block.value, x, v_.row(0), a_stride_, worker);
+    barrier(worker, PROJECTION);
+    const Activations queries = readable(query_first_, query_first_.stride, worker);
+    linear(block.query, queries, q_.row(0), a_stride_, worker);
+    if (count() > 1) barrier(worker, PROJECTION);
+    const Activations keys = readable(key_first_, key_first_.stride, worker);
+    linear(block.key, keys, k_row_.row(0), a_stride_, worker);
 }
 
 // The projection that convolutions share, kept for the positions to come.

@@ -33,6 +33,7 @@ struct Convolution {
 struct Block {
     Norm attention_norm, feed_forward_norm;
     Map query, key, value, shared, output;
+    Map query_first, key_first;  // of two maps the first; the second is `query` or `key`
     Norm query_norm, key_norm;  // of every head
     Convolution query_convolution, key_convolution, value_convolution, output_convolution;
     Map gate, up, down;  // dense feed-forward
@@ -80,6 +81,7 @@ struct Model {
             default: return !few;
         }
     }
+    bool low_rank() const { return shape.query_rank > 0; }
     bool convolves() const { return shape.projection == DENSE_CONV || shape.projection == MULTIPLICATIVE_CONV; }
 
     int64_t inward() const { return parts() - 1; }  // rows of a unit that meet its input
@@ -162,8 +164,15 @@ struct Model {
             add_convolution(to, "key", block.key_convolution, width, 3 * width, taps);
             add_convolution(to, "value", block.value_convolution, width, shape.value_concat ? 2 * width : width, taps);
         } else {
-            add_map(to, "query", block.query, dense, attention_width(), d, modules);
-            add_map(to, "key", block.key, dense, key_width(), d, modules);
+            if (low_rank()) {
+                add_map(to, "query.first", block.query_first, true, shape.query_rank, d, 0);
+                add_map(to, "query.second", block.query, true, attention_width(), shape.query_rank, 0);
+                add_map(to, "key.first", block.key_first, true, shape.key_rank, d, 0);
+                add_map(to, "key.second", block.key, true, key_width(), shape.key_rank, 0);
+            } else {
+                add_map(to, "query", block.query, dense, attention_width(), d, modules);
+                add_map(to, "key", block.key, dense, key_width(), d, modules);
+            }
             add_map(to, "value", block.value, dense, key_width(), d, modules);
         }
         if (shape.query_key_norm) {

@@ -37,8 +37,26 @@ def with_history(rows: Tensor, before: int, memory: Memory | None, name: str, st
     return memory.extend(name, rows, start, before)
 
 
+class LowRank(nn.Module):
+    """A linear map as two, with `rank` numbers between them.
+
+    Args:
+        bias: after the second.
+        bits: of the weights; None for floating point.
+    """
+
+    def __init__(self, width_in: int, width_out: int, rank: int, bias: bool, bits: int | None) -> None:
+        super().__init__()
+        self.first = linear(width_in, rank, False, bits)
+        self.second = linear(rank, width_out, bias, bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., width_in) -> (..., width_out)."""
+        return self.second(self.first(x))
+
+
 class SeparateProjection(nn.Module):
-    """Queries, keys and values by one layer each (dense or multiplicative).
+    """Queries, keys and values by one layer each (dense, of low rank, or multiplicative).
 
     Args:
         norms: of every head of queries and of keys, or None.
@@ -171,6 +189,7 @@ def build_attention(
     output_bias: bool | None = None,
     query_key_norm: float | None = None,
     bits: int | None = None,
+    ranks: tuple[int, int] | None = None,
 ) -> Attention:
     """Attention whose projections are named by `projection` and `output_projection` (see `AttentionSpec`).
 
@@ -179,6 +198,7 @@ def build_attention(
         output_bias: of a dense output projection; as `bias` where it is None.
         query_key_norm: epsilon of the norms of queries and keys; None for no norms.
         bits: of the weights of dense projections but the values'; None for floating point.
+        ranks: of dense projections of queries and of keys; None for one map each.
     Raises:
         ValueError: a size does not divide.
     """
@@ -198,8 +218,8 @@ def build_attention(
     made: SeparateProjection | ConvolutionProjection
     if projection == "dense":
         made = SeparateProjection(
-            linear(d_model, width, bias, bits),
-            linear(d_model, held, bias, bits),
+            LowRank(d_model, width, ranks[0], bias, bits) if ranks else linear(d_model, width, bias, bits),
+            LowRank(d_model, held, ranks[1], bias, bits) if ranks else linear(d_model, held, bias, bits),
             nn.Linear(d_model, held, bias),
             norms,
         )
