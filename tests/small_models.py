@@ -210,7 +210,12 @@ ALONE: dict[str, dict] = {  # one field each, in a model of our own
         "heads": 6,
         "head_width": 26,
         "feed_forward": SWIGLU,
-        "attention": {"projection": "dense", "key_value_heads": 3, "query_key_norm": True, "query_key_rank": 67},
+        "attention": {
+            "projection": "dense",
+            "key_value_heads": 3,
+            "query_key_norm": True,
+            "query_key_rank": 67,
+        },
     },
     "gelu by tanh": {"feed_forward": {**SPARSE, "gated": True, "activation": "gelu_tanh"}},
     "gated, biased": {"feed_forward": {**SWIGLU, "activation": "gelu", "bias": True}},

@@ -16,6 +16,7 @@ from sparsecli.decode import native
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.layers.attention import LowRank
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.train import trainer
 
@@ -139,6 +140,58 @@ def test_a_kept_fraction_is_a_budget_too(
     assert report.kept_fraction <= 0.25
     assert report.kept_fraction_by_layer == pytest.approx([report.kept_fraction] * 2)
     assert list(losses(report)) == ["dense", "fitted", "refitted"]
+
+
+def test_low_rank_attention_alone(
+    dense_run: tuple[LoadedRecipe, Path],
+    tmp_path: Path,
+    cache: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loaded, dense = dense_run
+    overrides = ["convert.feed_forward=null", "convert.distillation.tokens=0"]
+    changed = load(str(loaded.path), [*overrides, "convert.attention={kind: low_rank, rank: 12}"])
+    report = command.run(changed, model=str(dense), output=tmp_path / "low")
+    assert report
+    assert report.method == "dense, attention rank 12"
+    assert report.result.loss.perplexity_change < 0.05
+    assert report.result.bytes_per_token < report.rows[1].bytes_per_token
+    told = capsys.readouterr().err
+    assert "attention, squared errors of outputs: blocks 0-0: query " in told
+    model, _ = load_model(tmp_path / "low" / "model")
+    assert isinstance(model.model.blocks[0].attention.projection.query, LowRank)
+    with pytest.raises(RecipeError, match="not made by dense maps any more"):
+        command.run(changed, model=str(tmp_path / "low"), output=tmp_path / "again")
+
+
+def test_multiplicative_attention_beside_given_layers(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None
+) -> None:
+    loaded, dense = dense_run
+    changed = load(str(loaded.path), ["convert.attention.kind=multiplicative"])
+    report = command.run(changed, model=str(dense), output=tmp_path / "made")
+    assert report
+    stages = losses(report)
+    assert stages["distilled"] < stages["fitted"]
+    assert report.method == "controller, 4/16, attention multiplicative"
+    assert report.result.loss.nats_per_token == pytest.approx(stages["distilled"], abs=0.02)
+
+
+def test_a_search_counts_what_attention_costs(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None
+) -> None:
+    loaded, dense = dense_run
+    overrides = ["convert.methods=[precision]", "convert.distillation.tokens=0"]
+    low = search(loaded, "perplexity +5 %", *overrides, "convert.attention={kind: low_rank, rank: 12}")
+    report = command.run(low, model=str(dense), output=tmp_path / "low")
+    assert report
+    assert report.result.loss.perplexity_change <= 0.05
+    assert all("attention rank 12" in each.name for each in report.considered)
+
+    bad = search(loaded, "perplexity +0.1 %", *overrides, "convert.attention.kind=multiplicative")
+    with pytest.raises(Mismatch, match=r"nothing keeps perplexity \+0\.1 %; `budget: .*` would hold"):
+        command.run(bad, model=str(dense), output=tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_budget_that_cannot_be_kept(
@@ -270,6 +323,32 @@ def test_a_wider_budget_takes_what_was_built(
     assert report
     assert report.distilled_tokens == 2048
     assert list(losses(report)) == ["dense", "fitted", "refitted", "distilled"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["convert.feed_forward=null"], "give a budget to search within, or feed_forward"),
+        (
+            ["convert.attention={kind: low_rank, rank: 33}"],
+            "convert.attention: a rank of 33 is more than the 32 of a whole map",
+        ),
+        (
+            ["convert.attention.kind=multiplicative", "convert.low_bit.projection=4"],
+            "convert.low_bit: needs dense projections",
+        ),
+    ],
+)
+def test_attention_that_does_not_fit(
+    dense_run: tuple[LoadedRecipe, Path],
+    tmp_path: Path,
+    overrides: list[str],
+    message: str,
+) -> None:
+    loaded, dense = dense_run
+    with pytest.raises(RecipeError, match=message):
+        command.run(load(str(loaded.path), overrides), model=str(dense), output=tmp_path / "sparse")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_must_be_named(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:

@@ -310,7 +310,9 @@ def test_a_plan_keeps_its_budget_with_the_fewest_bytes() -> None:
     assert len({each.name for each in found}) == len(found)
     layers = {("precision", k): 0.1 / (k + 1) for k in (0, 1, 2, 4, 8)}
     layers |= {("selector", k): 1.0 / k for k in (12, 8, 6, 4, 2)}
-    known = [predicted(each, layers, projection=0.02, head=0.01) for each in found]
+    known = [
+        predicted(each, layers, 0.02 if each.spec.low_bit.projection else 0, head=0.01) for each in found
+    ]
     chosen = eligible(known, Budget("loss", 0.02), dense_loss=3.0)
     assert chosen
     assert all(each.expected <= 0.06 for each in chosen)

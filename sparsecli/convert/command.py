@@ -13,7 +13,7 @@ from sparsecli.console import Failure, RecipeError
 from sparsecli.convert.conversion import Conversion
 from sparsecli.convert.methods import BLOCK, METHODS
 from sparsecli.convert.peers import check_names, usable
-from sparsecli.convert.plan import Candidate, candidates, read_bytes, with_low_bit
+from sparsecli.convert.plan import Candidate, candidates, read_bytes, with_attention, with_low_bit
 from sparsecli.convert.report import Report
 from sparsecli.convert.text import data_of, read_text
 from sparsecli.convert.work import Work, fingerprint, place_of
@@ -105,14 +105,16 @@ def _candidates(dense: ModelSpec, convert: ConvertSpec, file: str) -> list[Candi
             f"{file}: convert.model: gated feed-forward layers with biases cannot be converted yet"
         )
     dtype = convert.decode_dtype
+    dense = _attended(dense, convert, file)
     if convert.low_bit is not None:
         try:
             with_low_bit(dense, convert.low_bit)
         except ValueError as error:
             raise RecipeError(f"{file}: convert.low_bit: {_reason(error)}") from error
-    if convert.feed_forward is not None:
-        spec = given_spec(dense, convert.feed_forward, convert.low_bit or LowBitSpec(), file)
-        return [Candidate(spec, method_of(convert.feed_forward), read_bytes(spec, dtype))]
+    if convert.budget is None:
+        given = convert.feed_forward
+        spec = given_spec(dense, given, convert.low_bit or LowBitSpec(), file)
+        return [Candidate(spec, method_of(given) if given else None, read_bytes(spec, dtype))]
     fitting = [name for name, method in METHODS.items() if method.fits(layer)]
     if not fitting:
         raise RecipeError(
@@ -127,14 +129,35 @@ def _candidates(dense: ModelSpec, convert: ConvertSpec, file: str) -> list[Candi
     return candidates(dense, methods, convert.rank, dtype, convert.low_bit, distils)
 
 
-def given_spec(dense: ModelSpec, layer: ConvertedFeedForward, low_bit: LowBitSpec, file: str) -> ModelSpec:
-    """The architecture after a conversion into a given layer.
+def _attended(dense: ModelSpec, convert: ConvertSpec, file: str) -> ModelSpec:
+    """`dense` with the attention that the recipe asks for.
+
+    Raises:
+        RecipeError: this model cannot have it.
+    """
+    attention = dense.attention
+    if convert.attention.kind == "keep":
+        return dense
+    if (attention.projection, attention.output) != ("dense", "dense") or attention.query_key_rank:
+        raise RecipeError(f"{file}: convert.attention: the model's own is not made by dense maps any more")
+    try:
+        return with_attention(dense, convert.attention)
+    except ValueError as error:
+        raise RecipeError(f"{file}: convert.attention: {_reason(error)}") from error
+
+
+def given_spec(
+    dense: ModelSpec, layer: ConvertedFeedForward | None, low_bit: LowBitSpec, file: str
+) -> ModelSpec:
+    """The architecture after a conversion into a given layer; None leaves feed-forward layers dense.
 
     Raises:
         RecipeError: `layer` differs from the dense one in a way that units cannot be copied.
     """
     where, theirs = f"{file}: convert.feed_forward", dense.feed_forward
     assert isinstance(theirs, DenseFeedForwardSpec)
+    if layer is None:
+        return with_low_bit(dense, low_bit)
     if layer.d_ff != theirs.d_ff:
         raise RecipeError(f"{where}.d_ff: {layer.d_ff}, but the dense model has {theirs.d_ff} units")
     for name in ("activation", "gated"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
-from sparsecli.console import progress
+from sparsecli.console import progress, say
+from sparsecli.convert.attention import fit_map
 from sparsecli.convert.calibration import Streams, blockwise, inputs_of
 from sparsecli.convert.methods import KINDS, METHODS, Options
 from sparsecli.convert.refit import refit as refit_layer
@@ -25,9 +28,10 @@ def start(dense: ScalingTransformerForCausalLM, spec: ModelSpec) -> ScalingTrans
     tokens = {name: getattr(dense.config, name) for name in KEPT}
     model = ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec, **tokens)).eval()
     ours, theirs = model.state_dict(), dense.state_dict()
-    same = {name: value for name, value in theirs.items() if name in ours and ".feed_forward." not in name}
-    if spec.feed_forward.kind == "dense":
-        same |= {name: value for name, value in theirs.items() if name in ours}
+    # Where layers are of another kind, a bias may have the same name and another width.
+    same = {name: value for name, value in theirs.items() if name in ours and value.shape == ours[name].shape}
+    if spec.feed_forward.kind != "dense":
+        same = {name: value for name, value in same.items() if ".feed_forward." not in name}
     model.load_state_dict(same, strict=False)
     if dense.config.spec.tied and not spec.tied and isinstance(model.head, nn.Linear):
         model.head.load_state_dict({"weight": dense.model.embedding.weight}, strict=False)
@@ -51,6 +55,8 @@ def fit(
     """
     spec = model.config.spec
     method = METHODS[KINDS[spec.feed_forward.kind]] if spec.feed_forward.kind in KINDS else None
+    changed = spec.attention != dense.config.spec.attention
+    errors: list[dict[str, float]] = []
     with progress("refitting layers" if keep else "fitting layers", spec.layers) as bar:
 
         def block(
@@ -59,8 +65,8 @@ def fit(
             streams: Streams,
             wanted: list[Tensor],
         ) -> None:
-            if spec.low_bit.projection and not keep:
-                _round_attention(theirs, ours, streams)
+            if (changed or spec.low_bit.projection) and not keep:
+                errors.append(_fit_attention(theirs, ours, streams))
             if method is not None:
                 layer = ours.feed_forward
                 assert isinstance(theirs.feed_forward, DenseFeedForward)
@@ -75,6 +81,8 @@ def fit(
             bar.advance()
 
         last = blockwise(dense, model, batches, block, with_dense=refit)
+    if changed and not keep:
+        _tell(errors)
     if isinstance(model.head, LowBitLinear) and not keep:
         weights = dense.model.embedding if dense.config.spec.tied else dense.head
         assert isinstance(weights, nn.Embedding | nn.Linear)
@@ -101,26 +109,43 @@ def _before(block: ScalingTransformerBlock, streams: Streams) -> tuple[Tensor, T
     return torch.cat(seen), torch.cat([each.flatten(0, 1) for each in before]).float()
 
 
-def _round_attention(
+def _fit_attention(
     theirs: ScalingTransformerBlock, ours: ScalingTransformerBlock, streams: Streams
-) -> None:
-    """Round queries and keys, then the output on what these give."""
+) -> dict[str, float]:
+    """Fit what is not as it was of queries, keys and values, then the output on what these give.
+
+    Returns relative squared errors of the outputs, by name.
+    """
     assert isinstance(ours.attention, Attention)
     assert isinstance(theirs.attention, Attention)
     made, given = ours.attention.projection, theirs.attention.projection
     output = ours.attention.output
     assert output is not None
-    steps: list[tuple[nn.Module, list[tuple[nn.Module, nn.Module | None]]]] = [
-        (made, [(getattr(made, name), getattr(given, name)) for name in ("query", "key")]),
-        (output, [(output, theirs.attention.output)]),
+    steps: list[tuple[nn.Module, list[tuple[str, nn.Module, nn.Module | None]]]] = [
+        (made, [(name, getattr(made, name), getattr(given, name)) for name in ("query", "key", "value")]),
+        (output, [("output", output, theirs.attention.output)]),
     ]
+    errors = {}
     for layer, pairs in steps:
+        pairs = [pair for pair in pairs if not isinstance(pair[1], nn.Linear)]
+        if not pairs:
+            continue
         with inputs_of(layer) as seen:
             _before(ours, streams)
         moment = second_moment(torch.cat(seen))
-        for rounded, linear in pairs:
-            assert isinstance(rounded, LowBitLinear)
+        for name, map_, linear in pairs:
             assert isinstance(linear, nn.Linear)
-            round_to(rounded, linear.weight, moment)
-            if rounded.bias is not None:
-                rounded.bias.copy_(linear.bias)
+            errors[name] = fit_map(map_, linear, moment)
+    return errors
+
+
+def _tell(errors: list[dict[str, float]]) -> None:
+    """Say what queries, keys and values lost, for the first, the middle and the last third of the blocks."""
+    parts = []
+    for start, stop in pairwise(sorted({0, len(errors) // 3, len(errors) * 2 // 3, len(errors)})):
+        means = {
+            name: sum(block[name] for block in errors[start:stop]) / (stop - start) for name in errors[0]
+        }
+        lost = ", ".join(f"{name} {mean:.1%}" for name, mean in means.items() if name != "output")
+        parts.append(f"blocks {start}-{stop - 1}: {lost}")
+    say(f"attention, squared errors of outputs: {'; '.join(parts)}")

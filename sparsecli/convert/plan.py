@@ -10,8 +10,15 @@ from typing import Literal
 from sparsecli.bench.traffic import bytes_per_token
 from sparsecli.convert.methods import METHODS
 from sparsecli.decode.packing import Precision
-from sparsecli.model.architecture import DenseFeedForwardSpec, DenseVocabularySpec, LowBitSpec, ModelSpec
+from sparsecli.model.architecture import (
+    AttentionSpec,
+    DenseFeedForwardSpec,
+    DenseVocabularySpec,
+    LowBitSpec,
+    ModelSpec,
+)
 from sparsecli.recipe.budget import Budget
+from sparsecli.recipe.schema import ConvertedAttention
 
 RECOVERED = 0.5
 """Share of a method's loss that refit and some ten thousand tokens of distillation make up for (docs/conversion.md)."""
@@ -39,12 +46,17 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """A short name: the method, units of a block, and parts in few bits."""
+        """A short name: the method, units of a block, another attention, and parts in few bits."""
         feed_forward, low_bit = self.spec.feed_forward, self.spec.low_bit
+        attention = self.spec.attention
         words = ["dense" if self.method is None else self.method]
         if feed_forward.kind in ("sparse", "selector", "precision") and self.method != "exact":
             k = {self.spec.units_per_block(layer) for layer in range(self.spec.layers)}
             words.append(f"{min(k)}/{feed_forward.block_size}" if len(k) == 1 else "by layer")
+        if attention.query_key_rank:
+            words.append(f"attention rank {attention.query_key_rank}")
+        elif attention.projection != "dense":
+            words.append(f"attention {attention.projection}")
         words += [
             f"{part} {bits} bit"
             for part, bits in (("attention", low_bit.projection), ("logits", low_bit.head))
@@ -83,6 +95,23 @@ def candidates(
     return found
 
 
+def with_attention(spec: ModelSpec, wanted: ConvertedAttention) -> ModelSpec:
+    """`spec`, whose projections are dense, with another attention.
+
+    Raises:
+        ValueError: pydantic's, where this model cannot have it.
+    """
+    if wanted.kind == "keep":
+        return spec
+    attention = spec.attention.model_dump(exclude_none=True)
+    if wanted.kind == "low_rank":
+        attention["query_key_rank"] = wanted.rank
+    else:  # as many heads of keys as of queries, and the output as it was
+        attention |= {"projection": "multiplicative", "output_projection": spec.attention.output}
+        attention.pop("key_value_heads", None)
+    return ModelSpec(**{**dict(spec), "attention": AttentionSpec(**attention)})
+
+
 def with_low_bit(spec: ModelSpec, low_bit: LowBitSpec) -> ModelSpec:
     """`spec` with these bits of attention and logits; logits in few bits are no longer the embedding's table.
 
@@ -111,14 +140,19 @@ def read_bytes(spec: ModelSpec, dtype: str) -> int:
 
 
 def predicted(
-    candidate: Candidate, layers: dict[tuple[str, int], float], projection: float, head: float
+    candidate: Candidate, layers: dict[tuple[str, int], float], attention: float, head: float
 ) -> Candidate:
-    """`candidate` with the sum of what its parts cost: nats a token of (method, k), of attention and of logits."""
+    """`candidate` with the sum of what its parts cost.
+
+    Args:
+        layers: nats a token of (method, k).
+        attention: of attention as the candidate has it.
+        head: of logits in few bits.
+    """
     feed_forward, low_bit = candidate.spec.feed_forward, candidate.spec.low_bit
     k = getattr(feed_forward, "units_per_block", 0)
     assert candidate.method is not None
-    change = layers[candidate.method, k]
-    change += (projection if low_bit.projection else 0) + (head if low_bit.head else 0)
+    change = layers[candidate.method, k] + attention + (head if low_bit.head else 0)
     return replace(candidate, change=change)
 
 

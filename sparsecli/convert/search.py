@@ -10,7 +10,7 @@ from sparsecli.convert.fitting import fit, start
 from sparsecli.convert.methods import METHODS, Options
 from sparsecli.convert.plan import BITS, Candidate, predicted, with_low_bit
 from sparsecli.convert.text import Text
-from sparsecli.model.architecture import DenseFeedForwardSpec, LowBitSpec
+from sparsecli.model.architecture import DenseFeedForwardSpec, LowBitSpec, ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 
 
@@ -25,14 +25,21 @@ def measure_parts(
     layers: dict[tuple[str, int], float] = {}
     for name in dict.fromkeys(each.method for each in found if each.method):
         layers |= _layers(dense, name, text, rank, options, reference)
-    projection = head = 0.0
-    if any(each.spec.low_bit.projection for each in found):
-        projection = _change(dense, LowBitSpec(projection=BITS), text, options, reference)
-        console.say(f"attention in {BITS} bits: {projection:+.4f} nats")
+    attention = {}
+    for bits in dict.fromkeys(each.spec.low_bit.projection for each in found):
+        attention[bits] = 0.0
+        changed = dense.config.spec.model_copy(update={"attention": found[0].spec.attention})
+        if (spec := with_low_bit(changed, LowBitSpec(projection=bits))) != dense.config.spec:
+            attention[bits] = _change(dense, spec, text, options, reference)
+            name = Candidate(spec, None, 0).name.removeprefix("dense, ")
+            console.say(f"{name}: {attention[bits]:+.4f} nats")
+    head = 0.0
     if any(each.spec.low_bit.head for each in found):
-        head = _change(dense, LowBitSpec(head=BITS), text, options, reference)
+        head = _change(
+            dense, with_low_bit(dense.config.spec, LowBitSpec(head=BITS)), text, options, reference
+        )
         console.say(f"logits in {BITS} bits: {head:+.4f} nats")
-    return [predicted(each, layers, projection, head) for each in found]
+    return [predicted(each, layers, attention[each.spec.low_bit.projection], head) for each in found]
 
 
 def _layers(
@@ -63,9 +70,9 @@ def _layers(
 
 
 def _change(
-    dense: ScalingTransformerForCausalLM, low_bit: LowBitSpec, text: Text, options: Options, reference: float
+    dense: ScalingTransformerForCausalLM, spec: ModelSpec, text: Text, options: Options, reference: float
 ) -> float:
-    """Change of the loss when these parts alone are rounded."""
-    model = start(dense, with_low_bit(dense.config.spec, low_bit))
+    """Change of the loss when parts other than feed-forward layers alone become those of `spec`."""
+    model = start(dense, spec)
     fit(dense, model, text.calibration, options, refit=False)
     return float(window_losses(model, text.tuning).mean() - reference)

@@ -191,9 +191,11 @@ def _attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
             ("value", spec.key_width, None),
         ):
             bits = None if name == "value" else spec.low_bit.projection
-            place, cols = (f"{source}.{name}", d_model)
+            place, cols = f"{source}.{name}", d_model
             if rank:
-                yield from _map(layer, f"{name}.first", f"{place}.first", rank, d_model, "projection", bits=bits)
+                yield from _map(
+                    layer, f"{name}.first", f"{place}.first", rank, d_model, "projection", bits=bits
+                )
                 name, place, cols = f"{name}.second", f"{place}.second", rank
             yield from _map(layer, name, place, rows, cols, "projection", multiplied, bits)
     for name in ("query_norm", "key_norm") if attention.query_key_norm else ():

@@ -216,12 +216,8 @@ class Reference:
     def _project(self, block: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x (d,), all heads side by side."""
         if not self.spec.attention.projection.endswith("_conv"):
-            queries, keys = x, x
-            if self.spec.query_rank:
-                queries, keys = self._map(f"{block}query.first", x), self._map(f"{block}key.first", x)
-            last = ".second" if self.spec.query_rank else ""
-            values = self._map(f"{block}value", x)
-            return self._map(f"{block}query{last}", queries), self._map(f"{block}key{last}", keys), values
+            queries, keys = (self._ranked(f"{block}{name}", x) for name in ("query", "key"))
+            return queries, keys, self._map(f"{block}value", x)
         m = self._map(f"{block}shared", x)
         past, joined = self._past(f"{block}shared", m), m
         match self.spec.attention.value_concat:
@@ -235,6 +231,12 @@ class Reference:
             self._convolve(f"{block}key", past, neighbours=3),
             self._convolve(f"{block}value", self._past(f"{block}joined", joined), neighbours=1),
         )
+
+    def _ranked(self, name: str, x: Tensor) -> Tensor:
+        """The map called `name`, which may be two."""
+        if self.spec.query_rank is None:
+            return self._map(name, x)
+        return self._map(f"{name}.second", self._map(f"{name}.first", x))
 
     def _past(self, name: str, row: Tensor) -> Tensor:
         """`row` and those of the F_h - 1 positions before it, zeros before the first: (F_h, width)."""

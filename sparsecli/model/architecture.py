@@ -234,7 +234,7 @@ class AttentionSpec(Block):
         if self.key_value_heads is not None and self.projection != "dense":
             raise fault("key_value_heads", "grouped queries need projection: dense")
         if self.query_key_norm and self.projection != "dense":
-            raise fault("query_key_norm", "needs projection: dense")
+            raise fault("query_key_norm", "norms of queries and keys need projection: dense")
         if self.query_key_rank is not None and self.projection != "dense":
             raise fault("query_key_rank", "needs projection: dense")
         return self
@@ -371,7 +371,7 @@ class ModelSpec(Block):
         if attention.key_value_heads:
             check_multiple("heads", self.heads, "attention.key_value_heads", attention.key_value_heads)
         if (attention.query_key_rank or 0) > (full := min(self.d_model, self.attention_width)):
-            message = f"{attention.query_key_rank} is more than the {full} of a whole map"
+            message = f"a rank of {attention.query_key_rank} is more than the {full} of a whole map"
             raise fault("attention.query_key_rank", message)
         chosen = getattr(self.feed_forward, "units_per_block", None)
         if isinstance(chosen, list) and len(chosen) != self.layers:

@@ -147,8 +147,34 @@ ConvertedFeedForward = Annotated[
 Method = Literal["precision", "selector", "controller", "exact"]
 
 
+class KeptAttention(Block):
+    """Attention stays as it is."""
+
+    kind: Literal["keep"] = "keep"
+
+
+class LowRankAttention(Block):
+    """Queries and keys by two maps each, the best for the calibration text."""
+
+    kind: Literal["low_rank"]
+    rank: Size
+    """Numbers between the two maps of queries; keys keep as large a share of their weights."""
+
+
+class MultiplicativeAttention(Block):
+    """Queries, keys and values by multiplicative layers (paper section 3.2), a module for every head; a beginning for
+    a long distillation, not for use as it is."""
+
+    kind: Literal["multiplicative"]
+
+
+ConvertedAttention = Annotated[
+    KeptAttention | LowRankAttention | MultiplicativeAttention, Field(discriminator="kind")
+]
+
+
 class ConvertSpec(Block):
-    """Make a dense model faster: within a budget, by a search, or into given feed-forward layers."""
+    """Make a dense model faster: within a budget, by a search, or into given layers."""
 
     model: str | None = None
     """The dense model: a run, a model folder, a Hugging Face folder or name on the hub, or a GGUF file; `--model` on
@@ -158,6 +184,8 @@ class ConvertSpec(Block):
     best within `kept 1/4` of the units or `bytes 100 MB` a token."""
     feed_forward: ConvertedFeedForward | None = None
     """Without a budget: what every feed-forward layer becomes; its units must be the dense model's."""
+    attention: ConvertedAttention = KeptAttention()
+    """What every attention layer becomes, with a budget, given layers, or dense ones as they are."""
     methods: Annotated[list[Method], Field(min_length=1)] | None = None
     """What the search tries; by default every method that fits the model's activation."""
     rank: Size = 128
@@ -182,7 +210,8 @@ class ConvertSpec(Block):
 
     @model_validator(mode="after")
     def _check(self) -> ConvertSpec:
-        if (self.budget is None) == (self.feed_forward is None):
+        both = self.budget is not None and self.feed_forward is not None
+        if both or (self.budget, self.feed_forward, self.attention.kind) == (None, None, "keep"):
             raise fault(
                 "budget", "give a budget to search within, or feed_forward for given layers, one of them"
             )

@@ -47,8 +47,17 @@ class LowRank(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, rank: int, bias: bool, bits: int | None) -> None:
         super().__init__()
+        self.rank = rank
         self.first = linear(width_in, rank, False, bits)
         self.second = linear(rank, width_out, bias, bits)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (width_out, width_in) that they are together."""
+        second, first = self.second.weight, self.first.weight
+        assert isinstance(second, Tensor)
+        assert isinstance(first, Tensor)
+        return second @ first
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., width_in) -> (..., width_out)."""

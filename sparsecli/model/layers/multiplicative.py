@@ -41,9 +41,14 @@ class MultiplicativeDense(nn.Module):
             nn.init.uniform_(self.modular, -limit, limit)
         nn.init.normal_(self.bias, std=1e-6)
 
+    @property
+    def matrix(self) -> Tensor:
+        """The map without its modules' own (d_out, d_in): its row (s, m) is D[s] * E[m]."""
+        return (self.D.unsqueeze(1) * self.E).flatten(0, 1)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
-        modules, d_in = self.D.shape
+        d_in = self.D.shape[1]
         width = self.E.shape[0]
         tokens = x.numel() // d_in
         if self.modular is not None:
@@ -51,10 +56,8 @@ class MultiplicativeDense(nn.Module):
             y = (y.unsqueeze(-2) @ self.modular).flatten(-3)
             return y + self.bias
         if tokens > width:
-            # The layer is the dense matrix whose row (s, m) is D[s] * E[m]; with many tokens, writing it out once
-            # is cheaper than a d_in-vector for every token and module.
-            matrix = (self.D.unsqueeze(1) * self.E).view(modules * width, d_in)
-            return F.linear(x, matrix, self.bias)
+            # With many tokens, writing it out once is cheaper than a d_in-vector for every token and module.
+            return F.linear(x, self.matrix, self.bias)
         return F.linear(x.unsqueeze(-2) * self.D, self.E).flatten(-2) + self.bias
 
 
