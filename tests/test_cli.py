@@ -105,7 +105,8 @@ def test_convert(run, calls):
     assert run("sparsify-convert", "quickstart-convert", "--model", "runs/a", "--json") == 0
     assert calls.loaded.name == "quickstart-convert"
     output = Path("runs/quickstart-convert")
-    assert calls.options == {"model": "runs/a", "output": output, "dry_run": False, "format": "json"}
+    expected = {"model": "runs/a", "output": output, "dry_run": False, "format": "json", "peers": None}
+    assert calls.options == expected
 
 
 def test_bench(run, calls):

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecli import cli
 from sparsecli.data import corpus
@@ -86,6 +87,24 @@ def trained(name: str) -> str:
         else:
             run("train", *shortened(name))
     return output
+
+
+def foreign() -> str:
+    """A small Llama as transformers writes it; stands in for checkpoints that would have to be fetched."""
+    folder = Path("theirs")
+    if not folder.exists():
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = LlamaConfig(vocab_size=4096, **sizes)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        for path in Path(trained("quickstart"), "model").glob("tokenizer*"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    return str(folder)
+
+
+def imported(name: str) -> None:
+    """A model folder of that name, imported on first use."""
+    if not Path(name).exists():
+        run("import", foreign(), "--output", name)
 
 
 def shortened(name: str) -> list[str]:
@@ -161,7 +180,15 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
     elif words[0] == "sparsify-convert":
         trained("quickstart-dense")  # stands in for models that would have to be fetched
         words += ["--model", "runs/quickstart-dense", *SHORT_CONVERT, "--output", fresh("converted")]
+    elif words[0] == "import":
+        words[1] = foreign()
+        words[words.index("--output") + 1] = fresh("imported")
+    elif words[0] == "export":
+        imported(words[1])
+        words[words.index("--output") + 1] = fresh("exported")
     elif words[0] == "generate":
+        if "smollm2" in words:
+            imported("smollm2")
         if "small" in words and (reason := native.available()):
             pytest.skip(f"packed models need the native engine: {reason}")
         trained("quickstart")
@@ -203,4 +230,4 @@ def test_snippets_of_the_pages(place: Path, code: str) -> None:
     if "sparsecli.decode" in code and (reason := native.available()):
         pytest.skip(reason)
     trained("quickstart")
-    exec(compile(code, "snippet", "exec"), {})
+    exec(compile(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", foreign()), "snippet", "exec"), {})
