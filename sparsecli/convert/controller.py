@@ -21,7 +21,7 @@ def start_controller(sparse: SparseFeedForward, x: Tensor) -> None:
     importance = sparse.down.norm(dim=-1)
     target = (importance[:, None] * weight).double()
     covariance = x.double().T @ x.double() / len(x)
-    covariance.diagonal().add_(1e-4 * covariance.diagonal().mean())  # inputs may lie in a subspace
+    covariance.diagonal().add_(1e-4 * covariance.diagonal().mean().clamp(min=1e-12))  # may be a subspace
     factor = torch.linalg.cholesky(covariance)
     left, values, right = torch.linalg.svd(target @ factor, full_matrices=False)
     rank = sparse.controller.first.shape[0]

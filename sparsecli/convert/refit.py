@@ -57,7 +57,7 @@ def low_rank(x: Tensor, y: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, T
     """
     x, y = (x * weight[:, None]).double(), (y * weight[:, None]).double()
     moment = x.T @ x
-    moment.diagonal().add_(1e-2 * moment.diagonal().mean())
+    moment.diagonal().add_(1e-2 * moment.diagonal().mean().clamp(min=1e-12))
     whole = torch.linalg.solve(moment, x.T @ y)  # (d, e)
     predicted = whole.T @ moment @ whole
     _, directions = torch.linalg.eigh(predicted)
