@@ -174,6 +174,7 @@ def test_the_recipe_knows_the_same_peers() -> None:
         ({"normalization": "layer"}, "layer norm"),
         ({"rotary_fraction": 0.5}, "other than rotary positions"),
         ({"parallel": True}, "parallel blocks"),
+        ({"attention": {"bias": False, "query_key_rank": 16}}, "queries of low rank"),
         ({"embedding_scale": 8.0}, "a scaled embedding"),
         ({"attention": {"bias": True}}, "a bias after attention"),
         ({**KINDS["qwen3"], "rotary_scaling": SCALING}, "scaled rotary positions"),

@@ -107,6 +107,7 @@ def unlike_llama(spec: ModelSpec) -> str | None:
         "units that are not gated SiLU": feed_forward.activation != "silu" or not feed_forward.gated,
         "biases in the feed-forward layers": feed_forward.bias,
         "attention that is not dense": (attention.projection, attention.output) != ("dense", "dense"),
+        "queries of low rank": attention.query_key_rank is not None,
         "a bias after attention": attention.bias and attention.output_bias is not False,
         "norms of queries and biases together": attention.bias and attention.query_key_norm,
         "logits of another kind": vocabulary.kind != "dense" or vocabulary.bias,
