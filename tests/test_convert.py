@@ -12,6 +12,7 @@ import torch
 from sparsecli.console import Failure, Mismatch, RecipeError, Stopped
 from sparsecli.convert import command, conversion
 from sparsecli.convert.conversion import check_written
+from sparsecli.convert.work import fingerprint
 from sparsecli.decode import native
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model
@@ -233,6 +234,33 @@ def test_a_stopped_conversion_goes_on(
         (tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "stopped")
     ]
     assert weights[0] == weights[1]
+
+
+def test_units_that_exact_skips_are_counted(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None
+) -> None:
+    loaded, dense = dense_run
+    changed = search(loaded, "perplexity +3 %", "convert.methods=[exact]", "convert.low_bit={}")
+    report = command.run(changed, model=str(dense), output=tmp_path / "found")
+    assert report
+    assert report.kept_fraction_by_layer
+    assert 0 < max(report.kept_fraction_by_layer) < 1
+    (planned,) = report.considered
+    assert report.result.bytes_per_token < planned.bytes_per_token  # which knows no count
+
+
+def test_an_output_without_a_name(dense_run: tuple[LoadedRecipe, Path]) -> None:
+    with pytest.raises(Failure, match=r"--output has to name the folder itself"):
+        command.run(dense_run[0], model=str(dense_run[1]), output=Path("."))
+
+
+def test_a_source_is_known_by_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF one")
+    before = fingerprint(file)
+    assert fingerprint(file) == before
+    file.write_bytes(b"GGUF two")
+    assert fingerprint(file) != before
 
 
 def test_dry_run_writes_nothing(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsecli.convert import measurement
 from sparsecli.convert.calibration import Streams, inputs_of
 from sparsecli.convert.controller import captured_share, fit_controller, start_controller
 from sparsecli.convert.evaluation import Loss
@@ -20,7 +21,7 @@ from sparsecli.convert.rounding import round_to, second_moment
 from sparsecli.model.architecture import DEFAULT, DenseFeedForwardSpec, LowBitSpec, ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward
+from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward, SparseFeedForward
 from sparsecli.model.layers.low_bit import LowBitMatrix, PrecisionFeedForward, SelectorFeedForward
 from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.train.controllers import unit_scores
@@ -113,6 +114,16 @@ def test_paired_losses() -> None:
     assert loss.standard_error == pytest.approx(0, abs=1e-9)  # the windows differ, their differences do not
     assert loss.perplexity_change == pytest.approx(math.expm1(0.1))
     assert loss.loss_change == pytest.approx(0.1 / 3)
+    assert Loss.of(dense[:1], dense[:1]).standard_error is None  # and not NaN, which JSON cannot hold
+
+
+@pytest.mark.parametrize("positions", [2, 3, 8, 10, 11, 73, 74, 4096])
+def test_speed_is_measured_in_contexts_of_any_length(positions: int) -> None:
+    context, warmup, steps = measurement._tokens(positions)
+    assert context + warmup + steps <= positions
+    assert context >= 1 <= steps
+    assert warmup >= 0
+    assert positions < 74 or (context, warmup, steps) == (64, 2, 8)
 
 
 # -- rounding ------------------------------------------------------------------------------------------------
@@ -231,6 +242,16 @@ def test_refit_makes_up_for_units_left_out(name: str) -> None:
     before = error(layer, dense, inputs(6000)[4096:])
     assert refit(layer, x, dense(x), torch.ones(len(x)))
     assert error(layer, dense, inputs(6000)[4096:]) < 0.97 * before
+
+
+@pytest.mark.parametrize("name", ["selector", "controller"])
+def test_inputs_that_are_all_zero_leave_everything_finite(name: str) -> None:
+    dense = dense_layer("silu", gated=True)
+    x = torch.zeros(512, WIDTH)
+    layer = converted(name, dense, 4, x)
+    assert isinstance(layer, ChosenUnits)
+    refit(layer, x, dense(x), torch.ones(len(x)))
+    assert all(torch.isfinite(value.float()).all() for value in layer.state_dict().values())
 
 
 def test_refit_changes_nothing_where_nothing_is_to_gain() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sparsecli.bench.weights import planned
 from sparsecli.decode.layout import LANES, Slot, padded
 from sparsecli.decode.packing import Precision
@@ -15,17 +17,28 @@ RESCORED = 64  # rows of the exact head: native/forward.h, HEAD_LANES * CANDIDAT
 
 
 def bytes_per_token(
-    spec: ModelSpec, precision: Precision, context: int, batch: int = 1, vectors: str = "float32"
+    spec: ModelSpec,
+    precision: Precision,
+    context: int,
+    batch: int = 1,
+    vectors: str = "float32",
+    shares: Sequence[float] | None = None,
 ) -> int:
     """Bytes of one step of `batch` sequences with `context` cached tokens each, over the sequences.
 
     Weights are read once for all sequences. Of a sparse layer only chosen units count: k/N of them for one token,
     for a batch as many different ones as independent choices make on average. `vectors` is the type of biases and
     normalisation weights. Padding, activations and what a convolution remembers do not count.
+
+    Args:
+        shares: share of its units that a token used, by block, where it was counted.
     """
+    if shares is None:
+        shares = [spec.chosen_share(layer) for layer in range(spec.layers)]
     tensors = planned(spec, precision)
     weights = sum(
-        _read(slot, kind if slot.part or slot.bits else vectors, spec, batch) for slot, kind in tensors
+        _read(slot, kind if slot.part or slot.bits else vectors, spec, batch, shares)
+        for slot, kind in tensors
     )
     return round((weights + batch * context * cached_bytes(spec, precision)) / batch)
 
@@ -38,17 +51,7 @@ def cached_bytes(spec: ModelSpec, precision: Precision) -> int:
     return 2 * spec.layers * heads * (width * WIDTHS[precision.cache] + scales)
 
 
-def chosen_share(spec: ModelSpec, layer: int) -> float:
-    """Share of a layer's units that one token computes in full."""
-    feed_forward = spec.feed_forward
-    if feed_forward.kind == "dense":
-        return 1.0
-    if feed_forward.kind == "mixture":
-        return feed_forward.experts_per_token / feed_forward.experts
-    return spec.units_per_block(layer) / feed_forward.block_size
-
-
-def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int) -> float:
+def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int, shares: Sequence[float]) -> float:
     cols = slot.cols
     if slot.name == "controller.bias":  # its blocks are filled up
         cols = cols // padded(slot.group, LANES) * slot.group
@@ -65,5 +68,5 @@ def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int) -> float:
     share = 1.0
     of_chosen = slot.name == "unit_bias" and spec.feed_forward.kind == "sparse"
     if slot.layout in ("units", "residual") or of_chosen:
-        share = 1 - (1 - chosen_share(spec, slot.layer)) ** batch
+        share = 1 - (1 - shares[slot.layer]) ** batch
     return slot.rows * row * share

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sparsecli import console
 from sparsecli.console import Failure, RecipeError
 from sparsecli.convert.conversion import Conversion
-from sparsecli.convert.methods import BLOCK, METHODS
+from sparsecli.convert.methods import BLOCK, METHODS, method_of
 from sparsecli.convert.peers import check_names, usable
 from sparsecli.convert.plan import Candidate, candidates, read_bytes, with_attention, with_low_bit
 from sparsecli.convert.report import Report
@@ -56,6 +56,8 @@ def run(
         raise Failure(
             f"sparsify-convert checks its result in the native engine, which is not there: {missing}"
         )
+    if output.name in ("", ".."):
+        raise Failure(f"{output}: --output has to name the folder itself, not the one that it is in")
     opened = open_source(reference, weights=not dry_run)
     found = _candidates(opened.spec, recipe.convert, file)
     run_directory.claim(output, recipe, resume=False, hint="choose another --output")
@@ -67,7 +69,8 @@ def run(
     data = _data(recipe, folder, opened.spec, file)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    work = Work(output, recipe, _identity(opened))
+    source = opened.folder if isinstance(opened, OwnModel) else opened.path
+    work = Work(output, recipe, fingerprint(source))
     model_folder(opened, folder)
     dense, tokenizer = load_model(folder)
     text = read_text(data, recipe.convert.calibration_tokens, recipe.convert.tuning_tokens, recipe.seed)
@@ -114,7 +117,7 @@ def _candidates(dense: ModelSpec, convert: ConvertSpec, file: str) -> list[Candi
     if convert.budget is None:
         given = convert.feed_forward
         spec = given_spec(dense, given, convert.low_bit or LowBitSpec(), file)
-        return [Candidate(spec, method_of(given) if given else None, read_bytes(spec, dtype))]
+        return [Candidate(spec, method_of(spec.feed_forward), read_bytes(spec, dtype))]
     fitting = [name for name, method in METHODS.items() if method.fits(layer)]
     if not fitting:
         raise RecipeError(
@@ -175,19 +178,6 @@ def given_spec(
 
 def _reason(error: ValueError) -> str:
     return error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-
-
-def method_of(layer: ConvertedFeedForward) -> str:
-    """The name of the method that gives such a layer."""
-    if layer.kind == "selector":
-        return "exact" if layer.choice == "positive" else "selector"
-    return "controller" if layer.kind == "sparse" else "precision"
-
-
-def _identity(opened: OwnModel | ForeignModel) -> str:
-    if isinstance(opened, OwnModel):
-        return fingerprint(opened.folder)
-    return f"{opened.path.resolve()} {opened.revision or ''}"
 
 
 def _data(recipe: Recipe, folder: Path, spec: ModelSpec, file: str) -> DataSpec:

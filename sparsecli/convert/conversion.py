@@ -78,12 +78,13 @@ class Conversion:
         dense = self._losses("dense", self.dense)
         check_language(tuning, dense, self.dense.config.vocab_size)
         if budget is not None:
-            found = self._measured(found, options)
-        allowed = None if budget is None else budget.nats(float(dense.mean()))
-        ranked = found if budget is None else eligible(found, budget, float(tuning.mean()))
+            found = self._measured(found, float(tuning.mean()), options)
+        dense_loss = float(dense.mean())
+        allowed = None if budget is None else budget.nats(dense_loss)
+        ranked = found if budget is None else eligible(found, budget, dense_loss)
         if budget is not None and not ranked:
             self.work.close()
-            nearest = would_hold(found, budget, float(tuning.mean()))
+            nearest = would_hold(found, budget, dense_loss)
             raise Mismatch(f"convert.budget: nothing keeps {budget}; `budget: {nearest}` would hold")
         candidate, model = self._built(ranked, tuning, allowed, options)
         distilled = 0
@@ -93,11 +94,13 @@ class Conversion:
 
     # -- search and fit --------------------------------------------------------------------------------------
 
-    def _measured(self, found: list[Candidate], options: Options) -> list[Candidate]:
-        """The candidates with what they are predicted to cost."""
+    def _measured(self, found: list[Candidate], reference: float, options: Options) -> list[Candidate]:
+        """The candidates with what they are predicted to cost over the dense model's loss on tuning text."""
         changes = self.work.recall("changes")
         if changes is None:
-            measured = search.measure_parts(self.dense, found, self.text, self.convert.rank, options)
+            measured = search.measure_parts(
+                self.dense, found, self.text, self.convert.rank, options, reference
+            )
             changes = {each.name: each.change for each in measured}
             self.work.note("changes", changes)
         return [replace(each, change=changes[each.name]) for each in found]
@@ -114,7 +117,7 @@ class Conversion:
         for candidate in ranked[: TRIES if allowed is not None else 1]:
             console.say(f"building {candidate.name}")
             model = self._fitted(candidate, options)
-            change = float((window_losses(model, self.text.tuning) - tuning).mean())
+            change = self._change(candidate, model, tuning)
             remaining = change * (1 - RECOVERED if candidate.recovers else 1)
             tried.append((remaining, candidate, model))
             if allowed is None or remaining <= allowed:
@@ -149,7 +152,13 @@ class Conversion:
             return False
         if allowed is None or "distilled" in (self.work.recall("losses") or {}):
             return True
-        return float((window_losses(model, self.text.tuning) - tuning).mean()) > allowed
+        return self._change(candidate, model, tuning) > allowed
+
+    def _change(
+        self, candidate: Candidate, model: ScalingTransformerForCausalLM, tuning: np.ndarray
+    ) -> float:
+        """Nats a token over the dense model's on tuning text, of a candidate that was fitted."""
+        return float((self._losses(f"{candidate.name} on tuning text", model, tuning=True) - tuning).mean())
 
     def _distil(self, model: ScalingTransformerForCausalLM) -> int:
         """Distil `model` in place; the number of tokens it saw."""
@@ -186,7 +195,7 @@ class Conversion:
 
     def _stage(self, name: str, model: ScalingTransformerForCausalLM) -> None:
         loss = Loss.of(self._losses(name, model), self._losses("dense", self.dense))
-        console.say(f"{name}: perplexity {loss.perplexity_change:+.2%} (± {loss.standard_error:.2%})")
+        console.say(f"{name}: {loss}")
 
     # -- checks and report -----------------------------------------------------------------------------------
 
@@ -246,9 +255,10 @@ class Conversion:
         if budget is None or allowed is None or loss.change <= allowed:
             return
         again = rounded_up(budget, loss.change, dense)
+        cost = f"{loss.loss_change:+.2%} loss, {loss}" if budget.kind == "loss" else f"{loss}"
         raise Mismatch(
-            f"convert.budget: {budget} is not kept on held-out text: {loss.perplexity_change:+.2%} perplexity "
-            f"(± {loss.standard_error:.2%}); `budget: {again}` takes what was built, a new --output searches again"
+            f"convert.budget: {budget} is not kept on held-out text: {cost}; `budget: {again}` takes what was built, "
+            f"a new --output searches again"
         )
 
     def _report(
@@ -272,7 +282,7 @@ class Conversion:
             Row(
                 contender.name,
                 Loss.of(computed.losses, dense),
-                contender.bytes_per_token,
+                contender.bytes_per_token(computed.kept_fractions),
                 speed.decode_ms.p50,
                 speed.prompt_ms.p50,
                 converted=contender is contenders[CONVERTED],

@@ -66,20 +66,25 @@ class Loss:
     nats_per_token: float
     change: float
     """Nats a token over the dense model's."""
-    standard_error: float
-    """Of `change`, from the differences of windows."""
+    standard_error: float | None
+    """Of `change`, from the differences of windows; None of a single one."""
 
     @classmethod
     def of(cls, losses: np.ndarray, dense: np.ndarray) -> Loss:
         """From mean losses of windows (W,)."""
         differences = losses - dense
-        error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-        return cls(float(losses.mean()), float(differences.mean()), float(error))
+        count = len(differences)
+        error = float(differences.std(ddof=1)) / math.sqrt(count) if count > 1 else None
+        return cls(float(losses.mean()), float(differences.mean()), error)
 
     @property
     def perplexity_change(self) -> float:
         """Rise of the perplexity, as a share."""
         return math.expm1(self.change)
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" (± {self.standard_error:.2%})"
+        return f"{self.perplexity_change:+.2%} perplexity{error}"
 
     @property
     def loss_change(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparsecli.console import progress, say
 from sparsecli.convert.attention import fit_map
 from sparsecli.convert.calibration import Streams, blockwise, inputs_of
-from sparsecli.convert.methods import KINDS, METHODS, Options
+from sparsecli.convert.methods import METHODS, Options, method_of
 from sparsecli.convert.refit import refit as refit_layer
 from sparsecli.convert.rounding import round_to, second_moment
 from sparsecli.model.architecture import ModelSpec
@@ -54,7 +54,8 @@ def fit(
         keep: layers are fitted already; only refit them.
     """
     spec = model.config.spec
-    method = METHODS[KINDS[spec.feed_forward.kind]] if spec.feed_forward.kind in KINDS else None
+    name = method_of(spec.feed_forward)
+    method = METHODS[name] if name else None
     changed = spec.attention != dense.config.spec.attention
     errors: list[dict[str, float]] = []
     with progress("refitting layers" if keep else "fitting layers", spec.layers) as bar:

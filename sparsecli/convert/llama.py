@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +44,13 @@ class LlamaContender:
     file: Path
     spec: ModelSpec
     threads: int
-    bytes_per_token: int
+    read: int
+    """Bytes of weights that a decoded token reads."""
     settings: str
+
+    def bytes_per_token(self, shares: Sequence[float] | None) -> int:
+        """See `Contender.bytes_per_token`; every unit is read."""
+        return self.read
 
     def decode(self, windows: Windows) -> Decoded:
         """Losses of every window."""

@@ -56,9 +56,8 @@ class Contender(Protocol):
     def spec(self) -> ModelSpec:
         """Its architecture."""
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that a decoded token reads."""
+    def bytes_per_token(self, shares: Sequence[float] | None) -> int:
+        """Bytes of weights that a decoded token reads; `shares` of the units by block, where they were counted."""
 
     @property
     def settings(self) -> str:
@@ -85,10 +84,9 @@ class OwnContender:
         """Its weights in memory, as the engine reads them."""
         return pack_folder(self.folder, self.spec, self.precision)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that a decoded token reads."""
-        return bytes_per_token(self.spec, self.precision, context=0)
+    def bytes_per_token(self, shares: Sequence[float] | None) -> int:
+        """See `Contender.bytes_per_token`."""
+        return bytes_per_token(self.spec, self.precision, context=0, shares=shares)
 
     def decode(self, windows: Windows) -> Decoded:
         """Losses of every window and counted units."""
@@ -117,10 +115,9 @@ def speeds(contenders: Sequence[Contender], rounds: int, seed: int) -> tuple[lis
             spec = contender.spec
             vocabulary, layers = spec.vocabulary.size, spec.layers
             length = min(PROMPT, spec.max_positions)
-            context = max(1, min(CONTEXT, spec.max_positions - STEPS - WARMUP))
-            room = min(CONTEXT + STEPS + WARMUP, spec.max_positions)
-            decoder, reader = stack.enter_context(contender.loaded(room, length))
-            decoding.append(Turn(decoder, vocabulary, layers, layers, context, STEPS, WARMUP))
+            context, warmup, steps = _tokens(spec.max_positions)
+            decoder, reader = stack.enter_context(contender.loaded(context + warmup + steps, length))
+            decoding.append(Turn(decoder, vocabulary, layers, layers, context, steps, warmup))
             prompt = PromptReader(reader, vocabulary)
             reading.append(Turn(prompt, vocabulary, layers, layers, length, 1, 0, tokens=length))
         with progress("measuring speed", len(contenders) * (rounds + 1) + len(contenders) * 4) as bar:
@@ -128,3 +125,10 @@ def speeds(contenders: Sequence[Contender], rounds: int, seed: int) -> tuple[lis
             measure(reading, 3, seed, bar)
         pairs = zip(decoding, reading, strict=True)
         return [Speed(spread(turn.token_ms), spread(prompt.token_ms)) for turn, prompt in pairs], bandwidth()
+
+
+def _tokens(positions: int) -> tuple[int, int, int]:
+    """Tokens before, to warm up, and to time: fewer where a model has few `positions`, at least two of which it has."""
+    warmup = min(WARMUP, positions - 2)
+    steps = min(STEPS, positions - warmup - 1)
+    return min(CONTEXT, positions - warmup - steps), warmup, steps

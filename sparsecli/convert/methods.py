@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from sparsecli.model.layers.low_bit import (
     unit_values,
 )
 
-BLOCK = 16  # 1 of 4 costs three times as much as 4 of 16 (docs/conversion.md); more than 16 brings nothing
+BLOCK = 16  # small blocks force units out that matter, as 1 of 4 does; larger ones than this gain little
 MISSED = 0.001  # share of a unit's active tokens that the choice `positive` may leave out
 
 
@@ -85,12 +86,7 @@ class Precision(Method):
         """See `Method.spec`."""
         return PrecisionFeedForwardSpec(
             kind="precision",
-            d_ff=dense.d_ff,
-            block_size=BLOCK,
-            units_per_block=units_per_block,
-            activation=dense.activation,
-            gated=dense.gated,
-            unit_bias=dense.bias,
+            **_units(dense, units_per_block),
         )
 
     def fit(self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, options: Options) -> None:
@@ -125,12 +121,7 @@ class Selector(Method):
         """See `Method.spec`."""
         return SelectorFeedForwardSpec(
             kind="selector",
-            d_ff=dense.d_ff,
-            block_size=BLOCK,
-            units_per_block=units_per_block,
-            activation=dense.activation,
-            gated=dense.gated,
-            unit_bias=dense.bias,
+            **_units(dense, units_per_block),
             bypass=max(1, d_model // 8),
         )
 
@@ -139,8 +130,6 @@ class Selector(Method):
         assert isinstance(layer, SelectorFeedForward)
         copy_units(dense, layer)
         copy_selector(dense, layer)
-        if layer.choice == "positive":
-            layer.threshold.copy_(thresholds(layer, x))
 
 
 class Controller(Method):
@@ -156,14 +145,9 @@ class Controller(Method):
         """See `Method.spec`."""
         return SparseFeedForwardSpec(
             kind="sparse",
-            d_ff=dense.d_ff,
-            block_size=BLOCK,
             rank=min(rank, d_model),
-            units_per_block=units_per_block,
-            activation=dense.activation,
-            gated=dense.gated,
-            unit_bias=dense.bias,
             hard_fraction=1.0,
+            **_units(dense, units_per_block),
         )
 
     def fit(self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, options: Options) -> None:
@@ -191,21 +175,40 @@ class Exact(Selector):
         """See `Method.spec`."""
         return SelectorFeedForwardSpec(
             kind="selector",
-            d_ff=dense.d_ff,
-            block_size=BLOCK,
-            units_per_block=BLOCK,  # what it chooses is not a number of each block
             choice="positive",
             bits=4,
-            activation="relu",
-            unit_bias=dense.bias,
+            **_units(dense, BLOCK),  # what it chooses is not a number of each block
         )
+
+    def fit(self, dense: DenseFeedForward, layer: nn.Module, x: Tensor, options: Options) -> None:
+        """See `Method.fit`."""
+        super().fit(dense, layer, x, options)
+        assert isinstance(layer, SelectorFeedForward)
+        layer.threshold.copy_(thresholds(layer, x))
 
 
 METHODS: dict[str, Method] = {
     method.name: method for method in (Precision(), Selector(), Controller(), Exact())
 }
-KINDS = {"precision": "precision", "selector": "selector", "sparse": "controller"}
-"""The method that fits layers of a kind."""
+
+
+def method_of(layer: FeedForwardSpec) -> str | None:
+    """The name of the method that gives such a layer; None where there is none, as for a dense one."""
+    if layer.kind == "selector":
+        return "exact" if layer.choice == "positive" else "selector"
+    return {"sparse": "controller", "precision": "precision"}.get(layer.kind)
+
+
+def _units(dense: DenseFeedForwardSpec, units_per_block: int) -> dict[str, Any]:
+    """What layers that choose units in blocks take over from a dense one."""
+    return {
+        "d_ff": dense.d_ff,
+        "block_size": BLOCK,
+        "units_per_block": units_per_block,
+        "activation": dense.activation,
+        "gated": dense.gated,
+        "unit_bias": dense.bias,
+    }
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from sparsecli.recipe.budget import Budget
 from sparsecli.recipe.schema import ConvertedAttention
 
 RECOVERED = 0.5
-"""Share of a method's loss that refit and some ten thousand tokens of distillation make up for (docs/conversion.md)."""
+"""Share of a method's loss that refit and some ten thousand tokens of distillation make up for, or more: see
+docs/conversion.md."""
 MARGIN = 0.9
 """Share of a loss budget that predictions may use: the losses of parts only nearly add up."""
 BITS: Literal[4] = 4

@@ -26,7 +26,7 @@ class Row:
     name: str
     loss: Loss
     bytes_per_token: int
-    """Weights that a decoded token reads."""
+    """Weights that a decoded token reads, of chosen units as many as were counted."""
     ms_per_token: float
     """Median of one decoded token."""
     prompt_ms_per_token: float
@@ -169,7 +169,7 @@ class Report:
         axes = figure.subplots()
         for row in self.rows:
             place = row.ms_per_token, row.loss.perplexity_change * 100
-            error = row.loss.standard_error * 100
+            error = (row.loss.standard_error or 0) * 100
             marker = "s" if row.converted else "^" if row.peer else "o"
             axes.errorbar(*place, yerr=error, fmt=marker, capsize=3)
             axes.annotate(row.name, place, textcoords="offset points", xytext=(6, 6))
@@ -191,7 +191,8 @@ class Report:
                 "model,nats_per_token,change,standard_error,bytes_per_token,ms_per_token,prompt_ms_per_token"
             )
             for row in self.rows:
-                loss = f"{row.loss.nats_per_token},{row.loss.change},{row.loss.standard_error}"
+                error = "" if row.loss.standard_error is None else row.loss.standard_error
+                loss = f"{row.loss.nats_per_token},{row.loss.change},{error}"
                 times = f"{row.ms_per_token},{row.prompt_ms_per_token}"
                 console.out(f'"{row.name}",{loss},{row.bytes_per_token},{times}')
         else:
@@ -206,7 +207,8 @@ CONSIDERED = ["candidate", "MB/token", "predicted nats", "after recovery"]
 
 
 def _loss_cells(loss: Loss) -> tuple[str, str, str]:
-    return f"{loss.nats_per_token:.4f}", f"{loss.perplexity_change:+.2%}", f"{loss.standard_error:.2%}"
+    error = "—" if loss.standard_error is None else f"{loss.standard_error:.2%}"
+    return f"{loss.nats_per_token:.4f}", f"{loss.perplexity_change:+.2%}", error
 
 
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

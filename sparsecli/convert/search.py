@@ -15,13 +15,20 @@ from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 
 
 def measure_parts(
-    dense: ScalingTransformerForCausalLM, found: Sequence[Candidate], text: Text, rank: int, options: Options
+    dense: ScalingTransformerForCausalLM,
+    found: Sequence[Candidate],
+    text: Text,
+    rank: int,
+    options: Options,
+    reference: float,
 ) -> list[Candidate]:
     """The candidates with the changes predicted from one fit of each method, of attention, and of the logits.
 
     A fit serves several numbers of units: which of them are chosen is decided when the layer runs.
+
+    Args:
+        reference: the dense model's loss on the tuning text.
     """
-    reference = window_losses(dense, text.tuning).mean()
     layers: dict[tuple[str, int], float] = {}
     for name in dict.fromkeys(each.method for each in found if each.method):
         layers |= _layers(dense, name, text, rank, options, reference)

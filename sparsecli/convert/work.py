@@ -90,10 +90,10 @@ def place_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.converting")
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over a model's configuration and the sizes and beginnings of its weight files, in hexadecimal."""
-    found = hashlib.sha256((folder / CONFIG).read_bytes())
-    for path in weight_files(folder):
+def fingerprint(model: Path) -> str:
+    """SHA-256 over the sizes and beginnings of a model's files, in hexadecimal: its folder's, or the one that it is."""
+    found = hashlib.sha256()
+    for path in [model] if model.is_file() else [model / CONFIG, *weight_files(model)]:
         with path.open("rb") as file:
             found.update(f"{path.name} {path.stat().st_size}".encode())
             found.update(file.read(2**20))

@@ -425,13 +425,19 @@ class ModelSpec(Block):
     @property
     def kept_fraction(self) -> float:
         """Share of the feed-forward units that a token computes in full, mean of all blocks."""
+        return sum(self.chosen_share(layer) for layer in range(self.layers)) / self.layers
+
+    def chosen_share(self, layer: int) -> float:
+        """Share of the units of block `layer` that a token computes in full.
+
+        What the choice `positive` takes is only known when it is counted; here it is every unit.
+        """
         feed_forward = self.feed_forward
-        if feed_forward.kind == "dense":
+        if feed_forward.kind == "dense" or getattr(feed_forward, "choice", "top") == "positive":
             return 1.0
         if feed_forward.kind == "mixture":
             return feed_forward.experts_per_token / feed_forward.experts
-        chosen = [self.units_per_block(layer) for layer in range(self.layers)]
-        return sum(chosen) / (self.layers * feed_forward.block_size)
+        return self.units_per_block(layer) / feed_forward.block_size
 
     @property
     def tied(self) -> bool:

@@ -6,6 +6,7 @@ means that the d weights of one unit lie side by side, so that reading a chosen 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -119,7 +120,7 @@ class Controller(nn.Module):
         return z.unflatten(-1, (-1, self.block_size))
 
 
-class ChosenUnits(nn.Module):
+class ChosenUnits(nn.Module, ABC):
     """Units of which every token uses some, `units_per_block` of each block; subclasses choose them.
 
     For a few tokens the chosen rows alone are read, for many the dense product is masked. The two agree:
@@ -220,9 +221,9 @@ class ChosenUnits(nn.Module):
             h = h * after.flatten(1).to(h.dtype)
         return h
 
+    @abstractmethod
     def mask(self, x: Tensor) -> Tensor:
         """Which units of each block decoding uses for x (tokens, d): ones and zeros (tokens, blocks, N)."""
-        raise NotImplementedError
 
 
 class SparseFeedForward(ChosenUnits):
