@@ -1,10 +1,11 @@
 """Second-order rounding: what a rounded weight gets wrong, the weights not yet rounded make up for.
 
-The method is GPTQ (Frantar et al. 2022) on the grids of the nearest rounding.
+The method is GPTQ (Frantar et al. 2022).
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,6 @@ from sparsecli.model.layers.low_bit import LowBitMatrix
 from sparsecli.model.low_bit import GROUP, STEPS, from_bfloat16, quantise_groups
 
 DAMPING, NEAR_DAMPING = 0.001, 0.01  # of the mean diagonal: inputs may lie in a subspace
-TOGETHER = 64  # columns after which the others are brought up to date
 
 
 def second_moment(x: Tensor) -> Tensor:
@@ -28,34 +28,45 @@ def second_moment(x: Tensor) -> Tensor:
 def round_to(matrix: LowBitMatrix, weight: Tensor, moment: Tensor, near: bool = False) -> None:
     """Fill `matrix` with codes of `weight` (rows, cols) that keep its products with inputs of this second moment.
 
-    Columns whose inputs are large come first: what they get wrong, all others can make up for.
+    Columns whose inputs are large come first, on the grids of the nearest rounding: what they get wrong, all others
+    can make up for.
 
     Args:
         moment: (cols, cols), see `second_moment`.
-        near: stay nearer to `weight`, for a residual that has to tell the difference in few bits: columns whose
-            inputs are small do not make up for everything.
+        near: stay nearer to `weight`, for a residual that has to tell the difference in few bits. Columns come in
+            their order, so that those whose inputs are small do not make up for everything, and every group of them
+            has the grid of what its weights have become.
     """
-    codes, scale_bits, zero = quantise_groups(weight.float().numpy(), matrix.bits)
-    scale, shift = torch.from_numpy(from_bfloat16(scale_bits)), torch.from_numpy(zero).float() / STEPS
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    scale, zero = _grids(weight.float(), matrix.bits)
     order = torch.arange(matrix.cols) if near else moment.diagonal().argsort(descending=True)
     factor = _inverse_factor(moment[order][:, order], NEAR_DAMPING if near else DAMPING)
     remaining = weight.float()[:, order].clone()
     rounded = torch.zeros_like(remaining)
-    for start in range(0, matrix.cols, TOGETHER):
-        end = min(start + TOGETHER, matrix.cols)
+    for start in range(0, matrix.cols, GROUP):
+        end = min(start + GROUP, matrix.cols)
+        if near:
+            own = slice(start // GROUP, start // GROUP + 1)
+            scale[:, own], zero[:, own] = _grids(remaining[:, start:end], matrix.bits)
         errors = torch.empty(matrix.rows, end - start)
         for column in range(start, end):
             group = int(order[column]) // GROUP
-            wanted = remaining[:, column]
-            code = (wanted * inverse[:, group] + shift[:, group]).round_().clamp_(0, 2**matrix.bits - 1)
-            error = (wanted - scale[:, group] * (code - shift[:, group])) / factor[column, column]
+            wanted, step, shift = remaining[:, column], scale[:, group], zero[:, group].float() / STEPS
+            inverse = torch.where(step > 0, 1 / step, 0.0)
+            code = (wanted * inverse + shift).round_().clamp_(0, 2**matrix.bits - 1)
+            error = (wanted - step * (code - shift)) / factor[column, column]
             remaining[:, column:end] -= error[:, None] * factor[column, column:end]
             rounded[:, column] = code
             errors[:, column - start] = error
         remaining[:, end:] -= errors @ factor[start:end, end:]
+    codes = np.zeros((matrix.rows, scale.shape[1] * GROUP), np.uint8)
     codes[:, order.numpy()] = rounded.to(torch.uint8).numpy()
-    matrix.store(codes, scale, torch.from_numpy(zero))
+    matrix.store(codes, scale, zero)
+
+
+def _grids(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero (rows, G) of every group of `weight` (rows, cols), as the nearest rounding has them."""
+    _, scale, zero = quantise_groups(weight.numpy(), bits)
+    return torch.from_numpy(from_bfloat16(scale)), torch.from_numpy(zero)
 
 
 def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
