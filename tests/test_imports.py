@@ -22,13 +22,17 @@ MODULES = {
 LAYERS = {
     "sparsecli": {"sparsecli.model"},
     "sparsecli.console": set(),
-    "sparsecli.model.architecture": set(),
+    "sparsecli.model.parts": set(),
+    "sparsecli.model.architecture": {"sparsecli.model.parts"},
     "sparsecli.model.layers": {
-        *("sparsecli.model.layers", "sparsecli.model.architecture", "sparsecli.model.low_bit"),
+        *("sparsecli.model.layers", "sparsecli.model.parts", "sparsecli.model.low_bit"),
     },
     "sparsecli.model.low_bit": set(),
     "sparsecli.model": {"sparsecli.model", "sparsecli.console"},
-    "sparsecli.recipe": {"sparsecli.recipe", "sparsecli.console", "sparsecli.model.architecture"},
+    "sparsecli.recipe": {
+        *("sparsecli.recipe", "sparsecli.console"),
+        *("sparsecli.model.architecture", "sparsecli.model.parts"),
+    },
     "sparsecli.recipe.commands": {"sparsecli.recipe", "sparsecli.console", "sparsecli.model"},
     "sparsecli.data": {"sparsecli.data", "sparsecli.console", "sparsecli.recipe"},
 }
@@ -42,7 +46,8 @@ BELOW_COMMANDS = {
 LAYERS |= {
     "sparsecli.decode": {
         *("sparsecli.decode", "sparsecli.console"),
-        *("sparsecli.model.architecture", "sparsecli.model.low_bit", "sparsecli.model.rotary"),
+        *("sparsecli.model.architecture", "sparsecli.model.parts"),
+        *("sparsecli.model.low_bit", "sparsecli.model.rotary"),
     },
     "sparsecli.decode.weights": {
         *("sparsecli.decode", "sparsecli.console"),

@@ -411,7 +411,7 @@ import resource
 import numpy as np
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.packing import Precision, pack
-from sparsecli.model.architecture import DEFAULT
+from sparsecli.model.architecture import (DEFAULT)
 from sparsecli.model.tensors import tensor_shapes
 
 weights = {name: np.ones(shape, np.float32) for name, shape in tensor_shapes(DEFAULT).items()}

@@ -20,8 +20,9 @@ from sparsecli.convert.work import Work, fingerprint, place_of
 from sparsecli.decode import native
 from sparsecli.interchange.importing import model_folder
 from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source
-from sparsecli.model.architecture import DenseFeedForwardSpec, LowBitSpec, ModelSpec
+from sparsecli.model.architecture import LowBitSpec, ModelSpec
 from sparsecli.model.checkpoint import load_model
+from sparsecli.model.parts import DenseFeedForwardSpec
 from sparsecli.recipe.loader import LoadedRecipe, require
 from sparsecli.recipe.schema import ConvertedFeedForward, ConvertSpec, DataSpec, Recipe
 from sparsecli.train import run_directory

@@ -12,19 +12,19 @@ from torch.nn import functional as F
 
 from sparsecli.convert.controller import fit_controller
 from sparsecli.convert.rounding import round_to, second_moment
-from sparsecli.model.architecture import (
-    DenseFeedForwardSpec,
-    FeedForwardSpec,
-    PrecisionFeedForwardSpec,
-    SelectorFeedForwardSpec,
-    SparseFeedForwardSpec,
-)
 from sparsecli.model.layers.feed_forward import ACTIVATIONS, ChosenUnits, DenseFeedForward, SparseFeedForward
 from sparsecli.model.layers.low_bit import (
     LowBitMatrix,
     PrecisionFeedForward,
     SelectorFeedForward,
     unit_values,
+)
+from sparsecli.model.parts import (
+    DenseFeedForwardSpec,
+    FeedForwardSpec,
+    PrecisionFeedForwardSpec,
+    SelectorFeedForwardSpec,
+    SparseFeedForwardSpec,
 )
 
 BLOCK = 16  # small blocks force units out that matter, as 1 of 4 does; larger ones than this gain little

@@ -10,13 +10,8 @@ from typing import Literal
 from sparsecli.bench.traffic import bytes_per_token
 from sparsecli.convert.methods import METHODS
 from sparsecli.decode.packing import Precision
-from sparsecli.model.architecture import (
-    AttentionSpec,
-    DenseFeedForwardSpec,
-    DenseVocabularySpec,
-    LowBitSpec,
-    ModelSpec,
-)
+from sparsecli.model.architecture import LowBitSpec, ModelSpec
+from sparsecli.model.parts import AttentionSpec, DenseFeedForwardSpec, DenseVocabularySpec
 from sparsecli.recipe.budget import Budget
 from sparsecli.recipe.schema import ConvertedAttention
 

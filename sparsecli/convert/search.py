@@ -10,8 +10,9 @@ from sparsecli.convert.fitting import fit, start
 from sparsecli.convert.methods import METHODS, Options
 from sparsecli.convert.plan import BITS, Candidate, predicted, with_low_bit
 from sparsecli.convert.text import Text
-from sparsecli.model.architecture import DenseFeedForwardSpec, LowBitSpec, ModelSpec
+from sparsecli.model.architecture import LowBitSpec, ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.model.parts import DenseFeedForwardSpec
 
 
 def measure_parts(

@@ -1,4 +1,4 @@
-"""The closed choices that make up a model, as inert data.
+"""The whole of a model, as inert data.
 
 These field types are shared by the recipe schema and by the Hugging Face configuration, so that a word means
 the same in YAML, in `config.json` and in Python. Importing this module imports neither torch nor transformers.
@@ -6,290 +6,22 @@ the same in YAML, in `config.json` and in Python. Importing this module imports 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError, model_validator
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Size = Annotated[int, Field(gt=0)]
-UnitsPerBlock = Size | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-"""One number, or a list with one for every block of the model, from the first to the last."""
-
-
-class Block(BaseModel):
-    """A frozen block of a recipe: unknown keys are errors, every field's docstring is its documentation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-def fault(field: str, message: str) -> PydanticCustomError:
-    """An error of one block that names the field to look at (`field`), for checks that span several fields."""
-    return PydanticCustomError("fault", "{message}", {"field": field, "message": message})
-
-
-def check_multiple(field: str, value: int, of: str, factor: int) -> None:
-    """Raise a `fault` unless `value` is a multiple of `factor`, naming the nearest values that are."""
-    if value % factor:
-        below = value // factor * factor
-        nearest = f"{below} and {below + factor}" if below else f"{factor}"
-        raise fault(field, f"{value} is not a multiple of {of} {factor}; nearest: {nearest}")
-
-
-class ChoosingSpec(Protocol):
-    """A feed-forward layer that chooses units in blocks."""
-
-    d_ff: int
-    block_size: int
-    units_per_block: int | list[int]
-
-
-def check_choice(spec: ChoosingSpec, least: int, most: int | None = None) -> None:
-    """Raise a `fault` unless blocks divide the units and every k lies between `least` and `most` (the block)."""
-    check_multiple("d_ff", spec.d_ff, "block_size", spec.block_size)
-    most = spec.block_size if most is None else most
-    for k in spec.units_per_block if isinstance(spec.units_per_block, list) else [spec.units_per_block]:
-        if k < least:
-            raise fault("units_per_block", f"{k} of {spec.block_size} units computes nothing")
-        if k > most:
-            what = "leaves nothing to skip" if k == spec.block_size else "are more than there are"
-            raise fault("units_per_block", f"{k} of {spec.block_size} units {what}")
-
-
-class DenseFeedForwardSpec(Block):
-    """Two matrices (three when gated) and an activation."""
-
-    kind: Literal["dense"]
-    d_ff: Size
-    """Number of units."""
-    activation: Activation = "relu"
-    """Non-linearity of a unit."""
-    gated: bool = False
-    """Multiply the activated gate by a second, linear branch (SwiGLU-like)."""
-    bias: bool = True
-    """Biases on every matrix; the paper's dense layer has them."""
-
-
-class SparseFeedForwardSpec(Block):
-    """Sparse FF (paper section 3.1): a low-rank controller picks `units_per_block` of every `block_size` units."""
-
-    kind: Literal["sparse"]
-    d_ff: Size
-    """Number of units in all; a token uses `d_ff * units_per_block / block_size` of them."""
-    block_size: Annotated[int, Field(ge=2)]
-    """N: units that compete with one another."""
-    rank: Size
-    """r: inner width of the controller."""
-    units_per_block: UnitsPerBlock = 1
-    """k: units chosen in each block (paper: 1)."""
-    activation: Activation = "relu"
-    """Non-linearity of a unit."""
-    gated: bool = False
-    """Multiply the activated gate by a second, linear branch (SwiGLU-like)."""
-    unit_bias: bool = False
-    """A bias on every unit before its activation; the paper's layer has none, a converted dense one may."""
-    hard_fraction: Probability = 0.3
-    """Share of training calls that use the hard choice; the others use the soft one (paper: 0.3)."""
-    temperature: Annotated[float, Field(ge=0)] = 0.1
-    """Scale of the Gumbel noise that is added to the log-probabilities when training."""
-    gate: Literal["none", "probability"] = "none"
-    """`probability` multiplies a chosen unit by its controller probability."""
-
-    @model_validator(mode="after")
-    def _check(self) -> SparseFeedForwardSpec:
-        check_choice(self, least=1, most=self.block_size - 1 if type(self.units_per_block) is int else None)
-        return self
-
-
-class SelectorFeedForwardSpec(Block):
-    """Units chosen by a low-bit copy of their own weights, which every token reads; the rest as for Sparse FF."""
-
-    kind: Literal["selector"]
-    d_ff: Size
-    """Number of units in all."""
-    block_size: Annotated[int, Field(ge=2)] = 16
-    """N: units that compete with one another."""
-    units_per_block: UnitsPerBlock = 4
-    """k: units chosen in each block; not used by the choice `positive`."""
-    choice: Literal["top", "positive"] = "top"
-    """`top` takes the k units that add most; `positive` those whose activation is not predicted to be zero (ReLU)."""
-    bits: Literal[3, 4] = 3
-    """Bits of a weight of the copy, in groups of 64 inputs that share a scale."""
-    activation: Activation = "relu"
-    """Non-linearity of a unit."""
-    gated: bool = False
-    """Multiply the activated gate by a second, linear branch (SwiGLU-like)."""
-    unit_bias: bool = False
-    """A bias on every unit before its activation."""
-    bypass: Annotated[int, Field(ge=0)] = 0
-    """Rank of a linear map beside the units that stands in for those left out; 0 is none."""
-
-    @model_validator(mode="after")
-    def _check(self) -> SelectorFeedForwardSpec:
-        check_choice(self, least=1)
-        if self.choice == "positive" and (self.activation != "relu" or self.gated):
-            raise fault("choice", "positive needs a ReLU without a gate, whose units are exactly zero")
-        return self
-
-
-class PrecisionFeedForwardSpec(Block):
-    """Every unit in few bits; the chosen ones are read again with the bits that were left out.
-
-    The low-bit pass is the selector. No unit is dropped: a choice adds precision.
-    """
-
-    kind: Literal["precision"]
-    d_ff: Size
-    """Number of units."""
-    block_size: Annotated[int, Field(ge=2)] = 16
-    """N: units that compete for more bits."""
-    units_per_block: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] = 1
-    """k: units of each block that are read in full; 0 is plain low-bit weights. One number, or one for every block
-    of the model."""
-    bits: Literal[3, 4] = 4
-    """Bits of a weight that every token reads, in groups of 64 inputs that share a scale."""
-    activation: Activation = "silu"
-    """Non-linearity of a unit."""
-    gated: bool = False
-    """Multiply the activated gate by a second, linear branch (SwiGLU-like)."""
-    unit_bias: bool = False
-    """A bias on every unit before its activation."""
-
-    @model_validator(mode="after")
-    def _check(self) -> PrecisionFeedForwardSpec:
-        check_choice(self, least=0)
-        return self
-
-
-class MixtureFeedForwardSpec(Block):
-    """Mixture of experts: a router picks whole slices of consecutive units."""
-
-    kind: Literal["mixture"]
-    d_ff: Size
-    """Number of units of all experts together."""
-    experts: Annotated[int, Field(ge=2)]
-    """Number of equal slices."""
-    experts_per_token: Literal[1, 2] = 1
-    """Experts that a token uses."""
-    activation: Activation = "relu"
-    """Non-linearity of a unit."""
-    hard_fraction: Probability = 0.5
-    """Share of training calls that use the hard choice."""
-    temperature: Annotated[float, Field(ge=0)] = 0.7
-    """Scale of the Gumbel noise that is added to the log-probabilities when training."""
-    gate: Literal["none", "probability"] = "none"
-    """`probability` multiplies an expert by its router probability (as in Switch Transformer)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> MixtureFeedForwardSpec:
-        check_multiple("d_ff", self.d_ff, "experts", self.experts)
-        if self.experts_per_token >= self.experts:
-            raise fault("experts_per_token", f"{self.experts_per_token} of {self.experts} experts skips none")
-        return self
-
-
-class AttentionSpec(Block):
-    """Causal attention and the projections that feed it (paper section 3.2)."""
-
-    kind: Literal["full"] = "full"
-    """Which positions a token attends to."""
-    projection: Literal["dense", "multiplicative", "dense_conv", "multiplicative_conv"] = "dense"
-    """How queries, keys and values are made; the `_conv` kinds share one projection, then convolve it."""
-    output_projection: Literal["none", "dense", "multiplicative", "multiplicative_conv"] | None = None
-    """What follows the heads; by default `none` after a convolution, else the same kind as `projection`."""
-    modules: Size | None = None
-    """S: slices of the multiplicative layer and of the convolution; defaults to the number of heads."""
-    kernel: Size = 3
-    """Length of the convolution over past positions."""
-    value_concat: Literal["none", "modules", "whole"] = "none"
-    """What joins the values' input: nothing, x per module, or x as a whole (original implementation's options)."""
-    key_value_heads: Size | None = None
-    """Heads of keys and values (grouped queries); defaults to the number of heads; `dense` projection only."""
-    bias: bool = True
-    """Biases on dense projections; the paper's have them."""
-    output_bias: bool | None = None
-    """A bias on a dense output projection; by default as `bias` says."""
-    query_key_norm: bool = False
-    """RMS norms over every head of queries and keys, before rotary positions (as in Qwen 3)."""
-    query_key_rank: Size | None = None
-    """Make queries by two maps with so many numbers between them, and keys by two with as large a share of their
-    weights; by default one map each. `dense` projection only."""
-
-    @property
-    def output(self) -> Literal["none", "dense", "multiplicative", "multiplicative_conv"]:
-        """`output_projection` with its default filled in."""
-        if self.output_projection is not None:
-            return self.output_projection
-        if self.projection == "dense" or self.projection == "multiplicative":
-            return self.projection
-        return "none"
-
-    @model_validator(mode="after")
-    def _check(self) -> AttentionSpec:
-        conv = self.projection.endswith("_conv")
-        if self.value_concat != "none" and not conv:
-            raise fault("value_concat", "needs a projection with a convolution")
-        if self.key_value_heads is not None and self.projection != "dense":
-            raise fault("key_value_heads", "grouped queries need projection: dense")
-        if self.query_key_norm and self.projection != "dense":
-            raise fault("query_key_norm", "norms of queries and keys need projection: dense")
-        if self.query_key_rank is not None and self.projection != "dense":
-            raise fault("query_key_rank", "needs projection: dense")
-        return self
-
-
-class DenseVocabularySpec(Block):
-    """One row of logits weights per token of the vocabulary."""
-
-    kind: Literal["dense"]
-    size: Size
-    """Number of tokens."""
-    tied: bool = False
-    """Use the embedding's table for the logits too."""
-    bias: bool = False
-    """Bias on the logits."""
-
-
-class MultiplicativeVocabularySpec(Block):
-    """Sparse loss layer (paper section 3.3): a multiplicative layer from d_model to the vocabulary."""
-
-    kind: Literal["multiplicative"]
-    size: Size
-    """Number of tokens."""
-    modules: Size
-    """S: slices of the vocabulary."""
-
-    @model_validator(mode="after")
-    def _check(self) -> MultiplicativeVocabularySpec:
-        check_multiple("size", self.size, "modules", self.modules)
-        return self
-
-
-class LinearRotaryScaling(Block):
-    """Positions divided by a factor."""
-
-    kind: Literal["linear"]
-    factor: Annotated[float, Field(ge=1)]
-    """How many times longer the context is."""
-
-
-class Llama3RotaryScaling(Block):
-    """Low frequencies divided by a factor, high ones kept, those between blended (as in Llama 3.1)."""
-
-    kind: Literal["llama3"]
-    factor: Annotated[float, Field(ge=1)]
-    """How many times longer the context is."""
-    low_frequency_factor: Annotated[float, Field(gt=0)]
-    """Turns over the original context below which a frequency is divided."""
-    high_frequency_factor: Annotated[float, Field(gt=0)]
-    """Turns over the original context above which it is kept."""
-    original_positions: Size
-    """The context before it was extended."""
-
-
-RotaryScaling = Annotated[LinearRotaryScaling | Llama3RotaryScaling, Field(discriminator="kind")]
+from sparsecli.model.parts import (
+    AttentionSpec,
+    Block,
+    FeedForwardSpec,
+    RotaryScaling,
+    Size,
+    VocabularySpec,
+    check_multiple,
+    fault,
+)
 
 
 class LowBitSpec(Block):
@@ -301,19 +33,68 @@ class LowBitSpec(Block):
     """Bits of the dense logits."""
 
 
-FeedForwardSpec = Annotated[
-    DenseFeedForwardSpec
-    | SparseFeedForwardSpec
-    | SelectorFeedForwardSpec
-    | PrecisionFeedForwardSpec
-    | MixtureFeedForwardSpec,
-    Field(discriminator="kind"),
-]
-VocabularySpec = Annotated[DenseVocabularySpec | MultiplicativeVocabularySpec, Field(discriminator="kind")]
+class SruSpec(Block):
+    """A recurrent branch beside every feed-forward layer: narrow, with a norm of its own (Terraformer)."""
+
+    layers: Size = 1
+    """Recurrent layers, one after the other."""
+    width: Size = 32
+    """Numbers that each carries from token to token."""
+
+
+class AxialSpec(Block):
+    """Positions as coordinates: a trained vector for each, side by side."""
+
+    shape: Annotated[list[Size], Field(min_length=1)]
+    """Positions along each axis, the last one fastest; their product is at least max_positions."""
+    widths: Annotated[list[Size], Field(min_length=1)]
+    """Width of each axis' vectors; their sum is d_model."""
+
+
+class CrossAttentionSpec(Block):
+    """Dense attention of every decoder block to the encoder's output."""
+
+    kind: Literal["cross_attention"] = "cross_attention"
+    query_modules: Size | None = None
+    """Make queries by a multiplicative layer and a convolution with so many modules, and leave the output projection
+    out; by default both are dense."""
+
+
+class JoinedSpec(Block):
+    """The target follows the encoder's output in one sequence, and needs no cross-attention (Terraformer)."""
+
+    kind: Literal["joined"] = "joined"
+    streams: Literal[1, 2] = 2
+    """Streams of the reversible encoder that the decoder goes on with: both, or their mean after a dense map."""
+
+
+class EncoderSpec(Block):
+    """What reads the source, in both directions, before the decoder writes; of the decoder's width and heads."""
+
+    layers: Size
+    """Number of blocks."""
+    max_positions: Size
+    """Longest source, in tokens."""
+    feed_forward: FeedForwardSpec | None = None
+    """The feed-forward layer of every block; by default the decoder's."""
+    attention: AttentionSpec = AttentionSpec()
+    """The attention layer of every block; the paper's are dense."""
+    read_by: Annotated[CrossAttentionSpec | JoinedSpec, Field(discriminator="kind")] = CrossAttentionSpec()
+    """How the decoder reads it."""
+    two_swaps: bool = True
+    """Of reversible blocks: swap the streams after the feed-forward layer too."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EncoderSpec:
+        if self.attention.projection.endswith("_conv") or self.attention.output == "multiplicative_conv":
+            raise fault(
+                "attention.projection", "convolutions look backwards only; an encoder looks both ways"
+            )
+        return self
 
 
 class ModelSpec(Block):
-    """A decoder-only Scaling Transformer: pre-norm residual blocks of attention and feed-forward."""
+    """A Scaling Transformer: pre-norm residual blocks of attention and feed-forward, with or without an encoder."""
 
     d_model: Size
     """Width of the residual stream."""
@@ -335,8 +116,11 @@ class ModelSpec(Block):
     """Layer norm or RMS norm."""
     normalization_epsilon: Annotated[float, Field(gt=0)] = 1e-6
     """Added to the variance before the square root."""
-    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
-    """How positions enter: a trained table, a fixed table, or rotated queries and keys."""
+    positions: Literal["learned", "sinusoidal", "rotary", "digits", "axial"] = "learned"
+    """How positions enter: a trained table, a fixed table, rotated queries and keys, trained vectors for the digits
+    of a position in several bases (Terraformer), or for its coordinates."""
+    axial: AxialSpec | None = None
+    """Coordinates of `positions: axial`."""
     rotary_base: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary frequencies."""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -347,6 +131,18 @@ class ModelSpec(Block):
     """Attention and feed-forward of a block read the same stream (as in GPT-NeoX), not one after the other."""
     embedding_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the embedding of tokens (as in Gemma)."""
+    residual: Literal["single", "reversible"] = "single"
+    """`reversible` carries two streams, so that training stores no activations of blocks (Reformer, Terraformer)."""
+    merge: Literal["mean", "concatenate"] = "mean"
+    """How two streams become one before the last norm; Reformer's language model has them side by side."""
+    attention_layers: Literal[1, 2] = 1
+    """Attention layers of a reversible decoder block (Terraformer: 2)."""
+    sru: SruSpec | None = None
+    """A recurrent branch beside every feed-forward layer."""
+    feed_forward_chunk: Size | None = None
+    """Tokens that a feed-forward layer computes at once, to save memory; by default all."""
+    encoder: EncoderSpec | None = None
+    """Reads a source first; by default there is none."""
     low_bit: LowBitSpec = LowBitSpec()
     """Maps outside of the feed-forward layers that are stored in few bits."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -363,8 +159,12 @@ class ModelSpec(Block):
             raise fault("head_width", "heads that are not d_model wide together need dense projections")
         if self.positions == "rotary" and (not self.rotary_width or self.rotary_width % 2):
             raise fault("positions", "rotary positions turn an even part of a head, which this is not")
-        if self.positions != "rotary" and self.d_model % 2:  # learned ones start as sinusoids
+        if (
+            self.positions in ("learned", "sinusoidal") and self.d_model % 2
+        ):  # learned ones start as sinusoids
             raise fault("d_model", f"{self.positions} positions need an even d_model")
+        if self.positions == "digits":
+            check_multiple("d_model", self.d_model, "the digits of a position", 8)
         attention = self.attention
         if attention.projection != "dense" or attention.output.startswith("multiplicative"):
             check_multiple("d_model", self.d_model, "attention.modules", attention.modules or self.heads)
@@ -376,11 +176,51 @@ class ModelSpec(Block):
         chosen = getattr(self.feed_forward, "units_per_block", None)
         if isinstance(chosen, list) and len(chosen) != self.layers:
             raise fault("feed_forward.units_per_block", f"{len(chosen)} numbers for {self.layers} blocks")
+        self._check_streams()
+        if self.positions == "axial":
+            self._check_axial()
         if self.low_bit.projection and not dense:
             raise fault("low_bit.projection", "needs dense projections")
         if self.low_bit.head and (self.vocabulary.kind != "dense" or self.vocabulary.tied):
             raise fault("low_bit.head", "needs dense logits that are not tied to the embedding")
         return self
+
+    def _check_streams(self) -> None:
+        if self.residual == "single":
+            for field, value, default in (
+                ("merge", self.merge, "mean"),
+                ("attention_layers", self.attention_layers, 1),
+            ):
+                if value != default:
+                    raise fault(field, f"{value} needs residual: reversible")
+            if self.encoder and self.encoder.read_by.kind == "joined":
+                raise fault("encoder.read_by.kind", "joined needs residual: reversible")
+            return
+        if self.encoder and self.encoder.read_by.kind == "cross_attention":
+            raise fault("encoder.read_by.kind", "cross_attention needs residual: single")
+        if self.parallel:
+            raise fault("parallel", "needs residual: single")
+        if self.merge == "concatenate" and self.tied:
+            raise fault(
+                "vocabulary.tied", "the logits of two streams side by side are twice as wide as the embedding"
+            )
+
+    def _check_axial(self) -> None:
+        if self.axial is None:
+            raise fault("axial", "missing; positions: axial needs shape and widths")
+        if len(self.axial.shape) != len(self.axial.widths):
+            raise fault("axial.widths", f"{len(self.axial.widths)} widths for {len(self.axial.shape)} axes")
+        if (places := math.prod(self.axial.shape)) < self.max_positions:
+            raise fault(
+                "axial.shape", f"{places} positions are fewer than max_positions {self.max_positions}"
+            )
+        if sum(self.axial.widths) != self.d_model:
+            raise fault("axial.widths", f"their sum {sum(self.axial.widths)} is not d_model {self.d_model}")
+
+    @property
+    def merged_width(self) -> int:
+        """Width of what the last norm and the logits read."""
+        return 2 * self.d_model if self.merge == "concatenate" else self.d_model
 
     @property
     def width_of_head(self) -> int:

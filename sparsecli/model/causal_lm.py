@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from sparsecli.model.architecture import ModelSpec, MultiplicativeVocabularySpec
+from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.cache import DecodeCache
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import build_attention, causal_mask
@@ -23,6 +23,7 @@ from sparsecli.model.layers.low_bit import PrecisionFeedForward, SelectorFeedFor
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.layers.normalization import normalization
 from sparsecli.model.layers.positions import LearnedPositions, SinusoidalPositions, rotary_angles
+from sparsecli.model.parts import MultiplicativeVocabularySpec
 from sparsecli.model.rotary import rotary_frequencies
 
 FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sparsecli.model.architecture import (
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.low_bit import GROUP
+from sparsecli.model.parts import (
+    DIGIT_BASES,
+    DIGITS,
+    AttentionSpec,
     FeedForwardSpec,
-    ModelSpec,
     MultiplicativeVocabularySpec,
     PrecisionFeedForwardSpec,
 )
-from sparsecli.model.low_bit import GROUP
 
 Shape = tuple[int, ...]
 
@@ -19,29 +22,93 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Shape of every tensor in the weight files of `spec`; a tied head is listed, files may leave it out."""
     vocabulary = spec.vocabulary
     shapes: dict[str, Shape] = {"model.embedding.weight": (vocabulary.size, spec.d_model)}
-    if spec.positions == "learned":
-        shapes["model.position_embedding.weight"] = (spec.max_positions, spec.d_model)
-    block = dict(_block(spec))
+    shapes |= _named("model.position_embedding", _positions(spec, spec.max_positions))
     for index in range(spec.layers):
-        shapes |= {f"model.blocks.{index}.{name}": shape for name, shape in block.items()}
-    shapes |= _norm("model.norm", spec)
+        shapes |= _named(f"model.blocks.{index}", dict(_decoder_block(spec)))
+    shapes |= _norm("model.norm", spec, spec.merged_width)
+    shapes |= _named("model.encoder", dict(_encoder(spec)))
     if isinstance(vocabulary, MultiplicativeVocabularySpec):
-        shapes |= _multiplicative("head", spec.d_model, vocabulary.size, vocabulary.modules)
+        shapes |= _multiplicative("head", spec.merged_width, vocabulary.size, vocabulary.modules)
     else:
-        shapes |= _linear("head", spec.d_model, vocabulary.size, vocabulary.bias, spec.low_bit.head)
+        shapes |= _linear("head", spec.merged_width, vocabulary.size, vocabulary.bias, spec.low_bit.head)
     return shapes
 
 
-def _block(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
-    yield from _norm("attention_norm", spec).items()
-    yield from _attention(spec)
+def _named(prefix: str, shapes: dict[str, Shape]) -> dict[str, Shape]:
+    return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+
+def _positions(spec: ModelSpec, max_positions: int) -> dict[str, Shape]:
+    match spec.positions:
+        case "learned":
+            return {"weight": (max_positions, spec.d_model)}
+        case (
+            "digits"
+        ):  # for each base and digit the vector that it multiplies; what is added at the first position
+            return {"weight": (len(DIGIT_BASES), DIGITS, spec.d_model // DIGITS), "start": (spec.d_model,)}
+        case "axial":
+            assert spec.axial
+            axes = zip(spec.axial.shape, spec.axial.widths, strict=True)
+            return {f"axes.{index}": axis for index, axis in enumerate(axes)}
+    return {}
+
+
+def _decoder_block(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
+    for name in ("attention", "second_attention")[: spec.attention_layers]:
+        yield from _norm(f"{name}_norm", spec).items()
+        yield from _named(name, dict(_attention(spec, spec.attention))).items()
+    if spec.encoder and spec.encoder.read_by.kind == "cross_attention":
+        yield from _norm("cross_attention_norm", spec).items()
+        yield from _named(
+            "cross_attention", _cross_attention(spec, spec.encoder.read_by.query_modules)
+        ).items()
+    yield from _units(spec, spec.feed_forward)
+
+
+def _units(spec: ModelSpec, feed_forward: FeedForwardSpec) -> Iterator[tuple[str, Shape]]:
+    """A feed-forward layer and the recurrent branch beside it."""
     yield from _norm("feed_forward_norm", spec).items()
-    for name, shape in _feed_forward(spec.feed_forward, spec.d_model).items():
-        yield f"feed_forward.{name}", shape
+    yield from _named("feed_forward", _feed_forward(feed_forward, spec.d_model)).items()
+    if spec.sru:
+        width = spec.sru.width
+        yield from _norm("sru.norm", spec).items()
+        yield from _linear("sru.enter", spec.d_model, width, bias=True).items()
+        for index in range(spec.sru.layers):
+            yield from _linear(f"sru.cells.{index}.projection", width, 3 * width, bias=True).items()
+        yield from _linear("sru.leave", width, spec.d_model, bias=True).items()
 
 
-def _attention(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
-    attention, d_model = spec.attention, spec.d_model
+def _encoder(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
+    encoder = spec.encoder
+    if encoder is None:
+        return
+    yield from _named("position_embedding", _positions(spec, encoder.max_positions)).items()
+    block = _norm("attention_norm", spec) | _named("attention", dict(_attention(spec, encoder.attention)))
+    block |= dict(_units(spec, encoder.feed_forward or spec.feed_forward))
+    for index in range(encoder.layers):
+        yield from _named(f"blocks.{index}", block).items()
+    if encoder.read_by.kind == "joined":
+        if encoder.read_by.streams == 2:
+            return
+        yield from _linear("merge", spec.d_model, spec.d_model, bias=True).items()
+    yield from _norm("norm", spec).items()
+
+
+def _cross_attention(spec: ModelSpec, query_modules: int | None) -> dict[str, Shape]:
+    d_model, width, bias = spec.d_model, spec.attention_width, spec.attention.bias
+    shapes = _linear("projection.key", d_model, width, bias) | _linear(
+        "projection.value", d_model, width, bias
+    )
+    if query_modules is None:
+        shapes |= _linear("projection.query", d_model, width, bias) | _linear("output", width, d_model, bias)
+        return shapes
+    module = d_model // query_modules
+    shapes |= _multiplicative("projection.query.shared", d_model, d_model, query_modules)
+    return shapes | _convolution("projection.query.convolution", module, module, spec.attention.kernel, 3)
+
+
+def _attention(spec: ModelSpec, attention: AttentionSpec) -> Iterator[tuple[str, Shape]]:
+    d_model = spec.d_model
     modules = attention.modules or spec.heads
     if attention.projection.endswith("_conv"):
         if attention.projection == "dense_conv":
@@ -68,19 +135,20 @@ def _attention(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
         if attention.query_key_norm:
             made |= dict.fromkeys(("query_norm.weight", "key_norm.weight"), (spec.width_of_head,))
     for name, shape in made.items():
-        yield f"attention.projection.{name}", shape
+        if not (attention.share_query_key and name.partition(".")[0] == "key"):
+            yield f"projection.{name}", shape
 
     match attention.output:
         case "dense":
             bias = attention.bias if attention.output_bias is None else attention.output_bias
             bits = spec.low_bit.projection
-            yield from _linear("attention.output", spec.attention_width, d_model, bias, bits).items()
+            yield from _linear("output", spec.attention_width, d_model, bias, bits).items()
         case "multiplicative":
-            yield from _multiplicative("attention.output", d_model, d_model, modules).items()
+            yield from _multiplicative("output", d_model, d_model, modules).items()
         case "multiplicative_conv":
             width = d_model // modules
-            yield from _multiplicative("attention.output.shared", d_model, d_model, modules).items()
-            yield from _convolution("attention.output.convolution", width, width, attention.kernel, 3).items()
+            yield from _multiplicative("output.shared", d_model, d_model, modules).items()
+            yield from _convolution("output.convolution", width, width, attention.kernel, 3).items()
 
 
 def _feed_forward(spec: FeedForwardSpec, d_model: int) -> dict[str, Shape]:
@@ -142,9 +210,10 @@ def _residual(name: str, width_in: int, width_out: int) -> dict[str, Shape]:
     return shapes
 
 
-def _norm(name: str, spec: ModelSpec) -> dict[str, Shape]:
-    weight: dict[str, Shape] = {f"{name}.weight": (spec.d_model,)}
-    return weight | ({f"{name}.bias": (spec.d_model,)} if spec.normalization == "layer" else {})
+def _norm(name: str, spec: ModelSpec, width: int | None = None) -> dict[str, Shape]:
+    shape = (width or spec.d_model,)
+    weight: dict[str, Shape] = {f"{name}.weight": shape}
+    return weight | ({f"{name}.bias": shape} if spec.normalization == "layer" else {})
 
 
 def _linear(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from sparsecli.model.architecture import Block
+from sparsecli.model.parts import Block
 from sparsecli.recipe.document import Path
 from sparsecli.recipe.schema import Recipe
 

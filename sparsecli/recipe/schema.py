@@ -9,12 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from sparsecli.model.architecture import (
+from sparsecli.model.architecture import LowBitSpec, ModelSpec
+from sparsecli.model.parts import (
     AttentionSpec,
     Block,
     FeedForwardSpec,
-    LowBitSpec,
-    ModelSpec,
     PrecisionFeedForwardSpec,
     Probability,
     SelectorFeedForwardSpec,

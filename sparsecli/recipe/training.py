@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sparsecli.model.architecture import Block, Probability, Size, fault
+from sparsecli.model.parts import Block, Probability, Size, fault
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from sparsecli.model.architecture import AttentionSpec, DenseFeedForwardSpec, DenseVocabularySpec, ModelSpec
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.parts import AttentionSpec, DenseFeedForwardSpec, DenseVocabularySpec
 from sparsecli.model.sizes import count_parameters
 
 D_FF_STEP = 32  # the block of q8_0 and q4_0
