@@ -157,7 +157,7 @@ class TorchBackend:
     def start(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
         from sparsecli.model.cache import DecodeCache
 
-        self.cache = DecodeCache(self.network.config.layers, capacity)
+        self.cache = DecodeCache.for_model(self.network.config.spec, capacity)
         return self._logits(prompt)
 
     def step(self, token: int) -> np.ndarray:

@@ -62,7 +62,7 @@ class TorchDecoder:
 
     def __init__(self, model: TorchModel, threads: int, capacity: int, batch: int = 1) -> None:
         self.model, self.threads, self.batch = model, threads, batch
-        self.cache = DecodeCache(model.spec.layers, capacity)
+        self.cache = DecodeCache.for_model(model.spec, capacity)
         self.context = 0
         self.next: list[int] = []
 

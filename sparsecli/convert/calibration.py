@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecli.model.causal_lm import ScalingTransformerBlock, ScalingTransformerForCausalLM
+from sparsecli.model.blocks import ScalingTransformerBlock
+from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 
 
 class _Reached(Exception):

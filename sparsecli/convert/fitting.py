@@ -14,7 +14,8 @@ from sparsecli.convert.methods import METHODS, Options, method_of
 from sparsecli.convert.refit import refit as refit_layer
 from sparsecli.convert.rounding import round_to, second_moment
 from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.causal_lm import ScalingTransformerBlock, ScalingTransformerForCausalLM
+from sparsecli.model.blocks import ScalingTransformerBlock
+from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import Attention
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward

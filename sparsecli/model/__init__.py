@@ -27,10 +27,10 @@ def register_config() -> None:
 
 def register() -> None:
     """Teach transformers' Auto classes our models: importing the module does it."""
-    _import_unless_under_way("causal_lm")
+    _import_unless_under_way("causal_lm", "blocks")
 
 
-def _import_unless_under_way(module: str) -> None:
-    """A module that is being imported right now registers itself when it is done."""
-    if f"{__name__}.{module}" not in sys.modules:
+def _import_unless_under_way(module: str, *parts: str) -> None:
+    """Import `module`, which registers itself, but not while it or one of its `parts` is being imported right now."""
+    if not any(f"{__name__}.{name}" in sys.modules for name in (module, *parts)):
         importlib.import_module(f"{__name__}.{module}")

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sparsecli.model.architecture import ModelSpec
+
 
 class DecodeLayer(CacheLayerMixin):
     """Keys, values and the convolutions' inputs of one attention layer.
@@ -55,6 +57,10 @@ class DecodeLayer(CacheLayerMixin):
         held = self.rows[name]
         held[:, before + start : before + end] = rows
         return held[:, start : before + end]
+
+    def recall(self, name: str, start: int) -> Tensor | None:
+        """The row (B, width) before position `start` of what `extend` stored without rows in front; None at 0."""
+        return self.rows[name][:, start - 1] if start else None
 
     def _reserve(self, length: int) -> None:
         if length <= self.capacity:
@@ -111,7 +117,12 @@ class DecodeLayer(CacheLayerMixin):
 
 
 class DecodeCache(Cache):
-    """One `DecodeLayer` for each of `layers` blocks, with room for `capacity` positions."""
+    """A `DecodeLayer` for each of `layers` attention layers, with room for `capacity` positions."""
 
     def __init__(self, layers: int, capacity: int = 256) -> None:
         super().__init__(layers=[DecodeLayer(capacity) for _ in range(layers)])
+
+    @classmethod
+    def for_model(cls, spec: ModelSpec, capacity: int = 256) -> DecodeCache:
+        """The cache of the decoder of `spec`, block by block."""
+        return cls(spec.layers * spec.attention_layers, capacity)

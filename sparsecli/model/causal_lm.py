@@ -2,101 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.blocks import (
+    ReversibleBlock,
+    ScalingTransformerBlock,
+    build_norm,
+    build_positions,
+    merged,
+)
 from sparsecli.model.cache import DecodeCache
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.layers.attention import build_attention, causal_mask
+from sparsecli.model.layers.attention import causal_mask
 from sparsecli.model.layers.dropout import shared_dropout
-from sparsecli.model.layers.feed_forward import DenseFeedForward, MixtureFeedForward, SparseFeedForward
-from sparsecli.model.layers.low_bit import PrecisionFeedForward, SelectorFeedForward, linear
+from sparsecli.model.layers.low_bit import linear
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
-from sparsecli.model.layers.normalization import normalization
-from sparsecli.model.layers.positions import LearnedPositions, SinusoidalPositions, rotary_angles
+from sparsecli.model.layers.positions import rotary_angles
+from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.parts import MultiplicativeVocabularySpec
 from sparsecli.model.rotary import rotary_frequencies
 
-FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
-    "dense": DenseFeedForward,
-    "sparse": SparseFeedForward,
-    "selector": SelectorFeedForward,
-    "precision": PrecisionFeedForward,
-    "mixture": MixtureFeedForward,
-}
-
-
-def build_feed_forward(spec: ModelSpec, layer: int) -> nn.Module:
-    """The feed-forward layer that `spec.feed_forward` asks for in block `layer`."""
-    feed_forward = spec.feed_forward
-    fields: dict[str, Any] = feed_forward.model_dump(exclude={"kind", "gate"})
-    if "units_per_block" in fields:
-        fields["units_per_block"] = spec.units_per_block(layer)
-    if feed_forward.kind in ("sparse", "mixture"):
-        fields["probability_gate"] = feed_forward.gate == "probability"
-    return FEED_FORWARDS[feed_forward.kind](spec.d_model, dropout=spec.dropout, **fields)
-
-
-def build_attention_layer(spec: ModelSpec) -> nn.Module:
-    """The attention layer that `spec.attention` asks for."""
-    attention = spec.attention
-    return build_attention(
-        spec.d_model,
-        spec.heads,
-        attention.key_value_heads or spec.heads,
-        attention.projection,
-        attention.output,
-        attention.modules or spec.heads,
-        attention.kernel,
-        attention.value_concat,
-        attention.bias,
-        spec.dropout,
-        count_area=spec.initialization == "fan",
-        head_width=spec.head_width,
-        output_bias=attention.output_bias,
-        query_key_norm=spec.normalization_epsilon if attention.query_key_norm else None,
-        bits=spec.low_bit.projection,
-        ranks=(spec.query_rank, spec.key_rank) if spec.query_rank and spec.key_rank else None,
-    )
-
-
-class ScalingTransformerBlock(GradientCheckpointingLayer):
-    """x += dropout(attention(norm(x))); x += feed_forward(norm(x)), which has its own dropout.
-
-    In a parallel block both read the same x.
-    """
-
-    def __init__(self, spec: ModelSpec, layer: int) -> None:
-        super().__init__()
-        norm = spec.normalization, spec.d_model, spec.normalization_epsilon
-        self.attention_norm = normalization(*norm)
-        self.attention = build_attention_layer(spec)
-        self.feed_forward_norm = normalization(*norm)
-        self.feed_forward = build_feed_forward(spec, layer)
-        self.dropout = spec.dropout
-        self.parallel = spec.parallel
-
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        valid: Tensor | None = None,
-        angles: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Any = None,
-    ) -> Tensor:
-        """x (B, T, d) -> (B, T, d); `past_key_values` is this block's layer of the cache."""
-        y = self.attention(self.attention_norm(x), mask, valid, angles, past_key_values)
-        y = x + shared_dropout(y, self.dropout, self.training, (-2,))
-        return y + self.feed_forward(self.feed_forward_norm(x if self.parallel else y))
+Sight = tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]
+"""What attention is told of its tokens: mask, valid and angles, see `Attention`."""
 
 
 class ScalingTransformerPreTrainedModel(PreTrainedModel):
@@ -105,7 +40,7 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
     config_class = ScalingTransformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["ScalingTransformerBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["ScalingTransformerBlock", "ReversibleBlock"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
 
@@ -134,13 +69,13 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         super().__init__(config)
         spec = config.spec
         self.embedding = nn.Embedding(spec.vocabulary.size, spec.d_model)
-        self.position_embedding: nn.Module | None = None
-        if spec.positions == "learned":
-            self.position_embedding = LearnedPositions(spec.max_positions, spec.d_model)
-        elif spec.positions == "sinusoidal":
-            self.position_embedding = SinusoidalPositions(spec.d_model)
-        self.blocks = nn.ModuleList(ScalingTransformerBlock(spec, layer) for layer in range(spec.layers))
-        self.norm = normalization(spec.normalization, spec.d_model, spec.normalization_epsilon)
+        self.position_embedding = build_positions(spec, spec.max_positions)
+        self.reversible = spec.residual == "reversible"
+        block = ReversibleBlock if self.reversible else ScalingTransformerBlock
+        self.blocks = nn.ModuleList(block(spec, layer) for layer in range(spec.layers))
+        self.attention_layers = spec.attention_layers
+        self.merge = spec.merge
+        self.norm = build_norm(spec, spec.merged_width)
         self.rotary = rotary_frequencies(spec).tolist() if spec.positions == "rotary" else None
         self.embedding_scale = spec.embedding_scale
         self.dropout = spec.dropout
@@ -171,7 +106,8 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
             attention_mask: (B, positions held + T), 0 at padding, which must be on the left when decoding.
             position_ids: (B, T); by default positions count the tokens that are not padding.
             past_key_values: earlier positions, a `DecodeCache`; with `use_cache` one is made where it is None.
-            output_hidden_states: also return the stream before each block and after the norm.
+            output_hidden_states: also return the stream before each block (of two streams the mean) and what comes
+                after the norm.
         Raises:
             ValueError: not exactly one of input_ids and inputs_embeds, a sequence past max_positions, or a cache
                 of another kind.
@@ -183,7 +119,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
             x = x * self.embedding_scale
         new = x.shape[1]
         if use_cache and past_key_values is None:
-            past_key_values = DecodeCache(len(self.blocks))
+            past_key_values = DecodeCache.for_model(self.config.spec)
         if past_key_values is not None and not isinstance(past_key_values, DecodeCache):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}; this model keeps a DecodeCache"
@@ -201,7 +137,8 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
             else:
                 position_ids = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, held:]
         if self.position_embedding is not None:
-            x = x + self.position_embedding(position_ids).to(x.dtype)
+            # A row for each sequence: in training they may count from different numbers.
+            x = x + self.position_embedding(position_ids.expand(x.shape[:2])).to(x.dtype)
         x = shared_dropout(x, self.dropout, self.training, (-2,))
         angles = rotary_angles(position_ids, self.rotary) if self.rotary else None
 
@@ -210,18 +147,48 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         if valid is not None or (held and new > 1):
             mask = causal_mask(valid, new, held + new, x.device)
         valid_new = None if valid is None else valid[:, held:]
-        streams = []
-        for index, block in enumerate(self.blocks):
-            if output_hidden_states:
-                streams.append(x)
-            memory = None if past_key_values is None else past_key_values.layers[index]
-            x = block(x, mask, valid_new, angles, past_key_values=memory)
+        memories = None if past_key_values is None else past_key_values.layers
+        run = self._two_streams if self.reversible else self._one_stream
+        x, streams = run(x, (mask, valid_new, angles), memories, bool(output_hidden_states))
         x = self.norm(x)
+        if self.merge == "concatenate":  # where the original drops features, and only there
+            x = shared_dropout(x, self.dropout, self.training, (-2,))
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=(*streams, x) if output_hidden_states else None,
         )
+
+    def _one_stream(
+        self, x: Tensor, sight: Sight, memories: list[Any] | None, keep_streams: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The stream after all blocks, and those before each of them where they are wanted."""
+        streams = []
+        for index, block in enumerate(self.blocks):
+            if keep_streams:
+                streams.append(x)
+            x = block(x, *sight, past_key_values=None if memories is None else memories[index])
+        return x, streams
+
+    def _two_streams(
+        self, x: Tensor, sight: Sight, memories: list[Any] | None, keep_streams: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `_one_stream`, for reversible blocks: all halves are one stack, unless streams in between are wanted."""
+        halves: list[list[Half]] = []
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, ReversibleBlock)
+            first, last = index * self.attention_layers, (index + 1) * self.attention_layers
+            halves.append(block.halves(*sight, None if memories is None else memories[first:last]))
+        stacks = halves if keep_streams else [list(itertools.chain(*halves))]
+        # What extends a cache cannot be computed twice.
+        run = reversible_stack if memories is None else plain_stack
+        a = b = x
+        streams = []
+        for stack in stacks:
+            if keep_streams:
+                streams.append(merged(a, b, "mean").to(x.dtype))
+            a, b = run(stack, a, b)
+        return merged(a, b, self.merge).to(x.dtype), streams
 
     @staticmethod
     def _valid_positions(attention_mask: Tensor | None) -> Tensor | None:
@@ -247,10 +214,12 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
         self.model = ScalingTransformerModel(config)
         if isinstance(spec.vocabulary, MultiplicativeVocabularySpec):
             self.head: nn.Module = MultiplicativeDense(
-                spec.d_model, spec.vocabulary.size, spec.vocabulary.modules
+                spec.merged_width, spec.vocabulary.size, spec.vocabulary.modules
             )
         else:
-            self.head = linear(spec.d_model, spec.vocabulary.size, spec.vocabulary.bias, spec.low_bit.head)
+            self.head = linear(
+                spec.merged_width, spec.vocabulary.size, spec.vocabulary.bias, spec.low_bit.head
+            )
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -314,7 +283,7 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
     ) -> None:
         """Give `generate` our preallocated cache instead of the stock one, which copies itself at every token."""
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = DecodeCache(self.config.layers, max_cache_length)
+            model_kwargs["past_key_values"] = DecodeCache.for_model(self.config.spec, max_cache_length)
 
 
 AutoModel.register(ScalingTransformerConfig, ScalingTransformerModel, exist_ok=True)

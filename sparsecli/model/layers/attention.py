@@ -96,13 +96,14 @@ def _norm_heads(norm: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d_head)) v, causal, with grouped queries.
+    """softmax(q k^T / sqrt(d_head)) v, with grouped queries.
 
     Args:
         heads, key_value_heads: each head of keys and values serves heads / key_value_heads heads of queries.
         projection: makes q, k, v.
         output: follows the merged heads; None for no output projection.
         dropout: of the attention weights, when training.
+        causal: a token sees none after it; otherwise, as in encoders, all that `mask` allows.
     """
 
     def __init__(
@@ -113,12 +114,14 @@ class Attention(nn.Module):
         projection: SeparateProjection | ConvolutionProjection,
         output: nn.Module | None,
         dropout: float = 0.0,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         self.heads, self.key_value_heads = heads, key_value_heads
         self.projection = projection
         self.output = output
         self.dropout = dropout
+        self.causal = causal
 
     def forward(
         self,
@@ -131,7 +134,8 @@ class Attention(nn.Module):
         """x (B, T, d) -> (B, T, d).
 
         Args:
-            mask: bool (B, 1, T, positions held + T), true where a query may look; None means plainly causal.
+            mask: bool (B, 1, T, positions held + T), true where a query may look; None means plainly causal, or
+                everywhere where attention is not causal.
             valid: bool (B, T), false at padding, whose rows the convolutions must read as zeros.
             angles: rotary cosine and sine, see `rotary_angles`.
             memory: earlier positions; extended in place.
@@ -157,7 +161,7 @@ class Attention(nn.Module):
             v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and q.shape[2] > 1,
+            is_causal=self.causal and mask is None and q.shape[2] > 1,
             enable_gqa=self.heads != self.key_value_heads,
         )
         y = y.transpose(1, 2).flatten(-2)  # (B, T, heads * d_head)
@@ -199,6 +203,7 @@ def build_attention(
     query_key_norm: float | None = None,
     bits: int | None = None,
     ranks: tuple[int, int] | None = None,
+    causal: bool = True,
 ) -> Attention:
     """Attention whose projections are named by `projection` and `output_projection` (see `AttentionSpec`).
 
@@ -208,6 +213,7 @@ def build_attention(
         query_key_norm: epsilon of the norms of queries and keys; None for no norms.
         bits: of the weights of dense projections but the values'; None for floating point.
         ranks: of dense projections of queries and of keys; None for one map each.
+        causal: see `Attention`.
     Raises:
         ValueError: a size does not divide.
     """
@@ -246,7 +252,7 @@ def build_attention(
         output = multiplicative()
     elif output_projection == "multiplicative_conv":
         output = MultiplicativeConvolution(d_model, modules, kernel, count_area)
-    return Attention(d_model, heads, key_value_heads, made, output, dropout)
+    return Attention(d_model, heads, key_value_heads, made, output, dropout, causal)
 
 
 def causal_mask(valid: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecli.model.layers.decisions import decided
 from sparsecli.model.layers.dropout import shared_dropout
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -90,7 +91,8 @@ def training_mask(
         uniform = torch.rand_like(scores).clamp_(1e-6, 1 - 1e-6)
         gumbel = uniform.log_().neg_().log_().neg_()
         scores = scores + temperature * gumbel  # logits differ from log p by a shift, which changes no choice
-    one_hot = torch.zeros_like(p).scatter_(-1, choose(scores, count), 1.0)
+    chosen = decided(lambda: choose(scores, count), below=scores.shape[-1])
+    one_hot = torch.zeros_like(p).scatter_(-1, chosen, 1.0)
     straight_through = one_hot + (p - p.detach())
     if hard_fraction >= 1:
         return straight_through, torch.ones((), dtype=torch.bool, device=p.device)

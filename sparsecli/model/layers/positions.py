@@ -1,6 +1,6 @@
-"""Positions: a trained table, fixed sinusoids, or rotated queries and keys.
+"""Positions: a trained table, fixed sinusoids, trained vectors of digits or of coordinates, rotated queries and keys.
 
-Nothing here is stored but the trained table: the fixed ones are a few microseconds of arithmetic for a token,
+Nothing here is stored but what is trained: the fixed ones are a few microseconds of arithmetic for a token,
 and a model without buffers can be built on the meta device and loaded without special cases.
 """
 
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from sparsecli.model.parts import DIGIT_BASES, DIGITS
 
 
 def sinusoids(positions: Tensor, width: int, interleaved: bool) -> Tensor:
@@ -58,6 +60,69 @@ class SinusoidalPositions(nn.Module):
     def forward(self, positions: Tensor) -> Tensor:
         """Vectors (*positions.shape, width), float32."""
         return sinusoids(positions, self.width, interleaved=False)
+
+
+class DigitPositions(nn.Module):
+    """The digits of a position in several bases, each times a trained vector (Terraformer's fixed-base positions).
+
+    The vectors of the digits of one base lie side by side, and the bases are summed. The first token of a sequence
+    gets another trained vector, `start`. In training half of the sequences count from anywhere, so that the model
+    does not learn the positions of its training lengths alone, and one in a hundred has no positions at all.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        if width % DIGITS:
+            raise ValueError(f"width {width} is not a multiple of the {DIGITS} digits of a position")
+        self.weight = nn.Parameter(torch.empty(len(DIGIT_BASES), DIGITS, width // DIGITS))
+        self.start = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.weight, -1e-4, 1e-4)
+        nn.init.uniform_(self.start, -1e-4, 1e-4)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Vectors (B, T, width) of positions (B, T); position 0 is the first token of its sequence."""
+        first = positions == 0
+        kept = torch.ones_like(positions[:, :1], dtype=self.weight.dtype)
+        if self.training:
+            anywhere = torch.randint_like(kept, min(DIGIT_BASES) ** DIGITS, dtype=torch.long)
+            positions = positions + anywhere * (torch.rand_like(kept) < 0.5)
+            kept = (torch.rand_like(kept) >= 0.01).to(kept.dtype)
+        bases = torch.tensor(DIGIT_BASES, device=positions.device)
+        powers = bases[:, None] ** torch.arange(DIGITS, device=positions.device)  # (bases, digits)
+        digits = positions[..., None, None] // powers % bases[:, None]  # (B, T, bases, digits)
+        vectors = (digits.unsqueeze(-1) * self.weight).sum(-3).flatten(-2)  # (B, T, width)
+        return vectors * kept.unsqueeze(-1) + first.unsqueeze(-1) * self.start
+
+
+class AxialPositions(nn.Module):
+    """Positions as coordinates on a grid, a trained vector for each, side by side (Reformer).
+
+    Args:
+        shape: positions along each axis, the last one fastest.
+        widths: of each axis' vectors.
+    """
+
+    def __init__(self, shape: Sequence[int], widths: Sequence[int]) -> None:
+        super().__init__()
+        self.axes = nn.ParameterList(
+            torch.empty(size, width) for size, width in zip(shape, widths, strict=True)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for axis in self.axes:
+            nn.init.normal_(axis)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Vectors (*positions.shape, sum of widths)."""
+        vectors = []
+        for axis in reversed(self.axes):
+            vectors.append(nn.functional.embedding(positions % len(axis), axis))
+            positions = positions // len(axis)
+        return torch.cat(vectors[::-1], dim=-1)
 
 
 def rotary_angles(positions: Tensor, frequencies: Sequence[float]) -> tuple[Tensor, Tensor]:
