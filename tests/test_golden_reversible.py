@@ -6,13 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.blocks import ReversibleBlock
-from sparsecli.model.layers.positions import DigitPositions
-from sparsecli.model.layers.reversible import plain_stack, reversible_stack
-from sparsecli.model.layers.sru import SRU
 from test_golden import (
     assert_same,
     fill,
@@ -22,6 +15,13 @@ from test_golden import (
     fill_sparse,
     load,
 )
+from torch import Tensor, nn
+
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.blocks import ReversibleBlock
+from sparsecli.model.layers.positions import DigitPositions
+from sparsecli.model.layers.reversible import plain_stack, reversible_stack
+from sparsecli.model.layers.sru import SRU
 
 Take = Callable[[], Tensor]
 """The next of the weights, in the order in which the original stores them."""

@@ -176,7 +176,8 @@ def test_decoding_and_generating_import_neither_torch_nor_transformers():
         "import sparsecli; from transformers import AutoConfig, AutoModelForCausalLM",
         "from transformers import AutoConfig, AutoModelForCausalLM; import sparsecli",
         "from transformers import AutoConfig; import sparsecli; from transformers import AutoModelForCausalLM",
-        "import sparsecli.model.blocks, sparsecli.model.causal_lm; from transformers import AutoConfig, AutoModelForCausalLM",
+        "import sparsecli.model.blocks, sparsecli.model.causal_lm\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM",
     ],
 )
 def test_auto_classes_know_the_models_in_every_order(first):

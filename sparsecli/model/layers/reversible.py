@@ -95,12 +95,11 @@ class _ReversibleStack(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.halves, ctx.dtype, ctx.weights = halves, dtype, weights
         kind = a.device.type
-        # Casts of weights that autocast remembers from here, where nothing needs gradients, would have none later.
         ctx.autocast = {
             "device_type": kind,
             "dtype": torch.get_autocast_dtype(kind),
             "enabled": torch.is_autocast_enabled(kind),
-            "cache_enabled": False,
+            "cache_enabled": False,  # a half casts a weight once, and what was cast without gradients stays so
         }
         ctx.circumstances = []
         with torch.autocast(**ctx.autocast):
