@@ -20,7 +20,7 @@ from sparsecli.data.cache import cache_folder, write_folder
 from sparsecli.data.corpus import read_documents
 from sparsecli.data.packing import pack
 from sparsecli.data.tokenization import END_OF_TEXT, encode, load_or_train, train_byte_pairs
-from sparsecli.recipe.schema import DataSpec, FilesCorpus
+from sparsecli.recipe.data import DataSpec, FilesCorpus
 
 BPE = {"kind": "bpe", "vocabulary_size": 300}
 
@@ -253,7 +253,7 @@ def test_streams_hold_every_document_and_its_end(folder: Path) -> None:
 def test_second_call_maps_what_the_first_packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = spec(paths=[f"{folder}/*.txt"])
     first = pack(data)
-    monkeypatch.setattr(packing, "_write", lambda *_: pytest.fail("packed again"))
+    monkeypatch.setattr(packing, "encode", lambda *_: pytest.fail("packed again"))
     assert pack(data).fingerprint == first.fingerprint
     monkeypatch.undo()
 
@@ -283,7 +283,7 @@ def test_truncated_cache_is_rebuilt(
     again = pack(data)
     assert again.train.tokens.tolist() == expected
     assert "packing again" in capsys.readouterr().err
-    assert json.loads((path.parent / "index.json").read_text())["streams"]["train"]["tokens"] == len(expected)
+    assert json.loads((path.parent / "index.json").read_text())["train"]["length"] == len(expected)
 
 
 def test_damaged_tokenizer_in_the_cache_is_trained_again(folder: Path, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_network
 from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.loader import load, parse
-from sparsecli.recipe.schema import FilesCorpus
 from sparsecli.recipe.training import Objective, RecoverySpec
 from sparsecli.train import loop, run_directory, trainer
 from sparsecli.train.controllers import controller_loss, unit_scores

@@ -29,7 +29,8 @@ from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausa
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.folder import check_weights, find_model, read_description
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
-from sparsecli.recipe.schema import FilesCorpus, GenerateSpec
+from sparsecli.recipe.data import FilesCorpus
+from sparsecli.recipe.schema import GenerateSpec
 
 needs_native = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 BACKENDS = [pytest.param("native", marks=needs_native), "torch"]

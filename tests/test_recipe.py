@@ -150,7 +150,7 @@ def test_all_problems_at_once_in_the_order_of_the_file():
         ),
         (
             ("description: small", "data: {source: web}"),
-            "r.yaml:1:8: data.source: expected one of stdlib, files, hub, got 'web'",
+            "r.yaml:1:8: data.source: expected one of stdlib, files, hub, copy, got 'web'",
         ),
     ],
 )

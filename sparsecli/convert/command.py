@@ -23,8 +23,9 @@ from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source
 from sparsecli.model.architecture import LowBitSpec, ModelSpec
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.parts import DenseFeedForwardSpec
+from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.loader import LoadedRecipe, require
-from sparsecli.recipe.schema import ConvertedFeedForward, ConvertSpec, DataSpec, Recipe
+from sparsecli.recipe.schema import ConvertedFeedForward, ConvertSpec, Recipe
 from sparsecli.train import run_directory
 
 
@@ -181,7 +182,7 @@ def _reason(error: ValueError) -> str:
     return error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
 
 
-def _data(recipe: Recipe, folder: Path, spec: ModelSpec, file: str) -> DataSpec:
+def _data(recipe: Recipe, folder: Path, spec: ModelSpec, file: str) -> TextSpec:
     data = data_of(recipe, folder, spec)
     if data.sequence_length > spec.max_positions:
         raise RecipeError(

@@ -13,8 +13,9 @@ from torch import Tensor
 from sparsecli.console import Failure
 from sparsecli.data.packing import PackedCorpus, Windows, pack
 from sparsecli.model.architecture import ModelSpec
+from sparsecli.recipe.data import CopyTask, SavedTokenizer, StdlibCorpus, TextSpec
 from sparsecli.recipe.loader import load
-from sparsecli.recipe.schema import DataSpec, Recipe, SavedTokenizer, StdlibCorpus
+from sparsecli.recipe.schema import Recipe
 from sparsecli.train.run_directory import RECIPE
 
 WINDOW = 512
@@ -28,7 +29,7 @@ BATCH = 4
 class Text:
     """A packed corpus and its windows."""
 
-    data: DataSpec
+    data: TextSpec
     corpus: PackedCorpus
     calibration: list[Tensor]
     """Token ids (B, T) of batches."""
@@ -36,10 +37,13 @@ class Text:
     held_out: Windows
 
 
-def data_of(recipe: Recipe, folder: Path, spec: ModelSpec) -> DataSpec:
+def data_of(recipe: Recipe, folder: Path, spec: ModelSpec) -> TextSpec:
     """The recipe's text; else that of the run which trained the model; else the standard library.
 
     It is always read with the model's own tokenizer.
+
+    Raises:
+        Failure: the run was trained on pairs.
     """
     data = recipe.data
     stored = folder.parent / RECIPE
@@ -48,10 +52,12 @@ def data_of(recipe: Recipe, folder: Path, spec: ModelSpec) -> DataSpec:
     if data is None:
         length = min(WINDOW, spec.max_positions)
         data = StdlibCorpus(source="stdlib", sequence_length=length, held_out_tokens=HELD_OUT)
+    if isinstance(data, CopyTask) or data.pairs:
+        raise Failure(f"{stored}: was trained on pairs; a conversion reads running text, name some with data")
     return data.model_copy(update={"tokenizer": SavedTokenizer(kind="saved", path=str(folder))})
 
 
-def read_text(data: DataSpec, calibration_tokens: int, tuning_tokens: int, seed: int) -> Text:
+def read_text(data: TextSpec, calibration_tokens: int, tuning_tokens: int, seed: int) -> Text:
     """Pack the corpus and draw the windows of its training split that are calibrated and tuned on.
 
     No document is in both splits: `read_documents` sees to that.

@@ -10,45 +10,67 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from sparsecli.console import Failure
-from sparsecli.recipe.schema import DataSpec, FilesCorpus, HubCorpus
+from sparsecli.recipe.data import HubCorpus, TextSpec
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Files of rows, and the `datasets` loader that reads them; every other file is one document of text."""
 
+Document = TypeVar("Document")
+Row = tuple[str, ...]
+
 
 @dataclass(frozen=True)
-class Splits:
+class Splits(Generic[Document]):
     """The two halves of a corpus; no document is in both."""
 
-    train: list[str]
-    held_out: list[str]
+    train: list[Document]
+    held_out: list[Document]
 
 
-def read_documents(data: DataSpec) -> Splits:
-    """All documents of `data`, in a fixed order, without empty ones and without repetitions.
+class Column(NamedTuple):
+    """A column of texts, and the key of a recipe that names it."""
 
-    A document is held out when the hash of its text falls below `held_out_fraction`, so the split does not
+    name: str
+    key: str
+
+
+def read_documents(data: TextSpec) -> Splits[str]:
+    """The documents of `data`, one column of its rows. Raises `Failure` as `read_rows` does."""
+    name = "text" if data.source == "stdlib" else data.text_field
+    splits = read_rows(data, [Column(name, "data.text_field")])
+    return Splits([text for (text,) in splits.train], [text for (text,) in splits.held_out])
+
+
+def read_rows(data: TextSpec, columns: Sequence[Column]) -> Splits[Row]:
+    """All rows of `data`, in a fixed order, without those that have an empty text and without repetitions.
+
+    A row is held out when the hash of its first text falls below `held_out_fraction`, so the split does not
     depend on names, order or neighbours. A lone document is cut in two. Raises `Failure` when the text cannot
-    be read or when one split has no document.
+    be read or when one split has no row.
     """
     if data.source == "stdlib":
-        documents = _distinct(_standard_library())
+        rows = _distinct((text,) for text in _standard_library())
     elif data.source == "files":
-        documents = _distinct(_files(data, "paths", data.paths))
+        rows = _distinct(_files(data.paths, "data.paths", columns))
     else:
-        documents = _distinct(_hub(data))
-
-    if not documents:
+        rows = _distinct(_hub(data, data.split, columns))
+    if not rows:
         raise Failure("data: the source holds no text")
+
     if data.source == "files" and data.held_out_paths is not None:
-        held_out = _distinct(_files(data, "held_out_paths", data.held_out_paths))
-        kept_apart = set(held_out)
-        splits = Splits([text for text in documents if text not in kept_apart], held_out)
+        apart = _distinct(_files(data.held_out_paths, "data.held_out_paths", columns))
+    elif data.source == "hub" and data.held_out_split is not None:
+        apart = _distinct(_hub(data, data.held_out_split, columns))
     else:
-        splits = _split(documents, data.held_out_fraction)
+        apart = None
+    if apart is None:
+        splits = _split(rows, data.held_out_fraction)
+    else:
+        kept_apart = {row[0] for row in apart}
+        splits = Splits([row for row in rows if row[0] not in kept_apart], apart)
 
     if not splits.held_out:
         raise Failure("data: no text is left to evaluate on; add documents or change data.held_out_fraction")
@@ -57,21 +79,21 @@ def read_documents(data: DataSpec) -> Splits:
     return splits
 
 
-def _distinct(documents: Iterable[str]) -> list[str]:
-    return [text for text in dict.fromkeys(documents) if text.strip()]
+def _distinct(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in dict.fromkeys(rows) if all(text.strip() for text in row)]
 
 
-def _split(documents: list[str], fraction: float) -> Splits:
-    if len(documents) == 1:
-        text = documents[0]
+def _split(rows: list[Row], fraction: float) -> Splits[Row]:
+    if len(rows) == 1 and len(rows[0]) == 1:
+        ((text,),) = rows
         line_end = text.find("\n", int(len(text) * (1 - fraction)))
         cut = line_end + 1 if 0 <= line_end < len(text) - 1 else int(len(text) * (1 - fraction))
-        return Splits([text[:cut]] if cut else [], [text[cut:]])
-    places = [_place(text) for text in documents]
+        return Splits([(text[:cut],)] if cut else [], [(text[cut:],)])
+    places = [_place(row[0]) for row in rows]
     # A handful of documents may all lie above the fraction; then the lowest one is held out.
     limit = max(fraction, min(places))
-    train = [text for text, place in zip(documents, places, strict=True) if place > limit]
-    return Splits(train, [text for text, place in zip(documents, places, strict=True) if place <= limit])
+    train = [row for row, place in zip(rows, places, strict=True) if place > limit]
+    return Splits(train, [row for row, place in zip(rows, places, strict=True) if place <= limit])
 
 
 def _place(text: str) -> float:
@@ -90,21 +112,21 @@ def _standard_library() -> Iterator[str]:
             continue  # a few of the library's own tests are in other encodings on purpose
 
 
-def _files(data: FilesCorpus, key: str, patterns: Sequence[str]) -> Iterator[str]:
+def _files(patterns: Sequence[str], key: str, columns: Sequence[Column]) -> Iterator[Row]:
     for pattern in patterns:
         names = sorted(glob(os.path.expanduser(pattern), recursive=True))
         paths = [Path(name) for name in names if Path(name).is_file()]
         if not paths:
             hint = f"; for the files of this folder write {pattern}/**" if Path(pattern).is_dir() else ""
-            raise Failure(f"data.{key}: no file matches {pattern} (looked from {Path.cwd()}){hint}")
+            raise Failure(f"{key}: no file matches {pattern} (looked from {Path.cwd()}){hint}")
         for path in paths:
             loader = LOADERS.get(path.suffix.lower())
             if loader:
-                yield from _column(
-                    _load(str(path), loader, data_files=str(path)), data.text_field, f"{path}", None
-                )
+                yield from _texts(_load(str(path), loader, data_files=str(path)), columns, str(path), None)
+            elif len(columns) > 1:
+                raise Failure(f"{path}: has no columns; pairs are read from {', '.join(LOADERS)} files")
             else:
-                yield _text(path)
+                yield (_text(path),)
 
 
 def _text(path: Path) -> str:
@@ -118,16 +140,16 @@ def _text(path: Path) -> str:
         raise Failure(f"{path}: {error.strerror}") from None
 
 
-def _hub(data: HubCorpus) -> Iterator[str]:
+def _hub(data: HubCorpus, split: str, columns: Sequence[Column]) -> Iterator[Row]:
     rows = _load(
         f"dataset {data.name}",
         data.name,
         name=data.subset,
         revision=data.revision,
-        split=data.split,
+        split=split,
         streaming=data.streaming,
     )
-    return _column(rows, data.text_field, f"dataset {data.name}", data.max_documents)
+    return _texts(rows, columns, f"dataset {data.name}", data.max_documents)
 
 
 def _load(label: str, loader: str, **arguments: Any) -> Iterable[dict[str, Any]]:
@@ -142,8 +164,10 @@ def _load(label: str, loader: str, **arguments: Any) -> Iterable[dict[str, Any]]
         raise _unreadable(label, error) from None
 
 
-def _column(rows: Iterable[dict[str, Any]], field: str, label: str, limit: int | None) -> Iterator[str]:
-    """The texts of one column; rows without a text are left out."""
+def _texts(
+    rows: Iterable[dict[str, Any]], columns: Sequence[Column], label: str, limit: int | None
+) -> Iterator[Row]:
+    """The texts of some columns; rows that lack one are left out."""
     taken = itertools.islice(iter(rows), limit)
     while True:
         try:
@@ -152,16 +176,14 @@ def _column(rows: Iterable[dict[str, Any]], field: str, label: str, limit: int |
             raise _unreadable(label, error) from None
         if row is None:
             return
-        if field not in row:
-            raise Failure(
-                f"{label}: no column {field!r}; it has {', '.join(sorted(row))} (set data.text_field)"
-            )
-        value = row[field]
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise Failure(f"{label}: column {field!r} holds {type(value).__name__}, not text")
-        yield value
+        for name, key in columns:
+            if name not in row:
+                raise Failure(f"{label}: no column {name!r}; it has {', '.join(sorted(row))} (set {key})")
+            if not isinstance(row[name], str | None):
+                raise Failure(f"{label}: column {name!r} holds {type(row[name]).__name__}, not text")
+        texts = tuple(row[name] for name, _ in columns)
+        if None not in texts:
+            yield texts
 
 
 def _unreadable(label: str, error: BaseException) -> Failure:

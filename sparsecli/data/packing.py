@@ -1,10 +1,8 @@
-"""Streams of tokens on disk: made once from a corpus and a tokenizer, then memory-mapped."""
+"""Token ids on disk: made once from a corpus and a tokenizer, then memory-mapped."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,21 +11,26 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sparsecli.console import Failure, say, warn
-from sparsecli.data.cache import cache_folder, digest, write_folder
-from sparsecli.data.corpus import read_documents
+from sparsecli.console import Failure, say
+from sparsecli.data.arrays import ArrayWriter, stored_arrays
+from sparsecli.data.cache import cache_folder, digest
+from sparsecli.data.corpus import read_documents, read_rows
+from sparsecli.data.examples import Example, PairExamples, Prepared
+from sparsecli.data.pairs import Pair, columns_of, make_pairs
 from sparsecli.data.tokenization import encode, load_or_train
-from sparsecli.recipe.schema import DataSpec
+from sparsecli.recipe.data import TextSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = "packed-1"
+FORMAT = "packed-2"
 """Part of the cache key; a change of the files below needs a new one."""
-INDEX = "index.json"
 
 
-class Windows(Dataset[dict[str, torch.Tensor]]):
+# -- running text --------------------------------------------------------------------------------------------
+
+
+class Windows(Dataset[Example]):
     """Consecutive windows of a stream: `input_ids` and `labels`, both int64 (sequence_length,).
 
     The labels are the same tokens; the model shifts them. What does not fill a window at the end is left out.
@@ -40,12 +43,20 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.tokens) // self.sequence_length
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = index * self.sequence_length
         window = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
         return {"input_ids": window, "labels": window}
+
+    def collate(self, examples: Sequence[Example]) -> Example:
+        """`input_ids` and `labels`, int64 (B, sequence_length)."""
+        return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+    def predicted(self, batch: Example) -> int:
+        """Tokens of the batch, all of a window but its first."""
+        return batch["labels"][:, 1:].numel()
 
     def bytes_per_token(self, tokenizer: PreTrainedTokenizerFast) -> float:
         """UTF-8 bytes of the text in these windows over their tokens; turns nats per token into bits per byte.
@@ -91,63 +102,100 @@ class PackedCorpus:
     """Changes with the text, the split, the tokenizer and the file format."""
 
 
-def pack(data: DataSpec, cache_dir: Path | None = None) -> PackedCorpus:
-    """Read, tokenize and pack the corpus of a recipe, or map what an earlier call has packed.
+def pack(data: TextSpec, cache_dir: Path | None = None) -> PackedCorpus:
+    """Read, tokenize and pack the running text of a recipe, or map what an earlier call has packed.
 
     Raises `Failure` when the text or the tokenizer cannot be read or the cache cannot be written.
     """
     cache = cache_folder(cache_dir)
     splits = read_documents(data)
     tokenizer = load_or_train(data, splits.train, cache)
-    key = digest(
-        FORMAT,
-        tokenizer.backend_tokenizer.to_str(),
-        str(tokenizer.eos_token_id),
-        digest(*splits.train),
-        digest(*splits.held_out),
-    )
-    folder = cache / f"packed-{key}"
+    key = digest(FORMAT, *_identity(tokenizer), digest(*splits.train), digest(*splits.held_out))
 
-    if folder.exists() and (damage := _damage(folder)):
-        warn(f"{folder}: {damage}; packing again")
-        shutil.rmtree(folder)
-    if not folder.exists():
+    def fill(writer: ArrayWriter) -> None:
         say(f"packing {len(splits.train):,} documents to train on and {len(splits.held_out):,} held out")
-        write_folder(folder, lambda beside: _write(beside, tokenizer, splits.train, splits.held_out))
-
-    index = json.loads((folder / INDEX).read_text())
-    streams = {
-        name: TokenStream(np.memmap(folder / f"{name}.bin", dtype=index["dtype"], mode="r"))
-        for name in index["streams"]
-    }
-    return PackedCorpus(streams["train"], streams["held_out"], tokenizer, key)
-
-
-def _write(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, train: Sequence[str], held_out: Sequence[str]
-) -> None:
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    streams = {}
-    for name, documents in (("train", train), ("held_out", held_out)):
-        tokens = 0
-        with (folder / f"{name}.bin").open("wb") as file:
+        for name, documents in (("train", splits.train), ("held_out", splits.held_out)):
             for ids in encode(tokenizer, documents):
-                file.write(np.array([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes())
-                tokens += len(ids) + 1
-        streams[name] = {"tokens": tokens}
-    (folder / INDEX).write_text(json.dumps({"dtype": np.dtype(dtype).name, "streams": streams}))
+                writer.append(name, _tokens([*ids, tokenizer.eos_token_id], tokenizer))
+
+    arrays = stored_arrays(cache / f"packed-{key}", fill)
+    return PackedCorpus(TokenStream(arrays["train"]), TokenStream(arrays["held_out"]), tokenizer, key)
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a packed corpus on disk, or None."""
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        width = np.dtype(index["dtype"]).itemsize
-        for name in ("train", "held_out"):
-            expected = index["streams"][name]["tokens"] * width
-            size = (folder / f"{name}.bin").stat().st_size
-            if size != expected:
-                return f"{name}.bin has {size} bytes, not {expected}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"not a packed corpus ({type(error).__name__}: {error})"
-    return None
+def _identity(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+    return tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)
+
+
+def _tokens(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    return np.array(ids, dtype=np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+
+
+# -- pairs ---------------------------------------------------------------------------------------------------
+
+
+class PackedPairs(PairExamples):
+    """Sources and targets in one row of tokens.
+
+    Args:
+        tokens: source and target of one pair after the other, each with its end token.
+        ends: where each of them ends, (2 n,).
+    """
+
+    def __init__(self, tokens: np.ndarray, ends: np.ndarray) -> None:
+        self.tokens, self.ends = tokens, ends
+
+    def __len__(self) -> int:
+        return len(self.ends) // 2
+
+    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        start = self.ends[2 * index - 1] if index else 0
+        middle, end = self.ends[2 * index : 2 * index + 2]
+        return self.tokens[start:middle], self.tokens[middle:end]
+
+    def first(self, target_tokens: int) -> PackedPairs:
+        """As many pairs as have `target_tokens` in their targets together, at least one."""
+        lengths = np.diff(self.ends, prepend=0)[1::2]
+        count = max(1, int((lengths.cumsum() <= target_tokens).sum()))
+        return PackedPairs(self.tokens, self.ends[: 2 * count])
+
+
+def pack_pairs(data: TextSpec, cache_dir: Path | None = None) -> Prepared:
+    """Read, tokenize and pack the pairs of a recipe (kinds `fields` and `docstrings`), or map those packed before.
+
+    What is longer than the recipe's lengths is cut. Raises `Failure` when the text or the tokenizer cannot be read,
+    there are no pairs in it, or the cache cannot be written.
+    """
+    assert data.pairs
+    spec, cache = data.pairs, cache_folder(cache_dir)
+    rows = read_rows(data, columns_of(data))
+    tokenizer = load_or_train(data, [text for row in rows.train for text in row], cache)
+    texts = [digest(*(text for row in split for text in row)) for split in (rows.train, rows.held_out)]
+    key = digest(FORMAT, *_identity(tokenizer), spec.model_dump_json(), *texts)
+
+    def fill(writer: ArrayWriter) -> None:
+        pairs = make_pairs(spec, rows)
+        say(f"packing {len(pairs.train):,} pairs to train on and {len(pairs.held_out):,} held out")
+        for name, split in (("train", pairs.train), ("held_out", pairs.held_out)):
+            end = 0
+            for ids in _halves(split, tokenizer, spec.source_length, spec.target_length):
+                writer.append(name, _tokens(ids, tokenizer))
+                end += len(ids)
+                writer.append(f"{name}.ends", np.array([end]))
+
+    arrays = stored_arrays(cache / f"pairs-{key}", fill)
+    train, held_out = (PackedPairs(arrays[name], arrays[f"{name}.ends"]) for name in ("train", "held_out"))
+    if data.held_out_tokens is not None:
+        held_out = held_out.first(data.held_out_tokens)
+    return Prepared(train, held_out, tokenizer, key)
+
+
+def _halves(
+    pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerFast, source_length: int, target_length: int
+) -> Iterable[list[int]]:
+    """Source and target of each pair, cut to their lengths and ended."""
+    pairs = list(pairs)
+    sources = encode(tokenizer, [pair.source for pair in pairs])
+    targets = encode(tokenizer, [pair.target for pair in pairs])
+    for source, target in zip(sources, targets, strict=True):
+        yield [*source[: source_length - 1], tokenizer.eos_token_id]
+        yield [*target[: target_length - 1], tokenizer.eos_token_id]

@@ -9,40 +9,76 @@ from typing import TYPE_CHECKING
 
 from sparsecli.console import Failure, RecipeError, say, warn
 from sparsecli.data.cache import cache_folder, digest, write_folder
-from sparsecli.recipe.schema import DataSpec
+from sparsecli.data.examples import END, PADDING
+from sparsecli.recipe.data import CorruptedPairs, TextSpec
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-FORMAT = "bpe-1"
+PAIR_TOKENS = ("<pad>", "</s>")
+"""Padding and end of text for models with an encoder; first in the vocabulary, as in T5's."""
+FORMAT = "bpe-2"
 """Part of the cache key; a change of the training below needs a new one."""
 
 
+def sentinel(index: int) -> str:
+    """The token that stands for the span left out at place `index` of a text, named as in T5's vocabulary."""
+    return f"<extra_id_{index}>"
+
+
 def load_or_train(
-    data: DataSpec, train_documents: Sequence[str], cache_dir: Path | None = None
+    data: TextSpec, train_documents: Sequence[str], cache_dir: Path | None = None
 ) -> PreTrainedTokenizerFast:
     """The tokenizer that `data.tokenizer` names; a `bpe` one is trained on `train_documents` alone.
 
-    Its end-of-text token separates documents, and also pads where the tokenizer has no padding of its own.
-    Code that comes with a tokenizer is never run. Raises `Failure` when the tokenizer cannot be loaded.
+    Its end-of-text token separates documents, and also pads where the tokenizer has no padding of its own. One for
+    pairs has padding 0, end of text 1, and a sentinel for every span that may be left out. Code that comes with a
+    tokenizer is never run. Raises `Failure` when the tokenizer cannot be loaded or is not made for pairs.
     """
     spec = data.tokenizer
     if spec is None:
         raise RecipeError("data.tokenizer: missing; name the tokenizer to read the text with")
+    sentinels = data.pairs.counts().spans if isinstance(data.pairs, CorruptedPairs) else 0
+    special = (*PAIR_TOKENS, *map(sentinel, range(sentinels))) if data.pairs else (END_OF_TEXT,)
     if spec.kind == "bpe":
-        return _cached_byte_pairs(spec.vocabulary_size, train_documents, cache_dir)
+        return _cached_byte_pairs(spec.vocabulary_size, special, train_documents, cache_dir)
     if spec.kind == "saved":
         folder = Path(spec.path)
         folder = folder / "model" if (folder / "model").is_dir() else folder
         if not folder.is_dir():
             raise Failure(f"data.tokenizer.path: {spec.path} is not a folder")
-        return _pretrained(str(folder), None, "data.tokenizer.path", local=True)
-    return _pretrained(spec.name, spec.revision, "data.tokenizer.name", local=False)
+        key, loaded = "data.tokenizer.path", _pretrained(str(folder), None, "data.tokenizer.path", local=True)
+    else:
+        key = "data.tokenizer.name"
+        loaded = _pretrained(spec.name, spec.revision, key, local=False)
+    if data.pairs:
+        _check_pairs(loaded, special[len(PAIR_TOKENS) :], key)
+    return loaded
 
 
-def train_byte_pairs(vocabulary_size: int, documents: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocabulary_size` tokens; any UTF-8 text goes through it unchanged."""
+def _check_pairs(tokenizer: PreTrainedTokenizerFast, sentinels: Sequence[str], key: str) -> None:
+    found = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if found != (PADDING, END):
+        raise Failure(
+            f"{key}: pairs need padding {PADDING} and end of text {END}, as T5's tokenizers have; here they are "
+            f"{found[0]} and {found[1]}"
+        )
+    known = tokenizer.get_vocab()
+    if missing := [token for token in sentinels if token not in known]:
+        raise Failure(
+            f"{key}: has no token {missing[0]}; spans that are left out need {len(sentinels)} of them"
+        )
+
+
+def train_byte_pairs(
+    vocabulary_size: int, documents: Sequence[str], special_tokens: Sequence[str] = (END_OF_TEXT,)
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocabulary_size` tokens; any UTF-8 text goes through it unchanged.
+
+    The special tokens come first. Where they begin with `PAIR_TOKENS`, a text gets its end token as in T5.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -52,16 +88,34 @@ def train_byte_pairs(vocabulary_size: int, documents: Sequence[str]) -> PreTrain
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
         min_frequency=2,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
+    if tuple(special_tokens[: len(PAIR_TOKENS)]) == PAIR_TOKENS:
+        return for_pairs(tokenizer, special_tokens[len(PAIR_TOKENS) :])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def for_pairs(tokenizer: Tokenizer, sentinels: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """`tokenizer`, which has `PAIR_TOKENS` and `sentinels`, as transformers has it; it ends every text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    padding, end = PAIR_TOKENS
+    tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, END)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=end,
+        pad_token=padding,
+        additional_special_tokens=list(sentinels),
         clean_up_tokenization_spaces=False,
     )
 
@@ -81,9 +135,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Iter
 
 
 def _cached_byte_pairs(
-    size: int, documents: Sequence[str], cache_dir: Path | None
+    size: int, special_tokens: Sequence[str], documents: Sequence[str], cache_dir: Path | None
 ) -> PreTrainedTokenizerFast:
-    folder = cache_folder(cache_dir) / f"tokenizer-{digest(FORMAT, str(size), *documents)}"
+    key = digest(FORMAT, str(size), *special_tokens, *documents)
+    folder = cache_folder(cache_dir) / f"tokenizer-{key}"
     if folder.is_dir():
         try:
             return _pretrained(str(folder), None, "cache", local=True)
@@ -91,7 +146,7 @@ def _cached_byte_pairs(
             warn(f"{failure}; training it again")
             shutil.rmtree(folder)
     say(f"training a tokenizer of {size:,} tokens")
-    trained = train_byte_pairs(size, documents)
+    trained = train_byte_pairs(size, documents, special_tokens)
     write_folder(folder, lambda beside: trained.save_pretrained(beside))
     return trained
 

@@ -23,9 +23,9 @@ from sparsecli.model.parts import (
     fault,
 )
 from sparsecli.recipe.budget import parse_budget
+from sparsecli.recipe.data import CopyTask, DataSpec, Names
 from sparsecli.recipe.training import Count, NonNegative, Positive, RecoverySpec, TrainSpec
 
-Names = Annotated[list[str], Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16", "int8"]
 WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
 
@@ -38,98 +38,6 @@ Sweep = Annotated[
     list[Size], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=Size | list[Size])
 ]
 """One number, or a list of them for a row each."""
-
-
-# -- data ----------------------------------------------------------------------------------------------------
-
-
-class TrainedTokenizer(Block):
-    """A byte-level BPE trained on the training split of the corpus and saved with the run."""
-
-    kind: Literal["bpe"]
-    vocabulary_size: Annotated[int, Field(ge=257)]
-    """Tokens of the vocabulary, the 256 bytes and `<|endoftext|>` included."""
-
-
-class SavedTokenizer(Block):
-    """A tokenizer saved by Hugging Face's `save_pretrained`, or by an earlier run."""
-
-    kind: Literal["saved"]
-    path: str
-    """Folder of the tokenizer, or of a run."""
-
-
-class HubTokenizer(Block):
-    """A tokenizer from the Hugging Face hub."""
-
-    kind: Literal["hub"]
-    name: str
-    """Repository, for example `HuggingFaceTB/SmolLM2-135M`."""
-    revision: str | None = None
-    """Commit, tag or branch."""
-
-
-TokenizerSpec = Annotated[TrainedTokenizer | SavedTokenizer | HubTokenizer, Field(discriminator="kind")]
-
-
-class _Corpus(Block):
-    """Fields that every source shares."""
-
-    tokenizer: TokenizerSpec | None = None
-    """Where the tokenizer comes from; by default from the model that training starts from or that is converted."""
-    sequence_length: Annotated[int, Field(ge=2)] = 256
-    """Tokens of one training window."""
-    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of documents kept for evaluation, chosen by a hash of their content."""
-    held_out_tokens: Size | None = None
-    """Evaluate on at most this many held-out tokens; all of them by default."""
-
-
-class StdlibCorpus(_Corpus):
-    """The running Python's own standard library source: real text on every machine, no download."""
-
-    source: Literal["stdlib"]
-
-
-class FilesCorpus(_Corpus):
-    """Local txt, md, py, jsonl, parquet or csv files."""
-
-    source: Literal["files"]
-    paths: Names
-    """Files or globs (`**` crosses folders), relative to the working directory."""
-    held_out_paths: Names | None = None
-    """Files or globs to evaluate on, in place of `held_out_fraction`."""
-    text_field: str = "text"
-    """Column that holds the text, in jsonl, parquet and csv files."""
-
-
-class HubCorpus(_Corpus):
-    """A dataset from the Hugging Face hub."""
-
-    source: Literal["hub"]
-    name: str
-    """Dataset repository."""
-    subset: str | None = None
-    """Configuration of the dataset."""
-    revision: str | None = None
-    """Commit, tag or branch."""
-    split: str = "train"
-    """Split to read."""
-    text_field: str = "text"
-    """Column that holds the text."""
-    streaming: bool = False
-    """Read rows as they arrive, without storing the dataset first; needs `max_documents`."""
-    max_documents: Size | None = None
-    """Stop after this many rows."""
-
-    @model_validator(mode="after")
-    def _check(self) -> HubCorpus:
-        if self.streaming and self.max_documents is None:
-            raise fault("streaming", "needs max_documents, so that the packed corpus is the same every time")
-        return self
-
-
-DataSpec = Annotated[StdlibCorpus | FilesCorpus | HubCorpus, Field(discriminator="source")]
 
 
 # -- convert -------------------------------------------------------------------------------------------------
@@ -381,21 +289,8 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        tokenizer = self.data.tokenizer if self.data else None
-        if self.data and tokenizer is None and not self.convert and not (self.train and self.train.init_from):
-            raise fault("data.tokenizer", "missing; only a model that is there already can bring its own")
-        if self.data and self.model:
-            length, positions = self.data.sequence_length, self.model.max_positions
-            if length > positions:
-                raise fault(
-                    "data.sequence_length", f"{length} is longer than model.max_positions {positions}"
-                )
-            size = self.model.vocabulary.size
-            if tokenizer and tokenizer.kind == "bpe" and tokenizer.vocabulary_size > size:
-                raise fault(
-                    "data.tokenizer.vocabulary_size",
-                    f"{tokenizer.vocabulary_size} tokens do not fit model.vocabulary.size {size}",
-                )
+        if self.data:
+            self._check_data(self.data)
         if self.bench and self.model:
             for index, variant in enumerate(self.bench.variants):
                 try:
@@ -407,3 +302,50 @@ class Recipe(Block):
                         f"does not fit the recipe's model: {context['field']} {context['message']}",
                     ) from None
         return self
+
+    def _check_data(self, data: DataSpec) -> None:
+        if self.convert and data.pair_lengths:
+            raise fault("data", "a conversion reads running text, not pairs")
+        if self.train and self.train.distillation and data.pair_lengths:
+            raise fault("train.distillation", "a teacher reads running text, not pairs")
+        starts = self.convert or (self.train and self.train.init_from)
+        if not isinstance(data, CopyTask) and data.tokenizer is None and not starts:
+            raise fault("data.tokenizer", "missing; only a model that is there already can bring its own")
+        if self.model:
+            self._check_lengths(data, self.model)
+            self._check_vocabulary(data, self.model.vocabulary.size)
+
+    @staticmethod
+    def _check_lengths(data: DataSpec, model: ModelSpec) -> None:
+        """Raise a fault unless text fits a model without an encoder, or pairs one with an encoder."""
+        if isinstance(data, CopyTask):
+            source, target = "data.length", "data.length"
+        else:
+            source, target = "data.pairs.source_length", "data.pairs.target_length"
+            if data.pairs is None:
+                if model.encoder:
+                    raise fault("data.pairs", "missing; a model with an encoder learns from pairs")
+                if (length := data.sequence_length) > model.max_positions:
+                    message = f"{length} is longer than model.max_positions {model.max_positions}"
+                    raise fault("data.sequence_length", message)
+                return
+        if model.encoder is None:
+            raise fault("model.encoder", "missing; pairs need a model with an encoder")
+        assert data.pair_lengths
+        for field, length, name, positions in (
+            (source, data.pair_lengths[0], "model.encoder.max_positions", model.encoder.max_positions),
+            (target, data.pair_lengths[1], "model.max_positions", model.max_positions),
+        ):
+            if length > positions:
+                raise fault(field, f"{length} tokens with the end token are more than {name} {positions}")
+
+    @staticmethod
+    def _check_vocabulary(data: DataSpec, size: int) -> None:
+        if isinstance(data, CopyTask):
+            if data.symbols + 2 > size:
+                message = f"{data.symbols} symbols, padding and the end token do not fit model.vocabulary.size {size}"
+                raise fault("data.symbols", message)
+        elif data.tokenizer and data.tokenizer.kind == "bpe" and data.tokenizer.vocabulary_size > size:
+            tokens = data.tokenizer.vocabulary_size
+            message = f"{tokens} tokens do not fit model.vocabulary.size {size}"
+            raise fault("data.tokenizer.vocabulary_size", message)

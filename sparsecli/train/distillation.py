@@ -19,7 +19,7 @@ from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_network
 from sparsecli.model.layers.feed_forward import SparseFeedForward
-from sparsecli.recipe.schema import DataSpec
+from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.training import Objective, TrainSpec
 from sparsecli.train.checkpoint import newest_sound, step_of
 from sparsecli.train.controllers import controller_loss, unit_scores
@@ -35,7 +35,7 @@ def distil(
     student: ScalingTransformerForCausalLM,
     teacher: ScalingTransformerForCausalLM,
     corpus: PackedCorpus,
-    data: DataSpec,
+    data: TextSpec,
     objective: Objective,
     train: TrainSpec,
     seed: int,

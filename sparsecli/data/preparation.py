@@ -1,0 +1,50 @@
+"""From the words of a recipe to examples, whatever they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsecli.console import Failure
+from sparsecli.data.cache import digest
+from sparsecli.data.copying import prepare_copies
+from sparsecli.data.corruption import CorruptedSpans
+from sparsecli.data.examples import Prepared
+from sparsecli.data.packing import PackedCorpus, pack, pack_pairs
+from sparsecli.data.tokenization import sentinel
+from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec
+
+
+def prepare(data: DataSpec, cache_dir: Path | None = None) -> Prepared:
+    """Examples to train on and others to evaluate on, with their tokenizer.
+
+    Raises `Failure` when the text or the tokenizer cannot be read, there is too little text, or the cache cannot be
+    written.
+    """
+    if isinstance(data, CopyTask):
+        return prepare_copies(data)
+    if isinstance(data.pairs, CorruptedPairs):
+        return _corrupted(pack(data, cache_dir), data.pairs, data.held_out_tokens)
+    if data.pairs:
+        return pack_pairs(data, cache_dir)
+    corpus = pack(data, cache_dir)
+    return Prepared(
+        corpus.train.windows(data.sequence_length),
+        corpus.held_out.windows(data.sequence_length, data.held_out_tokens),
+        corpus.tokenizer,
+        corpus.fingerprint,
+    )
+
+
+def _corrupted(corpus: PackedCorpus, pairs: CorruptedPairs, held_out_tokens: int | None) -> Prepared:
+    counts = pairs.counts()
+    sentinels = corpus.tokenizer.convert_tokens_to_ids([sentinel(index) for index in range(counts.spans)])
+    limit = held_out_tokens and max(1, held_out_tokens // (counts.hidden + counts.spans + 1))
+    train = CorruptedSpans(corpus.train.tokens, counts, sentinels, seed=0)
+    held_out = CorruptedSpans(corpus.held_out.tokens, counts, sentinels, seed=1, limit=limit)
+    for examples, name in ((train, "to train on"), (held_out, "held out")):
+        if not len(examples):
+            raise Failure(
+                f"data: {len(examples.tokens)} tokens {name} do not fill one window of {counts.window}; add text or "
+                f"lower data.pairs.source_length"
+            )
+    return Prepared(train, held_out, corpus.tokenizer, digest(corpus.fingerprint, pairs.model_dump_json()))
