@@ -407,7 +407,7 @@ def test_a_teacher_of_another_vocabulary(place: Place, tmp_path: Path) -> None:
 def test_models_that_do_not_fit(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
 ) -> None:
-    monkeypatch.setattr(trainer, "pack", lambda data: pytest.fail("read the text"))
+    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
     if "WIDE" in override:
         override = override.replace("WIDE", str(place.save(network(DENSE, d_model=32), "wide")))
     with pytest.raises(Failure, match=message):

@@ -162,7 +162,7 @@ def test_same_seed_same_weights_other_seed_others(
 def test_dry_run_computes_and_writes_nothing(
     tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trainer, "pack", lambda data: pytest.fail("read the text"))
+    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
     assert run(tiny, output=tmp_path / "run", dry_run=True) is None
     assert not list(tmp_path.iterdir())
     printed = capsys.readouterr().out
@@ -497,7 +497,7 @@ def test_changed_text_cannot_resume(stopped_run: Path, recipe_file: Path, tmp_pa
 def test_taken_output_is_left_alone(
     finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "pack", lambda data: pytest.fail("read the text"))
+    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
     with pytest.raises(Failure, match=r"already holds a run; go on with --resume auto"):
         run(tiny, output=finished[0])
     (tmp_path / "thesis.tex").write_text("mine")
@@ -509,7 +509,7 @@ def test_taken_output_is_left_alone(
 def test_unwritable_output_is_found_before_anything_is_read(
     tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "pack", lambda data: pytest.fail("read the text"))
+    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
     (tmp_path / "file").write_text("")
     with pytest.raises(Failure, match=r"file/run: cannot be written: .*file: Not a directory") as caught:
         run(tiny, output=tmp_path / "file" / "run")

@@ -53,11 +53,11 @@ class TrainSpec(Block):
     max_steps: Size
     """Optimizer steps in all."""
     per_device_train_batch_size: Size = 8
-    """Windows per step and device."""
+    """Windows or pairs per step and device."""
     gradient_accumulation_steps: Size = 1
     """Batches summed into one step."""
     per_device_eval_batch_size: Size = 16
-    """Windows per evaluation batch."""
+    """Windows or pairs per evaluation batch."""
     learning_rate: Positive = 1e-3
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"] = (
@@ -87,7 +87,10 @@ class TrainSpec(Block):
     logging_steps: Size = 10
     """Steps between lines of the log."""
     eval_steps: Size = 250
-    """Steps between evaluations on the held-out text."""
+    """Steps between evaluations on what is held out."""
+    eval_samples: Count = 128
+    """Held-out sources for which every evaluation writes targets, greedily: their ROUGE, or of copies the exact ones.
+    0 writes none."""
     save_steps: Size = 250
     """Steps between checkpoints."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsecli.data.packing import Windows
+from sparsecli.data.examples import Examples
 from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
 from sparsecli.train.divergence import divergence
 
@@ -23,7 +23,7 @@ class HeldOut:
     nats_per_token: float
     bits_per_byte: float
     tokens: int
-    """Tokens that were predicted: all of a window but its first."""
+    """Tokens that were predicted."""
     never_chosen: float | None
     """Share of the sparse layers' units that no token chose; None without sparse layers."""
     balance: float | None
@@ -39,7 +39,7 @@ TeacherModel = Callable[[Tensor], tuple[Tensor, Tensor]]
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
-    windows: Windows,
+    examples: Examples,
     bytes_per_token: float,
     *,
     batch_size: int = 16,
@@ -61,17 +61,19 @@ def evaluate(
         with ExitStack() as stack:
             layers = [layer for layer in model.modules() if isinstance(layer, SparseFeedForward)]
             counts = [stack.enter_context(_choices(layer)) for layer in layers]
-            for start in range(rank * batch_size, len(windows), ranks * batch_size):
+            for start in range(rank * batch_size, len(examples), ranks * batch_size):
                 if stopped():
                     return None
-                indices = range(start, min(start + batch_size, len(windows)))
-                batch = torch.stack([windows[index]["input_ids"] for index in indices]).to(model.device)
-                output = model(input_ids=batch, labels=batch, use_cache=False)
-                predicted = batch.shape[1] - 1
-                means = [output.loss.double().item() * len(batch), float(len(batch)), 0.0]
+                indices = range(start, min(start + batch_size, len(examples)))
+                batch = examples.collate([examples[index] for index in indices])
+                predicted = examples.predicted(batch)
+                batch = {name: values.to(model.device) for name, values in batch.items()}
+                output = model(**batch, use_cache=False)
+                means = [output.loss.double().item(), 1.0, 0.0]
                 if teacher:
-                    pairs = zip(output.logits, teacher(batch)[0], strict=True)
-                    means[2] = sum(divergence(ours[:-1], theirs[:-1]).item() for ours, theirs in pairs)
+                    logits = zip(output.logits, teacher(batch["input_ids"])[0], strict=True)
+                    rows = [divergence(ours[:-1], theirs[:-1]).item() for ours, theirs in logits]
+                    means[2] = sum(rows) / len(rows)
                 sums += predicted * torch.tensor(means, dtype=torch.float64)
     finally:
         model.train(was_training)

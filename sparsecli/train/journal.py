@@ -14,6 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sparsecli.console import Failure, Progress, say
 from sparsecli.train.run_directory import METRICS, read_metrics, replace_text
 
+FIGURES = (
+    *("held_out_nats", "bits_per_byte", "never_chosen", "balance", "kl_to_teacher"),
+    *("exact_match", "rouge_1", "rouge_2", "rouge_lsum"),
+)
+"""What an evaluation may find."""
+
 
 class Journal(TrainerCallback):
     """Writes `metrics.jsonl`, TensorBoard events and `loss.png`, and shows how far training is.
@@ -85,8 +91,7 @@ class Journal(TrainerCallback):
             }
             self.shown = {"loss": logs["loss"], "tokens_per_second": round(speed)}
         elif "held_out_nats" in logs:
-            names = ("held_out_nats", "bits_per_byte", "never_chosen", "balance", "kl_to_teacher")
-            row = {name: logs[name] for name in names if logs.get(name) is not None}
+            row = {name: logs[name] for name in FIGURES if logs.get(name) is not None}
             figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items())
             say(f"step {step}: {figures}")
         else:

@@ -23,13 +23,14 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsecli.console import Stopped, first_process, progress
-from sparsecli.data.packing import Windows
+from sparsecli.data.examples import Examples
 from sparsecli.model.layers.feed_forward import Controller, MixtureFeedForward
 from sparsecli.model.layers.positions import LearnedPositions
 from sparsecli.recipe.training import TrainSpec
 from sparsecli.train.checkpoint import seal, step_of
 from sparsecli.train.evaluation import TeacherModel, evaluate
 from sparsecli.train.journal import Journal
+from sparsecli.train.samples import Samples
 
 UNFINISHED = ".unfinished"
 """Folder under `checkpoints/` where a checkpoint is written before it is renamed."""
@@ -40,7 +41,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """A recipe's `train` block in transformers' words, which are nearly the same."""
     ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit", "gradient_checkpointing"}
-    ours |= {"init_from", "distillation", "bf16", "optim"}
+    ours |= {"init_from", "distillation", "bf16", "optim", "eval_samples"}
     # Releases of transformers 5 differ in this one name.
     names = TrainingArguments.__dataclass_fields__
     recompute = (
@@ -98,9 +99,10 @@ class Signals:
 
 
 class LanguageModelTrainer(Trainer):
-    """Trains on windows of tokens; evaluates with hard choices; seals its checkpoints.
+    """Trains on examples; evaluates with hard choices; seals its checkpoints.
 
     Args:
+        samples: held-out sources for which the model writes targets at every evaluation.
         bf16: matrix products in bfloat16. Transformers' own option would also copy the logits to float32.
         keep: checkpoints to keep under `checkpoints`.
         signals: stops training at the end of the step, with a checkpoint, once it has received one.
@@ -113,28 +115,30 @@ class LanguageModelTrainer(Trainer):
         model: PreTrainedModel,
         arguments: TrainingArguments,
         tokenizer: PreTrainedTokenizerFast,
-        windows: Windows,
-        held_out: Windows,
+        examples: Examples,
+        held_out: Examples,
         bytes_per_token: float,
         *,
         bf16: bool,
         checkpoints: Path,
         keep: int,
         signals: Signals,
+        samples: Samples | None = None,
     ) -> None:
         super().__init__(
             model,
             arguments,
-            train_dataset=windows,
+            train_dataset=examples,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            data_collator=_stack,
+            data_collator=examples.collate,
         )
+        self.held_out, self.samples = held_out, samples
         self.bytes_per_token, self.bf16 = bytes_per_token, bf16
         self.teacher: TeacherModel | None = None
         self.checkpoints, self.keep, self.signals = checkpoints, keep, signals
-        # Windows all have the same length, so the mean of batch means is exact; the count that the Trainer
-        # would hand over includes the first token of each window, which is not predicted.
+        # A step is the mean of its batches' means. That is exact for windows, which all have the same length, while
+        # the count that the Trainer would hand over includes their first tokens, which are not predicted.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self.add_callback(_StopAtSignal(self))
@@ -157,22 +161,21 @@ class LanguageModelTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out figures, logged; empty when a signal cuts it short and training is to stop with a checkpoint."""
         assert isinstance(self.model, PreTrainedModel)
-        assert isinstance(self.eval_dataset, Windows)
         alone = self.args.world_size == 1
         with self.compute_loss_context_manager():
             figures = evaluate(
                 self.model,
-                self.eval_dataset,
+                self.held_out,
                 self.bytes_per_token,
                 batch_size=self.args.per_device_eval_batch_size,
                 teacher=self.teacher,
                 rank=self.args.process_index,
                 ranks=self.args.world_size,
                 add_up=(lambda sums: sums) if alone else self._add_up,
-                # Several processes may not part ways in the middle; they agree at the end of a step.
-                stopped=lambda: alone and self.signals.received is not None,
+                stopped=self._cut_short,
             )
-        if figures is None:
+            written = self.samples.figures(self.model, self._cut_short) if self.samples else {}
+        if figures is None or written is None:
             self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True
             return {}
@@ -182,11 +185,16 @@ class LanguageModelTrainer(Trainer):
             "never_chosen": figures.never_chosen,
             "balance": figures.balance,
             "kl_to_teacher": figures.kl_to_teacher,
+            **written,
         }
         known = {name: value for name, value in metrics.items() if value is not None}
         self.log(dict(known))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, known)
         return known
+
+    def _cut_short(self) -> bool:
+        """Whether to end an evaluation. Several processes may not part ways in it; they agree at the end of a step."""
+        return self.args.world_size == 1 and self.signals.received is not None
 
     def stop_received(self) -> bool:
         """Whether this process or another one of the same run has received a signal."""
@@ -225,10 +233,6 @@ class _StopAtSignal(TrainerCallback):
         if state.global_step < state.max_steps and self.trainer.stop_received():
             control.should_log = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-
-
-def _stack(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
 
 
 def run_steps(

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
+from typing import Any, Literal
 
 import transformers
 from transformers import PreTrainedTokenizerFast, set_seed
 
 from sparsecli.console import Failure, RecipeError, first_process, print_table, say
-from sparsecli.data.packing import PackedCorpus, pack
+from sparsecli.data.examples import Prepared
+from sparsecli.data.preparation import prepare
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_network, load_tokenizer
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.folder import find_model, read_description, share
 from sparsecli.model.sizes import count_parameters
+from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, SavedTokenizer
 from sparsecli.recipe.loader import LoadedRecipe, complete, dump, require
-from sparsecli.recipe.schema import Recipe, SavedTokenizer
+from sparsecli.recipe.schema import Recipe
 from sparsecli.recipe.training import TrainSpec
 from sparsecli.train import run_directory
 from sparsecli.train.checkpoint import newest_sound
 from sparsecli.train.distillation import DistillationTrainer, Teacher, check_teacher, check_vocabulary
 from sparsecli.train.loop import LanguageModelTrainer, Signals, run_steps, training_arguments
+from sparsecli.train.samples import ROUGE, SAMPLES, Samples
+
+SHOWN, WIDTH = 5, 60
+"""Samples that are printed when training is done, and characters of each text."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,12 @@ class Result:
     never_chosen: float | None = None
     balance: float | None = None
     kl_to_teacher: float | None = None
+    exact_match: float | None = None
+    """Share of the sampled sources whose target was written exactly."""
+    rouge: dict[str, float] | None = None
+    """`rouge_1`, `rouge_2` and `rouge_lsum` of what was written for the sampled sources, 0 to 100."""
+    lead_rouge: dict[str, float] | None = None
+    """The same of the sources' first tokens."""
 
 
 def run(
@@ -88,17 +102,19 @@ def run(
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    corpus = pack(recipe.data)
-    _check_vocabularies(recipe.train, corpus.tokenizer)
-    if len(corpus.tokenizer) > recipe.model.vocabulary.size:
+    prepared = prepare(recipe.data)
+    _check_vocabularies(recipe.train, prepared.tokenizer)
+    if len(prepared.tokenizer) > recipe.model.vocabulary.size:
         raise RecipeError(
             f"{loaded.path.name}: model.vocabulary.size: {recipe.model.vocabulary.size} is less than the "
-            f"{len(corpus.tokenizer)} tokens of data.tokenizer"
+            f"{len(prepared.tokenizer)} tokens of data.tokenizer"
         )
     with run_directory.writing(output, run_directory.go_on(output)):
-        result = _train(recipe, corpus, output, checkpoint, first)
+        result = _train(recipe, prepared, output, checkpoint, first)
     if result:
         _print_result(result, output)
+        if result.rouge:
+            _print_samples(output)
     return result
 
 
@@ -124,8 +140,10 @@ def _resolved(loaded: LoadedRecipe) -> Recipe:
                 f"{loaded.path.name}: model: is not the one in train.init_from {start}: {', '.join(differ)}; "
                 f"leave the block out to take it from there"
             )
-        tokenizer = recipe.data.tokenizer or SavedTokenizer(kind="saved", path=str(folder))
-        data = recipe.data.model_copy(update={"tokenizer": tokenizer})
+        data = recipe.data
+        if not isinstance(data, CopyTask) and data.tokenizer is None:
+            saved = SavedTokenizer(kind="saved", path=str(folder))
+            data = data.model_copy(update={"tokenizer": saved})
         recipe = complete(loaded, {"model": spec, "data": data})
     assert recipe.model
     objective = recipe.train and recipe.train.distillation
@@ -151,11 +169,15 @@ def _print_plan(recipe: Recipe, output: Path) -> None:
     assert recipe.data
     assert recipe.train
     train, sizes = recipe.train, count_parameters(recipe.model)
-    batch = train.per_device_train_batch_size * recipe.data.sequence_length
-    step = batch * train.gradient_accumulation_steps
+    read, predicted = _longest(recipe.data)
+    batch = train.per_device_train_batch_size * predicted
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps * read
     copies = 4 if train.optim == "adamw_torch" else 3  # weights, gradients, the optimizer's averages
     logits = 3 * batch * recipe.model.vocabulary.size  # themselves, their softmax and their gradient
-    written = (run_directory.RECIPE, run_directory.FACTS, run_directory.METRICS, "loss.png")
+    written: tuple[str, ...] = (run_directory.RECIPE, run_directory.FACTS, run_directory.METRICS, "loss.png")
+    at_most = "at most " if recipe.data.pair_lengths else ""
+    if _judge(recipe):
+        written = (*written, SAMPLES)
     starts = [("starts from", train.init_from)] if train.init_from else []
     teachers = [("learns from", train.distillation.teacher)] if train.distillation else []
     rows = [
@@ -165,10 +187,19 @@ def _print_plan(recipe: Recipe, output: Path) -> None:
         ("weights, gradients, optimizer", f"about {sizes.total * copies * 4 / 2**20:,.0f} MiB"),
         ("logits of a batch", f"about {logits * 4 / 2**20:,.0f} MiB"),
         ("steps", f"{train.max_steps:,}"),
-        ("tokens", f"{train.max_steps * step:,}, {step:,} a step and process"),
+        ("tokens", f"{at_most}{train.max_steps * step:,}, {step:,} a step and process"),
         ("files", f"{', '.join(written)}, tensorboard/, checkpoints/, model/ in {output}"),
     ]
     print_table(["plan", ""], rows)
+
+
+def _longest(data: DataSpec) -> tuple[int, int]:
+    """Most tokens of one example that are read, and that are predicted."""
+    if data.pair_lengths:
+        source, target = data.pair_lengths
+        return source + target, target
+    assert not isinstance(data, CopyTask)
+    return data.sequence_length, data.sequence_length
 
 
 def _print_result(result: Result, output: Path) -> None:
@@ -182,32 +213,48 @@ def _print_result(result: Result, output: Path) -> None:
         ("units never chosen", show(result.never_chosen, ".2%")),
         ("balance of choices", show(result.balance, ".4f")),
         ("KL to the teacher", show(result.kl_to_teacher, ".4f")),
-        ("model", str(output / "model")),
     ]
-    print_table(["result", ""], rows)
+    if result.exact_match is not None:
+        rows.append(("copied exactly", show(result.exact_match, ".2%")))
+    for label, figures in (("ROUGE-1, 2, Lsum", result.rouge), ("the same of the lead", result.lead_rouge)):
+        if figures:
+            rows.append((label, ", ".join(f"{value:.1f}" for value in figures.values())))
+    print_table(["result", ""], [*rows, ("model", str(output / "model"))])
+
+
+def _print_samples(output: Path) -> None:
+    """The first things that the finished model wrote, beside what was wanted."""
+    lines = (output / SAMPLES).read_text().splitlines()[:SHOWN]
+    rows = []
+    for sample in map(json.loads, lines):
+        source = sample["source"].strip().partition("\n")[0]
+        rows.append(
+            (shorten(source, WIDTH), shorten(sample["target"], WIDTH), shorten(sample["written"], WIDTH))
+        )
+    print_table(["source", "target", "written"], rows)
 
 
 def _train(
-    recipe: Recipe, corpus: PackedCorpus, output: Path, checkpoint: Path | None, first: bool
+    recipe: Recipe, prepared: Prepared, output: Path, checkpoint: Path | None, first: bool
 ) -> Result | None:
     assert recipe.data
     assert recipe.train
     train, checkpoints = recipe.train, output / run_directory.CHECKPOINTS
-    windows = corpus.train.windows(recipe.data.sequence_length)
-    held_out = corpus.held_out.windows(recipe.data.sequence_length, recipe.data.held_out_tokens)
     facts = run_directory.read_facts(output)
-    if facts.get("corpus", corpus.fingerprint) != corpus.fingerprint:
+    if facts.get("corpus", prepared.fingerprint) != prepared.fingerprint:
         raise Failure(f"{output}: the text or its tokenizer is not what this run was started with")
     batch = train.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-    if len(windows) < batch:
+    if len(prepared.train) < batch:
+        pairs = recipe.data.pair_lengths
+        what = "pairs to train on" if pairs else f"training windows of {_longest(recipe.data)[0]} tokens"
         raise Failure(
-            f"data: {len(windows)} training windows of {recipe.data.sequence_length} tokens do not "
-            f"fill a batch of {batch}; add text or lower train.per_device_train_batch_size"
+            f"data: {len(prepared.train)} {what} do not fill a batch of {batch}; add text or lower "
+            f"train.per_device_train_batch_size"
         )
 
     arguments = training_arguments(train, recipe.seed, checkpoints)
     set_seed(recipe.seed)
-    model = _model(recipe, corpus.tokenizer, checkpoint)
+    model = _model(recipe, prepared.tokenizer, checkpoint)
     if first:
         output.mkdir(parents=True, exist_ok=True)
         resolved = recipe.model_copy(update={"output": str(output)})
@@ -216,23 +263,35 @@ def _train(
             "started": facts.get("started", _now()),
             "finished": None,
             "seed": recipe.seed,
-            "corpus": corpus.fingerprint,
+            "corpus": prepared.fingerprint,
             "processes": arguments.world_size,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
         run_directory.write_facts(output, facts)
 
+    samples, judge = None, _judge(recipe)
+    if judge and first:
+        samples = Samples(
+            prepared.held_out,
+            prepared.tokenizer,
+            train.eval_samples,
+            judge=judge,
+            longest=_longest(recipe.data)[1],
+            batch_size=train.per_device_eval_batch_size,
+            folder=output,
+        )
     parts: dict[str, Any] = {
         "model": model,
         "arguments": arguments,
-        "tokenizer": corpus.tokenizer,
-        "windows": windows,
-        "held_out": held_out,
-        "bytes_per_token": held_out.bytes_per_token(corpus.tokenizer),
+        "tokenizer": prepared.tokenizer,
+        "examples": prepared.train,
+        "held_out": prepared.held_out,
+        "bytes_per_token": prepared.held_out.bytes_per_token(prepared.tokenizer),
         "bf16": train.bf16,
         "checkpoints": checkpoints,
         "keep": train.save_total_limit,
         "signals": Signals(),
+        "samples": samples,
     }
     trainer: LanguageModelTrainer
     if train.distillation:
@@ -266,9 +325,23 @@ def _train(
         never_chosen=row.get("never_chosen"),
         balance=row.get("balance"),
         kl_to_teacher=row.get("kl_to_teacher"),
+        exact_match=row.get("exact_match"),
+        rouge={name: row[name] for name in ROUGE if name in row} or None,
+        lead_rouge=samples.lead() if samples and judge == "rouge" else None,
     )
     run_directory.write_facts(output, {**facts, "finished": _now(), "result": asdict(result)})
     return result
+
+
+def _judge(recipe: Recipe) -> Literal["rouge", "exact"] | None:
+    """How what the model writes for held-out sources is judged; None where it writes nothing."""
+    assert recipe.data
+    assert recipe.train
+    if not recipe.train.eval_samples or not recipe.data.pair_lengths:
+        return None
+    if isinstance(recipe.data, CopyTask):
+        return "exact"
+    return None if isinstance(recipe.data.pairs, CorruptedPairs) else "rouge"
 
 
 def _model(
