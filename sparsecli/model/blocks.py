@@ -16,6 +16,7 @@ from sparsecli.model.layers.chunking import in_chunks
 from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.feed_forward import DenseFeedForward, MixtureFeedForward, SparseFeedForward
 from sparsecli.model.layers.low_bit import PrecisionFeedForward, SelectorFeedForward
+from sparsecli.model.layers.lsh import HashedAttention
 from sparsecli.model.layers.normalization import normalization
 from sparsecli.model.layers.positions import (
     AxialPositions,
@@ -56,8 +57,14 @@ def build_norm(spec: ModelSpec, width: int | None = None) -> nn.Module:
     return normalization(spec.normalization, width or spec.d_model, spec.normalization_epsilon)
 
 
-def build_attention_layer(spec: ModelSpec, attention: AttentionSpec, causal: bool = True) -> Attention:
-    """The layer that `attention` asks for, in the widths of `spec`; encoders' layers are not causal."""
+def build_attention_layer(
+    spec: ModelSpec, attention: AttentionSpec, causal: bool = True, layer: int = 0
+) -> Attention:
+    """The layer that `attention` asks for, in the widths of `spec`; encoders' layers are not causal.
+
+    Layers that hash differ by their number `layer`.
+    """
+    hashing = attention.hashing
     return build_attention(
         spec.d_model,
         spec.heads,
@@ -76,6 +83,8 @@ def build_attention_layer(spec: ModelSpec, attention: AttentionSpec, causal: boo
         bits=spec.low_bit.projection,
         ranks=(spec.query_rank, spec.key_rank) if spec.query_rank and spec.key_rank else None,
         causal=causal,
+        share_query_key=attention.share_query_key,
+        hashing=HashedAttention(hashing, layer, causal) if hashing else None,
     )
 
 
@@ -135,7 +144,7 @@ class ScalingTransformerBlock(Units, GradientCheckpointingLayer):
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
         self.attention_norm = build_norm(spec)
-        self.attention = build_attention_layer(spec, spec.attention)
+        self.attention = build_attention_layer(spec, spec.attention, layer=layer)
         self._add_units(spec, spec.feed_forward, layer)
         self.dropout = spec.dropout
         self.parallel = spec.parallel
@@ -162,7 +171,7 @@ class EncoderBlock(Units, GradientCheckpointingLayer):
         super().__init__()
         assert spec.encoder
         self.attention_norm = build_norm(spec)
-        self.attention = build_attention_layer(spec, spec.encoder.attention, causal=False)
+        self.attention = build_attention_layer(spec, spec.encoder.attention, causal=False, layer=layer)
         self._add_units(spec, spec.encoder.feed_forward or spec.feed_forward, layer)
         self.dropout = spec.dropout
 
@@ -199,10 +208,10 @@ class ReversibleBlock(Units):
         encoder = spec.encoder if of_encoder else None
         attention = encoder.attention if encoder else spec.attention
         self.attention_norm = build_norm(spec)
-        self.attention = build_attention_layer(spec, attention, causal=not encoder)
+        self.attention = build_attention_layer(spec, attention, causal=not encoder, layer=layer)
         if spec.attention_layers == 2 and not encoder:
             self.second_attention_norm = build_norm(spec)
-            self.second_attention = build_attention_layer(spec, attention)
+            self.second_attention = build_attention_layer(spec, attention, layer=spec.layers + layer)
         units = (encoder.feed_forward if encoder else None) or spec.feed_forward
         self._add_units(spec, units, layer)
         self.last_swap = encoder is None or encoder.two_swaps

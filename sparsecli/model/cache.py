@@ -62,6 +62,11 @@ class DecodeLayer(CacheLayerMixin):
         """The row (B, width) before position `start` of what `extend` stored without rows in front; None at 0."""
         return self.rows[name][:, start - 1] if start else None
 
+    def record(self, name: str, rows: Tensor, start: int) -> Tensor:
+        """Store `rows` (B, T, width) at position `start`; return all up to their end (B, start + T, width)."""
+        self.extend(name, rows, start, before=0)
+        return self.rows[name][:, : start + rows.shape[1]]
+
     def _reserve(self, length: int) -> None:
         if length <= self.capacity:
             return

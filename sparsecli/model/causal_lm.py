@@ -77,6 +77,7 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         self.merge = spec.merge
         self.norm = build_norm(spec, spec.merged_width)
         self.rotary = rotary_frequencies(spec).tolist() if spec.positions == "rotary" else None
+        self.hashes = spec.attention.kind == "lsh"
         self.embedding_scale = spec.embedding_scale
         self.dropout = spec.dropout
         self.gradient_checkpointing = False
@@ -142,9 +143,9 @@ class ScalingTransformerModel(ScalingTransformerPreTrainedModel):
         x = shared_dropout(x, self.dropout, self.training, (-2,))
         angles = rotary_angles(position_ids, self.rotary) if self.rotary else None
 
-        # None is plainly causal: one new token sees everything, a first pass is a triangle.
+        # None is plainly causal: one new token sees everything, a first pass is a triangle. Hashing needs no mask.
         mask = None
-        if valid is not None or (held and new > 1):
+        if not self.hashes and (valid is not None or (held and new > 1)):
             mask = causal_mask(valid, new, held + new, x.device)
         valid_new = None if valid is None else valid[:, held:]
         memories = None if past_key_values is None else past_key_values.layers

@@ -1,4 +1,4 @@
-"""Causal attention over projections that are dense, multiplicative, or convolved (paper section 3.2)."""
+"""Attention over projections that are dense, multiplicative, or convolved (paper section 3.2)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecli.model.layers.low_bit import linear
+from sparsecli.model.layers.lsh import BucketMemory, HashedAttention
 from sparsecli.model.layers.multiplicative import (
     ConvolutionProjection,
     MultiplicativeConvolution,
     MultiplicativeDense,
 )
 from sparsecli.model.layers.positions import rotate
+from sparsecli.model.layers.shared_query_key import attend_shared, unit_keys
 
 
 class Memory(Protocol):
@@ -68,13 +70,14 @@ class SeparateProjection(nn.Module):
     """Queries, keys and values by one layer each (dense, of low rank, or multiplicative).
 
     Args:
+        key: None where queries serve as keys.
         norms: of every head of queries and of keys, or None.
     """
 
     def __init__(
         self,
         query: nn.Module,
-        key: nn.Module,
+        key: nn.Module | None,
         value: nn.Module,
         norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None,
     ) -> None:
@@ -85,7 +88,8 @@ class SeparateProjection(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, d) -> q (B, T, heads * d_head), k and v (B, T, key_value_heads * d_head)."""
-        q, k = self.query(x), self.key(x)
+        q = self.query(x)
+        k = q if self.key is None else self.key(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = _norm_heads(self.query_norm, q), _norm_heads(self.key_norm, k)
         return q, k, self.value(x)
@@ -96,7 +100,7 @@ def _norm_heads(norm: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d_head)) v, with grouped queries.
+    """softmax(q k^T / sqrt(d_head)) v, with grouped queries; or with queries that are keys too (Reformer).
 
     Args:
         heads, key_value_heads: each head of keys and values serves heads / key_value_heads heads of queries.
@@ -104,6 +108,8 @@ class Attention(nn.Module):
         output: follows the merged heads; None for no output projection.
         dropout: of the attention weights, when training.
         causal: a token sees none after it; otherwise, as in encoders, all that `mask` allows.
+        shared: one vector serves as query and as key: the mean of those that the projection makes.
+        hashing: attend to tokens that hash alike; the vectors are shared.
     """
 
     def __init__(
@@ -115,6 +121,8 @@ class Attention(nn.Module):
         output: nn.Module | None,
         dropout: float = 0.0,
         causal: bool = True,
+        shared: bool = False,
+        hashing: HashedAttention | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.key_value_heads = heads, key_value_heads
@@ -122,6 +130,8 @@ class Attention(nn.Module):
         self.output = output
         self.dropout = dropout
         self.causal = causal
+        self.shared = shared or hashing is not None
+        self.hashing = hashing
 
     def forward(
         self,
@@ -134,9 +144,9 @@ class Attention(nn.Module):
         """x (B, T, d) -> (B, T, d).
 
         Args:
-            mask: bool (B, 1, T, positions held + T), true where a query may look; None means plainly causal, or
-                everywhere where attention is not causal.
-            valid: bool (B, T), false at padding, whose rows the convolutions must read as zeros.
+            mask: bool (B, 1, T or 1, positions held + T), true where a query may look; None means plainly causal, or
+                everywhere where attention is not causal. Hashing does without.
+            valid: bool (B, T), false at padding, whose rows the convolutions must read as zeros and hashing hides.
             angles: rotary cosine and sine, see `rotary_angles`.
             memory: earlier positions; extended in place.
         """
@@ -147,29 +157,50 @@ class Attention(nn.Module):
             )
         else:
             q, k, v = self.projection(x)
+        if self.shared:
+            q = k = q if k is q else (q + k) / 2
         # (B, T, heads * d_head) -> (B, heads, T, d_head)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = k.unflatten(-1, (self.key_value_heads, -1)).transpose(1, 2)
         v = v.unflatten(-1, (self.key_value_heads, -1)).transpose(1, 2)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
+        if self.shared:
+            k = unit_keys(k)
         if memory is not None:
             k, v = memory.update(k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal and mask is None and q.shape[2] > 1,
-            enable_gqa=self.heads != self.key_value_heads,
-        )
+        y = self._attend(q, k, v, mask, valid, memory)
         y = y.transpose(1, 2).flatten(-2)  # (B, T, heads * d_head)
         if self.output is None:
             return y
         if isinstance(self.output, MultiplicativeConvolution):
             return self.output(self._remembered(self.output, y, valid, memory, "output", start))
         return self.output(y)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        valid: Tensor | None,
+        memory: Memory | None,
+    ) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if self.hashing is not None:
+            assert memory is None or isinstance(memory, BucketMemory)
+            return self.hashing(q, k, v, valid, dropout, memory)
+        if self.shared:
+            return attend_shared(q, k, v, mask, self.causal, dropout)
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=self.causal and mask is None and q.shape[2] > 1,
+            enable_gqa=self.heads != self.key_value_heads,
+        )
 
     @staticmethod
     def _remembered(
@@ -204,6 +235,8 @@ def build_attention(
     bits: int | None = None,
     ranks: tuple[int, int] | None = None,
     causal: bool = True,
+    share_query_key: bool = False,
+    hashing: HashedAttention | None = None,
 ) -> Attention:
     """Attention whose projections are named by `projection` and `output_projection` (see `AttentionSpec`).
 
@@ -214,6 +247,8 @@ def build_attention(
         bits: of the weights of dense projections but the values'; None for floating point.
         ranks: of dense projections of queries and of keys; None for one map each.
         causal: see `Attention`.
+        share_query_key: make no keys; queries serve as such.
+        hashing: see `Attention`.
     Raises:
         ValueError: a size does not divide.
     """
@@ -232,19 +267,30 @@ def build_attention(
         norms = nn.RMSNorm(head_width, eps=query_key_norm), nn.RMSNorm(head_width, eps=query_key_norm)
     made: SeparateProjection | ConvolutionProjection
     if projection == "dense":
-        made = SeparateProjection(
-            LowRank(d_model, width, ranks[0], bias, bits) if ranks else linear(d_model, width, bias, bits),
-            LowRank(d_model, held, ranks[1], bias, bits) if ranks else linear(d_model, held, bias, bits),
-            nn.Linear(d_model, held, bias),
-            norms,
-        )
+        key: nn.Module | None = None
+        if ranks:
+            query: nn.Module = LowRank(d_model, width, ranks[0], bias, bits)
+            key = LowRank(d_model, held, ranks[1], bias, bits)
+        else:
+            query = linear(d_model, width, bias, bits)
+            key = None if share_query_key else linear(d_model, held, bias, bits)
+        made = SeparateProjection(query, key, nn.Linear(d_model, held, bias), norms)
     elif projection == "multiplicative":
-        made = SeparateProjection(multiplicative(), multiplicative(), multiplicative())
+        query, key = multiplicative(), None if share_query_key else multiplicative()
+        made = SeparateProjection(query, key, multiplicative())
     else:
         shared = (
             multiplicative() if projection == "multiplicative_conv" else nn.Linear(d_model, d_model, bias)
         )
-        made = ConvolutionProjection(shared, d_model, modules, kernel, value_concat, count_area)  # type: ignore[arg-type]
+        made = ConvolutionProjection(
+            shared,
+            d_model,
+            modules,
+            kernel,
+            value_concat,  # type: ignore[arg-type]
+            count_area,
+            share_query_key,
+        )
     output: nn.Module | None = None
     if output_projection == "dense":
         output = linear(width, d_model, bias if output_bias is None else output_bias, bits)
@@ -252,7 +298,7 @@ def build_attention(
         output = multiplicative()
     elif output_projection == "multiplicative_conv":
         output = MultiplicativeConvolution(d_model, modules, kernel, count_area)
-    return Attention(d_model, heads, key_value_heads, made, output, dropout, causal)
+    return Attention(d_model, heads, key_value_heads, made, output, dropout, causal, share_query_key, hashing)
 
 
 def causal_mask(valid: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:

@@ -121,6 +121,7 @@ class ConvolutionProjection(nn.Module):
 
     Args:
         shared: the projection d -> d (multiplicative in the paper; a dense one tells what the convolution brings).
+        share_query_key: make no keys; queries serve as such.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class ConvolutionProjection(nn.Module):
         kernel: int,
         value_concat: Literal["none", "modules", "whole"] = "none",
         count_area: bool = True,
+        share_query_key: bool = False,
     ) -> None:
         super().__init__()
         if d_model % modules:
@@ -138,7 +140,7 @@ class ConvolutionProjection(nn.Module):
         width = d_model // modules
         self.shared = shared
         self.query = ModuleConvolution(width, width, kernel, 3, count_area)
-        self.key = ModuleConvolution(width, width, kernel, 3, count_area)
+        self.key = None if share_query_key else ModuleConvolution(width, width, kernel, 3, count_area)
         value_width = width if value_concat == "none" else 2 * width
         self.value = ModuleConvolution(value_width, width, kernel, 1, count_area)
         self.modules_count = modules
@@ -162,10 +164,12 @@ class ConvolutionProjection(nn.Module):
             values = rows.unflatten(-1, (self.modules_count, -1))
         if rows.shape[1] == self.kernel:  # one new position: a small product beats a convolution's set-up
             windows = module_windows(m, 3)
-            q, k = self.query.step(windows), self.key.step(windows)
-            v = self.value.step(module_windows(values, 1))
-            return q.flatten(-2).unsqueeze(1), k.flatten(-2).unsqueeze(1), v.flatten(-2).unsqueeze(1)
-        return self.query(m).flatten(-2), self.key(m).flatten(-2), self.value(values).flatten(-2)
+            q = self.query.step(windows).flatten(-2).unsqueeze(1)
+            k = q if self.key is None else self.key.step(windows).flatten(-2).unsqueeze(1)
+            return q, k, self.value.step(module_windows(values, 1)).flatten(-2).unsqueeze(1)
+        q = self.query(m).flatten(-2)
+        k = q if self.key is None else self.key(m).flatten(-2)
+        return q, k, self.value(values).flatten(-2)
 
 
 class MultiplicativeConvolution(nn.Module):

@@ -1,0 +1,240 @@
+"""Attention among tokens that hash alike (Reformer's LSH attention; Terraformer's for long inputs).
+
+A shared query and key is hashed by its direction: it falls into the bucket of the rotated axis that it is nearest to.
+Each round of hashing sorts the tokens by bucket and cuts them into chunks, and a token attends within its chunk and
+the chunks around it, which costs as much for every token however long the sequence is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecli.model.layers.chunks import attend_chunks
+from sparsecli.model.layers.decisions import decided
+from sparsecli.model.layers.shared_query_key import HIDDEN, ITSELF, attend_shared
+from sparsecli.model.parts import LshSpec
+
+SEED = 20210713
+"""Of the rotations in evaluation, together with the number of the layer."""
+
+
+@runtime_checkable
+class BucketMemory(Protocol):
+    """What hashing keeps between calls, besides keys and values."""
+
+    def record(self, name: str, rows: Tensor, start: int) -> Tensor:
+        """Store rows (B, T, width) at `start`; return all that are held (B, start + T, width)."""
+
+
+def default_buckets(length: int, chunk_length: int) -> list[int]:
+    """Factors of the number of buckets for `length` tokens: two buckets a chunk, in two even factors above 128."""
+    buckets = 2 * max(1, length // chunk_length)
+    if buckets <= 128:
+        return [buckets]
+    first = 2 * round(math.sqrt(buckets) / 2)
+    return [first, 2 * math.ceil(buckets / (2 * first))]
+
+
+def draw_rotations(
+    heads: int, width: int, rounds: int, factors: Sequence[int], generator: torch.Generator | None = None
+) -> Tensor:
+    """Random axes (1, heads, width, rounds, sum of factors / 2) on which `hash_buckets` projects.
+
+    They are drawn on the CPU, so that every device hashes alike; from torch's global generator where none is given.
+    """
+    return torch.randn(1, heads, width, rounds, sum(factors) // 2, generator=generator)
+
+
+def hash_buckets(q: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
+    """Buckets (B, H, rounds, T), int64 below the product of `factors`, of q (B, H, T, d_head).
+
+    Args:
+        rotations: (B or 1, H, d_head, rounds, sum of factors / 2), those of the first factor first. Each factor hashes
+            on its own; the first is the least significant digit of a bucket.
+    """
+    rounds = []
+    for round_of in rotations.to(q.device, q.dtype).unbind(-2):
+        bucket, scale = torch.zeros(q.shape[:-1], dtype=torch.int64, device=q.device), 1
+        for factor, axes in zip(factors, round_of.split([n // 2 for n in factors], dim=-1), strict=True):
+            along = q @ axes  # (B, H, T, factor / 2)
+            (most, first), (least, second) = along.max(-1), along.min(-1)
+            # The nearest of the axes and their opposites, which count after them.
+            bucket += scale * torch.where(most >= -least, first, second + factor // 2)
+            scale *= factor
+        rounds.append(bucket)
+    return torch.stack(rounds, dim=2)
+
+
+def attend_alike(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, hidden: Tensor, most: int) -> Tensor:
+    """Attention of queries (B, H, T, d_head), the last positions held, to the `most` keys that matter most.
+
+    Keys that hash as the query does in any round come first, then the most recent ones; the query itself is among
+    them, and counts where there is nothing else.
+
+    Args:
+        k, v: (B, H, held + T, d_head).
+        buckets: (B, held + T, H, rounds) of the keys, the last of which are those of the queries.
+        hidden: bool (B, held + T), true at padding.
+        most: keys that a query reads, fewer than there are.
+    """
+    new, total = q.shape[2], k.shape[2]
+    position = torch.arange(total, device=q.device, dtype=torch.int32)
+    query = position[total - new :, None]
+    alike = (buckets.unsqueeze(1) == buckets[:, total - new :, None]).any(-1)  # (B, T, held + T, H)
+    rank = (position + total * alike.permute(0, 3, 1, 2)).to(torch.int32)  # (B, H, T, held + T)
+    rank = rank.masked_fill(hidden[:, None, None] | (position > query), -1)
+    rank, chosen = rank.topk(most, dim=-1)
+    rows = chosen.flatten(2).unsqueeze(-1).expand(-1, -1, -1, k.shape[3])
+    keys, values = (held.gather(2, rows).unflatten(2, (new, most)) for held in (k, v))
+    scores = (keys @ q.unsqueeze(-1)).squeeze(-1).float()  # (B, H, T, most)
+    scores = scores.masked_fill(rank < 0, HIDDEN).masked_fill(chosen == query, ITSELF)
+    return (scores.softmax(-1).to(v.dtype).unsqueeze(-2) @ values).squeeze(-2)
+
+
+class HashedAttention(nn.Module):
+    """LSH attention over queries, their unit-length keys, and values; it has no weights.
+
+    Evaluation always draws the same rotations; training draws new ones for every call from torch's global generator.
+
+    Args:
+        layer: tells the rotations of layers apart in evaluation.
+        causal: a token sees none after it.
+    """
+
+    def __init__(self, spec: LshSpec, layer: int = 0, causal: bool = True) -> None:
+        super().__init__()
+        self.spec, self.layer, self.causal = spec, layer, causal
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None = None,
+        dropout: float = 0.0,
+        memory: BucketMemory | None = None,
+        rotations: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of q (B, H, T, d_head), as (B, H, T, d_head); exact where it would be a single chunk.
+
+        Args:
+            k, v: (B, H, held + T, d_head), k as `unit_keys` makes them. Where positions are held already, tokens
+                read some of them (see `attend_alike`), which is not quite what one pass over all computes.
+            valid: bool (B, T), false at padding.
+            dropout: of the attention weights.
+            memory: keeps what is needed of earlier positions.
+            rotations: to be used instead of drawn ones, see `hash_buckets`.
+        """
+        new = q.shape[2]
+        held = k.shape[2] - new
+        if memory is not None:
+            hidden = torch.zeros(len(q), new, 1, dtype=torch.bool, device=q.device)
+            hidden = hidden if valid is None else ~valid.unsqueeze(-1)
+            hidden = memory.record("hidden", hidden, held).squeeze(-1)
+            if held:
+                return self._attend_alike(q, k, v, hidden, memory)
+        if new > self.spec.chunk_length:
+            return self._attend_chunks(q, k, v, valid, dropout, rotations)
+        mask = None if valid is None else valid[:, None, None]
+        return attend_shared(q, k, v, mask, self.causal, dropout)
+
+    def factors(self, length: int) -> list[int]:
+        """Factors of the number of buckets for `length` tokens."""
+        buckets = self.spec.buckets
+        if buckets is None:
+            return default_buckets(length, self.spec.chunk_length)
+        return buckets if isinstance(buckets, list) else [buckets]
+
+    def _rotations(self, q: Tensor, factors: list[int]) -> Tensor:
+        heads, width = q.shape[1], q.shape[3]
+        if self.training:
+            return draw_rotations(heads, width, self.spec.rounds, factors)
+        return _fixed_rotations(self.layer, heads, width, self.spec.rounds, tuple(factors))
+
+    def _attend_chunks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        dropout: float,
+        rotations: Tensor | None,
+    ) -> Tensor:
+        spec, length = self.spec, q.shape[2]
+        surplus = -length % spec.chunk_length
+        if surplus:
+            q, k, v = (F.pad(x, (0, 0, 0, surplus)) for x in (q, k, v))
+            valid = torch.ones(len(q), length, dtype=torch.bool, device=q.device) if valid is None else valid
+            valid = F.pad(valid, (0, surplus))
+        factors = self.factors(length + surplus)
+        count = math.prod(factors)
+
+        def choose() -> Tensor:
+            axes = self._rotations(q, factors) if rotations is None else rotations
+            buckets = hash_buckets(q.detach(), axes, factors)
+            # Padding has a bucket of its own, the last.
+            return buckets if valid is None else buckets.masked_fill(~valid[:, None, None], count)
+
+        order = torch.sort(decided(choose, below=count + 1), dim=-1, stable=True).indices
+        position = torch.arange(length + surplus, device=q.device)
+        seen_from = position if self.causal else torch.zeros_like(position)
+        seen_from = seen_from.expand(len(q), -1)
+        if valid is not None:
+            seen_from = seen_from.masked_fill(~valid, length + surplus)
+        keep = None
+        if dropout:
+            window = spec.chunks_before + 1 + spec.chunks_after
+            keep = torch.empty(spec.chunk_length, window * spec.chunk_length, device=q.device)
+            keep = keep.bernoulli_(1 - dropout) / (1 - dropout)
+        y = attend_chunks(
+            q, k, v, order, seen_from, spec.chunk_length, spec.chunks_before, spec.chunks_after, keep
+        )
+        return y[:, :, :length]
+
+    def _attend_alike(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, memory: BucketMemory) -> Tensor:
+        spec, new, total = self.spec, q.shape[2], k.shape[2]
+        most = spec.rounds * spec.chunk_length * (1 + spec.chunks_before)
+        if total <= most:
+            return attend_shared(q, k, v, ~hidden[:, None, None], causal=True)
+        buckets = self._held_buckets(k, total - new, memory)
+        few = 16  # queries at once, each of which gathers its own keys
+        parts = []
+        for start in range(0, new, few):
+            end = total - new + min(start + few, new)
+            part = q[:, :, start : start + few]
+            parts.append(
+                attend_alike(part, k[:, :, :end], v[:, :, :end], buckets[:, :end], hidden[:, :end], most)
+            )
+        return torch.cat(parts, dim=2)
+
+    def _held_buckets(self, k: Tensor, held: int, memory: BucketMemory) -> Tensor:
+        """Buckets (B, held + T, H, rounds) of keys (B, H, held + T, d_head), `held` of which may have been hashed.
+
+        Their number goes with the length, rounded up to a power of two, at which all keys are hashed again. Each row
+        ends with the number that it was hashed for.
+        """
+        heads, total = k.shape[1], k.shape[2]
+        factors = self.factors(1 << (total - 1).bit_length())
+        count = math.prod(factors)
+
+        def rows(keys: Tensor) -> Tensor:
+            buckets = hash_buckets(keys, self._rotations(keys, factors), factors).to(torch.int32)
+            return F.pad(buckets.permute(0, 3, 1, 2).flatten(2), (0, 1), value=count)
+
+        buckets = memory.record("buckets", rows(k[:, :, held:]), held)
+        if int(buckets[0, held - 1, -1]) != count:
+            buckets = memory.record("buckets", rows(k), 0)
+        return buckets[..., :-1].unflatten(2, (heads, self.spec.rounds))
+
+
+@lru_cache(maxsize=256)
+def _fixed_rotations(layer: int, heads: int, width: int, rounds: int, factors: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(SEED + layer)
+    return draw_rotations(heads, width, rounds, factors, generator)
