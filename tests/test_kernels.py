@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from small_models import INSTRUCTION_SETS, assert_close, assert_twins, some_tokens, start, stepped
 
 from sparsecli.decode import native
-from sparsecli.decode.layout import SPAN, Slot, arrange, slots
+from sparsecli.decode.arrangement import SPAN, arrange
+from sparsecli.decode.layout import Slot, slots
 from sparsecli.decode.packing import Precision, pack, quantise_rows
 from sparsecli.decode.reference import Reference
 from sparsecli.decode.unpacking import unpack

@@ -1,7 +1,8 @@
 """Which tensors a packed model has, where they come from, and how they lie in memory.
 
 The layouts are those of native/kernels.h, the names those of native/model.h. Rows are PAD elements or a multiple
-long and outputs come in multiples of LANES; what fills them up is zero. Weights in few bits: layout_low_bit.py.
+long and outputs come in multiples of LANES; what fills them up is zero. arrangement.py puts weights into this order,
+layout_low_bit.py those in few bits.
 """
 
 from __future__ import annotations
@@ -10,15 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from sparsecli.decode.layout_low_bit import panel_bytes, residual_bytes
 from sparsecli.model.architecture import ModelSpec
 
 LANES = 16
 PAD = 64
-PANEL = 64
-SPAN = 2048
 
 Layout = Literal["vector", "rows", "spans", "panels", "taps", "blocks", "units", "low_bit", "residual"]
 
@@ -99,8 +96,30 @@ def slots(spec: ModelSpec) -> list[Slot]:
     found = list(_own(spec))
     for layer in range(spec.layers):
         found += _attention(spec, layer)
+        if spec.attention_layers == 2:
+            found += _attention(spec, layer, "second.", "second_attention")
+        if crosses(spec):
+            found += _cross_attention(spec, layer)
         found += _feed_forward(spec, layer)
+        found += _recurrence(spec, layer)
     return found
+
+
+def crosses(spec: ModelSpec) -> bool:
+    """Whether blocks attend to what an encoder made."""
+    return spec.encoder is not None and spec.encoder.read_by.kind == "cross_attention"
+
+
+def joins(spec: ModelSpec) -> bool:
+    """Whether what an encoder made comes before the tokens, in one sequence."""
+    return spec.encoder is not None and spec.encoder.read_by.kind == "joined"
+
+
+def query_modules_of(spec: ModelSpec) -> int | None:
+    """Modules of the multiplicative layer that makes cross-attention's queries; None where they are dense."""
+    if spec.encoder is None or spec.encoder.read_by.kind != "cross_attention":
+        return None
+    return spec.encoder.read_by.query_modules
 
 
 def modules_of(spec: ModelSpec) -> int:
@@ -110,9 +129,10 @@ def modules_of(spec: ModelSpec) -> int:
     return (attention.modules or spec.heads) if any(kind not in ("dense", "none") for kind in kinds) else 1
 
 
-def _norm(spec: ModelSpec, layer: int, name: str, source: str) -> Iterator[Slot]:
+def _norm(spec: ModelSpec, layer: int, name: str, source: str, width: int | None = None) -> Iterator[Slot]:
     for field in ("weight", "bias") if spec.normalization == "layer" else ("weight",):
-        yield Slot(layer, f"{name}.{field}", "vector", 1, spec.d_model, None, (f"{source}.{field}",))
+        cols = width or spec.d_model
+        yield Slot(layer, f"{name}.{field}", "vector", 1, cols, None, (f"{source}.{field}",))
 
 
 def _map(
@@ -154,15 +174,15 @@ def _own(spec: ModelSpec) -> Iterator[Slot]:
     vocabulary, d_model = spec.vocabulary, spec.d_model
     size = vocabulary.size
     yield Slot(-1, "embedding", "rows", size, d_model, "embedding", ("model.embedding.weight",))
-    if spec.positions == "learned":
-        source = ("model.position_embedding.weight",)
-        yield Slot(-1, "positions", "rows", spec.max_positions, d_model, "embedding", source)
-    else:
+    if spec.positions in ("rotary", "sinusoidal"):
         width = spec.rotary_width if spec.positions == "rotary" else d_model
         yield Slot(-1, "frequencies", "vector", 1, width // 2, None, ())
-    yield from _norm(spec, -1, "norm", "model.norm")
-    modules = vocabulary.modules if vocabulary.kind == "multiplicative" else None
-    for slot in _map(-1, "head", "head", size, d_model, "head", modules, spec.low_bit.head):
+    else:
+        names = _tables(spec)
+        yield Slot(-1, "positions", "rows", spec.max_positions, d_model, "embedding", names)
+    width, modules = spec.merged_width, vocabulary.modules if vocabulary.kind == "multiplicative" else None
+    yield from _norm(spec, -1, "norm", "model.norm", width)
+    for slot in _map(-1, "head", "head", size, width, "head", modules, spec.low_bit.head):
         weight = slot.name == "head.weight"
         yield (
             slot
@@ -171,48 +191,93 @@ def _own(spec: ModelSpec) -> Iterator[Slot]:
         )
 
 
-def _attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
+def _tables(spec: ModelSpec) -> tuple[str, ...]:
+    """What the table of positions is made of; positions.py writes out digits and coordinates."""
+    source = "model.position_embedding"
+    if spec.positions == "digits":
+        return f"{source}.weight", f"{source}.start"
+    if spec.positions == "axial":
+        assert spec.axial
+        return tuple(f"{source}.axes.{index}" for index in range(len(spec.axial.shape)))
+    return (f"{source}.weight",)
+
+
+def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "attention") -> Iterator[Slot]:
+    """An attention layer, whose packed names begin with `prefix`; `module` is what the model calls it."""
     attention, d_model = spec.attention, spec.d_model
     block = f"model.blocks.{layer}"
-    yield from _norm(spec, layer, "attention_norm", f"{block}.attention_norm")
-    source = f"{block}.attention.projection"
+    yield from _norm(spec, layer, f"{prefix}attention_norm", f"{block}.{module}_norm")
+    source = f"{block}.{module}.projection"
+    without = "key" if attention.share_query_key else None
     modules = modules_of(spec)
     multiplied = modules if attention.projection.startswith("multiplicative") else None
     width, taps = d_model // modules, attention.kernel
     if attention.projection.endswith("_conv"):
-        yield from _map(layer, "shared", f"{source}.shared", d_model, d_model, "projection", multiplied)
+        shared = f"{source}.shared"
+        yield from _map(layer, f"{prefix}shared", shared, d_model, d_model, "projection", multiplied)
         values = width if attention.value_concat == "none" else 2 * width
         for name, inputs in (("query", 3 * width), ("key", 3 * width), ("value", values)):
-            yield from _convolution(layer, name, f"{source}.{name}", width, inputs, taps)
+            if name != without:
+                yield from _convolution(layer, f"{prefix}{name}", f"{source}.{name}", width, inputs, taps)
     else:
         for name, rows, rank in (
             ("query", spec.attention_width, spec.query_rank),
             ("key", spec.key_width, spec.key_rank),
             ("value", spec.key_width, None),
         ):
+            if name == without:
+                continue
             bits = None if name == "value" else spec.low_bit.projection
-            place, cols = f"{source}.{name}", d_model
+            place, at, cols = f"{source}.{name}", f"{prefix}{name}", d_model
             if rank:
-                yield from _map(
-                    layer, f"{name}.first", f"{place}.first", rank, d_model, "projection", bits=bits
-                )
-                name, place, cols = f"{name}.second", f"{place}.second", rank
-            yield from _map(layer, name, place, rows, cols, "projection", multiplied, bits)
+                yield from _map(layer, f"{at}.first", f"{place}.first", rank, cols, "projection", bits=bits)
+                place, at, cols = f"{place}.second", f"{at}.second", rank
+            yield from _map(layer, at, place, rows, cols, "projection", multiplied, bits)
     for name in ("query_norm", "key_norm") if attention.query_key_norm else ():
-        yield Slot(
-            layer, f"{name}.weight", "vector", 1, spec.width_of_head, None, (f"{source}.{name}.weight",)
-        )
-    kind = attention.output
-    source = f"{block}.attention.output"
+        norm = (f"{source}.{name}.weight",)
+        yield Slot(layer, f"{prefix}{name}.weight", "vector", 1, spec.width_of_head, None, norm)
+    kind, at = attention.output, f"{prefix}output"
+    source = f"{block}.{module}.output"
     if kind == "dense":
         width, bits = spec.attention_width, spec.low_bit.projection
-        yield from _map(layer, "output", source, d_model, width, "projection", bits=bits)
+        yield from _map(layer, at, source, d_model, width, "projection", bits=bits)
     elif kind == "multiplicative":
-        yield from _map(layer, "output", source, d_model, d_model, "projection", modules)
+        yield from _map(layer, at, source, d_model, d_model, "projection", modules)
     elif kind == "multiplicative_conv":
-        yield from _map(layer, "output", f"{source}.shared", d_model, d_model, "projection", modules)
+        yield from _map(layer, at, f"{source}.shared", d_model, d_model, "projection", modules)
         convolution = f"{source}.convolution"
-        yield from _convolution(layer, "output_convolution", convolution, width, 3 * width, taps)
+        yield from _convolution(layer, f"{at}_convolution", convolution, width, 3 * width, taps)
+
+
+def _cross_attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
+    """Attention to the encoder's output; its keys and values are made once for a source."""
+    d_model, width, modules = spec.d_model, spec.attention_width, query_modules_of(spec)
+    source = f"model.blocks.{layer}.cross_attention"
+    yield from _norm(spec, layer, "cross.attention_norm", f"{source}_norm")
+    for name in ("key", "value"):
+        place = f"{source}.projection.{name}"
+        yield from _map(layer, f"cross.{name}", place, width, d_model, "projection")
+    query = f"{source}.projection.query"
+    if modules is None:
+        yield from _map(layer, "cross.query", query, width, d_model, "projection")
+        yield from _map(layer, "cross.output", f"{source}.output", d_model, width, "projection")
+        return
+    module, taps = d_model // modules, spec.attention.kernel
+    yield from _map(layer, "cross.shared", f"{query}.shared", d_model, d_model, "projection", modules)
+    yield from _convolution(layer, "cross.query", f"{query}.convolution", module, 3 * module, taps)
+
+
+def _recurrence(spec: ModelSpec, layer: int) -> Iterator[Slot]:
+    """The branch beside the feed-forward layer that remembers a few numbers."""
+    if spec.sru is None:
+        return
+    source, d_model, width = f"model.blocks.{layer}.sru", spec.d_model, spec.sru.width
+    yield from _norm(spec, layer, "sru.norm", f"{source}.norm")
+    yield from _map(layer, "sru.enter", f"{source}.enter", width, d_model, "projection")
+    for index in range(spec.sru.layers):
+        cell = f"{source}.cells.{index}.projection"
+        yield from _map(layer, f"sru.cells.{index}", cell, 3 * width, width, "projection")
+    yield from _map(layer, "sru.leave", f"{source}.leave", d_model, width, "projection")
 
 
 def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
@@ -290,41 +355,3 @@ def _copy(spec: ModelSpec, layer: int, source: str, names: list[str]) -> Iterato
         for name, rows, cols in (("first", rank, d_model), ("second", d_model, rank)):
             stored = (f"{source}.bypass.{name}",)
             yield Slot(layer, f"bypass.{name}.weight", "spans", rows, cols, "projection", stored)
-
-
-def arrange(slot: Slot, weights: np.ndarray) -> np.ndarray:
-    """The packed order of `weights` (rows, cols), already of their final type; int8 panels are stored as w + 128."""
-    kind = weights.dtype
-    if slot.layout == "panels":
-        return np.concatenate(list(_panels(_fill(weights, LANES, PAD))))
-    if slot.layout == "taps":
-        taps = weights.reshape(slot.rows, slot.group, -1)  # (M_out, F_h, F_w * M_in)
-        filled = [_fill(taps[:, tap], LANES, 4) for tap in range(slot.group)]
-        return np.concatenate([panel for tap in filled for panel in _panels(tap)])
-    if slot.layout == "blocks":
-        blocks = weights.reshape(-1, slot.group, slot.cols)  # (blocks, N, r)
-        unit_pad, rank_pad = padded(slot.group, LANES) - slot.group, padded(slot.cols, 2) - slot.cols
-        filled_blocks = np.pad(blocks, ((0, 0), (0, unit_pad), (0, rank_pad)))
-        if kind == np.float32:
-            return filled_blocks.transpose(0, 2, 1).reshape(-1)  # [block][rank][unit]
-        pairs = filled_blocks.reshape(*filled_blocks.shape[:2], -1, 2)
-        return pairs.transpose(0, 2, 1, 3).reshape(-1)  # [block][rank / 2][unit][2]
-    rows = _fill(weights, 1, PAD)
-    if slot.layout == "spans":
-        return np.concatenate([rows[:, at : at + SPAN].reshape(-1) for at in range(0, rows.shape[1], SPAN)])
-    return rows.reshape(-1)
-
-
-def _fill(matrix: np.ndarray, rows: int, cols: int) -> np.ndarray:
-    height, width = matrix.shape
-    return np.pad(matrix, ((0, padded(height, rows) - height), (0, padded(width, cols) - width)))
-
-
-def _panels(matrix: np.ndarray) -> Iterator[np.ndarray]:
-    """Panels of PANEL outputs of (outputs, inputs), each [inputs / p][outputs][p]."""
-    together = {4: 1, 2: 2, 1: 4}[matrix.dtype.itemsize]
-    if matrix.dtype == np.int8:
-        matrix = (matrix.view(np.uint8) ^ 0x80).view(np.int8)  # w + 128 as an unsigned byte
-    for start in range(0, matrix.shape[0], PANEL):
-        panel = matrix[start : start + PANEL]
-        yield panel.reshape(panel.shape[0], -1, together).transpose(1, 0, 2).reshape(-1)

@@ -13,8 +13,10 @@ import psutil
 
 from sparsecli.console import Failure
 from sparsecli.decode import tensorfile
-from sparsecli.decode.layout import Slot, arrange, slots
+from sparsecli.decode.arrangement import arrange
+from sparsecli.decode.layout import Slot, slots
 from sparsecli.decode.layout_low_bit import arrange_panels, arrange_residual
+from sparsecli.decode.positions import position_table
 from sparsecli.decode.tensorfile import TYPES, WIDTHS
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import GROUP, from_bfloat16, quantise_groups, to_bfloat16, unpack_nibbles
@@ -222,17 +224,12 @@ def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> n
     """The tensor's weights (rows, cols) as float32."""
     if slot.name == "frequencies":
         return frequencies(spec)[None]
-    found = []
-    for name in slot.sources:
-        if name not in weights:
-            raise Failure(f"tensor {name} is missing")
-        found.append(from_bfloat16(weights[name]))
-        if weights[name].dtype == np.uint8:
-            raise Failure(f"tensor {name} is uint8, expected float weights")
-        if found[-1].size != slot.source_elements:
-            raise Failure(f"tensor {name} is {found[-1].shape}, expected {slot.source_elements} elements")
-        if not np.isfinite(found[-1]).all():
-            raise Failure(f"tensor {name} holds a NaN or an infinity; the checkpoint is damaged")
+    found = [_floats(name, weights) for name in slot.sources]
+    if slot.name == "positions" and spec.positions != "learned":
+        return position_table(spec, found)
+    for name, tensor in zip(slot.sources, found, strict=True):
+        if tensor.size != slot.source_elements:
+            raise Failure(f"tensor {name} is {tensor.shape}, expected {slot.source_elements} elements")
     if slot.layout == "units":  # the rows of one unit side by side
         return np.stack(found, axis=1).reshape(slot.rows, slot.cols)
     if slot.name == "controller.bias":  # units that only fill a block up are never chosen
@@ -240,6 +237,18 @@ def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> n
         fill = slot.cols // blocks.shape[0] - slot.group
         return np.pad(blocks, ((0, 0), (0, fill)), constant_values=-np.inf).reshape(1, -1)
     return found[0].reshape(slot.rows, slot.cols)
+
+
+def _floats(name: str, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A tensor as float32."""
+    if name not in weights:
+        raise Failure(f"tensor {name} is missing")
+    if weights[name].dtype == np.uint8:
+        raise Failure(f"tensor {name} is uint8, expected float weights")
+    found = from_bfloat16(weights[name])
+    if not np.isfinite(found).all():
+        raise Failure(f"tensor {name} holds a NaN or an infinity; the checkpoint is damaged")
+    return found
 
 
 def frequencies(spec: ModelSpec) -> np.ndarray:

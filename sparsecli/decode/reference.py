@@ -1,133 +1,39 @@
-"""What the engine computes, in plain PyTorch: a readable twin of every kernel and of the whole step.
+"""What the engine computes, in plain PyTorch: a readable twin of the whole step.
 
-It reads the same packed tensors, takes one token at a time, and rounds where the kernels round, so that it makes the
-same choices of units with any precision. It shares no arithmetic with them, and is some hundred times slower.
+It reads the same packed tensors, takes one token at a time, and rounds where the kernels do (reference_kernels.py), so
+that it makes the same choices of units with any precision. It is some hundred times slower.
 
-- float32 and bfloat16 weights meet float32 activations in float32 sums. (Where the processor multiplies bfloat16, an
-  activation is the sum of two such numbers, which is 16 bits of it; the twin keeps all 24.)
-- int8 weights of dense maps, controllers and units, and weights of fewer bits, meet activations rounded to 16 bits,
-  with one scale for a vector.
-- Multiplicative layers round their products x * D: to bfloat16, or with int8 weights to 8 bits, with one scale for
-  each module and GROUP inputs.
-- Convolutions read what was remembered of earlier positions, in the type of their kernels.
-- Keys and values are kept in the type of the cache; as int8 with a scale for each position and head.
-- The residual stream, norms, softmax and activations are float32.
-
-Shapes: d width, H heads, S modules of M = d / S channels, N units of a block, r rank of the controller, V vocabulary.
+Shapes: d width, H heads, S modules, F_h length of a convolution, L tokens of a source, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecli.decode.layout import LANES, PAD, chooses, modules_of, padded
+from sparsecli.decode.layout import LANES, chooses, crosses, modules_of, padded, query_modules_of
 from sparsecli.decode.packing import PackedModel
-from sparsecli.decode.unpacking import FewBits, Weight, unpack_model
-from sparsecli.model.low_bit import STEPS
+from sparsecli.decode.reference_kernels import (
+    ACTIVATIONS,
+    attend,
+    choose,
+    convolve,
+    dots,
+    dots_of_few_bits,
+    multiplicative,
+    recur,
+    remember,
+    rotate,
+)
+from sparsecli.decode.unpacking import Weight, unpack_model
 
-GROUP = 256  # inputs that share a scale when products are rounded to 8 bits
-NOTHING = 1e-30  # a vector of such small numbers counts as zero: one over its scale would not be finite
+UNIT_EPSILON = 1e-6  # added to the mean square of a shared query before it becomes a key
 HEAD_PARTS, CANDIDATES = 16, 4  # equal parts of the vocabulary, and tokens of each that are scored again
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
-
-
-# -- kernels -------------------------------------------------------------------------------------------------
-
-
-def quantise(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """x (..., n) -> integers (..., n) up to `largest`, as float32, and their scales (..., 1)."""
-    limit = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(limit > NOTHING, largest / limit, 0)
-    return (x * inverse).round(), limit / largest
-
-
-def dots(weight: Weight, x: Tensor) -> Tensor:
-    """x (cols,) -> (rows,)."""
-    if weight.kind != "int8":
-        return weight.values @ x
-    integers, scale = quantise(x, 32767)
-    exact = weight.values.double() @ integers.double()
-    return exact.float() * weight.scale * scale
-
-
-def dots_of_few_bits(weight: FewBits, x: Tensor) -> Tensor:
-    """x (cols,) -> (rows,). Sums of a group are exact."""
-    integers, scale = quantise(x, 32767)
-    groups = weight.scale.shape[1]
-    filled = F.pad(integers, (0, groups * PAD - len(x))).double().unflatten(0, (groups, PAD))
-    sums = torch.einsum("rgc,gc->rg", weight.steps, filled)
-    return ((sums * weight.scale).sum(-1) / STEPS).float() * scale
-
-
-def multiplicative(D: Weight, E: Weight, x: Tensor) -> Tensor:
-    """x (d,) -> (S * M): y[s, m] = sum over i of x[i] D[s, i] E[m, i]."""
-    products = x * D.values  # (S, d)
-    if E.kind == "float32":
-        return (products @ E.values.T).flatten()
-    if E.kind == "bfloat16":
-        return (products.bfloat16().float() @ E.values.T).flatten()
-    y = torch.zeros(D.values.shape[0], E.values.shape[0])
-    for group, weights in zip(products.split(GROUP, dim=1), E.values.split(GROUP, dim=1), strict=True):
-        integers, scale = quantise(group, 127)
-        y += integers @ weights.T * (scale * E.scale)  # sums of so few integers are exact
-    return (y * D.scale[:, None]).flatten()
-
-
-def convolve(kernel: Weight, rows: Tensor, modules: int, neighbours: int) -> Tensor:
-    """rows (F_h, S * channels), the current position last -> (S * M): windows over positions and modules."""
-    image = rows.unflatten(1, (modules, -1))
-    margin = neighbours // 2
-    image = F.pad(image, (0, 0, margin, margin))  # zeros beyond the first and the last module
-    windows = image.unfold(1, neighbours, 1)  # (F_h, S, channels, F_w)
-    windows = windows.permute(1, 0, 3, 2).flatten(1)  # (S, F_h * F_w * channels)
-    return (windows @ kernel.values.T).flatten()
-
-
-def choose(logits: Tensor, count: int, gate: bool) -> tuple[Tensor, Tensor]:
-    """logits (blocks, N) -> chosen units (blocks * count,) and their weights: their probabilities where `gate`."""
-    best = logits.topk(count, dim=-1).indices
-    weights = logits.softmax(-1).gather(-1, best) if gate else torch.ones(best.shape)
-    first = torch.arange(len(logits))[:, None] * logits.shape[1]
-    return (first + best).flatten(), weights.flatten()
-
-
-def remember(x: Tensor, kind: str) -> Tensor:
-    """x (..., n) as it is read back after it was kept as `kind`."""
-    if kind == "int8":
-        integers, scale = quantise(x, 127)
-        return integers * scale
-    return x.bfloat16().float() if kind == "bfloat16" else x
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x (H, head width): turn the pairs (i, i + width / 2) of its first `width` elements by angles (width / 2,)."""
-    half = len(angles)
-    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    turned = first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()
-    return torch.cat((*turned, rest), dim=-1)
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """q (H, width), keys and values (positions, key_value_heads, width) -> (H, width)."""
-    group = q.shape[0] // keys.shape[1]
-    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = torch.einsum("hc,phc->hp", q, keys) / q.shape[1] ** 0.5
-    return torch.einsum("hp,phc->hc", scores.softmax(-1), values)
-
-
-# -- the step ------------------------------------------------------------------------------------------------
 
 
 class Reference:
@@ -140,33 +46,84 @@ class Reference:
         self.spec, self.precision = model.spec, model.precision
         self.weights, self.few_bits = unpack_model(model)
         self.memory: dict[str, list[Tensor]] = defaultdict(list)
-        self.length = 0
+        self.length = self.first = 0  # positions held; the first token's, which a joined source precedes
 
-    def logits(self, tokens: Iterable[int]) -> np.ndarray:
-        """Logits (n, V) after each of `tokens`, of a new sequence."""
+    def logits(self, tokens: Iterable[int], source: np.ndarray | None = None) -> np.ndarray:
+        """Logits (n, V) after each of `tokens`, of a new sequence that begins with `source`, see `read_source`."""
         self.memory.clear()
-        self.length = 0
+        self.length = self.first = 0
+        if source is not None:
+            self.read_source(source)
         return np.stack([self.step(token) for token in tokens])
+
+    @torch.no_grad()
+    def read_source(self, source: np.ndarray) -> None:
+        """Begin a sequence with an encoder's output, streams (1 or 2, L, d)."""
+        streams = torch.from_numpy(source)
+        if crosses(self.spec):
+            for layer in range(self.spec.layers):
+                for row in streams[0]:
+                    self._remember_source(f"blocks.{layer}.cross.", row)
+            return
+        for a, b in zip(streams[0], streams[-1], strict=True):
+            self._reversible(a, b)
+            self.length += 1
+        self.first = self.length
 
     @torch.no_grad()
     def step(self, token: int) -> np.ndarray:
         """Logits (V,) after `token`, which is added to the sequence."""
         x = self._embed(token)
-        for layer in range(self.spec.layers):
-            block = f"blocks.{layer}."
-            attended = x + self._attention(block, self._normalize(f"{block}attention_norm", x))
-            read = x if self.spec.parallel else attended
-            x = attended + self._feed_forward(layer, self._normalize(f"{block}feed_forward_norm", read))
+        merged = self._single(x) if self.spec.residual == "single" else self._merge(*self._reversible(x, x))
         self.length += 1
-        return self._head(self._normalize("norm", x)).numpy()
+        return self._head(self._normalize("norm", merged)).numpy()
 
     def _embed(self, token: int) -> Tensor:
         x = self.weights["embedding"].row(token) * self.spec.embedding_scale
-        if self.spec.positions == "learned":
-            return x + self.weights["positions"].row(self.length)
         if self.spec.positions == "sinusoidal":
-            return x + torch.cat((self._angles().sin(), self._angles().cos()))
+            angles = (self.length - self.first) * self.weights["frequencies"].values[0]
+            return x + torch.cat((angles.sin(), angles.cos()))
+        if self.spec.positions == "rotary":
+            return x
+        return x + self.weights["positions"].row(self.length - self.first)
+
+    # Blocks.
+
+    def _single(self, x: Tensor) -> Tensor:
+        for layer in range(self.spec.layers):
+            block, before = f"blocks.{layer}.", x
+            x = x + self._attention(block, x)
+            if crosses(self.spec):
+                x = x + self._cross_attention(f"{block}cross.", x)
+            x = x + self._feed_forward_half(layer, before if self.spec.parallel else x)
         return x
+
+    def _reversible(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Every layer reads one stream and adds to the other; then they change places."""
+        for layer in range(self.spec.layers):
+            for prefix in ("", "second.")[: self.spec.attention_layers]:
+                a, b = b, a + self._attention(f"blocks.{layer}.{prefix}", b)
+            a, b = b, a + self._feed_forward_half(layer, b)
+        return a, b
+
+    def _merge(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat((a, b)) if self.spec.merge == "concatenate" else (a + b) / 2
+
+    def _feed_forward_half(self, layer: int, x: Tensor) -> Tensor:
+        """The feed-forward layer, and what runs beside it."""
+        block = f"blocks.{layer}."
+        y = self._feed_forward(layer, self._normalize(f"{block}feed_forward_norm", x))
+        return y if self.spec.sru is None else y + self._recurrence(f"{block}sru.", x)
+
+    def _recurrence(self, branch: str, x: Tensor) -> Tensor:
+        assert self.spec.sru
+        y = self._map(f"{branch}enter", self._normalize(f"{branch}norm", x))
+        for index in range(self.spec.sru.layers):
+            states = self.memory[f"{branch}cells.{index}"]
+            state = states[-1] if states else torch.zeros_like(y)
+            y, state = recur(self._map(f"{branch}cells.{index}", y), y, state)
+            states.append(state)
+        return self._map(f"{branch}leave", y)
 
     def _angles(self) -> Tensor:
         return self.length * self.weights["frequencies"].values[0]
@@ -195,42 +152,63 @@ class Reference:
     # Attention.
 
     def _attention(self, block: str, x: Tensor) -> Tensor:
-        q, k, v = self._project(block, x)
-        q, k, v = (part.unflatten(0, (-1, self.spec.width_of_head)) for part in (q, k, v))
-        if self.spec.attention.query_key_norm:
+        spec = self.spec.attention
+        q, k, v = (
+            self._heads(part) for part in self._project(block, self._normalize(f"{block}attention_norm", x))
+        )
+        if spec.query_key_norm:
             q, k = self._head_norm(f"{block}query_norm", q), self._head_norm(f"{block}key_norm", k)
         if self.spec.positions == "rotary":
             q, k = rotate(q, self._angles()), rotate(k, self._angles())
+        if spec.shares_query_key:
+            k = F.rms_norm(q, q.shape[-1:], eps=UNIT_EPSILON) / self.spec.width_of_head**0.5
         keys, values = self.memory[f"{block}keys"], self.memory[f"{block}values"]
         keys.append(remember(k, self.precision.cache))
         values.append(remember(v, self.precision.cache))
-        y = attend(q, torch.stack(keys), torch.stack(values)).flatten()
-        kind = self.spec.attention.output
-        if kind == "none":
+        if spec.shares_query_key:  # a token sees itself only where there is nothing else
+            seen = max(1, len(keys) - 1)
+            y = attend(q, torch.stack(keys[:seen]), torch.stack(values[:seen]), rate=1.0).flatten()
+        else:
+            y = attend(q, torch.stack(keys), torch.stack(values), self._rate).flatten()
+        if spec.output == "none":
             return y
         y = self._map(f"{block}output", y)
-        if kind != "multiplicative_conv":
+        if spec.output != "multiplicative_conv":
             return y
-        return self._convolve(f"{block}output_convolution", self._past(f"{block}output", y), neighbours=3)
+        past = self._past(f"{block}output", y)
+        return self._convolve(f"{block}output_convolution", past, modules_of(self.spec), neighbours=3)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, self.spec.width_of_head))
+
+    @property
+    def _rate(self) -> float:
+        """What scores are multiplied by."""
+        return self.spec.width_of_head**-0.5
 
     def _project(self, block: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of x (d,), all heads side by side."""
-        if not self.spec.attention.projection.endswith("_conv"):
-            queries, keys = (self._ranked(f"{block}{name}", x) for name in ("query", "key"))
-            return queries, keys, self._map(f"{block}value", x)
-        m = self._map(f"{block}shared", x)
-        past, joined = self._past(f"{block}shared", m), m
-        match self.spec.attention.value_concat:
-            case "modules":
-                cut = (modules_of(self.spec), -1)
-                joined = torch.cat((m.unflatten(0, cut), x.unflatten(0, cut)), dim=1).flatten()
-            case "whole":
-                joined = torch.cat((m, x))
-        return (
-            self._convolve(f"{block}query", past, neighbours=3),
-            self._convolve(f"{block}key", past, neighbours=3),
-            self._convolve(f"{block}value", self._past(f"{block}joined", joined), neighbours=1),
-        )
+        """Queries, keys and values of x (d,), all heads side by side; shared ones twice."""
+        spec = self.spec.attention
+        if not spec.projection.endswith("_conv"):
+            queries, values = self._ranked(f"{block}query", x), self._map(f"{block}value", x)
+            keys = queries if spec.share_query_key else self._ranked(f"{block}key", x)
+        else:
+            modules = modules_of(self.spec)
+            m = self._map(f"{block}shared", x)
+            past, joined = self._past(f"{block}shared", m), m
+            match spec.value_concat:
+                case "modules":
+                    joined = torch.cat([part.unflatten(0, (modules, -1)) for part in (m, x)], dim=1).flatten()
+                case "whole":
+                    joined = torch.cat((m, x))
+            queries = keys = self._convolve(f"{block}query", past, modules, neighbours=3)
+            if not spec.share_query_key:
+                keys = self._convolve(f"{block}key", past, modules, neighbours=3)
+            past = self._past(f"{block}joined", joined)
+            values = self._convolve(f"{block}value", past, modules, neighbours=1)
+        if spec.shares_query_key:
+            queries = keys = (queries + keys) / 2
+        return queries, keys, values
 
     def _ranked(self, name: str, x: Tensor) -> Tensor:
         """The map called `name`, which may be two."""
@@ -246,10 +224,26 @@ class Reference:
         before = [torch.zeros_like(row)] * (kernel - len(rows))
         return torch.stack([*before, *rows[-kernel:]])
 
-    def _convolve(self, name: str, rows: Tensor, neighbours: int) -> Tensor:
-        modules = modules_of(self.spec)
+    def _convolve(self, name: str, rows: Tensor, modules: int, neighbours: int) -> Tensor:
         y = convolve(self.weights[f"{name}.weight"], rows, modules, neighbours)
         return y + self.weights[f"{name}.bias"].values[0].repeat(modules)
+
+    # Attention to an encoder's output.
+
+    def _remember_source(self, block: str, row: Tensor) -> None:
+        for name, kept in (("key", "keys"), ("value", "values")):
+            made = self._heads(self._map(f"{block}{name}", row))
+            self.memory[f"{block}{kept}"].append(remember(made, self.precision.cache))
+
+    def _cross_attention(self, block: str, x: Tensor) -> Tensor:
+        x = self._normalize(f"{block}attention_norm", x)
+        keys, values = (torch.stack(self.memory[f"{block}{name}"]) for name in ("keys", "values"))
+        if modules := query_modules_of(self.spec):
+            past = self._past(f"{block}shared", self._map(f"{block}shared", x))
+            q = self._convolve(f"{block}query", past, modules, neighbours=3)
+            return attend(self._heads(q), keys, values, self._rate).flatten()
+        y = attend(self._heads(self._map(f"{block}query", x)), keys, values, self._rate)
+        return self._map(f"{block}output", y.flatten())
 
     # Feed-forward.
 

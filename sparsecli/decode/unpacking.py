@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecli.decode.layout import LANES, PAD, PANEL, SPAN, Slot, padded
+from sparsecli.decode.arrangement import PANEL, SPAN
+from sparsecli.decode.layout import LANES, PAD, Slot, padded
 from sparsecli.decode.layout_low_bit import three_bit_places
 from sparsecli.decode.packing import PackedModel, plan
 from sparsecli.model.low_bit import MIDDLE, STEPS, from_bfloat16, unpack_nibbles
@@ -107,7 +108,7 @@ def unpack_residual(slot: Slot, packed: np.ndarray) -> FewBits:
 
 
 def unpack(slot: Slot, packed: np.ndarray) -> np.ndarray:
-    """The inverse of `layout.arrange`: (rows, cols) of the packed type."""
+    """The inverse of `arrangement.arrange`: (rows, cols) of the packed type."""
     packed = packed[: slot.elements]
     rows, cols = slot.rows, slot.cols
     match slot.layout:
