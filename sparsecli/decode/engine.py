@@ -12,7 +12,7 @@ import numpy as np
 
 from sparsecli.console import Failure
 from sparsecli.decode import native
-from sparsecli.decode.layout import modules_of
+from sparsecli.decode.layout import crosses, joins, modules_of, query_modules_of
 from sparsecli.decode.native import ERROR_BYTES, Shape
 from sparsecli.decode.packing import PackedModel, plan
 from sparsecli.decode.tensorfile import WIDTHS
@@ -26,7 +26,7 @@ ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh")
 FEED_FORWARDS = ("dense", "sparse", "mixture", "selector", "precision")
 PROJECTIONS = ("dense", "multiplicative", "dense_conv", "multiplicative_conv")
 OUTPUTS = ("none", "dense", "multiplicative", "multiplicative_conv")
-POSITIONS = ("learned", "sinusoidal", "rotary")
+POSITIONS = ("learned", "sinusoidal", "rotary")  # digits and coordinates are packed as a table, like learned ones
 CONCATENATIONS = ("none", "modules", "whole")
 
 
@@ -121,25 +121,64 @@ class Engine:
     def _message(self) -> str:
         return self._error.value.decode(errors="replace")
 
-    def sequence(self, capacity: int) -> Sequence:
-        """An empty sequence with room for `capacity` tokens.
+    def sequence(self, capacity: int, source: int = 0) -> Sequence:
+        """An empty sequence with room for `capacity` tokens, and for the `source` tokens that an encoder read.
 
         Raises:
-            Failure: memory does not suffice.
-            ValueError: no room at all.
+            Failure: memory does not suffice, or hashed attention would have to choose among so many positions.
+            ValueError: no room at all, or none for a source of a model with an encoder.
         """
         if not 1 <= capacity <= 1 << 30:
             raise ValueError(f"capacity: {capacity} is not between 1 and {1 << 30}")
-        needed = self._library.sparsecli_sequence_bytes(self.handle, capacity)
+        least = int(self.model.spec.encoder is not None)
+        if not least <= source <= least << 30:
+            raise ValueError(f"source: {source} is not between {least} and {least << 30}")
+        positions = capacity + source * joins(self.model.spec)
+        if (limit := exact_positions(self.model.spec)) and positions > limit:
+            raise Failure(
+                f"{positions} positions are more than the {limit} that every token of this model sees; its hashed "
+                "attention is for PyTorch then (--backend torch)"
+            )
+        needed = self._library.sparsecli_sequence_bytes(self.handle, capacity, source)
         if needed > _available_memory():
             raise Failure(
-                f"{capacity} positions need {needed / 1e9:.1f} GB of cache, more than the memory that is left; "
+                f"{positions} positions need {needed / 1e9:.1f} GB of cache, more than the memory that is left; "
                 "use a shorter context or a narrower cache type"
             )
-        handle = self._library.sparsecli_sequence_create(self.handle, capacity, self._error)
+        handle = self._library.sparsecli_sequence_create(self.handle, capacity, source, self._error)
         if not handle:
-            raise Failure(f"{capacity} positions need {needed / 1e9:.1f} GB of cache: {self._message()}")
+            raise Failure(f"{positions} positions need {needed / 1e9:.1f} GB of cache: {self._message()}")
         return Sequence(self, ctypes.c_void_p(handle), capacity)
+
+    def read_source(self, sequence: Sequence, source: np.ndarray) -> None:
+        """Begin `sequence` anew with an encoder's output (L, d), or its two streams (2, L, d).
+
+        Raises:
+            Failure: the source is empty, longer than the sequence's room for it, or the model has no encoder.
+            ValueError: another shape, or a number that is not finite.
+        """
+        streams = np.ascontiguousarray(source if source.ndim == 3 else source[None], np.float32)
+        expected = source_streams(self.model.spec)
+        if streams.ndim != 3 or streams.shape[::2] != (expected, self.model.spec.d_model):
+            raise ValueError(
+                f"source is {source.shape}; expected {expected} x length x {self.model.spec.d_model}"
+            )
+        if not np.isfinite(streams).all():
+            raise ValueError("source: holds a NaN or an infinity")
+        if sequence.engine is not self:
+            raise ValueError("the sequence belongs to another engine")
+        with self._turn:
+            done = self._library.sparsecli_read_source(
+                self.handle,
+                sequence.handle,
+                streams[0].ctypes.data,
+                streams[-1].ctypes.data,
+                streams.shape[1],
+                self._error,
+            )
+            message = self._message()
+        if done < 0:
+            raise Failure(message)
 
     def prefill(self, sequence: Sequence, tokens: Many[int]) -> np.ndarray:
         """Logits (V,) after the last of `tokens`, which are added to the sequence.
@@ -217,7 +256,7 @@ class Engine:
 
 
 class Sequence:
-    """Keys, values and convolution inputs of the tokens so far, with room for `capacity`."""
+    """Keys, values and convolution inputs of a source and the tokens so far, with room for `capacity` tokens."""
 
     def __init__(self, engine: Engine, handle: ctypes.c_void_p, capacity: int) -> None:
         self.engine, self._handle, self.capacity = engine, handle, capacity
@@ -255,6 +294,20 @@ def processors() -> int:
     return os.cpu_count() or 1
 
 
+def exact_positions(spec: ModelSpec) -> int | None:
+    """Positions up to which a token of a model with hashed attention sees all others; None: it always does."""
+    hashing = spec.attention.hashing
+    if hashing is None:
+        return None
+    return hashing.rounds * hashing.chunk_length * (1 + hashing.chunks_before)
+
+
+def source_streams(spec: ModelSpec) -> int:
+    """Streams of an encoder's output that `read_source` takes."""
+    read_by = spec.encoder.read_by if spec.encoder else None
+    return 2 if read_by and read_by.kind == "joined" and read_by.streams == 2 else 1
+
+
 def _available_memory() -> int:
     import psutil
 
@@ -281,9 +334,17 @@ def _shape(model: PackedModel, poison: bool) -> Shape:
         query_rank=spec.query_rank or 0,
         key_rank=spec.key_rank or 0,
         rms=spec.normalization == "rms",
-        positions=POSITIONS.index(spec.positions),
+        positions=POSITIONS.index(spec.positions) if spec.positions in POSITIONS else 0,
         rotary_width=spec.rotary_width if spec.positions == "rotary" else 0,
         parallel=spec.parallel,
+        streams=2 if spec.residual == "reversible" else 1,
+        concatenate=spec.merge == "concatenate",
+        attention_layers=spec.attention_layers,
+        shared_query_key=(1 if attention.share_query_key else 2) if attention.shares_query_key else 0,
+        source=1 if crosses(spec) else 2 if joins(spec) else 0,
+        query_modules=query_modules_of(spec) or 0,
+        recurrent_layers=spec.sru.layers if spec.sru else 0,
+        recurrent_width=spec.sru.width if spec.sru else 0,
         head_modules=vocabulary.modules if vocabulary.kind == "multiplicative" else 0,
         cache_type=TYPE_CODES[precision.cache],
         history_type=TYPE_CODES[precision.convolution],

@@ -89,6 +89,17 @@ std::string check(const sparsecli_shape& s) {
             if (s.units_per_block[layer] < least || s.units_per_block[layer] > most) return wrong("units_per_block");
     }
     if (s.head_modules && s.vocabulary % s.head_modules) return wrong("head_modules");
+    if (s.streams < 1 || s.streams > 2 || (s.concatenate && s.streams == 1)) return wrong("streams");
+    if (s.attention_layers < 1 || s.attention_layers > s.streams) return wrong("attention_layers");
+    const bool shared = s.shared_query_key != OWN_KEYS;
+    if (s.shared_query_key < OWN_KEYS || s.shared_query_key > MEAN_OF_TWO || (shared && s.heads != s.key_value_heads))
+        return wrong("shared_query_key");
+    if (s.source < NO_SOURCE || s.source > JOINED) return wrong("source");
+    if (s.query_modules && (s.source != CROSS_ATTENTION || s.d_model % s.query_modules ||
+                            s.heads * s.head_width != s.d_model))
+        return wrong("query_modules");
+    if (s.recurrent_layers < 0 || s.recurrent_layers > 64) return wrong("recurrent_layers");
+    if (s.recurrent_width < (s.recurrent_layers > 0) || s.recurrent_width > 4096) return wrong("recurrent_width");
     return "";
 }
 
@@ -109,7 +120,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 4 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 5 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* wanted, char* error) {
     const Kernels* found = find_kernels(wanted);
@@ -185,26 +196,59 @@ int64_t sparsecli_ready(sparsecli_engine* engine, char* error) {
     return 0;
 }
 
-sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, char* error) {
+sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, int64_t source, char* error) {
     sparsecli_sequence* sequence = nullptr;
     guarded(error, [&] {
         auto made = std::make_unique<sparsecli_sequence>();
-        made->held.capacity = capacity;
-        engine->forward->allocate(made->held);
+        made->held.capacity = positions_of(engine->model, capacity, source);
+        made->held.source_capacity = source;
+        allocate(made->held, engine->model);
         sequence = made.release();
     });
     return sequence;
 }
 
 void sparsecli_sequence_destroy(sparsecli_sequence* sequence) { delete sequence; }
-int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence) { return sequence->held.length; }
 
-void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length) {
-    if (length >= 0 && length < sequence->held.length) sequence->held.length = length;
+int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence) {
+    return sequence->held.length - sequence->held.first;
 }
 
-int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity) {
-    return Forward::sequence_bytes(engine->model, capacity);
+void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length) {
+    Sequence& held = sequence->held;
+    if (length >= 0 && held.first + length < held.length) held.length = held.first + length;
+}
+
+int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t source) {
+    return CacheBytes(engine->model, positions_of(engine->model, capacity, source), source).all();
+}
+
+int64_t sparsecli_read_source(sparsecli_engine* engine, sparsecli_sequence* sequence, const float* first,
+                              const float* second, int64_t rows, char* error) {
+    const sparsecli_shape& shape = engine->model.shape;
+    Sequence& held = sequence->held;
+    const bool fine = guarded(error, [&] {
+        if (shape.source == NO_SOURCE) throw std::runtime_error("the model has no encoder");
+        if (rows < 1) throw std::runtime_error("the source is empty");
+        if (rows > held.source_capacity)
+            throw std::runtime_error("the source has " + std::to_string(rows) + " tokens, the sequence has room for " +
+                                     std::to_string(held.source_capacity));
+        engine->forward->reserve(rows);
+        held.length = held.first = held.source_length = 0;
+        std::vector<Row> chunk;
+        for (int64_t start = 0; start < rows; start += CHUNK) {
+            chunk.clear();
+            for (int64_t i = start; i < std::min(rows, start + CHUNK); ++i)
+                chunk.push_back({&held, i, -1, nullptr, {first + i * shape.d_model, second + i * shape.d_model}});
+            if (engine->model.crosses())
+                engine->forward->remember_source(chunk);
+            else
+                engine->forward->run(chunk, false);
+        }
+        held.source_length = rows;
+        if (shape.source == JOINED) held.first = held.length = rows;
+    });
+    return fine ? 0 : -1;
 }
 
 int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* sequences, const int64_t* tokens,
@@ -224,14 +268,15 @@ int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* s
             if (!valid)
                 throw std::runtime_error("token " + std::to_string(tokens[i]) + " is not in the vocabulary of " +
                                          std::to_string(shape.vocabulary));
+            if (shape.source && !sequence->source_length) throw std::runtime_error("the sequence has no source yet");
             if (position >= sequence->capacity)
                 throw std::runtime_error("the sequence is full: it holds " + std::to_string(sequence->capacity) +
                                          " positions");
-            if (shape.positions == LEARNED && position >= shape.max_positions)
-                throw std::runtime_error("position " + std::to_string(position) + " is beyond max_positions " +
-                                         std::to_string(shape.max_positions));
+            if (shape.positions == LEARNED && position - sequence->first >= shape.max_positions)
+                throw std::runtime_error("position " + std::to_string(position - sequence->first) +
+                                         " is beyond max_positions " + std::to_string(shape.max_positions));
             rows.push_back({sequence, position, tokens[i], nullptr});
-            longest = std::max(longest, position + 1);
+            longest = std::max({longest, position + 1, sequence->source_length});
         }
         for (int64_t i = 0; i < count; ++i)
             if (all_logits || i + 1 == count || sequences[i + 1] != sequences[i]) {

@@ -28,6 +28,13 @@ struct sparsecli_shape {
     int64_t positions;       // 0 learned, 1 sinusoidal, 2 rotary
     int64_t rotary_width;    // elements of a head that are turned, from its start
     int64_t parallel;        // attention and feed-forward of a block read the same stream
+    int64_t streams;           // 2: blocks read one and add to the other, in turn
+    int64_t concatenate;       // the two streams are put side by side in the end, not averaged
+    int64_t attention_layers;  // of a block with two streams
+    int64_t shared_query_key;  // keys are unit queries: 1 of one projection, 2 the mean of two
+    int64_t source;            // what an encoder made: 0 none, 1 attended to, 2 comes before the tokens
+    int64_t query_modules;     // of queries to the source; 0: dense
+    int64_t recurrent_layers, recurrent_width;  // of the branch beside the feed-forward layer
     int64_t head_modules;    // 0: dense
     int64_t cache_type;      // of keys and values
     int64_t history_type;    // of the convolutions' inputs: that of their kernels
@@ -52,11 +59,17 @@ int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name
                        int64_t type, const float* scale, int64_t scales, char* error);
 int64_t sparsecli_ready(sparsecli_engine* engine, char* error);  // every tensor there?
 
-sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, char* error);
+// With room for `capacity` tokens after a source of at most `source` rows.
+sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, int64_t source, char* error);
 void sparsecli_sequence_destroy(sparsecli_sequence* sequence);
 int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence);
 void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length);
-int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity);
+int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t source);
+
+// Begins a sequence anew with what an encoder made of a source: `rows` vectors of d_model for each stream; the second is
+// read where there are two and the source is joined.
+int64_t sparsecli_read_source(sparsecli_engine* engine, sparsecli_sequence* sequence, const float* first,
+                              const float* second, int64_t rows, char* error);
 
 // Adds tokens[i] to sequences[i], `count` of them; the same sequence may come several times, but in a row (a prompt).
 // logits (rows, vocabulary) of every token where all_logits, else of each sequence's last. -2: no such token.

@@ -5,6 +5,9 @@ namespace sparsecli {
 
 void Forward::pass(int64_t worker) {
     if (!worker) since_ = Clock::now();
+    Worker& own = workers_[size_t(worker)];
+    own.written = &x_;
+    own.read = shape_.streams == 2 ? &other_ : &x_;
     const Range rows = mine(count(), 1, worker);
     for (int64_t t = rows.begin; t < rows.end; ++t) embed(t);
     barrier(worker, OTHER);
@@ -12,8 +15,13 @@ void Forward::pass(int64_t worker) {
     for (int64_t layer = 0; layer < shape_.layers; ++layer) {
         const Block& block = model_.blocks[size_t(layer)];
         if (shape_.parallel) set_aside(block.feed_forward_norm, worker);
-        attention(block, layer, worker);
+        for (int64_t i = 0; i < shape_.attention_layers; ++i) {
+            attention(block.attention[i], layer * shape_.attention_layers + i, worker);
+            swap_streams(worker);
+        }
+        if (model_.crosses()) cross_attention(block.cross, layer, worker);
         feed_forward(block, layer, worker);
+        swap_streams(worker);
     }
     if (!worker)
         block_stack_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
@@ -21,31 +29,35 @@ void Forward::pass(int64_t worker) {
     mark(worker, HEAD);
 }
 
+// The first vectors of both streams. Positions of tokens begin after a joined source, but its angles are counted on.
 void Forward::embed(int64_t t) {
     const Row& row = (*rows_)[size_t(t)];
     float* x = x_.row(t);
-    const int64_t d = shape_.d_model;
-    widen_row(model_.embedding, row.token, x);
-    for (int64_t i = 0; i < d; ++i) x[i] *= float(shape_.embedding_scale);
-    if (shape_.positions == LEARNED) {
-        float* line = y_.row(t);
-        widen_row(model_.positions, row.position, line);
-        for (int64_t i = 0; i < d; ++i) x[i] += line[i];
+    const int64_t d = shape_.d_model, position = row.position - row.sequence->first;
+    const size_t bytes = size_t(d) * sizeof(float);
+    if (row.vectors[0]) {
+        std::memcpy(x, row.vectors[0], bytes);
     } else {
-        const float* frequency = values(model_.frequencies);
-        const int64_t half = model_.frequencies.cols;
-        float* angles = angles_.row(t);
-        for (int64_t i = 0; i < half; ++i) {
-            const float angle = float(row.position) * frequency[i];
-            if (shape_.positions == ROTARY) {
-                angles[i] = std::cos(angle);
-                angles[half + i] = std::sin(angle);
-            } else {  // all sines, then all cosines
-                x[i] += std::sin(angle);
-                x[half + i] += std::cos(angle);
-            }
-        }
+        widen_row(model_.embedding, row.token, x);
+        for (int64_t i = 0; i < d; ++i) x[i] *= float(shape_.embedding_scale);
     }
+    if (shape_.positions == LEARNED && !row.vectors[0]) {
+        float* line = y_.row(t);
+        widen_row(model_.positions, position, line);
+        for (int64_t i = 0; i < d; ++i) x[i] += line[i];
+    }
+    const float* frequency = values(model_.frequencies);
+    const int64_t half = model_.frequencies.cols;
+    float* angles = angles_.row(t);
+    for (int64_t i = 0; i < half && shape_.positions == ROTARY; ++i) {
+        angles[i] = std::cos(float(row.position) * frequency[i]);
+        angles[half + i] = std::sin(float(row.position) * frequency[i]);
+    }
+    for (int64_t i = 0; i < half && shape_.positions == SINUSOIDAL && !row.vectors[0]; ++i) {
+        x[i] += std::sin(float(position) * frequency[i]);  // all sines, then all cosines
+        x[half + i] += std::cos(float(position) * frequency[i]);
+    }
+    if (shape_.streams == 2) std::memcpy(other_.row(t), row.vectors[1] ? row.vectors[1] : x, bytes);
 }
 
 void Forward::widen_row(const Matrix& table, int64_t row, float* out) const {
@@ -54,8 +66,8 @@ void Forward::widen_row(const Matrix& table, int64_t row, float* out) const {
              table.cols, out);
 }
 
-void Forward::normalize(const Norm& norm, int64_t t, float* to) const {
-    k_.normalize(x_.row(t), values(norm.weight), shape_.rms ? nullptr : values(norm.bias), shape_.d_model, shape_.rms,
+void Forward::normalize(const Norm& norm, int64_t t, float* to, int64_t worker) const {
+    k_.normalize(workers_[size_t(worker)].read->row(t), values(norm.weight), shape_.rms ? nullptr : values(norm.bias), shape_.d_model, shape_.rms,
                  shape_.epsilon, to);
 }
 
@@ -64,19 +76,19 @@ void Forward::normalize(const Norm& norm, int64_t t, float* to) const {
 Activations Forward::normalized(const Norm& norm, int64_t worker) {
     Worker& own = workers_[size_t(worker)];
     if (count() == 1) {
-        normalize(norm, 0, own.normed.row(0));
+        normalize(norm, 0, own.normed.row(0), worker);
         return readable(own.normed, d_stride_, worker);
     }
     const Range rows = mine(count(), 1, worker);
-    for (int64_t t = rows.begin; t < rows.end; ++t) normalize(norm, t, normed_.row(t));
+    for (int64_t t = rows.begin; t < rows.end; ++t) normalize(norm, t, normed_.row(t), worker);
     return readable(normed_, d_stride_, worker);
 }
 
 // Normalised rows that are read later, when the residual ones have changed.
 void Forward::set_aside(const Norm& norm, int64_t worker) {
-    if (count() == 1) return normalize(norm, 0, workers_[size_t(worker)].aside.row(0));
+    if (count() == 1) return normalize(norm, 0, workers_[size_t(worker)].aside.row(0), worker);
     const Range rows = mine(count(), 1, worker);
-    for (int64_t t = rows.begin; t < rows.end; ++t) normalize(norm, t, aside_.row(t));
+    for (int64_t t = rows.begin; t < rows.end; ++t) normalize(norm, t, aside_.row(t), worker);
 }
 
 // Rows as layers read them, in every form that the model's weights need. With many rows a barrier follows.
@@ -133,9 +145,23 @@ void Forward::multiply(const Map& map, const float* x, int64_t begin, int64_t en
                       workers_[size_t(worker)].scratch.row(0));
 }
 
-void Forward::add_to_residual(const Buffer<float>& y, Range columns) {
-    for (int64_t t = 0; t < count(); ++t)
-        for (int64_t c = columns.begin; c < columns.end; ++c) x_.row(t)[c] += y.row(t)[c];
+void Forward::add_to_residual(const Buffer<float>& y, Range columns, int64_t worker) {
+    for (int64_t t = 0; t < count(); ++t) {
+        float* x = residual(t, worker);
+        for (int64_t c = columns.begin; c < columns.end; ++c) x[c] += y.row(t)[c];
+    }
+}
+
+// A row of what the last norm reads; two streams are merged in `line`.
+const float* Forward::merged(int64_t t, float* line, int64_t worker) const {
+    if (shape_.streams == 1) return x_.row(t);
+    const float *a = residual(t, worker), *b = workers_[size_t(worker)].read->row(t);
+    const int64_t d = shape_.d_model;
+    for (int64_t i = 0; i < d; ++i) {
+        line[i] = shape_.concatenate ? a[i] : (a[i] + b[i]) / 2;
+        if (shape_.concatenate) line[d + i] = b[i];
+    }
+    return line;
 }
 
 // Logits of the rows that want them, which lie one after the other.
@@ -143,10 +169,12 @@ void Forward::logits(int64_t worker) {
     const int64_t held = int64_t(wanted_.size());
     if (!held) return;
     float* out = (*rows_)[size_t(wanted_[0])].logits;
-    Buffer<float>& normed = held == 1 ? workers_[size_t(worker)].normed : normed_;
+    Buffer<float>& normed = held == 1 ? workers_[size_t(worker)].merged : merged_;
     const Range rows = held == 1 ? Range{0, 1} : mine(held, 1, worker);
-    for (int64_t i = rows.begin; i < rows.end; ++i) normalize(model_.norm, wanted_[size_t(i)], normed.row(i));
-    const Activations x = readable(normed, d_stride_, worker, held);
+    for (int64_t i = rows.begin; i < rows.end; ++i)
+        k_.normalize(merged(wanted_[size_t(i)], normed.row(i), worker), values(model_.norm.weight),
+                     values(model_.norm.bias), model_.merged_width(), shape_.rms, shape_.epsilon, normed.row(i));
+    const Activations x = readable(normed, merged_stride_, worker, held);
     if (shape_.head_modules)
         multiplicative_logits(x, held, out, worker);
     else

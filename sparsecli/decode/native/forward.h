@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "memory.h"
 #include "model.h"
 #include "pool.h"
+#include "sequence.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -26,11 +26,13 @@ constexpr int64_t FETCHED_POSITIONS = 128;  // of each head, before attention be
 constexpr int64_t MAX_HEAD_WIDTH = 1024;
 constexpr int64_t BLOCKS_AT_ONCE = 8;   // whose units many rows share while they are cached
 
-enum Part { OTHER, PROJECTION, MULTIPLY, CONVOLUTION, ATTENTION, CONTROLLER, UNIT_DOTS, UNIT_SUMS, DENSE_FF, HEAD,
-            BARRIERS, PART_COUNT };
+constexpr double UNIT_EPSILON = 1e-6;  // added to the mean square of a shared query before it becomes a key
+
+enum Part { OTHER, PROJECTION, MULTIPLY, CONVOLUTION, ATTENTION, CONTROLLER, UNIT_DOTS, UNIT_SUMS, DENSE_FF, RECURRENCE,
+            HEAD, BARRIERS, PART_COUNT };
 constexpr const char* PART_NAMES[] = {"norms and residual", "projections", "multiplicative", "convolution",
                                       "attention", "controller", "unit rows in", "unit rows out", "dense feed-forward",
-                                      "head", "barriers"};
+                                      "recurrence", "head", "barriers"};
 
 struct Range {
     int64_t begin, end;
@@ -43,31 +45,16 @@ inline Range share(int64_t total, int64_t step, int64_t worker, int64_t workers)
     return {steps * worker / workers * step, end < total ? end : total};
 }
 
-// A sequence's keys, values and convolution inputs, all layers, `capacity` positions.
-struct Sequence {
-    int64_t capacity, length = 0;
-    Buffer<char> keys, values, history, value_history, output_history;
-    Buffer<float> key_scales, value_scales;
-};
-
 struct Row {
     Sequence* sequence;
     int64_t position, token;
     float* logits;  // null: not wanted
-};
-
-// Strides of a sequence's buffers, in elements.
-struct CacheSizes {
-    int64_t value_stride, history_margin, history_row, value_history_row;
-};
-
-// Bytes of a sequence's buffers; 0: the model does not have it.
-struct CacheBytes {
-    int64_t keys, values, scales, history, value_history, output_history;  // `scales` of keys, and as many of values
+    const float* vectors[2] = {};  // of a source, in place of a token: one for each stream
 };
 
 struct Worker {
-    Buffer<float> normed, aside, scores, line;
+    Buffer<float>*written, *read;  // the stream that layers add to, and the one that they read: the same, if it is one
+    Buffer<float> normed, merged, aside, scores, line, recurrent, gates;
     Buffer<int16_t> integers;
     Buffer<int32_t> sums;
     Buffer<uint16_t> halves;
@@ -80,19 +67,26 @@ struct Worker {
 class Forward {
   public:
     Forward(const Model& model, const Kernels& kernels, Pool& pool)
-        : model_(model), shape_(model.shape), k_(kernels), pool_(pool), workers_(size_t(pool.threads())) {
+        : model_(model), shape_(model.shape), k_(kernels), pool_(pool), workers_(size_t(pool.threads())), sizes_(model) {
         const sparsecli_shape& s = shape_;
         const bool poison = s.poison;
         const int64_t wide = round_up(s.d_ff, PAD);
         d_stride_ = round_up(s.d_model, PAD);
+        merged_stride_ = round_up(model.merged_width(), PAD);
+        r_stride_ = round_up(s.recurrent_width, PAD);
         a_stride_ = round_up(model.attention_width(), PAD);
         z_stride_ = round_up(model.padded_rank(), PAD);
         h_stride_ = s.feed_forward == DENSE_UNITS || model.promotes() ? wide : 0;
         for (int64_t layer = 0; layer < s.layers; ++layer)
             h_stride_ = std::max(h_stride_, round_up(model.chosen_units(layer), PAD));
         pair_stride_ = model.padded_units() * model.inward();
-        integer_stride_ = std::max({d_stride_, a_stride_, z_stride_, h_stride_});
+        integer_stride_ = std::max({merged_stride_, a_stride_, z_stride_, h_stride_, r_stride_});
         for (Buffer<float>* buffer : {&x_, &normed_, &m_, &y_}) buffer->rows(CHUNK, s.d_model, d_stride_, poison);
+        other_.rows(s.streams == 2 ? CHUNK : 0, s.d_model, d_stride_, poison);
+        merged_.rows(CHUNK, model.merged_width(), merged_stride_, poison);
+        recurrent_.rows(s.recurrent_layers ? CHUNK : 0, s.recurrent_width, r_stride_, poison);
+        unit_.rows(1, s.head_width, s.head_width, false);
+        std::fill_n(unit_.row(0), s.head_width, 1 / std::sqrt(float(s.head_width)));
         for (Buffer<float>* buffer : {&q_, &k_row_, &v_, &mixed_})
             buffer->rows(CHUNK, model.attention_width(), a_stride_, poison);
         const int64_t query_stride = round_up(s.query_rank, PAD), key_stride = round_up(s.key_rank, PAD);
@@ -116,6 +110,9 @@ class Forward {
         const int64_t scratch = std::max<int64_t>(1 << 19, CHUNK * z_stride_ * 2);  // products, or the controller's inputs
         for (Worker& worker : workers_) {
             worker.normed.rows(1, s.d_model, d_stride_, poison);
+            worker.merged.rows(1, model.merged_width(), merged_stride_, poison);
+            worker.recurrent.rows(1, s.recurrent_width, r_stride_, poison);
+            worker.gates.rows(1, 3 * s.recurrent_width, 3 * s.recurrent_width, poison);
             worker.aside.rows(s.parallel ? 1 : 0, s.d_model, d_stride_, poison);
             worker.line.rows(1, z_stride_ + CHUNK + d_stride_, z_stride_ + CHUNK + d_stride_, false);
             worker.integers.rows(1, integer_stride_, integer_stride_, false);
@@ -125,50 +122,6 @@ class Forward {
             worker.taps.resize(size_t(s.kernel));
             worker.used.resize(size_t(s.layers));
         }
-        sizes_ = cache_sizes(model);
-    }
-
-    static CacheSizes cache_sizes(const Model& model) {
-        CacheSizes sizes{};
-        const int64_t width = model.shape.head_width, margin = model.convolves() ||
-            model.shape.output == MULTIPLICATIVE_CONV_OUTPUT ? model.module_width() : 0;
-        sizes.value_stride = round_up(width, LANES);
-        sizes.history_margin = round_up(margin, LANES);
-        sizes.history_row = round_up(sizes.history_margin + model.shape.d_model + margin + LANES, LANES);
-        sizes.value_history_row = round_up(2 * model.shape.d_model + LANES, LANES);
-        return sizes;
-    }
-
-    static CacheBytes cache_bytes(const Model& model, int64_t capacity) {
-        const sparsecli_shape& s = model.shape;
-        const CacheSizes sizes = cache_sizes(model);
-        const int64_t positions = s.layers * s.key_value_heads * round_up(capacity, LANES);  // of all heads
-        const int64_t rows = s.layers * (s.kernel - 1 + capacity) * type_bytes(s.history_type);
-        const bool convolves = model.convolves();
-        return {positions * s.head_width * type_bytes(s.cache_type),
-                positions * sizes.value_stride * type_bytes(s.cache_type),
-                s.cache_type == INT8 ? positions * int64_t(sizeof(float)) : 0,
-                convolves ? rows * sizes.history_row : 0,
-                convolves && s.value_concat ? rows * sizes.value_history_row : 0,
-                s.output == MULTIPLICATIVE_CONV_OUTPUT ? rows * sizes.history_row : 0};
-    }
-
-    static int64_t sequence_bytes(const Model& model, int64_t capacity) {
-        const CacheBytes b = cache_bytes(model, capacity);
-        return b.keys + b.values + 2 * b.scales + b.history + b.value_history + b.output_history;
-    }
-
-    // Memory for one sequence; throws std::bad_alloc.
-    void allocate(Sequence& sequence) const {
-        const CacheBytes b = cache_bytes(model_, sequence.capacity);
-        const bool poison = shape_.poison;
-        sequence.keys.bytes(b.keys, poison);
-        sequence.values.bytes(b.values, poison);
-        sequence.key_scales.bytes(b.scales, poison);
-        sequence.value_scales.bytes(b.scales, poison);
-        sequence.history.bytes(b.history, false);  // margins and what precedes the first position are zero
-        sequence.value_history.bytes(b.value_history, false);
-        sequence.output_history.bytes(b.output_history, false);
     }
 
     // Room for attention scores over `positions`; before the pass, by one thread.
@@ -188,6 +141,9 @@ class Forward {
         }
         return std::exchange(tokens_, 0);
     }
+
+    // Keys and values of an encoder's output, whose rows have vectors.
+    void remember_source(const std::vector<Row>& rows);
 
     void run(const std::vector<Row>& rows, bool profile) {
         tokens_ += int64_t(rows.size());
@@ -241,7 +197,9 @@ class Forward {
     void pass(int64_t worker);
     void embed(int64_t t);
     void widen_row(const Matrix& table, int64_t row, float* out) const;
-    void normalize(const Norm& norm, int64_t t, float* to) const;
+    void swap_streams(int64_t worker) { std::swap(workers_[size_t(worker)].written, workers_[size_t(worker)].read); }
+    float* residual(int64_t t, int64_t worker) const { return workers_[size_t(worker)].written->row(t); }
+    void normalize(const Norm& norm, int64_t t, float* to, int64_t worker) const;
     Activations normalized(const Norm& norm, int64_t worker);
     void set_aside(const Norm& norm, int64_t worker);
     Activations readable(const Buffer<float>& source, int64_t stride, int64_t worker);
@@ -252,7 +210,8 @@ class Forward {
                int64_t out_stride) const;
     Range linear(const Map& map, const Activations& x, float* out, int64_t out_stride, int64_t worker) const;
     void multiply(const Map& map, const float* x, int64_t begin, int64_t end, float* out, int64_t worker);
-    void add_to_residual(const Buffer<float>& y, Range columns);
+    void add_to_residual(const Buffer<float>& y, Range columns, int64_t worker);
+    const float* merged(int64_t t, float* line, int64_t worker) const;
     void logits(int64_t worker);
     void multiplicative_logits(const Activations& x, int64_t held, float* out, int64_t worker);
     void dense_logits(const Activations& x, int64_t held, float* out, int64_t worker);
@@ -265,23 +224,39 @@ class Forward {
         int64_t row, margin, position;  // bytes of a row, elements before module 0
     };
 
-    void attention(const Block& block, int64_t layer, int64_t worker);
-    void low_rank_projection(const Block& block, const Activations& x, int64_t worker);
-    void share_projection(const Block& block, int64_t layer, const Activations& x, int64_t worker);
-    History history(int64_t layer, int64_t t) const;
-    History history_of(const Row& row, const Buffer<char>& buffer, int64_t layer, int64_t elements,
+    // `place` counts attention layers, whose caches lie one after the other.
+    void attention(const AttentionLayer& layer, int64_t place, int64_t worker);
+    void low_rank_projection(const AttentionLayer& layer, const Activations& x, int64_t worker);
+    void share_projection(const AttentionLayer& layer, int64_t place, const Activations& x, int64_t worker);
+    History history(int64_t place, int64_t t) const;
+    History history_of(const Row& row, const Buffer<char>& buffer, int64_t place, int64_t elements,
                        int64_t margin) const;
     void remember(const History& to, const float* from, int64_t begin, int64_t end) const;
-    void remember_joined(int64_t layer, int64_t t, const float* x, int64_t begin, int64_t end) const;
-    void convolve(const Block& block, int64_t layer, int64_t t, int64_t begin, int64_t end, int64_t worker);
+    void remember_joined(int64_t place, int64_t t, const float* x, int64_t begin, int64_t end) const;
+    void convolve(const AttentionLayer& layer, int64_t place, int64_t t, int64_t begin, int64_t end, int64_t worker);
     void run_convolution(const Convolution& convolution, const History& from, int64_t stride, int64_t lead,
                          int64_t begin, int64_t end, float* out, int64_t worker);
-        HeadCache head_cache(const Sequence& sequence, int64_t layer, int64_t head) const;
+    HeadCache head_cache(const KeyValues& held, int64_t place, int64_t head) const;
     void prepare_head(const Norm& norm, float* head, int64_t t) const;
-    void append(const Block& block, int64_t layer, int64_t t, int64_t head);
-    void fetch_cache(int64_t layer, int64_t worker) const;
-    void attend(const Block& block, int64_t layer, int64_t worker);
-    void project_output(const Block& block, int64_t layer, int64_t worker);
+    void prepare_key(const AttentionLayer& layer, int64_t t, int64_t head) const;
+    void append(KeyValues Sequence::*to, int64_t place, int64_t t, int64_t head) const;
+    void fetch_cache(const KeyValues Sequence::*from, int64_t place, int64_t worker) const;
+    int64_t seen(const Row& row, bool source) const;
+    void attend(const AttentionLayer& layer, const KeyValues Sequence::*to, int64_t place, int64_t worker);
+    void project_output(const Map& output, int64_t worker);
+    void multiply_output(const AttentionLayer& layer, int64_t place, int64_t worker);
+
+    // -- an encoder's output (forward_source.cpp) ------------------------------------------------------------
+
+    void source_pass(int64_t worker);
+    void cross_attention(const AttentionLayer& cross, int64_t layer, int64_t worker);
+    void convolve_queries(const AttentionLayer& cross, int64_t layer, const Activations& x, int64_t worker);
+
+    // -- recurrence (forward_recurrence.cpp) -----------------------------------------------------------------
+
+    void enter_recurrence(const Recurrence& branch, int64_t worker);
+    void leave_recurrence(const Recurrence& branch, int64_t layer, int64_t worker);
+    void recur(const Recurrence& branch, int64_t layer, int64_t t, float* y, int64_t worker);
 
     // -- feed-forward (forward_feed_forward.cpp) -------------------------------------------------------------
 
@@ -316,14 +291,14 @@ class Forward {
     const Kernels& k_;
     Pool& pool_;
     std::vector<Worker> workers_;
-    CacheSizes sizes_{};
+    CacheSizes sizes_;
     const std::vector<Row>* rows_ = nullptr;
     std::vector<int64_t> wanted_;  // rows that want logits
     int64_t tokens_ = 0;  // since they were last counted
     bool profile_ = false;
     Clock::time_point since_;
-    int64_t d_stride_ = 0, a_stride_ = 0, z_stride_ = 0, h_stride_ = 0, pair_stride_ = 0, integer_stride_ = 0, score_stride_ = 0;
-    Buffer<float> x_, normed_, aside_, q_, k_row_, v_, mixed_, query_first_, key_first_, m_, y_, z_, h_, gate_, pairs_, estimates_, probabilities_, scales_, angles_;
+    int64_t d_stride_ = 0, merged_stride_ = 0, r_stride_ = 0, a_stride_ = 0, z_stride_ = 0, h_stride_ = 0, pair_stride_ = 0, integer_stride_ = 0, score_stride_ = 0;
+    Buffer<float> x_, other_, merged_, recurrent_, unit_, normed_, aside_, q_, k_row_, v_, mixed_, query_first_, key_first_, m_, y_, z_, h_, gate_, pairs_, estimates_, probabilities_, scales_, angles_;
     Buffer<int32_t> chosen_, sums_;
     Buffer<int64_t> found_;  // units that each thread found, where their number is up to the token
     Buffer<int16_t> integers_;

@@ -6,6 +6,7 @@
 namespace sparsecli {
 
 void Forward::feed_forward(const Block& block, int64_t layer, int64_t worker) {
+    if (shape_.recurrent_layers) enter_recurrence(block.recurrence, worker);
     const Buffer<float>& aside = count() == 1 ? workers_[size_t(worker)].aside : aside_;
     const Activations x = shape_.parallel ? readable(aside, d_stride_, worker)
                                           : normalized(block.feed_forward_norm, worker);
@@ -19,6 +20,7 @@ void Forward::feed_forward(const Block& block, int64_t layer, int64_t worker) {
     else
         route(block, layer, x, worker);
     barrier(worker, UNIT_DOTS);
+    if (shape_.recurrent_layers) leave_recurrence(block.recurrence, layer, worker);
     if (model_.selects() && shape_.rank) add_bypass(block, worker);
     sum_units(block, layer, worker);
     barrier(worker, UNIT_SUMS);
@@ -32,8 +34,9 @@ void Forward::dense_feed_forward(const Block& block, int64_t layer, const Activa
         k_.activate(shape_.activation, shape_.gated ? gate_.row(t) + units.begin : nullptr,
                     h_.row(t) + units.begin, units.end - units.begin);
     barrier(worker, DENSE_FF);
+    if (shape_.recurrent_layers) leave_recurrence(block.recurrence, layer, worker);
     const Activations h = readable(h_, h_stride_, worker);
-    add_to_residual(y_, linear(block.down, h, y_.row(0), d_stride_, worker));
+    add_to_residual(y_, linear(block.down, h, y_.row(0), d_stride_, worker), worker);
     barrier(worker, DENSE_FF);
 }
 
@@ -154,7 +157,7 @@ void Forward::sum_units(const Block& block, int64_t layer, int64_t worker) {
     const float* bias = values(block.bias);
     const auto add = [&](int64_t t, int64_t begin, int64_t end, Range columns) {
         k_.unit_sums(block.units, model_.parts(), chosen_.row(t) + begin, h_.row(t) + begin, end - begin,
-                     columns.begin, columns.end, x_.row(t));
+                     columns.begin, columns.end, residual(t, worker));
     };
     // Where their number is up to the token, every thread has listed its own.
     const auto add_found = [&](int64_t t, Range columns) {
@@ -169,7 +172,7 @@ void Forward::sum_units(const Block& block, int64_t layer, int64_t worker) {
             add_found(0, columns);
         else
             add(0, 0, chosen, columns);
-        for (int64_t c = columns.begin; c < columns.end; ++c) x_.row(0)[c] += bias[c];
+        for (int64_t c = columns.begin; c < columns.end; ++c) residual(0, worker)[c] += bias[c];
         return;
     }
     const Range rows = mine(count(), 1, worker);
@@ -179,7 +182,7 @@ void Forward::sum_units(const Block& block, int64_t layer, int64_t worker) {
         for (int64_t t = rows.begin; t < rows.end; ++t) add(t, first, std::min(first + step, chosen), {0, d});
     for (int64_t t = rows.begin; t < rows.end && shape_.positive; ++t) add_found(t, {0, d});
     for (int64_t t = rows.begin; t < rows.end; ++t)
-        for (int64_t c = 0; c < d; ++c) x_.row(t)[c] += bias[c];
+        for (int64_t c = 0; c < d; ++c) residual(t, worker)[c] += bias[c];
 }
 
 }  // namespace sparsecli

@@ -113,7 +113,7 @@ void Forward::fetch_units(const Block& block, int64_t t, int64_t begin, int64_t 
 // What stands in for the units that were left out, into this worker's columns of the residual.
 void Forward::add_bypass(const Block& block, int64_t worker) {
     const Activations z = readable(z_, z_stride_, worker);
-    add_to_residual(y_, linear(block.bypass_second, z, y_.row(0), d_stride_, worker));
+    add_to_residual(y_, linear(block.bypass_second, z, y_.row(0), d_stride_, worker), worker);
     if (count() > 1) barrier(worker, UNIT_SUMS);  // units are then summed up row by row, not by columns
 }
 
@@ -140,6 +140,7 @@ void Forward::precise_feed_forward(const Block& block, int64_t layer, const Acti
     if (count() == 1) promote(block, units.begin / size * k, units.end / size * k, x, 0);
     workers_[size_t(worker)].used[size_t(layer)] += count() * (units.end - units.begin) / size * k;
     barrier(worker, UNIT_DOTS);
+    if (shape_.recurrent_layers) leave_recurrence(block.recurrence, layer, worker);
 
     const Range columns = mine(d, LANES, worker);
     for (int64_t i = 0; count() == 1 && i < chosen; ++i) {
@@ -154,7 +155,7 @@ void Forward::precise_feed_forward(const Block& block, int64_t layer, const Acti
     for (int64_t t = 0; t < count(); ++t)
         k_.residual_sums(block.residual, model_.parts(), chosen_.row(t), h_.row(t), chosen, columns.begin, columns.end,
                          y_.row(t));
-    add_to_residual(y_, columns);
+    add_to_residual(y_, columns, worker);
     barrier(worker, UNIT_SUMS);
 }
 

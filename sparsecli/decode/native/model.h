@@ -15,6 +15,8 @@ enum Projection { DENSE = 0, MULTIPLICATIVE = 1, DENSE_CONV = 2, MULTIPLICATIVE_
 enum Output { NO_OUTPUT = 0, DENSE_OUTPUT = 1, MULTIPLICATIVE_OUTPUT = 2, MULTIPLICATIVE_CONV_OUTPUT = 3 };
 enum Positions { LEARNED = 0, SINUSOIDAL = 1, ROTARY = 2 };
 enum ValueConcat { NO_CONCAT = 0, CONCAT_MODULES = 1, CONCAT_WHOLE = 2 };
+enum SharedQueryKey { OWN_KEYS = 0, ONE_PROJECTION = 1, MEAN_OF_TWO = 2 };
+enum Source { NO_SOURCE = 0, CROSS_ATTENTION = 1, JOINED = 2 };
 enum class Layout { VECTOR, ROWS, SPANS, PANELS, TAPS, BLOCKS, UNITS, LOW_BIT, RESIDUAL };
 
 // A dense or a multiplicative map, whichever is bound.
@@ -30,12 +32,26 @@ struct Convolution {
     Matrix kernel, bias;
 };
 
-struct Block {
-    Norm attention_norm, feed_forward_norm;
+struct AttentionLayer {
+    Norm norm;
     Map query, key, value, shared, output;
     Map query_first, key_first;  // of two maps the first; the second is `query` or `key`
     Norm query_norm, key_norm;  // of every head
     Convolution query_convolution, key_convolution, value_convolution, output_convolution;
+};
+
+// Simple recurrent units on a narrow path beside the feed-forward layer.
+struct Recurrence {
+    Norm norm;
+    Map enter, leave;
+    std::vector<Map> cells;
+};
+
+struct Block {
+    AttentionLayer attention[2];  // the second where a block has two
+    AttentionLayer cross;         // to an encoder's output
+    Recurrence recurrence;
+    Norm feed_forward_norm;
     Map gate, up, down;  // dense feed-forward
     Matrix router, controller_first, controller_second, controller_bias, units, unit_bias, bias;
     Matrix copy;  // of gate and up in few bits: panels of either in turn
@@ -65,6 +81,10 @@ struct Model {
 
     int64_t attention_width() const { return shape.head_width * shape.heads; }
     int64_t key_width() const { return shape.head_width * shape.key_value_heads; }
+    int64_t merged_width() const { return shape.concatenate ? 2 * shape.d_model : shape.d_model; }
+    int64_t caches() const { return shape.layers * shape.attention_layers; }  // of keys and values, one after the other
+    bool crosses() const { return shape.source == CROSS_ATTENTION; }
+    int64_t query_module_width() const { return shape.query_modules ? shape.d_model / shape.query_modules : 0; }
     int64_t parts() const { return shape.gated ? 3 : 2; }
     int64_t module_width() const { return shape.d_model / shape.modules; }
     int64_t padded_block() const { return round_up(shape.block_size, LANES); }
@@ -121,9 +141,9 @@ struct Model {
         else
             own.push_back({"frequencies", &frequencies, Layout::VECTOR, 1,
                            (shape.positions == ROTARY ? shape.rotary_width : d) / 2});
-        add_norm(own, "norm", norm, d, shape.rms);
-        add_map(own, "head", head, !shape.head_modules, vocabulary, d, shape.head_modules);
-        own.push_back({"head.exact", &exact_head, Layout::SPANS, vocabulary, d, true});
+        add_norm(own, "norm", norm, merged_width(), shape.rms);
+        add_map(own, "head", head, !shape.head_modules, vocabulary, merged_width(), shape.head_modules);
+        own.push_back({"head.exact", &exact_head, Layout::SPANS, vocabulary, merged_width(), true});
         slots.push_back(own);
         for (int64_t layer = 0; layer < shape.layers; ++layer) slots.push_back(block_slots(layer));
     }
@@ -153,43 +173,82 @@ struct Model {
     std::vector<Slot> block_slots(int64_t layer) {
         Block& block = blocks[size_t(layer)];
         std::vector<Slot> to;
+        add_attention(to, "", block.attention[0]);
+        if (shape.attention_layers == 2) add_attention(to, "second.", block.attention[1]);
+        if (crosses()) add_cross_attention(to, block.cross);
+        add_norm(to, "feed_forward_norm", block.feed_forward_norm, shape.d_model, shape.rms);
+        add_feed_forward(to, block, layer);
+        if (shape.recurrent_layers) add_recurrence(to, block.recurrence);
+        return to;
+    }
+
+    void add_attention(std::vector<Slot>& to, const std::string& prefix, AttentionLayer& layer) const {
         const int64_t d = shape.d_model, modules = shape.modules;
-        add_norm(to, "attention_norm", block.attention_norm, d, shape.rms);
-        add_norm(to, "feed_forward_norm", block.feed_forward_norm, d, shape.rms);
         const bool dense = shape.projection == DENSE || shape.projection == DENSE_CONV;
+        const bool keys = shape.shared_query_key != ONE_PROJECTION;
+        add_norm(to, prefix + "attention_norm", layer.norm, d, shape.rms);
         if (convolves()) {
             const int64_t width = module_width(), taps = shape.kernel;
-            add_map(to, "shared", block.shared, dense, d, d, modules);
-            add_convolution(to, "query", block.query_convolution, width, 3 * width, taps);
-            add_convolution(to, "key", block.key_convolution, width, 3 * width, taps);
-            add_convolution(to, "value", block.value_convolution, width, shape.value_concat ? 2 * width : width, taps);
+            add_map(to, prefix + "shared", layer.shared, dense, d, d, modules);
+            add_convolution(to, prefix + "query", layer.query_convolution, width, 3 * width, taps);
+            if (keys) add_convolution(to, prefix + "key", layer.key_convolution, width, 3 * width, taps);
+            add_convolution(to, prefix + "value", layer.value_convolution, width,
+                            shape.value_concat ? 2 * width : width, taps);
         } else {
             if (low_rank()) {
-                add_map(to, "query.first", block.query_first, true, shape.query_rank, d, 0);
-                add_map(to, "query.second", block.query, true, attention_width(), shape.query_rank, 0);
-                add_map(to, "key.first", block.key_first, true, shape.key_rank, d, 0);
-                add_map(to, "key.second", block.key, true, key_width(), shape.key_rank, 0);
+                add_map(to, prefix + "query.first", layer.query_first, true, shape.query_rank, d, 0);
+                add_map(to, prefix + "query.second", layer.query, true, attention_width(), shape.query_rank, 0);
+                add_map(to, prefix + "key.first", layer.key_first, true, shape.key_rank, d, 0);
+                add_map(to, prefix + "key.second", layer.key, true, key_width(), shape.key_rank, 0);
             } else {
-                add_map(to, "query", block.query, dense, attention_width(), d, modules);
-                add_map(to, "key", block.key, dense, key_width(), d, modules);
+                add_map(to, prefix + "query", layer.query, dense, attention_width(), d, modules);
+                if (keys) add_map(to, prefix + "key", layer.key, dense, key_width(), d, modules);
             }
-            add_map(to, "value", block.value, dense, key_width(), d, modules);
+            add_map(to, prefix + "value", layer.value, dense, key_width(), d, modules);
         }
         if (shape.query_key_norm) {
-            add_norm(to, "query_norm", block.query_norm, shape.head_width, true);
-            add_norm(to, "key_norm", block.key_norm, shape.head_width, true);
+            add_norm(to, prefix + "query_norm", layer.query_norm, shape.head_width, true);
+            add_norm(to, prefix + "key_norm", layer.key_norm, shape.head_width, true);
         }
         if (shape.output != NO_OUTPUT)
-            add_map(to, "output", block.output, shape.output == DENSE_OUTPUT, d, attention_width(), modules);
+            add_map(to, prefix + "output", layer.output, shape.output == DENSE_OUTPUT, d, attention_width(), modules);
         if (shape.output == MULTIPLICATIVE_CONV_OUTPUT)
-            add_convolution(to, "output_convolution", block.output_convolution, module_width(), 3 * module_width(),
-                            shape.kernel);
+            add_convolution(to, prefix + "output_convolution", layer.output_convolution, module_width(),
+                            3 * module_width(), shape.kernel);
+    }
+
+    void add_cross_attention(std::vector<Slot>& to, AttentionLayer& cross) const {
+        const int64_t d = shape.d_model, width = query_module_width();
+        add_norm(to, "cross.attention_norm", cross.norm, d, shape.rms);
+        add_map(to, "cross.key", cross.key, true, attention_width(), d, 0);
+        add_map(to, "cross.value", cross.value, true, attention_width(), d, 0);
+        if (shape.query_modules) {
+            add_map(to, "cross.shared", cross.shared, false, d, d, shape.query_modules);
+            add_convolution(to, "cross.query", cross.query_convolution, width, 3 * width, shape.kernel);
+            return;
+        }
+        add_map(to, "cross.query", cross.query, true, attention_width(), d, 0);
+        add_map(to, "cross.output", cross.output, true, d, attention_width(), 0);
+    }
+
+    void add_recurrence(std::vector<Slot>& to, Recurrence& branch) const {
+        const int64_t d = shape.d_model, width = shape.recurrent_width;
+        branch.cells.resize(size_t(shape.recurrent_layers));
+        add_norm(to, "sru.norm", branch.norm, d, shape.rms);
+        add_map(to, "sru.enter", branch.enter, true, width, d, 0);
+        for (size_t cell = 0; cell < branch.cells.size(); ++cell)
+            add_map(to, "sru.cells." + std::to_string(cell), branch.cells[cell], true, 3 * width, width, 0);
+        add_map(to, "sru.leave", branch.leave, true, d, width, 0);
+    }
+
+    void add_feed_forward(std::vector<Slot>& to, Block& block, int64_t layer) const {
+        const int64_t d = shape.d_model;
         const int64_t units = shape.d_ff;
         if (shape.feed_forward == DENSE_UNITS) {
             if (shape.gated) add_map(to, "gate", block.gate, true, units, d, 0);
             add_map(to, "up", block.up, true, units, d, 0);
             add_map(to, "down", block.down, true, d, units, 0);
-            return to;
+            return;
         }
         if (shape.feed_forward != MIXTURE_UNITS)
             to.push_back({"unit_bias", &block.unit_bias, Layout::VECTOR, 1, units, true});
@@ -213,7 +272,6 @@ struct Model {
         }
         if (!promotes()) to.push_back({"units", &block.units, Layout::UNITS, units * parts(), d});
         to.push_back({"bias", &block.bias, Layout::VECTOR, 1, d});
-        return to;
     }
 
     // Bytes that a slot's tensor has in memory, padding included, and its scales when it is int8.
