@@ -124,6 +124,26 @@ MODELS: dict[str, dict] = {
     },
 }
 
+TWO_STREAMS: dict[str, dict] = {
+    "reversible": {
+        "residual": "reversible",
+        "attention_layers": 2,
+        "sru": {"width": 18},
+        "positions": "digits",
+    },
+    "reversible, side by side in the end": {
+        "residual": "reversible",
+        "merge": "concatenate",
+        "sru": {"layers": 2, "width": 5},
+        "feed_forward": {"kind": "dense", "d_ff": 100},
+        "attention": {"projection": "dense"},
+        "positions": "axial",
+        "axial": {"shape": [30, 70], "widths": [20, 28]},
+    },
+    "one stream, recurrent": {"sru": {"layers": 2, "width": 33}, "parallel": True},
+}
+MODELS |= TWO_STREAMS
+
 DENSE = {"kind": "dense", "d_ff": 100}
 SWIGLU = {"kind": "dense", "d_ff": 100, "gated": True, "activation": "silu", "bias": False}
 GROUPED = {"projection": "dense", "key_value_heads": 2, "bias": False}

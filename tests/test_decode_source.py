@@ -52,6 +52,7 @@ MODELS: dict[str, dict] = {
         "attention": {"projection": "multiplicative_conv", "modules": 3, "kernel": 2},
         "encoder": {**ENCODER, "read_by": {"kind": "cross_attention", "query_modules": 5}},
         "sru": {"width": 7},
+        "parallel": True,
     },
     "cross, side by side": {**CROSS, "parallel": True, "attention": {"projection": "dense"}},
     "terraformer": {

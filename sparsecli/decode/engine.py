@@ -26,7 +26,11 @@ ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh")
 FEED_FORWARDS = ("dense", "sparse", "mixture", "selector", "precision")
 PROJECTIONS = ("dense", "multiplicative", "dense_conv", "multiplicative_conv")
 OUTPUTS = ("none", "dense", "multiplicative", "multiplicative_conv")
-POSITIONS = ("learned", "sinusoidal", "rotary")  # digits and coordinates are packed as a table, like learned ones
+POSITIONS = (
+    "learned",
+    "sinusoidal",
+    "rotary",
+)  # digits and coordinates are packed as a table, like learned ones
 CONCATENATIONS = ("none", "modules", "whole")
 
 

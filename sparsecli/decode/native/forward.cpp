@@ -14,7 +14,7 @@ void Forward::pass(int64_t worker) {
     const Clock::time_point start = Clock::now();
     for (int64_t layer = 0; layer < shape_.layers; ++layer) {
         const Block& block = model_.blocks[size_t(layer)];
-        if (shape_.parallel) set_aside(block.feed_forward_norm, worker);
+        if (shape_.parallel) set_aside(block, worker);
         for (int64_t i = 0; i < shape_.attention_layers; ++i) {
             attention(block.attention[i], layer * shape_.attention_layers + i, worker);
             swap_streams(worker);
@@ -84,8 +84,10 @@ Activations Forward::normalized(const Norm& norm, int64_t worker) {
     return readable(normed_, d_stride_, worker);
 }
 
-// Normalised rows that are read later, when the residual ones have changed.
-void Forward::set_aside(const Norm& norm, int64_t worker) {
+// What the feed-forward half reads, for later: the residual rows will have changed.
+void Forward::set_aside(const Block& block, int64_t worker) {
+    if (shape_.recurrent_layers) enter_recurrence(block.recurrence, worker);
+    const Norm& norm = block.feed_forward_norm;
     if (count() == 1) return normalize(norm, 0, workers_[size_t(worker)].aside.row(0), worker);
     const Range rows = mine(count(), 1, worker);
     for (int64_t t = rows.begin; t < rows.end; ++t) normalize(norm, t, aside_.row(t), worker);

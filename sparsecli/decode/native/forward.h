@@ -201,7 +201,7 @@ class Forward {
     float* residual(int64_t t, int64_t worker) const { return workers_[size_t(worker)].written->row(t); }
     void normalize(const Norm& norm, int64_t t, float* to, int64_t worker) const;
     Activations normalized(const Norm& norm, int64_t worker);
-    void set_aside(const Norm& norm, int64_t worker);
+    void set_aside(const Block& block, int64_t worker);
     Activations readable(const Buffer<float>& source, int64_t stride, int64_t worker);
     Activations readable(const Buffer<float>& source, int64_t stride, int64_t worker, int64_t held);
     static Activations row_of(const Activations& x, int64_t t);

@@ -6,7 +6,7 @@
 namespace sparsecli {
 
 void Forward::feed_forward(const Block& block, int64_t layer, int64_t worker) {
-    if (shape_.recurrent_layers) enter_recurrence(block.recurrence, worker);
+    if (shape_.recurrent_layers && !shape_.parallel) enter_recurrence(block.recurrence, worker);
     const Buffer<float>& aside = count() == 1 ? workers_[size_t(worker)].aside : aside_;
     const Activations x = shape_.parallel ? readable(aside, d_stride_, worker)
                                           : normalized(block.feed_forward_norm, worker);
