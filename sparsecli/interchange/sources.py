@@ -14,7 +14,7 @@ from sparsecli.interchange.shards import StoredTensors, Tensors
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.folder import (
     CONFIG,
-    MODEL_TYPE,
+    MODEL_TYPES,
     PACKED,
     find_model,
     last_line,
@@ -137,7 +137,7 @@ def open_source(reference: str, revision: str | None = None, weights: bool = Tru
             hint = "a pickle, which is never loaded" if path.suffix in PICKLES else "neither"
             raise Failure(f"{reference}: expected a model's folder or a .gguf file; it is {hint}")
         folder = find_model(reference)
-        if read_json(folder / CONFIG).get("model_type") == MODEL_TYPE:
+        if read_json(folder / CONFIG).get("model_type") in MODEL_TYPES:
             return OwnModel(reference, folder, read_description(folder).spec)
         return _foreign(reference, folder, read_json(folder / CONFIG))
     folder = _fetch(reference, revision, weights)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any
 
 _HOMES = {
     "ScalingTransformerConfig": "configuration",
+    "ScalingTransformerEncoderDecoderConfig": "configuration",
+    "TerraformerConfig": "configuration",
     "ScalingTransformerModel": "causal_lm",
     "ScalingTransformerForCausalLM": "causal_lm",
+    "ScalingTransformerEncoderDecoderModel": "encoder_decoder",
+    "ScalingTransformerForConditionalGeneration": "encoder_decoder",
     "DecodeCache": "cache",
 }
 
@@ -22,15 +25,10 @@ def __getattr__(name: str) -> Any:
 
 def register_config() -> None:
     """Teach transformers' AutoConfig our model types: importing the module does it."""
-    _import_unless_under_way("configuration")
+    importlib.import_module(f"{__name__}.configuration")
 
 
 def register() -> None:
-    """Teach transformers' Auto classes our models: importing the module does it."""
-    _import_unless_under_way("causal_lm", "blocks")
-
-
-def _import_unless_under_way(module: str, *parts: str) -> None:
-    """Import `module`, which registers itself, but not while it or one of its `parts` is being imported right now."""
-    if not any(f"{__name__}.{name}" in sys.modules for name in (module, *parts)):
+    """Teach transformers' Auto classes our models: importing their modules does it."""
+    for module in ("causal_lm", "encoder_decoder"):
         importlib.import_module(f"{__name__}.{module}")

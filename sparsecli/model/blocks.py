@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.architecture import CrossAttentionSpec, ModelSpec
 from sparsecli.model.layers.attention import Attention, build_attention
 from sparsecli.model.layers.chunking import in_chunks
+from sparsecli.model.layers.cross_attention import CrossAttention, Source
 from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.feed_forward import DenseFeedForward, MixtureFeedForward, SparseFeedForward
 from sparsecli.model.layers.low_bit import PrecisionFeedForward, SelectorFeedForward
@@ -88,6 +89,20 @@ def build_attention_layer(
     )
 
 
+def build_cross_attention(spec: ModelSpec, cross: CrossAttentionSpec) -> CrossAttention:
+    """The attention of a decoder block to the source, as wide as that to the target."""
+    return CrossAttention(
+        spec.d_model,
+        spec.heads,
+        spec.attention_width,
+        spec.attention.bias,
+        spec.dropout,
+        cross.query_modules,
+        spec.attention.kernel,
+        count_area=spec.initialization == "fan",
+    )
+
+
 def build_feed_forward(spec: ModelSpec, feed_forward: FeedForwardSpec, layer: int) -> nn.Module:
     """The layer that `feed_forward` asks for in block `layer`."""
     fields: dict[str, Any] = feed_forward.model_dump(exclude={"kind", "gate"})
@@ -138,13 +153,17 @@ class Units(nn.Module):
 class ScalingTransformerBlock(Units, GradientCheckpointingLayer):
     """x += dropout(attention(norm(x))); x += feed_forward(norm(x)), which has its own dropout.
 
-    In a parallel block both read the same x.
+    In a parallel block both read the same x. Attention to a source, where there is one, comes between the two.
     """
 
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
         self.attention_norm = build_norm(spec)
         self.attention = build_attention_layer(spec, spec.attention, layer=layer)
+        self.cross_attention: CrossAttention | None = None
+        if spec.encoder and spec.encoder.read_by.kind == "cross_attention":
+            self.cross_attention_norm = build_norm(spec)
+            self.cross_attention = build_cross_attention(spec, spec.encoder.read_by)
         self._add_units(spec, spec.feed_forward, layer)
         self.dropout = spec.dropout
         self.parallel = spec.parallel
@@ -155,12 +174,17 @@ class ScalingTransformerBlock(Units, GradientCheckpointingLayer):
         mask: Tensor | None = None,
         valid: Tensor | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
+        source: Source | None = None,
         past_key_values: Any = None,
     ) -> Tensor:
         """x (B, T, d) -> (B, T, d); `past_key_values` is this block's layer of the cache."""
         start = past_key_values.get_seq_length() if past_key_values is not None else 0
         y = self.attention(self.attention_norm(x), mask, valid, angles, past_key_values)
         y = x + shared_dropout(y, self.dropout, self.training, (-2,))
+        if self.cross_attention is not None:
+            assert source is not None
+            read = self.cross_attention(self.cross_attention_norm(y), source, valid, past_key_values)
+            y = y + shared_dropout(read, self.dropout, self.training, (-2,))
         return y + self.units(x if self.parallel else y, valid, past_key_values, start)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -10,7 +12,7 @@ from sparsecli.model.architecture import ModelSpec
 
 
 class DecodeLayer(CacheLayerMixin):
-    """Keys, values and the convolutions' inputs of one attention layer.
+    """Keys, values and the convolutions' inputs of one attention layer, and the keys and values of a source.
 
     Buffers hold `capacity` positions and double when that is exceeded. The convolutions' inputs are kept for every
     position, not just the last few, so that `crop` (assisted decoding) can go back any number of tokens.
@@ -24,6 +26,7 @@ class DecodeLayer(CacheLayerMixin):
         self.capacity = capacity
         self.length = 0
         self.rows: dict[str, Tensor] = {}  # name -> (B, before + capacity, width); `before` zeros come first
+        self.kept: dict[str, tuple[Tensor, Tensor]] = {}  # name -> tensors (B, ...) of no position
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the shape, type and device of (B, H, T, d_head)."""
@@ -67,6 +70,12 @@ class DecodeLayer(CacheLayerMixin):
         self.extend(name, rows, start, before=0)
         return self.rows[name][:, : start + rows.shape[1]]
 
+    def keep(self, name: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The tensors (B, ...) that `make` returned when it was first asked for `name`."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
+
     def _reserve(self, length: int) -> None:
         if length <= self.capacity:
             return
@@ -93,8 +102,9 @@ class DecodeLayer(CacheLayerMixin):
         return self.length + query_length, 0
 
     def reset(self) -> None:
-        """Forget every position, keep the buffers."""
+        """Forget every position and the source, keep the buffers."""
         self.length = 0
+        self.kept = {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` positions (transformers passes a negative number)."""
@@ -107,6 +117,7 @@ class DecodeLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys, self.values = change(self.keys), change(self.values)
         self.rows = {name: change(held) for name, held in self.rows.items()}
+        self.kept = {name: (change(first), change(second)) for name, (first, second) in self.kept.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the batch rows `beam_idx` (beam search)."""

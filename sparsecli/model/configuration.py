@@ -1,15 +1,15 @@
-"""The Hugging Face configuration of a Scaling Transformer: a `ModelSpec` in `config.json`."""
+"""The Hugging Face configurations of the three models: a `ModelSpec` in `config.json`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from sparsecli.model.architecture import DEFAULT, ModelSpec
-from sparsecli.model.folder import MODEL_TYPE
+from sparsecli.model.folder import ENCODER_DECODER_TYPE, MODEL_TYPE, TERRAFORMER_TYPE, model_type
 
 
 @strict
@@ -72,7 +72,8 @@ class ScalingTransformerConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of transformers' validation."""
-        _ = self.spec
+        if (asked := model_type(self.spec)) != self.model_type:
+            raise ValueError(f"encoder: is that of a {asked}, not of a {self.model_type}")
 
     @property
     def spec(self) -> ModelSpec:
@@ -81,8 +82,8 @@ class ScalingTransformerConfig(PreTrainedConfig):
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, **kwargs: Any) -> ScalingTransformerConfig:
-        """The configuration of `spec`; keyword arguments are those of any transformers configuration."""
-        return cls(**spec.model_dump(), **kwargs)
+        """The configuration of `spec`, of the class that it asks for; `kwargs` are those of any configuration."""
+        return CONFIGS[model_type(spec)](**spec.model_dump(), **kwargs)
 
     @property
     def vocab_size(self) -> int:
@@ -99,4 +100,48 @@ class ScalingTransformerConfig(PreTrainedConfig):
         return (self.feed_forward or {})["d_ff"]
 
 
-AutoConfig.register(ScalingTransformerConfig.model_type, ScalingTransformerConfig, exist_ok=True)
+@strict
+class ScalingTransformerEncoderDecoderConfig(ScalingTransformerConfig):
+    """The same with an encoder, which the decoder reads by cross-attention.
+
+    Tokens by default: 0 is padding and what the decoder starts with, 1 ends a text.
+    """
+
+    model_type = ENCODER_DECODER_TYPE
+
+    positions: str = "learned"
+    is_encoder_decoder: bool = True
+    pad_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    decoder_start_token_id: int | None = 0
+
+    default_reading: ClassVar[dict[str, Any]] = {"kind": "cross_attention"}
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.encoder is None:
+            self.encoder = {
+                "layers": self.layers,
+                "max_positions": self.max_positions,
+                "read_by": self.default_reading,
+            }
+        super().__post_init__(**kwargs)
+
+
+@strict
+class TerraformerConfig(ScalingTransformerEncoderDecoderConfig):
+    """Reversible blocks, and an encoder whose output the target follows in one sequence (Terraformer)."""
+
+    model_type = TERRAFORMER_TYPE
+
+    residual: str = "reversible"
+    attention_layers: int = 2
+
+    default_reading: ClassVar[dict[str, Any]] = {"kind": "joined"}
+
+
+CONFIGS: dict[str, type[ScalingTransformerConfig]] = {
+    config.model_type: config
+    for config in (ScalingTransformerConfig, ScalingTransformerEncoderDecoderConfig, TerraformerConfig)
+}
+for _name, _config in CONFIGS.items():
+    AutoConfig.register(_name, _config, exist_ok=True)

@@ -20,6 +20,9 @@ from sparsecli.model.tensors import Shape, tensor_shapes
 
 RUNS = Path("runs")
 MODEL_TYPE = "scaling_transformer"
+ENCODER_DECODER_TYPE = "scaling_transformer_encoder_decoder"
+TERRAFORMER_TYPE = "terraformer"
+MODEL_TYPES = (MODEL_TYPE, ENCODER_DECODER_TYPE, TERRAFORMER_TYPE)
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,6 +39,13 @@ class Description:
     """Tokens that end a text."""
     imported: bool = False
     """Whether it comes from another architecture, whose tokenizer may put tokens before every text."""
+
+
+def model_type(spec: ModelSpec) -> str:
+    """Which of `MODEL_TYPES` a spec is: without an encoder, or by how the decoder reads it."""
+    if spec.encoder is None:
+        return MODEL_TYPE
+    return TERRAFORMER_TYPE if spec.encoder.read_by.kind == "joined" else ENCODER_DECODER_TYPE
 
 
 def find_model(reference: str | None, output: Path | None = None) -> Path:
@@ -81,14 +91,17 @@ def read_description(folder: Path) -> Description:
     path = folder / CONFIG
     fields = read_json(path)
     kind = fields.get("model_type")
-    if kind != MODEL_TYPE:
+    if kind not in MODEL_TYPES:
         raise Failure(
-            f"{path}: model type {kind!r} is not one of ours ({MODEL_TYPE}); sparsecli import {folder} makes it one"
+            f"{path}: model type {kind!r} is not one of ours ({', '.join(MODEL_TYPES)}); "
+            f"sparsecli import {folder} makes it one"
         )
     try:
         spec = ModelSpec.from_config(fields)
     except ValueError as error:
         raise Failure(f"{path}: {last_line(error)}") from error
+    if kind != model_type(spec):
+        raise Failure(f"{path}: model type {kind} does not fit its encoder; that of a {model_type(spec)}")
     ends = fields.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(type(token) is not int for token in ends):

@@ -1,0 +1,232 @@
+"""What the three models share: embedding, positions, the decoder's blocks, its norm and its logits."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.blocks import (
+    ReversibleBlock,
+    ScalingTransformerBlock,
+    build_norm,
+    build_positions,
+    merged,
+)
+from sparsecli.model.cache import DecodeCache
+from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.layers.attention import causal_mask
+from sparsecli.model.layers.cross_attention import Source
+from sparsecli.model.layers.dropout import shared_dropout
+from sparsecli.model.layers.low_bit import linear
+from sparsecli.model.layers.multiplicative import MultiplicativeDense
+from sparsecli.model.layers.positions import rotary_angles
+from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
+from sparsecli.model.parts import MultiplicativeVocabularySpec
+from sparsecli.model.rotary import rotary_frequencies
+
+Sight = tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]
+"""What attention is told of its tokens: mask, valid and angles, see `Attention`."""
+
+
+class ScalingTransformerPreTrainedModel(PreTrainedModel):
+    """What transformers asks of every model: its configuration class and its initialisers."""
+
+    config_class = ScalingTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["ScalingTransformerBlock", "EncoderBlock", "ReversibleBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Glorot uniform for dense layers, as the original; our own layers know their initialisers."""
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=1e-6)
+        elif isinstance(module, nn.Embedding):
+            limit = (3 / module.embedding_dim) ** 0.5
+            nn.init.uniform_(module.weight, -limit, limit)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+
+class Decoder(ScalingTransformerPreTrainedModel):
+    """The parts of a decoder, which the forward passes of the three models put together."""
+
+    def __init__(self, config: ScalingTransformerConfig) -> None:
+        super().__init__(config)
+        spec = config.spec
+        self.embedding = nn.Embedding(spec.vocabulary.size, spec.d_model)
+        self.position_embedding = build_positions(spec, spec.max_positions)
+        self.reversible = spec.residual == "reversible"
+        block = ReversibleBlock if self.reversible else ScalingTransformerBlock
+        self.blocks = nn.ModuleList(block(spec, layer) for layer in range(spec.layers))
+        self.attention_layers = spec.attention_layers
+        self.merge = spec.merge
+        self.norm = build_norm(spec, spec.merged_width)
+        self.rotary = rotary_frequencies(spec).tolist() if spec.positions == "rotary" else None
+        self.hashes = spec.attention.kind == "lsh"
+        self.embedding_scale = spec.embedding_scale
+        self.dropout = spec.dropout
+        self.gradient_checkpointing = False
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding = value
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """The vectors (B, T, d) of tokens (B, T), or those that are given instead.
+
+        Raises:
+            ValueError: not exactly one of them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass input_ids or inputs_embeds, one of them")
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        return x if self.embedding_scale == 1 else x * self.embedding_scale
+
+    def place(self, x: Tensor, position_ids: Tensor, held: int) -> Tensor:
+        """x (B, T, d) with its positions (B or 1, T) added, of which `held` came before; dropped in training.
+
+        Raises:
+            ValueError: more positions than the model has.
+        """
+        if self.position_embedding is not None:
+            if (positions := held + x.shape[1]) > self.config.max_positions:
+                raise ValueError(
+                    f"{positions} positions are more than max_positions {self.config.max_positions}"
+                )
+            # A row for each sequence: in training they may count from different numbers.
+            x = x + self.position_embedding(position_ids.expand(x.shape[:2])).to(x.dtype)
+        return shared_dropout(x, self.dropout, self.training, (-2,))
+
+    def open_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> DecodeCache | None:
+        """The cache that was given, or a new one with `use_cache`.
+
+        Raises:
+            ValueError: a cache of another kind.
+        """
+        if past_key_values is None:
+            return DecodeCache.for_model(self.config.spec) if use_cache else None
+        if not isinstance(past_key_values, DecodeCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; this model keeps a DecodeCache"
+            )
+        return past_key_values
+
+    def run(
+        self,
+        streams: tuple[Tensor, Tensor],
+        valid: Tensor | None,
+        position_ids: Tensor,
+        cache: DecodeCache | None,
+        source: Source | None = None,
+        keep_streams: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What the blocks make of new tokens, before the norm.
+
+        Args:
+            streams: two of (B, T, d) for reversible blocks; others read the first.
+            valid: bool (B, positions held + T), false at padding; None where there is none.
+            position_ids: (B or 1, T), for rotary positions.
+            source: what cross-attention reads.
+            keep_streams: also return the stream before each block (of two the mean).
+        Returns:
+            (B, T, d), or (B, T, 2 d) where streams are merged side by side, and the streams that were asked for.
+        """
+        new = streams[0].shape[1]
+        held = cache.get_seq_length() if cache is not None else 0
+        angles = rotary_angles(position_ids, self.rotary) if self.rotary else None
+        # None is plainly causal: one new token sees everything, a first pass is a triangle. Hashing needs no mask.
+        mask = None
+        if not self.hashes and (valid is not None or (held and new > 1)):
+            mask = causal_mask(valid, new, held + new, streams[0].device)
+        sight = mask, None if valid is None else valid[:, held:], angles
+        memories = None if cache is None else cache.layers
+        if self.reversible:
+            return self._two_streams(streams, sight, memories, keep_streams)
+        return self._one_stream(streams[0], sight, memories, source, keep_streams)
+
+    def _one_stream(
+        self, x: Tensor, sight: Sight, memories: list[Any] | None, source: Source | None, keep_streams: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        kept = []
+        for index, block in enumerate(self.blocks):
+            if keep_streams:
+                kept.append(x)
+            memory = None if memories is None else memories[index]
+            x = block(x, *sight, source=source, past_key_values=memory)
+        return x, kept
+
+    def _two_streams(
+        self, streams: tuple[Tensor, Tensor], sight: Sight, memories: list[Any] | None, keep_streams: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All halves are one stack, unless streams in between are wanted."""
+        halves: list[list[Half]] = []
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, ReversibleBlock)
+            first, last = index * self.attention_layers, (index + 1) * self.attention_layers
+            halves.append(block.halves(*sight, None if memories is None else memories[first:last]))
+        stacks = halves if keep_streams else [list(itertools.chain(*halves))]
+        # What extends a cache cannot be computed twice.
+        run = reversible_stack if memories is None else plain_stack
+        a, b = streams
+        dtype = a.dtype
+        kept = []
+        for stack in stacks:
+            if keep_streams:
+                kept.append(merged(a, b, "mean").to(dtype))
+            a, b = run(stack, a, b)
+        return merged(a, b, self.merge).to(dtype), kept
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What the logits read of the output of `run`."""
+        x = self.norm(x)
+        if self.merge == "concatenate":  # where the original drops features, and only there
+            x = shared_dropout(x, self.dropout, self.training, (-2,))
+        return x
+
+
+def valid_positions(attention_mask: Tensor | None) -> Tensor | None:
+    """Bool (B, positions), or None where nothing is padding (looked up outside of compilation only).
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask has {attention_mask.ndim} axes; expected (batch, positions)")
+    valid = attention_mask.bool()
+    if not torch.compiler.is_compiling() and bool(valid.all()):
+        return None
+    return valid
+
+
+def count_positions(valid: Tensor | None, held: int, new: int, device: torch.device) -> Tensor:
+    """The numbers (B or 1, new) of the positions after `held`, counting tokens that are not padding."""
+    if valid is None:
+        return torch.arange(held, held + new, device=device).unsqueeze(0)
+    return (valid.long().cumsum(-1) - 1).clamp(min=0)[:, held:]
+
+
+def build_head(spec: ModelSpec) -> nn.Module:
+    """The logits: dense (optionally tied to the embedding) or multiplicative (the paper's sparse loss layer)."""
+    vocabulary = spec.vocabulary
+    if isinstance(vocabulary, MultiplicativeVocabularySpec):
+        return MultiplicativeDense(spec.merged_width, vocabulary.size, vocabulary.modules)
+    return linear(spec.merged_width, vocabulary.size, vocabulary.bias, spec.low_bit.head)

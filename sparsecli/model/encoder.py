@@ -1,0 +1,75 @@
+"""What reads a source, in both directions, before the decoder writes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.blocks import EncoderBlock, ReversibleBlock, build_norm, build_positions, merged
+from sparsecli.model.layers.dropout import shared_dropout
+from sparsecli.model.layers.positions import rotary_angles
+from sparsecli.model.layers.reversible import Half, reversible_stack
+from sparsecli.model.rotary import rotary_frequencies
+
+
+class Encoder(nn.Module):
+    """Positions, blocks, and what makes their output ready for the decoder of `spec`.
+
+    That is a norm for cross-attention. A reversible encoder has two streams: a joined decoder goes on with both as
+    they are, or with one, which is a dense map of their mean and a norm.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        assert spec.encoder
+        self.max_positions = spec.encoder.max_positions
+        self.position_embedding = build_positions(spec, self.max_positions)
+        self.rotary = rotary_frequencies(spec).tolist() if spec.positions == "rotary" else None
+        self.dropout = spec.dropout
+        self.reversible = spec.residual == "reversible"
+        self.blocks = nn.ModuleList(
+            ReversibleBlock(spec, layer, of_encoder=True) if self.reversible else EncoderBlock(spec, layer)
+            for layer in range(spec.encoder.layers)
+        )
+        read_by = spec.encoder.read_by
+        self.streams = read_by.streams if read_by.kind == "joined" else 1
+        self.merge = nn.Linear(spec.d_model, spec.d_model) if self.reversible and self.streams == 1 else None
+        self.norm = build_norm(spec) if self.streams == 1 else None
+
+    def forward(self, x: Tensor, valid: Tensor | None, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """Embedded tokens x (B, S, d) -> one or two streams (B, S, d); rows of padding mean nothing.
+
+        Args:
+            valid: bool (B, S), false at padding; None where there is none.
+            position_ids: (B or 1, S).
+        Raises:
+            ValueError: no tokens at all, or more than the encoder has positions for.
+        """
+        length = x.shape[1]
+        if length == 0:
+            raise ValueError("the source has no tokens; an empty one is a single end of text")
+        if self.position_embedding is not None:
+            if length > self.max_positions:
+                raise ValueError(
+                    f"a source of {length} tokens is longer than the encoder's max_positions {self.max_positions}"
+                )
+            x = x + self.position_embedding(position_ids.expand(x.shape[:2])).to(x.dtype)
+        x = shared_dropout(x, self.dropout, self.training, (-2,))
+        angles = rotary_angles(position_ids, self.rotary) if self.rotary else None
+        mask = None
+        if valid is not None:
+            # A row without any token looks at its padding: what it sees means nothing, but it is finite.
+            mask = (valid | ~valid.any(dim=-1, keepdim=True))[:, None, None, :]  # (B, 1, 1, S)
+        if not self.reversible:
+            for block in self.blocks:
+                x = block(x, mask, valid, angles)
+            assert self.norm is not None
+            return (self.norm(x),)
+        halves: list[Half] = []
+        for block in self.blocks:
+            assert isinstance(block, ReversibleBlock)
+            halves += block.halves(mask, valid, angles)
+        a, b = reversible_stack(halves, x, x)
+        if self.merge is None or self.norm is None:
+            return a.to(x.dtype), b.to(x.dtype)
+        return (self.norm(self.merge(merged(a, b, "mean").to(x.dtype))),)

@@ -1,0 +1,266 @@
+"""The encoder-decoder Scaling Transformer with cross-attention (paper section 3; the models of its Table 1)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForSeq2SeqLM, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from sparsecli.model.cache import DecodeCache
+from sparsecli.model.configuration import (
+    ScalingTransformerConfig,
+    ScalingTransformerEncoderDecoderConfig,
+)
+from sparsecli.model.decoder import (
+    Decoder,
+    ScalingTransformerPreTrainedModel,
+    build_head,
+    count_positions,
+    valid_positions,
+)
+from sparsecli.model.encoder import Encoder
+from sparsecli.model.layers.cross_attention import Source
+
+IGNORED = -100
+"""The label that is left out of a loss."""
+
+
+class EncoderDecoder(Decoder):
+    """A decoder, and the encoder that reads a source for it; subclasses say how the decoder reads what that made."""
+
+    def __init__(self, config: ScalingTransformerConfig) -> None:
+        super().__init__(config)
+        self.encoder = Encoder(config.spec)
+        self.post_init()
+
+    def encode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """What the encoder makes of sources (B, S): (B, S, d), or (B, S, 2 d) with its two streams side by side.
+
+        Args:
+            attention_mask: (B, S), 0 at padding.
+        Raises:
+            ValueError: a source without tokens, or with more than the encoder has positions for.
+        """
+        x = self.embed(input_ids, inputs_embeds)
+        valid = valid_positions(attention_mask)
+        streams = self.encoder(x, valid, count_positions(valid, 0, x.shape[1], x.device))
+        return BaseModelOutput(last_hidden_state=torch.cat(streams, dim=-1))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> Seq2SeqModelOutput:
+        """Hidden states (B, T, d) of the target decoder_input_ids (B, T) after the source input_ids (B, S).
+
+        Args:
+            attention_mask: (B, S), 0 at the source's padding.
+            decoder_attention_mask: (B, target positions held + T), 0 at the target's padding.
+            encoder_outputs: what `encode` returned, in place of input_ids.
+            past_key_values: earlier positions, a `DecodeCache`; with `use_cache` one is made where it is None.
+            output_hidden_states: also return the decoder's stream before each block and after the norm.
+        Raises:
+            ValueError: see `encode`; also a target past max_positions, or a cache of another kind.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds)
+        rows = encoder_outputs[0]
+        cache = self.open_cache(past_key_values, use_cache)
+        x, streams = self.decode(
+            self.embed(decoder_input_ids, decoder_inputs_embeds),
+            Source(rows, valid_positions(attention_mask)),
+            valid_positions(decoder_attention_mask),
+            cache,
+            bool(output_hidden_states),
+        )
+        x = self.finish(x)
+        return Seq2SeqModelOutput(
+            last_hidden_state=x,
+            past_key_values=cache,
+            decoder_hidden_states=(*streams, x) if output_hidden_states else None,
+            encoder_last_hidden_state=rows,
+        )
+
+    @staticmethod
+    def held_source(length: int) -> int:
+        """How many positions of the cache a source of `length` tokens takes."""
+        return 0
+
+    @abstractmethod
+    def decode(
+        self,
+        x: Tensor,
+        source: Source,
+        valid: Tensor | None,
+        cache: DecodeCache | None,
+        keep_streams: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What the blocks make of embedded target tokens x (B, T, d), see `Decoder.run`.
+
+        Args:
+            source: the encoder's rows, streams side by side.
+            valid: bool (B, target positions held + T), false at the target's padding; None where there is none.
+        """
+
+
+class ScalingTransformerEncoderDecoderModel(EncoderDecoder):
+    """Every block of the decoder attends to the encoder's output, whose keys and values are cached."""
+
+    config_class = ScalingTransformerEncoderDecoderConfig
+
+    def decode(
+        self,
+        x: Tensor,
+        source: Source,
+        valid: Tensor | None,
+        cache: DecodeCache | None,
+        keep_streams: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See `EncoderDecoder.decode`."""
+        held = cache.get_seq_length() if cache is not None else 0
+        position_ids = count_positions(valid, held, x.shape[1], x.device)
+        x = self.place(x, position_ids, held)
+        return self.run((x, x), valid, position_ids, cache, source, keep_streams)
+
+
+class ConditionalGeneration(ScalingTransformerPreTrainedModel, GenerationMixin):
+    """A model that reads a source and writes a target, with its logits; subclasses name the model within."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"head.weight": "model.embedding.weight"}
+    model_class: ClassVar[type[EncoderDecoder]]
+
+    def __init__(self, config: ScalingTransformerConfig) -> None:
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.head = build_head(config.spec)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.head if isinstance(self.head, nn.Linear) else None
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """Logits (B, T, V) of the target, and the mean cross-entropy in nats where `labels` are given.
+
+        Args:
+            labels: (B, T), the target. The decoder's input, unless it is given, is that shifted right by one; -100
+                and padding are left out of the loss.
+            logits_to_keep: compute the logits of this many last positions only (0: all).
+        The other arguments are those of `EncoderDecoder.forward`.
+        """
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(output.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            counted = labels.masked_fill(labels == self.config.pad_token_id, IGNORED)
+            loss = self.loss_function(
+                logits=logits, labels=None, shift_labels=counted, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            decoder_hidden_states=output.decoder_hidden_states,
+            encoder_last_hidden_state=output.encoder_last_hidden_state,
+        )
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """labels (B, T), shifted right by one, with the decoder's start token in front and padding for -100."""
+        start, padding = self.config.decoder_start_token_id, self.config.pad_token_id
+        return F.pad(labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, padding), (1, 0), value=start)
+
+    def _prepare_text_encoder_decoder_kwargs_for_generation(
+        self,
+        inputs_tensor: Tensor,
+        model_kwargs: dict[str, Any],
+        model_input_name: str | None,
+        generation_config: Any,
+    ) -> dict[str, Any]:
+        """Run the encoder once before `generate`; alone it could not, since it shares the decoder's embedding."""
+        sources = {model_input_name or self.main_input_name: inputs_tensor}
+        encoded = self.model.encode(**sources, attention_mask=model_kwargs.get("attention_mask"))
+        return {**model_kwargs, "encoder_outputs": encoded}
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Give `generate` our preallocated cache instead of the stock one, which copies itself at every token."""
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            held = self.model.held_source(model_kwargs["encoder_outputs"][0].shape[1])
+            model_kwargs["past_key_values"] = DecodeCache.for_model(self.config.spec, held + max_cache_length)
+
+
+class ScalingTransformerForConditionalGeneration(ConditionalGeneration):
+    """The encoder-decoder with cross-attention and its logits."""
+
+    config_class = ScalingTransformerEncoderDecoderConfig
+    model_class = ScalingTransformerEncoderDecoderModel
+
+
+AutoModel.register(
+    ScalingTransformerEncoderDecoderConfig, ScalingTransformerEncoderDecoderModel, exist_ok=True
+)
+AutoModelForSeq2SeqLM.register(
+    ScalingTransformerEncoderDecoderConfig, ScalingTransformerForConditionalGeneration, exist_ok=True
+)
