@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM, causal_lm
+from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM, decoder
 from sparsecli.model.layers.chunking import in_chunks
 from sparsecli.model.layers.decisions import Decisions, decided
 from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward
@@ -378,7 +378,7 @@ def test_training_is_that_of_stored_activations(
     model, ids = build(name, dropout=dropout).train(), prompt()
     found = []
     for stack in (reversible_stack, plain_stack):
-        monkeypatch.setattr(causal_lm, "reversible_stack", stack)
+        monkeypatch.setattr(decoder, "reversible_stack", stack)
         torch.manual_seed(3)
         loss = model(ids, labels=ids).loss
         loss.backward()

@@ -31,8 +31,8 @@ class TorchModel:
         if profile:
             self.parts = {name: _Stopwatch() for name in ("attention", "feed-forward", "head")}
             for block in blocks:
-                self.parts["attention"].watch(block.attention)
-                self.parts["feed-forward"].watch(block.feed_forward)
+                self.parts["attention"].watch(block.get_submodule("attention"))
+                self.parts["feed-forward"].watch(block.get_submodule("feed_forward"))
             self.parts["head"].watch(self.network.head)
 
 

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 
 from sparsecli import console
-from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model, read_config
 from sparsecli.model.folder import find_model, weight_files
+from sparsecli.model.networks import Network, build_network
 from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
 from sparsecli.recipe.schema import BenchSpec, PaperFigures, PrecisionChanges, Variant
 from sparsecli.train.run_directory import read_facts
@@ -151,10 +151,10 @@ def with_positions(spec: ModelSpec, positions: int) -> ModelSpec:
 # -- building ------------------------------------------------------------------------------------------------
 
 
-def empty_model(spec: ModelSpec) -> ScalingTransformerForCausalLM:
+def empty_model(spec: ModelSpec) -> Network:
     """The model without storage: nothing but its parameters is ever stored, so that they are all it lacks."""
     with torch.device("meta"):
-        return ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec))
+        return build_network(spec)
 
 
 def trained_weights(folder: Path, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:

@@ -90,6 +90,8 @@ class EncoderSpec(Block):
             raise fault(
                 "attention.projection", "convolutions look backwards only; an encoder looks both ways"
             )
+        if self.attention.query_key_rank is not None:
+            raise fault("attention.query_key_rank", "is for decoders")
         return self
 
 

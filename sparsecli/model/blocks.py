@@ -82,7 +82,9 @@ def build_attention_layer(
         output_bias=attention.output_bias,
         query_key_norm=spec.normalization_epsilon if attention.query_key_norm else None,
         bits=spec.low_bit.projection,
-        ranks=(spec.query_rank, spec.key_rank) if spec.query_rank and spec.key_rank else None,
+        ranks=(spec.query_rank, spec.key_rank)
+        if attention.query_key_rank and spec.query_rank and spec.key_rank
+        else None,
         causal=causal,
         share_query_key=attention.share_query_key,
         hashing=HashedAttention(hashing, layer, causal) if hashing else None,

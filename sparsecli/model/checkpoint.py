@@ -9,19 +9,17 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from sparsecli.console import Failure
-from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.folder import CONFIG, check_weights, last_line, read_description, read_json
+from sparsecli.model.configuration import CONFIGS, ScalingTransformerConfig
+from sparsecli.model.folder import CONFIG, check_weights, last_line, model_type, read_description, read_json
 from sparsecli.model.memory import move_to_huge_pages
+from sparsecli.model.networks import NETWORKS, Network
 from sparsecli.model.tokenizer import TOKENIZER, check_fit, check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_model(
-    folder: Path, dtype: torch.dtype = torch.float32
-) -> tuple[ScalingTransformerForCausalLM, PreTrainedTokenizerBase]:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Network, PreTrainedTokenizerBase]:
     """The model in evaluation mode and its tokenizer.
 
     Raises:
@@ -34,12 +32,12 @@ def load_model(
     return network, tokenizer
 
 
-def load_network(folder: Path, dtype: torch.dtype = torch.float32) -> ScalingTransformerForCausalLM:
+def load_network(folder: Path, dtype: torch.dtype = torch.float32) -> Network:
     """The model in evaluation mode, without its tokenizer. Raises Failure as `load_model` does."""
     config = read_config(folder)
     check_weights(folder, config.spec)
     disable_progress_bar()  # what progress there is to show, the console shows
-    network = ScalingTransformerForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    network = NETWORKS[config.model_type].from_pretrained(folder, dtype=dtype, local_files_only=True)
     move_to_huge_pages(network)
     return network.eval()
 
@@ -50,10 +48,10 @@ def read_config(folder: Path) -> ScalingTransformerConfig:
     Raises:
         Failure: not readable, of another model type, or not a model that can be built.
     """
-    read_description(folder)
+    kind = model_type(read_description(folder).spec)
     path = folder / CONFIG
     try:
-        return ScalingTransformerConfig.from_dict(read_json(path))
+        return CONFIGS[kind].from_dict(read_json(path))
     except Exception as error:  # transformers wraps what its validation raises
         raise Failure(f"{path}: {last_line(error)}") from error
 

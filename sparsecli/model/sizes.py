@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.encoder_decoder import EncoderDecoder
+from sparsecli.model.layers.cross_attention import CrossAttention
 from sparsecli.model.layers.feed_forward import ChosenUnits, MixtureFeedForward
 from sparsecli.model.layers.low_bit import LowBitMatrix, Selector
+from sparsecli.model.networks import Network, build_network
 
 BYTES = {"float32": 4, "bfloat16": 2}
 TOLERANCE = 0.01
@@ -26,16 +27,18 @@ class Sizes:
     total: int
     active: int
     cached_per_position: int
+    cached_per_source_position: int = 0
 
-    def bytes_per_token(self, dtype: str, context: int) -> int:
-        """Bytes a token reads at `context` cached positions: active weights, keys and values."""
-        return BYTES[dtype] * (self.active + context * self.cached_per_position)
+    def bytes_per_token(self, dtype: str, context: int, source: int = 0) -> int:
+        """Bytes a token reads after `context` positions and a `source`: active weights, keys and values."""
+        cached = context * self.cached_per_position + source * self.cached_per_source_position
+        return BYTES[dtype] * (self.active + cached)
 
 
 def count_parameters(spec: ModelSpec) -> Sizes:
     """Sizes of `spec`, counted on the meta device (exact, and free at any size)."""
     with torch.device("meta"):
-        model = ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec))
+        model = build_network(spec)
     total = sum(parameter.numel() for parameter in model.parameters())
     low_bit = [module for module in model.modules() if isinstance(module, LowBitMatrix)]
     # A copy that only selects units adds reading, not parameters; what rounding left over is no parameter either.
@@ -43,18 +46,30 @@ def count_parameters(spec: ModelSpec) -> Sizes:
         id(matrix) for layer in model.modules() if isinstance(layer, Selector) for matrix in layer.children()
     }
     total += sum(matrix.rows * matrix.cols for matrix in low_bit if id(matrix) not in copies)
-    key_value_heads = spec.attention.key_value_heads or spec.heads
-    return Sizes(
-        total=total,
-        active=total - sum(_skipped(module) for module in model.modules()) - _unread_tables(model),
-        cached_per_position=2 * spec.layers * key_value_heads * spec.width_of_head,
-    )
+    unread = _read_once(model)
+    passed = {id(module) for part in unread for module in part.modules()}
+    skipped = sum(_skipped(module) for module in model.modules() if id(module) not in passed)
+    once = sum(parameter.numel() for part in unread for parameter in part.parameters())
+    cached = 2 * spec.layers * spec.attention_layers * spec.key_width
+    of_source = 0
+    if spec.encoder:
+        joined = spec.encoder.read_by.kind == "joined"
+        of_source = cached if joined else 2 * spec.layers * spec.attention_width
+    return Sizes(total, total - once - skipped - _unread_tables(model), cached, of_source)
 
 
 def disagreement(models: Sequence[Sizes]) -> float:
     """How many more parameters the largest of `models` has than the smallest, as a share."""
     counts = [sizes.total for sizes in models]
     return max(counts) / min(counts) - 1
+
+
+def _read_once(model: Network) -> list[nn.Module]:
+    """Parts that a source is read with, before the first token is decoded."""
+    if not isinstance(model.model, EncoderDecoder):
+        return []
+    crossed = [module.projection for module in model.modules() if isinstance(module, CrossAttention)]
+    return [model.model.encoder, *(part for made in crossed for part in (made.key, made.value))]
 
 
 def _skipped(module: nn.Module) -> int:
@@ -68,10 +83,14 @@ def _skipped(module: nn.Module) -> int:
     return 0
 
 
-def _unread_tables(model: ScalingTransformerForCausalLM) -> int:
+def _unread_tables(model: Network) -> int:
     """Rows of the embedding and position tables that a token does not look up; a tied table is read as the head."""
     spec = model.config.spec
     unread = 0 if model.config.tie_word_embeddings else (spec.vocabulary.size - 1) * spec.d_model
     if spec.positions == "learned":
         unread += (spec.max_positions - 1) * spec.d_model
+    elif spec.positions == "axial":
+        assert spec.axial
+        axes = zip(spec.axial.shape, spec.axial.widths, strict=True)
+        unread += sum((size - 1) * width for size, width in axes)
     return unread

@@ -129,9 +129,11 @@ def _attention(spec: ModelSpec, attention: AttentionSpec) -> Iterator[tuple[str,
             made |= _multiplicative(name, d_model, d_model, modules)
     else:
         bias, bits = attention.bias, spec.low_bit.projection
-        made = _maps("query", d_model, spec.attention_width, bias, bits, spec.query_rank)
-        made |= _maps("key", d_model, spec.key_width, bias, bits, spec.key_rank)
-        made |= _linear("value", d_model, spec.key_width, bias)
+        held = spec.width_of_head * (attention.key_value_heads or spec.heads)
+        ranks = (spec.query_rank, spec.key_rank) if attention.query_key_rank else (None, None)
+        made = _maps("query", d_model, spec.attention_width, bias, bits, ranks[0])
+        made |= _maps("key", d_model, held, bias, bits, ranks[1])
+        made |= _linear("value", d_model, held, bias)
         if attention.query_key_norm:
             made |= dict.fromkeys(("query_norm.weight", "key_norm.weight"), (spec.width_of_head,))
     for name, shape in made.items():
