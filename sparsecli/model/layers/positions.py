@@ -93,7 +93,7 @@ class DigitPositions(nn.Module):
         bases = torch.tensor(DIGIT_BASES, device=positions.device)
         powers = bases[:, None] ** torch.arange(DIGITS, device=positions.device)  # (bases, digits)
         digits = positions[..., None, None] // powers % bases[:, None]  # (B, T, bases, digits)
-        vectors = (digits.unsqueeze(-1) * self.weight).sum(-3).flatten(-2)  # (B, T, width)
+        vectors = torch.einsum("btij,ijw->btjw", digits.to(self.weight.dtype), self.weight).flatten(-2)
         return vectors * kept.unsqueeze(-1) + first.unsqueeze(-1) * self.start
 
 

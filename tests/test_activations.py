@@ -1,0 +1,62 @@
+"""The benchmark of activation memory: reversible blocks store nothing, and the figures are of the step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsecli.bench import activations
+from sparsecli.bench.activations import Step, architecture, measure
+from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
+
+
+def stored_bytes(kind: str, layers: int, attention: str) -> int:
+    """Bytes that wait for the backward pass, without weights."""
+    spec = architecture(kind, layers, 64, attention, None)
+    model = ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec)).train()
+    held = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in held:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    ids = torch.randint(activations.VOCABULARY, (1, 192))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        output = model(ids)  # alive while it is counted
+    assert output.logits.requires_grad
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("attention", ["full", "lsh"])
+def test_depth_stores_nothing_in_reversible_blocks(attention: str) -> None:
+    growth = {
+        kind: stored_bytes(kind, 5, attention) - stored_bytes(kind, 2, attention)
+        for kind in ("stored", "reversible")
+    }
+    assert growth["stored"] > 3 * 192 * 64 * 4 * 10
+    assert growth["reversible"] < 0.05 * growth["stored"]
+
+
+@pytest.mark.parametrize("kind", activations.KINDS)
+def test_a_step_is_measured(kind: str) -> None:
+    step = measure(kind, architecture(kind, 2, 64, "full", 128), 192, "cpu")
+    assert step.peak >= 0
+    assert step.seconds > 0
+
+
+def test_the_table_says_what_a_layer_adds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def pretend(kind: str, spec: object, *rest: object) -> Step:
+        per_layer = 1 if kind == "reversible" else 100
+        return Step((10 + per_layer * spec.layers) * activations.MIB, 0.002 * spec.layers)
+
+    monkeypatch.setattr(activations, "in_a_process", pretend)
+    activations.run([4, 8, 16], 128, 64, "full", None, ["stored", "reversible"], "cpu", 1)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["stored", "410", "810", "1,610", "100.0", "2"] in rows
+    assert ["reversible", "14", "18", "26", "1.0", "2"] in rows
