@@ -54,13 +54,22 @@ MODELS: dict[str, dict] = {
     },
 }
 
+HASHED = {
+    "Reformer's, hashed": {
+        "feed_forward": SPARSE,
+        "attention": {"kind": "lsh", "share_query_key": True, "lsh": {"chunk_length": 4, "rounds": 2}},
+        "positions": "rotary",
+        "attention_layers": 2,
+    }
+}  # what attends to some tokens decodes to others than it trains with
+
 
 def build(name: str, **fields: object) -> ScalingTransformerForCausalLM:
     torch.manual_seed(0)
     shape = {"d_model": 32, "layers": 2, "heads": 4, "max_positions": 64, "residual": "reversible"}
     vocabulary = {"kind": "dense", "size": VOCABULARY}
     config = ScalingTransformerConfig(
-        **{**shape, "vocabulary": vocabulary, **MODELS[name], **fields, "pad_token_id": 0}
+        **{**shape, "vocabulary": vocabulary, **(MODELS | HASHED)[name], **fields, "pad_token_id": 0}
     )
     return ScalingTransformerForCausalLM(config).eval()
 
@@ -370,7 +379,7 @@ def test_left_padding_changes_nothing(name: str) -> None:
     assert torch.equal(alone, together)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "one stream"])
+@pytest.mark.parametrize("name", [*MODELS, *HASHED])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_training_is_that_of_stored_activations(
     name: str, dropout: float, monkeypatch: pytest.MonkeyPatch

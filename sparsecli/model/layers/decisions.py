@@ -73,7 +73,10 @@ _running = _Running()
 
 
 def decided(choose: Callable[[], Tensor], below: int) -> Tensor:
-    """The indices that `choose` returns, int64 from 0 to `below` - 1; in a repeated pass those it returned before."""
+    """The indices that `choose` returns, int64 from 0 to `below` - 1; in a repeated pass those it returned before.
+
+    `choose` is not called again then, and must not draw random numbers: later draws would be others.
+    """
     if _running.innermost is None:
         return choose()
     return _running.innermost.decide(choose, below)

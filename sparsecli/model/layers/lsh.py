@@ -175,9 +175,10 @@ class HashedAttention(nn.Module):
             valid = F.pad(valid, (0, surplus))
         factors = self.factors(length + surplus)
         count = math.prod(factors)
+        # Drawn whether or not they are needed again, so that what is drawn after them stays the same.
+        axes = self._rotations(q, factors) if rotations is None else rotations
 
         def choose() -> Tensor:
-            axes = self._rotations(q, factors) if rotations is None else rotations
             buckets = hash_buckets(q.detach(), axes, factors)
             # Padding has a bucket of its own, the last.
             return buckets if valid is None else buckets.masked_fill(~valid[:, None, None], count)
