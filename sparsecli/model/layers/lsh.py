@@ -59,15 +59,15 @@ def hash_buckets(q: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor
         rotations: (B or 1, H, d_head, rounds, sum of factors / 2), those of the first factor first. Each factor hashes
             on its own; the first is the least significant digit of a bucket.
     """
+    halves = [factor // 2 for factor in factors]
     rounds = []
-    for round_of in rotations.to(q.device, q.dtype).unbind(-2):
+    for axes in rotations.to(q.device, q.dtype).unbind(-2):
         bucket, scale = torch.zeros(q.shape[:-1], dtype=torch.int64, device=q.device), 1
-        for factor, axes in zip(factors, round_of.split([n // 2 for n in factors], dim=-1), strict=True):
-            along = q @ axes  # (B, H, T, factor / 2)
+        for half, along in zip(halves, (q @ axes).split(halves, dim=-1), strict=True):  # (B, H, T, half)
             (most, first), (least, second) = along.max(-1), along.min(-1)
-            # The nearest of the axes and their opposites, which count after them.
-            bucket += scale * torch.where(most >= -least, first, second + factor // 2)
-            scale *= factor
+            # The nearest of the axes and of their opposites, which count after them.
+            bucket += torch.where(most >= -least, first, second + half) * scale
+            scale *= 2 * half
         rounds.append(bucket)
     return torch.stack(rounds, dim=2)
 
@@ -184,19 +184,14 @@ class HashedAttention(nn.Module):
             return buckets if valid is None else buckets.masked_fill(~valid[:, None, None], count)
 
         order = torch.sort(decided(choose, below=count + 1), dim=-1, stable=True).indices
-        position = torch.arange(length + surplus, device=q.device)
-        seen_from = position if self.causal else torch.zeros_like(position)
-        seen_from = seen_from.expand(len(q), -1)
-        if valid is not None:
-            seen_from = seen_from.masked_fill(~valid, length + surplus)
+        hidden = None if valid is None else ~valid
         keep = None
         if dropout:
             window = spec.chunks_before + 1 + spec.chunks_after
             keep = torch.empty(spec.chunk_length, window * spec.chunk_length, device=q.device)
             keep = keep.bernoulli_(1 - dropout) / (1 - dropout)
-        y = attend_chunks(
-            q, k, v, order, seen_from, spec.chunk_length, spec.chunks_before, spec.chunks_after, keep
-        )
+        around = spec.chunks_before, spec.chunks_after
+        y = attend_chunks(q, k, v, order, spec.chunk_length, *around, self.causal, hidden, keep)
         return y[:, :, :length]
 
     def _attend_alike(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, memory: BucketMemory) -> Tensor:
