@@ -82,7 +82,7 @@ def attend_alike(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, hidden: Tenso
         k, v: (B, H, held + T, d_head).
         buckets: (B, held + T, H, rounds) of the keys, the last of which are those of the queries.
         hidden: bool (B, held + T), true at padding.
-        most: keys that a query reads, fewer than there are.
+        most: keys that a query reads, where there are so many.
     """
     new, total = q.shape[2], k.shape[2]
     position = torch.arange(total, device=q.device, dtype=torch.int32)
@@ -90,7 +90,7 @@ def attend_alike(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, hidden: Tenso
     alike = (buckets.unsqueeze(1) == buckets[:, total - new :, None]).any(-1)  # (B, T, held + T, H)
     rank = (position + total * alike.permute(0, 3, 1, 2)).to(torch.int32)  # (B, H, T, held + T)
     rank = rank.masked_fill(hidden[:, None, None] | (position > query), -1)
-    rank, chosen = rank.topk(most, dim=-1)
+    rank, chosen = rank.topk(most := min(most, total), dim=-1)
     rows = chosen.flatten(2).unsqueeze(-1).expand(-1, -1, -1, k.shape[3])
     keys, values = (held.gather(2, rows).unflatten(2, (new, most)) for held in (k, v))
     scores = (keys @ q.unsqueeze(-1)).squeeze(-1).float()  # (B, H, T, most)
