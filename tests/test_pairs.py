@@ -17,6 +17,7 @@ from sparsecli.console import Failure
 from sparsecli.data import packing
 from sparsecli.data.copying import prepare_copies
 from sparsecli.data.corruption import corrupt
+from sparsecli.data.ordering import SimilarLengths
 from sparsecli.data.pairs import docstring_pairs
 from sparsecli.data.preparation import prepare
 from sparsecli.data.tokenization import PAIR_TOKENS, load_or_train, sentinel, train_byte_pairs
@@ -369,6 +370,31 @@ def test_bytes_per_token_are_those_of_the_targets(tmp_path: Path) -> None:
         for index in range(len(prepared.train))
     )
     assert prepared.train.bytes_per_token(prepared.tokenizer) == pytest.approx(size / tokens)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=900), st.integers(1, 9), st.integers(0, 99))
+def test_similar_lengths_are_together_and_every_example_comes_once(
+    lengths: list[int], batch_size: int, seed: int
+) -> None:
+    order = SimilarLengths(np.array(lengths), batch_size, seed)
+    assert sorted(order) == list(range(len(lengths)))
+    assert list(order) == list(SimilarLengths(np.array(lengths), batch_size, seed))
+
+
+def test_batches_of_similar_lengths_pad_little_and_change_with_the_epoch() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 2000)
+    order = SimilarLengths(lengths, 8, seed=3)
+    first = np.array(list(order))
+    order.set_epoch(1)
+    second = np.array(list(order))
+    assert not np.array_equal(first, second)
+    for indices in (first, second):
+        batches = lengths[indices].reshape(-1, 8)
+        assert batches.max(1).sum() * 8 < 1.1 * lengths.sum()
+        assert (
+            np.corrcoef(batches[:-1].max(1), batches[1:].max(1))[0, 1] < 0.3
+        )  # long ones are not all at the end
 
 
 # -- tokenizers ----------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ class Examples(Protocol):
 
     def __getitem__(self, index: int) -> Example: ...
 
+    def lengths(self) -> np.ndarray | None:
+        """Tokens that are read of each example, (n,); None where they are equally many."""
+
     def collate(self, examples: Sequence[Example]) -> Example:
         """One batch, the arguments of the model's forward."""
 
@@ -71,6 +74,9 @@ class PairExamples(Dataset[Example]):
             "input_ids": torch.from_numpy(source.astype(np.int64)),
             "labels": torch.from_numpy(target.astype(np.int64)),
         }
+
+    def lengths(self) -> np.ndarray | None:
+        return None
 
     def collate(self, examples: Sequence[Example]) -> Example:
         """Padding on the right: `input_ids` and `attention_mask` (B, L1), `labels` (B, L2), int64."""

@@ -50,6 +50,9 @@ class Windows(Dataset[Example]):
         window = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
         return {"input_ids": window, "labels": window}
 
+    def lengths(self) -> None:
+        """All windows are equally long."""
+
     def collate(self, examples: Sequence[Example]) -> Example:
         """`input_ids` and `labels`, int64 (B, sequence_length)."""
         return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
@@ -151,6 +154,10 @@ class PackedPairs(PairExamples):
         start = self.ends[2 * index - 1] if index else 0
         middle, end = self.ends[2 * index : 2 * index + 2]
         return self.tokens[start:middle], self.tokens[middle:end]
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each source."""
+        return np.diff(self.ends, prepend=0)[::2]
 
     def first(self, target_tokens: int) -> PackedPairs:
         """As many pairs as have `target_tokens` in their targets together, at least one."""

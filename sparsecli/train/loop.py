@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -24,6 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsecli.console import Stopped, first_process, progress
 from sparsecli.data.examples import Examples
+from sparsecli.data.ordering import SimilarLengths
 from sparsecli.model.layers.feed_forward import Controller, MixtureFeedForward
 from sparsecli.model.layers.positions import LearnedPositions
 from sparsecli.recipe.training import TrainSpec
@@ -133,7 +135,7 @@ class LanguageModelTrainer(Trainer):
             processing_class=tokenizer,
             data_collator=examples.collate,
         )
-        self.held_out, self.samples = held_out, samples
+        self.examples, self.held_out, self.samples = examples, held_out, samples
         self.bytes_per_token, self.bf16 = bytes_per_token, bf16
         self.teacher: TeacherModel | None = None
         self.checkpoints, self.keep, self.signals = checkpoints, keep, signals
@@ -146,6 +148,12 @@ class LanguageModelTrainer(Trainer):
     def compute_loss_context_manager(self) -> Any:
         """What training and evaluation run in."""
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        lengths = self.examples.lengths()
+        if lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        return SimilarLengths(lengths, self.args.train_batch_size, self.args.seed)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices, but not those of embeddings and of what chooses units or experts."""

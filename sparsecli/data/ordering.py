@@ -1,0 +1,43 @@
+"""The order of examples of different lengths: random, yet with those of one batch nearly equally long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+POOL = 32
+"""Batches that are sorted together. More would pad less, and mix less."""
+
+
+class SimilarLengths(Sampler[int]):
+    """Indices of all examples, each once an epoch; the order depends on the seed and the epoch alone.
+
+    Args:
+        lengths: of the examples, (n,).
+        batch_size: consecutive indices that become one batch.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose another order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(len(self.lengths))
+        pool = POOL * self.batch_size
+        for start in range(0, len(order), pool):
+            chosen = order[start : start + pool]
+            chosen = chosen[np.argsort(self.lengths[chosen], kind="stable")]
+            whole = len(chosen) // self.batch_size * self.batch_size
+            batches = random.permutation(chosen[:whole].reshape(-1, self.batch_size))
+            yield from batches.ravel().tolist()
+            yield from chosen[whole:].tolist()
