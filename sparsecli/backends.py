@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -41,7 +41,10 @@ class Backend(Protocol):
     cache_dtype: str
 
     def start(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
-        """Logits after the prompt of a text with room for `capacity` tokens. Raises Failure without memory for it."""
+        """Logits after the prompt of a text with room for `capacity` tokens. Raises Failure without memory for it.
+
+        An encoder reads the prompt; the logits are then those after the start token of a text with so much room.
+        """
 
     def step(self, token: int) -> np.ndarray:
         """Logits after one more token."""
@@ -59,6 +62,8 @@ def open_backend(folder: Path, model: Description, choices: Choices) -> Backend:
         Failure: the backend cannot be used or cannot do what was chosen, or the weights do not load.
     """
     missing = native.available()
+    if model.spec.encoder and not missing:
+        missing = "models with an encoder are decoded there"
     if choices.backend == "native" and missing:
         raise Failure(f"--backend native: {missing}")
     if choices.backend == "torch" or missing:
@@ -153,11 +158,21 @@ class TorchBackend:
         self.isa = torch.backends.cpu.get_cpu_capability()
         self.threads = torch.get_num_threads()
         self.network = load_network(folder, getattr(torch, self.dtype))
+        self.encoded: Any = None
+        """What the encoder made of the source, of a model that has one."""
 
     def start(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
+        import torch
+
         from sparsecli.model.cache import DecodeCache
 
-        self.cache = DecodeCache.for_model(self.network.config.spec, capacity)
+        model, spec = self.network.model, self.network.config.spec
+        if spec.encoder:
+            with torch.inference_mode():
+                self.encoded = model.encode(torch.tensor([list(prompt)]))
+            capacity += model.held_source(len(prompt))
+            prompt = [self.network.config.decoder_start_token_id]
+        self.cache = DecodeCache.for_model(spec, capacity)
         return self._logits(prompt)
 
     def step(self, token: int) -> np.ndarray:
@@ -166,13 +181,11 @@ class TorchBackend:
     def _logits(self, tokens: Sequence[int]) -> np.ndarray:
         import torch
 
+        new = torch.tensor([list(tokens)])
+        encoded = self.encoded
+        inputs = {"decoder_input_ids": new, "encoder_outputs": encoded} if encoded else {"input_ids": new}
         with torch.inference_mode():
-            output = self.network(
-                torch.tensor([list(tokens)]),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            output = self.network(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             return output.logits[0, -1].float().numpy()
 
     def close(self) -> None:

@@ -205,6 +205,15 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File that holds the prompt.", show_default=False)
     ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="Text for a model with an encoder; - is stdin.",
+            show_default=False,
+        ),
+    ] = None,
     model: Model = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Stop after so many tokens (128).")
@@ -242,10 +251,11 @@ def generate(
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Go on from a prompt.
+    """Go on from a prompt, or summarize an input.
 
-    The prompt comes from --prompt, --prompt-file, a pipe, or the recipe. Without --model it is the recipe's run
-    that speaks, else the newest finished run under runs/.
+    The prompt comes from --prompt, --prompt-file, a pipe, or the recipe; for a model with an encoder it is the
+    input, as --input is. Without --model it is the recipe's run that speaks, else the newest finished run under
+    runs/.
     """
     recipe, overrides = _shift(recipe, overrides)
     if overrides and not recipe:
@@ -265,13 +275,14 @@ def generate(
     }
     defaults = loaded.recipe.generate if loaded else GenerateSpec()
     options = with_options(defaults, {name: value for name, value in given.items() if value is not None})
-    text = _prompt(prompt, prompt_file, options.prompt)
+    text = _prompt(prompt, prompt_file, input_file, options.prompt)
     from sparsecli import generate as implementation
 
     implementation.run(
         loaded,
         model=model,
         prompt=text,
+        is_input=input_file is not None,
         options=options,
         seed=loaded.recipe.seed if loaded else seed or 0,
         stats=stats,
@@ -284,10 +295,13 @@ def generate(
     )
 
 
-def _prompt(text: str | None, file: Path | None, default: str | None) -> str:
+def _prompt(text: str | None, prompt_file: Path | None, input_file: Path | None, default: str | None) -> str:
     """The prompt from the one place that was named; else from a pipe; else the recipe's."""
-    if text is not None and file is not None:
-        raise Failure("--prompt and --prompt-file: give one of them", exit_code=2)
+    named = {"--prompt": text, "--prompt-file": prompt_file, "--input": input_file}
+    given = [option for option, value in named.items() if value is not None]
+    if len(given) > 1:
+        raise Failure(f"{' and '.join(given)}: give one of them", exit_code=2)
+    file = prompt_file or input_file
     if file is not None and str(file) != "-":
         return _decode(file.read_bytes(), str(file))
     if text == "-" or file is not None:
@@ -297,7 +311,9 @@ def _prompt(text: str | None, file: Path | None, default: str | None) -> str:
     if _piped() and (piped := sys.stdin.buffer.read()):
         return _decode(piped, "stdin")
     if default is None:
-        raise Failure("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe text in", exit_code=2)
+        raise Failure(
+            "no prompt: give --prompt TEXT, --prompt-file FILE or --input FILE, or pipe text in", exit_code=2
+        )
     return default
 
 

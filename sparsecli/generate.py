@@ -1,4 +1,4 @@
-"""Write text from a prompt: streaming that never cuts a character, stop strings, and what it took."""
+"""Write text from a prompt or an input: streaming that never cuts a character, stop strings, and what it took."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from sparsecli.sampling import Sampler, make_sampler
 
 if TYPE_CHECKING:
     from sparsecli.recipe.loader import LoadedRecipe
+
+START = 0
+"""The token that every target begins with: the padding, as in T5."""
 
 
 class StopFilter:
@@ -61,6 +64,7 @@ class Generation:
     """What was written, and how long it took."""
 
     prompt_tokens: int
+    """Tokens of the prompt, or of the input that an encoder read."""
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish: str = "length"  # length | context | end | stop
@@ -82,12 +86,20 @@ class Generation:
 
 
 def decode(
-    backend: Backend, prompt: Sequence[int], sampler: Sampler, limit: int, result: Generation
+    backend: Backend,
+    prompt: Sequence[int],
+    begun: Sequence[int],
+    sampler: Sampler,
+    limit: int,
+    result: Generation,
 ) -> Iterator[int]:
-    """Yield up to `limit` (at least 1) new tokens after `prompt`; timings go to `result`."""
-    tokens = list(prompt)
+    """Yield up to `limit` (at least 1) new tokens after `begun`; timings go to `result`.
+
+    The text has begun with the prompt, or with the start token where an encoder reads the prompt.
+    """
+    tokens = list(begun)
     started = time.perf_counter()
-    tokens.append(sampler(tokens, backend.start(prompt, capacity=len(prompt) + limit)))
+    tokens.append(sampler(tokens, backend.start(prompt, capacity=len(begun) + limit)))
     result.prefill_seconds = time.perf_counter() - started
     yield tokens[-1]
     for _ in range(limit - 1):
@@ -108,12 +120,14 @@ def write(
 ) -> Generation:
     """Generate after the token ids `prompt`, handing text to `show` as soon as its characters are whole.
 
-    A character that the model leaves unfinished at the very end is not shown.
+    A model with an encoder reads them, and then writes from the beginning. A character that the model leaves
+    unfinished at the very end is not shown.
     """
     result = Generation(prompt_tokens=len(prompt))
-    room = model.spec.max_positions - len(prompt)
+    begun = [START] if model.spec.encoder else list(prompt)
+    room = model.spec.max_positions - len(begun)
     limit = min(options.max_new_tokens, room)
-    stream = tokenizer.stream(prompt)
+    stream = tokenizer.stream(begun)
     stops = StopFilter(options.stop)
     stopped = False
 
@@ -122,7 +136,7 @@ def write(
         if text:
             show(text)
 
-    for token in decode(backend, prompt, make_sampler(options, seed), limit, result):
+    for token in decode(backend, prompt, begun, make_sampler(options, seed), limit, result):
         if token in model.end_tokens:
             result.finish = "end"
             break
@@ -163,11 +177,29 @@ def encode_prompt(
     return ids
 
 
+def encode_input(tokenizer: Tokenizer, text: str, positions: int) -> list[int]:
+    """Token ids of what an encoder of so many positions reads, with the tokenizer's end token.
+
+    The beginning of an input that is too long, with a warning.
+
+    Raises:
+        Failure: nothing to read.
+    """
+    if not text.strip():
+        raise Failure("the input is empty; give some text to read")
+    ids = tokenizer.encode(text, special=True)
+    if len(ids) > positions:
+        console.warn(f"the input has {len(ids)} tokens; the model reads the first {positions}")
+        ids = [*ids[: positions - 1], ids[-1]]
+    return ids
+
+
 def run(
     loaded: LoadedRecipe | None,
     *,
     model: str | None,
     prompt: str,
+    is_input: bool = False,
     options: GenerateSpec,
     seed: int = 0,
     stats: bool = False,
@@ -181,13 +213,22 @@ def run(
     """The `generate` command: text to stdout as it is written, or one JSON document.
 
     Raises:
-        Failure: no model, a damaged one, a prompt that does not fit, or a backend that cannot do what is asked.
+        Failure: no model, a damaged one, a prompt that does not fit, an input for a model without an encoder, or a
+            backend that cannot do what is asked.
     """
     folder = find_model(model, loaded.output if loaded else None)
     description = read_description(folder)
     context = description.spec.max_positions
     tokenizer = read_tokenizer(folder, description.spec.vocabulary.size)
-    ids = encode_prompt(tokenizer, prompt, context, chat, special=description.imported)
+    encoder = description.spec.encoder
+    if encoder:
+        ids = encode_input(tokenizer, prompt, encoder.max_positions)
+    elif is_input:
+        raise Failure(
+            f"--input: the model in {folder} has no encoder; give what it goes on from with --prompt"
+        )
+    else:
+        ids = encode_prompt(tokenizer, prompt, context, chat, special=description.imported)
     choices = Choices(backend, dtype, cache_dtype, threads)
     with closing(open_backend(folder, description, choices)) as decoder:
         result = write(decoder, description, tokenizer, ids, options, seed, _ignore if json else _stream)

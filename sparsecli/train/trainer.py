@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerFast, set_seed
 from sparsecli.console import Failure, RecipeError, first_process, print_table, say
 from sparsecli.data.examples import Prepared
 from sparsecli.data.preparation import prepare
-from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_network, load_tokenizer
-from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.folder import find_model, read_description, share
+from sparsecli.model.networks import Network, build_network
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, SavedTokenizer
 from sparsecli.recipe.loader import LoadedRecipe, complete, dump, require
@@ -344,21 +343,19 @@ def _judge(recipe: Recipe) -> Literal["rouge", "exact"] | None:
     return None if isinstance(recipe.data.pairs, CorruptedPairs) else "rouge"
 
 
-def _model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None
-) -> ScalingTransformerForCausalLM:
+def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None) -> Network:
     """The recipe's model with fresh weights, or with those of a checkpoint or of the model that it starts from."""
     assert recipe.model
     if checkpoint:
-        return ScalingTransformerForCausalLM.from_pretrained(checkpoint)
+        return load_network(checkpoint)
     if recipe.train and recipe.train.init_from:
         return load_network(find_model(recipe.train.init_from))
-    tokens: dict[str, Any] = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(recipe.model, **tokens))
+    return build_network(
+        recipe.model,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _now() -> str:
