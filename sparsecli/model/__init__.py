@@ -13,6 +13,8 @@ _HOMES = {
     "ScalingTransformerForCausalLM": "causal_lm",
     "ScalingTransformerEncoderDecoderModel": "encoder_decoder",
     "ScalingTransformerForConditionalGeneration": "encoder_decoder",
+    "TerraformerModel": "terraformer",
+    "TerraformerForConditionalGeneration": "terraformer",
     "DecodeCache": "cache",
 }
 
@@ -30,5 +32,5 @@ def register_config() -> None:
 
 def register() -> None:
     """Teach transformers' Auto classes our models: importing their modules does it."""
-    for module in ("causal_lm", "encoder_decoder"):
+    for module in ("causal_lm", "encoder_decoder", "terraformer"):
         importlib.import_module(f"{__name__}.{module}")

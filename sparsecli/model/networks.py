@@ -8,11 +8,16 @@ from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.encoder_decoder import ConditionalGeneration, ScalingTransformerForConditionalGeneration
+from sparsecli.model.terraformer import TerraformerForConditionalGeneration
 
 Network = ScalingTransformerForCausalLM | ConditionalGeneration
 NETWORKS: dict[str, type[Network]] = {
     network.config_class.model_type: network
-    for network in (ScalingTransformerForCausalLM, ScalingTransformerForConditionalGeneration)
+    for network in (
+        ScalingTransformerForCausalLM,
+        ScalingTransformerForConditionalGeneration,
+        TerraformerForConditionalGeneration,
+    )
 }
 
 

@@ -1,0 +1,81 @@
+"""Terraformer (paper section 4): reversible blocks, and a target that follows its source in one sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForSeq2SeqLM
+
+from sparsecli.model.cache import DecodeCache
+from sparsecli.model.configuration import TerraformerConfig
+from sparsecli.model.decoder import count_positions
+from sparsecli.model.encoder_decoder import ConditionalGeneration, EncoderDecoder
+from sparsecli.model.layers.cross_attention import Source
+
+
+class TerraformerModel(EncoderDecoder):
+    """The decoder's blocks run over the encoder's output and the target behind it, without cross-attention.
+
+    The target has to start right behind the last token of its source, wherever that is in a batch: attention would
+    only have to skip the padding, but convolutions and recurrent units take the rows one after the other. So the
+    sources are aligned to the right, their padding in front of them, where it is zero to all layers.
+    """
+
+    config_class = TerraformerConfig
+
+    @staticmethod
+    def held_source(length: int) -> int:
+        """See `EncoderDecoder.held_source`; the source, padding included, comes first in the cache."""
+        return length
+
+    def decode(
+        self,
+        x: Tensor,
+        source: Source,
+        valid: Tensor | None,
+        cache: DecodeCache | None,
+        keep_streams: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See `EncoderDecoder.decode`."""
+        length, new = source.rows.shape[1], x.shape[1]
+        held = cache.get_seq_length() if cache is not None else 0
+        earlier = max(0, held - length)  # target positions
+        x = self.place(x, count_positions(valid, earlier, new, x.device), earlier)  # they count from 0 again
+
+        source = align_right(source)
+        streams = (x, x)
+        if not held:
+            rows = source.rows.split(x.shape[-1], dim=-1)  # of one stream or two
+            streams = torch.cat((rows[0], x), dim=1), torch.cat((rows[-1], x), dim=1)  # (B, S + T, d)
+        joined = None
+        if source.valid is not None or valid is not None:
+            parts = ((source.valid, length), (valid, earlier + new))
+            joined = torch.cat([_known(part, x, size) for part, size in parts], dim=1)
+        position_ids = count_positions(joined, held, streams[0].shape[1], x.device)
+        y, kept = self.run(streams, joined, position_ids, cache, keep_streams=keep_streams)
+        return y[:, -new:], [stream[:, -new:] for stream in kept]
+
+
+def align_right(source: Source) -> Source:
+    """The same rows with all padding in front of them, in their order."""
+    if source.valid is None:
+        return source
+    order = source.valid.long().argsort(dim=-1, stable=True)
+    rows = source.rows.gather(1, order.unsqueeze(-1).expand_as(source.rows))
+    return Source(rows, source.valid.gather(1, order))
+
+
+def _known(valid: Tensor | None, x: Tensor, length: int) -> Tensor:
+    """`valid`, or trues (B, length) where it is None."""
+    return x.new_ones(x.shape[0], length, dtype=torch.bool) if valid is None else valid
+
+
+class TerraformerForConditionalGeneration(ConditionalGeneration):
+    """Terraformer and its logits."""
+
+    config_class = TerraformerConfig
+    model_class = TerraformerModel
+
+
+AutoModel.register(TerraformerConfig, TerraformerModel, exist_ok=True)
+AutoModelForSeq2SeqLM.register(TerraformerConfig, TerraformerForConditionalGeneration, exist_ok=True)
