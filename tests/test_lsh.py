@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from sparsecli.console import Failure, RecipeError
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.cache import DecodeLayer
+from sparsecli.model.checkpoint import load_network
+from sparsecli.model.folder import read_description
 from sparsecli.model.layers.chunks import attend_chunks
 from sparsecli.model.layers.lsh import HashedAttention, attend_alike, default_buckets
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.layers.shared_query_key import attend_shared, unit_keys
 from sparsecli.model.parts import LshSpec
+from sparsecli.recipe.loader import load
+from sparsecli.train.trainer import run
 
 HEADS, WIDTH = 2, 8
 
@@ -240,6 +246,43 @@ def test_hashing_a_trained_models_projections_needs_no_new_weights() -> None:
         for block in range(2)
         for part in ("weight", "bias")
     }
+
+
+RECIPE = """
+model: {d_model: 16, layers: 1, heads: 2, max_positions: 48, feed_forward: {kind: dense, d_ff: 32},
+        vocabulary: {kind: dense, size: 300}}
+data: {source: files, paths: ["FOLDER/text.txt"], sequence_length: 48, held_out_tokens: 480,
+       tokenizer: {kind: bpe, vocabulary_size: 270}}
+train: {max_steps: 2, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 1}
+"""
+
+
+def test_a_model_with_full_attention_goes_on_with_hashing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(" ".join(str(number * number % 97) for number in range(3000)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("FOLDER", str(tmp_path)))
+    run(load(str(recipe)), output=tmp_path / "full")
+    start = f"train.init_from={tmp_path / 'full'}"
+    hashing = "model.attention={kind: lsh, lsh: {chunk_length: 8, rounds: 4}}"
+    result = run(load(str(recipe), [start, hashing]), output=tmp_path / "hashed")
+    assert result is not None
+    assert math.isfinite(result.held_out_nats)
+    spec = read_description(tmp_path / "hashed" / "model").spec
+    assert spec.attention.hashing == LshSpec(chunk_length=8, rounds=4)
+    network = load_network(tmp_path / "full" / "model", spec=spec)
+    assert network.model.blocks[0].attention.hashing is not None
+    full = load_network(tmp_path / "full" / "model").state_dict()
+    assert all(torch.equal(tensor, full[name]) for name, tensor in network.state_dict().items())
+
+    shared = "model.attention={kind: lsh, share_query_key: true}"  # has fewer weights
+    with pytest.raises(RecipeError, match=r"model: is not the one in train\.init_from .*: attention;"):
+        run(load(str(recipe), [start, shared]), output=tmp_path / "shared")
+    fewer = "model.attention={kind: lsh, lsh: {chunk_length: 8, rounds: 2}}"
+    with pytest.raises(Failure, match=r"another recipe: model\.attention\.lsh\.rounds \(4 then, 2 now\)"):
+        run(load(str(recipe), [start, fewer]), output=tmp_path / "hashed", resume="auto")
 
 
 def test_gradients_through_a_reversible_stack() -> None:

@@ -282,6 +282,16 @@ class ModelSpec(Block):
         return self.units_per_block(layer) / feed_forward.block_size
 
     @property
+    def unhashed(self) -> ModelSpec:
+        """The same with full attention everywhere: which positions a token attends to is not a matter of weights."""
+        full = {"kind": "full", "lsh": None}
+        changed: dict[str, Any] = {"attention": self.attention.model_copy(update=full)}
+        if self.encoder:
+            attention = self.encoder.attention.model_copy(update=full)
+            changed["encoder"] = self.encoder.model_copy(update={"attention": attention})
+        return self.model_copy(update=changed)
+
+    @property
     def tied(self) -> bool:
         """Whether the logits use the embedding's table."""
         return self.vocabulary.kind == "dense" and self.vocabulary.tied

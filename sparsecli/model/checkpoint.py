@@ -9,6 +9,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from sparsecli.console import Failure
+from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.configuration import CONFIGS, ScalingTransformerConfig
 from sparsecli.model.folder import CONFIG, check_weights, last_line, model_type, read_description, read_json
 from sparsecli.model.memory import move_to_huge_pages
@@ -32,12 +33,20 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Networ
     return network, tokenizer
 
 
-def load_network(folder: Path, dtype: torch.dtype = torch.float32) -> Network:
-    """The model in evaluation mode, without its tokenizer. Raises Failure as `load_model` does."""
+def load_network(folder: Path, dtype: torch.dtype = torch.float32, spec: ModelSpec | None = None) -> Network:
+    """The model in evaluation mode, without its tokenizer. Raises Failure as `load_model` does.
+
+    Args:
+        spec: another architecture that has the same weights, such as one that hashes where the model attends in full.
+    """
     config = read_config(folder)
     check_weights(folder, config.spec)
+    if spec is not None:
+        config.update(spec.model_dump())
     disable_progress_bar()  # what progress there is to show, the console shows
-    network = NETWORKS[config.model_type].from_pretrained(folder, dtype=dtype, local_files_only=True)
+    network = NETWORKS[config.model_type].from_pretrained(
+        folder, config=config, dtype=dtype, local_files_only=True
+    )
     move_to_huge_pages(network)
     return network.eval()
 

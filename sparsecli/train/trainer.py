@@ -133,7 +133,7 @@ def _resolved(loaded: LoadedRecipe) -> Recipe:
         folder = find_model(start)
         spec = read_description(folder).spec
         model = recipe.model or spec
-        differ = [name for name, value in spec if value != getattr(model, name)]
+        differ = [name for name, value in spec.unhashed if value != getattr(model.unhashed, name)]
         if differ:
             raise RecipeError(
                 f"{loaded.path.name}: model: is not the one in train.init_from {start}: {', '.join(differ)}; "
@@ -143,7 +143,7 @@ def _resolved(loaded: LoadedRecipe) -> Recipe:
         if not isinstance(data, CopyTask) and data.tokenizer is None:
             saved = SavedTokenizer(kind="saved", path=str(folder))
             data = data.model_copy(update={"tokenizer": saved})
-        recipe = complete(loaded, {"model": spec, "data": data})
+        recipe = complete(loaded, {"model": model, "data": data})
     assert recipe.model
     objective = recipe.train and recipe.train.distillation
     if objective:
@@ -349,7 +349,7 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, checkpoint: Path 
     if checkpoint:
         return load_network(checkpoint)
     if recipe.train and recipe.train.init_from:
-        return load_network(find_model(recipe.train.init_from))
+        return load_network(find_model(recipe.train.init_from), spec=recipe.model)
     return build_network(
         recipe.model,
         bos_token_id=tokenizer.bos_token_id,
