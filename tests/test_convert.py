@@ -328,6 +328,15 @@ def test_a_search_that_cannot_be(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
+def test_two_streams_are_not_converted(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:
+    loaded, _ = dense_run
+    assert loaded.recipe.model
+    spec = ModelSpec(**loaded.recipe.model.model_dump() | {"residual": "reversible"})
+    ScalingTransformerConfig.from_spec(spec).save_pretrained(tmp_path / "dense")
+    with pytest.raises(RecipeError, match="it is reversible; decoders of one stream are converted"):
+        command.run(loaded, model=str(tmp_path / "dense"), output=tmp_path / "found")
+
+
 def test_a_wider_budget_takes_what_was_built(
     dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,6 +188,13 @@ def test_what_a_peer_refuses_is_told(
 
 
 @pytest.mark.usefixtures("installed")
+def test_there_is_nothing_like_two_streams_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = CANDIDATES[0].spec.model_copy(update={"residual": "reversible"})
+    assert peers.choose(["openvino"], [replace(CANDIDATES[0], spec=spec)], ["float32"]) == []
+    assert "peers run decoders of one stream" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("installed")
 def test_bytes_of_a_row_are_those_of_its_own_types() -> None:
     rows = {row.dtype: row for row in peers.choose(["llama.cpp"], CANDIDATES, ["float32", "int8"])}
     sizes = rows["float32"].model.sizes

@@ -26,7 +26,9 @@ class TorchModel:
         self.network.eval()
         self.stack = _Stopwatch()
         blocks = self.network.model.blocks
-        self.stack.watch(blocks[0], blocks[-1])
+        # Not the blocks themselves: reversible ones are run by halves.
+        last = "feed_forward" if self.spec.sru is None else "sru"
+        self.stack.watch(blocks[0].get_submodule("attention_norm"), blocks[-1].get_submodule(last))
         self.parts: dict[str, _Stopwatch] = {}
         if profile:
             self.parts = {name: _Stopwatch() for name in ("attention", "feed-forward", "head")}

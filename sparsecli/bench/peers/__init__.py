@@ -196,7 +196,14 @@ def _rows(
     for our_dtype in dtypes:
         for dtype in peer.dtypes.get(our_dtype, ()):
             for beside, model in models:
-                if reason := module.refusal(model.spec, dtype):
+                if reason := _unknown_parts(beside.spec) or module.refusal(model.spec, dtype):
                     console.warn(f"{peer.name} in {dtype} is not measured: {reason}")
                     break
                 yield PeerRow(peer, beside, model, our_dtype, dtype)
+
+
+def _unknown_parts(spec: ModelSpec) -> str | None:
+    """Why there is nothing like `spec` in other programs; None where there is."""
+    if spec.encoder or spec.residual == "reversible" or spec.sru or spec.attention.shares_query_key:
+        return "peers run decoders of one stream, without an encoder, recurrent layers or shared queries and keys"
+    return None
