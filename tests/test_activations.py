@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from sparsecli.bench import activations
-from sparsecli.bench.activations import Step, architecture, measure
-from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
+from sparsecli.bench.activations import Shape, Step, measure
+from sparsecli.model.networks import build_network
 
 
 def stored_bytes(kind: str, layers: int, attention: str) -> int:
     """Bytes that wait for the backward pass, without weights."""
-    spec = architecture(kind, layers, 64, attention, None)
-    model = ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec)).train()
+    model = build_network(Shape(64, attention, tokens=192).spec(kind, layers)).train()
     held = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     found: dict[int, int] = {}
 
@@ -42,21 +41,22 @@ def test_depth_stores_nothing_in_reversible_blocks(attention: str) -> None:
 
 
 @pytest.mark.parametrize("kind", activations.KINDS)
-def test_a_step_is_measured(kind: str) -> None:
-    step = measure(kind, architecture(kind, 2, 64, "full", 128), 192, "cpu")
-    assert step.peak >= 0
+@pytest.mark.parametrize("source", [0, 160])
+def test_a_step_is_measured(kind: str, source: int) -> None:
+    step = measure(kind, Shape(64, chunk=128, tokens=96, source=source), 2, "cpu")
+    assert 0 <= step.activations < step.peak
     assert step.seconds > 0
 
 
 def test_the_table_says_what_a_layer_adds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def pretend(kind: str, spec: object, *rest: object) -> Step:
+    def pretend(kind: str, shape: Shape, layers: int, *rest: object) -> Step:
         per_layer = 1 if kind == "reversible" else 100
-        return Step((10 + per_layer * spec.layers) * activations.MIB, 0.002 * spec.layers)
+        return Step((10 + per_layer * layers) * activations.MIB, 0, 0.002 * layers)
 
     monkeypatch.setattr(activations, "in_a_process", pretend)
-    activations.run([4, 8, 16], 128, 64, "full", None, ["stored", "reversible"], "cpu", 1)
+    activations.run(Shape(), [4, 8, 16], ["stored", "reversible"], "cpu", 1)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["stored", "410", "810", "1,610", "100.0", "2"] in rows
     assert ["reversible", "14", "18", "26", "1.0", "2"] in rows

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,7 @@ import torch
 
 from sparsecli import console
 from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.networks import build_network
 
 KINDS = ("stored", "checkpointed", "reversible")
 VOCABULARY = 256  # logits are no activations of blocks: as few as may be
@@ -33,91 +32,113 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
+class Shape:
+    """A model, and the sequence that it trains on."""
+
+    d_model: int = 256
+    attention: str = "full"
+    chunk: int | None = None
+    """Tokens that a feed-forward layer computes at once."""
+    tokens: int = 2048
+    source: int = 0
+    """Tokens of a source, which half of the blocks read first; 0: there is no encoder."""
+
+    def spec(self, kind: str, layers: int) -> ModelSpec:
+        """Terraformer, or its decoder, with `layers` blocks in all; kinds that are not reversible have one stream."""
+        reversible = kind == "reversible"
+        encoder = None
+        if self.source:
+            encoder = {
+                "layers": layers // 2,
+                "max_positions": self.source,
+                "attention": {"kind": self.attention},
+                "read_by": {"kind": "joined" if reversible else "cross_attention"},
+            }
+        feed_forward = {
+            "kind": "sparse",
+            "d_ff": 4 * self.d_model,
+            "block_size": 64,
+            "rank": self.d_model // 16,
+        }
+        return ModelSpec.model_validate(
+            {
+                "d_model": self.d_model,
+                "layers": layers - layers // 2 if self.source else layers,
+                "heads": self.d_model // 64,
+                "max_positions": self.tokens,
+                "positions": "digits",
+                "feed_forward": feed_forward,
+                "attention": {"projection": "multiplicative_conv", "kind": self.attention},
+                "vocabulary": {"kind": "dense", "size": VOCABULARY},
+                "residual": "reversible" if reversible else "single",
+                "sru": {"width": 32},
+                "feed_forward_chunk": self.chunk,
+                "encoder": encoder,
+            }
+        )
+
+
+@dataclass(frozen=True)
 class Step:
     """What one training step needed."""
 
+    activations: int
+    """Peak bytes above the weights and gradients."""
     peak: int
-    """Bytes above the weights and gradients."""
+    """Peak bytes in all; on a processor the program itself is among them."""
     seconds: float
 
 
-def architecture(kind: str, layers: int, d_model: int, attention: str, chunk: int | None) -> ModelSpec:
-    """Terraformer's decoder with `layers` blocks, or the same layers with one stream (`kind` not reversible)."""
-    return ModelSpec.model_validate(
-        {
-            "d_model": d_model,
-            "layers": layers,
-            "heads": d_model // 64,
-            "max_positions": 2**20,
-            "positions": "digits",
-            "feed_forward": {"kind": "sparse", "d_ff": 4 * d_model, "block_size": 64, "rank": d_model // 16},
-            "attention": {"projection": "multiplicative_conv", "kind": attention},
-            "vocabulary": {"kind": "dense", "size": VOCABULARY},
-            "residual": "reversible" if kind == "reversible" else "single",
-            "sru": {"width": 32},
-            "feed_forward_chunk": chunk,
-        }
-    )
-
-
-def measure(kind: str, spec: ModelSpec, tokens: int, device: str) -> Step:
-    """Train on one sequence of random `tokens`, twice; the second step's figures."""
+def measure(kind: str, shape: Shape, layers: int, device: str) -> Step:
+    """Train on one sequence of random tokens, twice; the second step's figures."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec)).train()
-        ids = torch.randint(VOCABULARY, (1, tokens))
+        model = build_network(shape.spec(kind, layers)).train()
+        target = torch.randint(2, VOCABULARY, (1, shape.tokens))
+        read = torch.randint(2, VOCABULARY, (1, shape.source)) if shape.source else target
     if kind == "checkpointed":
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the method has a newer name
             model.gradient_checkpointing_enable()
 
     def step() -> None:
         model.zero_grad()
-        model(ids, labels=ids).loss.backward()
+        model(read, labels=target).loss.backward()
 
     step()
-    start = time.perf_counter()
-    peak = _peak_above_rest(step, device)
-    return Step(peak, time.perf_counter() - start)
-
-
-def _peak_above_rest(action: Callable[[], None], device: str) -> int:
     gc.collect()
+    start = time.perf_counter()
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        action()
+        step()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    action()
-    gc.collect()
-    status = Path("/proc/self/status").read_text().splitlines()
-    held = {
-        name: int(rest.split()[0]) * 1024
-        for name, _, rest in (line.partition(":") for line in status)
-        if name in ("VmHWM", "VmRSS")
-    }
-    return held["VmHWM"] - held["VmRSS"]
+        peak, left = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        step()
+        peak, left = _resident("VmHWM"), _resident("VmRSS")
+    return Step(peak - left, peak, time.perf_counter() - start)
 
 
-def in_a_process(kind: str, spec: ModelSpec, tokens: int, device: str, threads: int) -> Step:
+def _resident(name: str) -> int:
+    """Bytes of this process that Linux calls `name`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise console.Failure(f"/proc/self/status: has no {name}")
+
+
+def in_a_process(kind: str, shape: Shape, layers: int, device: str, threads: int) -> Step:
     """`measure`, in a new process that gives memory back at once."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(
         MIB
     )  # what is freed goes back to the system; read at the start
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as process:
-        return process.submit(measure, kind, spec, tokens, device).result()
+        return process.submit(measure, kind, shape, layers, device).result()
 
 
 def run(
-    depths: Sequence[int],
-    tokens: int,
-    d_model: int,
-    attention: str,
-    chunk: int | None,
-    kinds: Sequence[str],
-    device: str,
-    threads: int,
+    shape: Shape, depths: Sequence[int], kinds: Sequence[str], device: str, threads: int
 ) -> dict[str, list[Step]]:
     """Measure every kind at every depth and show it; the steps by kind, in the order of `depths`."""
     if torch.device(device).type != "cuda" and not Path("/proc/self/clear_refs").exists():
@@ -126,43 +147,48 @@ def run(
     for kind in kinds:
         found[kind] = []
         for layers in depths:
-            spec = architecture(kind, layers, d_model, attention, chunk)
-            step = in_a_process(kind, spec, tokens, device, threads)
+            step = in_a_process(kind, shape, layers, device, threads)
             found[kind].append(step)
-            console.say(f"{kind}, {layers} layers: {step.peak / MIB:,.0f} MiB, {step.seconds:.1f} s")
+            figures = (
+                f"{step.activations / MIB:,.0f} MiB, {step.peak / MIB:,.0f} MiB in all, {step.seconds:.1f} s"
+            )
+            console.say(f"{kind}, {layers} layers: {figures}")
+    read = f"{shape.source} + {shape.tokens}" if shape.source else f"{shape.tokens}"
     console.print_table(
         ("activations", *(f"{layers} layers, MiB" for layers in depths), "MiB a layer", "ms a layer"),
         [
-            (kind, *(f"{step.peak / MIB:,.0f}" for step in steps), *_slopes(depths, steps))
+            (kind, *(f"{step.activations / MIB:,.0f}" for step in steps), *_slopes(depths, steps))
             for kind, steps in found.items()
         ],
-        title=f"{tokens} tokens, width {d_model}, {attention} attention, float32",
+        title=f"{read} tokens, width {shape.d_model}, {shape.attention} attention, float32",
     )
     return found
 
 
-def _slopes(depths: Sequence[int], steps: Sequence[Step]) -> tuple[str, str]:
-    """What a layer adds, from the least to the greatest depth."""
+def _slopes(depths: Sequence[int], steps: Sequence[Step]) -> tuple[str | None, str | None]:
+    """What a layer adds, from the first depth to the last; None where there is one."""
     layers = depths[-1] - depths[0]
-    memory = (steps[-1].peak - steps[0].peak) / layers / MIB
+    if not layers:
+        return None, None
+    memory = (steps[-1].activations - steps[0].activations) / layers / MIB
     return f"{memory:,.1f}", f"{(steps[-1].seconds - steps[0].seconds) / layers * 1000:,.0f}"
 
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m sparsecli.bench.activations", description=__doc__)
-    parser.add_argument(
-        "--depths", type=int, nargs="+", default=[4, 8, 16, 32], help="numbers of blocks, two or more"
-    )
-    parser.add_argument("--tokens", type=int, default=2048, help="of the sequence")
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--attention", choices=("full", "lsh"), default="full")
+    parser = argparse.ArgumentParser("python -m sparsecli.bench.activations")
+    parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32], help="numbers of blocks")
+    parser.add_argument("--tokens", type=int, default=Shape.tokens, help="of the sequence, or of the target")
+    parser.add_argument("--source", type=int, default=Shape.source, help="tokens of a source; 0: no encoder")
+    parser.add_argument("--d-model", type=int, default=Shape.d_model)
+    parser.add_argument("--attention", choices=("full", "lsh"), default=Shape.attention)
     parser.add_argument("--chunk", type=int, help="tokens that a feed-forward layer computes at once")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = vars(parser.parse_args())
-    run(**given)
+    given = parser.parse_args()
+    shape = Shape(given.d_model, given.attention, given.chunk, given.tokens, given.source)
+    run(shape, given.depths, given.kinds, given.device, given.threads)
 
 
 if __name__ == "__main__":
