@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from sparsecli.console import Failure
-from sparsecli.model import DecodeCache
+from sparsecli.model import DecodeCache, decoder, encoder
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_network
+from sparsecli.model.layers.reversible import plain_stack, reversible_stack
 from sparsecli.model.networks import Network, build_network
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tensors import tensor_shapes
@@ -90,7 +91,7 @@ def sources(*lengths: int, width: int | None = None) -> dict[str, Tensor]:
 
 
 def targets(rows: int, length: int) -> Tensor:
-    ids = torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(2, VOCABULARY - 1, (rows, length), generator=torch.Generator().manual_seed(2))
     ids[:, 0] = 0
     return ids
 
@@ -280,3 +281,129 @@ def test_the_papers_encoder_decoders_have_its_sizes() -> None:
     assert millions(6144, False, sparse_attention, dense) == 876.8
     assert millions(6144, True, sparse_attention, dense) == 909.8
     assert millions(6144, True, sparse_attention, head) == 885.2
+
+
+def hashed(chunk_length: int, **fields: object) -> Network:
+    """Terraformer whose encoder and decoder attend among tokens that hash alike."""
+    lsh = {"rounds": 2, "chunk_length": chunk_length, "buckets": 4}
+    attention = {"kind": "lsh", "lsh": lsh}
+    encoder = {
+        "layers": 2,
+        "max_positions": 64,
+        "attention": {**attention, "lsh": {**lsh, "chunks_after": 1}},
+        "read_by": {"kind": "joined"},
+    }
+    fields |= {"encoder": encoder, "attention": {**COMMON["attention"], **attention}, "max_positions": 64}
+    return build("Terraformer", **fields)
+
+
+@torch.no_grad()
+def test_hashing_within_one_chunk_is_exact_when_decoding_too() -> None:
+    model, given, ids = hashed(chunk_length=32), sources(11, 3), targets(2, 8)
+    whole = model(**given, decoder_input_ids=ids).logits
+    past, steps = None, []
+    for token in ids.split(1, dim=1):
+        output = model(**given, decoder_input_ids=token, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        steps.append(output.logits)
+    assert_same(torch.cat(steps, dim=1), whole)
+
+
+@torch.no_grad()
+def test_hashing_sees_no_padding() -> None:
+    """Up to whole chunks, of which the number matters: the first chunk sees the last one too."""
+    model, ids = hashed(chunk_length=8), targets(2, 8)
+    narrow, wide = (model(**sources(20, 6, width=width), decoder_input_ids=ids).logits for width in (20, 24))
+    assert narrow.isfinite().all()
+    assert_same(wide, narrow)
+    assert model.generate(**sources(20, 6), max_new_tokens=12).shape == (2, 13)
+
+
+@pytest.mark.parametrize("hashes", [False, True])
+def test_storing_no_activations_changes_no_gradient(hashes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout, noise, hard and soft choices and hash buckets come out the same in the backward pass."""
+
+    def gradients(stack: object) -> list[Tensor]:
+        for module in (decoder, encoder):
+            monkeypatch.setattr(module, "reversible_stack", stack)
+        model = hashed(8, dropout=0.1) if hashes else build("Terraformer", dropout=0.1)
+        model.train()
+        torch.manual_seed(3)
+        model(**sources(21, 6), labels=targets(2, 9) + 1).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for actual, expected in zip(gradients(reversible_stack), gradients(plain_stack), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cross-attention", "convolved queries, recurrent"])
+def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        model = build(name, dropout=0.1).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(3)
+        model(**sources(9, 4), labels=targets(2, 5) + 1).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        assert_same(recomputed, plain)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_bfloat16_runs_and_stays_near_float32(name: str) -> None:
+    model, given, ids = build(name), sources(9, 4), targets(2, 5)
+    expected = model(**given, decoder_input_ids=ids).logits.softmax(-1)
+    actual = model.to(torch.bfloat16)(**given, decoder_input_ids=ids).logits
+    assert actual.dtype == torch.bfloat16
+    assert (actual.float().softmax(-1) - expected).abs().mean() < 0.01
+    model.generate(**given, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_what_other_models_return_too(name: str) -> None:
+    model, given, ids = build(name), sources(9, 4), targets(2, 5)
+    output = model(**given, decoder_input_ids=ids, output_hidden_states=True)
+    assert len(output.decoder_hidden_states) == model.config.layers + 1
+    assert all(stream.shape[1] == 5 for stream in output.decoder_hidden_states)
+    assert_same(model.head(output.decoder_hidden_states[-1]), output.logits)
+    again = model(
+        attention_mask=given["attention_mask"],
+        encoder_outputs=(output.encoder_last_hidden_state,),
+        decoder_input_ids=ids,
+        logits_to_keep=2,
+        return_dict=False,
+    )
+    assert_same(again[0], output.logits[:, -2:])
+    embedded = model.get_input_embeddings()(given["input_ids"])
+    assert_same(
+        model(inputs_embeds=embedded, attention_mask=given["attention_mask"], decoder_input_ids=ids).logits,
+        output.logits,
+    )
+
+
+def test_the_papers_terraformer_has_its_size() -> None:
+    """terraformer_c4_medium, and the large template of its authors: parameters of the original's arrays."""
+    sparse = {"kind": "sparse", "d_ff": 6144, "block_size": 64, "rank": 96}
+    medium = {
+        "d_model": 1024,
+        "layers": 24,
+        "heads": 16,
+        "max_positions": 32768,
+        "feed_forward": sparse,
+        "attention": {"projection": "multiplicative_conv", "modules": 16},
+        "vocabulary": {"kind": "multiplicative", "size": 32000, "modules": 4},
+        "residual": "reversible",
+        "attention_layers": 2,
+        "sru": {"width": 32},
+        "encoder": {"layers": 24, "max_positions": 32768, "read_by": {"kind": "joined"}},
+    }
+
+    def parameters(**fields: object) -> int:
+        return count_parameters(ModelSpec.model_validate(medium | fields)).total
+
+    assert round(parameters() / 1e6, 1) == 858.0
+    short = {**medium["encoder"], "max_positions": 512}
+    assert round(parameters(max_positions=512, encoder=short) / 1e6, 1) == 792.0
