@@ -375,6 +375,16 @@ def test_a_killed_recovery_goes_on_from_its_last_checkpoint(
 # -- what does not fit ---------------------------------------------------------------------------------------
 
 
+def test_models_with_an_encoder_neither_teach_nor_learn(place: Place, tmp_path: Path) -> None:
+    encoder = {"layers": 1, "max_positions": 16}
+    fields = network(DENSE).config.spec.model_dump() | {"encoder": encoder}
+    reading = ModelSpec.model_validate(fields)
+    ScalingTransformerConfig.from_spec(reading).save_pretrained(tmp_path / "reading")
+    changes = [f"train.distillation.teacher={tmp_path / 'reading'}"]
+    with pytest.raises(Failure, match="a model with an encoder neither teaches nor learns"):
+        run(load(str(place.recipe), changes), output=tmp_path / "run")
+
+
 def test_a_teacher_of_another_vocabulary(place: Place, tmp_path: Path) -> None:
     larger = place.save(network(DENSE, vocabulary=310), "larger")
     with pytest.raises(Failure, match="the teacher has a vocabulary of 310 tokens, the model of 300"):

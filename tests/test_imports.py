@@ -176,14 +176,19 @@ def test_decoding_and_generating_import_neither_torch_nor_transformers():
         "import sparsecli; from transformers import AutoConfig, AutoModelForCausalLM",
         "from transformers import AutoConfig, AutoModelForCausalLM; import sparsecli",
         "from transformers import AutoConfig; import sparsecli; from transformers import AutoModelForCausalLM",
-        "import sparsecli.model.blocks, sparsecli.model.causal_lm\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM",
+        "import sparsecli.model.blocks; from transformers import AutoConfig, AutoModelForCausalLM",
+        "import sparsecli.model.encoder; from transformers import AutoConfig, AutoModelForCausalLM",
     ],
 )
 def test_auto_classes_know_the_models_in_every_order(first):
     made = python(
         f"{first}\n"
-        "config = AutoConfig.for_model('scaling_transformer')\n"
-        "print(type(config).__module__, AutoModelForCausalLM._model_mapping[type(config)].__module__)"
+        "from transformers import AutoModelForSeq2SeqLM\n"
+        "for name, auto in (('scaling_transformer', AutoModelForCausalLM), ('terraformer', AutoModelForSeq2SeqLM)):\n"
+        "    config = AutoConfig.for_model(name)\n"
+        "    print(type(config).__module__, auto._model_mapping[type(config)].__module__)"
     )
-    assert made == "sparsecli.model.configuration sparsecli.model.causal_lm\n"
+    assert made.split() == [
+        *("sparsecli.model.configuration", "sparsecli.model.causal_lm"),
+        *("sparsecli.model.configuration", "sparsecli.model.terraformer"),
+    ]

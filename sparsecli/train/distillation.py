@@ -123,15 +123,17 @@ def _narrowed(network: ScalingTransformerForCausalLM) -> ScalingTransformerForCa
 
 def check_teacher(objective: Objective, student: ModelSpec, teacher: ModelSpec) -> None:
     """Raise Failure unless a model of `student` can learn from one of `teacher` as `objective` says."""
+    if student.encoder or teacher.encoder:
+        raise Failure("distillation: a model with an encoder neither teaches nor learns from a teacher yet")
     ours, theirs = student.vocabulary.size, teacher.vocabulary.size
     if ours != theirs:
         raise Failure(
             f"distillation: the teacher has a vocabulary of {theirs:,} tokens, the model of {ours:,}"
         )
-    if objective.hidden_weight and student.d_model != teacher.d_model:
+    if objective.hidden_weight and student.merged_width != teacher.merged_width:
         raise Failure(
-            f"distillation.hidden_weight: the teacher is {teacher.d_model} wide, the model {student.d_model}; "
-            f"set it to 0"
+            f"distillation.hidden_weight: the teacher is {teacher.merged_width} wide, "
+            f"the model {student.merged_width}; set it to 0"
         )
     start = objective.start_units_per_block
     if start is not None and start > getattr(student.feed_forward, "block_size", 0):
