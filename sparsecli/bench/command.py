@@ -149,6 +149,7 @@ def _plan(bench: BenchSpec, candidates: Sequence[Candidate], models: Sequence[st
         raise console.Failure(f"--threads: {max(threads)} is more than {MAX_THREADS}", exit_code=2)
     settings = Settings(
         context=bench.context[0],
+        source=bench.source if any(candidate.spec.encoder for candidate in candidates) else None,
         rounds=bench.rounds,
         tokens_per_round=bench.tokens_per_round,
         warmup_tokens=bench.warmup_tokens,

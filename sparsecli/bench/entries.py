@@ -94,10 +94,10 @@ class _Native(_Loader):
         return packed_model(self.spec, precision, self.pools, overlapping=self.plan.from_disk)
 
     def decoder(self, case: Case) -> Decoder:
-        capacity = self.plan.capacity(case)
+        capacity, source = self.plan.capacity(case), self.plan.source(case.model)
         if self.plan.from_disk:
-            return DiskDecoder(self.engine, capacity, case.batch, self.file)
-        return NativeDecoder(self.engine, capacity, case.batch)
+            return DiskDecoder(self.engine, capacity, case.batch, source, self.file)
+        return NativeDecoder(self.engine, capacity, case.batch, source)
 
 
 class _Torch(_Loader):

@@ -7,18 +7,24 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from sparsecli.bench.measure import others
-from sparsecli.decode.engine import Engine
+from sparsecli.decode.engine import Engine, source_streams
 
 INPUT_OUTPUT = Path("/proc/self/io")
 
 
 class NativeDecoder:
-    """One sequence, or a batch of them: see `Decoder`."""
+    """One sequence, or a batch of them: see `Decoder`. What an encoder made of `source` tokens is random."""
 
-    def __init__(self, engine: Engine, capacity: int, batch: int = 1) -> None:
+    def __init__(self, engine: Engine, capacity: int, batch: int = 1, source: int = 0) -> None:
         self.engine = engine
-        self.texts = [engine.sequence(capacity) for _ in range(batch)]
+        self.texts = [engine.sequence(capacity, source) for _ in range(batch)]
+        for index, text in enumerate(self.texts if source else ()):
+            spec = engine.model.spec
+            shape = (source_streams(spec), source, spec.d_model)
+            engine.read_source(text, np.random.default_rng(index).standard_normal(shape, np.float32))
         self.context = 0
         self.next: list[int] = []
 
@@ -53,8 +59,8 @@ class NativeDecoder:
 class DiskDecoder(NativeDecoder):
     """A decoder whose units are mapped from an open `file`, and can be made to leave the memory: see `FromDisk`."""
 
-    def __init__(self, engine: Engine, capacity: int, batch: int, file: int) -> None:
-        super().__init__(engine, capacity, batch)
+    def __init__(self, engine: Engine, capacity: int, batch: int, source: int, file: int) -> None:
+        super().__init__(engine, capacity, batch, source)
         self.file = file
         units = (tensor for name, tensor in engine.model.tensors.items() if name.endswith(".units"))
         self.mapping = _mapping(next(units))

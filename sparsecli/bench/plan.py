@@ -14,7 +14,7 @@ from sparsecli import console
 from sparsecli.bench import peers, variants
 from sparsecli.bench.peers import PeerRow
 from sparsecli.bench.report import Settings, Subject
-from sparsecli.bench.traffic import bytes_per_token, cached_bytes
+from sparsecli.bench.traffic import bytes_per_token, cached_bytes, source_bytes
 from sparsecli.bench.variants import UNCHANGED, Candidate
 from sparsecli.bench.weights import largest, packed_elements, planned, torch_elements
 from sparsecli.decode.packing import Precision
@@ -74,6 +74,10 @@ class Plan:
             return case.prefill
         return case.context + self.settings.warmup_tokens + self.settings.tokens_per_round
 
+    def source(self, model: Model) -> int:
+        """Tokens of the source that a decoder has; 0 without an encoder."""
+        return self.settings.source or 0 if model.candidate.spec.encoder else 0
+
     def built(self, model: Model) -> ModelSpec:
         """The part of a model that is built. Random positions are made up where a long context needs more."""
         candidate = model.candidate
@@ -109,6 +113,7 @@ class Plan:
                 case.context,
                 sequences,
                 vectors="float32" if native else model.dtype,
+                source=self.source(model),
             ),
             projected=not candidate.whole,
         )
@@ -167,23 +172,23 @@ def _computes(backend: str, dtype: str, candidate: Candidate, from_disk: bool) -
         return False
     if from_disk and candidate.spec.feed_forward.kind == "dense":
         return False
-    changed = candidate.precision != UNCHANGED
-    return backend == "native" or (dtype in TORCH_DTYPES and not changed and not from_disk)
+    special = candidate.precision != UNCHANGED or candidate.spec.encoder is not None
+    return backend == "native" or (dtype in TORCH_DTYPES and not special and not from_disk)
 
 
 def _nothing_left(backends: Sequence[str], from_disk: bool) -> str:
     if from_disk:
         return "--from-disk is for sparse layers on the native backend"
     if "native" in backends:
-        return "in PyTorch, int8, int4 and what has a precision of its own"
-    return "int8, int4 and what has a precision of its own need the native backend"
+        return "in PyTorch, int8, int4, what has a precision of its own, and decoders of an encoder's output"
+    return "int8, int4, what has a precision of its own, and decoders of an encoder's output need the native backend"
 
 
 def _torch_prompt(
     cases: Sequence[Case], candidates: Sequence[Candidate], prefill: int, threads: int
 ) -> Iterator[Case]:
     dense = next((candidate for candidate in candidates if candidate.group == "dense"), None)
-    if dense is None or not dense.whole:
+    if dense is None or not dense.whole or dense.spec.encoder:
         return
     case = Case(Model(dense, "torch", PROMPT_RIVAL, threads), 0, prefill=prefill)
     there = {
@@ -207,7 +212,7 @@ def peer_rows(
     ours = [
         replace(each, spec=variants.with_positions(each.spec, positions))
         for each in candidates
-        if each.precision == UNCHANGED
+        if each.precision == UNCHANGED and each.spec.encoder is None
     ]
     chosen = peers.choose(names, ours, dtypes, variants_named) if names and ours else []
     cases = []
@@ -278,8 +283,10 @@ def needed_bytes(plan: Plan) -> int:
         spec = plan.built(case.model)
         kept = cached_bytes(spec, precision_of(case.model))
         if "conv" in spec.attention.projection:  # the convolutions' inputs, with their margins
-            kept += round(1.2 * spec.layers * spec.d_model * WIDTHS[precision_of(case.model).convolution])
-        total += case.batch * plan.capacity(case) * kept
+            rows = spec.layers * spec.attention_layers
+            kept += round(1.2 * rows * spec.d_model * WIDTHS[precision_of(case.model).convolution])
+        source = plan.source(case.model) * source_bytes(spec, precision_of(case.model))
+        total += case.batch * (plan.capacity(case) * kept + source)
     return total
 
 

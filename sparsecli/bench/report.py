@@ -68,6 +68,8 @@ class Settings(_Record):
 
     context: int
     """Tokens in the cache at the start of every turn; the first, where several lengths are measured."""
+    source: int | None = None
+    """Tokens of the source, where a row decodes what an encoder made of one."""
     rounds: int
     """Turns of every row."""
     tokens_per_round: int

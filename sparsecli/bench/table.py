@@ -152,6 +152,8 @@ def caption(result: Result) -> str:
     )
     if len(contexts) == 1:
         text += f"context {contexts[0]}, "
+    if settings.source is not None:
+        text += f"source of {settings.source} tokens, "
     if len(batches) == 1 and batches != [1]:
         text += f"batch {batches[0]}, "
     text += f"median of {settings.rounds} x {settings.tokens_per_round} tokens."

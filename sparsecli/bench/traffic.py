@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsecli.bench.weights import planned
-from sparsecli.decode.layout import LANES, Slot, padded
+from sparsecli.decode.layout import LANES, Slot, crosses, joins, padded
 from sparsecli.decode.packing import Precision
 from sparsecli.decode.tensorfile import WIDTHS
 from sparsecli.model.architecture import ModelSpec
@@ -23,6 +23,7 @@ def bytes_per_token(
     batch: int = 1,
     vectors: str = "float32",
     shares: Sequence[float] | None = None,
+    source: int = 0,
 ) -> int:
     """Bytes of one step of `batch` sequences with `context` cached tokens each, over the sequences.
 
@@ -32,6 +33,7 @@ def bytes_per_token(
 
     Args:
         shares: share of its units that a token used, by block, where it was counted.
+        source: tokens of the source, where an encoder made one.
     """
     if shares is None:
         shares = [spec.chosen_share(layer) for layer in range(spec.layers)]
@@ -40,19 +42,32 @@ def bytes_per_token(
         _read(slot, kind if slot.part or slot.bits else vectors, spec, batch, shares)
         for slot, kind in tensors
     )
-    return round((weights + batch * context * cached_bytes(spec, precision)) / batch)
+    cached = context * cached_bytes(spec, precision) + source * source_bytes(spec, precision)
+    return round((weights + batch * cached) / batch)
 
 
 def cached_bytes(spec: ModelSpec, precision: Precision) -> int:
     """Bytes of the keys and values of one token, the scales of int8 ones included."""
     heads = spec.attention.key_value_heads or spec.heads
-    width = spec.width_of_head
+    return spec.layers * spec.attention_layers * heads * _head_bytes(spec, precision)
+
+
+def source_bytes(spec: ModelSpec, precision: Precision) -> int:
+    """The same of one token of a source."""
+    if crosses(spec):
+        return spec.layers * spec.heads * _head_bytes(spec, precision)
+    return cached_bytes(spec, precision) if joins(spec) else 0
+
+
+def _head_bytes(spec: ModelSpec, precision: Precision) -> int:
     scales = SCALE_BYTES if precision.cache == "int8" else 0
-    return 2 * spec.layers * heads * (width * WIDTHS[precision.cache] + scales)
+    return 2 * (spec.width_of_head * WIDTHS[precision.cache] + scales)
 
 
 def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int, shares: Sequence[float]) -> float:
     cols = slot.cols
+    if slot.name.startswith(("cross.key", "cross.value")):
+        return 0  # read once for a source
     if slot.name == "controller.bias":  # its blocks are filled up
         cols = cols // padded(slot.group, LANES) * slot.group
     if slot.bits:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from sparsecli.model.architecture import LowBitSpec, ModelSpec
+from sparsecli.model.architecture import EncoderSpec, LowBitSpec, ModelSpec, SruSpec
 from sparsecli.model.parts import (
     AttentionSpec,
     Block,
@@ -157,8 +157,8 @@ class PaperFigures(Block):
 
     ms_per_token: Positive
     """Milliseconds a token."""
-    ms_per_block: Positive
-    """Milliseconds a decoder block."""
+    ms_per_block: Positive | None = None
+    """Milliseconds a decoder block, where it is given."""
 
 
 class VariantModel(Block):
@@ -170,6 +170,14 @@ class VariantModel(Block):
     """Replaces model.attention."""
     vocabulary: VocabularySpec | None = None
     """Replaces model.vocabulary."""
+    encoder: EncoderSpec | None = None
+    """Replaces model.encoder."""
+    residual: Literal["single", "reversible"] | None = None
+    """Replaces model.residual."""
+    attention_layers: Literal[1, 2] | None = None
+    """Replaces model.attention_layers."""
+    sru: SruSpec | None = None
+    """Replaces model.sru."""
 
 
 class PrecisionChanges(Block):
@@ -236,6 +244,8 @@ class BenchSpec(Block):
     """Threads of one step; by default one for each processor."""
     context: Sweep = Field(default=[64])
     """Tokens in the cache before the first measured one."""
+    source: Size = 16
+    """Tokens of the source, for decoders that an encoder's output is handed to; the encoder is not measured."""
     batch: Sweep = Field(default=[1])
     """Sequences that are decoded at once."""
     prefill: Size | None = None
