@@ -101,7 +101,8 @@ def run(
         plan.check_disk(what, folder)
     if earlier and against:
         compare.check_comparable(processor, what.subjects(), earlier, against)
-    if what.candidates and (warning := variants.check_same_size(what.candidates)):
+    compared = bench.equal_sizes or bool(models)
+    if compared and what.candidates and (warning := variants.check_same_size(what.candidates)):
         console.warn(warning)
     if dry_run:
         _show_plan(what, output, folder)

@@ -232,6 +232,8 @@ class BenchSpec(Block):
 
     variants: Annotated[list[Variant], Field(min_length=1)]
     """Rows of the table; the first of group `dense` is the baseline."""
+    equal_sizes: bool = True
+    """All variants should have the same number of parameters, within 1 %; the paper's own do not."""
     backends: Annotated[list[Literal["native", "torch"]], Field(min_length=1)] | None = None
     """Decode backends; by default native where it can be used, else torch."""
     peers: list[Literal["llama.cpp", "openvino", "ctranslate2", "torch.compile"]] = Field(default=[])
