@@ -7,9 +7,12 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from golden_decoders import FIRST_DECODER_WEIGHT, terraformer
 from small_models import DEFAULTS, assert_close, assert_twins, random_weights, some_tokens, start
+from small_models import weights_of
 from test_golden import load
+from test_golden_terraformer import encoder_decoder, tokens
 
 from sparsecli.console import Failure
 from sparsecli.decode import native
@@ -17,6 +20,7 @@ from sparsecli.decode.engine import Engine, Sequence, source_streams
 from sparsecli.decode.packing import PackedModel, Precision, pack
 from sparsecli.decode.reference import Reference
 from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.networks import build_network
 
 needs_native = pytest.mark.skipif(
     native.available() is not None, reason=f"native engine: {native.available()}"
@@ -221,6 +225,45 @@ def test_a_sequence_begins_anew_with_another_source() -> None:
         assert sequence.length == 0
         wanted = twin("terraformer", EXACT, length, seed)
         assert_close(engine.logits(sequence, tokens_of("terraformer")), wanted)
+
+
+# -- against the models that transformers runs ---------------------------------------------------------------
+
+
+def encoded(network: torch.nn.Module, source: list[int]) -> np.ndarray:
+    """What the encoder makes of a source (streams, length, d)."""
+    with torch.no_grad():
+        rows = network.model.encode(torch.tensor([source])).last_hidden_state[0]  # (length, streams * d)
+    return np.stack([part.numpy() for part in rows.split(network.config.d_model, dim=-1)])
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_the_engine_equals_the_original_encoder_decoder(kind: str) -> None:
+    g = load(f"transformer_encdec_{kind}")
+    network, given = encoder_decoder(kind, g), tokens(g)
+    engine = start(pack(network.config.spec, weights_of(network), EXACT), 2)
+    for row, source in enumerate(g["tok_e"].long().tolist()):
+        sequence = begin(engine, encoded(network, [token for token in source if token]))
+        logits = engine.logits(sequence, given["decoder_input_ids"][row].tolist())
+        assert_close(logits, g["logits"][row].numpy())
+
+
+@needs_native
+@pytest.mark.parametrize("name", [name for name in MODELS if "encoder" in MODELS[name]])
+def test_the_engine_equals_transformers(name: str) -> None:
+    torch.manual_seed(0)
+    network = build_network(spec_of(name)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    source, target = some_tokens(101, SOURCE), tokens_of(name)
+    with torch.no_grad():
+        wanted = network(torch.tensor([source]), decoder_input_ids=torch.tensor([target])).logits[0].numpy()
+    engine = start(pack(spec_of(name), weights_of(network), EXACT), 2)
+    sequence = begin(engine, encoded(network, source))
+    assert_close(np.stack([engine.step(sequence, token) for token in target]), wanted)
 
 
 # -- what can go wrong ---------------------------------------------------------------------------------------
