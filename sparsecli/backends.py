@@ -62,8 +62,8 @@ def open_backend(folder: Path, model: Description, choices: Choices) -> Backend:
         Failure: the backend cannot be used or cannot do what was chosen, or the weights do not load.
     """
     missing = native.available()
-    if model.spec.encoder and not missing:
-        missing = "models with an encoder are decoded there"
+    if model.spec.attention.hashing and choices.backend == "auto" and not missing:
+        missing = "hashed attention, which the native engine has for short texts only"
     if choices.backend == "native" and missing:
         raise Failure(f"--backend native: {missing}")
     if choices.backend == "torch" or missing:
@@ -76,7 +76,10 @@ def open_backend(folder: Path, model: Description, choices: Choices) -> Backend:
 
 
 class NativeBackend:
-    """The engine over packed weights: those in the folder, else its safetensors files, packed now."""
+    """The engine over packed weights: those in the folder, else its safetensors files, packed now.
+
+    An encoder runs in PyTorch, once for a text.
+    """
 
     name = "native"
 
@@ -93,11 +96,16 @@ class NativeBackend:
         except ValueError as error:  # a packed file that is whole, but not of this model
             raise Failure(f"{folder}: {error}") from error
         self.threads = self.engine.threads
+        self.encoder = TorchEncoder(folder, self.threads) if model.spec.encoder else None
         self.sequence: EngineSequence | None = None
 
     def start(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
-        self.sequence = self.engine.sequence(capacity)
-        return self.engine.prefill(self.sequence, prompt)
+        if self.encoder is None:
+            self.sequence = self.engine.sequence(capacity)
+            return self.engine.prefill(self.sequence, prompt)
+        self.sequence = self.engine.sequence(capacity, source=len(prompt))
+        self.engine.read_source(self.sequence, self.encoder.read(prompt))
+        return self.engine.step(self.sequence, self.encoder.start_token)
 
     def step(self, token: int) -> np.ndarray:
         assert self.sequence
@@ -107,6 +115,31 @@ class NativeBackend:
         if self.sequence:
             self.sequence.close()
         self.engine.close()
+
+
+class TorchEncoder:
+    """The encoder of a model, as transformers loads it; the decoder is given back."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import torch
+        from transformers.utils import logging
+
+        from sparsecli.model.checkpoint import load_network
+
+        torch.set_num_threads(threads)
+        logging.set_verbosity_error()
+        network: Any = load_network(folder)
+        self.start_token: int = network.config.decoder_start_token_id
+        self.model = network.model
+        self.model.blocks = torch.nn.ModuleList()
+
+    def read(self, source: Sequence[int]) -> np.ndarray:
+        """What it makes of the tokens of a source: streams (1 or 2, L, d)."""
+        import torch
+
+        with torch.inference_mode():
+            rows = self.model.encode(torch.tensor([list(source)])).last_hidden_state[0]  # (L, streams * d)
+            return torch.stack(rows.split(self.model.config.d_model, dim=-1)).numpy()
 
 
 def has_weights(folder: Path) -> bool:

@@ -24,10 +24,14 @@ def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = F
     """The `pack` command: a model folder with packed weights of one type, beside the one it was made from.
 
     Raises:
-        Failure: no model or a damaged one, or the output is there already or cannot be written.
+        Failure: no model or a damaged one, one with an encoder, or the output is there already or cannot be written.
     """
     source = find_model(model)
     spec = read_description(source).spec
+    if spec.encoder:
+        raise Failure(
+            f"{source}: its encoder runs in PyTorch, from the model's own files; only decoders are packed"
+        )
     read_tokenizer(source, spec.vocabulary.size)
     check_weights(source, spec)
     if output is None:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from golden_decoders import FIRST_DECODER_WEIGHT, terraformer
-from small_models import DEFAULTS, assert_close, assert_twins, random_weights, some_tokens, start
-from small_models import weights_of
+from small_models import DEFAULTS, assert_close, assert_twins, random_weights, some_tokens, start, weights_of
 from test_golden import load
 from test_golden_terraformer import encoder_decoder, tokens
 

@@ -260,12 +260,14 @@ def program(*arguments: str) -> int:
 SOURCE = "def add_3(value):\n    return value + 1 + 1 + 1\n"
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_generate_reads_an_input_file_as_transformers_does(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str
 ) -> None:
     assert sparsecli
     (tmp_path / "source.py").write_text(SOURCE)
     words = ["generate", "--model", str(finished), "--temperature", "0", "--json", "--max-new-tokens", "12"]
+    words += ["--backend", backend]
     assert program(*words, "--input", str(tmp_path / "source.py")) == 0
     ours = json.loads(capsys.readouterr().out)
     model = AutoModelForSeq2SeqLM.from_pretrained(finished / "model").eval()
