@@ -1,0 +1,121 @@
+"""The bench of decoders that read what an encoder made: the paper's own shapes, and small ones that run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sparsecli.bench import command, machine, roofline, table, traffic, variants
+from sparsecli.console import Failure
+from sparsecli.decode import native
+from sparsecli.decode.packing import Precision
+from sparsecli.model.sizes import Sizes
+from sparsecli.recipe.loader import LoadedRecipe, load
+from sparsecli.recipe.schema import Recipe
+
+needs_native = pytest.mark.skipif(native.available() is not None, reason="the native engine is not built")
+SPARSE = {"kind": "sparse", "d_ff": 64, "block_size": 8, "rank": 4}
+CONVOLVED = {"projection": "multiplicative_conv"}
+ENCODER = {"layers": 2, "max_positions": 32}
+MODEL = {
+    "d_model": 32,
+    "layers": 2,
+    "heads": 4,
+    "max_positions": 32,
+    "feed_forward": {"kind": "dense", "d_ff": 64},
+    "vocabulary": {"kind": "dense", "size": 50},
+    "encoder": ENCODER,
+}
+TERRAFORMER = {
+    "feed_forward": SPARSE,
+    "attention": CONVOLVED,
+    "residual": "reversible",
+    "attention_layers": 2,
+    "sru": {"width": 8},
+    "encoder": {**ENCODER, "read_by": {"kind": "joined"}},
+}
+VARIANTS = [
+    {"name": "dense", "group": "dense", "paper": {"ms_per_token": 160.0}},
+    {"name": "both", "group": "sparse", "model": {"feed_forward": SPARSE, "attention": CONVOLVED}},
+    {"name": "terraformer", "group": "sparse", "model": TERRAFORMER, "paper": {"ms_per_token": 40.0}},
+]
+BENCH = {
+    "variants": VARIANTS,
+    "equal_sizes": False,
+    "dtypes": ["int8"],
+    "threads": 1,
+    "context": 3,
+    "source": 5,
+    "rounds": 2,
+    "tokens_per_round": 2,
+    "warmup_tokens": 1,
+}
+PAPER = {  # millions of parameters by the original's shapes
+    "paper-800m": [772.1, 787.8, 876.8, 909.8, 792.0],
+    "paper-17b": [15776.1, 15795.4, 19187.8, 19216.5, 16985.5],
+}
+
+
+def loaded(**bench: object) -> LoadedRecipe:
+    recipe = Recipe.model_validate({"model": MODEL, "bench": {**BENCH, **bench}})
+    return LoadedRecipe(recipe=recipe, name="tiny", path=Path("tiny.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "bandwidth", lambda: 20.0)
+    monkeypatch.setattr(machine, "BUSY_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_s_models_have_its_parameters(name: str) -> None:
+    recipe = load(name).recipe
+    candidates = variants.from_recipe(recipe.model, recipe.bench)
+    found = [round(candidate.sizes.total / 1e6, 1) for candidate in candidates]
+    assert found == PAPER[name]
+    assert [candidate.name for candidate in candidates][3:] == ["+ Sparse FF + QKV", "Terraformer"]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_bytes_of_one_type_are_those_of_the_active_parameters(name: str) -> None:
+    """What the encoder and the source alone need is not read with a token; the source's keys and values are."""
+    recipe = load(name).recipe
+    for candidate in variants.from_recipe(recipe.model, recipe.bench):
+        sizes: Sizes = candidate.sizes
+        counted = traffic.bytes_per_token(
+            candidate.spec, Precision.of("bfloat16"), 8, vectors="bfloat16", source=16
+        )
+        assert counted == sizes.bytes_per_token("bfloat16", 8, 16)
+
+
+@needs_native
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoders_with_a_source_are_measured(batch: int) -> None:
+    result = command.run(loaded(batch=batch), format="json")
+    assert [row.variant for row in result.rows] == ["dense", "both", "terraformer"]
+    assert result.settings.source == 5
+    assert [row.paper_speedup for row in result.rows] == ([1.0, None, 4.0] if batch == 1 else [None] * 3)
+    assert all(row.ms_per_token.p50 > 0 and row.speedup for row in result.rows)
+    screen = Console(width=200, record=True)
+    screen.print(table.table(result, 200))
+    assert "source of 5 tokens" in " ".join(screen.export_text().split())
+    assert Recipe.model_validate(result.recipe).bench.source == 5
+
+
+def test_other_backends_have_no_such_decoders() -> None:
+    with pytest.raises(Failure, match="decoders of an encoder's output need the native backend"):
+        command.run(loaded(backends=["torch"], dtypes=["float32"]), format="json")
+
+
+def test_a_result_without_sources_says_nothing_of_them() -> None:
+    plain = {**MODEL, "encoder": None}
+    recipe = Recipe.model_validate({"model": plain, "bench": {**BENCH, "variants": VARIANTS[:1]}})
+    measured = command.run(
+        LoadedRecipe(recipe=recipe, name="tiny", path=Path("tiny.yaml")),
+        format="json",
+        backends=["torch"],
+        dtypes=["float32"],
+    )
+    assert measured.settings.source is None
