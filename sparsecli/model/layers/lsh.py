@@ -158,6 +158,19 @@ class HashedAttention(nn.Module):
             return draw_rotations(heads, width, self.spec.rounds, factors)
         return _fixed_rotations(self.layer, heads, width, self.spec.rounds, tuple(factors))
 
+    def order(self, q: Tensor, valid: Tensor | None = None, rotations: Tensor | None = None) -> Tensor:
+        """Positions sorted by bucket in each round, int64 (B, H, rounds, T), of q (B, H, T, d_head); padding last."""
+        factors = self.factors(q.shape[2])
+        count = math.prod(factors)
+        # Drawn whether or not they are needed again, so that what is drawn after them stays the same.
+        axes = self._rotations(q, factors) if rotations is None else rotations
+
+        def choose() -> Tensor:
+            buckets = hash_buckets(q.detach(), axes, factors)
+            return buckets if valid is None else buckets.masked_fill(~valid[:, None, None], count)
+
+        return torch.sort(decided(choose, below=count + 1), dim=-1, stable=True).indices
+
     def _attend_chunks(
         self,
         q: Tensor,
@@ -173,17 +186,7 @@ class HashedAttention(nn.Module):
             q, k, v = (F.pad(x, (0, 0, 0, surplus)) for x in (q, k, v))
             valid = torch.ones(len(q), length, dtype=torch.bool, device=q.device) if valid is None else valid
             valid = F.pad(valid, (0, surplus))
-        factors = self.factors(length + surplus)
-        count = math.prod(factors)
-        # Drawn whether or not they are needed again, so that what is drawn after them stays the same.
-        axes = self._rotations(q, factors) if rotations is None else rotations
-
-        def choose() -> Tensor:
-            buckets = hash_buckets(q.detach(), axes, factors)
-            # Padding has a bucket of its own, the last.
-            return buckets if valid is None else buckets.masked_fill(~valid[:, None, None], count)
-
-        order = torch.sort(decided(choose, below=count + 1), dim=-1, stable=True).indices
+        order = self.order(q, valid, rotations)
         hidden = None if valid is None else ~valid
         keep = None
         if dropout:
