@@ -149,7 +149,7 @@ def test_two_buckets_for_a_chunk(length, factors) -> None:
 def test_alike_keys_first_then_recent_ones() -> None:
     q, k, v = tokens(40, batch=2)
     generator = torch.Generator().manual_seed(2)
-    buckets = torch.randint(0, 4, (2, 40, HEADS, 2), generator=generator)
+    buckets = torch.randint(0, 4, (2, 40, 2, HEADS), generator=generator)
     hidden = torch.zeros(2, 40, dtype=torch.bool)
     hidden[0, :3] = True
     most, new = 12, 3
@@ -157,7 +157,7 @@ def test_alike_keys_first_then_recent_ones() -> None:
     for b, h, row in [(b, h, row) for b in range(2) for h in range(HEADS) for row in range(new)]:
         query = 40 - new + row
         seen = [key for key in range(query + 1) if not hidden[b, key]]
-        alike = {key: bool((buckets[b, key, h] == buckets[b, query, h]).any()) for key in seen}
+        alike = {key: bool((buckets[b, key, :, h] == buckets[b, query, :, h]).any()) for key in seen}
         chosen = [key for _, key in sorted((alike[key], key) for key in seen)][-most:]
         chosen.remove(query)  # itself weighs nothing beside others
         weights = (k[b, h, chosen] @ q[b, h, query]).softmax(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -80,19 +80,23 @@ def attend_alike(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, hidden: Tenso
 
     Args:
         k, v: (B, H, held + T, d_head).
-        buckets: (B, held + T, H, rounds) of the keys, the last of which are those of the queries.
+        buckets: (B, held + T, rounds, H) of the keys, the last of which are those of the queries.
         hidden: bool (B, held + T), true at padding.
         most: keys that a query reads, where there are so many.
     """
     new, total = q.shape[2], k.shape[2]
     position = torch.arange(total, device=q.device, dtype=torch.int32)
     query = position[total - new :, None]
-    alike = (buckets.unsqueeze(1) == buckets[:, total - new :, None]).any(-1)  # (B, T, held + T, H)
-    rank = (position + total * alike.permute(0, 3, 1, 2)).to(torch.int32)  # (B, H, T, held + T)
-    rank = rank.masked_fill(hidden[:, None, None] | (position > query), -1)
-    rank, chosen = rank.topk(most := min(most, total), dim=-1)
-    rows = chosen.flatten(2).unsqueeze(-1).expand(-1, -1, -1, k.shape[3])
-    keys, values = (held.gather(2, rows).unflatten(2, (new, most)) for held in (k, v))
+    rounds = buckets.unsqueeze(1).unbind(3)  # each (B, 1, held + T, H)
+    alike = reduce(torch.logical_or, [keys == keys[:, :, total - new :].transpose(1, 2) for keys in rounds])
+    alike = alike.permute(0, 3, 1, 2).contiguous()  # (B, T, held + T, H) -> (B, H, T, held + T)
+    rank = torch.where(alike, position + total, position)
+    rank.masked_fill_(hidden[:, None, None] | (position > query), -1)
+    # Those that come first lie last, and the other way round there is less to sort.
+    rank, places = rank.flip(-1).topk(min(most, total), dim=-1, sorted=False)
+    chosen = total - 1 - places
+    row, head = (torch.arange(n, device=q.device) for n in k.shape[:2])
+    keys, values = (held[row[:, None, None, None], head[:, None, None], chosen] for held in (k, v))
     scores = (keys @ q.unsqueeze(-1)).squeeze(-1).float()  # (B, H, T, most)
     scores = scores.masked_fill(rank < 0, HIDDEN).masked_fill(chosen == query, ITSELF)
     return (scores.softmax(-1).to(v.dtype).unsqueeze(-2) @ values).squeeze(-2)
@@ -214,7 +218,7 @@ class HashedAttention(nn.Module):
         return torch.cat(parts, dim=2)
 
     def _held_buckets(self, k: Tensor, held: int, memory: BucketMemory) -> Tensor:
-        """Buckets (B, held + T, H, rounds) of keys (B, H, held + T, d_head), `held` of which may have been hashed.
+        """Buckets (B, held + T, rounds, H) of keys (B, H, held + T, d_head), `held` of which may have been hashed.
 
         Their number goes with the length, rounded up to a power of two, at which all keys are hashed again. Each row
         ends with the number that it was hashed for.
@@ -225,12 +229,12 @@ class HashedAttention(nn.Module):
 
         def rows(keys: Tensor) -> Tensor:
             buckets = hash_buckets(keys, self._rotations(keys, factors), factors).to(torch.int32)
-            return F.pad(buckets.permute(0, 3, 1, 2).flatten(2), (0, 1), value=count)
+            return F.pad(buckets.permute(0, 3, 2, 1).flatten(2), (0, 1), value=count)
 
         buckets = memory.record("buckets", rows(k[:, :, held:]), held)
         if int(buckets[0, held - 1, -1]) != count:
             buckets = memory.record("buckets", rows(k), 0)
-        return buckets[..., :-1].unflatten(2, (heads, self.spec.rounds))
+        return buckets[..., :-1].unflatten(2, (self.spec.rounds, heads))
 
 
 @lru_cache(maxsize=256)
