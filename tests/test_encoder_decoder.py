@@ -237,6 +237,8 @@ def test_what_cannot_be_read_is_refused_in_one_line(name: str) -> None:
     model, ids = build(name), targets(1, 3)
     with pytest.raises(ValueError, match="the source has no tokens"):
         model(input_ids=ids[:, :0], decoder_input_ids=ids)
+    with pytest.raises(ValueError, match="attention_mask is 1 x 4, the source 1 x 3"):
+        model(input_ids=ids, attention_mask=torch.ones(1, 4), decoder_input_ids=ids)
     with pytest.raises(ValueError, match="pass input_ids or inputs_embeds"):
         model(decoder_input_ids=ids)
     if model.model.position_embedding is not None:
@@ -246,6 +248,16 @@ def test_what_cannot_be_read_is_refused_in_one_line(name: str) -> None:
             model(**sources(25), decoder_input_ids=ids)
         with pytest.raises(ValueError, match="41 positions are more than max_positions 40"):
             model(**sources(5), decoder_input_ids=targets(1, 41))
+
+
+def test_axial_positions_reach_as_far_as_the_source() -> None:
+    axial = {"shape": [6, 4], "widths": [16, 16]}
+    fields = COMMON | {"max_positions": 12, "positions": "axial", "axial": axial}
+    model = build_network(ModelSpec.model_validate(fields))
+    assert model(**sources(24), decoder_input_ids=targets(1, 3)).logits.isfinite().all()
+    encoder = {"layers": 1, "max_positions": 25}
+    with pytest.raises(ValueError, match="24 positions are fewer than max_positions 25"):
+        ModelSpec.model_validate(fields | {"encoder": encoder})
 
 
 @torch.no_grad()

@@ -212,10 +212,9 @@ class ModelSpec(Block):
             raise fault("axial", "missing; positions: axial needs shape and widths")
         if len(self.axial.shape) != len(self.axial.widths):
             raise fault("axial.widths", f"{len(self.axial.widths)} widths for {len(self.axial.shape)} axes")
-        if (places := math.prod(self.axial.shape)) < self.max_positions:
-            raise fault(
-                "axial.shape", f"{places} positions are fewer than max_positions {self.max_positions}"
-            )
+        longest = max(self.max_positions, self.encoder.max_positions if self.encoder else 0)
+        if (places := math.prod(self.axial.shape)) < longest:
+            raise fault("axial.shape", f"{places} positions are fewer than max_positions {longest}")
         if sum(self.axial.widths) != self.d_model:
             raise fault("axial.widths", f"their sum {sum(self.axial.widths)} is not d_model {self.d_model}")
 

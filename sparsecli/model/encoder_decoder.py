@@ -52,10 +52,11 @@ class EncoderDecoder(Decoder):
         Args:
             attention_mask: (B, S), 0 at padding.
         Raises:
-            ValueError: a source without tokens, or with more than the encoder has positions for.
+            ValueError: a source without tokens, or with more than the encoder has positions for; a mask of another
+                length.
         """
         x = self.embed(input_ids, inputs_embeds)
-        valid = valid_positions(attention_mask)
+        valid = _valid_source(attention_mask, x)
         streams = self.encoder(x, valid, count_positions(valid, 0, x.shape[1], x.device))
         return BaseModelOutput(last_hidden_state=torch.cat(streams, dim=-1))
 
@@ -91,7 +92,7 @@ class EncoderDecoder(Decoder):
         cache = self.open_cache(past_key_values, use_cache)
         x, streams = self.decode(
             self.embed(decoder_input_ids, decoder_inputs_embeds),
-            Source(rows, valid_positions(attention_mask)),
+            Source(rows, _valid_source(attention_mask, rows)),
             valid_positions(decoder_attention_mask),
             cache,
             bool(output_hidden_states),
@@ -124,6 +125,14 @@ class EncoderDecoder(Decoder):
             source: the encoder's rows, streams side by side.
             valid: bool (B, target positions held + T), false at the target's padding; None where there is none.
         """
+
+
+def _valid_source(attention_mask: Tensor | None, rows: Tensor) -> Tensor | None:
+    """See `valid_positions`; `rows` are those of the source (B, S, ...)."""
+    if attention_mask is not None and attention_mask.shape != rows.shape[:2]:
+        masked, given = (" x ".join(map(str, shape)) for shape in (attention_mask.shape, rows.shape[:2]))
+        raise ValueError(f"attention_mask is {masked}, the source {given}")
+    return valid_positions(attention_mask)
 
 
 class ScalingTransformerEncoderDecoderModel(EncoderDecoder):

@@ -42,32 +42,28 @@ class TerraformerModel(EncoderDecoder):
         earlier = max(0, held - length)  # target positions
         x = self.place(x, count_positions(valid, earlier, new, x.device), earlier)  # they count from 0 again
 
-        source = align_right(source)
         streams = (x, x)
         if not held:
-            rows = source.rows.split(x.shape[-1], dim=-1)  # of one stream or two
+            rows = align_right(source).split(x.shape[-1], dim=-1)  # of one stream or two
             streams = torch.cat((rows[0], x), dim=1), torch.cat((rows[-1], x), dim=1)  # (B, S + T, d)
         joined = None
         if source.valid is not None or valid is not None:
-            parts = ((source.valid, length), (valid, earlier + new))
-            joined = torch.cat([_known(part, x, size) for part, size in parts], dim=1)
+            everywhere = x.new_ones(x.shape[0], length + earlier + new, dtype=torch.bool)
+            read, written = everywhere.split((length, earlier + new), dim=1)
+            if source.valid is not None:  # as aligned
+                read = read.cumsum(dim=-1) > (~source.valid).sum(dim=-1, keepdim=True)
+            joined = torch.cat((read, written if valid is None else valid), dim=1)
         position_ids = count_positions(joined, held, streams[0].shape[1], x.device)
         y, kept = self.run(streams, joined, position_ids, cache, keep_streams=keep_streams)
         return y[:, -new:], [stream[:, -new:] for stream in kept]
 
 
-def align_right(source: Source) -> Source:
-    """The same rows with all padding in front of them, in their order."""
+def align_right(source: Source) -> Tensor:
+    """The rows (B, S, ...) of the source in their order, but with all padding in front of them."""
     if source.valid is None:
-        return source
+        return source.rows
     order = source.valid.long().argsort(dim=-1, stable=True)
-    rows = source.rows.gather(1, order.unsqueeze(-1).expand_as(source.rows))
-    return Source(rows, source.valid.gather(1, order))
-
-
-def _known(valid: Tensor | None, x: Tensor, length: int) -> Tensor:
-    """`valid`, or trues (B, length) where it is None."""
-    return x.new_ones(x.shape[0], length, dtype=torch.bool) if valid is None else valid
+    return source.rows.gather(1, order.unsqueeze(-1).expand_as(source.rows))
 
 
 class TerraformerForConditionalGeneration(ConditionalGeneration):
