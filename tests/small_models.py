@@ -140,6 +140,15 @@ TWO_STREAMS: dict[str, dict] = {
         "positions": "axial",
         "axial": {"shape": [30, 70], "widths": [20, 28]},
     },
+    "shared queries and keys": {
+        "residual": "reversible",
+        "attention": {"projection": "dense", "share_query_key": True},
+        "feed_forward": {"kind": "dense", "d_ff": 100},
+    },
+    "shared queries and keys, convolved": {
+        "attention": {"projection": "multiplicative_conv", "share_query_key": True},
+        "positions": "learned",
+    },
     "one stream, recurrent": {"sru": {"layers": 2, "width": 33}, "parallel": True},
 }
 MODELS |= TWO_STREAMS
