@@ -76,7 +76,13 @@ def test_the_paper_s_models_have_its_parameters(name: str) -> None:
     found = [round(candidate.sizes.total / 1e6, 1) for candidate in candidates]
     assert found == PAPER[name]
     names = [candidate.name for candidate in candidates]
-    assert names[:4] + names[-1:] == ["dense", "+ Sparse FF", "+ Sparse QKV", "+ Sparse FF + QKV", "Terraformer"]
+    assert names[:4] + names[-1:] == [
+        "dense",
+        "+ Sparse FF",
+        "+ Sparse QKV",
+        "+ Sparse FF + QKV",
+        "Terraformer",
+    ]
 
 
 @pytest.mark.parametrize("name", PAPER)
