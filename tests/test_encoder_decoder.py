@@ -348,6 +348,14 @@ def test_storing_no_activations_changes_no_gradient(hashes: bool, monkeypatch: p
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["convolved queries, recurrent", "Terraformer"])
+@torch.no_grad()
+def test_compiles_without_graph_breaks(name: str) -> None:
+    model, given, ids = build(name), sources(9, 4), targets(2, 5)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_same(compiled(**given, decoder_input_ids=ids).logits, model(**given, decoder_input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("name", ["cross-attention", "convolved queries, recurrent"])
 def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     def gradients(checkpointing: bool) -> list[Tensor]:
