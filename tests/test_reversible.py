@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -342,6 +343,15 @@ def test_tensors_are_those_of_the_architecture(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
+def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model, ids = build(name), prompt()
+    model.save_pretrained(tmp_path)
+    again = ScalingTransformerForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
 def test_every_way_to_decode_gives_the_same_logits(name: str) -> None:
     model, ids = build(name), prompt()
     whole = model(ids).logits
@@ -395,6 +405,37 @@ def test_training_is_that_of_stored_activations(
     assert_same(found[0][0], found[1][0])
     for key, gradient in found[0][1].items():
         torch.testing.assert_close(gradient, found[1][1][key], atol=1e-5, rtol=1e-4, msg=key)
+
+
+@torch.no_grad()
+def test_two_streams_compile_without_graph_breaks() -> None:
+    model, ids = build("Terraformer's decoder", layers=1), prompt()
+    assert_same(torch.compile(model, fullgraph=True, backend="eager")(ids).logits, model(ids).logits)
+
+
+def test_chunks_train_compiled() -> None:
+    model, ids = build("one stream", layers=1).train(), prompt()
+    found = []
+    for trained in (model, torch.compile(model, backend="eager")):
+        torch.manual_seed(3)
+        trained(ids, labels=ids).loss.backward()
+        found.append(gradients(model))
+    for key, gradient in found[0].items():
+        assert_same(found[1][key], gradient)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method has a newer name
+def test_checkpointing_has_nothing_to_do() -> None:
+    """Whoever asks for it, a recipe for instance, gets the gradients that there were."""
+    model, ids = build("Terraformer's decoder").train(), prompt()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model(ids, labels=ids).loss.backward()
+        found.append(gradients(model))
+        model.gradient_checkpointing_enable()
+    for key, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][key])
 
 
 def test_hidden_states_of_two_streams() -> None:

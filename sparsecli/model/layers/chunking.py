@@ -24,6 +24,7 @@ def in_chunks(layer: nn.Module, x: Tensor, tokens: int | None) -> Tensor:
     return torch.cat([compute(layer, chunk) for chunk in chunks]).view_as(x)
 
 
+@torch.compiler.disable  # which cannot follow a checkpoint with contexts of its own
 def _forgetful(layer: nn.Module, x: Tensor) -> Tensor:
     decisions = Decisions()
 
