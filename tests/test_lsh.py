@@ -14,12 +14,14 @@ from sparsecli.console import Failure, RecipeError
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.cache import DecodeLayer
 from sparsecli.model.checkpoint import load_network
+from sparsecli.model.configuration import TerraformerConfig
 from sparsecli.model.folder import read_description
 from sparsecli.model.layers.chunks import attend_chunks
 from sparsecli.model.layers.lsh import HashedAttention, attend_alike, default_buckets
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.layers.shared_query_key import attend_shared, unit_keys
 from sparsecli.model.parts import LshSpec
+from sparsecli.model.terraformer import TerraformerForConditionalGeneration
 from sparsecli.recipe.loader import load
 from sparsecli.train.trainer import run
 
@@ -246,6 +248,39 @@ def test_hashing_a_trained_models_projections_needs_no_new_weights() -> None:
         for block in range(2)
         for part in ("weight", "bias")
     }
+
+
+def terraformer(chunk_length: int) -> TerraformerForConditionalGeneration:
+    torch.manual_seed(0)
+    lsh = {"kind": "lsh", "lsh": {"rounds": 2, "chunk_length": chunk_length, "chunks_after": 1}}
+    encoder = {"layers": 2, "max_positions": 64, "attention": lsh, "read_by": {"kind": "joined"}}
+    decoder = {"attention": lsh | {"projection": "multiplicative_conv"}, "attention_layers": 2, "sru": {}}
+    fields = MODEL | decoder | {"encoder": encoder, "residual": "reversible", "positions": "digits"}
+    return TerraformerForConditionalGeneration(TerraformerConfig(**fields)).eval()
+
+
+SOURCES = torch.randint(2, 11, (3, 40), generator=torch.Generator().manual_seed(1))
+SOURCES[1, 30:], SOURCES[2, 2:] = 0, 0
+
+
+def test_terraformer_writes_what_it_says_with_its_own_words_before() -> None:
+    model = terraformer(chunk_length=64)
+    mask = (SOURCES > 0).long()
+    written = model.generate(SOURCES, attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=-1)
+    assert written.shape == (3, 10)
+    logits = model(SOURCES, attention_mask=mask, decoder_input_ids=written[:, :-1]).logits
+    assert torch.equal(logits.argmax(-1), written[:, 1:])
+
+
+def test_terraformer_trains_on_sources_of_many_chunks() -> None:
+    model = terraformer(chunk_length=4).train()
+    labels = torch.randint(2, 11, (3, 7))
+    model(SOURCES, attention_mask=(SOURCES > 0).long(), labels=labels).loss.backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None, name
+        assert weight.grad.isfinite().all(), name
+    written = model.eval().generate(SOURCES, attention_mask=(SOURCES > 0).long(), max_new_tokens=5)
+    assert written.shape[0] == 3
 
 
 RECIPE = """
