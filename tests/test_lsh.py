@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from sparsecli.console import Failure, RecipeError
@@ -146,6 +147,28 @@ def test_rotations_of_evaluation_are_fixed_and_those_of_training_are_not() -> No
 def test_two_buckets_for_a_chunk(length, factors) -> None:
     assert default_buckets(length, 64) == factors
     assert math.prod(factors) >= 2 * length // 64
+
+
+@pytest.mark.parametrize(
+    ("buckets", "message"),
+    [
+        (7, "7 is odd"),
+        ([4, 5], "5 is odd"),
+        ([2**15, 2**15, 2], "2147483648 in all are more than 1073741824"),
+        (2**20, "less than or equal to 32768"),
+        (0, "greater than or equal to 2"),
+        ([], "at least 1 item"),
+    ],
+)
+def test_buckets_that_do_not_fit(buckets: int | list[int], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        LshSpec(buckets=buckets)
+
+
+def test_more_buckets_than_tokens() -> None:
+    q, k, v = tokens(40)
+    layer = HashedAttention(LshSpec(chunk_length=8, buckets=[64, 64])).eval()
+    assert layer(q, k, v).isfinite().all()
 
 
 def test_alike_keys_first_then_recent_ones() -> None:

@@ -6,6 +6,7 @@ the same in YAML, in `config.json` and in Python. Importing this module imports 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +18,10 @@ Size = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 UnitsPerBlock = Size | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 """One number, or a list with one for every block of the model, from the first to the last."""
+Factor = Annotated[int, Field(ge=2, le=2**15)]
+"""Hash values that one set of axes gives."""
+MOST_BUCKETS = 2**30
+"""Hash values of tokens are kept as 32-bit numbers."""
 DIGIT_BASES, DIGITS = (11, 13, 14, 15), 8
 """Bases in which `positions: digits` writes a position, and how many digits."""
 
@@ -203,14 +208,17 @@ class LshSpec(Block):
     """Chunks before its own that a token sees too, around the end."""
     chunks_after: Count = 0
     """Chunks after its own that a token sees too, around the end."""
-    buckets: Annotated[int, Field(ge=2)] | list[Annotated[int, Field(ge=2)]] | None = None
+    buckets: Factor | Annotated[list[Factor], Field(min_length=1)] | None = None
     """Hash values, or factors of their number; by default two for every chunk, in two factors above 128."""
 
     @model_validator(mode="after")
     def _check(self) -> LshSpec:
-        for factor in self.buckets if isinstance(self.buckets, list) else [self.buckets]:
-            if factor is not None and factor % 2:
+        factors = self.buckets if isinstance(self.buckets, list) else [self.buckets or 2]
+        for factor in factors:
+            if factor % 2:
                 raise fault("buckets", f"{factor} is odd; a rotation and its opposite give two values")
+        if (buckets := math.prod(factors)) > MOST_BUCKETS:
+            raise fault("buckets", f"{buckets} in all are more than {MOST_BUCKETS}")
         return self
 
 

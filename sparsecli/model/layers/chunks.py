@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 
 SCORES_AT_ONCE = 1 << 19
 """Scores that a processor computes together: two megabytes, to stay in its cache."""
+SCORES_AT_ONCE_ELSEWHERE = 1 << 25
+"""The same of a GPU, which has to be kept busy."""
 FAR = 1e9
 """What a score may be at most, for each position that a key lies before its query."""
 NOTHING = -1e8
@@ -90,8 +92,8 @@ class _Layout:
 
     def blocks(self, rows: int, device: torch.device) -> Iterator[tuple[slice, list[slice]]]:
         """Rows to be computed together, and the chunks of theirs to be computed together."""
-        scores = self.chunk_length * self.window
-        at_once = max(1, (SCORES_AT_ONCE if device.type == "cpu" else 1 << 27) // scores)  # chunks
+        scores = SCORES_AT_ONCE if device.type == "cpu" else SCORES_AT_ONCE_ELSEWHERE
+        at_once = max(1, scores // (self.chunk_length * self.window))  # chunks
         chunks = [slice(i, min(i + at_once, self.chunks)) for i in range(0, self.chunks, at_once)]
         step = max(1, at_once // self.chunks)
         for row in range(0, rows, step):
@@ -108,11 +110,9 @@ class _Rows:
         self.layout = layout
         rows, rounds, length = order.shape
         queries = order.flatten(1)  # (R, N) positions
-        first, last = (
-            layout.after * layout.chunk_length,
-            rounds * length - layout.before * layout.chunk_length,
-        )
-        keys = torch.cat((queries[:, last:], queries, queries[:, :first]), dim=1)
+        before, after = (n * layout.chunk_length for n in (layout.before, layout.after))
+        total = rounds * length
+        keys = torch.cat((queries[:, total - before :], queries, queries[:, :after]), dim=1)
         self.query_at, self.key_at = queries.float() * FAR, keys.float() * FAR
         self.key_limit: Tensor | None = None
         if hidden is not None:
@@ -123,9 +123,9 @@ class _Rows:
                 self.key_limit = torch.full_like(self.key_at, FAR).masked_fill_(key_hidden, -FAR)
         row = torch.arange(rows, device=order.device)[:, None]
         self.query_rows, self.key_rows = queries + row * length, keys + row * length
-        place = torch.arange(rounds * length, device=order.device).view(1, rounds, length).expand_as(order)
+        place = torch.arange(total, device=order.device).view(1, rounds, length).expand_as(order)
         places = torch.empty_like(order).scatter_(2, order, place)  # where in N a token went in each round
-        self.places = places.flatten(1) + row * (rounds * length)
+        self.places = places.flatten(1) + row * total
 
     def of_queries(self, x: Tensor, chunks: slice) -> Tensor:
         """x (R, T, n) at the queries of `chunks`, as (R, C, L, n)."""

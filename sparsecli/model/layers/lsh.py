@@ -139,9 +139,8 @@ class HashedAttention(nn.Module):
         new = q.shape[2]
         held = k.shape[2] - new
         if memory is not None:
-            hidden = torch.zeros(len(q), new, 1, dtype=torch.bool, device=q.device)
-            hidden = hidden if valid is None else ~valid.unsqueeze(-1)
-            hidden = memory.record("hidden", hidden, held).squeeze(-1)
+            hidden = torch.zeros(len(q), new, dtype=torch.bool, device=q.device) if valid is None else ~valid
+            hidden = memory.record("hidden", hidden.unsqueeze(-1), held).squeeze(-1)
             if held:
                 return self._attend_alike(q, k, v, hidden, memory)
         if new > self.spec.chunk_length:
@@ -185,8 +184,7 @@ class HashedAttention(nn.Module):
         rotations: Tensor | None,
     ) -> Tensor:
         spec, length = self.spec, q.shape[2]
-        surplus = -length % spec.chunk_length
-        if surplus:
+        if surplus := -length % spec.chunk_length:
             q, k, v = (F.pad(x, (0, 0, 0, surplus)) for x in (q, k, v))
             valid = torch.ones(len(q), length, dtype=torch.bool, device=q.device) if valid is None else valid
             valid = F.pad(valid, (0, surplus))
@@ -207,14 +205,11 @@ class HashedAttention(nn.Module):
         if total <= most:
             return attend_shared(q, k, v, ~hidden[:, None, None], causal=True)
         buckets = self._held_buckets(k, total - new, memory)
-        few = 16  # queries at once, each of which gathers its own keys
-        parts = []
-        for start in range(0, new, few):
-            end = total - new + min(start + few, new)
-            part = q[:, :, start : start + few]
-            parts.append(
-                attend_alike(part, k[:, :, :end], v[:, :, :end], buckets[:, :end], hidden[:, :end], most)
-            )
+        parts, end = [], total - new
+        for part in q.split(16, dim=2):  # few queries at once, as each gathers its own keys
+            end += part.shape[2]
+            held = k[:, :, :end], v[:, :, :end], buckets[:, :end], hidden[:, :end]
+            parts.append(attend_alike(part, *held, most))
         return torch.cat(parts, dim=2)
 
     def _held_buckets(self, k: Tensor, held: int, memory: BucketMemory) -> Tensor:

@@ -39,9 +39,7 @@ def attend_shared(
     hidden = key > query if causal else torch.zeros_like(query == key)
     if mask is not None:
         hidden = hidden | ~mask
-    lowest = torch.finfo(
-        q.dtype
-    ).min  # half precision has no numbers as low as these; its lowest serve as well
+    lowest = torch.finfo(q.dtype).min  # of half precision, which has no numbers as low as the scores
     bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
     bias = bias.masked_fill_(hidden, max(HIDDEN, lowest)).masked_fill_(key == query, max(ITSELF, lowest / 2))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
