@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from sparsecli import console
 from sparsecli.model.cache import DecodeLayer
 from sparsecli.model.checkpoint import load_network, load_tokenizer, read_config
+from sparsecli.model.folder import find_model
 from sparsecli.model.layers.lsh import HashedAttention
 from sparsecli.model.layers.shared_query_key import unit_keys
 from sparsecli.model.parts import LshSpec
@@ -173,13 +174,13 @@ def main() -> None:
         timed.add_argument("--repeats", type=int, default=3 if name == "time" else 50)
         timed.add_argument("--device", default="cpu")
     mass = what.add_parser("mass")
-    mass.add_argument("model", type=Path, help="folder of a trained model")
+    mass.add_argument("model", help="folder of a trained model, or of its run")
     mass.add_argument("text", type=Path, help="file to read with it")
     mass.add_argument("--length", type=int, default=2048, help="tokens")
     mass.add_argument("--rounds", type=int, nargs="+", default=[1, 2, 4, 8])
     given = parser.parse_args()
     if given.what == "mass":
-        shares = mass_of_model(given.model, given.text, given.length, given.rounds)
+        shares = mass_of_model(find_model(given.model), given.text, given.length, given.rounds)
         rows = [(number, f"{share:.1%}") for number, share in zip(given.rounds, shares, strict=True)]
         console.print_table(("rounds", "attention mass found"), rows)
         return
