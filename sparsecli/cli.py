@@ -164,7 +164,14 @@ def train(
 def sparsify_convert(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    model: Model = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A run, a model's folder, a name on the Hugging Face hub, or a GGUF file.",
+            show_default=False,
+        ),
+    ] = None,
     output: Output = None,
     seed: Seed = None,
     peer: Annotated[
@@ -177,9 +184,10 @@ def sparsify_convert(
     format: Annotated[Format, typer.Option(help="Of the report on stdout.")] = "table",
     json: AsJson = False,
 ) -> None:
-    """Make a trained dense model sparse.
+    """Make a dense model cheaper to decode.
 
-    The recipe needs a convert block; without a data block, the text is that of the dense run.
+    In fewer bits, or with fewer units a token; what that costs is measured. The recipe needs a convert block; without
+    a data block, the text is that of the dense run, else Python's standard library.
     """
     loaded = _load(recipe, overrides, seed)
     from sparsecli.convert import command

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsecli.console import Mismatch
 from sparsecli.convert import measurement
 from sparsecli.convert.calibration import Streams, inputs_of
 from sparsecli.convert.controller import captured_share, fit_controller, start_controller
 from sparsecli.convert.evaluation import Loss
 from sparsecli.convert.fitting import fit, start
 from sparsecli.convert.methods import METHODS, Options, copy_units
-from sparsecli.convert.plan import candidates, eligible, predicted, rounded_up, with_low_bit, would_hold
+from sparsecli.convert.plan import candidates, eligible, predicted, rounded_up, with_low_bit
 from sparsecli.convert.refit import low_rank, refit
 from sparsecli.convert.rounding import round_to, second_moment
 from sparsecli.model.architecture import DEFAULT, LowBitSpec, ModelSpec
@@ -346,8 +347,9 @@ def test_a_plan_keeps_its_budget_with_the_fewest_bytes() -> None:
     assert max(each.spec.kept_fraction for each in small) == 0.25
     assert small[0].expected == min(each.expected for each in small)
 
-    assert not eligible(known, Budget("perplexity", 0.001), dense_loss=3.0)
-    nearest = parse_budget(would_hold(known, Budget("perplexity", 0.001), 3.0))
-    assert eligible(known, nearest, dense_loss=3.0)
-    nearest = parse_budget(would_hold(known, Budget("bytes", 1.0), 3.0))
-    assert eligible(known, nearest, dense_loss=3.0)
+    for narrow in (Budget("perplexity", 0.001), Budget("bytes", 1.0), Budget("kept", 0.0)):
+        least = [each for each in known if narrow.kind != "kept" or each.method == "selector"]
+        with pytest.raises(Mismatch, match="nothing keeps") as raised:
+            eligible(least, narrow, dense_loss=3.0)
+        nearest = parse_budget(raised.value.message.split("`")[1].removeprefix("budget: "))
+        assert eligible(least, nearest, dense_loss=3.0)

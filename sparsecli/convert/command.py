@@ -8,21 +8,30 @@ from pathlib import Path
 import transformers
 from pydantic import ValidationError
 
-from sparsecli import console
 from sparsecli.console import Failure, RecipeError
 from sparsecli.convert.conversion import Conversion
 from sparsecli.convert.methods import BLOCK, METHODS, method_of
 from sparsecli.convert.peers import check_names, usable
-from sparsecli.convert.plan import Candidate, candidates, read_bytes, with_attention, with_low_bit
+from sparsecli.convert.plan import (
+    Candidate,
+    candidates,
+    read_bytes,
+    small_enough,
+    with_attention,
+    with_low_bit,
+)
+from sparsecli.convert.preview import Preview
 from sparsecli.convert.report import Report
+from sparsecli.convert.stopping import stoppable
 from sparsecli.convert.text import data_of, read_text
-from sparsecli.convert.work import Work, fingerprint, place_of
+from sparsecli.convert.work import fingerprint, place_of, work_folder
 from sparsecli.decode import native
-from sparsecli.interchange.importing import model_folder
-from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source
+from sparsecli.interchange.importing import check_tokenizer, model_folder
+from sparsecli.interchange.sources import OwnModel, open_source
 from sparsecli.model.architecture import LowBitSpec, ModelSpec
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.parts import DenseFeedForwardSpec
+from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.loader import LoadedRecipe, require
 from sparsecli.recipe.schema import ConvertedFeedForward, ConvertSpec, Recipe
@@ -46,10 +55,20 @@ def run(
         RecipeError: the recipe's layers do not fit the dense model.
         Failure: no such model, `output` is taken or cannot be written, or the text cannot be read or does not fit.
         Mismatch: the budget cannot be met, or what was written does not compute what was converted.
-        Stopped: after SIGTERM or SIGINT during the distillation.
+        Stopped: after SIGTERM or SIGINT.
     """
+    with stoppable():
+        report = _run(loaded, model, output, peers or (), dry_run, format)
+    if report:
+        report.show(format)
+    return report
+
+
+def _run(
+    loaded: LoadedRecipe, model: str | None, output: Path, peers: Sequence[str], dry_run: bool, format: str
+) -> Report | None:
     require(loaded, "convert")
-    recipe, file = _with_peers(loaded.recipe, peers or ()), loaded.path.name
+    recipe, file = _with_peers(loaded.recipe, peers), loaded.path.name
     assert recipe.convert
     reference = model or recipe.convert.model
     if reference is None:
@@ -62,26 +81,29 @@ def run(
         raise Failure(f"{output}: --output has to name the folder itself, not the one that it is in")
     opened = open_source(reference, weights=not dry_run)
     found = _candidates(opened.spec, recipe.convert, file)
+    if recipe.convert.budget:
+        small_enough(found, parse_budget(recipe.convert.budget))
     run_directory.claim(output, recipe, resume=False, hint="choose another --output")
-    with_llama = usable(recipe.convert.peers, opened.spec)
-    if dry_run:
-        _print_plan(recipe.convert, opened, found, output)
-        return None
     folder = opened.folder if isinstance(opened, OwnModel) else place_of(output) / "dense"
     data = _data(recipe, folder, opened.spec, file)
+    with_llama = usable(recipe.convert.peers, opened.spec)
+    if dry_run:
+        check_tokenizer(opened)
+        found = sorted(found, key=lambda each: each.bytes_per_token)
+        dense_bytes = read_bytes(opened.spec, "bfloat16")
+        Preview(opened.reference, dense_bytes, recipe.convert, data, str(output), found).show(format)
+        return None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     source = opened.folder if isinstance(opened, OwnModel) else opened.path
-    work = Work(output, recipe, fingerprint(source))
-    model_folder(opened, folder)
-    dense, tokenizer = load_model(folder)
-    text = read_text(data, recipe.convert.calibration_tokens, recipe.convert.tuning_tokens, recipe.seed)
-    conversion = Conversion(
-        recipe, recipe.convert, reference, folder, dense, tokenizer, text, work, output, with_llama
-    )
-    report = conversion.run(found)
-    report.show(format)
-    return report
+    with work_folder(output, recipe, fingerprint(source)) as work:
+        model_folder(opened, folder)
+        dense, tokenizer = load_model(folder)
+        text = read_text(data, recipe.convert.calibration_tokens, recipe.convert.tuning_tokens, recipe.seed)
+        conversion = Conversion(
+            recipe, recipe.convert, reference, folder, dense, tokenizer, text, work, output, with_llama
+        )
+        return conversion.run(found)
 
 
 def _with_peers(recipe: Recipe, names: Sequence[str]) -> Recipe:
@@ -193,34 +215,3 @@ def _data(recipe: Recipe, folder: Path, spec: ModelSpec, file: str) -> TextSpec:
             f"{spec.max_positions}"
         )
     return data
-
-
-def _print_plan(
-    convert: ConvertSpec, opened: OwnModel | ForeignModel, found: list[Candidate], output: Path
-) -> None:
-    """What would be done and tried, with the bytes that a token would read."""
-    dense = read_bytes(opened.spec, "bfloat16")
-    dtype = convert.decode_dtype
-    distillation = convert.distillation.tokens
-    rows = [
-        ("dense model", f"{opened.reference}, {dense / 1e6:.1f} MB a token in bfloat16"),
-        ("budget", convert.budget or "none: the layers are given"),
-        ("weights without bits of their own", dtype),
-        ("calibration", f"{convert.calibration_tokens:,} tokens, {convert.tuning_tokens:,} to compare on"),
-        (
-            "distillation",
-            f"{distillation:,} tokens" + (" unless the budget is met" if convert.budget else ""),
-        ),
-        ("files", f"recipe.yaml, run.json, report.json, report.md, frontier.png, model/ in {output}"),
-    ]
-    console.print_table(["plan", ""], rows)
-    tried = [
-        (
-            each.name,
-            f"{each.spec.kept_fraction:.1%}",
-            f"{each.bytes_per_token / 1e6:.1f}",
-            f"{dense / each.bytes_per_token:.2f}x",
-        )
-        for each in sorted(found, key=lambda each: each.bytes_per_token)
-    ]
-    console.print_table(["candidate", "units in full", "MB/token", "at most, against bfloat16"], tried)

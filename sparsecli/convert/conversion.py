@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,10 +20,11 @@ from sparsecli.convert.evaluation import Loss, window_losses
 from sparsecli.convert.fitting import fit, start
 from sparsecli.convert.measurement import Contender, Decoded, OwnContender, Speed, speeds
 from sparsecli.convert.methods import METHODS, Options
-from sparsecli.convert.plan import RECOVERED, Candidate, eligible, rounded_up, would_hold
+from sparsecli.convert.plan import RECOVERED, Candidate, eligible, rounded_up
 from sparsecli.convert.report import Considered, Report, Row, Stage
 from sparsecli.convert.text import Text, check_language
 from sparsecli.convert.work import Work
+from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import processors
 from sparsecli.decode.packing import Precision
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
@@ -36,7 +37,7 @@ from sparsecli.train import run_directory
 from sparsecli.train.distillation import distil
 
 BASELINES = {"dense, bfloat16": "bfloat16", "dense, int8": "int8", "dense, 4 bit, nearest": "int4"}
-TRIES = 3  # candidates that are built before a loss budget is given up
+TUNING = "dense on tuning text"
 CONVERTED = len(BASELINES)
 """Place of the converted model among the rows: after the baselines, before other programs."""
 ROUNDS = 7
@@ -74,19 +75,22 @@ class Conversion:
         """
         budget = parse_budget(self.convert.budget) if self.convert.budget else None
         options = Options(self.convert.controller_steps, torch.Generator().manual_seed(self.recipe.seed))
-        tuning = self._losses("dense on tuning text", self.dense, tuning=True)
-        dense = self._losses("dense", self.dense)
-        check_language(tuning, dense, self.dense.config.vocab_size)
-        if budget is not None:
-            found = self._measured(found, float(tuning.mean()), options)
-        dense_loss = float(dense.mean())
-        allowed = None if budget is None else budget.nats(dense_loss)
-        ranked = found if budget is None else eligible(found, budget, dense_loss)
-        if budget is not None and not ranked:
-            self.work.close()
-            nearest = would_hold(found, budget, dense_loss)
-            raise Mismatch(f"convert.budget: nothing keeps {budget}; `budget: {nearest}` would hold")
-        candidate, model = self._built(ranked, tuning, allowed, options)
+        known = self.work.once("losses", self._baselines)
+        tuning, dense = np.array(known[TUNING]), np.array(known["dense"])
+        if budget is None:
+            candidate, model = self._only(found[0], options)
+        else:
+            found = search.measure_parts(
+                self.dense,
+                found,
+                self.text,
+                self.convert.rank,
+                options,
+                float(tuning.mean()),
+                self.work.once,
+            )
+            candidate, model = self._chosen(found, budget, tuning, float(dense.mean()), options)
+        allowed = None if budget is None else budget.nats(float(dense.mean()))
         distilled = 0
         if self._needs_recovery(candidate, model, tuning, allowed):
             distilled = self._distil(model)
@@ -94,41 +98,80 @@ class Conversion:
 
     # -- search and fit --------------------------------------------------------------------------------------
 
-    def _measured(self, found: list[Candidate], reference: float, options: Options) -> list[Candidate]:
-        """The candidates with what they are predicted to cost over the dense model's loss on tuning text."""
-        changes = self.work.recall("changes")
-        if changes is None:
-            measured = search.measure_parts(
-                self.dense, found, self.text, self.convert.rank, options, reference
-            )
-            changes = {each.name: each.change for each in measured}
-            self.work.note("changes", changes)
-        return [replace(each, change=changes[each.name]) for each in found]
+    def _baselines(self) -> dict[str, list[float]]:
+        """Losses of the dense model. Raises Failure unless the text is for it."""
+        tuning, held_out = (
+            window_losses(self.dense, windows) for windows in (self.text.tuning, self.text.held_out)
+        )
+        check_language(tuning, held_out, self.dense.config.vocab_size)
+        return {TUNING: tuning.tolist(), "dense": held_out.tolist()}
 
-    def _built(
-        self, ranked: list[Candidate], tuning: np.ndarray, allowed: float | None, options: Options
+    def _only(
+        self, candidate: Candidate, options: Options
     ) -> tuple[Candidate, ScalingTransformerForCausalLM]:
-        """The first candidate that, once it is built, still keeps the budget on tuning text; else the best tried."""
-        done = next((each for each in ranked if each.name == self.work.recall("built")), None)
-        if done is not None and (model := self.work.model("fitted")) is not None:
-            return done, model
-        self._forget_distillation()  # of another candidate, which an earlier budget allowed
-        tried: list[tuple[float, Candidate, ScalingTransformerForCausalLM]] = []
-        for candidate in ranked[: TRIES if allowed is not None else 1]:
-            console.say(f"building {candidate.name}")
-            model = self._fitted(candidate, options)
+        """The candidate of given layers, built."""
+        return self._kept([candidate]) or self._keep(candidate, self._fitted(candidate, options))
+
+    def _chosen(
+        self,
+        found: list[Candidate],
+        budget: Budget,
+        tuning: np.ndarray,
+        dense_loss: float,
+        options: Options,
+    ) -> tuple[Candidate, ScalingTransformerForCausalLM]:
+        """The first candidate that, once it is built, still keeps the budget on tuning text.
+
+        Raises:
+            Mismatch: there is none.
+        """
+        ranked = eligible(found, budget, dense_loss)
+        allowed = budget.nats(dense_loss)
+        if allowed is None:
+            return self._only(ranked[0], options)
+
+        def remaining(candidate: Candidate, model: ScalingTransformerForCausalLM | None) -> float:
+            """What a candidate costs once it is recovered; it needs no model where it was tried before."""
             change = self._change(candidate, model, tuning)
-            remaining = change * (1 - RECOVERED if candidate.recovers else 1)
-            tried.append((remaining, candidate, model))
-            if allowed is None or remaining <= allowed:
-                break
-            console.say(f"{candidate.name}: {change:+.4f} nats on tuning text, {allowed:+.4f} allowed")
-        _, candidate, model = min(tried, key=lambda each: each[0])
+            return change * (1 - RECOVERED if candidate.recovers else 1)
+
+        kept = self._kept(ranked)
+        if kept and remaining(*kept) <= allowed:
+            return kept
+        tried = []
+        for candidate in ranked:
+            model = None if self._is_known(candidate) else self._fitted(candidate, options)
+            tried.append(remaining(candidate, model))
+            if tried[-1] <= allowed:
+                return self._keep(candidate, model or self._fitted(candidate, options))
+            console.say(f"{candidate.name}: {tried[-1]:+.4f} nats on tuning text, {allowed:+.4f} allowed")
+        again = rounded_up(budget, min(tried), dense_loss)
+        raise Mismatch(
+            f"convert.budget: nothing keeps {budget} on tuning text once it is built; `budget: {again}` would hold, "
+            f"and goes on from what is measured"
+        )
+
+    def _kept(self, ranked: list[Candidate]) -> tuple[Candidate, ScalingTransformerForCausalLM] | None:
+        """What an earlier attempt chose, if it is among those that are `ranked`."""
+        chosen = next((each for each in ranked if each.name == self.work.recall("built")), None)
+        model = self.work.model("fitted") if chosen else None
+        return (chosen, model) if chosen and model else None
+
+    def _keep(
+        self, candidate: Candidate, model: ScalingTransformerForCausalLM
+    ) -> tuple[Candidate, ScalingTransformerForCausalLM]:
+        """Have `candidate`, as it was built, chosen from now on."""
+        # What there may be of a distillation is another candidate's, which an earlier budget allowed.
+        shutil.rmtree(self.work.folder / "distillation", ignore_errors=True)
+        known = self.work.recall("losses")
+        self.work.note("losses", {name: losses for name, losses in known.items() if name != "distilled"})
+        self.work.note("built", None)
         self.work.keep_model("fitted", model)
         self.work.note("built", candidate.name)
         return candidate, model
 
     def _fitted(self, candidate: Candidate, options: Options) -> ScalingTransformerForCausalLM:
+        console.say(f"building {candidate.name}")
         model = start(self.dense, candidate.spec)
         fit(self.dense, model, self.text.calibration, options, refit=False)
         self._stage(f"fitted: {candidate.name}", model)
@@ -150,15 +193,15 @@ class Conversion:
         """
         if not self.convert.distillation.tokens:
             return False
-        if allowed is None or "distilled" in (self.work.recall("losses") or {}):
+        if allowed is None or "distilled" in self.work.recall("losses"):
             return True
         return self._change(candidate, model, tuning) > allowed
 
     def _change(
-        self, candidate: Candidate, model: ScalingTransformerForCausalLM, tuning: np.ndarray
+        self, candidate: Candidate, model: ScalingTransformerForCausalLM | None, tuning: np.ndarray
     ) -> float:
         """Nats a token over the dense model's on tuning text, of a candidate that was fitted."""
-        return float((self._losses(f"{candidate.name} on tuning text", model, tuning=True) - tuning).mean())
+        return float((self._losses(candidate.tuning, model, self.text.tuning) - tuning).mean())
 
     def _distil(self, model: ScalingTransformerForCausalLM) -> int:
         """Distil `model` in place; the number of tokens it saw."""
@@ -179,22 +222,22 @@ class Conversion:
         self._stage("distilled", model)
         return training.max_steps * spec.batch_size * data.sequence_length
 
-    def _forget_distillation(self) -> None:
-        shutil.rmtree(self.work.folder / "distillation", ignore_errors=True)
-        known = self.work.recall("losses")
-        self.work.note("losses", {name: losses for name, losses in known.items() if name != "distilled"})
+    def _is_known(self, candidate: Candidate) -> bool:
+        """Whether it was measured on tuning text."""
+        return candidate.tuning in self.work.recall("losses")
 
-    def _losses(self, name: str, model: ScalingTransformerForCausalLM, tuning: bool = False) -> np.ndarray:
+    def _losses(self, name: str, model: ScalingTransformerForCausalLM | None, windows: Windows) -> np.ndarray:
         """Losses of windows, remembered under the stage's name."""
-        known = self.work.recall("losses") or {}
+        known = self.work.recall("losses")
         if name not in known:
-            losses = window_losses(model, self.text.tuning if tuning else self.text.held_out)
-            known = {**known, name: losses.tolist()}
+            assert model is not None
+            known = {**known, name: window_losses(model, windows).tolist()}
             self.work.note("losses", known)
         return np.array(known[name])
 
     def _stage(self, name: str, model: ScalingTransformerForCausalLM) -> None:
-        loss = Loss.of(self._losses(name, model), self._losses("dense", self.dense))
+        held_out = self.text.held_out
+        loss = Loss.of(self._losses(name, model, held_out), self._losses("dense", self.dense, held_out))
         console.say(f"{name}: {loss}")
 
     # -- checks and report -----------------------------------------------------------------------------------
@@ -255,7 +298,7 @@ class Conversion:
         if budget is None or allowed is None or loss.change <= allowed:
             return
         again = rounded_up(budget, loss.change, dense)
-        cost = f"{loss.loss_change:+.2%} loss, {loss}" if budget.kind == "loss" else f"{loss}"
+        cost = f"{loss.loss_change:+z.2%} loss, {loss}" if budget.kind == "loss" else f"{loss}"
         raise Mismatch(
             f"convert.budget: {budget} is not kept on held-out text: {cost}; `budget: {again}` takes what was built, "
             f"a new --output searches again"

@@ -84,7 +84,7 @@ class Loss:
 
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" (± {self.standard_error:.2%})"
-        return f"{self.perplexity_change:+.2%} perplexity{error}"
+        return f"{self.perplexity_change:+z.2%} perplexity{error}"
 
     @property
     def loss_change(self) -> float:

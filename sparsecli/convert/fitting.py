@@ -54,6 +54,7 @@ def fit(
         refit: solve for W_down, bias and bypass of layers that leave units out.
         keep: layers are fitted already; only refit them.
     """
+    options.generator.manual_seed(options.generator.initial_seed())  # alike whatever was fitted before
     spec = model.config.spec
     name = method_of(spec.feed_forward)
     method = METHODS[name] if name else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparsecli.bench.traffic import bytes_per_token
+from sparsecli.console import Mismatch
 from sparsecli.convert.methods import METHODS
 from sparsecli.decode.packing import Precision
 from sparsecli.model.architecture import LowBitSpec, ModelSpec
@@ -59,6 +60,11 @@ class Candidate:
             if bits
         ]
         return ", ".join(words)
+
+    @property
+    def tuning(self) -> str:
+        """What its losses on tuning text are remembered under."""
+        return f"{self.name} on tuning text"
 
     @property
     def expected(self) -> float:
@@ -152,29 +158,42 @@ def predicted(
     return replace(candidate, change=change)
 
 
-def eligible(found: Sequence[Candidate], budget: Budget, dense_loss: float) -> list[Candidate]:
-    """Those expected to keep the budget, the most promising first: by bytes under a loss budget, else by loss."""
-    allowed = budget.nats(dense_loss)
-    if allowed is not None:
-        kept = [each for each in found if each.expected <= MARGIN * allowed]
-        return sorted(kept, key=lambda each: each.bytes_per_token)
+def small_enough(found: Sequence[Candidate], budget: Budget) -> list[Candidate]:
+    """Those whose units or bytes, which are known beforehand, keep the budget.
+
+    Raises:
+        Mismatch: there are none.
+    """
     if budget.kind == "kept":
-        kept = [each for each in found if each.spec.kept_fraction <= budget.value]
+        sizes = [each.spec.kept_fraction for each in found]
+        least = Budget("kept", min(sizes))
+    elif budget.kind == "bytes":
+        sizes = [each.bytes_per_token for each in found]
+        least = Budget("bytes", math.ceil(min(sizes) / 1e4) * 1e4)
     else:
-        kept = [each for each in found if each.bytes_per_token <= budget.value]
-    return sorted(kept, key=lambda each: each.expected)
+        return list(found)
+    kept = [each for each, size in zip(found, sizes, strict=True) if size <= budget.value]
+    if not kept:
+        raise Mismatch(f"convert.budget: nothing keeps {budget}; `budget: {least}` would hold")
+    return kept
 
 
-def would_hold(found: Sequence[Candidate], budget: Budget, dense_loss: float) -> str:
-    """The budget, of the same kind, that the nearest candidate keeps."""
-    if budget.kind == "kept":
-        least = min(each.spec.kept_fraction for each in found)
-        return str(Budget("kept", least))
-    if budget.kind == "bytes":
-        least_bytes = min(each.bytes_per_token for each in found)
-        return str(Budget("bytes", math.ceil(least_bytes / 1e4) * 1e4))
-    least_change = min(each.expected for each in found) / MARGIN
-    return rounded_up(budget, least_change, dense_loss)
+def eligible(found: Sequence[Candidate], budget: Budget, dense_loss: float) -> list[Candidate]:
+    """Those expected to keep the budget, the most promising first: by bytes under a loss budget, else by loss.
+
+    Raises:
+        Mismatch: there are none.
+    """
+    allowed = budget.nats(dense_loss)
+    if allowed is None:
+        return sorted(small_enough(found, budget), key=lambda each: each.expected)
+    kept = [each for each in found if each.expected <= MARGIN * allowed]
+    if not kept:
+        least = rounded_up(budget, min(each.expected for each in found) / MARGIN, dense_loss)
+        raise Mismatch(
+            f"convert.budget: nothing keeps {budget}; `budget: {least}` would hold, and goes on from what is measured"
+        )
+    return sorted(kept, key=lambda each: each.bytes_per_token)
 
 
 def rounded_up(budget: Budget, change: float, dense_loss: float) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 from sparsecli import console
 from sparsecli.convert.evaluation import Loss
+from sparsecli.recipe.budget import parse_budget
 
 
 @dataclass(frozen=True)
@@ -84,21 +88,28 @@ class Report:
         others = [row for row in self.rows if not row.converted]
         text = (
             f"{dense.ms_per_token / result.ms_per_token:.2f}x the speed of {dense.name} at "
-            f"{result.loss.perplexity_change:+.2%} perplexity"
+            f"{result.loss.perplexity_change:+z.2%} perplexity"
         )
-        better = [
-            row
-            for row in others
-            if row.ms_per_token <= result.ms_per_token and row.loss.change <= result.loss.change
-        ]
-        if better:
-            best = min(better, key=lambda row: row.ms_per_token)
-            return f"{text}; {best.name} is faster and no worse: prefer it"
+        faster = sorted(
+            (row for row in others if row.ms_per_token <= result.ms_per_token),
+            key=lambda row: row.ms_per_token,
+        )
+        for row in faster:
+            if self._within_budget(row.loss):
+                return f"{text}; {row.name} is faster and within the budget too: prefer it"
+            if _no_worse(row.loss, result.loss):
+                return f"{text}; {row.name} is faster and no worse: prefer it"
         against = "; ".join(
-            f"{row.name}: {dense.ms_per_token / row.ms_per_token:.2f}x at {row.loss.perplexity_change:+.2%}"
+            f"{row.name}: {dense.ms_per_token / row.ms_per_token:.2f}x at {row.loss.perplexity_change:+z.2%}"
             for row in others[1:]
         )
         return f"{text}; {against}"
+
+    def _within_budget(self, loss: Loss) -> bool:
+        """Whether a model of such a loss keeps the budget, where that limits the loss."""
+        budget = parse_budget(self.budget) if self.budget else None
+        allowed = budget.nats(loss.nats_per_token - loss.change) if budget else None
+        return allowed is not None and loss.change <= allowed
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON data; `schema` changes when a field changes its meaning."""
@@ -146,8 +157,8 @@ class Report:
 
     def markdown(self) -> str:
         """A page for a pull request or a model card."""
-        lines = [f"# {self.source} converted", "", *_markdown_table(STAGES, self.stage_rows()), ""]
-        lines += [*_markdown_table(MODELS, self.model_rows()), ""]
+        lines = [f"# {self.source} converted", "", *markdown_table(STAGES, self.stage_rows()), ""]
+        lines += [*markdown_table(MODELS, self.model_rows()), ""]
         if self.considered:
             rows = [
                 (
@@ -158,7 +169,7 @@ class Report:
                 )
                 for each in self.considered
             ]
-            lines += [*_markdown_table(CONSIDERED, rows), ""]
+            lines += [*markdown_table(CONSIDERED, rows), ""]
         return "\n".join([*lines, *(f"- {name}: {value}" for name, value in self.facts()), ""])
 
     def draw(self, path: Path) -> None:
@@ -187,14 +198,15 @@ class Report:
         elif format == "markdown":
             console.out(self.markdown(), end="")
         elif format == "csv":
-            console.out(
-                "model,nats_per_token,change,standard_error,bytes_per_token,ms_per_token,prompt_ms_per_token"
-            )
-            for row in self.rows:
-                error = "" if row.loss.standard_error is None else row.loss.standard_error
-                loss = f"{row.loss.nats_per_token},{row.loss.change},{error}"
-                times = f"{row.ms_per_token},{row.prompt_ms_per_token}"
-                console.out(f'"{row.name}",{loss},{row.bytes_per_token},{times}')
+            rows = [
+                (
+                    row.name,
+                    *(row.loss.nats_per_token, row.loss.change, row.loss.standard_error),
+                    *(row.bytes_per_token, row.ms_per_token, row.prompt_ms_per_token),
+                )
+                for row in self.rows
+            ]
+            console.out(csv_lines(FIELDS, rows), end="")
         else:
             console.print_table(STAGES, self.stage_rows())
             console.print_table(MODELS, self.model_rows())
@@ -203,17 +215,34 @@ class Report:
 
 STAGES = ["stage", "nats/token", "perplexity", "± error"]
 MODELS = ["model", "nats/token", "perplexity", "± error", "MB/token", "ms/token", "speed", "prompt ms/token"]
+FIELDS = (
+    *("model", "nats_per_token", "change", "standard_error"),
+    *("bytes_per_token", "ms_per_token", "prompt_ms_per_token"),
+)
 CONSIDERED = ["candidate", "MB/token", "predicted nats", "after recovery"]
+
+
+def _no_worse(loss: Loss, other: Loss) -> bool:
+    """Whether a loss is not higher than the other by more than their standard errors."""
+    return loss.change - other.change <= math.hypot(loss.standard_error or 0, other.standard_error or 0)
 
 
 def _loss_cells(loss: Loss) -> tuple[str, str, str]:
     error = "—" if loss.standard_error is None else f"{loss.standard_error:.2%}"
-    return f"{loss.nats_per_token:.4f}", f"{loss.perplexity_change:+.2%}", error
+    return f"{loss.nats_per_token:.4f}", f"{loss.perplexity_change:+z.2%}", error
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
     return [
         f"| {' | '.join(columns)} |",
         f"| {' | '.join('---' for _ in columns)} |",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
+
+
+def csv_lines(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table as CSV; None is empty."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    return text.getvalue()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from sparsecli import console
 from sparsecli.convert.evaluation import window_losses
@@ -14,6 +16,9 @@ from sparsecli.model.architecture import LowBitSpec, ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.parts import DenseFeedForwardSpec
 
+Once = Callable[[str, Callable[[], Any]], Any]
+"""See `Work.once`."""
+
 
 def measure_parts(
     dense: ScalingTransformerForCausalLM,
@@ -22,6 +27,7 @@ def measure_parts(
     rank: int,
     options: Options,
     reference: float,
+    once: Once,
 ) -> list[Candidate]:
     """The candidates with the changes predicted from one fit of each method, of attention, and of the logits.
 
@@ -29,24 +35,26 @@ def measure_parts(
 
     Args:
         reference: the dense model's loss on the tuning text.
+        once: keeps what each fit gave, so that a search that is stopped goes on behind it.
     """
     layers: dict[tuple[str, int], float] = {}
     for name in dict.fromkeys(each.method for each in found if each.method):
-        layers |= _layers(dense, name, text, rank, options, reference)
+        layers |= _layers(dense, name, text, rank, options, reference, once)
+
+    def change(name: str, spec: ModelSpec) -> float:
+        found = once(name, lambda: _change(dense, spec, text, options, reference))
+        console.say(f"{name}: {found:+.4f} nats")
+        return found
+
     attention = {}
     for bits in dict.fromkeys(each.spec.low_bit.projection for each in found):
         attention[bits] = 0.0
         changed = dense.config.spec.model_copy(update={"attention": found[0].spec.attention})
         if (spec := with_low_bit(changed, LowBitSpec(projection=bits))) != dense.config.spec:
-            attention[bits] = _change(dense, spec, text, options, reference)
-            name = Candidate(spec, None, 0).name.removeprefix("dense, ")
-            console.say(f"{name}: {attention[bits]:+.4f} nats")
+            attention[bits] = change(Candidate(spec, None, 0).name.removeprefix("dense, "), spec)
     head = 0.0
     if any(each.spec.low_bit.head for each in found):
-        head = _change(
-            dense, with_low_bit(dense.config.spec, LowBitSpec(head=BITS)), text, options, reference
-        )
-        console.say(f"logits in {BITS} bits: {head:+.4f} nats")
+        head = change(f"logits in {BITS} bits", with_low_bit(dense.config.spec, LowBitSpec(head=BITS)))
     return [predicted(each, layers, attention[each.spec.low_bit.projection], head) for each in found]
 
 
@@ -57,21 +65,30 @@ def _layers(
     rank: int,
     options: Options,
     reference: float,
+    once: Once,
 ) -> dict[tuple[str, int], float]:
     """Changes of the loss by method and units of a block, without refit."""
     method, spec = METHODS[name], dense.config.spec
     assert isinstance(spec.feed_forward, DenseFeedForwardSpec)
-    changes = {}
-    for choices in method.choices:
+    dense_layer = spec.feed_forward
+
+    def found(choices: Sequence[int]) -> list[float]:
         middle = choices[len(choices) // 2]
-        layer = method.spec(spec.feed_forward, spec.d_model, middle, rank)
+        layer = method.spec(dense_layer, spec.d_model, middle, rank)
         model = start(dense, spec.model_copy(update={"feed_forward": layer}))
         fit(dense, model, text.calibration, options, refit=False)
+        losses = []
         for k in choices:
             for module in model.modules():
                 if "units_per_block" in vars(module):
                     module.units_per_block = k
-            changes[name, k] = float(window_losses(model, text.tuning).mean() - reference)
+            losses.append(float(window_losses(model, text.tuning).mean()))
+        return [loss - reference for loss in losses]
+
+    changes: dict[tuple[str, int], float] = {}
+    for choices in method.choices:
+        given = once(f"{name}, units {', '.join(map(str, choices))}", partial(found, choices))
+        changes |= {(name, k): change for k, change in zip(choices, given, strict=True)}
     told = ", ".join(f"{k}: {change:+.4f}" for (_, k), change in changes.items())
     console.say(f"{name}, nats by units of a block: {told}")
     return changes

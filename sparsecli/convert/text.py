@@ -83,12 +83,14 @@ def read_text(data: TextSpec, calibration_tokens: int, tuning_tokens: int, seed:
 
 
 def check_language(dense_tuning: np.ndarray, dense_held_out: np.ndarray, vocabulary: int) -> None:
-    """Raise Failure where the dense model's losses show that the text is not for it.
+    """Raise Failure where the dense model's losses show that it is damaged, or that the text is not for it.
 
     Args:
         dense_tuning, dense_held_out: losses of windows in nats a token.
     """
     held_out, tuning = float(dense_held_out.mean()), float(dense_tuning.mean())
+    if not math.isfinite(held_out + tuning):
+        raise Failure("convert.model: its loss is not a number; are its weights whole?")
     if held_out > CHANCE * math.log(vocabulary):
         raise Failure(
             f"data: the dense model predicts the held-out text hardly better than by chance ({held_out:.2f} nats a "

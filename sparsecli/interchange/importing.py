@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sparsecli.interchange.sources import GENERATION, ForeignModel, OwnModel, op
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.folder import check_weights, written_beside
 from sparsecli.model.sizes import count_parameters
-from sparsecli.model.tokenizer import read_tokenizer
+from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 
 FILLED = 0.75
 """The share of a model's vocabulary that its tokenizer has at least."""
@@ -168,8 +169,18 @@ def _write_description(source: ForeignModel, folder: Path, stored: torch.dtype) 
     source.write_tokenizer(folder)
 
 
-def _check_tokens(source: ForeignModel, folder: Path) -> None:
-    """Raise Failure where the tokenizer is not that of the model.
+def check_tokenizer(source: OwnModel | ForeignModel) -> None:
+    """Raise Failure where the tokenizer is missing, damaged, or not that of the model."""
+    if isinstance(source, OwnModel):
+        read_tokenizer(source.folder, source.spec.vocabulary.size)
+        return
+    with TemporaryDirectory() as folder:
+        source.write_tokenizer(Path(folder))
+        _tokenizer(source, Path(folder))
+
+
+def _tokenizer(source: ForeignModel, folder: Path) -> Tokenizer:
+    """The tokenizer of the model, which was written to `folder`. Raises Failure as `check_tokenizer` does.
 
     Vocabularies are often filled up to a round number, so a few tokens more in the model are none too many.
     """
@@ -180,8 +191,14 @@ def _check_tokens(source: ForeignModel, folder: Path) -> None:
         raise Failure(failure.message.replace(str(folder), str(source.path))) from failure
     if len(tokenizer) < FILLED * size:
         raise Failure(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {size}; they do not belong together"
+            f"{source.path}: the tokenizer has {len(tokenizer)} tokens, the model {size}; they do not belong together"
         )
+    return tokenizer
+
+
+def _check_tokens(source: ForeignModel, folder: Path) -> None:
+    """Raise Failure where the tokenizer is not that of the model, or a special token none of it."""
+    size, tokenizer = source.spec.vocabulary.size, _tokenizer(source, folder)
     config = ScalingTransformerConfig.from_pretrained(folder)
     for name in SPECIAL:
         given = getattr(config, name)

@@ -117,11 +117,14 @@ class ConvertSpec(Block):
 
     @model_validator(mode="after")
     def _check(self) -> ConvertSpec:
-        both = self.budget is not None and self.feed_forward is not None
-        if both or (self.budget, self.feed_forward, self.attention.kind) == (None, None, "keep"):
+        either = "a budget to search within, or feed_forward for given layers"
+        if self.budget is not None and self.feed_forward is not None:
             raise fault(
-                "budget", "give a budget to search within, or feed_forward for given layers, one of them"
+                "budget",
+                f"give {either}, one of them; convert.feed_forward=null (or convert.budget=null) takes the other away",
             )
+        if (self.budget, self.feed_forward, self.attention.kind) == (None, None, "keep"):
+            raise fault("budget", f"give {either}")
         return self
 
 
