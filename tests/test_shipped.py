@@ -240,7 +240,7 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
     elif words[0] == "bench":
         if "--model" in words:
             words += ["--rounds", "1", "--tokens", "1", "--context", "4"]
-        elif "bench-17b" in words:
+        elif {"bench-17b", "paper-17b"} & set(words):
             words.append("--dry-run")
         else:
             words += SHORT_BENCH

@@ -47,7 +47,7 @@ struct Buffer {
     void rows(int64_t count, int64_t width, int64_t step, bool poison) {
         bytes(count * step * int64_t(sizeof(T)), false);
         stride = step;
-        if (poison)
+        if (poison && width)
             for (int64_t i = 0; i < count; ++i) std::memset((void*)row(i), 0xff, size_t(width) * sizeof(T));
     }
 

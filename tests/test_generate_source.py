@@ -1,0 +1,100 @@
+"""What `generate` writes with decoders that read a source: natively as in PyTorch and as transformers does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from sparsecli import generate, pack
+from sparsecli.backends import Choices, open_backend
+from sparsecli.console import Failure
+from sparsecli.decode import native
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.checkpoint import load_model
+from sparsecli.model.folder import read_description
+from sparsecli.model.networks import build_network
+from sparsecli.recipe.schema import GenerateSpec
+
+needs_native = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
+ENCODER = {"layers": 1, "max_positions": 20}
+MODELS = {
+    "encoder-decoder": {"encoder": ENCODER},
+    "terraformer": {
+        "residual": "reversible",
+        "attention_layers": 2,
+        "sru": {"width": 6},
+        "encoder": {**ENCODER, "read_by": {"kind": "joined"}},
+    },
+}
+SOURCE = "f c b a e d"
+
+
+def saved(place: Path, fields: dict) -> Path:
+    """A tiny random model whose words are letters, with a tokenizer that ends a source with 1."""
+    words = {"<pad>": 0, "</s>": 1, **{letter: 2 + index for index, letter in enumerate("abcdefghijkl")}}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    spec = ModelSpec.model_validate(
+        {
+            "d_model": 32,
+            "layers": 2,
+            "heads": 4,
+            "max_positions": 16,
+            "feed_forward": {"kind": "sparse", "d_ff": 64, "block_size": 8, "rank": 4},
+            "attention": {"projection": "multiplicative_conv"},
+            "vocabulary": {"kind": "dense", "size": 14},
+            **fields,
+        }
+    )
+    torch.manual_seed(1)
+    build_network(spec).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_native), "torch", "auto"])
+def test_greedy_text_equals_that_of_transformers(
+    name: str, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path / "model", MODELS[name])
+    options = GenerateSpec(temperature=0, max_new_tokens=12)
+    generate.run(
+        None, model=str(folder), prompt=SOURCE, options=options, json=True, backend=backend, threads=1
+    )
+    written = json.loads(capsys.readouterr().out)
+    model, tokenizer = load_model(folder)
+    given = tokenizer(SOURCE, return_tensors="pt")
+    wanted = model.generate(**given, max_new_tokens=12, do_sample=False)[0, 1:].tolist()
+    assert written["tokens"] == (wanted[: wanted.index(1)] if 1 in wanted else wanted)
+    assert written["stats"]["prompt_tokens"] == 7
+    assert written["backend"] == (
+        backend if backend != "auto" else "torch" if native.available() else "native"
+    )
+
+
+def test_models_with_an_encoder_are_not_packed(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", MODELS["terraformer"])
+    with pytest.raises(Failure, match="its encoder runs in PyTorch"):
+        pack.run(model=str(folder), output=None, dtype="int8")
+
+
+@needs_native
+def test_hashed_attention_is_left_to_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attention = {"kind": "lsh", "lsh": {"rounds": 1, "chunk_length": 4}, "share_query_key": True}
+    folder = saved(tmp_path / "model", {"attention": attention})
+    described = read_description(folder)
+    assert open_backend(folder, described, Choices()).name == "torch"
+    assert "decoding with PyTorch: hashed attention" in capsys.readouterr().err
+    backend = open_backend(folder, described, Choices(backend="native"))
+    backend.start([2, 3], capacity=8)
+    with pytest.raises(Failure, match="9 positions are more than the 8 that every token of this model sees"):
+        backend.start([2, 3], capacity=9)
