@@ -235,7 +235,11 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
             imported("smollm2")
         if "small" in words and (reason := native.available()):
             pytest.skip(f"packed models need the native engine: {reason}")
+        if "--input" in words:
+            Path(words[words.index("--input") + 1]).write_text("def add(a, b):\n    return a + b\n")
         trained("quickstart")
+        for name in [Path(word).name for word in words if word.startswith("runs/")]:
+            trained(name)
         words += ["--max-new-tokens", "2"]
     elif words[0] == "bench":
         if "--model" in words:
@@ -273,5 +277,6 @@ def fresh(name: str) -> str:
 def test_snippets_of_the_pages(place: Path, code: str) -> None:
     if "sparsecli.decode" in code and (reason := native.available()):
         pytest.skip(reason)
-    trained("quickstart")
+    for name in ["quickstart", *re.findall(r"runs/([\w-]+)", code)]:
+        trained(name)
     exec(compile(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", foreign()), "snippet", "exec"), {})
