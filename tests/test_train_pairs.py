@@ -32,6 +32,19 @@ MODEL = {
     "encoder": {"layers": 1, "max_positions": 40},
     "dropout": 0.1,
 }
+TERRAFORMER = {
+    **MODEL,
+    "residual": "reversible",
+    "attention_layers": 2,
+    "sru": {"width": 4},
+    "attention": {"projection": "multiplicative_conv"},
+    "encoder": {"layers": 1, "max_positions": 40, "read_by": {"kind": "joined"}},
+}
+HASHED = {
+    **TERRAFORMER,
+    "attention": {"kind": "lsh", "share_query_key": True, "lsh": {"rounds": 2, "chunk_length": 8}},
+}
+MODELS = {"encoder-decoder": MODEL, "Terraformer": TERRAFORMER, "hashed Terraformer": HASHED}
 DOCSTRINGS = {"kind": "docstrings", "source_length": 40, "target_length": 16}
 TRAIN = {
     "max_steps": 6,
@@ -78,11 +91,17 @@ def recipe(folder: Path, name: str, **changes: dict) -> LoadedRecipe:
     return load(str(path))
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> dict:
+    """The block of a recipe."""
+    return MODELS[request.param]
+
+
 @pytest.fixture(scope="module")
-def finished(folder: Path) -> Path:
+def finished(folder: Path, model: dict) -> Path:
     """A run on docstrings that nothing interrupted."""
-    output = folder / "finished"
-    assert run(recipe(folder, "docstrings"), output=output)
+    output = folder / f"finished-{list(MODELS.values()).index(model)}"
+    assert run(recipe(folder, "docstrings", model=model), output=output)
     return output
 
 
@@ -144,10 +163,10 @@ def test_a_run_without_samples_writes_none(folder: Path, tmp_path: Path) -> None
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(
-    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, model: dict, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within an epoch, whose batches of similar lengths must be the same ones again."""
-    loaded, output = recipe(folder, "docstrings"), tmp_path / "run"
+    loaded, output = recipe(folder, "docstrings", model=model), tmp_path / "run"
     with monkeypatch.context() as patch:
         at_step(patch, 2, send(signal.SIGTERM))
         with pytest.raises(Stopped, match="stopped at step 2 of 6"):
@@ -156,6 +175,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert_same_run(output, finished)
 
 
+@pytest.mark.parametrize("model", ["Terraformer"], indirect=True)
 def test_a_run_starts_from_another_and_brings_its_tokenizer(
     folder: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -285,6 +305,7 @@ def test_generate_reads_an_input_file_as_transformers_does(
     assert json.loads(capsys.readouterr().out)["tokens"] == ours["tokens"]
 
 
+@pytest.mark.parametrize("model", ["Terraformer"], indirect=True)
 def test_long_inputs_are_cut_with_a_warning_and_empty_ones_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
