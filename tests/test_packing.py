@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,18 @@ def test_weights_that_are_no_numbers(name: str, poison: float) -> None:
     damaged.flat[7] = poison
     with pytest.raises(Failure, match=rf"tensor {name} holds a NaN or an infinity"):
         pack(spec_of("sparse"), weights | {name: damaged}, Precision.of("bfloat16"))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_scales_of_few_bits_that_are_no_numbers(poison: float) -> None:
+    weights = weights_of(network("low rank in few bits"))
+    scales = sorted(name for name in weights if name.endswith(".scale"))
+    assert scales
+    for name in scales:
+        damaged = weights[name].copy()
+        damaged.flat[3] = poison
+        with pytest.raises(Failure, match=rf"tensor {name} holds a NaN or an infinity; the checkpoint is d"):
+            pack(spec_of("low rank in few bits"), weights | {name: damaged}, Precision.of("bfloat16"))
 
 
 def test_missing_weights() -> None:
@@ -314,6 +327,32 @@ def test_a_flipped_byte_anywhere(small_file: Path, data: st.DataObject) -> None:
         return
     assert message.startswith(f"{copy}: ")
     assert "\n" not in message
+
+
+def test_a_file_in_few_bits_that_is_damaged(tmp_path: Path) -> None:
+    saved = tmp_path / "model.spk"
+    model = packed("low rank in few bits", Precision.of("int8"))
+    save(model, saved)
+    assert_same(open_packed(saved), model)
+    header = header_length(saved)
+
+    def refused(change: Callable[[bytearray], bytearray]) -> None:
+        with pytest.raises(Failure, match=r"damaged.spk: .*damaged") as raised:
+            open_packed(damaged(saved, change))
+        assert "\n" not in raised.value.message
+
+    def flip(content: bytearray, place: int) -> bytearray:
+        content[place] ^= 0x10
+        return content
+
+    description = json.loads(saved.read_bytes()[8:header])
+    spans = [entry["data_offsets"] for entry in description.values() if "data_offsets" in entry]
+    assert len(spans) > 10
+    for begin, end in spans:  # a byte of every tensor: codes, scales, zeros
+        refused(partial(flip, place=header + (begin + end) // 2))
+    refused(lambda content: content.replace(b'"projection\\":4', b'"projection\\":3', 1))
+    with pytest.raises(Failure, match=r"damaged.spk: cut short"):
+        open_packed(damaged(saved, lambda content: content[:-100]))
 
 
 @pytest.mark.parametrize(
