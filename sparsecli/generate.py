@@ -19,7 +19,7 @@ from sparsecli.sampling import Sampler, make_sampler
 if TYPE_CHECKING:
     from sparsecli.recipe.loader import LoadedRecipe
 
-START = 0
+START = PADDING = 0
 """The token that every target begins with: the padding, as in T5."""
 
 
@@ -183,11 +183,15 @@ def encode_input(tokenizer: Tokenizer, text: str, positions: int) -> list[int]:
     The beginning of an input that is too long, with a warning.
 
     Raises:
-        Failure: nothing to read.
+        Failure: nothing to read, or something that the tokenizer does not know.
     """
     if not text.strip():
         raise Failure("the input is empty; give some text to read")
     ids = tokenizer.encode(text, special=True)
+    if PADDING in ids:  # a vocabulary of symbols has nothing else for what is none of them
+        raise Failure(
+            f"the input has {ids.count(PADDING)} words that the tokenizer does not know; leave them out"
+        )
     if len(ids) > positions:
         console.warn(f"the input has {len(ids)} tokens; the model reads the first {positions}")
         ids = [*ids[: positions - 1], ids[-1]]

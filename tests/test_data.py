@@ -117,6 +117,7 @@ def test_rows_are_documents(tmp_path: Path, suffix: str) -> None:
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', r"broken\.jsonl: cannot be read"),
         ("broken.parquet", b"PAR1 no", r"broken\.parquet: cannot be read"),
         ("empty.txt", b"", "data: the source holds no text"),
+        ("empty.jsonl", b"", r"empty\.jsonl: holds no rows"),
     ],
 )
 def test_bad_files_are_named_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -98,3 +98,9 @@ def test_hashed_attention_is_left_to_pytorch(tmp_path: Path, capsys: pytest.Capt
     backend.start([2, 3], capacity=8)
     with pytest.raises(Failure, match="9 positions are more than the 8 that every token of this model sees"):
         backend.start([2, 3], capacity=9)
+
+
+def test_words_outside_of_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", MODELS["encoder-decoder"])
+    with pytest.raises(Failure, match="the input has 2 words that the tokenizer does not know"):
+        generate.run(None, model=str(folder), prompt="a ? b !", options=GenerateSpec())

@@ -189,5 +189,7 @@ def _texts(
 def _unreadable(label: str, error: BaseException) -> Failure:
     while error.__cause__ is not None:  # the library's outermost message only says that something failed
         error = error.__cause__
+    if isinstance(error, StopIteration):
+        return Failure(f"{label}: holds no rows")
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return Failure(f"{label}: cannot be read: {reason}")
