@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from sparsecli.console import Failure
-from sparsecli.data import corpus, packing
+from sparsecli.data import corpus, packing, tokenization
 from sparsecli.data.cache import cache_folder, write_folder
 from sparsecli.data.corpus import read_documents
 from sparsecli.data.packing import pack
@@ -187,6 +187,28 @@ TOKENIZER = train_byte_pairs(300, ["the cat sat on the mat, the cat sat on the m
 def test_any_text_comes_back_exactly(text: str) -> None:
     assert TOKENIZER.decode(next(encode(TOKENIZER, [text]))) == text
     assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
+
+
+def test_long_documents_are_encoded_in_pieces_that_end_with_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "".join(f"line {number} of the mat\n" for number in range(40))
+    documents = ["the cat", "sat", lines, "on", "", "the mat"]
+    whole = list(encode(TOKENIZER, documents))
+    read: list[str] = []
+    read_at_once = tokenization._encode
+
+    def note(tokenizer: object, texts: list[str]) -> list[list[int]]:
+        read.extend(texts)
+        assert sum(map(len, texts)) <= 100
+        return read_at_once(tokenizer, texts)
+
+    monkeypatch.setattr(tokenization, "PIECE", 100)
+    monkeypatch.setattr(tokenization, "_encode", note)
+    assert list(encode(TOKENIZER, documents)) == whole  # no token crosses the end of these lines
+    assert "".join(read) == "".join(documents)
+    assert all(piece.endswith("\n") for piece in read[2:-3])
+    unbroken = "the cat sat on the mat, " * 9
+    assert TOKENIZER.decode(next(encode(TOKENIZER, [unbroken]))) == unbroken
+    assert list(encode(TOKENIZER, [])) == []
 
 
 def test_control_text_in_a_document_stays_text() -> None:

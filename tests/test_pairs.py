@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from sparsecli.console import Failure
 from sparsecli.data import packing
@@ -327,6 +327,14 @@ def test_copies_are_the_same_every_time_and_different_everywhere() -> None:
         assert example["input_ids"].max() < 52
     assert torch.equal(prepared.train[7]["labels"], prepare_copies(task).train[7]["labels"])
     assert prepared.train.bytes_per_token(prepared.tokenizer) > 2
+
+
+def test_too_few_different_sequences_to_hold_some_out() -> None:
+    with pytest.raises(
+        ValidationError, match="2 symbols make 1,024 sequences of 10, too few to hold some out"
+    ):
+        CopyTask(source="copy", symbols=2, length=10, examples=100, held_out=4)
+    assert CopyTask(source="copy", symbols=2, length=10, examples=1, held_out=1)
 
 
 def test_symbols_are_numbers() -> None:

@@ -13,6 +13,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from sparsecli.data.copying import symbol_tokenizer
 from sparsecli.data.examples import PairExamples
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.networks import build_network
 from sparsecli.train.evaluation import evaluate
 from sparsecli.train.samples import Samples, rouge, sentences, write_greedily
 
@@ -161,3 +163,32 @@ def test_rouge_of_known_texts() -> None:
     swapped = rouge(["Dogs run fast. Cats sleep long."], ["Cats sleep long. Dogs run fast."])
     assert swapped["rouge_lsum"] == pytest.approx(100)
     assert sentences("One. Two? Three") == "One.\nTwo?\nThree"
+
+
+CHOOSING = {
+    "d_model": 16,
+    "layers": 2,
+    "heads": 2,
+    "max_positions": 16,
+    "feed_forward": {"kind": "sparse", "d_ff": 32, "block_size": 8, "rank": 4},
+    "vocabulary": {"kind": "dense", "size": SYMBOLS + 2},
+    "encoder": {"layers": 1, "max_positions": 16},
+}
+JOINED = {
+    "residual": "reversible",
+    "attention": {"projection": "multiplicative_conv"},
+    "sru": {"width": 4},
+    "encoder": {**CHOOSING["encoder"], "read_by": {"kind": "joined"}},
+}
+
+
+@pytest.mark.parametrize("change", [{}, JOINED, {**JOINED, "feed_forward_chunk": 5}])
+def test_choices_at_padding_do_not_count(change: dict) -> None:
+    torch.manual_seed(0)
+    network = build_network(ModelSpec.model_validate({**CHOOSING, **change}), eos_token_id=1, pad_token_id=0)
+    alone = evaluate(network, PAIRS, 1.0, batch_size=1)
+    together = evaluate(network, PAIRS, 1.0, batch_size=4)
+    assert 0 < together.never_chosen < 1
+    assert together.never_chosen == alone.never_chosen
+    assert together.balance == pytest.approx(alone.balance, rel=1e-12)
+    assert together.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-5)

@@ -10,15 +10,23 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from small_runs import assert_same_run, at_step, crash, files_up_to, send, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import TrainerState, TrainingArguments
 
 from sparsecli.console import Failure, RecipeError, Stopped
+from sparsecli.data import preparation
+from sparsecli.data.ordering import SimilarLengths
 from sparsecli.data.packing import TokenStream, pack
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
@@ -360,6 +368,54 @@ def test_finished_run_without_its_model_writes_it_again(
     shutil.copytree(finished[0], output, ignore=shutil.ignore_patterns("model"))
     assert run(tiny, output=output, resume="auto") is not None
     assert_same_run(output, finished[0])
+
+
+def test_the_first_process_prepares_the_text(
+    tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def first(self: TrainingArguments, *args: Any, **kwargs: Any) -> Iterator[None]:
+        events.append("turn")
+        yield
+        events.append("the others' turn")
+
+    def prepare(data: Any) -> Any:
+        events.append("prepared")
+        return preparation.prepare(data)
+
+    monkeypatch.setattr(TrainingArguments, "main_process_first", first)
+    monkeypatch.setattr(trainer, "prepare", prepare)
+    monkeypatch.setattr(trainer, "set_seed", lambda seed: events.append("training") or crash())
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, output=tmp_path / "run")
+    assert events == ["turn", "prepared", "the others' turn", "training"]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "windows"])
+def test_a_process_that_goes_on_within_an_epoch_keeps_its_order(kind: str) -> None:
+    """As the Trainer does it: the callback, a loader that skips what was seen, then the number of the epoch."""
+    numbers = list(range(64))
+
+    def loader() -> Any:
+        pairs = SimilarLengths(np.array(numbers) % 7, batch_size=2, seed=0)
+        sampler = pairs if kind == "pairs" else RandomSampler(numbers)
+        plain = DataLoader(numbers, batch_size=2, sampler=sampler, drop_last=True)
+        return prepare_data_loader(
+            plain, num_processes=2, process_index=1, use_seedable_sampler=True, data_seed=3
+        )
+
+    def batches(loader: Any, epoch: int) -> list[list[int]]:
+        loader.set_epoch(epoch)
+        return [batch.tolist() for batch in loader]
+
+    whole, again = loader(), loader()
+    first, second = batches(whole, 0), batches(whole, 1)
+    assert first != second
+    state = TrainerState(epoch=1 + 4 / len(second))
+    loop.OrderOfEpoch().on_epoch_begin(None, state, None, train_dataloader=again)
+    assert batches(skip_first_batches(again, 4), 1) == second[4:]
 
 
 @pytest.mark.slow

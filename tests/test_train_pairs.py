@@ -8,7 +8,9 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,6 +22,7 @@ from sparsecli import cli
 from sparsecli.console import Failure, RecipeError, Stopped
 from sparsecli.recipe.loader import LoadedRecipe, load, parse
 from sparsecli.train import trainer
+from sparsecli.train.loop import LanguageModelTrainer
 from sparsecli.train.trainer import run
 
 MODEL = {
@@ -154,6 +157,53 @@ def test_other_pairs(folder: Path, tmp_path: Path, kind: str, data: dict, figure
     assert {"exact_match", "rouge_1"} & row.keys() == ({figure} if figure else set())
     assert result.exact_match == row.get("exact_match")
     assert (tmp_path / "run" / "samples.jsonl").exists() == (figure is not None)
+
+
+def test_samples_may_hold_what_ends_a_line_elsewhere(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.py").write_text(
+            f'def one_{number}():\n    """Return the number one."""\n    return "\u2028 \u2029 \x85" + {number}\n'
+        )
+    loaded = recipe(folder, "lines", data={"paths": [f"{tmp_path}/*.py"]}, train={"max_steps": 1})
+    assert run(loaded, output=tmp_path / "run")
+    assert "\u2028" in (tmp_path / "run" / "samples.jsonl").read_text()
+    assert "Return the number one." in capsys.readouterr().out
+
+
+def test_all_target_tokens_of_a_step_count_alike(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"input": f"row {number}", "target": f"{number}" * (1 + number % 9)} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    means, tokens, shares = [], [], []
+    step = LanguageModelTrainer.training_step
+
+    def training_step(self: Any, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+        with torch.no_grad():
+            means.append(model(**inputs).loss.item())
+        tokens.append((inputs["labels"] != -100).sum().item())
+        share = step(self, model, inputs, *args)
+        shares.append(share.item())
+        return share
+
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", training_step)
+    loaded = recipe(
+        folder,
+        "weighed",
+        model={"dropout": 0.0, "feed_forward": {"kind": "dense", "d_ff": 32}},
+        data={"paths": [str(tmp_path / "rows.jsonl")], "pairs": {"kind": "fields", "source_length": 40,
+                                                                 "target_length": 16}},
+        train={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2,
+               "eval_samples": 0},
+    )  # fmt: skip
+    run(loaded, output=tmp_path / "run")
+    assert len(shares) == 8
+    for of_step in (slice(4), slice(4, 8)):
+        expected = np.average(means[of_step], weights=tokens[of_step])
+        assert sum(shares[of_step]) == pytest.approx(expected, rel=1e-5)
+        assert abs(expected - np.mean(means[of_step])) > 1e-4
 
 
 def test_a_run_without_samples_writes_none(folder: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ PAIR_TOKENS = ("<pad>", "</s>")
 """Padding and end of text for models with an encoder; first in the vocabulary, as in T5's."""
 FORMAT = "bpe-2"
 """Part of the cache key; a change of the training below needs a new one."""
+PIECE = 1 << 20
+"""Characters that a tokenizer is given at once; it needs some 250 bytes of memory for each of their tokens."""
 
 
 def sentinel(index: int) -> str:
@@ -92,7 +94,7 @@ def train_byte_pairs(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator((piece for text in documents for piece in _pieces(text)), trainer)
     if tuple(special_tokens[: len(PAIR_TOKENS)]) == PAIR_TOKENS:
         return for_pairs(tokenizer, special_tokens[len(PAIR_TOKENS) :])
     return PreTrainedTokenizerFast(
@@ -121,17 +123,50 @@ def for_pairs(tokenizer: Tokenizer, sentinels: Sequence[str] = ()) -> PreTrained
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Iterator[list[int]]:
-    """Token ids of each document. The name of a special token that occurs in a text is plain text here."""
-    for start in range(0, len(documents), 256):
-        batch = list(documents[start : start + 256])
-        yield from tokenizer(
-            batch,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+    """Token ids of each document. The name of a special token that occurs in a text is plain text here.
+
+    A document of more than `PIECE` characters is encoded in pieces that end with a line. Around the cuts, and only
+    there, its tokens may differ from those of the whole.
+    """
+    for batch in _batches(documents):
+        if len(batch) > 1:
+            yield from _encode(tokenizer, batch)
+        else:
+            yield [token for piece in _pieces(batch[0]) for token in _encode(tokenizer, [piece])[0]]
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    encoded: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return encoded
+
+
+def _batches(documents: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Neighbours of at most `PIECE` characters together; a longer document is alone."""
+    start = size = 0
+    for index, document in enumerate(documents):
+        size += len(document)
+        if size > PIECE and index > start:
+            yield documents[start:index]
+            start, size = index, len(document)
+    if start < len(documents):
+        yield documents[start:]
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """A document in pieces of at most `PIECE` characters, cut behind a line end where there is one."""
+    start = 0
+    while len(document) - start > PIECE:
+        end = document.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        yield document[start:end]
+        start = end
+    yield document[start:]
 
 
 def _cached_byte_pairs(

@@ -208,12 +208,22 @@ class CopyTask(Block):
     examples: Size = 1_000_000
     """Sequences to train on; drawn when they are needed."""
     held_out: Size = 512
-    """Sequences to evaluate on, none of which is trained on."""
+    """Sequences to evaluate on; there must be so many different ones that none of these is likely to be trained on."""
 
     @property
     def pair_lengths(self) -> tuple[int, int]:
         """Tokens of a source and of a target, with the end token."""
         return self.length + 1, self.length + 1
+
+    @model_validator(mode="after")
+    def _check(self) -> CopyTask:
+        # In the mean, held_out * examples / sequences of the held-out ones are drawn for training, too.
+        if 1000 * self.held_out * self.examples > (sequences := self.symbols**self.length):
+            raise fault(
+                "length",
+                f"{self.symbols} symbols make {sequences:,} sequences of {self.length}, too few to hold some out",
+            )
+        return self
 
 
 DataSpec = Annotated[StdlibCorpus | FilesCorpus | HubCorpus | CopyTask, Field(discriminator="source")]

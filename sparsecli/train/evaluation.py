@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsecli.data.examples import Examples
+from sparsecli.data.examples import IGNORED, Example, Examples
 from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
+from sparsecli.model.terraformer import TerraformerForConditionalGeneration
 from sparsecli.train.divergence import divergence
 
 
@@ -59,8 +60,10 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64)  # nats, predicted tokens, divergence from the teacher
     try:
         with ExitStack() as stack:
-            layers = [layer for layer in model.modules() if isinstance(layer, SparseFeedForward)]
-            counts = [stack.enter_context(_choices(layer)) for layer in layers]
+            named = model.named_modules()
+            choices = [_Choices(name, layer) for name, layer in named if isinstance(layer, SparseFeedForward)]
+            for counter in choices:
+                stack.callback(counter.controller.register_forward_hook(counter.count).remove)
             for start in range(rank * batch_size, len(examples), ranks * batch_size):
                 if stopped():
                     return None
@@ -68,6 +71,9 @@ def evaluate(
                 batch = examples.collate([examples[index] for index in indices])
                 predicted = examples.predicted(batch)
                 batch = {name: values.to(model.device) for name, values in batch.items()}
+                of_decoder, of_encoder = _read(model, batch)
+                for counter in choices:
+                    counter.expect(of_encoder if counter.of_encoder else of_decoder)
                 output = model(**batch, use_cache=False)
                 means = [output.loss.double().item(), 1.0, 0.0]
                 if teacher:
@@ -79,31 +85,45 @@ def evaluate(
         model.train(was_training)
 
     nats, tokens, kl = add_up(sums).tolist()
-    never_chosen, balance = _evenness([add_up(count) for count in counts])
+    never_chosen, balance = _evenness([add_up(counter.counts) for counter in choices])
     per_token = nats / tokens
     bits_per_byte = per_token / math.log(2) / bytes_per_token
     kl_to_teacher = kl / tokens if teacher else None
     return HeldOut(per_token, bits_per_byte, int(tokens), never_chosen, balance, kl_to_teacher)
 
 
-@contextmanager
-def _choices(layer: SparseFeedForward) -> Iterator[Tensor]:
-    """How often each unit is chosen while the context is open: int64 (blocks, N)."""
-    units = layer.up.shape[0]
-    counts = torch.zeros(
-        units // layer.block_size, layer.block_size, dtype=torch.int64, device=layer.up.device
-    )
+def _read(model: PreTrainedModel, batch: Example) -> tuple[Tensor, Tensor]:
+    """Where the layers of the decoder and those of the encoder read tokens, not padding: bool (B, T) and (B, S)."""
+    target = batch["labels"] != IGNORED
+    if "attention_mask" not in batch:  # running text
+        return target, target
+    source = batch["attention_mask"].bool()
+    if isinstance(model, TerraformerForConditionalGeneration):
+        # One sequence of both, with the padding of the source, which lies behind it here, in front.
+        return torch.cat((source.flip(1), target), dim=1), source
+    return target, source
 
-    def count(controller: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-        chosen = choose(logits, layer.units_per_block).reshape(-1, counts.shape[0], layer.units_per_block)
-        first = torch.arange(0, units, layer.block_size, device=chosen.device)
-        counts.add_(torch.bincount((chosen + first[:, None]).flatten(), minlength=units).view_as(counts))
 
-    handle = layer.controller.register_forward_hook(count)
-    try:
-        yield counts
-    finally:
-        handle.remove()
+class _Choices:
+    """How often each unit of a layer is chosen, `counts`: int64 (blocks, N)."""
+
+    def __init__(self, name: str, layer: SparseFeedForward) -> None:
+        self.of_encoder = "encoder" in name.split(".")
+        self.controller, self.units_per_block = layer.controller, layer.units_per_block
+        blocks = layer.up.shape[0] // layer.block_size
+        self.counts = torch.zeros(blocks, layer.block_size, dtype=torch.int64, device=layer.up.device)
+
+    def expect(self, read: Tensor) -> None:
+        """The layer is to see a batch; only where `read`, bool (B, T), is true its choices count."""
+        self.read = read.flatten()
+
+    def count(self, controller: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        """Called by the controller with the logits (tokens, blocks, N) of the next tokens of the batch."""
+        read, self.read = self.read.split((len(logits), len(self.read) - len(logits)))
+        chosen = choose(logits[read], self.units_per_block)
+        first = torch.arange(0, self.counts.numel(), self.counts.shape[1], device=chosen.device)
+        rows = (chosen + first[:, None]).flatten()
+        self.counts += torch.bincount(rows, minlength=self.counts.numel()).view_as(self.counts)
 
 
 def _evenness(counts: list[Tensor]) -> tuple[float | None, float | None]:

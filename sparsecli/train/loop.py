@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsecli.console import Stopped, first_process, progress
-from sparsecli.data.examples import Examples
+from sparsecli.data.examples import Examples, PairExamples
 from sparsecli.data.ordering import SimilarLengths
 from sparsecli.model.layers.feed_forward import Controller, MixtureFeedForward
 from sparsecli.model.layers.positions import LearnedPositions
@@ -68,6 +68,7 @@ def training_arguments(
         data_seed=seed,
         # A stage that chooses every unit leaves the controllers out.
         ddp_find_unused_parameters=train.distillation is not None,
+        ddp_timeout=24 * 3600,  # seconds; processes wait for the first one, which prepares the text
         use_cpu=not torch.accelerator.is_available(),
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -139,11 +140,13 @@ class LanguageModelTrainer(Trainer):
         self.bytes_per_token, self.bf16 = bytes_per_token, bf16
         self.teacher: TeacherModel | None = None
         self.checkpoints, self.keep, self.signals = checkpoints, keep, signals
-        # A step is the mean of its batches' means. That is exact for windows, which all have the same length, while
-        # the count that the Trainer would hand over includes their first tokens, which are not predicted.
-        self.model_accepts_loss_kwargs = False
+        # All target tokens of a step count alike: the Trainer hands the model their number. A step of windows, which
+        # are equally long, is the mean of its batches' means; the number would include their first tokens, which are
+        # not predicted.
+        self.model_accepts_loss_kwargs = isinstance(examples, PairExamples)
         self.remove_callback(PrinterCallback)
         self.add_callback(_StopAtSignal(self))
+        self.add_callback(OrderOfEpoch())
 
     def compute_loss_context_manager(self) -> Any:
         """What training and evaluation run in."""
@@ -227,6 +230,23 @@ class LanguageModelTrainer(Trainer):
             (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody may load
             seal(written, self.checkpoints, self.keep)
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+class OrderOfEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins.
+
+    The Trainer does so, too, but does not get through to it in a process, one of several, that goes on within an
+    epoch: its batches come from the sampler through one that shares them out and one that skips those seen before.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        batches = kwargs["train_dataloader"].batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        if hasattr(batches.sampler, "set_epoch"):
+            batches.sampler.set_epoch(int(state.epoch))
 
 
 class _StopAtSignal(TrainerCallback):

@@ -7,12 +7,13 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
 import transformers
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 
 from sparsecli.console import Failure, RecipeError, first_process, print_table, say
 from sparsecli.data.examples import Prepared
@@ -101,7 +102,9 @@ def run(
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    prepared = prepare(recipe.data)
+    arguments = training_arguments(recipe.train, recipe.seed, output / run_directory.CHECKPOINTS)
+    with arguments.main_process_first(desc="preparing the text"):  # the others then find it in the cache
+        prepared = prepare(recipe.data)
     _check_vocabularies(recipe.train, prepared.tokenizer)
     if len(prepared.tokenizer) > recipe.model.vocabulary.size:
         raise RecipeError(
@@ -109,7 +112,7 @@ def run(
             f"{len(prepared.tokenizer)} tokens of data.tokenizer"
         )
     with run_directory.writing(output, run_directory.go_on(output)):
-        result = _train(recipe, prepared, output, checkpoint, first)
+        result = _train(recipe, prepared, arguments, output, checkpoint, first)
     if result:
         _print_result(result, output)
         if result.rouge:
@@ -223,9 +226,10 @@ def _print_result(result: Result, output: Path) -> None:
 
 def _print_samples(output: Path) -> None:
     """The first things that the finished model wrote, beside what was wanted."""
-    lines = (output / SAMPLES).read_text().splitlines()[:SHOWN]
+    with (output / SAMPLES).open() as lines:  # texts may hold what `splitlines` would take for a line's end
+        samples = [json.loads(line) for line in islice(lines, SHOWN)]
     rows = []
-    for sample in map(json.loads, lines):
+    for sample in samples:
         source = sample["source"].strip().partition("\n")[0]
         rows.append(
             (shorten(source, WIDTH), shorten(sample["target"], WIDTH), shorten(sample["written"], WIDTH))
@@ -234,7 +238,12 @@ def _print_samples(output: Path) -> None:
 
 
 def _train(
-    recipe: Recipe, prepared: Prepared, output: Path, checkpoint: Path | None, first: bool
+    recipe: Recipe,
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    output: Path,
+    checkpoint: Path | None,
+    first: bool,
 ) -> Result | None:
     assert recipe.data
     assert recipe.train
@@ -251,7 +260,6 @@ def _train(
             f"train.per_device_train_batch_size"
         )
 
-    arguments = training_arguments(train, recipe.seed, checkpoints)
     set_seed(recipe.seed)
     model = _model(recipe, prepared.tokenizer, checkpoint)
     if first:
