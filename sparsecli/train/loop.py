@@ -235,7 +235,7 @@ class LanguageModelTrainer(Trainer):
 class OrderOfEpoch(TrainerCallback):
     """Tells the sampler which epoch begins.
 
-    The Trainer does so, too, but does not get through to it in a process, one of several, that goes on within an
+    The Trainer does so, too, but does not get through to one of ours in a process of several that goes on within an
     epoch: its batches come from the sampler through one that shares them out and one that skips those seen before.
     """
 
