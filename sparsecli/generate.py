@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sparsecli import console
 from sparsecli.backends import Backend, Choices, open_backend
 from sparsecli.console import Failure
+from sparsecli.model.architecture import PADDING, START
 from sparsecli.model.folder import Description, find_model, read_description
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.schema import GenerateSpec
@@ -18,9 +19,6 @@ from sparsecli.sampling import Sampler, make_sampler
 
 if TYPE_CHECKING:
     from sparsecli.recipe.loader import LoadedRecipe
-
-START = PADDING = 0
-"""The token that every target begins with: the padding, as in T5."""
 
 
 class StopFilter:

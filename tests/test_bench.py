@@ -388,6 +388,15 @@ def test_a_profile_accounts_for_the_time() -> None:
         assert set(turn.parts) & set(entries.FEED_FORWARD_PARTS)
 
 
+def test_both_attention_layers_of_a_block_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelSpec.model_validate({**MODEL, "residual": "reversible", "attention_layers": 2})
+    model = torch_model(spec, profile=True)
+    clock = SimpleNamespace(perf_counter_ns=itertools.count().__next__)
+    monkeypatch.setattr("sparsecli.bench.torch_decoder.time", clock)
+    TorchDecoder(model, 1, 16).prefill([1, 2, 3])
+    assert model.parts["attention"].read() == 2 * spec.layers
+
+
 def test_a_prompt_is_read_anew_at_every_step() -> None:
     read: list[list[int]] = []
     reader = measure.PromptReader(SimpleNamespace(prefill=read.append), vocabulary=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,7 @@ from sparsecli.console import Failure
 from sparsecli.data.packing import pack as pack_corpus
 from sparsecli.decode import native
 from sparsecli.decode.engine import MAX_THREADS, Engine
+from sparsecli.decode.engine import _shape as shape_of
 from sparsecli.decode.packing import PackedModel, Precision, pack
 from sparsecli.decode.weights import read_weights
 from sparsecli.model.architecture import ModelSpec
@@ -395,6 +397,32 @@ def test_calls_that_make_no_sense(engine: Engine) -> None:
     for capacity in (0, -5, 2**31):
         with pytest.raises(ValueError, match="capacity"):
             engine.sequence(capacity)
+
+
+def test_sequences_out_of_range_are_refused_at_the_door(engine: Engine) -> None:
+    library, error = native.library(), ctypes.create_string_buffer(native.ERROR_BYTES)
+    for capacity, source in ((0, 0), (-1, 0), (2**30 + 1, 0), (2**62, 0), (1, -1), (1, 2**31)):
+        assert not library.sparsecli_sequence_create(engine.handle, capacity, source, error)
+        assert error.value == b"a sequence cannot be so long"
+        assert library.sparsecli_sequence_bytes(engine.handle, capacity, source) == 2**63 - 1
+    assert library.sparsecli_sequence_bytes(engine.handle, 2**30, 0) < 2**63 - 1
+
+
+def test_bytes_past_counting_are_refused_at_the_door() -> None:
+    """Of a model whose convolutions reach so far that they cannot be counted at the greatest capacity."""
+    library, error = native.library(), ctypes.create_string_buffer(native.ERROR_BYTES)
+    shape = shape_of(packed("sparse"), poison=False)
+    units = (ctypes.c_int64 * 400)(*[2] * 400)
+    shape.layers, shape.kernel, shape.units_per_block = 400, 1 << 16, ctypes.addressof(units)
+    handle = library.sparsecli_create(ctypes.byref(shape), 1, False, error)
+    assert handle, error.value
+    try:
+        assert library.sparsecli_sequence_bytes(handle, 1, 0) < 2**36
+        assert library.sparsecli_sequence_bytes(handle, 2**30, 0) == 2**63 - 1
+        assert not library.sparsecli_sequence_create(handle, 2**30, 0, error)
+        assert error.value == b"a sequence cannot be so long"
+    finally:
+        library.sparsecli_destroy(handle)
 
 
 def test_what_is_closed_says_so(engine: Engine) -> None:

@@ -226,6 +226,14 @@ def test_a_sequence_begins_anew_with_another_source() -> None:
         assert_close(engine.logits(sequence, tokens_of("terraformer")), wanted)
 
 
+@needs_native
+@pytest.mark.parametrize(("name", "rows"), [("cross", 0), ("terraformer", SOURCE)])
+def test_rows_of_a_joined_source_are_counted_like_tokens(name: str, rows: int) -> None:
+    engine = start(packed(name), 2)
+    engine.prefill(begin(engine, source_of(spec_of(name))), tokens_of(name))
+    assert engine.counts() == [(16 * (rows + COUNT), rows + COUNT)] * 2  # 8 blocks, of each 2 units
+
+
 # -- against the models that transformers runs ---------------------------------------------------------------
 
 

@@ -331,6 +331,17 @@ def test_hashing_sees_no_padding() -> None:
     assert model.generate(**sources(20, 6), max_new_tokens=12).shape == (2, 13)
 
 
+@torch.no_grad()
+def test_padding_of_a_hashed_target_takes_no_place_in_chunks() -> None:
+    """Up to whole chunks again, so that the loss of a target is that beside a longer one."""
+    model, given, labels = hashed(chunk_length=8), sources(20, 6), targets(2, 8) + 1
+    labels[1, 5:] = -100
+    plain = model(**given, labels=labels).loss
+    for filler in (0, -100):
+        padded = torch.nn.functional.pad(labels, (0, 4), value=filler)
+        assert_same(model(**given, labels=padded).loss, plain)
+
+
 @pytest.mark.parametrize("hashes", [False, True])
 def test_storing_no_activations_changes_no_gradient(hashes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout, noise, hard and soft choices and hash buckets come out the same in the backward pass."""

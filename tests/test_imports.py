@@ -34,7 +34,10 @@ LAYERS = {
         *("sparsecli.model.architecture", "sparsecli.model.parts"),
     },
     "sparsecli.recipe.commands": {"sparsecli.recipe", "sparsecli.console", "sparsecli.model"},
-    "sparsecli.data": {"sparsecli.data", "sparsecli.console", "sparsecli.recipe"},
+    "sparsecli.data": {
+        *("sparsecli.data", "sparsecli.console", "sparsecli.recipe"),
+        "sparsecli.model.architecture",  # token ids
+    },
 }
 BELOW_COMMANDS = {
     "sparsecli",  # its version

@@ -14,6 +14,7 @@ from sparsecli.bench.long_attention import brought_together, mass_found, mass_of
 from sparsecli.console import Failure
 from sparsecli.data.tokenization import train_byte_pairs
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
+from sparsecli.model.configuration import TerraformerConfig
 from sparsecli.model.layers.lsh import HashedAttention
 from sparsecli.model.parts import LshSpec
 
@@ -62,3 +63,14 @@ def test_a_row_for_every_length(
     long_attention.main()
     printed = capsys.readouterr().out
     assert [int(row) for row in re.findall(r"^ +(48|96) ", printed, re.MULTILINE)] == [48, 96] * tables
+
+
+def test_a_model_with_an_encoder_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TerraformerConfig(d_model=16, layers=1, heads=2).save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["long_attention", "mass", str(tmp_path), "text.txt"])
+    with pytest.raises(SystemExit) as ended:
+        long_attention.main()
+    assert ended.value.code == 1
+    assert "has an encoder; give a model that is a decoder alone" in " ".join(capsys.readouterr().err.split())

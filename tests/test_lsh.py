@@ -209,6 +209,29 @@ def test_buckets_of_held_keys_are_those_of_their_number() -> None:
     torch.testing.assert_close(run(36, 40, at_once), torch.cat(steps[36:], 2))
 
 
+@pytest.mark.parametrize("kept", [0, 3])
+def test_keys_are_not_looked_up_under_the_buckets_of_a_text_before_them(kept: int) -> None:
+    """A memory that was reset or cropped, to where a query reads all keys unhashed, is like a fresh one."""
+    layer = HashedAttention(LshSpec(rounds=2, chunk_length=2, chunks_before=0, buckets=8)).eval()
+    old, new = tokens(24), tokens(24, seed=1)
+
+    def write(text: tuple[Tensor, ...], start: int, stop: int, memory: DecodeLayer) -> Tensor:
+        steps = []
+        for t in range(start, stop):
+            q, k, v = (x[:, :, t : t + 1] for x in text)
+            steps.append(layer(q, *memory.update(k, v), memory=memory))
+        return torch.cat(steps, 2) if steps else torch.empty(0)
+
+    used, fresh = DecodeLayer(), DecodeLayer()
+    write(old, 0, 24, used)
+    if kept:
+        used.crop(kept - 24)
+    else:
+        used.reset()
+    write(old, 0, kept, fresh)
+    torch.testing.assert_close(write(new, kept, 24, used), write(new, kept, 24, fresh))
+
+
 MODEL: dict[str, Any] = {
     "d_model": 16,
     "layers": 2,

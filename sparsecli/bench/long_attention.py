@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -135,9 +136,11 @@ def mass_of_model(folder: Path, text: Path, length: int, rounds: Sequence[int]) 
     """Share of attention's weights found with each number of rounds, mean over the model's layers and heads.
 
     Raises:
-        Failure: the model does not load, or the text is too short.
+        Failure: the model does not load or has an encoder, or the text is too short.
     """
     spec = read_config(folder).spec
+    if spec.encoder:
+        raise console.Failure(f"{folder}: has an encoder; give a model that is a decoder alone")
     if spec.attention.kind != "lsh":  # full attention: what it would find if it went on with hashing
         spec = spec.model_copy(update={"attention": spec.attention.model_copy(update={"kind": "lsh"})})
     network, tokenizer = load_network(folder, spec=spec), load_tokenizer(folder)
@@ -180,7 +183,11 @@ def main() -> None:
     mass.add_argument("--rounds", type=int, nargs="+", default=[1, 2, 4, 8])
     given = parser.parse_args()
     if given.what == "mass":
-        shares = mass_of_model(find_model(given.model), given.text, given.length, given.rounds)
+        try:
+            shares = mass_of_model(find_model(given.model), given.text, given.length, given.rounds)
+        except console.Failure as failure:
+            console.fail(failure)
+            sys.exit(failure.exit_code)
         rows = [(number, f"{share:.1%}") for number, share in zip(given.rounds, shares, strict=True)]
         console.print_table(("rounds", "attention mass found"), rows)
         return

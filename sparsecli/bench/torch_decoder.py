@@ -33,7 +33,9 @@ class TorchModel:
         if profile:
             self.parts = {name: _Stopwatch() for name in ("attention", "feed-forward", "head")}
             for block in blocks:
-                self.parts["attention"].watch(block.get_submodule("attention"))
+                for name, layer in block.named_children():
+                    if name.endswith("attention"):  # there may be two
+                        self.parts["attention"].watch(layer)
                 self.parts["feed-forward"].watch(block.get_submodule("feed_forward"))
             self.parts["head"].watch(self.network.head)
 

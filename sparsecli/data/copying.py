@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparsecli.data.cache import digest
-from sparsecli.data.examples import END, PairExamples, Prepared
+from sparsecli.data.examples import PairExamples, Prepared
 from sparsecli.data.tokenization import PAIR_TOKENS, for_pairs
+from sparsecli.model.architecture import END
 from sparsecli.recipe.data import CopyTask
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparsecli.data.examples import END, PairExamples
+from sparsecli.data.examples import PairExamples
+from sparsecli.model.architecture import END
 from sparsecli.recipe.data import SpanCounts
 
 

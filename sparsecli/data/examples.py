@@ -13,13 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from sparsecli.model.architecture import IGNORED, PADDING
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-PADDING, END = 0, 1
-"""Token ids of every model with an encoder. The target starts with the padding, too."""
-IGNORED = -100
-"""Label of what is not predicted."""
 
 Example = dict[str, Tensor]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sparsecli.console import Failure, RecipeError, say, warn
 from sparsecli.data.cache import cache_folder, digest, write_folder
-from sparsecli.data.examples import END, PADDING
+from sparsecli.model.architecture import END, PADDING
 from sparsecli.recipe.data import CorruptedPairs, TextSpec
 
 if TYPE_CHECKING:

@@ -233,7 +233,7 @@ class Engine:
         return logits
 
     def counts(self) -> list[tuple[int, int]]:
-        """Of every layer since the last call: units that were computed in full, and tokens.
+        """Of every layer since the last call: units that were computed in full, and tokens (with a joined source's).
 
         Of a dense layer that is every unit, of `precision` those that were read with more bits.
         """

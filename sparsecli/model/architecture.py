@@ -23,6 +23,13 @@ from sparsecli.model.parts import (
     fault,
 )
 
+PADDING, END = 0, 1
+"""Token ids of every model with an encoder, as in T5."""
+START = PADDING
+"""The token that every target begins with."""
+IGNORED = -100
+"""Label of what is not predicted."""
+
 
 class LowBitSpec(Block):
     """Dense maps that are stored in few bits, in groups of 64 inputs that share a scale."""

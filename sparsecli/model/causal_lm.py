@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from sparsecli.model.cache import DecodeCache
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.decoder import (
-    Decoder,
-    ScalingTransformerPreTrainedModel,
-    build_head,
-    count_positions,
-    valid_positions,
-)
+from sparsecli.model.decoder import Decoder, LanguageModel, count_positions, valid_positions
 
 
 class ScalingTransformerModel(Decoder):
@@ -68,22 +61,10 @@ class ScalingTransformerModel(Decoder):
         )
 
 
-class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, GenerationMixin):
+class ScalingTransformerForCausalLM(LanguageModel):
     """The model with its logits."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"head.weight": "model.embedding.weight"}
-
-    def __init__(self, config: ScalingTransformerConfig) -> None:
-        super().__init__(config)
-        self.model = ScalingTransformerModel(config)
-        self.head = build_head(config.spec)
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.head if isinstance(self.head, nn.Linear) else None
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.head = value
+    model_class = ScalingTransformerModel
 
     @can_return_tuple
     def forward(
@@ -116,8 +97,7 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.head(output.last_hidden_state[:, keep])
+        logits = self.logits(output.last_hidden_state, logits_to_keep)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -129,18 +109,6 @@ class ScalingTransformerForCausalLM(ScalingTransformerPreTrainedModel, Generatio
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
         )
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Give `generate` our preallocated cache instead of the stock one, which copies itself at every token."""
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = DecodeCache.for_model(self.config.spec, max_cache_length)
 
 
 AutoModel.register(ScalingTransformerConfig, ScalingTransformerModel, exist_ok=True)

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from sparsecli.model.architecture import DEFAULT, ModelSpec
+from sparsecli.model.architecture import DEFAULT, END, PADDING, START, ModelSpec
 from sparsecli.model.folder import ENCODER_DECODER_TYPE, MODEL_TYPE, TERRAFORMER_TYPE, model_type
 
 
@@ -111,9 +111,9 @@ class ScalingTransformerEncoderDecoderConfig(ScalingTransformerConfig):
 
     positions: str = "learned"
     is_encoder_decoder: bool = True
-    pad_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 1
-    decoder_start_token_id: int | None = 0
+    pad_token_id: int | None = PADDING
+    eos_token_id: int | list[int] | None = END
+    decoder_start_token_id: int | None = START
 
     default_reading: ClassVar[dict[str, Any]] = {"kind": "cross_attention"}
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sparsecli.model.architecture import ModelSpec
@@ -230,3 +230,43 @@ def build_head(spec: ModelSpec) -> nn.Module:
     if isinstance(vocabulary, MultiplicativeVocabularySpec):
         return MultiplicativeDense(spec.merged_width, vocabulary.size, vocabulary.modules)
     return linear(spec.merged_width, vocabulary.size, vocabulary.bias, spec.low_bit.head)
+
+
+class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
+    """A decoder with its logits, for transformers' `generate`; subclasses name the decoder, and have the forward."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"head.weight": "model.embedding.weight"}
+    model_class: ClassVar[type[Decoder]]
+
+    def __init__(self, config: ScalingTransformerConfig) -> None:
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.head = build_head(config.spec)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.head if isinstance(self.head, nn.Linear) else None
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.head = value
+
+    def logits(self, x: Tensor, keep: int | Tensor) -> Tensor:
+        """Logits (B, kept, V) of x (B, T, d): of so many last positions (0: all), or of those that a tensor names."""
+        return self.head(x[:, slice(-keep, None) if isinstance(keep, int) else keep])
+
+    def held_before(self, model_kwargs: dict[str, Any]) -> int:
+        """Positions of the cache that something takes before what `generate` counts."""
+        return 0
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Give `generate` our preallocated cache instead of the stock one, which copies itself at every token."""
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            capacity = self.held_before(model_kwargs) + max_cache_length
+            model_kwargs["past_key_values"] = DecodeCache.for_model(self.config.spec, capacity)

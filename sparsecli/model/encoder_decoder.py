@@ -6,30 +6,22 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForSeq2SeqLM, GenerationMixin
+from transformers import AutoModel, AutoModelForSeq2SeqLM
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from sparsecli.model.architecture import IGNORED
 from sparsecli.model.cache import DecodeCache
 from sparsecli.model.configuration import (
     ScalingTransformerConfig,
     ScalingTransformerEncoderDecoderConfig,
 )
-from sparsecli.model.decoder import (
-    Decoder,
-    ScalingTransformerPreTrainedModel,
-    build_head,
-    count_positions,
-    valid_positions,
-)
+from sparsecli.model.decoder import Decoder, LanguageModel, count_positions, valid_positions
 from sparsecli.model.encoder import Encoder
 from sparsecli.model.layers.cross_attention import Source
-
-IGNORED = -100
-"""The label that is left out of a loss."""
 
 
 class EncoderDecoder(Decoder):
@@ -155,23 +147,11 @@ class ScalingTransformerEncoderDecoderModel(EncoderDecoder):
         return self.run((x, x), valid, position_ids, cache, source, keep_streams)
 
 
-class ConditionalGeneration(ScalingTransformerPreTrainedModel, GenerationMixin):
+class ConditionalGeneration(LanguageModel):
     """A model that reads a source and writes a target, with its logits; subclasses name the model within."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"head.weight": "model.embedding.weight"}
+    model: EncoderDecoder
     model_class: ClassVar[type[EncoderDecoder]]
-
-    def __init__(self, config: ScalingTransformerConfig) -> None:
-        super().__init__(config)
-        self.model = self.model_class(config)
-        self.head = build_head(config.spec)
-        self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.head if isinstance(self.head, nn.Linear) else None
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.head = value
 
     @can_return_tuple
     def forward(
@@ -194,12 +174,17 @@ class ConditionalGeneration(ScalingTransformerPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T), the target. The decoder's input, unless it is given, is that shifted right by one; -100
-                and padding are left out of the loss.
+                and padding are left out of the loss. A decoder that hashes does not see those at the end of a target,
+                unless decoder_attention_mask is given.
             logits_to_keep: compute the logits of this many last positions only (0: all).
         The other arguments are those of `EncoderDecoder.forward`.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            if decoder_attention_mask is None and self.model.hashes:
+                # Chunks have so many places, and what follows the last token to predict must not take any.
+                counted = self._counted(labels) != IGNORED
+                decoder_attention_mask = counted.flip(-1).cumsum(-1).flip(-1) > 0
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -213,13 +198,15 @@ class ConditionalGeneration(ScalingTransformerPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.head(output.last_hidden_state[:, keep])
+        logits = self.logits(output.last_hidden_state, logits_to_keep)
         loss = None
         if labels is not None:
-            counted = labels.masked_fill(labels == self.config.pad_token_id, IGNORED)
             loss = self.loss_function(
-                logits=logits, labels=None, shift_labels=counted, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits,
+                labels=None,
+                shift_labels=self._counted(labels),
+                vocab_size=self.config.vocab_size,
+                **kwargs,
             )
         return Seq2SeqLMOutput(
             loss=loss,
@@ -228,6 +215,10 @@ class ConditionalGeneration(ScalingTransformerPreTrainedModel, GenerationMixin):
             decoder_hidden_states=output.decoder_hidden_states,
             encoder_last_hidden_state=output.encoder_last_hidden_state,
         )
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        """labels (B, T), with -100 wherever the loss counts none."""
+        return labels.masked_fill(labels == self.config.pad_token_id, IGNORED)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """labels (B, T), shifted right by one, with the decoder's start token in front and padding for -100."""
@@ -246,18 +237,9 @@ class ConditionalGeneration(ScalingTransformerPreTrainedModel, GenerationMixin):
         encoded = self.model.encode(**sources, attention_mask=model_kwargs.get("attention_mask"))
         return {**model_kwargs, "encoder_outputs": encoded}
 
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Give `generate` our preallocated cache instead of the stock one, which copies itself at every token."""
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            held = self.model.held_source(model_kwargs["encoder_outputs"][0].shape[1])
-            model_kwargs["past_key_values"] = DecodeCache.for_model(self.config.spec, held + max_cache_length)
+    def held_before(self, model_kwargs: dict[str, Any]) -> int:
+        """See `LanguageModel.held_before`; `generate` counts the target's."""
+        return self.model.held_source(model_kwargs["encoder_outputs"][0].shape[1])
 
 
 class ScalingTransformerForConditionalGeneration(ConditionalGeneration):

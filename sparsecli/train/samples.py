@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
 
-from sparsecli.data.examples import END, IGNORED, Examples
+from sparsecli.data.examples import Examples
+from sparsecli.model.architecture import END, IGNORED
 from sparsecli.train.run_directory import replace_text
 
 SAMPLES = "samples.jsonl"

@@ -199,6 +199,7 @@ int64_t sparsecli_ready(sparsecli_engine* engine, char* error) {
 sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, int64_t source, char* error) {
     sparsecli_sequence* sequence = nullptr;
     guarded(error, [&] {
+        if (!countable(engine->model, capacity, source)) throw std::runtime_error("a sequence cannot be so long");
         auto made = std::make_unique<sparsecli_sequence>();
         made->held.capacity = positions_of(engine->model, capacity, source);
         made->held.source_capacity = source;
@@ -220,6 +221,7 @@ void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length) {
 }
 
 int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t source) {
+    if (!countable(engine->model, capacity, source)) return INT64_MAX;
     return CacheBytes(engine->model, positions_of(engine->model, capacity, source), source).all();
 }
 

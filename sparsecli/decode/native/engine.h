@@ -59,11 +59,12 @@ int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name
                        int64_t type, const float* scale, int64_t scales, char* error);
 int64_t sparsecli_ready(sparsecli_engine* engine, char* error);  // every tensor there?
 
-// With room for `capacity` tokens after a source of at most `source` rows.
+// With room for `capacity` tokens, 1 to 2^30, after a source of at most `source` rows, 0 to 2^30.
 sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, int64_t source, char* error);
 void sparsecli_sequence_destroy(sparsecli_sequence* sequence);
 int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence);
 void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length);
+// INT64_MAX: more than can be counted, or a number out of range.
 int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t source);
 
 // Begins a sequence anew with what an encoder made of a source: `rows` vectors of d_model for each stream; the second is
@@ -76,7 +77,8 @@ int64_t sparsecli_read_source(sparsecli_engine* engine, sparsecli_sequence* sequ
 int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* sequences, const int64_t* tokens,
                           int64_t count, int64_t all_logits, float* logits, char* error);
 
-// Units that were computed in full since the last call, of every layer, and tokens that were added.
+// Units that were computed in full since the last call, of every layer, and tokens that were added, for which the rows
+// of a joined source count too: blocks compute them like tokens.
 void sparsecli_counts(sparsecli_engine* engine, int64_t* units, int64_t* tokens);
 
 // Nanoseconds that the blocks of the last sparsecli_forward took, and seconds by part since the last call.

@@ -133,7 +133,8 @@ class Forward {
         score_stride_ = stride;
     }
 
-    // Units that were computed in full since the last call, of every layer; returns the tokens.
+    // Units that were computed in full since the last call, of every layer; returns the tokens, rows of a joined source
+    // among them.
     int64_t take_counts(int64_t* units) {
         for (int64_t layer = 0; layer < shape_.layers; ++layer) {
             units[layer] = 0;
@@ -294,7 +295,7 @@ class Forward {
     CacheSizes sizes_;
     const std::vector<Row>* rows_ = nullptr;
     std::vector<int64_t> wanted_;  // rows that want logits
-    int64_t tokens_ = 0;  // since they were last counted
+    int64_t tokens_ = 0;  // and rows of joined sources, since they were last counted
     bool profile_ = false;
     Clock::time_point since_;
     int64_t d_stride_ = 0, merged_stride_ = 0, r_stride_ = 0, a_stride_ = 0, z_stride_ = 0, h_stride_ = 0, pair_stride_ = 0, integer_stride_ = 0, score_stride_ = 0;

@@ -84,6 +84,14 @@ inline int64_t positions_of(const Model& model, int64_t tokens, int64_t source_r
     return tokens + (model.shape.source == JOINED ? source_rows : 0);
 }
 
+// Whether a sequence may be asked for: numbers in range, and bytes that 64 bits can count. Those of many positions are
+// no more than as many times those of one.
+inline bool countable(const Model& model, int64_t tokens, int64_t source_rows) {
+    constexpr int64_t MOST = int64_t(1) << 30;
+    if (tokens < 1 || tokens > MOST || source_rows < 0 || source_rows > MOST) return false;
+    return tokens + source_rows <= INT64_MAX / CacheBytes(model, 1, 1).all();
+}
+
 inline void allocate(KeyValues& held, const KeyValueBytes& bytes, int64_t heads, int64_t positions, bool poison) {
     held.heads = heads;
     held.positions = round_up(positions, LANES);

@@ -141,12 +141,22 @@ class HashedAttention(nn.Module):
         if memory is not None:
             hidden = torch.zeros(len(q), new, dtype=torch.bool, device=q.device) if valid is None else ~valid
             hidden = memory.record("hidden", hidden.unsqueeze(-1), held).squeeze(-1)
-            if held:
+            if held and held + new > self.most_keys:
                 return self._attend_alike(q, k, v, hidden, memory)
+            # Not hashed, and so no row of a text that was here before may pass for theirs.
+            unhashed = hidden.new_zeros(len(q), new, self.spec.rounds * q.shape[1] + 1, dtype=torch.int32)
+            memory.record("buckets", unhashed, held)
+            if held:
+                return attend_shared(q, k, v, ~hidden[:, None, None], causal=True)
         if new > self.spec.chunk_length:
             return self._attend_chunks(q, k, v, valid, dropout, rotations)
         mask = None if valid is None else valid[:, None, None]
         return attend_shared(q, k, v, mask, self.causal, dropout)
+
+    @property
+    def most_keys(self) -> int:
+        """Keys that a query reads where positions are held already."""
+        return self.spec.rounds * self.spec.chunk_length * (1 + self.spec.chunks_before)
 
     def factors(self, length: int) -> list[int]:
         """Factors of the number of buckets for `length` tokens."""
@@ -200,23 +210,20 @@ class HashedAttention(nn.Module):
         return y[:, :, :length]
 
     def _attend_alike(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, memory: BucketMemory) -> Tensor:
-        spec, new, total = self.spec, q.shape[2], k.shape[2]
-        most = spec.rounds * spec.chunk_length * (1 + spec.chunks_before)
-        if total <= most:
-            return attend_shared(q, k, v, ~hidden[:, None, None], causal=True)
-        buckets = self._held_buckets(k, total - new, memory)
-        parts, end = [], total - new
+        held = k.shape[2] - q.shape[2]
+        buckets = self._held_buckets(k, held, memory)
+        parts, end = [], held
         for part in q.split(16, dim=2):  # few queries at once, as each gathers its own keys
             end += part.shape[2]
-            held = k[:, :, :end], v[:, :, :end], buckets[:, :end], hidden[:, :end]
-            parts.append(attend_alike(part, *held, most))
+            seen = k[:, :, :end], v[:, :, :end], buckets[:, :end], hidden[:, :end]
+            parts.append(attend_alike(part, *seen, self.most_keys))
         return torch.cat(parts, dim=2)
 
     def _held_buckets(self, k: Tensor, held: int, memory: BucketMemory) -> Tensor:
         """Buckets (B, held + T, rounds, H) of keys (B, H, held + T, d_head), `held` of which may have been hashed.
 
         Their number goes with the length, rounded up to a power of two, at which all keys are hashed again. Each row
-        ends with the number that it was hashed for.
+        ends with the number that it was hashed for, or with 0.
         """
         heads, total = k.shape[1], k.shape[2]
         factors = self.factors(1 << (total - 1).bit_length())
