@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsecli.data.examples import IGNORED, Example, Examples
+from sparsecli.data.examples import Example, Examples
+from sparsecli.model.architecture import IGNORED
 from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
 from sparsecli.model.terraformer import TerraformerForConditionalGeneration
 from sparsecli.train.divergence import divergence
