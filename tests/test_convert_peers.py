@@ -287,7 +287,7 @@ def test_rows_of_llama_cpp_stand_beside_ours(convert: Callable[[], Report], tmp_
     written = json.loads((tmp_path / "converted" / "report.json").read_text())
     assert [row["peer"] for row in written["rows"]] == [False] * 4 + [True] * 4
     assert "| llama.cpp, q4_k_m |" in (tmp_path / "converted" / "report.md").read_text()
-    assert any(row.name in report.verdict for row in report.rows if not row.converted)
+    assert "llama.cpp" in report.verdict
 
 
 @needs_llama

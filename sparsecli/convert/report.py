@@ -86,24 +86,21 @@ class Report:
         """One plain line: what was gained, at which cost, and whether a dense model does better."""
         result, dense = self.result, self.rows[0]
         others = [row for row in self.rows if not row.converted]
-        text = (
+        parts = [
             f"{dense.ms_per_token / result.ms_per_token:.2f}x the speed of {dense.name} at "
             f"{result.loss.perplexity_change:+z.2%} perplexity"
-        )
-        faster = sorted(
-            (row for row in others if row.ms_per_token <= result.ms_per_token),
-            key=lambda row: row.ms_per_token,
-        )
-        for row in faster:
-            if self._within_budget(row.loss):
-                return f"{text}; {row.name} is faster and within the budget too: prefer it"
-            if _no_worse(row.loss, result.loss):
-                return f"{text}; {row.name} is faster and no worse: prefer it"
-        against = "; ".join(
+        ]
+        parts += [
             f"{row.name}: {dense.ms_per_token / row.ms_per_token:.2f}x at {row.loss.perplexity_change:+z.2%}"
             for row in others[1:]
-        )
-        return f"{text}; {against}"
+        ]
+        faster = [row for row in others if row.ms_per_token <= result.ms_per_token]
+        for row in sorted(faster, key=lambda row: row.ms_per_token):
+            if self._within_budget(row.loss):
+                return "; ".join([*parts, f"{row.name} is faster and within the budget too: prefer it"])
+            if _no_worse(row.loss, result.loss):
+                return "; ".join([*parts, f"{row.name} is faster and no worse: prefer it"])
+        return "; ".join(parts)
 
     def _within_budget(self, loss: Loss) -> bool:
         """Whether a model of such a loss keeps the budget, where that limits the loss."""
