@@ -19,7 +19,7 @@ demo: $(READY)  ## train a sparse model on real code, let it write, time it agai
 	$(BIN)/sparsecli bench --dense --sparse
 
 test: $(READY)  ## the default test suite: offline, a few minutes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(READY)  ## the long tests: every shipped recipe trained and measured
 	$(BIN)/python -m pytest -m slow

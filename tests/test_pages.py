@@ -1,0 +1,115 @@
+"""Everything a newcomer types works: each command and each snippet of README and docs.
+
+The commands run in the order in which they stand in the text.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from shipped_runs import SHORT_BENCH, SHORT_CONVERT, foreign, imported, newcomer, run, shortened, trained
+
+from sparsecli.decode import native
+from sparsecli.recipe.loader import load, shipped
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with newcomer(tmp_path_factory) as folder:
+        yield folder
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[object]:
+    lines = [(page, line) for page in PAGES for block in blocks(page, "") for line in block.splitlines()]
+    found = [(page, line) for page, line in lines if re.match(r"(sparsecli |echo .*\| *sparsecli )", line)]
+    assert len(found) >= 20
+    return [pytest.param(line, id=f"{page.stem}: {line.split('#')[0].strip()}") for page, line in found]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_of_the_pages(place: Path, line: str) -> None:
+    """The command as it is written, shortened where it would take minutes."""
+    before, _, command = line.rpartition("| sparsecli ") if "| sparsecli " in line else ("", "", line[10:])
+    stdin = " ".join(shlex.split(before)[1:]) + "\n" if before else None
+    words = shlex.split(command, comments=True)
+    if ">" in words:
+        words = words[: words.index(">")]
+    if words[0] == "recipes" and words[1] == "cp" and Path(words[3]).exists():
+        Path(words[3]).unlink()
+    for word in words:
+        if word == "my.yaml" and not Path(word).exists() and words[:2] != ["recipes", "cp"]:
+            Path(word).write_text(load("quickstart").path.read_text())
+        if word.startswith("runs/") and "model" not in words[1] and words[0] != "train":
+            trained(Path(word).name)
+    if words[0] == "train":
+        words = words if "--resume" in words else [*shorten_training(words), "--output", fresh("trained")]
+    elif words[0] == "sparsify-convert":
+        trained("quickstart-dense")  # stands in for models that would have to be fetched
+        words += ["--model", "runs/quickstart-dense", *SHORT_CONVERT, "--output", fresh("converted")]
+    elif words[0] == "import":
+        words[1] = foreign()
+        words[words.index("--output") + 1] = fresh("imported")
+    elif words[0] == "export":
+        imported(words[1])
+        words[words.index("--output") + 1] = fresh("exported")
+    elif words[0] == "generate":
+        if "smollm2" in words:
+            imported("smollm2")
+        if "small" in words and (reason := native.available()):
+            pytest.skip(f"packed models need the native engine: {reason}")
+        if "--input" in words:
+            Path(words[words.index("--input") + 1]).write_text("def add(a, b):\n    return a + b\n")
+        trained("quickstart")
+        for name in [Path(word).name for word in words if word.startswith("runs/")]:
+            trained(name)
+        words += ["--max-new-tokens", "2"]
+    elif words[0] == "bench":
+        if "--model" in words:
+            words += ["--rounds", "1", "--tokens", "1", "--context", "4"]
+        elif {"bench-17b", "paper-17b"} & set(words):
+            words.append("--dry-run")
+        else:
+            words += SHORT_BENCH
+            if "--fail-above" in words:  # one token a row shows no regression; just compare
+                at = words.index("--fail-above")
+                words = words[:at] + words[at + 2 :]
+    run(*words, stdin=stdin)
+
+
+def shorten_training(words: list[str]) -> list[str]:
+    """A command of the pages with the shipped recipe that it names, or a copy of one, shortened."""
+    name, *others = words[1:]
+    _, *changes = shortened(name if name in shipped() else "quickstart")
+    return ["train", name, *others, *changes]
+
+
+def fresh(name: str) -> str:
+    number = len(list(Path().glob(f"{name}-*")))
+    return f"{name}-{number}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(code, id=f"{page.stem}: {code.splitlines()[0]}")
+        for page in PAGES
+        for code in blocks(page, "python")
+    ],
+)
+def test_snippets_of_the_pages(place: Path, code: str) -> None:
+    if "sparsecli.decode" in code and (reason := native.available()):
+        pytest.skip(reason)
+    for name in ["quickstart", *re.findall(r"runs/([\w-]+)", code)]:
+        trained(name)
+    exec(compile(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", foreign()), "snippet", "exec"), {})
