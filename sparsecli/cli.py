@@ -191,6 +191,9 @@ def sparsify_convert(
     """
     loaded = _load(recipe, overrides, seed)
     from sparsecli.convert import command
+    from sparsecli.recipe.loader import check_unread
+
+    check_unread(overrides or (), "sparsify-convert", {"model", "train"})
 
     command.run(
         loaded,
@@ -269,9 +272,10 @@ def generate(
     if overrides and not recipe:
         raise RecipeError(f"{overrides[0]}: an override needs a recipe to change; name one first")
     loaded = _load(recipe, overrides, seed) if recipe else None
-    from sparsecli.recipe.loader import with_options
+    from sparsecli.recipe.loader import check_unread, with_options
     from sparsecli.recipe.schema import GenerateSpec
 
+    check_unread(overrides, "generate", {"model", "data", "train", "convert", "bench"})
     given = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -523,6 +527,10 @@ def bench(
     recipe, overrides = _shift(recipe, overrides)
     loaded = _load(recipe or "bench-800m", overrides, seed)
     from sparsecli.bench import command
+    from sparsecli.recipe.loader import check_unread
+
+    if model:
+        check_unread(overrides, "bench --model", {"model", "data", "train", "convert"})
 
     command.run(
         loaded,

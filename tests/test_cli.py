@@ -185,6 +185,25 @@ def test_generate_names_a_wrong_option(run, calls, capsys):
     assert capsys.readouterr().err == "error: --top-p: expected a number above 0 and of at most 1, got 2.0\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "terraformer-copy-lsh", "--prompt", "1", "model.attention.lsh.rounds=8"],
+        ["generate", "quickstart", "--prompt", "x", "--model", "run", "generate.top_k=1", "train.bf16=false"],
+        ["bench", "quickstart", "--model", "run", "model.dropout=0.1"],
+        ["sparsify-convert", "quickstart-convert", "--model", "run", "train={max_steps: 1}"],
+    ],
+)
+def test_overrides_that_would_change_nothing_are_refused(run, calls, capsys, words):
+    """A trained model stays as it is, whatever the recipe's blocks say about training one."""
+    assert run(*words) == 2
+    shown = capsys.readouterr().err
+    key = words[-1].partition("=")[0]
+    assert shown.startswith(f"error: {key}: would change nothing: {words[0]}")
+    assert shown.count("\n") == 1
+    assert calls.loaded is None
+
+
 def test_generate_override_needs_a_recipe(run, calls, capsys):
     assert run("generate", "generate.top_k=3", "--prompt", "x") == 2
     assert "needs a recipe" in capsys.readouterr().err

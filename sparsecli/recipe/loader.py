@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -112,6 +112,16 @@ def require(loaded: LoadedRecipe, *blocks: str) -> None:
         *others, last = missing
         needed = f"{', '.join(others)} and {last} blocks" if others else f"a {last} block"
         raise RecipeError(f"{loaded.path.name}: this command needs {needed}")
+
+
+def check_unread(overrides: Sequence[str], command: str, blocks: Collection[str]) -> None:
+    """Raise RecipeError for a change of a block that `command`, which loads a trained model, does not read."""
+    for key in (override.partition("=")[0] for override in overrides):
+        if (block := key.partition(".")[0]) in blocks:
+            raise RecipeError(
+                f"{key}: would change nothing: {command} does not read `{block}:`, it takes the model as it was "
+                f"trained; `sparsecli train` with train.init_from goes on from it with another recipe"
+            )
 
 
 def complete(loaded: LoadedRecipe, blocks: Mapping[str, object]) -> Recipe:
