@@ -114,7 +114,18 @@ def test_rows_are_documents(tmp_path: Path, suffix: str) -> None:
     ("name", "content", "message"),
     [
         ("latin.txt", b"caf\xe9", r"latin\.txt: not UTF-8 text \(byte 3\)"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": ', r"broken\.jsonl: cannot be read"),
+        (
+            "broken.jsonl",
+            b'{"text": "a"}\n{"text": ',
+            r"broken\.jsonl:2: is not JSON: .*; every line is an obj",
+        ),
+        ("lists.jsonl", b'{"text": "a"}\n\n["b"]\n', r"lists\.jsonl:3: is a list, not an object such as "),
+        ("latin.jsonl", b'{"text": "caf\xe9"}\n', r"latin\.jsonl:1: byte 13 of the line is not UTF-8 text"),
+        (
+            "blank.jsonl",
+            b'{"text": " "}\n{"text": null}\n',
+            r"no row has text in column 'text' \(set data.text_f",
+        ),
         ("broken.parquet", b"PAR1 no", r"broken\.parquet: cannot be read"),
         ("empty.txt", b"", "data: the source holds no text"),
         ("empty.jsonl", b"", r"empty\.jsonl: holds no rows"),

@@ -167,13 +167,26 @@ def test_columns_are_cut_to_their_lengths_and_ended(tmp_path: Path) -> None:
     assert prepared.tokenizer.decode(example["labels"]).startswith("summary")
 
 
-def test_rows_without_both_texts_are_left_out(tmp_path: Path) -> None:
+def test_rows_without_both_texts_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "rows.jsonl"
     rows(path, 9)
     with path.open("a") as file:
         file.write('{"article": "a", "abstract": null}\n{"article": " ", "abstract": "b"}\n')
+        file.write('{"article": "no abstract"}\n')
     prepared = prepare(spec("files", FIELDS, paths=[str(path)], held_out_fraction=0.3))
     assert len(prepared.train) + len(prepared.held_out) == 9
+    told = f"{path}: 3 of 12 rows are left out, without text in 'abstract' (2), 'article' (1)"
+    assert capsys.readouterr().err.splitlines().count(told) == 1
+
+
+def test_a_column_without_any_text_is_named(tmp_path: Path) -> None:
+    rows(tmp_path / "a.jsonl", 3, abstract="")
+    rows(tmp_path / "b.jsonl", 2, abstract=" ")
+    message = r"a\.jsonl and 1 more: no row has text in column 'abstract' \(set data\.pairs\.target\)$"
+    with pytest.raises(Failure, match=message):
+        prepare(spec("files", FIELDS, paths=[f"{tmp_path}/*.jsonl"]))
 
 
 def test_held_out_files_never_meet_the_training_pairs(tmp_path: Path) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from sparsecli.console import Failure
+from sparsecli.console import Failure, say
 from sparsecli.recipe.data import HubCorpus, TextSpec
+from sparsecli.recipe.messages import found_as
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Files of rows, and the `datasets` loader that reads them; every other file is one document of text."""
@@ -51,21 +54,23 @@ def read_rows(data: TextSpec, columns: Sequence[Column]) -> Splits[Row]:
     depend on names, order or neighbours. A lone document is cut in two. Raises `Failure` when the text cannot
     be read or when one split has no row.
     """
+    gaps = Gaps(columns)
     if data.source == "stdlib":
         rows = _distinct((text,) for text in _standard_library())
     elif data.source == "files":
-        rows = _distinct(_files(data.paths, "data.paths", columns))
+        rows = _distinct(_files(data.paths, "data.paths", gaps))
     else:
-        rows = _distinct(_hub(data, data.split, columns))
+        rows = _distinct(_hub(data, data.split, gaps))
     if not rows:
-        raise Failure("data: the source holds no text")
+        raise Failure(gaps.reason() or "data: the source holds no text")
 
     if data.source == "files" and data.held_out_paths is not None:
-        apart = _distinct(_files(data.held_out_paths, "data.held_out_paths", columns))
+        apart = _distinct(_files(data.held_out_paths, "data.held_out_paths", gaps))
     elif data.source == "hub" and data.held_out_split is not None:
-        apart = _distinct(_hub(data, data.held_out_split, columns))
+        apart = _distinct(_hub(data, data.held_out_split, gaps))
     else:
         apart = None
+    gaps.tell()
     if apart is None:
         splits = _split(rows, data.held_out_fraction)
     else:
@@ -112,7 +117,7 @@ def _standard_library() -> Iterator[str]:
             continue  # a few of the library's own tests are in other encodings on purpose
 
 
-def _files(patterns: Sequence[str], key: str, columns: Sequence[Column]) -> Iterator[Row]:
+def _files(patterns: Sequence[str], key: str, gaps: Gaps) -> Iterator[Row]:
     for pattern in patterns:
         names = sorted(glob(os.path.expanduser(pattern), recursive=True))
         paths = [Path(name) for name in names if Path(name).is_file()]
@@ -122,8 +127,8 @@ def _files(patterns: Sequence[str], key: str, columns: Sequence[Column]) -> Iter
         for path in paths:
             loader = LOADERS.get(path.suffix.lower())
             if loader:
-                yield from _texts(_load(str(path), loader, data_files=str(path)), columns, str(path), None)
-            elif len(columns) > 1:
+                yield from _texts(_load(str(path), loader, data_files=str(path)), gaps, str(path), None)
+            elif len(gaps.columns) > 1:
                 raise Failure(f"{path}: has no columns; pairs are read from {', '.join(LOADERS)} files")
             else:
                 yield (_text(path),)
@@ -140,7 +145,7 @@ def _text(path: Path) -> str:
         raise Failure(f"{path}: {error.strerror}") from None
 
 
-def _hub(data: HubCorpus, split: str, columns: Sequence[Column]) -> Iterator[Row]:
+def _hub(data: HubCorpus, split: str, gaps: Gaps) -> Iterator[Row]:
     rows = _load(
         f"dataset {data.name}",
         data.name,
@@ -149,7 +154,7 @@ def _hub(data: HubCorpus, split: str, columns: Sequence[Column]) -> Iterator[Row
         split=split,
         streaming=data.streaming,
     )
-    return _texts(rows, columns, f"dataset {data.name}", data.max_documents)
+    return _texts(rows, gaps, f"dataset {data.name}", data.max_documents)
 
 
 def _load(label: str, loader: str, **arguments: Any) -> Iterable[dict[str, Any]]:
@@ -164,10 +169,8 @@ def _load(label: str, loader: str, **arguments: Any) -> Iterable[dict[str, Any]]
         raise _unreadable(label, error) from None
 
 
-def _texts(
-    rows: Iterable[dict[str, Any]], columns: Sequence[Column], label: str, limit: int | None
-) -> Iterator[Row]:
-    """The texts of some columns; rows that lack one are left out."""
+def _texts(rows: Iterable[dict[str, Any]], gaps: Gaps, label: str, limit: int | None) -> Iterator[Row]:
+    """The texts of some columns; rows that lack one are left out, and counted."""
     taken = itertools.islice(iter(rows), limit)
     while True:
         try:
@@ -176,14 +179,58 @@ def _texts(
             raise _unreadable(label, error) from None
         if row is None:
             return
-        for name, key in columns:
+        for name, key in gaps.columns:
             if name not in row:
                 raise Failure(f"{label}: no column {name!r}; it has {', '.join(sorted(row))} (set {key})")
             if not isinstance(row[name], str | None):
                 raise Failure(f"{label}: column {name!r} holds {type(row[name]).__name__}, not text")
-        texts = tuple(row[name] for name, _ in columns)
-        if None not in texts:
+        texts = tuple(row[name] or "" for name, _ in gaps.columns)
+        if gaps.check(texts, label):
             yield texts
+
+
+@dataclass
+class Gaps:
+    """Rows that have no text in one of `columns`: how many of how many, in which columns and where."""
+
+    columns: Sequence[Column]
+    rows: int = 0
+    left_out: int = 0
+    empty: Counter[Column] = field(default_factory=Counter)
+    """Rows without text in a column."""
+    places: dict[str, None] = field(default_factory=dict)
+    """Labels of the files or the dataset that they are in, in order."""
+
+    def check(self, texts: Row, label: str) -> bool:
+        """Count a row; whether it has all its texts."""
+        empty = [column for column, text in zip(self.columns, texts, strict=True) if not text.strip()]
+        self.rows += 1
+        if empty:
+            self.left_out += 1
+            self.empty.update(empty)
+            self.places[label] = None
+        return not empty
+
+    def tell(self) -> None:
+        """Say what was left out, if anything was."""
+        if self.left_out:
+            counts = ", ".join(f"{column.name!r} ({count:,})" for column, count in self.empty.items())
+            say(
+                f"{self._places()}: {self.left_out:,} of {self.rows:,} rows are left out, without text in {counts}"
+            )
+
+    def reason(self) -> str | None:
+        """Why no row is left; None where there was none."""
+        if not self.left_out:
+            return None
+        without = [column for column, count in self.empty.items() if count == self.rows] or list(self.empty)
+        names, keys = ([str(part) for part in each] for each in zip(*without, strict=True))
+        columns = f"column{'s' * (len(names) > 1)} {' or '.join(map(repr, names))}"
+        return f"{self._places()}: no row has text in {columns} (set {' and '.join(keys)})"
+
+    def _places(self) -> str:
+        first, *others = self.places
+        return f"{first} and {len(others)} more" if others else first
 
 
 def _unreadable(label: str, error: BaseException) -> Failure:
@@ -191,5 +238,24 @@ def _unreadable(label: str, error: BaseException) -> Failure:
         error = error.__cause__
     if isinstance(error, StopIteration):
         return Failure(f"{label}: holds no rows")
+    path = Path(label)
+    if path.suffix.lower() == ".jsonl" and path.is_file() and (found := _not_json(path)):
+        return Failure(found)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return Failure(f"{label}: cannot be read: {reason}")
+
+
+def _not_json(path: Path) -> str | None:
+    """What is wrong with the first line of `path` that is no JSON object; None where all lines are."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{path}:{number}"
+            try:
+                value = json.loads(line) if line.strip() else {}
+            except UnicodeDecodeError as error:
+                return f"{place}: byte {error.start} of the line is not UTF-8 text"
+            except ValueError as error:
+                return f'{place}: is not JSON: {error}; every line is an object such as {{"text": "..."}}'
+            if not isinstance(value, dict):
+                return f'{place}: is {found_as(value)}, not an object such as {{"text": "..."}}'
+    return None
