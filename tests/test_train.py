@@ -201,6 +201,26 @@ def test_bfloat16_and_recomputation_train(recipe_file: Path, tmp_path: Path) -> 
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_bfloat16_is_left_out_where_it_would_be_imitated(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    there: bool,
+) -> None:
+    monkeypatch.setattr(trainer, "has_bfloat16", lambda device: there)
+    losses = []
+    for name, bf16 in (("wide", "false"), ("narrow", "true")):
+        changes = [f"train.bf16={bf16}", "train.max_steps=2"]
+        result = run(load(str(recipe_file), changes), output=tmp_path / name)
+        assert result
+        losses.append(result.held_out_nats)
+    assert (losses[0] == losses[1]) is not there
+    said = "train.bf16: this processor has no products in bfloat16; they are in float32, which is faster here"
+    assert (said in capsys.readouterr().err.splitlines()) is not there
+
+
 # -- stopping and going on -----------------------------------------------------------------------------------
 
 

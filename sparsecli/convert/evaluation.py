@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,19 +15,23 @@ from sparsecli.console import Progress
 from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import Engine
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.model.products import bfloat16_products
 
 BATCH = 4
 
 
 @torch.no_grad()
 def window_losses(
-    model: ScalingTransformerForCausalLM, windows: Windows, products: torch.dtype = torch.bfloat16
+    model: ScalingTransformerForCausalLM, windows: Windows, *, exact: bool = False
 ) -> np.ndarray:
-    """Mean nats a token of every window (W,), of a model that decodes as it does in evaluation."""
+    """Mean nats a token of every window (W,), of a model that decodes as it does in evaluation.
+
+    Products are in bfloat16 where the machine has them, unless they are to be `exact`.
+    """
     found = []
     for start in range(0, len(windows), BATCH):
         ids = torch.stack([windows[i]["input_ids"] for i in range(start, min(start + BATCH, len(windows)))])
-        with torch.autocast(ids.device.type, products, enabled=products != torch.float32):
+        with nullcontext() if exact else bfloat16_products(ids.device.type):
             logits = model(ids, use_cache=False).logits
         for row, tokens in zip(logits, ids, strict=True):
             found.append(F.cross_entropy(row[:-1].float(), tokens[1:]).item())

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
-import torch
 
 from sparsecli import console
 from sparsecli.bench.measure import Decoder
@@ -120,7 +119,7 @@ def _check_same(float16: LlamaContender, dense: ScalingTransformerForCausalLM, w
     """Raise Failure unless both predict the same: a wrong file would be a straw man."""
     length = windows.sequence_length
     first = Windows(windows.tokens[: COMPARED * length], length)
-    change = (float16.decode(first).losses - window_losses(dense, first, torch.float32)).mean()
+    change = (float16.decode(first).losses - window_losses(dense, first, exact=True)).mean()
     if not abs(change) <= SAME:
         raise Failure(
             f"its float16 file is not our model: its perplexity is {math.expm1(change):+.2%} from ours"

@@ -79,7 +79,7 @@ class TrainSpec(Block):
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient to this norm; 0 turns clipping off."""
     bf16: bool = False
-    """Run matrix products in bfloat16 (weights stay float32)."""
+    """Run matrix products in bfloat16 (weights stay float32); in float32 on processors that would only imitate them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     torch_compile: bool = False

@@ -19,6 +19,7 @@ from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_network
 from sparsecli.model.layers.feed_forward import SparseFeedForward
+from sparsecli.model.products import has_bfloat16
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.training import Objective, TrainSpec
 from sparsecli.train.checkpoint import newest_sound, step_of
@@ -68,18 +69,20 @@ def distil(
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint and step_of(checkpoint) >= train.max_steps:
             student.load_state_dict(load_network(checkpoint).state_dict())
+        arguments = training_arguments(train, seed, checkpoints, evaluations=False)
+        bf16 = train.bf16 and has_bfloat16(arguments.device.type)
         trainer = DistillationTrainer(
             student,
-            training_arguments(train, seed, checkpoints, evaluations=False),
+            arguments,
             corpus.tokenizer,
             windows,
             held_out,
             held_out.bytes_per_token(corpus.tokenizer),
-            bf16=train.bf16,
+            bf16=bf16,
             checkpoints=checkpoints,
             keep=train.save_total_limit,
             signals=Signals(),
-            teacher=Teacher(teacher, train.bf16),
+            teacher=Teacher(teacher, bf16),
             objective=objective,
         )
         run_steps(trainer, folder, checkpoint, description="distilling", hint=hint)

@@ -21,6 +21,7 @@ from sparsecli.data.preparation import prepare
 from sparsecli.model.checkpoint import load_network, load_tokenizer
 from sparsecli.model.folder import find_model, read_description, share
 from sparsecli.model.networks import Network, build_network
+from sparsecli.model.products import has_bfloat16
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, SavedTokenizer
 from sparsecli.recipe.loader import LoadedRecipe, complete, dump, require
@@ -287,6 +288,11 @@ def _train(
             batch_size=train.per_device_eval_batch_size,
             folder=output,
         )
+    bf16 = train.bf16 and has_bfloat16(arguments.device.type)
+    if train.bf16 and not bf16:
+        say(
+            "train.bf16: this processor has no products in bfloat16; they are in float32, which is faster here"
+        )
     parts: dict[str, Any] = {
         "model": model,
         "arguments": arguments,
@@ -294,7 +300,7 @@ def _train(
         "examples": prepared.train,
         "held_out": prepared.held_out,
         "bytes_per_token": prepared.held_out.bytes_per_token(prepared.tokenizer),
-        "bf16": train.bf16,
+        "bf16": bf16,
         "checkpoints": checkpoints,
         "keep": train.save_total_limit,
         "signals": Signals(),
@@ -302,7 +308,7 @@ def _train(
     }
     trainer: LanguageModelTrainer
     if train.distillation:
-        teacher = Teacher(load_network(find_model(train.distillation.teacher)), train.bf16)
+        teacher = Teacher(load_network(find_model(train.distillation.teacher)), bf16)
         trainer = DistillationTrainer(**parts, teacher=teacher, objective=train.distillation)
     else:
         trainer = LanguageModelTrainer(**parts)
