@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -430,10 +431,13 @@ def test_a_model_block_must_agree_with_the_model(place: Place, tmp_path: Path) -
     spec = {name: config[name] for name in ModelSpec.model_fields if config.get(name) is not None}
     assert run(load(str(place.recipe), [f"model={json.dumps(spec)}"]), output=tmp_path, dry_run=True) is None
     spec |= {"layers": 3, "dropout": 0.0, "feed_forward": DENSE}
-    with pytest.raises(
-        RecipeError, match=r"model: is not the one in .*: layers, feed_forward, dropout; leave"
-    ):
+    with pytest.raises(RecipeError, match=r"model: is not the one in .*; leave the block out to t") as raised:
         run(load(str(place.recipe), [f"model={json.dumps(spec)}"]), output=tmp_path / "run")
+    differ = re.findall(
+        r"model\.([\w.]+): (\w+|[\d.]+) in the model, ([\w.]+) in the recipe", raised.value.message
+    )
+    assert [key for key, *_ in differ] == ["layers", "feed_forward.kind", "dropout"]
+    assert differ[1][1:] == ("sparse", "dense")
 
 
 def test_what_a_recipe_must_say() -> None:

@@ -359,7 +359,10 @@ def test_a_model_with_full_attention_goes_on_with_hashing(
     assert all(torch.equal(tensor, full[name]) for name, tensor in network.state_dict().items())
 
     shared = "model.attention={kind: lsh, share_query_key: true}"  # has fewer weights
-    with pytest.raises(RecipeError, match=r"model: is not the one in train\.init_from .*: attention;"):
+    with pytest.raises(
+        RecipeError,
+        match=r"init_from .*: model\.attention\.share_query_key: false in the model, true in the recipe;",
+    ):
         run(load(str(recipe), [start, shared]), output=tmp_path / "shared")
     fewer = "model.attention={kind: lsh, lsh: {chunk_length: 8, rounds: 2}}"
     with pytest.raises(Failure, match=r"another recipe: model\.attention\.lsh\.rounds \(4 then, 2 now\)"):

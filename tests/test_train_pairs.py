@@ -239,6 +239,23 @@ def test_a_run_starts_from_another_and_brings_its_tokenizer(
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
 
 
+@pytest.mark.parametrize("model", ["Terraformer"], indirect=True)
+def test_an_encoder_goes_on_with_hashing(folder: Path, finished: Path, model: dict, tmp_path: Path) -> None:
+    """Which tokens an encoder looks at is no matter of weights; that queries are keys is one."""
+    hashed, start = (
+        {"kind": "lsh", "lsh": {"chunk_length": 8, "chunks_after": 1}},
+        {"init_from": str(finished)},
+    )
+    changed = {**model, "encoder": {**model["encoder"], "attention": hashed}}
+    assert run(recipe(folder, "hashed", model=changed, train=start), output=tmp_path / "run")
+    shared = {**changed, "encoder": {**model["encoder"], "attention": {**hashed, "share_query_key": True}}}
+    message = (
+        r"init_from .*: model\.encoder\.attention\.share_query_key: false in the model, true in the recipe; "
+    )
+    with pytest.raises(RecipeError, match=message):
+        run(recipe(folder, "shared", model=shared, train=start), output=tmp_path / "shared")
+
+
 def test_the_plan_says_at_most_how_many_tokens(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

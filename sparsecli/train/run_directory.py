@@ -16,7 +16,9 @@ import torch
 
 from sparsecli.console import Failure, warn
 from sparsecli.data.cache import why_unwritten
+from sparsecli.model.parts import Block
 from sparsecli.recipe.loader import load
+from sparsecli.recipe.messages import found_as
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train.checkpoint import newest_sound
 
@@ -89,13 +91,8 @@ def _probe(output: Path) -> None:
 def _compare(stored: Path, recipe: Recipe) -> None:
     """Raise `Failure` unless the run at `stored` was started with the same model, data, training and seed."""
     decisive = {"model", "data", "train", "seed"}
-    then = _flat(load(str(stored)).recipe.model_dump(include=decisive))
-    now = _flat(recipe.model_dump(include=decisive))
-    differ = [
-        f"{key} ({then.get(key)} then, {now.get(key)} now)"
-        for key in dict.fromkeys([*then, *now])
-        if then.get(key) != now.get(key)
-    ]
+    found = differences(load(str(stored)).recipe, recipe, include=decisive)
+    differ = [f"{key} ({then} then, {now} now)" for key, then, now in found]
     if differ:
         raise Failure(
             f"{stored.parent}: cannot be resumed with another recipe: {', '.join(differ)}; "
@@ -103,11 +100,26 @@ def _compare(stored: Path, recipe: Recipe) -> None:
         )
 
 
-def _flat(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in block.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+def differences(one: Block, other: Block, include: set[str] | None = None) -> list[tuple[str, str, str]]:
+    """The keys in which two blocks of recipes differ, and both values in plain words.
+
+    Of a block that is there once, or is of two kinds, it is the block's own key or its kind.
+    """
+
+    def compare(path: str, left: Any, right: Any) -> Iterator[tuple[str, str, str]]:
+        if not isinstance(left, dict) or not isinstance(right, dict):
+            if left != right:
+                yield path, _written(left), _written(right)
+            return
+        kinds = [{"kind": block.get("kind")} for block in (left, right)]
+        for name in (left | right) if kinds[0] == kinds[1] else kinds[0]:
+            yield from compare(f"{path}.{name}".lstrip("."), left.get(name), right.get(name))
+
+    return list(compare("", one.model_dump(include=include), other.model_dump(include=include)))
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else found_as(value)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -137,10 +137,13 @@ def _resolved(loaded: LoadedRecipe) -> Recipe:
         folder = find_model(start)
         spec = read_description(folder).spec
         model = recipe.model or spec
-        differ = [name for name, value in spec.unhashed if value != getattr(model.unhashed, name)]
+        differ = run_directory.differences(spec.unhashed, model.unhashed)
         if differ:
+            listed = ", ".join(
+                f"model.{key}: {there} in the model, {here} in the recipe" for key, there, here in differ
+            )
             raise RecipeError(
-                f"{loaded.path.name}: model: is not the one in train.init_from {start}: {', '.join(differ)}; "
+                f"{loaded.path.name}: model: is not the one in train.init_from {start}: {listed}; "
                 f"leave the block out to take it from there"
             )
         data = recipe.data
