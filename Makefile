@@ -35,7 +35,7 @@ SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-rec
 sanitize: $(READY) $(SANITIZED)  ## the decode engine's tests under address and undefined-behaviour sanitizers (g++)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 SPARSECLI_NATIVE_LIBRARY=$(SANITIZED) \
-	$(BIN)/python -m pytest -s tests/test_kernels.py tests/test_few_bits.py tests/test_decode.py tests/test_decode_source.py tests/test_packing.py
+	$(BIN)/python -m pytest -s tests/test_kernels.py tests/test_few_bits.py tests/test_decode.py tests/test_decode_source.py tests/test_decode_hashed.py tests/test_packing.py
 
 $(SANITIZED): $(wildcard $(NATIVE)/*)
 	mkdir -p $(@D)

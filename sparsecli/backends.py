@@ -12,6 +12,7 @@ import numpy as np
 from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.decode import native
+from sparsecli.decode.layout import crosses, joins
 from sparsecli.model.folder import CONFIG, INDEX, PACKED, WEIGHTS, Description
 
 if TYPE_CHECKING:
@@ -62,8 +63,6 @@ def open_backend(folder: Path, model: Description, choices: Choices) -> Backend:
         Failure: the backend cannot be used or cannot do what was chosen, or the weights do not load.
     """
     missing = native.available()
-    if model.spec.attention.hashing and choices.backend == "auto" and not missing:
-        missing = "hashed attention, which the native engine has for short texts only"
     if choices.backend == "native" and missing:
         raise Failure(f"--backend native: {missing}")
     if choices.backend == "torch" or missing:
@@ -78,7 +77,8 @@ def open_backend(folder: Path, model: Description, choices: Choices) -> Backend:
 class NativeBackend:
     """The engine over packed weights: those in the folder, else its safetensors files, packed now.
 
-    An encoder runs in PyTorch, once for a text.
+    An encoder runs in PyTorch, once for a text. So does the first pass of hashed attention over more than a chunk,
+    which is not what the same tokens give one after the other.
     """
 
     name = "native"
@@ -96,16 +96,43 @@ class NativeBackend:
         except ValueError as error:  # a packed file that is whole, but not of this model
             raise Failure(f"{folder}: {error}") from error
         self.threads = self.engine.threads
+        self.folder, self.spec = folder, model.spec
         self.encoder = TorchEncoder(folder, self.threads) if model.spec.encoder else None
         self.sequence: EngineSequence | None = None
 
     def start(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
+        source = len(prompt) if self.encoder else 0
+        self.sequence = self.engine.sequence(capacity, source)
+        if self._reads_in_pytorch(len(prompt)):
+            return self._handed_over(prompt, source)
         if self.encoder is None:
-            self.sequence = self.engine.sequence(capacity)
             return self.engine.prefill(self.sequence, prompt)
-        self.sequence = self.engine.sequence(capacity, source=len(prompt))
         self.engine.read_source(self.sequence, self.encoder.read(prompt))
         return self.engine.step(self.sequence, self.encoder.start_token)
+
+    def _reads_in_pytorch(self, length: int) -> bool:
+        hashing = self.spec.attention.hashing
+        if hashing is None or crosses(self.spec):  # whose text begins with one token
+            return False
+        if length + joins(self.spec) <= hashing.chunk_length:  # the start token comes behind a joined source
+            return False
+        if has_weights(self.folder):
+            return True
+        console.say(
+            "reading the prompt token by token: PyTorch reads it in one pass, but has no weights here"
+        )
+        return False
+
+    def _handed_over(self, prompt: Sequence[int], source: int) -> np.ndarray:
+        """Logits after PyTorch's pass; the sequence goes on from what it remembers."""
+        from sparsecli.decode.handover import remembered
+
+        reader = TorchBackend(self.folder, Choices(threads=self.threads))
+        logits = reader.start(prompt, capacity=1)
+        held = reader.cache.get_seq_length()
+        assert self.sequence
+        self.engine.go_on(self.sequence, remembered(self.spec, reader.cache.layers, held), source)
+        return logits
 
     def step(self, token: int) -> np.ndarray:
         assert self.sequence

@@ -11,6 +11,7 @@ from sparsecli.bench import command, machine, roofline, table, traffic, variants
 from sparsecli.console import Failure
 from sparsecli.decode import native
 from sparsecli.decode.packing import Precision
+from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.sizes import Sizes
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.schema import Recipe
@@ -95,6 +96,23 @@ def test_bytes_of_one_type_are_those_of_the_active_parameters(name: str) -> None
             candidate.spec, Precision.of("bfloat16"), 8, vectors="bfloat16", source=16
         )
         assert counted == sizes.bytes_per_token("bfloat16", 8, 16)
+
+
+def test_hashed_attention_reads_the_keys_that_it_chooses_and_the_buckets_of_all() -> None:
+    hashed = {"kind": "lsh", "share_query_key": True, "lsh": {"rounds": 2, "chunk_length": 4}}  # 16 keys
+    shape = {**MODEL, **TERRAFORMER, "vocabulary": MODEL["vocabulary"], "positions": "digits"}
+    spec = ModelSpec.model_validate({**shape, "attention": hashed})
+    full = ModelSpec.model_validate({**shape, "attention": {"share_query_key": True}})
+
+    def counted(spec: ModelSpec, context: int) -> int:
+        return traffic.bytes_per_token(spec, Precision.of("float32"), context, source=3)
+
+    assert counted(spec, 12) == counted(full, 12)  # itself the 16th
+    layers, width = 4, 32
+    buckets = 2 * max(1, 128 // 4)  # of texts of 65 to 128 tokens
+    read = 15 * 2 * width * 4 + 103 * 4 * 2 * 4  # other keys and values, and buckets of every head and round
+    axes = width * 2 * buckets // 2 * 4
+    assert counted(spec, 100) - counted(full, 0) == layers * (read + axes - 3 * 2 * width * 4)
 
 
 @needs_native

@@ -34,8 +34,8 @@ from sparsecli.console import Failure
 from sparsecli.data.packing import pack as pack_corpus
 from sparsecli.decode import native
 from sparsecli.decode.engine import MAX_THREADS, Engine
-from sparsecli.decode.engine import _shape as shape_of
 from sparsecli.decode.packing import PackedModel, Precision, pack
+from sparsecli.decode.shape import shape_of
 from sparsecli.decode.weights import read_weights
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.folder import read_description

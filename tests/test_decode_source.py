@@ -306,11 +306,3 @@ def test_a_model_without_an_encoder_takes_no_source() -> None:
         engine.sequence(4, 3)
     with pytest.raises(Failure, match="no encoder"):
         engine.read_source(engine.sequence(4), np.zeros((3, 48), np.float32))
-
-
-@needs_native
-def test_hashed_attention_is_refused_where_it_would_have_to_choose() -> None:
-    engine = start(packed("mean of queries and keys"))
-    engine.sequence(1200)
-    with pytest.raises(Failure, match="1201 positions are more than the 1200 that every token"):
-        engine.sequence(1201)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -23,14 +24,17 @@ from sparsecli.recipe.schema import GenerateSpec
 
 needs_native = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
 ENCODER = {"layers": 1, "max_positions": 20}
+TERRAFORMER = {
+    "residual": "reversible",
+    "attention_layers": 2,
+    "sru": {"width": 6},
+    "encoder": {**ENCODER, "read_by": {"kind": "joined"}},
+}
+HASHED = {"kind": "lsh", "lsh": {"rounds": 2, "chunk_length": 2}}  # 8 keys
 MODELS = {
     "encoder-decoder": {"encoder": ENCODER},
-    "terraformer": {
-        "residual": "reversible",
-        "attention_layers": 2,
-        "sru": {"width": 6},
-        "encoder": {**ENCODER, "read_by": {"kind": "joined"}},
-    },
+    "terraformer": TERRAFORMER,
+    "hashed terraformer": {**TERRAFORMER, "attention": {**HASHED, "projection": "multiplicative_conv"}},
 }
 SOURCE = "f c b a e d"
 
@@ -88,16 +92,36 @@ def test_models_with_an_encoder_are_not_packed(tmp_path: Path) -> None:
 
 
 @needs_native
-def test_hashed_attention_is_left_to_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    attention = {"kind": "lsh", "lsh": {"rounds": 1, "chunk_length": 4}, "share_query_key": True}
-    folder = saved(tmp_path / "model", {"attention": attention})
+@pytest.mark.parametrize("length", [2, 3, 8, 20], ids=lambda length: f"{length} tokens")
+def test_hashed_attention_goes_on_from_a_prompt_as_in_pytorch(length: int, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", {"attention": HASHED, "max_positions": 60})
     described = read_description(folder)
-    assert open_backend(folder, described, Choices()).name == "torch"
-    assert "decoding with PyTorch: hashed attention" in capsys.readouterr().err
-    backend = open_backend(folder, described, Choices(backend="native"))
-    backend.start([2, 3], capacity=8)
-    with pytest.raises(Failure, match="9 positions are more than the 8 that every token of this model sees"):
-        backend.start([2, 3], capacity=9)
+    ours, theirs = (
+        open_backend(folder, described, Choices(backend, threads=1)) for backend in ("native", "torch")
+    )
+    prompt = [2 + index * index % 11 for index in range(length)]
+    rows = [(backend.start(prompt, capacity=50), backend) for backend in (ours, theirs)]
+    for _ in range(30):
+        np.testing.assert_allclose(rows[0][0], rows[1][0], atol=1e-5, rtol=1e-5)
+        token = int(rows[1][0].argmax())
+        rows = [(backend.step(token), backend) for _, backend in rows]
+
+
+@needs_native
+def test_a_packed_model_reads_a_long_prompt_of_hashed_attention_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path / "model", {"attention": HASHED, "max_positions": 60})
+    pack.run(model=str(folder), output=tmp_path / "packed", dtype="float32")
+    ids = list(range(2, 12))
+    alone = open_backend(tmp_path / "packed", read_description(tmp_path / "packed"), Choices())
+    after = alone.start(ids, capacity=11)
+    assert "reading the prompt token by token" in capsys.readouterr().err
+    whole = open_backend(folder, read_description(folder), Choices())
+    whole.start(ids[:2], capacity=11)
+    for token in ids[2:]:
+        wanted = whole.step(token)
+    np.testing.assert_allclose(after, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_words_outside_of_the_vocabulary_are_refused(tmp_path: Path) -> None:

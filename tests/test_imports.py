@@ -52,6 +52,9 @@ LAYERS |= {
         *("sparsecli.model.architecture", "sparsecli.model.parts"),
         *("sparsecli.model.low_bit", "sparsecli.model.rotary"),
     },
+    "sparsecli.decode.hashing": {
+        *("sparsecli.model.architecture", "sparsecli.model.layers.lsh"),  # rotations are PyTorch's
+    },
     "sparsecli.decode.weights": {
         *("sparsecli.decode", "sparsecli.console"),
         *("sparsecli.model.architecture", "sparsecli.model.folder"),

@@ -14,7 +14,7 @@ from sparsecli import console
 from sparsecli.bench import peers, variants
 from sparsecli.bench.peers import PeerRow
 from sparsecli.bench.report import Settings, Subject
-from sparsecli.bench.traffic import bytes_per_token, cached_bytes, source_bytes
+from sparsecli.bench.traffic import bucket_bytes, bytes_per_token, cached_bytes, source_bytes
 from sparsecli.bench.variants import UNCHANGED, Candidate
 from sparsecli.bench.weights import largest, packed_elements, planned, torch_elements
 from sparsecli.decode.packing import Precision
@@ -281,11 +281,11 @@ def needed_bytes(plan: Plan) -> int:
             total += case.model.peer.needed_bytes(plan.capacity(case))
             continue
         spec = plan.built(case.model)
-        kept = cached_bytes(spec, precision_of(case.model))
+        kept = cached_bytes(spec, precision_of(case.model)) + bucket_bytes(spec)
         if "conv" in spec.attention.projection:  # the convolutions' inputs, with their margins
             rows = spec.layers * spec.attention_layers
             kept += round(1.2 * rows * spec.d_model * WIDTHS[precision_of(case.model).convolution])
-        source = plan.source(case.model) * source_bytes(spec, precision_of(case.model))
+        source = plan.source(case.model) * (source_bytes(spec, precision_of(case.model)) + bucket_bytes(spec))
         total += case.batch * (plan.capacity(case) * kept + source)
     return total
 

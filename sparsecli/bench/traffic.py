@@ -12,6 +12,7 @@ from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import GROUP
 
 SCALE_BYTES = 4
+BUCKET_BYTES = 4
 GROUP_BYTES = {"low_bit": 3, "residual": 2}  # the scale of a group of few bits, and its zero
 RESCORED = 64  # rows of the exact head: native/forward.h, HEAD_LANES * CANDIDATES
 
@@ -29,7 +30,8 @@ def bytes_per_token(
 
     Weights are read once for all sequences. Of a sparse layer only chosen units count: k/N of them for one token,
     for a batch as many different ones as independent choices make on average. `vectors` is the type of biases and
-    normalisation weights. Padding, activations and what a convolution remembers do not count.
+    normalisation weights. Padding, activations and what a convolution remembers do not count. Hashed attention reads
+    the keys and values that it chooses, and what it chooses them by.
 
     Args:
         shares: share of its units that a token used, by block, where it was counted.
@@ -42,14 +44,37 @@ def bytes_per_token(
         _read(slot, kind if slot.part or slot.bits else vectors, spec, batch, shares)
         for slot, kind in tensors
     )
-    cached = context * cached_bytes(spec, precision) + source * source_bytes(spec, precision)
-    return round((weights + batch * cached) / batch)
+    axes, cached = _remembered(spec, precision, context + source * joins(spec))
+    attended = source * source_bytes(spec, precision) if crosses(spec) else 0
+    return round((weights + axes + batch * (cached + attended)) / batch)
+
+
+def _remembered(spec: ModelSpec, precision: Precision, held: int) -> tuple[int, int]:
+    """Bytes of the axes that keys are hashed on, and of what is read of `held` positions: keys and values, of all or
+    of some, then with the buckets of all."""
+    hashing = spec.attention.hashing
+    if hashing is None:
+        return 0, held * cached_bytes(spec, precision)
+    read = min(held, max(1, hashing.most_keys - 1)) * cached_bytes(spec, precision)
+    if held < hashing.most_keys:
+        return 0, read
+    from sparsecli.decode.hashing import factors_at  # PyTorch's rotations
+
+    columns = hashing.rounds * sum(factors_at(spec, held.bit_length())) // 2
+    axes = spec.layers * spec.attention_layers * spec.attention_width * columns * WIDTHS["float32"]
+    return axes, read + held * bucket_bytes(spec)
 
 
 def cached_bytes(spec: ModelSpec, precision: Precision) -> int:
     """Bytes of the keys and values of one token, the scales of int8 ones included."""
     heads = spec.attention.key_value_heads or spec.heads
     return spec.layers * spec.attention_layers * heads * _head_bytes(spec, precision)
+
+
+def bucket_bytes(spec: ModelSpec) -> int:
+    """Bytes of the buckets of one token's keys, where attention hashes them."""
+    rounds = spec.attention.hashing.rounds if spec.attention.hashing else 0
+    return spec.layers * spec.attention_layers * spec.heads * rounds * BUCKET_BYTES
 
 
 def source_bytes(spec: ModelSpec, precision: Precision) -> int:

@@ -12,26 +12,17 @@ import numpy as np
 
 from sparsecli.console import Failure
 from sparsecli.decode import native
-from sparsecli.decode.layout import crosses, joins, modules_of, query_modules_of
-from sparsecli.decode.native import ERROR_BYTES, Shape
+from sparsecli.decode.handover import Remembered
+from sparsecli.decode.layout import LANES, convolves, joins, padded
+from sparsecli.decode.native import ERROR_BYTES
 from sparsecli.decode.packing import PackedModel, plan
+from sparsecli.decode.shape import TYPE_CODES, shape_of, units_per_block
 from sparsecli.decode.tensorfile import WIDTHS
 from sparsecli.model.architecture import ModelSpec
 
 MAX_THREADS = 256
 INVALID = -2  # of sparsecli_forward: a token that does not exist
-TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}
 FEW_BITS_CODES = {4: 3, 3: 4}  # native/kernels.h, by bits of a weight
-ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh")
-FEED_FORWARDS = ("dense", "sparse", "mixture", "selector", "precision")
-PROJECTIONS = ("dense", "multiplicative", "dense_conv", "multiplicative_conv")
-OUTPUTS = ("none", "dense", "multiplicative", "multiplicative_conv")
-POSITIONS = (
-    "learned",
-    "sinusoidal",
-    "rotary",
-)  # digits and coordinates are packed as a table, like learned ones
-CONCATENATIONS = ("none", "modules", "whole")
 
 
 class Engine:
@@ -67,8 +58,10 @@ class Engine:
         self._library = native.library()
         self._error = ctypes.create_string_buffer(ERROR_BYTES)
         self._turn = threading.Lock()  # the library lets go of Python's lock, and has one working memory
-        shape = _shape(model, poison)
-        chosen = (ctypes.c_int64 * model.spec.layers)(*_units_per_block(model.spec))
+        self._axes: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}  # by place and factors
+        self._levels: set[int] = set()
+        shape = shape_of(model, poison)
+        chosen = (ctypes.c_int64 * model.spec.layers)(*units_per_block(model.spec))
         shape.units_per_block = ctypes.addressof(chosen)
         handle = self._library.sparsecli_create(ctypes.byref(shape), self.threads, pin, self._error)
         if not handle:
@@ -122,6 +115,30 @@ class Engine:
         if self._library.sparsecli_ready(self.handle, self._error) < 0:
             raise ValueError(self._message())
 
+    def _bind_axes(self, positions: int) -> None:
+        """Hand over what keys are hashed on in texts of at most `positions`, each layer's once."""
+        from sparsecli.decode.hashing import axes_of, factors_at, levels  # draws in PyTorch
+
+        spec = self.model.spec
+        with self._turn:
+            for level in levels(spec, positions):
+                if level in self._levels:
+                    continue
+                factors = tuple(factors_at(spec, level))
+                for place in range(spec.layers * spec.attention_layers):
+                    if (place, factors) not in self._axes:
+                        axes = axes_of(spec, place, level).reshape(spec.heads, spec.width_of_head, -1)
+                        fill = padded(axes.shape[2], LANES) - axes.shape[2]
+                        self._axes[place, factors] = np.pad(axes, ((0, 0), (0, 0), (0, fill)))
+                    bound = self._axes[place, factors]
+                    done = self._library.sparsecli_bind_axes(
+                        *(self.handle, place, level, (ctypes.c_int64 * len(factors))(*factors), len(factors)),
+                        *(bound.ctypes.data, bound.size, self._error),
+                    )
+                    if done < 0:
+                        raise Failure(f"the native engine cannot run this model: {self._message()}")
+                self._levels.add(level)
+
     def _message(self) -> str:
         return self._error.value.decode(errors="replace")
 
@@ -129,7 +146,7 @@ class Engine:
         """An empty sequence with room for `capacity` tokens, and for the `source` tokens that an encoder read.
 
         Raises:
-            Failure: memory does not suffice, or hashed attention would have to choose among so many positions.
+            Failure: memory does not suffice.
             ValueError: no room at all, or none for a source of a model with an encoder.
         """
         if not 1 <= capacity <= 1 << 30:
@@ -138,17 +155,14 @@ class Engine:
         if not least <= source <= least << 30:
             raise ValueError(f"source: {source} is not between {least} and {least << 30}")
         positions = capacity + source * joins(self.model.spec)
-        if (limit := exact_positions(self.model.spec)) and positions > limit:
-            raise Failure(
-                f"{positions} positions are more than the {limit} that every token of this model sees; its hashed "
-                "attention is for PyTorch then (--backend torch)"
-            )
         needed = self._library.sparsecli_sequence_bytes(self.handle, capacity, source)
         if needed > _available_memory():
             raise Failure(
                 f"{positions} positions need {needed / 1e9:.1f} GB of cache, more than the memory that is left; "
                 "use a shorter context or a narrower cache type"
             )
+        if self.model.spec.attention.hashing:
+            self._bind_axes(positions)
         handle = self._library.sparsecli_sequence_create(self.handle, capacity, source, self._error)
         if not handle:
             raise Failure(f"{positions} positions need {needed / 1e9:.1f} GB of cache: {self._message()}")
@@ -184,8 +198,48 @@ class Engine:
         if done < 0:
             raise Failure(message)
 
+    def go_on(self, sequence: Sequence, layers: Many[Remembered], source: int = 0) -> None:
+        """Begin `sequence` anew with what PyTorch remembers of its beginning, one for each attention layer.
+
+        Args:
+            source: positions of them that were a joined source.
+        Raises:
+            Failure: more positions than the sequence has room for, or a model with cross-attention.
+            ValueError: other layers or shapes than the model's, or a number that is not finite.
+        """
+        if sequence.engine is not self:
+            raise ValueError("the sequence belongs to another engine")
+        spec = self.model.spec
+        if len(layers) != spec.layers * spec.attention_layers:
+            raise ValueError(
+                f"{len(layers)} attention layers, expected {spec.layers * spec.attention_layers}"
+            )
+        held = layers[0].positions
+        arrays = [_checked(spec, layer, held, place) for place, layer in enumerate(layers)]
+        with self._turn:
+            handle, error = sequence.handle, self._error
+            done = min(
+                self._library.sparsecli_remember(
+                    self.handle,
+                    handle,
+                    place,
+                    *(x if x is None else x.ctypes.data for x in parts),
+                    held,
+                    error,
+                )
+                for place, parts in enumerate(arrays)
+            )
+            if done >= 0:
+                done = self._library.sparsecli_go_on(self.handle, handle, held, source, error)
+            message = self._message()
+        if done < 0:
+            raise Failure(message)
+
     def prefill(self, sequence: Sequence, tokens: Many[int]) -> np.ndarray:
         """Logits (V,) after the last of `tokens`, which are added to the sequence.
+
+        They are what single steps give; hashed attention in PyTorch gives a little different ones in one pass over
+        more than a chunk (see `go_on`).
 
         Raises:
             Failure: the sequence has no room for them; nothing was added.
@@ -298,14 +352,6 @@ def processors() -> int:
     return os.cpu_count() or 1
 
 
-def exact_positions(spec: ModelSpec) -> int | None:
-    """Positions up to which a token of a model with hashed attention sees all others; None: it always does."""
-    hashing = spec.attention.hashing
-    if hashing is None:
-        return None
-    return hashing.rounds * hashing.chunk_length * (1 + hashing.chunks_before)
-
-
 def source_streams(spec: ModelSpec) -> int:
     """Streams of an encoder's output that `read_source` takes."""
     read_by = spec.encoder.read_by if spec.encoder else None
@@ -318,73 +364,24 @@ def _available_memory() -> int:
     return psutil.virtual_memory().available
 
 
-def _shape(model: PackedModel, poison: bool) -> Shape:
-    spec, precision = model.spec, model.precision
-    attention, vocabulary = spec.attention, spec.vocabulary
-    shape = Shape(
-        d_model=spec.d_model,
-        layers=spec.layers,
-        heads=spec.heads,
-        head_width=spec.width_of_head,
-        key_value_heads=attention.key_value_heads or spec.heads,
-        max_positions=spec.max_positions,
-        vocabulary=vocabulary.size,
-        projection=PROJECTIONS.index(attention.projection),
-        output=OUTPUTS.index(attention.output),
-        modules=modules_of(spec),
-        kernel=attention.kernel,
-        value_concat=CONCATENATIONS.index(attention.value_concat),
-        query_key_norm=attention.query_key_norm,
-        query_rank=spec.query_rank or 0,
-        key_rank=spec.key_rank or 0,
-        rms=spec.normalization == "rms",
-        positions=POSITIONS.index(spec.positions) if spec.positions in POSITIONS else 0,
-        rotary_width=spec.rotary_width if spec.positions == "rotary" else 0,
-        parallel=spec.parallel,
-        streams=2 if spec.residual == "reversible" else 1,
-        concatenate=spec.merge == "concatenate",
-        attention_layers=spec.attention_layers,
-        shared_query_key=(1 if attention.share_query_key else 2) if attention.shares_query_key else 0,
-        source=1 if crosses(spec) else 2 if joins(spec) else 0,
-        query_modules=query_modules_of(spec) or 0,
-        recurrent_layers=spec.sru.layers if spec.sru else 0,
-        recurrent_width=spec.sru.width if spec.sru else 0,
-        head_modules=vocabulary.modules if vocabulary.kind == "multiplicative" else 0,
-        cache_type=TYPE_CODES[precision.cache],
-        history_type=TYPE_CODES[precision.convolution],
-        units_on_disk=model.from_disk,
-        poison=poison,
-        epsilon=spec.normalization_epsilon,
-        embedding_scale=spec.embedding_scale,
-    )
-    _describe_feed_forward(shape, spec)
-    return shape
-
-
-def _describe_feed_forward(shape: Shape, spec: ModelSpec) -> None:
-    feed_forward = spec.feed_forward
-    shape.feed_forward = FEED_FORWARDS.index(feed_forward.kind)
-    shape.d_ff = feed_forward.d_ff
-    shape.activation = ACTIVATIONS.index(feed_forward.activation)
-    if feed_forward.kind == "mixture":  # native/engine.h: the units of an expert, and experts
-        shape.block_size, shape.rank = feed_forward.d_ff // feed_forward.experts, feed_forward.experts
-        shape.probability_gate = feed_forward.gate == "probability"
-        return
-    shape.gated = feed_forward.gated
-    if feed_forward.kind == "dense":
-        return
-    shape.block_size = feed_forward.block_size
-    if feed_forward.kind == "sparse":
-        shape.rank, shape.probability_gate = feed_forward.rank, feed_forward.gate == "probability"
-    elif feed_forward.kind == "selector":
-        shape.rank, shape.positive = feed_forward.bypass, feed_forward.choice == "positive"
-
-
-def _units_per_block(spec: ModelSpec) -> list[int]:
-    """k of every layer; experts a token of a mixture."""
-    feed_forward = spec.feed_forward
-    if feed_forward.kind == "dense":
-        return [0] * spec.layers
-    if feed_forward.kind == "mixture":
-        return [feed_forward.experts_per_token] * spec.layers
-    return [spec.units_per_block(layer) for layer in range(spec.layers)]
+def _checked(spec: ModelSpec, layer: Remembered, held: int, place: int) -> list[np.ndarray | None]:
+    """The arrays of `layer` in the order of `sparsecli_remember`."""
+    heads = spec.attention.key_value_heads or spec.heads
+    sru = spec.sru if place % spec.attention_layers == 0 else None
+    inputs = (1 if spec.attention.value_concat == "none" else 2) * spec.d_model
+    expected = {
+        "keys": (held, heads, spec.width_of_head),
+        "values": (held, heads, spec.width_of_head),
+        "inputs": (held, inputs) if convolves(spec) else None,
+        "output_inputs": (held, spec.d_model) if spec.attention.output == "multiplicative_conv" else None,
+        "states": (sru.layers, held, sru.width) if sru else None,
+    }
+    arrays: list[np.ndarray | None] = []
+    for name, shape in expected.items():
+        given = getattr(layer, name)
+        if (None if given is None else given.shape) != shape:
+            raise ValueError(f"{name} of layer {place}: not of shape {shape}")
+        if given is not None and not np.isfinite(given).all():
+            raise ValueError(f"{name} of layer {place}: holds a NaN or an infinity")
+        arrays.append(None if given is None else np.ascontiguousarray(given, np.float32))
+    return arrays

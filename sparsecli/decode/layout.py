@@ -122,6 +122,11 @@ def query_modules_of(spec: ModelSpec) -> int | None:
     return spec.encoder.read_by.query_modules
 
 
+def convolves(spec: ModelSpec) -> bool:
+    """Whether queries, keys and values are convolutions."""
+    return spec.attention.projection.endswith("_conv")
+
+
 def modules_of(spec: ModelSpec) -> int:
     """S of the attention's multiplicative layers and convolutions; 1 where there are none."""
     attention = spec.attention
@@ -212,7 +217,7 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
     modules = modules_of(spec)
     multiplied = modules if attention.projection.startswith("multiplicative") else None
     width, taps = d_model // modules, attention.kernel
-    if attention.projection.endswith("_conv"):
+    if convolves(spec):
         shared = f"{source}.shared"
         yield from _map(layer, f"{prefix}shared", shared, d_model, d_model, "projection", multiplied)
         values = width if attention.value_concat == "none" else 2 * width

@@ -16,15 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecli.decode.layout import LANES, chooses, crosses, modules_of, padded, query_modules_of
+from sparsecli.decode.hashing import axes_of, factors_at
+from sparsecli.decode.layout import LANES, chooses, convolves, crosses, modules_of, padded, query_modules_of
 from sparsecli.decode.packing import PackedModel
 from sparsecli.decode.reference_kernels import (
     ACTIVATIONS,
     attend,
+    attend_alike,
     choose,
     convolve,
     dots,
     dots_of_few_bits,
+    hash_keys,
+    join,
     multiplicative,
     recur,
     remember,
@@ -92,7 +96,7 @@ class Reference:
     def _single(self, x: Tensor) -> Tensor:
         for layer in range(self.spec.layers):
             block, before = f"blocks.{layer}.", x
-            x = x + self._attention(block, x)
+            x = x + self._attention(block, x, layer)
             if crosses(self.spec):
                 x = x + self._cross_attention(f"{block}cross.", x)
             x = x + self._feed_forward_half(layer, before if self.spec.parallel else x)
@@ -101,8 +105,9 @@ class Reference:
     def _reversible(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Every layer reads one stream and adds to the other; then they change places."""
         for layer in range(self.spec.layers):
-            for prefix in ("", "second.")[: self.spec.attention_layers]:
-                a, b = b, a + self._attention(f"blocks.{layer}.{prefix}", b)
+            for index, prefix in enumerate(("", "second.")[: self.spec.attention_layers]):
+                place = layer * self.spec.attention_layers + index
+                a, b = b, a + self._attention(f"blocks.{layer}.{prefix}", b, place)
             a, b = b, a + self._feed_forward_half(layer, b)
         return a, b
 
@@ -151,7 +156,8 @@ class Reference:
 
     # Attention.
 
-    def _attention(self, block: str, x: Tensor) -> Tensor:
+    def _attention(self, block: str, x: Tensor, place: int) -> Tensor:
+        """`place` counts attention layers in the order of the caches."""
         spec = self.spec.attention
         q, k, v = (
             self._heads(part) for part in self._project(block, self._normalize(f"{block}attention_norm", x))
@@ -165,7 +171,9 @@ class Reference:
         keys, values = self.memory[f"{block}keys"], self.memory[f"{block}values"]
         keys.append(remember(k, self.precision.cache))
         values.append(remember(v, self.precision.cache))
-        if spec.shares_query_key:  # a token sees itself only where there is nothing else
+        if spec.hashing and len(keys) > spec.hashing.most_keys:
+            y = self._attend_alike(q, torch.stack(keys), torch.stack(values), place).flatten()
+        elif spec.shares_query_key:  # a token sees itself only where there is nothing else
             seen = max(1, len(keys) - 1)
             y = attend(q, torch.stack(keys[:seen]), torch.stack(values[:seen]), rate=1.0).flatten()
         else:
@@ -178,6 +186,14 @@ class Reference:
         past = self._past(f"{block}output", y)
         return self._convolve(f"{block}output_convolution", past, modules_of(self.spec), neighbours=3)
 
+    def _attend_alike(self, q: Tensor, keys: Tensor, values: Tensor, place: int) -> Tensor:
+        """All keys are hashed anew for every token; the engine does that where the number of buckets changes."""
+        assert self.spec.attention.hashing
+        level = self.length.bit_length()  # texts of at most 2^level positions
+        axes = torch.from_numpy(axes_of(self.spec, place, level))
+        buckets = hash_keys(keys, axes, factors_at(self.spec, level))
+        return attend_alike(q, keys, values, buckets, self.spec.attention.hashing.most_keys)
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, self.spec.width_of_head))
 
@@ -189,22 +205,17 @@ class Reference:
     def _project(self, block: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x (d,), all heads side by side; shared ones twice."""
         spec = self.spec.attention
-        if not spec.projection.endswith("_conv"):
+        if not convolves(self.spec):
             queries, values = self._ranked(f"{block}query", x), self._map(f"{block}value", x)
             keys = queries if spec.share_query_key else self._ranked(f"{block}key", x)
         else:
             modules = modules_of(self.spec)
             m = self._map(f"{block}shared", x)
-            past, joined = self._past(f"{block}shared", m), m
-            match spec.value_concat:
-                case "modules":
-                    joined = torch.cat([part.unflatten(0, (modules, -1)) for part in (m, x)], dim=1).flatten()
-                case "whole":
-                    joined = torch.cat((m, x))
+            past = self._past(f"{block}shared", m)
             queries = keys = self._convolve(f"{block}query", past, modules, neighbours=3)
             if not spec.share_query_key:
                 keys = self._convolve(f"{block}key", past, modules, neighbours=3)
-            past = self._past(f"{block}joined", joined)
+            past = self._past(f"{block}joined", join(m, x, spec.value_concat, modules))
             values = self._convolve(f"{block}value", past, modules, neighbours=1)
         if spec.shares_query_key:
             queries = keys = (queries + keys) / 2

@@ -15,7 +15,7 @@ Shapes: d width, H heads, S modules of M = d / S channels, N units of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -85,6 +85,13 @@ def convolve(kernel: Weight, rows: Tensor, modules: int, neighbours: int) -> Ten
     return (windows @ kernel.values.T).flatten()
 
 
+def join(m: Tensor, x: Tensor, how: str, modules: int) -> Tensor:
+    """m, x (d,) -> what the convolution of values reads of a position: m, or x beside it (2 d,)."""
+    if how == "modules":
+        return torch.cat([part.unflatten(0, (modules, -1)) for part in (m, x)], dim=1).flatten()
+    return torch.cat((m, x)) if how == "whole" else m
+
+
 def choose(logits: Tensor, count: int, gate: bool) -> tuple[Tensor, Tensor]:
     """logits (blocks, N) -> chosen units (blocks * count,) and their weights: their probabilities where `gate`."""
     best = logits.topk(count, dim=-1).indices
@@ -115,6 +122,34 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, rate: float) -> Tensor:
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     scores = torch.einsum("hc,phc->hp", q, keys) * rate
     return torch.einsum("hp,phc->hc", scores.softmax(-1), values)
+
+
+def hash_keys(keys: Tensor, axes: Tensor, factors: Sequence[int]) -> Tensor:
+    """keys (positions, H, width), axes (H, width, rounds, sum of factors / 2) -> buckets (positions, H, rounds)."""
+    along = torch.einsum("phc,hcra->phra", keys, axes)
+    buckets, scale = torch.zeros(along.shape[:-1], dtype=torch.int64), 1
+    for factor, part in zip(factors, along.split([factor // 2 for factor in factors], dim=-1), strict=True):
+        buckets += torch.cat((part, -part), dim=-1).argmax(-1) * scale  # the first factor is the lowest digit
+        scale *= factor
+    return buckets
+
+
+def attend_alike(q: Tensor, keys: Tensor, values: Tensor, buckets: Tensor, most: int) -> Tensor:
+    """q (H, width) of the last key -> (H, width): attention to `most` keys, the last itself, which does not count.
+
+    Keys that hash alike in any round come first, then the most recent ones.
+    """
+    last = len(keys) - 1
+    found = []
+    for head in range(len(q)):
+        alike = (buckets[:last, head] == buckets[last, head]).any(-1)
+        rank = torch.arange(last) + last * alike
+        chosen = rank.argsort(descending=True)[: most - 1]
+        if not len(chosen):
+            chosen = torch.tensor([last])
+        own = slice(head, head + 1)
+        found.append(attend(q[own], keys[chosen, own], values[chosen, own], rate=1.0))
+    return torch.cat(found)
 
 
 def recur(gates: Tensor, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -211,6 +211,11 @@ class LshSpec(Block):
     buckets: Factor | Annotated[list[Factor], Field(min_length=1)] | None = None
     """Hash values, or factors of their number; by default two for every chunk, in two factors above 128."""
 
+    @property
+    def most_keys(self) -> int:
+        """Keys that a token reads, itself among them, where others are held already."""
+        return self.rounds * self.chunk_length * (1 + self.chunks_before)
+
     @model_validator(mode="after")
     def _check(self) -> LshSpec:
         factors = self.buckets if isinstance(self.buckets, list) else [self.buckets or 2]

@@ -10,16 +10,20 @@ inline void append_bytes(const float* values, int64_t width, int64_t step, int8_
 
 void append(const float* key, const float* value, int64_t type, int64_t width, int64_t position,
             const HeadCache& cache, int64_t value_stride) {
-    const int64_t at = position / LANES * width * LANES + position % LANES;
-    const int64_t row = position * value_stride;
+    const int64_t row = position * value_stride, step = cache.by_rows ? 1 : LANES;
+    const int64_t at = cache.by_rows ? row : position / LANES * width * LANES + position % LANES;
+    if (cache.by_rows) {
+        const int64_t bytes = type_bytes(type);
+        std::memset((char*)cache.keys + (at + width) * bytes, 0, size_t((value_stride - width) * bytes));
+    }
     if (type == INT8) {
-        append_bytes(key, width, LANES, (int8_t*)cache.keys + at, (float*)cache.key_scales + position);
+        append_bytes(key, width, step, (int8_t*)cache.keys + at, (float*)cache.key_scales + position);
         append_bytes(value, width, 1, (int8_t*)cache.values + row, (float*)cache.value_scales + position);
     } else if (type == BFLOAT16) {
-        for (int64_t i = 0; i < width; ++i) ((uint16_t*)cache.keys)[at + i * LANES] = to_bfloat16(key[i]);
+        for (int64_t i = 0; i < width; ++i) ((uint16_t*)cache.keys)[at + i * step] = to_bfloat16(key[i]);
         convert(value, BFLOAT16, width, (uint16_t*)cache.values + row);
     } else {
-        for (int64_t i = 0; i < width; ++i) ((float*)cache.keys)[at + i * LANES] = key[i];
+        for (int64_t i = 0; i < width; ++i) ((float*)cache.keys)[at + i * step] = key[i];
         std::memcpy((float*)cache.values + row, value, size_t(width) * 4);
     }
 }

@@ -60,6 +60,26 @@ bool guarded(char* error, const F& body) {
     return false;
 }
 
+// Whether there are axes for every text of so many positions at most.
+bool can_hash(const Model& model, int64_t capacity) {
+    if (capacity <= model.shape.most_keys) return true;
+    for (size_t at = 0; at < model.axes.size(); ++at) {
+        const int64_t level = int64_t(at) % LEVELS;
+        const bool needed = level >= level_of(model.shape.most_keys) && level <= level_of(capacity - 1);
+        if (needed && !model.axes[at].data) return false;
+    }
+    return true;
+}
+
+template <class F>
+void in_passes(const std::vector<Row>& rows, const sparsecli_shape& shape, const F& body) {
+    for (auto start = rows.begin(); start != rows.end();) {
+        const auto end = start + pass_length(rows, start - rows.begin(), shape);
+        body(std::vector<Row>(start, end));
+        start = end;
+    }
+}
+
 std::string check(const sparsecli_shape& s) {
     const auto wrong = [](const char* what) { return std::string(what) + " is out of range"; };
     if (s.d_model < 1 || s.d_model > 1 << 20) return wrong("d_model");
@@ -94,6 +114,8 @@ std::string check(const sparsecli_shape& s) {
     const bool shared = s.shared_query_key != OWN_KEYS;
     if (s.shared_query_key < OWN_KEYS || s.shared_query_key > MEAN_OF_TWO || (shared && s.heads != s.key_value_heads))
         return wrong("shared_query_key");
+    const int64_t rounds = s.hash_rounds;
+    if (rounds < 0 || rounds > 1 << 16 || (rounds && (s.most_keys < 1 || !shared))) return wrong("hash_rounds");
     if (s.source < NO_SOURCE || s.source > JOINED) return wrong("source");
     if (s.query_modules && (s.source != CROSS_ATTENTION || s.d_model % s.query_modules ||
                             s.heads * s.head_width != s.d_model))
@@ -120,7 +142,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 5 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 6 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* wanted, char* error) {
     const Kernels* found = find_kernels(wanted);
@@ -196,12 +218,37 @@ int64_t sparsecli_ready(sparsecli_engine* engine, char* error) {
     return 0;
 }
 
+int64_t sparsecli_bind_axes(sparsecli_engine* engine, int64_t place, int64_t level, const int64_t* factors,
+                            int64_t count, const float* axes, int64_t elements, char* error) {
+    Model& model = engine->model;
+    const sparsecli_shape& shape = model.shape;
+    const bool fine = guarded(error, [&] {
+        if (!model.hashes() || place < 0 || place >= model.caches() || level < 0 || level >= LEVELS)
+            throw std::runtime_error("axes: no such attention layer or length");
+        int64_t columns = 0, buckets = 1;
+        for (int64_t i = 0; i < count; ++i) {
+            if (factors[i] < 2 || factors[i] % 2 || factors[i] > MOST_BUCKETS / buckets)
+                throw std::runtime_error("axes: so many buckets are out of range");
+            buckets *= factors[i];
+            columns += factors[i] / 2;
+        }
+        columns = round_up(columns * shape.hash_rounds, LANES);
+        if (count < 1 || columns > MOST_AXES) throw std::runtime_error("axes: so many are out of range");
+        if (elements != shape.heads * shape.head_width * columns)
+            throw std::runtime_error("axes: " + std::to_string(elements) + " numbers, expected " +
+                                     std::to_string(shape.heads * shape.head_width * columns));
+        model.axes[size_t(place * LEVELS + level)] = {{factors, factors + count}, buckets, columns, axes};
+    });
+    return fine ? 0 : -1;
+}
+
 sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, int64_t source, char* error) {
     sparsecli_sequence* sequence = nullptr;
     guarded(error, [&] {
         if (!countable(engine->model, capacity, source)) throw std::runtime_error("a sequence cannot be so long");
         auto made = std::make_unique<sparsecli_sequence>();
         made->held.capacity = positions_of(engine->model, capacity, source);
+        if (!can_hash(engine->model, made->held.capacity)) throw std::runtime_error("axes of so long a text are missing");
         made->held.source_capacity = source;
         allocate(made->held, engine->model);
         sequence = made.release();
@@ -237,18 +284,52 @@ int64_t sparsecli_read_source(sparsecli_engine* engine, sparsecli_sequence* sequ
                                      std::to_string(held.source_capacity));
         engine->forward->reserve(rows);
         held.length = held.first = held.source_length = 0;
-        std::vector<Row> chunk;
-        for (int64_t start = 0; start < rows; start += CHUNK) {
-            chunk.clear();
-            for (int64_t i = start; i < std::min(rows, start + CHUNK); ++i)
-                chunk.push_back({&held, i, -1, nullptr, {first + i * shape.d_model, second + i * shape.d_model}});
+        std::vector<Row> all;
+        for (int64_t i = 0; i < rows; ++i)
+            all.push_back({&held, i, -1, nullptr, {first + i * shape.d_model, second + i * shape.d_model}});
+        in_passes(all, shape, [&](const std::vector<Row>& pass) {
             if (engine->model.crosses())
-                engine->forward->remember_source(chunk);
+                engine->forward->remember_source(pass);
             else
-                engine->forward->run(chunk, false);
-        }
+                engine->forward->run(pass, false);
+        });
         held.source_length = rows;
         if (shape.source == JOINED) held.first = held.length = rows;
+    });
+    return fine ? 0 : -1;
+}
+
+int64_t sparsecli_remember(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t place, const float* keys,
+                           const float* values, const float* inputs, const float* output_inputs, const float* states,
+                           int64_t rows, char* error) {
+    const Model& model = engine->model;
+    const sparsecli_shape& shape = model.shape;
+    Sequence& held = sequence->held;
+    const bool fine = guarded(error, [&] {
+        if (place < 0 || place >= model.caches()) throw std::runtime_error("no such attention layer");
+        if (rows < 1 || rows > held.capacity)
+            throw std::runtime_error(std::to_string(rows) + " positions to remember, the sequence holds " +
+                                     std::to_string(held.capacity));
+        const bool recurrent = shape.recurrent_layers && place % shape.attention_layers == 0;
+        const bool convolved = shape.output == MULTIPLICATIVE_CONV_OUTPUT;
+        if (!keys || !values || !inputs == model.convolves() || !output_inputs == convolved || !states == recurrent)
+            throw std::runtime_error("what is to be remembered is not what the model remembers");
+        held.length = held.first = 0;
+        engine->forward->take_over(held, place, keys, values, inputs, output_inputs, states, rows);
+    });
+    return fine ? 0 : -1;
+}
+
+int64_t sparsecli_go_on(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t rows, int64_t source,
+                        char* error) {
+    const bool joined = engine->model.shape.source == JOINED;
+    Sequence& held = sequence->held;
+    const bool fine = guarded(error, [&] {
+        if (engine->model.crosses()) throw std::runtime_error("a model with cross-attention reads its text itself");
+        if (rows < 1 || rows > held.capacity || source < joined || source > (joined ? rows : 0))
+            throw std::runtime_error("so many positions cannot have been read");
+        held.length = rows;
+        held.first = held.source_length = source;
     });
     return fine ? 0 : -1;
 }
@@ -286,11 +367,10 @@ int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* s
                 logits += shape.vocabulary;
             }
         engine->forward->reserve(longest);
-        for (int64_t start = 0; start < count; start += CHUNK) {
-            const std::vector<Row> chunk(rows.begin() + start, rows.begin() + std::min(count, start + CHUNK));
-            engine->forward->run(chunk, engine->profile);
-            for (const Row& row : chunk) row.sequence->length = row.position + 1;
-        }
+        in_passes(rows, shape, [&](const std::vector<Row>& pass) {
+            engine->forward->run(pass, engine->profile);
+            for (const Row& row : pass) row.sequence->length = row.position + 1;
+        });
     });
     return fine ? 0 : valid ? -1 : -2;
 }

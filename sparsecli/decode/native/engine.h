@@ -32,6 +32,8 @@ struct sparsecli_shape {
     int64_t concatenate;       // the two streams are put side by side in the end, not averaged
     int64_t attention_layers;  // of a block with two streams
     int64_t shared_query_key;  // keys are unit queries: 1 of one projection, 2 the mean of two
+    int64_t hash_rounds;       // of attention among keys that hash alike; 0: to all keys
+    int64_t most_keys;         // that a token attends to then, itself among them
     int64_t source;            // what an encoder made: 0 none, 1 attended to, 2 comes before the tokens
     int64_t query_modules;     // of queries to the source; 0: dense
     int64_t recurrent_layers, recurrent_width;  // of the branch beside the feed-forward layer
@@ -59,6 +61,13 @@ int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name
                        int64_t type, const float* scale, int64_t scales, char* error);
 int64_t sparsecli_ready(sparsecli_engine* engine, char* error);  // every tensor there?
 
+// The axes that an attention layer hashes keys on, layers counted in the order of their caches, in a text of
+// 2^(level - 1) + 1 to 2^level positions: (heads, head_width, columns), those of a round side by side, of its first
+// factor first, with as many of each factor as half of it; what fills columns up to a multiple of 16 is zero. They are
+// there before sequences that grow so long are made. The memory stays the caller's.
+int64_t sparsecli_bind_axes(sparsecli_engine* engine, int64_t place, int64_t level, const int64_t* factors,
+                            int64_t count, const float* axes, int64_t elements, char* error);
+
 // With room for `capacity` tokens, 1 to 2^30, after a source of at most `source` rows, 0 to 2^30.
 sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, int64_t source, char* error);
 void sparsecli_sequence_destroy(sparsecli_sequence* sequence);
@@ -71,6 +80,17 @@ int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacit
 // read where there are two and the source is joined.
 int64_t sparsecli_read_source(sparsecli_engine* engine, sparsecli_sequence* sequence, const float* first,
                               const float* second, int64_t rows, char* error);
+
+// What another implementation remembers of the first `rows` positions, for a sequence that goes on from there: of one
+// attention layer after the other keys and values (rows, heads, head_width) and, where the layer has them, inputs of
+// its convolutions (rows, d_model; with what values read beside them 2 d_model), inputs of that of its output (rows,
+// d_model), and states of the recurrent units (recurrent_layers, rows, recurrent_width), of a block with its first
+// layer. The sequence is empty until `sparsecli_go_on` says that all are there, and how many rows were a joined source.
+int64_t sparsecli_remember(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t place, const float* keys,
+                           const float* values, const float* inputs, const float* output_inputs, const float* states,
+                           int64_t rows, char* error);
+int64_t sparsecli_go_on(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t rows, int64_t source,
+                        char* error);
 
 // Adds tokens[i] to sequences[i], `count` of them; the same sequence may come several times, but in a row (a prompt).
 // logits (rows, vocabulary) of every token where all_logits, else of each sequence's last. -2: no such token.

@@ -24,6 +24,8 @@ constexpr int64_t HEAD_LANES = 16;      // equal parts of the vocabulary, each w
 constexpr int64_t CANDIDATES = 4;       // of each part, scored again with exact weights
 constexpr int64_t FETCHED_POSITIONS = 128;  // of each head, before attention begins
 constexpr int64_t MAX_HEAD_WIDTH = 1024;
+constexpr int64_t MOST_AXES = 1 << 17;      // columns of an attention layer's, for all rounds
+constexpr int64_t MOST_BUCKETS = 1 << 30;   // kept as 32-bit numbers
 constexpr int64_t BLOCKS_AT_ONCE = 8;   // whose units many rows share while they are cached
 
 constexpr double UNIT_EPSILON = 1e-6;  // added to the mean square of a shared query before it becomes a key
@@ -52,11 +54,23 @@ struct Row {
     const float* vectors[2] = {};  // of a source, in place of a token: one for each stream
 };
 
+// How many of `rows` from `start` on go through the blocks together. Keys of a sequence that hash have one number of
+// buckets in a pass.
+inline int64_t pass_length(const std::vector<Row>& rows, int64_t start, const sparsecli_shape& shape) {
+    const int64_t most = std::min(int64_t(rows.size()) - start, CHUNK);
+    for (int64_t held = 1; held < most && shape.hash_rounds; ++held) {
+        const Row &last = rows[size_t(start + held - 1)], &next = rows[size_t(start + held)];
+        const bool hashed = next.sequence == last.sequence && next.position >= shape.most_keys;
+        if (hashed && level_of(next.position) != level_of(last.position)) return held;
+    }
+    return most;
+}
+
 struct Worker {
     Buffer<float>*written, *read;  // the stream that layers add to, and the one that they read: the same, if it is one
     Buffer<float> normed, merged, aside, scores, line, recurrent, gates;
     Buffer<int16_t> integers;
-    Buffer<int32_t> sums;
+    Buffer<int32_t> sums, chosen;
     Buffer<uint16_t> halves;
     Buffer<char> scratch;
     std::vector<const void*> taps;
@@ -124,12 +138,15 @@ class Forward {
         }
     }
 
-    // Room for attention scores over `positions`; before the pass, by one thread.
+    // Room for attention scores over `positions`, and for a list of them; before the pass, by one thread.
     void reserve(int64_t positions) {
         if (positions <= score_stride_) return;
         const int64_t stride = round_up(2 * positions, PAD);
         score_stride_ = 0;  // until all of it is there: memory may not suffice
-        for (Worker& worker : workers_) worker.scores.rows(1, QUERIES * stride, QUERIES * stride, false);
+        for (Worker& worker : workers_) {
+            worker.scores.rows(1, QUERIES * stride, QUERIES * stride, false);
+            worker.chosen.rows(model_.hashes() ? 1 : 0, stride, stride, false);
+        }
         score_stride_ = stride;
     }
 
@@ -146,7 +163,12 @@ class Forward {
     // Keys and values of an encoder's output, whose rows have vectors.
     void remember_source(const std::vector<Row>& rows);
 
+    // What another implementation remembers of the first `count` positions, see sparsecli_remember.
+    void take_over(Sequence& sequence, int64_t place, const float* keys, const float* values, const float* inputs,
+                   const float* output_inputs, const float* states, int64_t count);
+
     void run(const std::vector<Row>& rows, bool profile) {
+        for (const Row& row : rows) row.sequence->newest = row.position;
         tokens_ += int64_t(rows.size());
         rows_ = &rows;
         wanted_.clear();
@@ -244,8 +266,16 @@ class Forward {
     void fetch_cache(const KeyValues Sequence::*from, int64_t place, int64_t worker) const;
     int64_t seen(const Row& row, bool source) const;
     void attend(const AttentionLayer& layer, const KeyValues Sequence::*to, int64_t place, int64_t worker);
+    void deliver(const float* y, int64_t t, int64_t head, bool added, int64_t worker);
+    History output_history(int64_t place, int64_t t) const;
     void project_output(const Map& output, int64_t worker);
     void multiply_output(const AttentionLayer& layer, int64_t place, int64_t worker);
+
+    // -- attention among keys that hash alike (forward_hashing.cpp) ---------------------------------------------
+
+    void hash_key(int64_t place, int64_t t, int64_t head, int64_t worker);
+    int64_t choose_keys(const Row& row, int64_t place, int64_t head, int32_t* chosen) const;
+    void attend_alike(int64_t place, int64_t worker);
 
     // -- an encoder's output (forward_source.cpp) ------------------------------------------------------------
 

@@ -34,16 +34,20 @@ void Forward::attention(const AttentionLayer& layer, int64_t place, int64_t work
         });
         mark(worker, MULTIPLY);
     }
-    if (count() == 1) fetch_cache(&Sequence::own, place, worker);
+    if (count() == 1 && !model_.hashes()) fetch_cache(&Sequence::own, place, worker);
     if (!ready) barrier(worker, OTHER);
     each(s.key_value_heads, worker, [&](int64_t t, int64_t begin, int64_t end) {
         for (int64_t head = begin; head < end; ++head) {
             prepare_key(layer, t, head);
             append(&Sequence::own, place, t, head);
+            if (model_.hashes()) hash_key(place, t, head, worker);
         }
     });
     if (!aligned) barrier(worker, ATTENTION);
-    attend(layer, &Sequence::own, place, worker);
+    if (model_.hashes())
+        attend_alike(place, worker);
+    else
+        attend(layer, &Sequence::own, place, worker);
     barrier(worker, ATTENTION);
     if (s.output == DENSE_OUTPUT) project_output(layer.output, worker);
     if (s.output > DENSE_OUTPUT) multiply_output(layer, place, worker);
@@ -137,9 +141,10 @@ void Forward::run_convolution(const Convolution& convolution, const History& fro
 
 HeadCache Forward::head_cache(const KeyValues& held, int64_t place, int64_t head) const {
     const int64_t bytes = type_bytes(shape_.cache_type), at = (place * held.heads + head) * held.positions;
-    return {held.keys.data + at * shape_.head_width * bytes, held.values.data + at * sizes_.value_stride * bytes,
+    const int64_t key_row = held.by_rows ? sizes_.value_stride : shape_.head_width;
+    return {held.keys.data + at * key_row * bytes, held.values.data + at * sizes_.value_stride * bytes,
             held.key_scales.data ? held.key_scales.data + at : nullptr,
-            held.value_scales.data ? held.value_scales.data + at : nullptr};
+            held.value_scales.data ? held.value_scales.data + at : nullptr, held.by_rows};
 }
 
 // A head of queries or keys as attention reads it: normalised where there is a norm, then pairs (i, i + width / 2) of
@@ -228,11 +233,15 @@ void Forward::attend(const AttentionLayer& layer, const KeyValues Sequence::*to,
         }
         k_.attend(queries, lengths, held, shape_.cache_type, width, head_cache(sequence->*to, place, key_head),
                   sizes_.value_stride, rate, scores, score_stride_, out);
-        for (int64_t i = 0; i < held; ++i) {
-            float* into = (added ? residual(owner[i], worker) : mixed_.row(owner[i])) + head_of[i] * width;
-            for (int64_t c = 0; c < width; ++c) into[c] = added ? into[c] + mixed[i][c] : mixed[i][c];
-        }
+        for (int64_t i = 0; i < held; ++i) deliver(mixed[i], owner[i], head_of[i], added, worker);
     }
+}
+
+// What a head of a row read, to the residual stream or to the output projection.
+void Forward::deliver(const float* y, int64_t t, int64_t head, bool added, int64_t worker) {
+    const int64_t width = shape_.head_width;
+    float* into = (added ? residual(t, worker) : mixed_.row(t)) + head * width;
+    for (int64_t c = 0; c < width; ++c) into[c] = added ? into[c] + y[c] : y[c];
 }
 
 void Forward::project_output(const Map& output, int64_t worker) {
@@ -241,22 +250,23 @@ void Forward::project_output(const Map& output, int64_t worker) {
     barrier(worker, PROJECTION);
 }
 
+Forward::History Forward::output_history(int64_t place, int64_t t) const {
+    const Row& row = (*rows_)[size_t(t)];
+    return history_of(row, row.sequence->output_history, place, sizes_.history_row, sizes_.history_margin);
+}
+
 void Forward::multiply_output(const AttentionLayer& layer, int64_t place, int64_t worker) {
     const int64_t width = model_.module_width();
     const bool convolved = shape_.output == MULTIPLICATIVE_CONV_OUTPUT;
-    const auto past = [&](int64_t t) {
-        const Row& row = (*rows_)[size_t(t)];
-        return history_of(row, row.sequence->output_history, place, sizes_.history_row, sizes_.history_margin);
-    };
     each(shape_.modules, worker, [&](int64_t t, int64_t begin, int64_t end) {
         multiply(layer.output, mixed_.row(t), begin, end, m_.row(t), worker);
-        if (convolved) return remember(past(t), m_.row(t), begin * width, end * width);
+        if (convolved) return remember(output_history(place, t), m_.row(t), begin * width, end * width);
         for (int64_t i = begin * width; i < end * width; ++i) residual(t, worker)[i] += m_.row(t)[i];
     });
     barrier(worker, MULTIPLY);
     if (!convolved) return;
     each(shape_.modules, worker, [&](int64_t t, int64_t begin, int64_t end) {
-        run_convolution(layer.output_convolution, past(t), width, width, begin, end, q_.row(t), worker);
+        run_convolution(layer.output_convolution, output_history(place, t), width, width, begin, end, q_.row(t), worker);
         for (int64_t i = begin * width; i < end * width; ++i) residual(t, worker)[i] += q_.row(t)[i];
     });
     barrier(worker, CONVOLUTION);

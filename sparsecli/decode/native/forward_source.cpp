@@ -1,4 +1,5 @@
-// What an encoder made of a source: keys and values of it, and attention to them.
+// What was made elsewhere: keys and values of an encoder's output, with attention to them, and what another
+// implementation remembers of the first positions.
 #include "forward.h"
 
 namespace sparsecli {
@@ -55,6 +56,34 @@ void Forward::convolve_queries(const AttentionLayer& cross, int64_t layer, const
     each(modules, worker, [&](int64_t t, int64_t begin, int64_t end) {
         run_convolution(cross.query_convolution, past(t), width, width, begin, end, q_.row(t), worker);
     });
+}
+
+void Forward::take_over(Sequence& sequence, int64_t place, const float* keys, const float* values, const float* inputs,
+                        const float* output_inputs, const float* states, int64_t count) {
+    const int64_t d = shape_.d_model, width = model_.key_width(), units = shape_.recurrent_width;
+    const int64_t cells = states ? shape_.recurrent_layers : 0, layer = place / shape_.attention_layers;
+    std::vector<Row> rows{{&sequence, 0, -1, nullptr}};
+    rows_ = &rows;
+    for (int64_t position = 0; position < count; ++position) {
+        rows[0].position = position;
+        std::memcpy(k_row_.row(0), keys + position * width, size_t(width) * sizeof(float));
+        std::memcpy(v_.row(0), values + position * width, size_t(width) * sizeof(float));
+        for (int64_t head = 0; head < shape_.key_value_heads; ++head) append(&Sequence::own, place, 0, head);
+        if (inputs) {
+            const float* line = inputs + position * (shape_.value_concat ? 2 * d : d);
+            std::memcpy(m_.row(0), line, size_t(d) * sizeof(float));
+            remember(history(place, 0), m_.row(0), 0, d);
+            if (shape_.value_concat) remember_joined(place, 0, line + d, 0, d);
+        }
+        if (output_inputs) remember(output_history(place, 0), output_inputs + position * d, 0, d);
+        for (int64_t cell = 0; cell < cells; ++cell) {
+            const int64_t at = (layer * cells + cell) * (1 + sequence.capacity) + position + 1;
+            std::memcpy(sequence.states.data + at * units, states + (cell * count + position) * units,
+                        size_t(units) * sizeof(float));
+        }
+    }
+    for (int64_t head = 0; head < shape_.heads && model_.hashes(); ++head)
+        sequence.hashed[size_t(place * shape_.heads + head)] = {};
 }
 
 }  // namespace sparsecli

@@ -63,10 +63,11 @@ struct Activations {
 
 // Keys and values of one layer and one head of one sequence.
 struct HeadCache {
-    const void* keys;           // [position / LANES][width][LANES]
+    const void* keys;           // [position / LANES][width][LANES], or as values
     const void* values;         // [position][value_stride]
     const float* key_scales;    // [position], int8 only
     const float* value_scales;  // [position], int8 only
+    bool by_rows;               // keys lie as values do, filled up with zeros
 };
 
 // One controller block's choices.
@@ -142,6 +143,19 @@ struct Kernels {
     void (*attend)(const float* const* queries, const int64_t* lengths, int64_t count, int64_t type, int64_t width,
                    const HeadCache& cache, int64_t value_stride, float rate, float* scores, int64_t score_stride,
                    float* const* out);
+
+    // buckets[r * stride] = where a key falls in round r: the nearest of the axes (width, columns) of each factor and of
+    // their opposites, which count after them; the first factor is the least significant digit. `along` is room for
+    // `columns` numbers.
+    void (*hash)(const float* key, int64_t width, const float* axes, int64_t columns, const int64_t* factors,
+                 int64_t count, int64_t rounds, float* along, int32_t* buckets, int64_t stride);
+
+    // Positions before `position` that share its bucket in any round, in order; returns how many.
+    int64_t (*find_alike)(const int32_t* buckets, int64_t stride, int64_t rounds, int64_t position, int32_t* found);
+
+    // out = softmax(q K^T) V over `count` chosen positions of a cache whose keys lie by rows.
+    void (*attend_chosen)(const float* query, const int32_t* chosen, int64_t count, int64_t type, int64_t width,
+                          const HeadCache& cache, int64_t value_stride, float* scores, float* out);
 };
 
 // Null where they are not built for this architecture. Whether this processor has the instructions is for the caller

@@ -14,11 +14,12 @@ namespace {
 #include "products.inl"
 #include "controller.inl"
 #include "attention.inl"
+#include "hashing.inl"
 
 constexpr Kernels make_table(const char* name) {
     return {name,      SPLITS,    quantise,      split,         dots,  multiplicative, convolve,  choose,
             unit_dots, unit_sums, residual_dots, residual_sums, fetch, activate,       normalize, convert,
-            widen,     append,    attend};
+            widen,     append,    attend,        hash,          find_alike, attend_chosen};
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The packed tensors of a model, by name: what `sparsecli_bind` fills in and the forward pass reads.
 #pragma once
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -59,6 +60,17 @@ struct Block {
     Map bypass_first, bypass_second;
 };
 
+// What keys of an attention layer are hashed on in texts of some length.
+struct Axes {
+    std::vector<int64_t> factors;  // of the number of buckets
+    int64_t buckets = 0, columns = 0;
+    const float* data = nullptr;  // [head][width][columns]
+};
+
+// The number of buckets goes with the length of a text, rounded up to a power of two.
+constexpr int64_t LEVELS = 32;
+inline int64_t level_of(int64_t position) { return int64_t(std::bit_width(uint64_t(position))); }
+
 struct Slot {
     std::string name;
     Matrix* matrix;
@@ -76,6 +88,7 @@ struct Model {
     Map head;
     std::vector<Block> blocks;
     std::vector<int64_t> chosen_in_blocks;
+    std::vector<Axes> axes;  // [cache][level], null where no sequence needs them
     bool quantised = false, few_bits = false, rounded = false;  // what some weights that meet activations are
     std::vector<std::vector<Slot>> slots;  // the model's own first, then each block's
 
@@ -83,6 +96,9 @@ struct Model {
     int64_t key_width() const { return shape.head_width * shape.key_value_heads; }
     int64_t merged_width() const { return shape.concatenate ? 2 * shape.d_model : shape.d_model; }
     int64_t caches() const { return shape.layers * shape.attention_layers; }  // of keys and values, one after the other
+    bool hashes() const { return shape.hash_rounds > 0; }
+    // Of the text whose last position is given.
+    const Axes& axes_of(int64_t place, int64_t last) const { return axes[size_t(place * LEVELS + level_of(last))]; }
     bool crosses() const { return shape.source == CROSS_ATTENTION; }
     int64_t query_module_width() const { return shape.query_modules ? shape.d_model / shape.query_modules : 0; }
     int64_t parts() const { return shape.gated ? 3 : 2; }
@@ -133,6 +149,7 @@ struct Model {
     explicit Model(const sparsecli_shape& given)
         : shape(given), blocks(size_t(given.layers)), chosen_in_blocks(given.units_per_block, given.units_per_block + given.layers) {
         shape.units_per_block = chosen_in_blocks.data();
+        axes.resize(size_t(hashes() ? caches() * LEVELS : 0));
         std::vector<Slot> own;
         const int64_t d = shape.d_model, vocabulary = shape.vocabulary;
         own.push_back({"embedding", &embedding, Layout::ROWS, vocabulary, d});

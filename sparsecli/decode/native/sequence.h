@@ -1,6 +1,7 @@
 // What is remembered of one sequence, and how much memory that takes.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "memory.h"
 #include "model.h"
@@ -10,15 +11,24 @@ namespace sparsecli {
 // Keys and values of several attention layers, every head's on its own, `positions` each.
 struct KeyValues {
     int64_t positions = 0, heads = 0;
+    bool by_rows = false;  // a key's numbers lie side by side, as a value's do: some of the keys are read
     Buffer<char> keys, values;
     Buffer<float> key_scales, value_scales;
+};
+
+// Keys of a head that have buckets: so many from the first, each in one of so many.
+struct Hashed {
+    int64_t positions = 0, buckets = 0;
 };
 
 struct Sequence {
     int64_t capacity, length = 0;  // positions; where a source is joined it takes the first ones
     int64_t source_capacity = 0, source_length = 0;  // rows of an encoder's output
     int64_t first = 0;  // position of the first token
+    int64_t newest = 0;  // position of the pass that is running
     KeyValues own, source;
+    Buffer<int32_t> buckets;     // of keys: [cache][head][round][position]
+    std::vector<Hashed> hashed;  // [cache][head]
     Buffer<char> history, value_history, output_history, query_history;  // inputs of convolutions, all positions
     Buffer<float> states;  // of recurrent units after every position
 };
@@ -44,11 +54,12 @@ struct CacheSizes {
 struct KeyValueBytes {
     int64_t keys, values, scales;
 
-    KeyValueBytes(const Model& model, int64_t caches, int64_t heads, int64_t positions) {
+    KeyValueBytes(const Model& model, int64_t caches, int64_t heads, int64_t positions, bool by_rows) {
         const sparsecli_shape& s = model.shape;
         const int64_t held = caches * heads * round_up(positions, LANES);
-        keys = held * s.head_width * type_bytes(s.cache_type);
-        values = held * CacheSizes(model).value_stride * type_bytes(s.cache_type);
+        const int64_t row = CacheSizes(model).value_stride;
+        keys = held * (by_rows ? row : s.head_width) * type_bytes(s.cache_type);
+        values = held * row * type_bytes(s.cache_type);
         scales = s.cache_type == INT8 ? held * int64_t(sizeof(float)) : 0;
     }
 
@@ -58,11 +69,11 @@ struct KeyValueBytes {
 // Bytes of a sequence's buffers; 0: the model does not have it.
 struct CacheBytes {
     KeyValueBytes own, source;
-    int64_t history, value_history, output_history, query_history, states;
+    int64_t history, value_history, output_history, query_history, states, buckets;
 
     CacheBytes(const Model& model, int64_t capacity, int64_t source_rows)
-        : own(model, model.caches(), model.shape.key_value_heads, capacity),
-          source(model, model.crosses() ? model.shape.layers : 0, model.shape.heads, source_rows) {
+        : own(model, model.caches(), model.shape.key_value_heads, capacity, model.hashes()),
+          source(model, model.crosses() ? model.shape.layers : 0, model.shape.heads, source_rows, false) {
         const sparsecli_shape& s = model.shape;
         const CacheSizes sizes(model);
         const int64_t rows = (s.kernel - 1 + capacity) * type_bytes(s.history_type);
@@ -72,10 +83,11 @@ struct CacheBytes {
         output_history = s.output == MULTIPLICATIVE_CONV_OUTPUT ? model.caches() * rows * sizes.history_row : 0;
         query_history = s.query_modules ? s.layers * rows * sizes.query_history_row : 0;
         states = s.layers * s.recurrent_layers * (1 + capacity) * s.recurrent_width * int64_t(sizeof(float));
+        buckets = model.caches() * s.heads * s.hash_rounds * round_up(capacity, LANES) * int64_t(sizeof(int32_t));
     }
 
     int64_t all() const {
-        return own.all() + source.all() + history + value_history + output_history + query_history + states;
+        return own.all() + source.all() + history + value_history + output_history + query_history + states + buckets;
     }
 };
 
@@ -106,6 +118,9 @@ inline void allocate(Sequence& sequence, const Model& model) {
     const sparsecli_shape& s = model.shape;
     const CacheBytes b(model, sequence.capacity, sequence.source_capacity);
     allocate(sequence.own, b.own, s.key_value_heads, sequence.capacity, s.poison);
+    sequence.own.by_rows = model.hashes();
+    sequence.buckets.bytes(b.buckets, s.poison);
+    sequence.hashed.resize(size_t(model.hashes() ? model.caches() * s.heads : 0));
     allocate(sequence.source, b.source, s.heads, sequence.source_capacity, s.poison);
     sequence.history.bytes(b.history, false);  // margins and what precedes the first position are zero
     sequence.value_history.bytes(b.value_history, false);

@@ -42,6 +42,13 @@ def default_buckets(length: int, chunk_length: int) -> list[int]:
     return [first, 2 * math.ceil(buckets / (2 * first))]
 
 
+def factors_of(spec: LshSpec, length: int) -> list[int]:
+    """Factors of the number of buckets for `length` tokens."""
+    if spec.buckets is None:
+        return default_buckets(length, spec.chunk_length)
+    return spec.buckets if isinstance(spec.buckets, list) else [spec.buckets]
+
+
 def draw_rotations(
     heads: int, width: int, rounds: int, factors: Sequence[int], generator: torch.Generator | None = None
 ) -> Tensor:
@@ -50,6 +57,13 @@ def draw_rotations(
     They are drawn on the CPU, so that every device hashes alike; from torch's global generator where none is given.
     """
     return torch.randn(1, heads, width, rounds, sum(factors) // 2, generator=generator)
+
+
+@lru_cache(maxsize=256)
+def fixed_rotations(layer: int, heads: int, width: int, rounds: int, factors: tuple[int, ...]) -> Tensor:
+    """Those of an attention layer in evaluation, always the same."""
+    generator = torch.Generator().manual_seed(SEED + layer)
+    return draw_rotations(heads, width, rounds, factors, generator)
 
 
 def hash_buckets(q: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
@@ -141,7 +155,7 @@ class HashedAttention(nn.Module):
         if memory is not None:
             hidden = torch.zeros(len(q), new, dtype=torch.bool, device=q.device) if valid is None else ~valid
             hidden = memory.record("hidden", hidden.unsqueeze(-1), held).squeeze(-1)
-            if held and held + new > self.most_keys:
+            if held and held + new > self.spec.most_keys:
                 return self._attend_alike(q, k, v, hidden, memory)
             # Not hashed, and so no row of a text that was here before may pass for theirs.
             unhashed = hidden.new_zeros(len(q), new, self.spec.rounds * q.shape[1] + 1, dtype=torch.int32)
@@ -153,27 +167,15 @@ class HashedAttention(nn.Module):
         mask = None if valid is None else valid[:, None, None]
         return attend_shared(q, k, v, mask, self.causal, dropout)
 
-    @property
-    def most_keys(self) -> int:
-        """Keys that a query reads where positions are held already."""
-        return self.spec.rounds * self.spec.chunk_length * (1 + self.spec.chunks_before)
-
-    def factors(self, length: int) -> list[int]:
-        """Factors of the number of buckets for `length` tokens."""
-        buckets = self.spec.buckets
-        if buckets is None:
-            return default_buckets(length, self.spec.chunk_length)
-        return buckets if isinstance(buckets, list) else [buckets]
-
     def _rotations(self, q: Tensor, factors: list[int]) -> Tensor:
         heads, width = q.shape[1], q.shape[3]
         if self.training:
             return draw_rotations(heads, width, self.spec.rounds, factors)
-        return _fixed_rotations(self.layer, heads, width, self.spec.rounds, tuple(factors))
+        return fixed_rotations(self.layer, heads, width, self.spec.rounds, tuple(factors))
 
     def order(self, q: Tensor, valid: Tensor | None = None, rotations: Tensor | None = None) -> Tensor:
         """Positions sorted by bucket in each round, int64 (B, H, rounds, T), of q (B, H, T, d_head); padding last."""
-        factors = self.factors(q.shape[2])
+        factors = factors_of(self.spec, q.shape[2])
         count = math.prod(factors)
         # Drawn whether or not they are needed again, so that what is drawn after them stays the same.
         axes = self._rotations(q, factors) if rotations is None else rotations
@@ -216,7 +218,7 @@ class HashedAttention(nn.Module):
         for part in q.split(16, dim=2):  # few queries at once, as each gathers its own keys
             end += part.shape[2]
             seen = k[:, :, :end], v[:, :, :end], buckets[:, :end], hidden[:, :end]
-            parts.append(attend_alike(part, *seen, self.most_keys))
+            parts.append(attend_alike(part, *seen, self.spec.most_keys))
         return torch.cat(parts, dim=2)
 
     def _held_buckets(self, k: Tensor, held: int, memory: BucketMemory) -> Tensor:
@@ -226,7 +228,7 @@ class HashedAttention(nn.Module):
         ends with the number that it was hashed for, or with 0.
         """
         heads, total = k.shape[1], k.shape[2]
-        factors = self.factors(1 << (total - 1).bit_length())
+        factors = factors_of(self.spec, 1 << (total - 1).bit_length())
         count = math.prod(factors)
 
         def rows(keys: Tensor) -> Tensor:
@@ -237,9 +239,3 @@ class HashedAttention(nn.Module):
         if int(buckets[0, held - 1, -1]) != count:
             buckets = memory.record("buckets", rows(k), 0)
         return buckets[..., :-1].unflatten(2, (self.spec.rounds, heads))
-
-
-@lru_cache(maxsize=256)
-def _fixed_rotations(layer: int, heads: int, width: int, rounds: int, factors: tuple[int, ...]) -> Tensor:
-    generator = torch.Generator().manual_seed(SEED + layer)
-    return draw_rotations(heads, width, rounds, factors, generator)

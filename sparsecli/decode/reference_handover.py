@@ -1,0 +1,41 @@
+"""What PyTorch remembers of a text, as the engine's readable twin takes it over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sparsecli.decode.handover import Remembered
+from sparsecli.decode.layout import modules_of
+from sparsecli.decode.reference import Reference
+from sparsecli.decode.reference_kernels import join, remember
+
+
+def go_on(reference: Reference, layers: Sequence[Remembered], source: int = 0) -> None:
+    """Begin a sequence with what PyTorch remembers of its beginning, see `Engine.go_on`."""
+    spec, precision = reference.spec, reference.precision
+    reference.memory.clear()
+    reference.length, reference.first = layers[0].positions, source
+
+    def keep(name: str, rows: np.ndarray | None, kind: str) -> None:
+        if rows is not None:
+            reference.memory[name] = [remember(row, kind) for row in torch.from_numpy(rows)]
+
+    for place, layer in enumerate(layers):
+        index, second = divmod(place, spec.attention_layers)
+        block = f"blocks.{index}."
+        attention = f"{block}second." if second else block
+        keep(f"{attention}keys", layer.keys, precision.cache)
+        keep(f"{attention}values", layer.values, precision.cache)
+        if layer.inputs is not None:
+            inputs = torch.from_numpy(layer.inputs)
+            m, x = inputs.split((spec.d_model, inputs.shape[1] - spec.d_model), dim=1)
+            keep(f"{attention}shared", m.numpy(), precision.convolution)
+            how, modules = spec.attention.value_concat, modules_of(spec)
+            joined = [join(*row, how, modules) for row in zip(m, x, strict=True)]
+            keep(f"{attention}joined", torch.stack(joined).numpy(), precision.convolution)
+        keep(f"{attention}output", layer.output_inputs, precision.convolution)
+        for cell, states in enumerate(() if layer.states is None else layer.states):
+            keep(f"{block}sru.cells.{cell}", states, "float32")

@@ -1,0 +1,95 @@
+"""A model as the native engine is told of it: the fields of `sparsecli_shape` (native/engine.h)."""
+
+from __future__ import annotations
+
+from sparsecli.decode.layout import crosses, joins, modules_of, query_modules_of
+from sparsecli.decode.native import Shape
+from sparsecli.decode.packing import PackedModel
+from sparsecli.model.architecture import ModelSpec
+
+TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}
+ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh")
+FEED_FORWARDS = ("dense", "sparse", "mixture", "selector", "precision")
+PROJECTIONS = ("dense", "multiplicative", "dense_conv", "multiplicative_conv")
+OUTPUTS = ("none", "dense", "multiplicative", "multiplicative_conv")
+POSITIONS = (
+    "learned",
+    "sinusoidal",
+    "rotary",
+)  # digits and coordinates are packed as a table, like learned ones
+CONCATENATIONS = ("none", "modules", "whole")
+
+
+def shape_of(model: PackedModel, poison: bool) -> Shape:
+    """All fields but `units_per_block`, which is memory of the caller."""
+    spec, precision = model.spec, model.precision
+    attention, vocabulary = spec.attention, spec.vocabulary
+    shape = Shape(
+        d_model=spec.d_model,
+        layers=spec.layers,
+        heads=spec.heads,
+        head_width=spec.width_of_head,
+        key_value_heads=attention.key_value_heads or spec.heads,
+        max_positions=spec.max_positions,
+        vocabulary=vocabulary.size,
+        projection=PROJECTIONS.index(attention.projection),
+        output=OUTPUTS.index(attention.output),
+        modules=modules_of(spec),
+        kernel=attention.kernel,
+        value_concat=CONCATENATIONS.index(attention.value_concat),
+        query_key_norm=attention.query_key_norm,
+        query_rank=spec.query_rank or 0,
+        key_rank=spec.key_rank or 0,
+        rms=spec.normalization == "rms",
+        positions=POSITIONS.index(spec.positions) if spec.positions in POSITIONS else 0,
+        rotary_width=spec.rotary_width if spec.positions == "rotary" else 0,
+        parallel=spec.parallel,
+        streams=2 if spec.residual == "reversible" else 1,
+        concatenate=spec.merge == "concatenate",
+        attention_layers=spec.attention_layers,
+        shared_query_key=(1 if attention.share_query_key else 2) if attention.shares_query_key else 0,
+        hash_rounds=attention.hashing.rounds if attention.hashing else 0,
+        most_keys=attention.hashing.most_keys if attention.hashing else 0,
+        source=1 if crosses(spec) else 2 if joins(spec) else 0,
+        query_modules=query_modules_of(spec) or 0,
+        recurrent_layers=spec.sru.layers if spec.sru else 0,
+        recurrent_width=spec.sru.width if spec.sru else 0,
+        head_modules=vocabulary.modules if vocabulary.kind == "multiplicative" else 0,
+        cache_type=TYPE_CODES[precision.cache],
+        history_type=TYPE_CODES[precision.convolution],
+        units_on_disk=model.from_disk,
+        poison=poison,
+        epsilon=spec.normalization_epsilon,
+        embedding_scale=spec.embedding_scale,
+    )
+    _describe_feed_forward(shape, spec)
+    return shape
+
+
+def _describe_feed_forward(shape: Shape, spec: ModelSpec) -> None:
+    feed_forward = spec.feed_forward
+    shape.feed_forward = FEED_FORWARDS.index(feed_forward.kind)
+    shape.d_ff = feed_forward.d_ff
+    shape.activation = ACTIVATIONS.index(feed_forward.activation)
+    if feed_forward.kind == "mixture":  # native/engine.h: the units of an expert, and experts
+        shape.block_size, shape.rank = feed_forward.d_ff // feed_forward.experts, feed_forward.experts
+        shape.probability_gate = feed_forward.gate == "probability"
+        return
+    shape.gated = feed_forward.gated
+    if feed_forward.kind == "dense":
+        return
+    shape.block_size = feed_forward.block_size
+    if feed_forward.kind == "sparse":
+        shape.rank, shape.probability_gate = feed_forward.rank, feed_forward.gate == "probability"
+    elif feed_forward.kind == "selector":
+        shape.rank, shape.positive = feed_forward.bypass, feed_forward.choice == "positive"
+
+
+def units_per_block(spec: ModelSpec) -> list[int]:
+    """k of every layer; experts a token of a mixture."""
+    feed_forward = spec.feed_forward
+    if feed_forward.kind == "dense":
+        return [0] * spec.layers
+    if feed_forward.kind == "mixture":
+        return [feed_forward.experts_per_token] * spec.layers
+    return [spec.units_per_block(layer) for layer in range(spec.layers)]
