@@ -13,6 +13,7 @@ from sparsecli.bench import long_attention
 from sparsecli.bench.long_attention import brought_together, mass_found, mass_of_model
 from sparsecli.console import Failure
 from sparsecli.data.tokenization import train_byte_pairs
+from sparsecli.decode import native
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.configuration import TerraformerConfig
 from sparsecli.model.layers.lsh import HashedAttention
@@ -63,6 +64,39 @@ def test_a_row_for_every_length(
     long_attention.main()
     printed = capsys.readouterr().out
     assert [int(row) for row in re.findall(r"^ +(48|96) ", printed, re.MULTILINE)] == [48, 96] * tables
+
+
+MODEL = """
+model: {d_model: 32, layers: 2, heads: 2, max_positions: 16, feed_forward: {kind: dense, d_ff: 64},
+        attention: {kind: lsh, lsh: {chunk_length: 8}, projection: multiplicative_conv, value_concat: whole},
+        residual: reversible, vocabulary: {kind: dense, size: 40}, sru: {width: 4}}
+"""
+JOINED = ["model.encoder={layers: 1, max_positions: 16, read_by: {kind: joined}}", "model.attention_layers=2"]
+
+
+@pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
+@pytest.mark.parametrize("overrides", [[], JOINED], ids=["alone", "joined"])
+def test_whole_models_decode_after_long_texts(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(MODEL)
+    arguments = [str(recipe), *overrides, "--lengths", "20", "100", "--rounds", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["long_attention", "model", *arguments])
+    long_attention.main()
+    printed = capsys.readouterr().out
+    assert re.findall(r"^ *(20|100) +(full|hashed) ", printed, re.MULTILINE) == [
+        (length, attention) for length in ("20", "100") for attention in ("full", "hashed")
+    ]
+
+
+def test_full_attention_has_nothing_to_compare_itself_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["long_attention", "model", "quickstart"])
+    with pytest.raises(SystemExit):
+        long_attention.main()
+    assert "needs attention.kind: lsh" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_model_with_an_encoder_is_refused_in_one_line(

@@ -2,11 +2,14 @@
 
     python -m sparsecli.bench.long_attention time --lengths 1024 4096 16384 65536
     python -m sparsecli.bench.long_attention decode --lengths 16384
+    python -m sparsecli.bench.long_attention model terraformer-arxiv --lengths 4096 16384
     python -m sparsecli.bench.long_attention mass runs/my-model TEXT
 
 `time` and `decode` compare with torch's fused attention on random vectors, one layer and one sequence, in float32;
-hashing, sorting and unit-length keys count. `mass` reads text with a trained model and says what share of full
-attention's weights (queries as keys, a token's own weight left out) falls on keys that hashing brings together.
+hashing, sorting and unit-length keys count. `model` decodes with a whole model of random weights in the native engine,
+after so many tokens (of a joined source, where there is an encoder), and says what a token takes of time and memory.
+`mass` reads text with a trained model and says what share of full attention's weights (queries as keys, a token's own
+weight left out) falls on keys that hashing brings together.
 """
 
 from __future__ import annotations
@@ -24,12 +27,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecli import console
+from sparsecli.bench import long_decoding
 from sparsecli.model.cache import DecodeLayer
 from sparsecli.model.checkpoint import load_network, load_tokenizer, read_config
 from sparsecli.model.folder import find_model
 from sparsecli.model.layers.lsh import HashedAttention
 from sparsecli.model.layers.shared_query_key import unit_keys
 from sparsecli.model.parts import LshSpec
+from sparsecli.recipe.loader import load
 
 WIDTH = 64
 
@@ -176,18 +181,37 @@ def main() -> None:
         timed.add_argument("--chunk-length", type=int, default=64)
         timed.add_argument("--repeats", type=int, default=3 if name == "time" else 50)
         timed.add_argument("--device", default="cpu")
+    model = what.add_parser("model")
+    model.add_argument("recipe", help="of a decoder with hashed attention; overrides may follow", nargs="+")
+    model.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384], help="tokens")
+    model.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "int8"))
+    model.add_argument("--threads", type=int, default=None)
+    model.add_argument("--layers", type=int, default=None, help="build so many blocks only")
+    model.add_argument("--rounds", type=int, default=5, help="turns of either attention")
     mass = what.add_parser("mass")
     mass.add_argument("model", help="folder of a trained model, or of its run")
     mass.add_argument("text", type=Path, help="file to read with it")
     mass.add_argument("--length", type=int, default=2048, help="tokens")
     mass.add_argument("--rounds", type=int, nargs="+", default=[1, 2, 4, 8])
     given = parser.parse_args()
+    try:
+        _run(given)
+    except console.Failure as failure:
+        console.fail(failure)
+        sys.exit(failure.exit_code)
+
+
+def _run(given: argparse.Namespace) -> None:
+    if given.what == "model":
+        model = load(given.recipe[0], given.recipe[1:]).recipe.model
+        if model is None:
+            raise console.Failure(f"{given.recipe[0]}: has no model: block")
+        options = given.dtype, given.threads, given.layers, given.rounds
+        measured = list(long_decoding.compare(model, given.lengths, *options))
+        long_decoding.print_table(measured, f"one token of {given.recipe[0]}, {given.dtype}")
+        return
     if given.what == "mass":
-        try:
-            shares = mass_of_model(find_model(given.model), given.text, given.length, given.rounds)
-        except console.Failure as failure:
-            console.fail(failure)
-            sys.exit(failure.exit_code)
+        shares = mass_of_model(find_model(given.model), given.text, given.length, given.rounds)
         rows = [(number, f"{share:.1%}") for number, share in zip(given.rounds, shares, strict=True)]
         console.print_table(("rounds", "attention mass found"), rows)
         return

@@ -166,7 +166,7 @@ class Engine:
         handle = self._library.sparsecli_sequence_create(self.handle, capacity, source, self._error)
         if not handle:
             raise Failure(f"{positions} positions need {needed / 1e9:.1f} GB of cache: {self._message()}")
-        return Sequence(self, ctypes.c_void_p(handle), capacity)
+        return Sequence(self, ctypes.c_void_p(handle), capacity, needed)
 
     def read_source(self, sequence: Sequence, source: np.ndarray) -> None:
         """Begin `sequence` anew with an encoder's output (L, d), or its two streams (2, L, d).
@@ -314,10 +314,11 @@ class Engine:
 
 
 class Sequence:
-    """Keys, values and convolution inputs of a source and the tokens so far, with room for `capacity` tokens."""
+    """Keys, values and convolution inputs of a source and the tokens so far, with room for `capacity` tokens: `nbytes`
+    of memory."""
 
-    def __init__(self, engine: Engine, handle: ctypes.c_void_p, capacity: int) -> None:
-        self.engine, self._handle, self.capacity = engine, handle, capacity
+    def __init__(self, engine: Engine, handle: ctypes.c_void_p, capacity: int, nbytes: int) -> None:
+        self.engine, self._handle, self.capacity, self.nbytes = engine, handle, capacity, nbytes
         self._destroy = weakref.finalize(self, engine._library.sparsecli_sequence_destroy, handle)
 
     def close(self) -> None:

@@ -1,0 +1,139 @@
+"""Whole models that go on from a long text, with full and with hashed attention: time and memory of a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsecli import console
+from sparsecli.bench import traffic, variants
+from sparsecli.bench.measure import Turn, measure, spread
+from sparsecli.bench.report import Spread
+from sparsecli.bench.weights import Pools, largest, packed_elements, packed_model
+from sparsecli.decode.engine import Engine
+from sparsecli.decode.handover import Remembered
+from sparsecli.decode.layout import convolves, crosses, joins
+from sparsecli.decode.packing import Precision
+from sparsecli.model.architecture import ModelSpec
+
+TOKENS, WARM_UP = 8, 4
+"""Of a turn. The first token after a text hashes all of its keys, and does not count."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A token after `length` others, or after a joined source of so many."""
+
+    length: int
+    attention: str
+    ms_per_token: Spread
+    cache_bytes: int
+    """Of the sequence: keys, values, buckets, what convolutions and recurrent units remember."""
+    bytes_per_token: int
+    bytes_of_cache: int
+    """Of those, what is read of keys, values and buckets, and to hash."""
+
+
+class LongDecoder:
+    """A sequence that begins with random memories instead of a text: see `measure.Decoder`."""
+
+    def __init__(self, engine: Engine, layers: Sequence[Remembered]) -> None:
+        spec, held = engine.model.spec, layers[0].positions
+        source = held if joins(spec) else 0
+        self.engine, self.begun = engine, held - source
+        self.text = engine.sequence(self.begun + TOKENS + WARM_UP, source)
+        engine.go_on(self.text, layers, source)
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """See `Decoder.prefill`; it has happened."""
+
+    def rewind(self) -> None:
+        """See `Decoder.rewind`."""
+        self.text.truncate(self.begun)
+
+    def step(self, token: int) -> tuple[int, int]:
+        """See `Decoder.step`."""
+        return int(self.engine.step(self.text, token).argmax()), self.engine.block_stack_ns
+
+
+def random_memories(spec: ModelSpec, length: int) -> list[Remembered]:
+    """The same numbers for every layer, with keys of unit length."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, np.float32)
+
+    heads = spec.attention.key_value_heads or spec.heads
+    keys = normal(length, heads, spec.width_of_head)
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    joined = 1 if spec.attention.value_concat == "none" else 2
+    memory = Remembered(
+        keys,
+        normal(length, heads, spec.width_of_head),
+        normal(length, joined * spec.d_model) if convolves(spec) else None,
+        normal(length, spec.d_model) if spec.attention.output == "multiplicative_conv" else None,
+    )
+    states = normal(spec.sru.layers, length, spec.sru.width) if spec.sru else None
+    first = Remembered(memory.keys, memory.values, memory.inputs, memory.output_inputs, states)
+    return [first, *[memory] * (spec.attention_layers - 1)] * spec.layers
+
+
+def compare(
+    spec: ModelSpec, lengths: Sequence[int], dtype: str, threads: int | None, layers: int | None, rounds: int
+) -> Iterator[Decoding]:
+    """Both attentions in turn at every length, on random weights; `layers`: build so many blocks only.
+
+    Raises:
+        Failure: attention that is not hashed, cross-attention, or too little memory.
+    """
+    if spec.attention.hashing is None or crosses(spec):
+        raise console.Failure(
+            "needs attention.kind: lsh, in a decoder alone or one that a source is joined to"
+        )
+    precision = Precision.of(dtype)
+    spec = variants.with_positions(variants.part(spec, layers), max(lengths) + TOKENS + WARM_UP)
+    both = {"full": spec.unhashed, "hashed": spec}
+    pools = Pools.of(largest([packed_elements(each, precision) for each in both.values()]))
+    engines = {name: Engine(packed_model(each, precision, pools), threads) for name, each in both.items()}
+    with closing(engines["full"]), closing(engines["hashed"]):
+        for length in lengths:
+            memories = random_memories(spec, length)
+            decoders = {name: LongDecoder(engine, memories) for name, engine in engines.items()}
+            turns = {
+                name: Turn(each, spec.vocabulary.size, spec.layers, spec.layers, steps=TOKENS, warmup=WARM_UP)
+                for name, each in decoders.items()
+            }
+            with console.progress(f"after {length:,} tokens", len(turns) * (1 + rounds)) as progress:
+                measure(list(turns.values()), rounds, 0, progress)
+            for name, turn in turns.items():
+                source, context = (length, 0) if joins(spec) else (0, length)
+                read = traffic.bytes_per_token(both[name], precision, context, source=source)
+                weights = traffic.bytes_per_token(both[name], precision, context=0)
+                text = decoders[name].text
+                yield Decoding(length, name, spread(turn.token_ms), text.nbytes, read, read - weights)
+                text.close()
+
+
+def print_table(found: Sequence[Decoding], title: str) -> None:
+    """A row for each attention and length."""
+    console.print_table(
+        ("tokens", "attention", "ms a token", "p10", "p90", "cache, MB", "read, MB a token", "of it cache"),
+        [
+            (
+                *(f"{row.length:,}", row.attention),
+                *(
+                    f"{value:,.2f}"
+                    for value in (row.ms_per_token.p50, row.ms_per_token.p10, row.ms_per_token.p90)
+                ),
+                *(
+                    f"{size / 1e6:,.1f}"
+                    for size in (row.cache_bytes, row.bytes_per_token, row.bytes_of_cache)
+                ),
+            )
+            for row in found
+        ],
+        title=title,
+    )
