@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -960,6 +961,12 @@ def test_a_dry_run_builds_nothing(
     assert "MB / token" in shown.out
     assert "1 thread, context 8" in shown.out
     assert "files to be written: none" in shown.err
+    command.run(loaded(), dry_run=True, format="json", output=Path("result.json"))
+    plan = json.loads(capsys.readouterr().out)
+    assert plan.keys() == {"dry_run", "rows", "memory_bytes", "disk_bytes", "output"}
+    assert {row["context"] for row in plan["rows"]} == {8}
+    assert (plan["dry_run"], plan["disk_bytes"], plan["output"]) == (True, None, "result.json")
+    assert plan["memory_bytes"] > 0
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".csv", "variant,"), (".md", "| variant"), (".json", "{")])
@@ -998,6 +1005,23 @@ def test_a_trained_run_brings_its_held_out_loss(tmp_path: Path) -> None:
     assert (row.variant, row.held_out_nats, row.speedup) == ("my-run", 3.25, None)
     assert measured.recipe is None
     assert Result.model_validate_json(table.as_json(measured)) == measured
+
+
+@pytest.mark.parametrize(("positions", "context"), [(24, 18), (400, 64)])
+def test_the_default_context_is_what_a_trained_run_has_positions_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], positions: int, context: int
+) -> None:
+    """Of which two warm up and four are measured."""
+    run = trained(tmp_path / "run", max_positions=positions)
+    recipe = loaded()
+    plain = recipe.recipe.model_copy(update={"bench": None})
+    command.run(replace(recipe, recipe=plain), models=[str(run)], dry_run=True, format="json")
+    assert {row["context"] for row in json.loads(capsys.readouterr().out)["rows"]} == {context}
+    if positions < 64:
+        with pytest.raises(
+            console.Failure, match=r"70 positions are needed .* has 24; use a smaller --context"
+        ):
+            command.run(replace(recipe, recipe=plain), models=[str(run)], context=[64], dry_run=True)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,17 @@ def test_given_layers_recover_most_of_the_loss(
     assert not (tmp_path / "again").exists()
 
 
+def test_of_a_model_that_is_sparse_and_has_an_encoder_the_encoder_is_told() -> None:
+    """Which is why it cannot be converted, whatever its layers are."""
+    model, convert = load("terraformer-copy").recipe.model, load("quickstart-convert").recipe.convert
+    assert model
+    assert convert
+    with pytest.raises(
+        RecipeError, match=r"^r\.yaml: convert\.model: it has an encoder; decoders of one stream"
+    ):
+        command._candidates(model, convert, "r.yaml")
+
+
 def test_a_search_keeps_its_budget(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None) -> None:
     loaded, dense = dense_run
     report = command.run(search(loaded, "perplexity +3 %"), model=str(dense), output=tmp_path / "found")

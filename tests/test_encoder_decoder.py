@@ -241,6 +241,11 @@ def test_what_cannot_be_read_is_refused_in_one_line(name: str) -> None:
         model(input_ids=ids, attention_mask=torch.ones(1, 4), decoder_input_ids=ids)
     with pytest.raises(ValueError, match="pass input_ids or inputs_embeds"):
         model(decoder_input_ids=ids)
+    for given in ({}, {"decoder_input_ids": ids, "decoder_inputs_embeds": torch.zeros(1, 3, 32)}):
+        with pytest.raises(
+            ValueError, match=r"^the target is missing or there twice: pass .* `generate` needs none"
+        ):
+            model(input_ids=ids, **given)
     if model.model.position_embedding is not None:
         with pytest.raises(
             ValueError, match="a source of 25 tokens is longer than the encoder's max_positions 24"
@@ -248,6 +253,16 @@ def test_what_cannot_be_read_is_refused_in_one_line(name: str) -> None:
             model(**sources(25), decoder_input_ids=ids)
         with pytest.raises(ValueError, match="41 positions are more than max_positions 40"):
             model(**sources(5), decoder_input_ids=targets(1, 41))
+        with pytest.raises(
+            ValueError, match=r"more than max_positions 40; .* `generate` adds \(max_new_tokens\) may"
+        ):
+            model.generate(**sources(5), max_new_tokens=60, eos_token_id=None)
+
+
+@torch.no_grad()
+def test_labels_that_count_nothing_give_no_number_as_in_t5() -> None:
+    model = build("cross-attention")
+    assert model(**sources(5), labels=torch.full((1, 3), -100)).loss.isnan()
 
 
 def test_axial_positions_reach_as_far_as_the_source() -> None:

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsecli.console import RecipeError
+from sparsecli.model.parts import Block
 from sparsecli.model.sizes import disagreement
 from sparsecli.recipe import commands, loader
 from sparsecli.recipe.schema import Recipe
@@ -554,3 +557,86 @@ def test_schema_describes_every_field(capsys):
         if "description" not in value and key not in ("kind", "source")
     ]
     assert undocumented == []
+
+
+# -- closed unions -------------------------------------------------------------------------------------------
+
+
+def unions(block: type[Block], path: tuple[str, ...] = (), inside: dict | None = None) -> Iterator[Any]:
+    """Every union of blocks below `block`: its path, tag field, tags, and the blocks of a recipe that lead there."""
+    for name, field in block.model_fields.items():
+        members, here = [], field.annotation
+        waiting, is_list, tag = [here], False, field.discriminator
+        while waiting:
+            each = waiting.pop(0)
+            if isinstance(each, type) and issubclass(each, Block):
+                members.append(each)
+            for extra in getattr(each, "__metadata__", ()):
+                tag = tag or getattr(extra, "discriminator", None)
+            is_list = is_list or get_origin(each) is list
+            waiting += [inner for inner in get_args(each) if not isinstance(inner, str)]
+
+        def leading(value: object, name: str = name, is_list: bool = is_list) -> dict:
+            return {**(inside or {}), name: [value] if is_list else value}
+
+        further = (*path, f"{name}[0]" if is_list else name)
+        if len(members) > 1:
+            tags = [get_args(member.model_fields[tag].annotation)[0] for member in members]
+            yield ".".join(further), tag, tags, leading
+        for member in members:
+            of_union = {tag: get_args(member.model_fields[tag].annotation)[0]} if len(members) > 1 else {}
+            for place, key, choices, inner in unions(member, further, of_union):
+                yield place, key, choices, lambda value, inner=inner, leading=leading: leading(inner(value))
+
+
+UNIONS = list(unions(Recipe))
+
+
+def test_unions_are_found():
+    places = {place for place, *_ in UNIONS}
+    assert {
+        "data",
+        "data.pairs",
+        "model.feed_forward",
+        "model.encoder.read_by",
+        "convert.attention",
+    } <= places
+    assert len(UNIONS) >= 12
+
+
+@pytest.mark.parametrize(("place", "tag", "choices", "blocks"), UNIONS)
+def test_every_union_names_its_choices(place, tag, choices, blocks):
+    for wrong in ("nonsense", choices[0][:-1] or "x"):
+        with pytest.raises(RecipeError) as caught:
+            loader.parse(json.dumps(blocks({tag: wrong})), "r")
+        (line,) = [line for line in caught.value.message.splitlines() if f" {place}.{tag}: " in line]
+        expected = f" {place}.{tag}: expected one of {', '.join(choices)}, got '{wrong}'"
+        assert line.partition(expected)[2] in ("", f", did you mean {choices[0]}?"), line
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "100000",
+            "(model.attention.lsh.buckets): expected a whole number of at least 2 and of at most 32768 or a non-",
+        ),
+        (
+            "[2, 100000]",
+            "buckets): model.attention.lsh.buckets[1]: expected a whole number of at least 2 and of at most 32768, ",
+        ),
+        (
+            "[]",
+            "(model.attention.lsh.buckets): expected a whole number of at least 2 and of at most 32768 or a non-",
+        ),
+        (
+            "many",
+            "(model.attention.lsh.buckets): expected a whole number of at least 2 and of at most 32768 or a non-",
+        ),
+    ],
+)
+def test_a_number_or_a_list_is_one_line(value, message):
+    with pytest.raises(RecipeError) as caught:
+        loader.load("terraformer-copy-lsh", [f"model.attention.lsh.buckets={value}"])
+    assert message in caught.value.message
+    assert "\n" not in caught.value.message

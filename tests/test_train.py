@@ -185,6 +185,9 @@ def test_result_is_on_stdout_and_talk_is_not(
     assert result is not None
     captured = capsys.readouterr()
     assert f"{result.held_out_nats:.4f}" in captured.out
+    assert "bits per byte" in captured.out
+    assert "KL to the teacher" not in captured.out
+    assert "—" not in captured.out
     assert str(tmp_path / "run" / "model") in captured.out
     assert "training: 1/1" in captured.err
     assert "train_runtime" not in captured.out + captured.err
@@ -266,6 +269,40 @@ def test_interrupt_ends_with_130_and_says_how_to_go_on(tiny: LoadedRecipe, tmp_p
     assert f"sparsecli train {output}/recipe.yaml --resume auto" in stopped.value.message
     assert "\n" not in stopped.value.message
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("further", [1, 2])
+def test_a_second_signal_leaves_the_checkpoint_to_be_written(
+    finished: tuple[Path, Result],
+    tiny: LoadedRecipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    further: int,
+) -> None:
+    """A third one does not; then nothing of it is there."""
+    output, before = tmp_path / "run", loop.seal
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        for _ in range(further):
+            os.kill(os.getpid(), signal.SIGINT)
+        return before(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 5, send(signal.SIGINT))
+        patch.setattr(
+            loop,
+            "seal",
+            lambda written, *args: (interrupted if "-5" in written.name else before)(written, *args),
+        )
+        with pytest.raises(Stopped if further == 1 else KeyboardInterrupt):
+            run(tiny, output=output)
+    told = "stopping with a checkpoint after this step; a further signal ends at once, without it"
+    assert capsys.readouterr().err.splitlines().count(told) == 1
+    newest, skipped = checkpoint.newest_sound(output / "checkpoints")
+    assert newest is not None
+    assert (newest.name, skipped) == (f"checkpoint-{5 if further == 1 else 4}", [])
+    run(tiny, output=output, resume="auto")
+    assert_same_run(output, finished[0])
 
 
 def test_signal_during_evaluation_cuts_it_short(

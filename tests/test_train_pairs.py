@@ -256,6 +256,23 @@ def test_an_encoder_goes_on_with_hashing(folder: Path, finished: Path, model: di
         run(recipe(folder, "shared", model=shared, train=start), output=tmp_path / "shared")
 
 
+def test_a_start_that_is_not_there_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = r"^train\.init_from: runs/terraformer-c4: no such folder; .*; train\.init_from=null starts from random w"
+    with pytest.raises(Failure, match=message):
+        run(load("terraformer-arxiv"), output=tmp_path / "run", dry_run=True)
+    run(load("terraformer-arxiv", ["train.init_from=null"]), output=tmp_path / "run", dry_run=True)
+
+
+def test_figures_that_say_nothing_of_symbols_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    result = trainer.Result(
+        steps=1, held_out_nats=4.5, bits_per_byte=1.25, tokens_per_second=0.0, exact_match=0.5
+    )
+    trainer._print_result(result, load("terraformer-copy").recipe, Path("runs/copy"))
+    shown = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()[3:] if line.strip()]
+    assert shown == ["held-out nats per token", "copied exactly", "model"]
+
+
 def test_the_plan_says_at_most_how_many_tokens(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

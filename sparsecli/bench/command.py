@@ -88,6 +88,8 @@ def run(
     bench = (loaded.recipe.bench or BenchSpec.model_construct(variants=[])).model_copy(update=chosen)
     folder = disk_folder or Path()
     candidates = variants.choose(_candidates(loaded, models), dense=dense, sparse=sparse, names=names)
+    if "context" not in bench.model_fields_set:
+        bench = bench.model_copy(update={"context": [_context(bench, candidates)]})
     what = _plan(bench, candidates, models)
     processor = Processor(
         cpu=machine.processor()[0],
@@ -105,7 +107,7 @@ def run(
     if compared and what.candidates and (warning := variants.check_same_size(what.candidates)):
         console.warn(warning)
     if dry_run:
-        _show_plan(what, output, folder)
+        _show_plan(what, output, folder, format)
         return None
     plan.check_memory(what)
 
@@ -137,6 +139,14 @@ def _candidates(loaded: LoadedRecipe, models: Sequence[str]) -> list[Candidate]:
             "`sparsecli bench bench-800m` measures the paper's shapes"
         )
     return variants.from_recipe(recipe.model, recipe.bench)
+
+
+def _context(bench: BenchSpec, candidates: Sequence[Candidate]) -> int:
+    """The default context, or the longest that the trained models have positions for."""
+    positions = [candidate.spec.max_positions for candidate in candidates if candidate.run]
+    [default] = BenchSpec.model_fields["context"].default
+    longest = min(positions, default=default) - bench.warmup_tokens - bench.tokens_per_round
+    return max(1, min(default, longest)) if positions else default
 
 
 def _plan(bench: BenchSpec, candidates: Sequence[Candidate], models: Sequence[str]) -> Plan:
@@ -220,7 +230,20 @@ def _positive(option: str, values: Sequence[int] | None) -> list[int] | None:
     return list(dict.fromkeys(values)) if values else None
 
 
-def _show_plan(what: Plan, output: Path | None, folder: Path) -> None:
+def _show_plan(what: Plan, output: Path | None, folder: Path, format: str) -> None:
+    """The rows without their figures, memory, disk and files; in `format`, what is not JSON as a table."""
+    disk_bytes = sum(plan.packed_bytes(what, model) for model in what.models) if what.from_disk else None
+    if format == "json":
+        console.json_out(
+            {
+                "dry_run": True,
+                "rows": [subject.model_dump(mode="json") for subject in what.subjects()],
+                "memory_bytes": plan.needed_bytes(what),
+                "disk_bytes": disk_bytes,
+                "output": str(output) if output else None,
+            }
+        )
+        return
     rows = [
         (
             subject.variant + (" *" if subject.projected else ""),
@@ -246,9 +269,8 @@ def _show_plan(what: Plan, output: Path | None, folder: Path) -> None:
     if any(subject.projected for subject in what.subjects()):
         console.say("* projected: some of its blocks would be measured and their time multiplied out")
     console.say(f"memory needed: about {plan.needed_bytes(what) / 1e9:.1f} GB")
-    if what.from_disk:
-        needed = sum(plan.packed_bytes(what, model) for model in what.models)
-        console.say(f"disk needed meanwhile: {needed / 1e9:.1f} GB in {folder.absolute()}")
+    if disk_bytes is not None:
+        console.say(f"disk needed meanwhile: {disk_bytes / 1e9:.1f} GB in {folder.absolute()}")
     console.say(f"files to be written: {output or 'none'}")
 
 

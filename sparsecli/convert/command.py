@@ -120,14 +120,14 @@ def _candidates(dense: ModelSpec, convert: ConvertSpec, file: str) -> list[Candi
     Raises:
         RecipeError: the model is not dense, or nothing fits it.
     """
+    if dense.encoder or dense.residual == "reversible":
+        what = "has an encoder" if dense.encoder else "is reversible"
+        raise RecipeError(f"{file}: convert.model: it {what}; decoders of one stream are converted")
     layer = dense.feed_forward
     if not isinstance(layer, DenseFeedForwardSpec):
         raise RecipeError(
             f"{file}: convert.model: its feed-forward layers are {layer.kind} already, not dense"
         )
-    if dense.encoder or dense.residual == "reversible":
-        what = "has an encoder" if dense.encoder else "is reversible"
-        raise RecipeError(f"{file}: convert.model: it {what}; decoders of one stream are converted")
     if dense.low_bit != LowBitSpec():
         raise RecipeError(f"{file}: convert.model: is in few bits already")
     if layer.gated and layer.bias:

@@ -108,7 +108,8 @@ class Decoder(ScalingTransformerPreTrainedModel):
         if self.position_embedding is not None:
             if (positions := held + x.shape[1]) > self.config.max_positions:
                 raise ValueError(
-                    f"{positions} positions are more than max_positions {self.config.max_positions}"
+                    f"{positions} positions are more than max_positions {self.config.max_positions}; what is given "
+                    "and what `generate` adds (max_new_tokens) may not be longer together"
                 )
             # A row for each sequence: in training they may count from different numbers.
             x = x + self.position_embedding(position_ids.expand(x.shape[:2])).to(x.dtype)

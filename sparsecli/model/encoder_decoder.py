@@ -76,8 +76,13 @@ class EncoderDecoder(Decoder):
             past_key_values: earlier positions, a `DecodeCache`; with `use_cache` one is made where it is None.
             output_hidden_states: also return the decoder's stream before each block and after the norm.
         Raises:
-            ValueError: see `encode`; also a target past max_positions, or a cache of another kind.
+            ValueError: see `encode`; also no target, one past max_positions, or a cache of another kind.
         """
+        if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
+            raise ValueError(
+                "the target is missing or there twice: pass decoder_input_ids or decoder_inputs_embeds, one of them, "
+                "or labels to a model with a loss; `generate` needs none and writes it"
+            )
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds)
         rows = encoder_outputs[0]
@@ -174,8 +179,8 @@ class ConditionalGeneration(LanguageModel):
 
         Args:
             labels: (B, T), the target. The decoder's input, unless it is given, is that shifted right by one; -100
-                and padding are left out of the loss. A decoder that hashes does not see those at the end of a target,
-                unless decoder_attention_mask is given.
+                and padding are left out of the loss, which is NaN where nothing is left, as T5's is. A decoder that
+                hashes does not see those at the end of a target, unless decoder_attention_mask is given.
             logits_to_keep: compute the logits of this many last positions only (0: all).
         The other arguments are those of `EncoderDecoder.forward`.
         """

@@ -63,9 +63,11 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(read.data) if not read.problems else None
     except ValidationError as error:
-        for entry in error.errors(include_url=False):
-            path, message = messages.explain(entry)
-            read.problems.append(Problem(read.place(path), path, message))
+        explained = [messages.explain(entry) for entry in error.errors(include_url=False)]
+        for where, message in explained:
+            # What is wrong within a list says more than that it is not the number that it might be, too.
+            if not any(where == other[: len(where)] and where != other for other, _ in explained):
+                read.problems.append(Problem(read.place(where), where, message))
     if read.problems or recipe is None:
         lines = dict.fromkeys(str(problem) for problem in sorted(read.problems, key=lambda p: p.place))
         raise RecipeError("\n".join(lines))

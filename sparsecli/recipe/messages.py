@@ -63,6 +63,8 @@ def _follow(loc: Iterable[Any]) -> tuple[Path, Field, type[Block] | None]:
         elif len(blocks) > 1:
             here = next(((block, ()) for block in blocks if _tag(block) == part), here)
             continue
+        elif not blocks and len(_alternatives(here[0])) > 1:
+            continue  # pydantic's own name for a number or a list
         else:
             owner = blocks[0] if blocks else None
             info = owner.model_fields.get(part) if owner else None
@@ -96,7 +98,7 @@ def _tag(block: type[Block]) -> str | None:
     """`sparse` for the block whose `kind` is always `sparse`; None for a block outside of unions."""
     for name in TAGS:
         field = block.model_fields.get(name)
-        if field and get_origin(field.annotation) is Literal and field.is_required():
+        if field and get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
             return str(get_args(field.annotation)[0])
     return None
 

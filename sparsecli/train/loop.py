@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sparsecli.console import Stopped, first_process, progress
+from sparsecli.console import Stopped, first_process, progress, say
 from sparsecli.data.examples import Examples, PairExamples
 from sparsecli.data.ordering import SimilarLengths
 from sparsecli.model.layers.feed_forward import Controller, MixtureFeedForward
@@ -81,7 +82,11 @@ def training_arguments(
 
 
 class Signals:
-    """Takes note of SIGTERM and SIGINT while open; a second one does what it always does."""
+    """Takes note of SIGTERM and SIGINT while open.
+
+    A second one changes nothing: the checkpoint that the first asked for may be half-written. A third one does what it
+    always does.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -97,8 +102,12 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        if self.received is None:
+            self.received = signal.Signals(number)
+            return
         self.__exit__()
+        with suppress(RuntimeError):  # it came while something else was being said
+            say("stopping with a checkpoint after this step; a further signal ends at once, without it")
 
 
 class LanguageModelTrainer(Trainer):

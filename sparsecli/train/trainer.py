@@ -92,7 +92,7 @@ def run(
         if not first:
             return None
         say(f"{output}: this run is finished; nothing to do")
-        _print_result(Result(**figures), output)
+        _print_result(Result(**figures), recipe, output)
         return Result(**figures)
     if resume:
         say(
@@ -115,7 +115,7 @@ def run(
     with run_directory.writing(output, run_directory.go_on(output)):
         result = _train(recipe, prepared, arguments, output, checkpoint, first)
     if result:
-        _print_result(result, output)
+        _print_result(result, recipe, output)
         if result.rouge:
             _print_samples(output)
     return result
@@ -134,7 +134,11 @@ def _resolved(loaded: LoadedRecipe) -> Recipe:
     assert recipe.data
     assert recipe.train
     if start:
-        folder = find_model(start)
+        try:
+            folder = find_model(start)
+        except Failure as failure:
+            instead = "; train.init_from=null starts from random weights" if recipe.model else ""
+            raise Failure(f"train.init_from: {failure}{instead}") from None
         spec = read_description(folder).spec
         model = recipe.model or spec
         differ = run_directory.differences(spec.unhashed, model.unhashed)
@@ -208,23 +212,22 @@ def _longest(data: DataSpec) -> tuple[int, int]:
     return data.sequence_length, data.sequence_length
 
 
-def _print_result(result: Result, output: Path) -> None:
-    def show(value: float | None, digits: str) -> str | None:
-        return None if value is None else format(value, digits)
-
-    rows = [
-        ("held-out nats per token", show(result.held_out_nats, ".4f")),
-        ("held-out bits per byte", show(result.bits_per_byte, ".4f")),
-        ("training tokens per second", show(result.tokens_per_second, ",.0f")),
-        ("units never chosen", show(result.never_chosen, ".2%")),
-        ("balance of choices", show(result.balance, ".4f")),
-        ("KL to the teacher", show(result.kl_to_teacher, ".4f")),
+def _print_result(result: Result, recipe: Recipe, output: Path) -> None:
+    """The figures that there are and that say something of such a model and such data."""
+    symbols = isinstance(recipe.data, CopyTask)  # which are no bytes
+    figures = [
+        ("held-out nats per token", result.held_out_nats, ".4f"),
+        ("held-out bits per byte", None if symbols else result.bits_per_byte, ".4f"),
+        ("training tokens per second", result.tokens_per_second or None, ",.0f"),
+        ("units never chosen", result.never_chosen, ".2%"),
+        ("balance of choices", result.balance, ".4f"),
+        ("KL to the teacher", result.kl_to_teacher, ".4f"),
+        ("copied exactly", result.exact_match, ".2%"),
     ]
-    if result.exact_match is not None:
-        rows.append(("copied exactly", show(result.exact_match, ".2%")))
-    for label, figures in (("ROUGE-1, 2, Lsum", result.rouge), ("the same of the lead", result.lead_rouge)):
-        if figures:
-            rows.append((label, ", ".join(f"{value:.1f}" for value in figures.values())))
+    rows = [(label, format(value, digits)) for label, value, digits in figures if value is not None]
+    for label, scores in (("ROUGE-1, 2, Lsum", result.rouge), ("the same of the lead", result.lead_rouge)):
+        if scores:
+            rows.append((label, ", ".join(f"{value:.1f}" for value in scores.values())))
     print_table(["result", ""], [*rows, ("model", str(output / "model"))])
 
 
