@@ -282,18 +282,14 @@ def test_a_second_signal_leaves_the_checkpoint_to_be_written(
     """A third one does not; then nothing of it is there."""
     output, before = tmp_path / "run", loop.seal
 
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        for _ in range(further):
+    def interrupted(written: Path, *args: Any) -> Any:
+        for _ in range(further if written.name == "checkpoint-5" else 0):
             os.kill(os.getpid(), signal.SIGINT)
-        return before(*args, **kwargs)
+        return before(written, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 5, send(signal.SIGINT))
-        patch.setattr(
-            loop,
-            "seal",
-            lambda written, *args: (interrupted if "-5" in written.name else before)(written, *args),
-        )
+        patch.setattr(loop, "seal", interrupted)
         with pytest.raises(Stopped if further == 1 else KeyboardInterrupt):
             run(tiny, output=output)
     told = "stopping with a checkpoint after this step; a further signal ends at once, without it"
