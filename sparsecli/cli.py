@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 import traceback
 from contextlib import suppress
@@ -13,7 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sparsecli import __version__, console
+from sparsecli.arguments import (
+    AsJson,
+    DryRun,
+    Dtype,
+    Format,
+    Model,
+    OptionalRecipe,
+    Output,
+    Overrides,
+    RecipeArgument,
+    Seed,
+    Threads,
+    WeightDtype,
+    numbers,
+    percent,
+)
 from sparsecli.console import Failure, RecipeError
+from sparsecli.prompt import read_prompt
+from sparsecli.recipe_cli import recipes
 
 if TYPE_CHECKING:
     from sparsecli.recipe.loader import LoadedRecipe
@@ -27,7 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, copy and check recipes.")
 app.add_typer(recipes, name="recipes")
 
 debug = False
@@ -79,45 +95,6 @@ def _global(
 ) -> None:
     global debug
     debug = show_traceback
-
-
-# -- arguments that commands share ---------------------------------------------------------------------------
-
-
-def _shipped(incomplete: str) -> list[str]:
-    from sparsecli.recipe.loader import shipped
-
-    return [name for name in shipped() if name.startswith(incomplete)]
-
-
-RECIPE_HELP = "Recipe: a file, or the name of a shipped one."
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help=RECIPE_HELP, autocompletion=_shipped, show_default=False)
-]
-OptionalRecipe = Annotated[
-    str | None,
-    typer.Argument(metavar="RECIPE", help=RECIPE_HELP, autocompletion=_shipped, show_default=False),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Changes to the recipe.", show_default=False),
-]
-Seed = Annotated[
-    int | None, typer.Option(min=0, metavar="N", help="In place of the recipe's seed.", show_default=False)
-]
-Output = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write to.", show_default=False)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, max=256, metavar="N", help="CPU threads.", show_default=False)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
-Model = Annotated[
-    str | None,
-    typer.Option(metavar="DIR", help="A run, or a folder of a Hugging Face model.", show_default=False),
-]
-Format = Literal["table", "json", "csv", "markdown"]
-Dtype = Literal["float32", "bfloat16", "int8"]
-WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
 
 
 def _load(reference: str, overrides: list[str] | None, seed: int | None = None) -> LoadedRecipe:
@@ -287,7 +264,7 @@ def generate(
     }
     defaults = loaded.recipe.generate if loaded else GenerateSpec()
     options = with_options(defaults, {name: value for name, value in given.items() if value is not None})
-    text = _prompt(prompt, prompt_file, input_file, options.prompt)
+    text = read_prompt(prompt, prompt_file, input_file, options.prompt)
     from sparsecli import generate as implementation
 
     implementation.run(
@@ -305,45 +282,6 @@ def generate(
         threads=threads,
         chat=chat,
     )
-
-
-def _prompt(text: str | None, prompt_file: Path | None, input_file: Path | None, default: str | None) -> str:
-    """The prompt from the one place that was named; else from a pipe; else the recipe's."""
-    named = {"--prompt": text, "--prompt-file": prompt_file, "--input": input_file}
-    given = [option for option, value in named.items() if value is not None]
-    if len(given) > 1:
-        raise Failure(f"{' and '.join(given)}: give one of them", exit_code=2)
-    file = prompt_file or input_file
-    if file is not None and str(file) != "-":
-        return _decode(file.read_bytes(), str(file))
-    if text == "-" or file is not None:
-        return _decode(sys.stdin.buffer.read(), "stdin")
-    if text is not None:
-        return text
-    if _piped() and (piped := sys.stdin.buffer.read()):
-        return _decode(piped, "stdin")
-    if default is None:
-        raise Failure(
-            "no prompt: give --prompt TEXT, --prompt-file FILE or --input FILE, or pipe text in", exit_code=2
-        )
-    return default
-
-
-def _piped() -> bool:
-    """Whether stdin is a pipe or a file; a terminal, or the null device of a service, has no prompt to read."""
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError, AttributeError):
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
-def _decode(content: bytes, source: str) -> str:
-    """UTF-8 text without the line end that editors and `echo` put last."""
-    try:
-        return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise Failure(f"{source}: byte {error.start} is not UTF-8 text") from None
 
 
 @app.command(
@@ -409,28 +347,6 @@ def pack(
     implementation.run(model=model, output=output, dtype=dtype, dry_run=dry_run)
 
 
-def _percent(text: str) -> float:
-    """`5%` or `0.05` as 0.05."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise typer.BadParameter(f"{text!r}; expected a share such as 5% or 0.05")
-    return value
-
-
-def _numbers(text: str) -> list[int]:
-    """`64,2048` as [64, 2048]."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = [0]
-    if min(values) < 1:
-        raise typer.BadParameter(f"{text!r}; expected whole numbers above 0, such as 1,2")
-    return values
-
-
 @app.command(
     epilog="Example: sparsecli bench bench-800m --dtype bfloat16 --against base.json --fail-above 5%"
 )
@@ -474,16 +390,16 @@ def bench(
         ),
     ] = None,
     threads: Annotated[
-        Any, typer.Option(parser=_numbers, metavar="N,...", help="CPU threads.", show_default=False)
+        Any, typer.Option(parser=numbers, metavar="N,...", help="CPU threads.", show_default=False)
     ] = None,
     context: Annotated[
         Any,
         typer.Option(
-            parser=_numbers, metavar="N,...", help="Tokens in the cache at the start.", show_default=False
+            parser=numbers, metavar="N,...", help="Tokens in the cache at the start.", show_default=False
         ),
     ] = None,
     batch: Annotated[
-        Any, typer.Option(parser=_numbers, metavar="N,...", help="Sequences at once.", show_default=False)
+        Any, typer.Option(parser=numbers, metavar="N,...", help="Sequences at once.", show_default=False)
     ] = None,
     prefill: Annotated[
         int | None,
@@ -515,7 +431,7 @@ def bench(
     fail_above: Annotated[
         Any,
         typer.Option(
-            parser=_percent, metavar="PERCENT", help="Exit 3 when slower than that.", show_default=False
+            parser=percent, metavar="PERCENT", help="Exit 3 when slower than that.", show_default=False
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -568,55 +484,3 @@ def doctor(
     from sparsecli import doctor as implementation
 
     implementation.run("json" if json else format)
-
-
-# -- recipes -------------------------------------------------------------------------------------------------
-
-
-@recipes.command("ls")
-def recipes_list() -> None:
-    """List the shipped recipes."""
-    from sparsecli.recipe import commands
-
-    commands.list_shipped()
-
-
-@recipes.command("show")
-def recipes_show(recipe: RecipeArgument) -> None:
-    """Print a recipe."""
-    from sparsecli.recipe import commands
-
-    commands.show(recipe)
-
-
-@recipes.command("cp", epilog="Example: sparsecli recipes cp quickstart mine.yaml")
-def recipes_copy(
-    recipe: RecipeArgument,
-    destination: Annotated[
-        Path | None, typer.Argument(help="File or folder; here by default.", show_default=False)
-    ] = None,
-) -> None:
-    """Copy a recipe, to change it; never overwrites."""
-    from sparsecli.recipe import commands
-
-    commands.copy(recipe, destination)
-
-
-@recipes.command("check")
-def recipes_check(
-    recipe: Annotated[
-        list[str], typer.Argument(metavar="RECIPE...", help=RECIPE_HELP, autocompletion=_shipped)
-    ],
-) -> None:
-    """Check recipes and count their parameters."""
-    from sparsecli.recipe import commands
-
-    commands.check(recipe)
-
-
-@recipes.command("schema")
-def recipes_schema() -> None:
-    """Print the JSON schema of a recipe, for editors."""
-    from sparsecli.recipe import commands
-
-    commands.schema()

@@ -16,6 +16,7 @@ import pytest
 
 import sparsecli
 from sparsecli import cli, console
+from sparsecli.arguments import shipped_names
 from sparsecli.recipe.loader import shipped
 
 PROGRAM = [sys.executable, "-c", "from sparsecli.cli import main; main()"]
@@ -383,7 +384,7 @@ def test_recipes(run, capsys, tmp_path):
 
 
 def test_completion_offers_shipped_recipes():
-    assert sorted(cli._shipped("bench-8")) == ["bench-800m", "bench-800m-sparsity"]
+    assert sorted(shipped_names("bench-8")) == ["bench-800m", "bench-800m-sparsity"]
 
 
 def test_every_command_is_documented():

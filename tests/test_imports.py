@@ -70,10 +70,16 @@ LAYERS |= {
     "sparsecli.convert": BELOW_COMMANDS
     | {f"sparsecli.{name}" for name in ("convert", "train", "bench", "decode", "interchange")},
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},
+    "sparsecli.arguments": {"sparsecli.recipe"},
+    "sparsecli.prompt": {"sparsecli.console"},
+    "sparsecli.recipe_cli": {"sparsecli.arguments", "sparsecli.recipe"},
     "sparsecli.cli": BELOW_COMMANDS
     | {
         f"sparsecli.{name}"
-        for name in ("train", "generate", "pack", "bench", "convert", "doctor", "interchange")
+        for name in (
+            *("train", "generate", "pack", "bench", "convert", "doctor", "interchange"),
+            *("arguments", "prompt", "recipe_cli"),
+        )
     },
     "sparsecli.__main__": {"sparsecli.cli"},
 }

@@ -1,4 +1,4 @@
-"""Families of foreign models: what their configuration means in ours, and under which names their tensors lie."""
+"""Families of foreign models: under which names their tensors lie, and what reads their configuration."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from typing import Any
 import torch
 
 from sparsecli.console import Failure
+from sparsecli.interchange.configurations import (
+    read_gemma,
+    read_gpt2,
+    read_gpt_neox,
+    read_llama,
+    read_mistral,
+    read_opt,
+    read_qwen2,
+    read_qwen3,
+)
 from sparsecli.interchange.forms import (
     ONE_LESS,
     POSITIONS_BEHIND,
@@ -22,18 +32,6 @@ from sparsecli.interchange.forms import (
 )
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.tensors import Shape, tensor_shapes
-
-ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-}
-"""Their names of activations; three of them are the same formula."""
 
 # Tables of constants that old files carry.
 BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
@@ -153,166 +151,6 @@ def family_of(kind: object) -> Family:
     return FAMILIES[kind]
 
 
-# -- what configurations mean ----------------------------------------------------------------------------------
-
-
-def _activation(config: Any, name: str) -> str:
-    kind = getattr(config, name)
-    if kind not in ACTIVATIONS:
-        raise Failure(f"{name}: {kind!r} is not an activation of ours ({', '.join(ACTIVATIONS)})")
-    return ACTIVATIONS[kind]
-
-
-def _demand(config: Any, name: str, value: object) -> None:
-    """Raise Failure unless the field `name` has the only value that ours can express."""
-    given = getattr(config, name, value)
-    if given != value:
-        raise Failure(f"{name}: {given!r} is not supported, only {value!r}")
-
-
-def _rotary(config: Any) -> dict[str, Any]:
-    given = config.rope_parameters
-    kind = given.get("rope_type", "default")
-    scaling: dict[str, Any] | None = None
-    if kind == "linear":
-        scaling = {"kind": "linear", "factor": _number(given, "factor")}
-    elif kind == "llama3":
-        scaling = {
-            "kind": "llama3",
-            "factor": _number(given, "factor"),
-            "low_frequency_factor": _number(given, "low_freq_factor"),
-            "high_frequency_factor": _number(given, "high_freq_factor"),
-            "original_positions": int(_number(given, "original_max_position_embeddings")),
-        }
-    elif kind != "default":
-        raise Failure(f"rope_parameters.rope_type: {kind!r} is not supported (default, linear, llama3)")
-    return {"positions": "rotary", "rotary_base": _number(given, "rope_theta"), "rotary_scaling": scaling}
-
-
-def _number(given: Mapping[str, Any], name: str) -> float:
-    value = given.get(name)
-    if not isinstance(value, int | float):
-        raise Failure(f"rope_parameters.{name}: {value!r} is not a number")
-    return float(value)
-
-
-def _llama(
-    config: Any, *, biases: tuple[bool, bool], mlp_bias: bool = False, norms: bool = False
-) -> dict[str, Any]:
-    """A gated model with RMS norms; `biases` are those of queries, keys and values, and of the output."""
-    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1:
-        raise Failure(
-            "rope_parameters.partial_rotary_factor: only whole heads are turned in this architecture"
-        )
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {
-        "d_model": config.hidden_size,
-        "layers": config.num_hidden_layers,
-        "heads": heads,
-        "head_width": None if width * heads == config.hidden_size else width,
-        "max_positions": min(
-            config.max_position_embeddings, _window(config) or config.max_position_embeddings
-        ),
-        "normalization": "rms",
-        "normalization_epsilon": config.rms_norm_eps,
-        "attention": {
-            "projection": "dense",
-            "key_value_heads": None if config.num_key_value_heads == heads else config.num_key_value_heads,
-            "bias": biases[0],
-            "output_bias": None if biases[0] == biases[1] else biases[1],
-            "query_key_norm": norms,
-        },
-        "feed_forward": {
-            "kind": "dense",
-            "d_ff": config.intermediate_size,
-            "activation": _activation(config, "hidden_act"),
-            "gated": True,
-            "bias": mlp_bias,
-        },
-        **_rotary(config),
-    }
-
-
-def _window(config: Any) -> int | None:
-    """Positions that a layer looks back, where any layer looks back less far than the whole context."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-def _read_llama(config: Any) -> dict[str, Any]:
-    return _llama(config, biases=(config.attention_bias,) * 2, mlp_bias=config.mlp_bias)
-
-
-def _read_mistral(config: Any) -> dict[str, Any]:
-    return _llama(config, biases=(False, False))
-
-
-def _read_qwen2(config: Any) -> dict[str, Any]:
-    return _llama(config, biases=(True, False))
-
-
-def _read_qwen3(config: Any) -> dict[str, Any]:
-    return _llama(config, biases=(config.attention_bias,) * 2, norms=True)
-
-
-def _read_gemma(config: Any) -> dict[str, Any]:
-    if config.use_bidirectional_attention:
-        raise Failure("use_bidirectional_attention: only causal attention is supported")
-    fields = _llama(config, biases=(config.attention_bias,) * 2)
-    return {**fields, "embedding_scale": config.hidden_size**0.5}
-
-
-def _two_matrices(config: Any, d_ff: int, activation: str, bias: bool = True) -> dict[str, Any]:
-    """A model with layer norms and an ungated feed-forward layer."""
-    return {
-        "d_model": config.hidden_size,
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "max_positions": config.max_position_embeddings,
-        "normalization": "layer",
-        "attention": {"projection": "dense", "bias": bias},
-        "feed_forward": {
-            "kind": "dense",
-            "d_ff": d_ff,
-            "activation": _activation(config, activation),
-            "bias": bias,
-        },
-        "positions": "learned",
-    }
-
-
-def _read_gpt2(config: Any) -> dict[str, Any]:
-    _demand(config, "scale_attn_weights", True)
-    _demand(config, "scale_attn_by_inverse_layer_idx", False)
-    _demand(config, "add_cross_attention", False)
-    fields = _two_matrices(config, config.n_inner or 4 * config.n_embd, "activation_function")
-    return {**fields, "normalization_epsilon": config.layer_norm_epsilon}
-
-
-def _read_opt(config: Any) -> dict[str, Any]:
-    _demand(config, "do_layer_norm_before", True)
-    _demand(config, "_remove_final_layer_norm", False)
-    _demand(config, "layer_norm_elementwise_affine", True)
-    _demand(config, "word_embed_proj_dim", config.hidden_size)
-    fields = _two_matrices(config, config.ffn_dim, "activation_function", config.enable_bias)
-    return {**fields, "normalization_epsilon": 1e-5}
-
-
-def _read_gpt_neox(config: Any) -> dict[str, Any]:
-    fields = _two_matrices(config, config.intermediate_size, "hidden_act")
-    fields["attention"]["bias"] = config.attention_bias
-    return {
-        **fields,
-        **_rotary(config),
-        "rotary_fraction": float(config.rope_parameters.get("partial_rotary_factor", 1.0)),
-        "parallel": config.use_parallel_residual,
-        "normalization_epsilon": config.layer_norm_eps,
-    }
-
-
 # -- where tensors lie -----------------------------------------------------------------------------------------
 
 
@@ -344,15 +182,15 @@ def _llama_like(architecture: str, read: Callable[[Any], dict[str, Any]], norm: 
 
 
 FAMILIES = {
-    "llama": _llama_like("LlamaForCausalLM", _read_llama),
-    "mistral": _llama_like("MistralForCausalLM", _read_mistral),
-    "qwen2": _llama_like("Qwen2ForCausalLM", _read_qwen2),
-    "qwen3": _llama_like("Qwen3ForCausalLM", _read_qwen3),
-    "gemma": _llama_like("GemmaForCausalLM", _read_gemma, norm=ONE_LESS),
+    "llama": _llama_like("LlamaForCausalLM", read_llama),
+    "mistral": _llama_like("MistralForCausalLM", read_mistral),
+    "qwen2": _llama_like("Qwen2ForCausalLM", read_qwen2),
+    "qwen3": _llama_like("Qwen3ForCausalLM", read_qwen3),
+    "gemma": _llama_like("GemmaForCausalLM", read_gemma, norm=ONE_LESS),
     "gpt2": Family(
         "GPT2LMHeadModel",
         prefix="transformer.",
-        read=_read_gpt2,
+        read=read_gpt2,
         outer={
             "transformer.wte": _at("model.embedding"),
             "transformer.wpe": _at("model.position_embedding"),
@@ -372,7 +210,7 @@ FAMILIES = {
     "opt": Family(
         "OPTForCausalLM",
         prefix="model.",
-        read=_read_opt,
+        read=read_opt,
         outer={
             "model.decoder.embed_tokens": _at("model.embedding"),
             "model.decoder.embed_positions": _at("model.position_embedding", form=POSITIONS_BEHIND),
@@ -394,7 +232,7 @@ FAMILIES = {
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
         prefix="gpt_neox.",
-        read=_read_gpt_neox,
+        read=read_gpt_neox,
         outer={
             "gpt_neox.embed_in": _at("model.embedding"),
             "gpt_neox.final_layer_norm": _at("model.norm"),
