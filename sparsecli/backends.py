@@ -12,7 +12,7 @@ import numpy as np
 from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.decode import native
-from sparsecli.decode.layout import crosses, joins
+from sparsecli.decode.layout import crosses
 from sparsecli.model.folder import CONFIG, INDEX, PACKED, WEIGHTS, Description
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def open_backend(folder: Path, model: Description, choices: Choices) -> Backend:
 class NativeBackend:
     """The engine over packed weights: those in the folder, else its safetensors files, packed now.
 
-    An encoder runs in PyTorch, once for a text. So does the first pass of hashed attention over more than a chunk,
-    which is not what the same tokens give one after the other.
+    An encoder runs in PyTorch, once for a text. Where attention hashes, so does the first pass, which over more than a
+    chunk is not what the same tokens give one after the other; the engine goes on from what PyTorch remembers.
     """
 
     name = "native"
@@ -96,43 +96,38 @@ class NativeBackend:
         except ValueError as error:  # a packed file that is whole, but not of this model
             raise Failure(f"{folder}: {error}") from error
         self.threads = self.engine.threads
-        self.folder, self.spec = folder, model.spec
-        self.encoder = TorchEncoder(folder, self.threads) if model.spec.encoder else None
+        self.spec = model.spec
+        self.reader: TorchBackend | None = None
+        self.encoder: TorchEncoder | None = None
+        if self._hashes_prompts() and has_weights(folder):
+            self.reader = TorchBackend(folder, Choices(threads=self.threads))
+        elif model.spec.encoder:
+            self.encoder = TorchEncoder(folder, self.threads)
         self.sequence: EngineSequence | None = None
 
     def start(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
-        source = len(prompt) if self.encoder else 0
+        source = len(prompt) if self.spec.encoder else 0
         self.sequence = self.engine.sequence(capacity, source)
-        if self._reads_in_pytorch(len(prompt)):
-            return self._handed_over(prompt, source)
-        if self.encoder is None:
-            return self.engine.prefill(self.sequence, prompt)
-        self.engine.read_source(self.sequence, self.encoder.read(prompt))
-        return self.engine.step(self.sequence, self.encoder.start_token)
+        if self.reader:
+            from sparsecli.decode.handover import remembered
 
-    def _reads_in_pytorch(self, length: int) -> bool:
+            logits, cache = self.reader.start(prompt, capacity=1), self.reader.cache
+            layers = remembered(self.spec, cache.layers, cache.get_seq_length())
+            self.engine.go_on(self.sequence, layers, source)
+            return logits
+        if self.encoder:
+            self.engine.read_source(self.sequence, self.encoder.read(prompt))
+            return self.engine.step(self.sequence, self.encoder.start_token)
         hashing = self.spec.attention.hashing
-        if hashing is None or crosses(self.spec):  # whose text begins with one token
-            return False
-        if length + joins(self.spec) <= hashing.chunk_length:  # the start token comes behind a joined source
-            return False
-        if has_weights(self.folder):
-            return True
-        console.say(
-            "reading the prompt token by token: PyTorch reads it in one pass, but has no weights here"
-        )
-        return False
+        if hashing and len(prompt) > hashing.chunk_length:
+            console.say(
+                "reading the prompt token by token: PyTorch reads it in one pass, but has no weights here"
+            )
+        return self.engine.prefill(self.sequence, prompt)
 
-    def _handed_over(self, prompt: Sequence[int], source: int) -> np.ndarray:
-        """Logits after PyTorch's pass; the sequence goes on from what it remembers."""
-        from sparsecli.decode.handover import remembered
-
-        reader = TorchBackend(self.folder, Choices(threads=self.threads))
-        logits = reader.start(prompt, capacity=1)
-        held = reader.cache.get_seq_length()
-        assert self.sequence
-        self.engine.go_on(self.sequence, remembered(self.spec, reader.cache.layers, held), source)
-        return logits
+    def _hashes_prompts(self) -> bool:
+        """Whether the first pass of the decoder may hash; behind cross-attention it is one token."""
+        return self.spec.attention.hashing is not None and not crosses(self.spec)
 
     def step(self, token: int) -> np.ndarray:
         assert self.sequence

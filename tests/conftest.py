@@ -17,3 +17,24 @@ def one_processor() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
         yield
+
+
+@pytest.fixture
+def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks that neither measure the machine's memory nor wait to see whether it is busy."""
+    from sparsecli.bench import machine, roofline
+
+    monkeypatch.setattr(roofline, "bandwidth", lambda: 20.0)
+    monkeypatch.setattr(machine, "BUSY_SECONDS", 0.01)
+
+
+@pytest.fixture(scope="session")
+def result() -> object:
+    """One real run of the tiny benchmark."""
+    from small_benches import loaded
+
+    from sparsecli.bench import command, roofline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "bandwidth", lambda: 20.0)
+        return command.run(loaded(), format="json", threads=[1])

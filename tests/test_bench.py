@@ -26,7 +26,6 @@ from sparsecli.bench import (
     measure,
     peers,
     plan,
-    roofline,
     table,
     variants,
     weights,
@@ -41,19 +40,7 @@ from sparsecli.recipe.loader import LoadedRecipe, load, shipped
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train import run_directory
 
-
-@pytest.fixture(autouse=True)
-def _quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "bandwidth", lambda: 20.0)
-    monkeypatch.setattr(machine, "BUSY_SECONDS", 0.01)
-
-
-@pytest.fixture(scope="module")
-def result() -> Result:
-    """One real run of the tiny recipe."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "bandwidth", lambda: 20.0)
-        return command.run(loaded(), format="json", threads=[1])
+pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
 # -- choosing and building -----------------------------------------------------------------------------------

@@ -13,16 +13,13 @@ from sparsecli import console
 from sparsecli.bench import (
     command,
     entries,
-    machine,
     measure,
     plan,
-    roofline,
     table,
     traffic,
     variants,
 )
 from sparsecli.bench.native_decoder import NativeDecoder
-from sparsecli.bench.report import Result
 from sparsecli.bench.torch_decoder import TorchDecoder
 from sparsecli.decode import native
 from sparsecli.decode.packing import Precision
@@ -30,19 +27,7 @@ from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import load
 
-
-@pytest.fixture(autouse=True)
-def _quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "bandwidth", lambda: 20.0)
-    monkeypatch.setattr(machine, "BUSY_SECONDS", 0.01)
-
-
-@pytest.fixture(scope="module")
-def result() -> Result:
-    """One real run of the tiny recipe."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "bandwidth", lambda: 20.0)
-        return command.run(loaded(), format="json", threads=[1])
+pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
 # -- bytes ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from sparsecli import console
 from sparsecli.bench import (
     command,
     compare,
-    machine,
     measure,
     report,
     roofline,
@@ -27,19 +26,7 @@ from sparsecli.bench import (
 from sparsecli.bench.report import Bandwidth, Machine, Result, Row, Settings
 from sparsecli.recipe.schema import Recipe
 
-
-@pytest.fixture(autouse=True)
-def _quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "bandwidth", lambda: 20.0)
-    monkeypatch.setattr(machine, "BUSY_SECONDS", 0.01)
-
-
-@pytest.fixture(scope="module")
-def result() -> Result:
-    """One real run of the tiny recipe."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "bandwidth", lambda: 20.0)
-        return command.run(loaded(), format="json", threads=[1])
+pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
 # -- figures -------------------------------------------------------------------------------------------------

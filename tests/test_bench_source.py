@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sparsecli.bench import command, machine, roofline, table, traffic, variants
+from sparsecli.bench import command, table, traffic, variants
 from sparsecli.console import Failure
 from sparsecli.decode import native
 from sparsecli.decode.packing import Precision
@@ -64,10 +64,7 @@ def loaded(**bench: object) -> LoadedRecipe:
     return LoadedRecipe(recipe=recipe, name="tiny", path=Path("tiny.yaml"))
 
 
-@pytest.fixture(autouse=True)
-def _quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "bandwidth", lambda: 20.0)
-    monkeypatch.setattr(machine, "BUSY_SECONDS", 0.01)
+pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
 @pytest.mark.parametrize("name", PAPER)
