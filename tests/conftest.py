@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -38,3 +39,20 @@ def result() -> object:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "bandwidth", lambda: 20.0)
         return command.run(loaded(), format="json", threads=[1])
+
+
+@pytest.fixture(scope="session")
+def newcomer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A working directory where runs of shipped recipes pile up, and a small standard library."""
+    from shipped_runs import settle
+
+    return settle(tmp_path_factory)
+
+
+@pytest.fixture
+def place(newcomer: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That working directory, worked in."""
+    from shipped_runs import move_in
+
+    move_in(*newcomer, monkeypatch)
+    return newcomer[0]

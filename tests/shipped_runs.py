@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,22 +70,23 @@ SHORT_BENCH = [
 ]
 
 
-@contextmanager
-def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working directory, and a standard library of a few packages."""
-    folder = tmp_path_factory.mktemp("newcomer")
-    library = tmp_path_factory.mktemp("library")
+def settle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An empty working directory, and a standard library of a few packages."""
+    folder, library = tmp_path_factory.mktemp("newcomer"), tmp_path_factory.mktemp("library")
     for package in ("asyncio", "email", "json", "logging", "unittest"):
         source = Path(corpus.sysconfig.get_path("stdlib")) / package
         (library / package).mkdir()
         for path in source.glob("*.py"):
             (library / package / path.name).write_bytes(path.read_bytes())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(conversion, "ROUNDS", 1)
-        patch.setenv("SPARSECLI_CACHE", str(folder / "cache"))
-        patch.setattr(corpus, "sysconfig", SimpleNamespace(get_path=lambda name: str(library)))
-        yield folder
+    return folder, library
+
+
+def move_in(folder: Path, library: Path, patch: pytest.MonkeyPatch) -> None:
+    """Work in `folder`, with that library, until `patch` is undone."""
+    patch.chdir(folder)
+    patch.setattr(conversion, "ROUNDS", 1)
+    patch.setenv("SPARSECLI_CACHE", str(folder / "cache"))
+    patch.setattr(corpus, "sysconfig", SimpleNamespace(get_path=lambda name: str(library)))
 
 
 def run(*arguments: str, stdin: str | None = None) -> None:
@@ -141,13 +140,15 @@ def shortened(name: str) -> list[str]:
     if name in LARGE:
         write_texts()
         overrides = LARGE[name]
-    elif recipe.train.init_from:
+    elif recipe.train.distillation:
         overrides = [
             f"train.init_from={trained('quickstart-convert')}",
             "train.gradient_accumulation_steps=1",
         ]
         overrides += [f"train.distillation.teacher={trained('quickstart-dense')}"]
         overrides += ["data={source: stdlib, sequence_length: 64}"]
+    elif recipe.train.init_from:
+        trained(Path(recipe.train.init_from).name)
     short = [*SHORT_TRAIN, "train.eval_samples=4"]
     if recipe.data and recipe.data.source == "copy":
         short = [*short, "data.held_out=8"]

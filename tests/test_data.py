@@ -228,6 +228,16 @@ def test_control_text_in_a_document_stays_text() -> None:
     assert TOKENIZER.decode(ids) == f"a{END_OF_TEXT}b"
 
 
+def test_split_names_have_the_words_of_a_sentence() -> None:
+    documents = ["def read_text(self): Read the text, readText, READ"] * 4
+    tokenizer = train_byte_pairs(300, documents, split_names=True)
+    assert tokenizer.tokenize("read_text") == ["read", "_", "text"]
+    assert tokenizer.tokenize("read the text") == ["read", "Ġ", "the", "Ġ", "text"]
+    assert tokenizer.tokenize("readText42") == ["read", "Text", "4", "2"]
+    for text in (*documents, "naïve Größe\t\n  x+=1\r\n日本語 ՙ\u0301🙂"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
 def test_byte_pairs_are_learned_and_the_same_every_time() -> None:
     documents = [f"{number} the cat sat on the mat" for number in range(50)]
     one, two = (train_byte_pairs(290, documents).backend_tokenizer.to_str() for _ in range(2))

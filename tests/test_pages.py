@@ -7,23 +7,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from shipped_runs import SHORT_BENCH, SHORT_CONVERT, foreign, imported, newcomer, run, shortened, trained
+from shipped_runs import SHORT_BENCH, SHORT_CONVERT, foreign, imported, run, shortened, trained
 
 from sparsecli.decode import native
 from sparsecli.recipe.loader import load, shipped
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with newcomer(tmp_path_factory) as folder:
-        yield folder
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -21,7 +21,7 @@ from sparsecli.data.ordering import SimilarLengths
 from sparsecli.data.pairs import docstring_pairs
 from sparsecli.data.preparation import prepare
 from sparsecli.data.tokenization import PAIR_TOKENS, load_or_train, sentinel, train_byte_pairs
-from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, TextSpec
+from sparsecli.recipe.data import CopiedPairs, CopyTask, CorruptedPairs, DataSpec, TextSpec
 
 BPE = {"kind": "bpe", "vocabulary_size": 320}
 
@@ -340,6 +340,36 @@ def test_copies_are_the_same_every_time_and_different_everywhere() -> None:
         assert example["input_ids"].max() < 52
     assert torch.equal(prepared.train[7]["labels"], prepare_copies(task).train[7]["labels"])
     assert prepared.train.bytes_per_token(prepared.tokenizer) > 2
+
+
+def test_copied_tokens_are_all_but_special_ones_in_all_lengths(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"the {number} cats sat on {number} mats\n" * 20)
+    pairs = {"kind": "copied", "shortest": 3, "source_length": 9, "target_length": 9}
+    data = spec("files", pairs, paths=[str(tmp_path / "*.txt")], held_out_tokens=100)
+    prepared = prepare(data)
+    examples = [prepared.train[index] for index in range(400)]
+    assert {len(example["input_ids"]) for example in examples} == set(range(4, 10))
+    assert all(torch.equal(example["input_ids"], example["labels"]) for example in examples)
+    assert all(example["labels"][-1] == 1 for example in examples)
+    drawn = torch.cat([example["labels"][:-1] for example in examples])
+    assert set(drawn.tolist()) == set(range(2, len(prepared.tokenizer)))
+    assert len(prepared.held_out) == 11
+    assert all(
+        not torch.equal(prepared.held_out[n]["labels"], prepared.train[n]["labels"]) for n in range(11)
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shortest": 9, "source_length": 9}, "9 tokens and the end are more than source_length 9"),
+        ({"source_length": 9, "target_length": 8}, "8 is less than source_length 9"),
+    ],
+)
+def test_copied_tokens_that_do_not_fit(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        CopiedPairs(kind="copied", **fields)
 
 
 def test_too_few_different_sequences_to_hold_some_out() -> None:

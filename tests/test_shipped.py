@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from shipped_runs import SHORT_BENCH, newcomer, run, trained
+from shipped_runs import SHORT_BENCH, run, trained
 
 from sparsecli.recipe.loader import load, shipped
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with newcomer(tmp_path_factory) as folder:
-        yield folder
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if load(name).recipe.train])

@@ -1,46 +1,68 @@
-"""The copy task: random symbols, to be written again. No text is read, and no sequence is ever seen twice."""
+"""Copying: random symbols or tokens, to be written again. No sequence is ever seen twice."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparsecli.data.cache import digest
+from sparsecli.data.cache import cache_folder, digest
+from sparsecli.data.corpus import read_documents
 from sparsecli.data.examples import PairExamples, Prepared
-from sparsecli.data.tokenization import PAIR_TOKENS, for_pairs
+from sparsecli.data.tokenization import PAIR_TOKENS, for_pairs, load_or_train
 from sparsecli.model.architecture import END
-from sparsecli.recipe.data import CopyTask
+from sparsecli.recipe.data import CopiedPairs, CopyTask, TextSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FIRST_SYMBOL = len(PAIR_TOKENS)
+EXAMPLES, HELD_OUT = 1_000_000, 512
+"""Sequences of random tokens to train and to evaluate on."""
 
 
 def prepare_copies(task: CopyTask) -> Prepared:
     """Sequences to train on and others to evaluate on, and a tokenizer that reads symbols as numbers."""
-    train, held_out = CopiedSymbols(task, 0, task.examples), CopiedSymbols(task, 1, task.held_out)
+    symbols = np.arange(len(PAIR_TOKENS), len(PAIR_TOKENS) + task.symbols)
+    lengths = task.length, task.length
+    train, held_out = Copies(symbols, lengths, 0, task.examples), Copies(symbols, lengths, 1, task.held_out)
     return Prepared(train, held_out, symbol_tokenizer(task.symbols), digest("copy-1", task.model_dump_json()))
 
 
-class CopiedSymbols(PairExamples):
-    """Sequences of symbols, drawn when they are asked for, the same ones every time.
+def prepare_copied_tokens(data: TextSpec, pairs: CopiedPairs, cache_dir: Path | None = None) -> Prepared:
+    """The same of the tokens of a text's tokenizer, in sequences of different lengths.
+
+    Raises `Failure` when the text or the tokenizer cannot be read or the cache cannot be written.
+    """
+    tokenizer = load_or_train(data, read_documents(data).train, cache_folder(cache_dir))
+    tokens = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+    lengths = pairs.shortest, pairs.source_length - 1
+    limit = HELD_OUT if data.held_out_tokens is None else max(1, data.held_out_tokens // pairs.source_length)
+    train, held_out = Copies(tokens, lengths, 0, EXAMPLES), Copies(tokens, lengths, 1, min(HELD_OUT, limit))
+    key = digest("copied-1", tokenizer.backend_tokenizer.to_str(), pairs.model_dump_json())
+    return Prepared(train, held_out, tokenizer, key)
+
+
+class Copies(PairExamples):
+    """Sequences, drawn when they are asked for, the same ones every time.
 
     Args:
+        symbols: token ids (n,) to draw from.
+        lengths: of the shortest sequence and of the longest, without the end token.
         split: sequences of different splits are drawn independently.
     """
 
-    def __init__(self, task: CopyTask, split: int, examples: int) -> None:
-        self.task, self.split, self.examples = task, split, examples
+    def __init__(self, symbols: np.ndarray, lengths: tuple[int, int], split: int, examples: int) -> None:
+        self.symbols, self.shortest, self.longest = symbols, *lengths
+        self.split, self.examples = split, examples
 
     def __len__(self) -> int:
         return self.examples
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         random = np.random.default_rng((self.split, index))
-        symbols = random.integers(FIRST_SYMBOL, FIRST_SYMBOL + self.task.symbols, self.task.length)
-        ended = np.append(symbols, END)
+        drawn = self.symbols[random.integers(0, len(self.symbols), self.longest)]
+        ended = np.append(drawn[: random.integers(self.shortest, self.longest + 1)], END)
         return ended, ended
 
 

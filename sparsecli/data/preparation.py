@@ -6,12 +6,12 @@ from pathlib import Path
 
 from sparsecli.console import Failure
 from sparsecli.data.cache import digest
-from sparsecli.data.copying import prepare_copies
+from sparsecli.data.copying import prepare_copied_tokens, prepare_copies
 from sparsecli.data.corruption import CorruptedSpans
 from sparsecli.data.examples import Prepared
 from sparsecli.data.packing import PackedCorpus, pack, pack_pairs
 from sparsecli.data.tokenization import sentinel
-from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec
+from sparsecli.recipe.data import CopiedPairs, CopyTask, CorruptedPairs, DataSpec
 
 
 def prepare(data: DataSpec, cache_dir: Path | None = None) -> Prepared:
@@ -22,6 +22,8 @@ def prepare(data: DataSpec, cache_dir: Path | None = None) -> Prepared:
     """
     if isinstance(data, CopyTask):
         return prepare_copies(data)
+    if isinstance(data.pairs, CopiedPairs):
+        return prepare_copied_tokens(data, data.pairs, cache_dir)
     if isinstance(data.pairs, CorruptedPairs):
         return _corrupted(pack(data, cache_dir), data.pairs, data.held_out_tokens)
     if data.pairs:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sparsecli.console import Failure, RecipeError, say, warn
 from sparsecli.data.cache import cache_folder, digest, write_folder
 from sparsecli.model.architecture import END, PADDING
-from sparsecli.recipe.data import CorruptedPairs, TextSpec
+from sparsecli.recipe.data import CorruptedPairs, TextSpec, TrainedTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,6 +21,8 @@ PAIR_TOKENS = ("<pad>", "</s>")
 """Padding and end of text for models with an encoder; first in the vocabulary, as in T5's."""
 FORMAT = "bpe-2"
 """Part of the cache key; a change of the training below needs a new one."""
+WORDS = r"\p{Lu}?\p{Ll}+|\p{Lu}+(?!\p{Ll})|\d|_+|\s+|[^\p{L}\d_\s]+"
+"""The words of names and sentences and what stands between them."""
 PIECE = 1 << 20
 """Characters that a tokenizer is given at once; it needs some 250 bytes of memory for each of their tokens."""
 
@@ -45,7 +47,7 @@ def load_or_train(
     sentinels = data.pairs.counts().spans if isinstance(data.pairs, CorruptedPairs) else 0
     special = (*PAIR_TOKENS, *map(sentinel, range(sentinels))) if data.pairs else (END_OF_TEXT,)
     if spec.kind == "bpe":
-        return _cached_byte_pairs(spec.vocabulary_size, special, train_documents, cache_dir)
+        return _cached_byte_pairs(spec, special, train_documents, cache_dir)
     if spec.kind == "saved":
         folder = Path(spec.path)
         folder = folder / "model" if (folder / "model").is_dir() else folder
@@ -75,17 +77,29 @@ def _check_pairs(tokenizer: PreTrainedTokenizerFast, sentinels: Sequence[str], k
 
 
 def train_byte_pairs(
-    vocabulary_size: int, documents: Sequence[str], special_tokens: Sequence[str] = (END_OF_TEXT,)
+    vocabulary_size: int,
+    documents: Sequence[str],
+    special_tokens: Sequence[str] = (END_OF_TEXT,),
+    *,
+    split_names: bool = False,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `vocabulary_size` tokens; any UTF-8 text goes through it unchanged.
 
-    The special tokens come first. Where they begin with `PAIR_TOKENS`, a text gets its end token as in T5.
+    The special tokens come first. Where they begin with `PAIR_TOKENS`, a text gets its end token as in T5. With
+    `split_names` tokens end where the words of a name do, and no word has the space before it in its token.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split_names:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
@@ -170,9 +184,10 @@ def _pieces(document: str) -> Iterator[str]:
 
 
 def _cached_byte_pairs(
-    size: int, special_tokens: Sequence[str], documents: Sequence[str], cache_dir: Path | None
+    spec: TrainedTokenizer, special_tokens: Sequence[str], documents: Sequence[str], cache_dir: Path | None
 ) -> PreTrainedTokenizerFast:
-    key = digest(FORMAT, str(size), *special_tokens, *documents)
+    split = ["names"] * spec.split_names
+    key = digest(FORMAT, str(spec.vocabulary_size), *split, *special_tokens, *documents)
     folder = cache_folder(cache_dir) / f"tokenizer-{key}"
     if folder.is_dir():
         try:
@@ -180,8 +195,8 @@ def _cached_byte_pairs(
         except Failure as failure:
             warn(f"{failure}; training it again")
             shutil.rmtree(folder)
-    say(f"training a tokenizer of {size:,} tokens")
-    trained = train_byte_pairs(size, documents, special_tokens)
+    say(f"training a tokenizer of {spec.vocabulary_size:,} tokens")
+    trained = train_byte_pairs(spec.vocabulary_size, documents, special_tokens, split_names=spec.split_names)
     write_folder(folder, lambda beside: trained.save_pretrained(beside))
     return trained
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import count, takewhile
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,8 @@ class TrainedTokenizer(Block):
     kind: Literal["bpe"]
     vocabulary_size: Annotated[int, Field(ge=257)]
     """Tokens of the vocabulary, the 256 bytes and the special tokens included."""
+    split_names: bool = False
+    """A word is the same token in a name (`read_text`, `readText`) as in a sentence; spaces are tokens of their own."""
 
 
 class SavedTokenizer(Block):
@@ -116,7 +118,33 @@ class CorruptedPairs(_Pairs):
         return self
 
 
-PairsSpec = Annotated[FieldPairs | DocstringPairs | CorruptedPairs, Field(discriminator="kind")]
+class CopiedPairs(_Pairs):
+    """Random tokens of the text's tokenizer, and the same once more.
+
+    No token follows from the ones before it, and no place of the target from its source's length: what is left to learn
+    is to find what was written last in the source, and to go on as it does. Models that know how learn to summarize
+    several times faster.
+    """
+
+    kind: Literal["copied"]
+    shortest: Size = 4
+    """Tokens of the shortest source; lengths are drawn evenly up to the longest."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CopiedPairs:
+        if self.shortest >= self.source_length:
+            raise fault(
+                "shortest",
+                f"{self.shortest} tokens and the end are more than source_length {self.source_length}",
+            )
+        if self.target_length < self.source_length:
+            raise fault(
+                "target_length", f"{self.target_length} is less than source_length {self.source_length}"
+            )
+        return self
+
+
+PairsSpec = Annotated[FieldPairs | DocstringPairs | CorruptedPairs | CopiedPairs, Field(discriminator="kind")]
 
 
 # -- sources -------------------------------------------------------------------------------------------------
@@ -137,6 +165,11 @@ class _Corpus(Block):
     """Evaluate on at most this many held-out tokens (of pairs: of their targets); all of them by default."""
 
     @property
+    def copies(self) -> bool:
+        """Whether targets are their sources, of random tokens."""
+        return self.pairs is not None and self.pairs.kind == "copied"
+
+    @property
     def pair_lengths(self) -> tuple[int, int] | None:
         """Longest source and target, in tokens; None for running text."""
         return (self.pairs.source_length, self.pairs.target_length) if self.pairs else None
@@ -150,7 +183,9 @@ class StdlibCorpus(_Corpus):
     @model_validator(mode="after")
     def _check(self) -> StdlibCorpus:
         if self.pairs and self.pairs.kind == "fields":
-            raise fault("pairs.kind", "the standard library has no columns; expected docstrings or corrupted")
+            raise fault(
+                "pairs.kind", "the standard library has no columns; expected docstrings, corrupted or copied"
+            )
         return self
 
 
@@ -209,6 +244,8 @@ class CopyTask(Block):
     """Sequences to train on; drawn when they are needed."""
     held_out: Size = 512
     """Sequences to evaluate on; there must be so many different ones that none of these is likely to be trained on."""
+
+    copies: ClassVar[bool] = True
 
     @property
     def pair_lengths(self) -> tuple[int, int]:

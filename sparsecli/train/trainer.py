@@ -214,10 +214,10 @@ def _longest(data: DataSpec) -> tuple[int, int]:
 
 def _print_result(result: Result, recipe: Recipe, output: Path) -> None:
     """The figures that there are and that say something of such a model and such data."""
-    symbols = isinstance(recipe.data, CopyTask)  # which are no bytes
+    copies = recipe.data is not None and recipe.data.copies  # of what is no text
     figures = [
         ("held-out nats per token", result.held_out_nats, ".4f"),
-        ("held-out bits per byte", None if symbols else result.bits_per_byte, ".4f"),
+        ("held-out bits per byte", None if copies else result.bits_per_byte, ".4f"),
         ("training tokens per second", result.tokens_per_second or None, ",.0f"),
         ("units never chosen", result.never_chosen, ".2%"),
         ("balance of choices", result.balance, ".4f"),
@@ -358,8 +358,9 @@ def _judge(recipe: Recipe) -> Literal["rouge", "exact"] | None:
     assert recipe.train
     if not recipe.train.eval_samples or not recipe.data.pair_lengths:
         return None
-    if isinstance(recipe.data, CopyTask):
+    if recipe.data.copies:
         return "exact"
+    assert not isinstance(recipe.data, CopyTask)
     return None if isinstance(recipe.data.pairs, CorruptedPairs) else "rouge"
 
 
