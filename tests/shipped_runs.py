@@ -150,6 +150,8 @@ def shortened(name: str) -> list[str]:
     elif recipe.train.init_from:
         trained(Path(recipe.train.init_from).name)
     short = [*SHORT_TRAIN, "train.eval_samples=4"]
+    if recipe.data and recipe.data.source == "stdlib" and recipe.data.packages:
+        short = [*short, "data.packages=null"]
     if recipe.data and recipe.data.source == "copy":
         short = [*short, "data.held_out=8"]
     else:

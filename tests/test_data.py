@@ -157,6 +157,24 @@ def test_standard_library_leaves_installed_packages_out(
     assert sorted(splits.train + splits.held_out) == ["# json/decoder.py\n", "# os.py\n"]
 
 
+def test_packages_are_trained_on_and_never_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, packages = tmp_path / "library", tmp_path / "site-packages"
+    for name in [*(f"library/{number}.py" for number in range(20)), "site-packages/more/sub/a.py"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n")
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(library))
+    alone = read_documents(spec("stdlib", held_out_fraction=0.3))
+    assert alone.held_out
+    (packages / "more" / "__init__.py").write_text(alone.held_out[0])
+    monkeypatch.syspath_prepend(packages)
+    both = read_documents(spec("stdlib", held_out_fraction=0.3, packages=["more"]))
+    assert both.held_out == alone.held_out
+    assert both.train == [*alone.train, "# site-packages/more/sub/a.py\n"]
+    for name in ("less", "no.name", "json.decoder"):
+        with pytest.raises(Failure, match=f"data.packages: no package {name} is installed"):
+            read_documents(spec("stdlib", packages=[name]))
+
+
 def test_hub_reads_only_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

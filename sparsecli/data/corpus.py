@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -56,7 +57,7 @@ def read_rows(data: TextSpec, columns: Sequence[Column]) -> Splits[Row]:
     """
     gaps = Gaps(columns)
     if data.source == "stdlib":
-        rows = _distinct((text,) for text in _standard_library())
+        rows = _distinct((text,) for text in _python_files(Path(sysconfig.get_path("stdlib"))))
     elif data.source == "files":
         rows = _distinct(_files(data.paths, "data.paths", gaps))
     else:
@@ -76,6 +77,10 @@ def read_rows(data: TextSpec, columns: Sequence[Column]) -> Splits[Row]:
     else:
         kept_apart = {row[0] for row in apart}
         splits = Splits([row for row in rows if row[0] not in kept_apart], apart)
+    if data.source == "stdlib":
+        kept_apart = {row[0] for row in splits.held_out}
+        more = ((text,) for name in data.packages or () for text in _python_files(_package(name)))
+        splits.train.extend(row for row in _distinct(more) if row[0] not in kept_apart)
 
     if not splits.held_out:
         raise Failure("data: no text is left to evaluate on; add documents or change data.held_out_fraction")
@@ -106,15 +111,23 @@ def _place(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
-def _standard_library() -> Iterator[str]:
-    root = Path(sysconfig.get_path("stdlib"))
+def _python_files(root: Path) -> Iterator[str]:
+    """Those below `root`, but none of packages that were installed there."""
     for path in sorted(root.rglob("*.py")):
-        if "site-packages" in path.parts or "dist-packages" in path.parts:
+        if {"site-packages", "dist-packages"} & set(path.relative_to(root).parts):
             continue
         try:
             yield path.read_bytes().decode()
         except UnicodeDecodeError:
             continue  # a few of the library's own tests are in other encodings on purpose
+
+
+def _package(name: str) -> Path:
+    """Folder of an installed package. Raises `Failure` where there is none."""
+    found = find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise Failure(f"data.packages: no package {name} is installed; pip install it, or leave it out")
+    return Path(found.submodule_search_locations[0])
 
 
 def _files(patterns: Sequence[str], key: str, gaps: Gaps) -> Iterator[Row]:

@@ -179,6 +179,8 @@ class StdlibCorpus(_Corpus):
     """The running Python's own standard library source: real text on every machine, no download."""
 
     source: Literal["stdlib"]
+    packages: Names | None = None
+    """Installed packages whose Python source is trained on, too; all that is held out is the standard library's."""
 
     @model_validator(mode="after")
     def _check(self) -> StdlibCorpus:
