@@ -122,8 +122,8 @@ class CopiedPairs(_Pairs):
     """Random tokens of the text's tokenizer, and the same once more.
 
     No token follows from the ones before it, and no place of the target from its source's length: what is left to learn
-    is to find what was written last in the source, and to go on as it does. Decoders that join their source need long to
-    learn that from summaries alone.
+    is to find what was written last in the source, and to go on as it does. Decoders that join their source need long
+    to learn that from summaries alone.
     """
 
     kind: Literal["copied"]
