@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,17 +10,12 @@ import numpy as np
 import pytest
 import torch
 from small_benches import LOSS, MODEL, SPARSE, VARIANTS, loaded, needs_native, torch_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from sparsecli import cli, console
+from sparsecli import console
 from sparsecli.bench import (
     command,
     disk,
     entries,
-    machine,
     measure,
     peers,
     plan,
@@ -34,11 +27,8 @@ from sparsecli.bench.native_decoder import DiskDecoder
 from sparsecli.bench.report import Result
 from sparsecli.decode import native
 from sparsecli.decode.packing import Precision
-from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
-from sparsecli.recipe.loader import LoadedRecipe, load, shipped
-from sparsecli.recipe.schema import Recipe
-from sparsecli.train import run_directory
+from sparsecli.recipe.loader import load, shipped
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
@@ -310,174 +300,3 @@ def test_too_small_a_disk_is_told_before_anything_is_built(
     nowhere = tmp_path / "nowhere"
     with pytest.raises(console.Failure, match="name another --disk-folder"):
         command.run(loaded(variants=ON_DISK, backends=["native"]), from_disk=True, disk_folder=nowhere)
-
-
-# -- the command ---------------------------------------------------------------------------------------------
-
-
-def test_a_regression_is_raised_after_the_result_is_written(
-    result: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record = json.loads(table.as_json(result))
-    for row in record["rows"]:
-        row["ms_per_token"] = {
-            name: [value / 100 for value in values] if name == "samples" else values / 100
-            for name, values in row["ms_per_token"].items()
-        }
-    old, new = tmp_path / "old.json", tmp_path / "new.json"
-    old.write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(console.Regression) as caught:
-        command.run(loaded(), against=old, fail_above=0.05, output=new, format="json", threads=[1])
-    assert caught.value.exit_code == 3
-    shown = json.loads(capsys.readouterr().out)
-    assert {change["verdict"] for change in shown["comparison"]} == {"slower"}
-    assert json.loads(new.read_text(encoding="utf-8")) == shown
-    assert sorted(tmp_path.iterdir()) == [new, old]
-
-
-@pytest.mark.parametrize(
-    ("options", "message", "code"),
-    [
-        ({"models": ["RUN"], "context": [100]}, "use a smaller --context", 1),
-        ({"dtypes": ["float16"]}, "float16", 2),
-        ({"rounds": 0}, "--rounds: 0 should be at least 1", 2),
-        ({"batch": [1, 0]}, "--batch: 0 should be at least 1", 2),
-        ({"prefill": 24, "models": ["RUN"], "threads": [1, 257]}, "--threads: 257 is more than 256", 2),
-        ({"models": ["RUN"], "prefill": 100}, "use a smaller --prefill", 1),
-        ({"fail_above": 0.05}, "--against", 2),
-        ({"output": Path("/nowhere/at/all.json")}, "does not exist", 1),
-        ({"against": Path("/nowhere.json")}, "cannot read", 1),
-        ({"models": ["nowhere"]}, "nowhere", 1),
-    ],
-)
-def test_bad_input_is_one_clear_line(
-    tmp_path: Path, options: dict[str, object], message: str, code: int
-) -> None:
-    if options.get("models") == ["RUN"]:
-        options = {**options, "models": [str(trained(tmp_path / "run"))]}
-    with pytest.raises(console.Failure, match=message) as caught:
-        command.run(loaded(), **options)
-    assert caught.value.exit_code == code
-    assert len(caught.value.message.splitlines()) == 1
-
-
-def test_a_recipe_without_a_bench_block_is_told() -> None:
-    recipe = Recipe.model_validate({"model": MODEL})
-    with pytest.raises(console.RecipeError, match="`bench:` block"):
-        command.run(LoadedRecipe(recipe=recipe, name="tiny", path=Path("tiny.yaml")))
-
-
-def test_too_little_memory_is_told_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
-    monkeypatch.setattr(weights.Pools, "of", lambda *_: pytest.fail("built"))
-    with pytest.raises(console.Failure, match="GB are available"):
-        command.run(loaded())
-
-
-@pytest.mark.parametrize(("percent", "told"), [(0.0, False), (75.0, True)])
-def test_a_busy_machine_is_told(
-    percent: float, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 2)
-    monkeypatch.setattr(machine.psutil, "cpu_percent", lambda interval: percent)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    machine.warn_if_busy()
-    assert ("other processes use 1.5 of 2" in capsys.readouterr().err) is told
-
-
-def test_a_dry_run_builds_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(weights.Pools, "of", lambda *_: pytest.fail("built"))
-    assert command.run(loaded(), dry_run=True) is None
-    shown = capsys.readouterr()
-    assert "MB / token" in shown.out
-    assert "1 thread, context 8" in shown.out
-    assert "files to be written: none" in shown.err
-    command.run(loaded(), dry_run=True, format="json", output=Path("result.json"))
-    plan = json.loads(capsys.readouterr().out)
-    assert plan.keys() == {"dry_run", "rows", "memory_bytes", "disk_bytes", "output"}
-    assert {row["context"] for row in plan["rows"]} == {8}
-    assert (plan["dry_run"], plan["disk_bytes"], plan["output"]) == (True, None, "result.json")
-    assert plan["memory_bytes"] > 0
-
-
-@pytest.mark.parametrize(("suffix", "start"), [(".csv", "variant,"), (".md", "| variant"), (".json", "{")])
-def test_output_follows_the_suffix_as_the_help_says(
-    result: Result, tmp_path: Path, suffix: str, start: str
-) -> None:
-    path = tmp_path / f"result{suffix}"
-    command._write(result, path)
-    assert path.read_text(encoding="utf-8").startswith(start)
-    told = " ".join(CliRunner().invoke(cli.app, ["bench", "--help"]).output.split())
-    assert "write the result here: .csv, .md, else JSON." in told
-
-
-# -- trained runs --------------------------------------------------------------------------------------------
-
-
-def trained(run: Path, **blocks: object) -> Path:
-    """A run of an untrained model with a tokenizer and a held-out loss."""
-    spec = ModelSpec.model_validate({**MODEL, **blocks})
-    ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec)).save_pretrained(run / "model")
-    tokenizer = Tokenizer(WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(run / "model")
-    facts = {"seed": 0, "result": {"held_out_nats": 3.25, "bits_per_byte": 1.5}}
-    run_directory.write_facts(run, run_directory.environment() | facts)
-    return run
-
-
-def test_a_trained_run_brings_its_held_out_loss(tmp_path: Path) -> None:
-    run = trained(tmp_path / "my-run", feed_forward=SPARSE)
-    [candidate] = variants.from_runs([str(run)])
-    assert (candidate.name, candidate.group, candidate.held_out_nats) == ("my-run", "sparse", 3.25)
-    weights = variants.trained_weights(candidate.run, torch.bfloat16)
-    assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
-    measured = command.run(loaded(), models=[str(run)], dtypes=["float32"], format="json", threads=[1])
-    [row] = measured.rows
-    assert (row.variant, row.held_out_nats, row.speedup) == ("my-run", 3.25, None)
-    assert measured.recipe is None
-    assert Result.model_validate_json(table.as_json(measured)) == measured
-
-
-@pytest.mark.parametrize(("positions", "context"), [(24, 18), (400, 64)])
-def test_the_default_context_is_what_a_trained_run_has_positions_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], positions: int, context: int
-) -> None:
-    """Of which two warm up and four are measured."""
-    run = trained(tmp_path / "run", max_positions=positions)
-    recipe = loaded()
-    plain = recipe.recipe.model_copy(update={"bench": None})
-    command.run(replace(recipe, recipe=plain), models=[str(run)], dry_run=True, format="json")
-    assert {row["context"] for row in json.loads(capsys.readouterr().out)["rows"]} == {context}
-    if positions < 64:
-        with pytest.raises(
-            console.Failure, match=r"70 positions are needed .* has 24; use a smaller --context"
-        ):
-            command.run(replace(recipe, recipe=plain), models=[str(run)], context=[64], dry_run=True)
-
-
-@pytest.mark.parametrize(
-    ("blocks", "group"),
-    [
-        ({}, "dense"),
-        ({"attention": {"projection": "dense_conv"}}, "dense"),
-        ({"feed_forward": SPARSE}, "sparse"),
-        ({"attention": {"projection": "multiplicative_conv"}}, "sparse"),
-        ({"attention": {"output_projection": "multiplicative"}}, "sparse"),
-        ({"vocabulary": {"kind": "multiplicative", "size": 50, "modules": 2}}, "sparse"),
-    ],
-)
-def test_a_trained_run_is_grouped_by_its_layers(tmp_path: Path, blocks: dict, group: str) -> None:
-    [candidate] = variants.from_runs([str(trained(tmp_path / "run", **blocks))])
-    assert candidate.group == group
-
-
-def test_runs_in_folders_of_the_same_name_are_told_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = [str(trained(tmp_path / name)) for name in ("a/runs/quick", "b/runs/quick", "b/runs/slow")]
-    monkeypatch.chdir(runs[0])
-    again = [*runs, ".", f"{runs[1]}/model"]  # the same models once more
-    names = [candidate.name for candidate in variants.from_runs(again)]
-    assert names == ["a/runs/quick", "b/runs/quick", "slow"]

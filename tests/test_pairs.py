@@ -1,4 +1,4 @@
-"""Sources and targets: docstrings, columns, corrupted text, copies; their tokenizers, packing and batches."""
+"""Sources and targets: docstrings, columns, corrupted text; packing and batches."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from sparsecli.console import Failure
 from sparsecli.data import packing
-from sparsecli.data.copying import prepare_copies
 from sparsecli.data.corruption import corrupt
 from sparsecli.data.ordering import SimilarLengths
 from sparsecli.data.pairs import docstring_pairs
 from sparsecli.data.preparation import prepare
-from sparsecli.data.tokenization import PAIR_TOKENS, load_or_train, sentinel, train_byte_pairs
-from sparsecli.recipe.data import CopiedPairs, CopyTask, CorruptedPairs, DataSpec, TextSpec
+from sparsecli.data.tokenization import sentinel
+from sparsecli.recipe.data import CorruptedPairs, DataSpec, TextSpec
 
 BPE = {"kind": "bpe", "vocabulary_size": 320}
 
@@ -323,69 +322,6 @@ def test_windows_are_corrupted_the_same_way_every_time(tmp_path: Path) -> None:
                      paths=[f"{tmp_path}/*.txt"]))  # fmt: skip
 
 
-# -- copies --------------------------------------------------------------------------------------------------
-
-
-def test_copies_are_the_same_every_time_and_different_everywhere() -> None:
-    task = CopyTask(source="copy", symbols=50, length=20, examples=100, held_out=40)
-    prepared = prepare_copies(task)
-    assert (len(prepared.train), len(prepared.held_out)) == (100, 40)
-    examples = [part[index] for part in (prepared.train, prepared.held_out) for index in range(40)]
-    assert len({tuple(example["input_ids"].tolist()) for example in examples}) == 80
-    for example in examples:
-        assert torch.equal(example["input_ids"], example["labels"])
-        assert len(example["input_ids"]) == 21
-        assert example["input_ids"][-1] == 1
-        assert example["input_ids"][:-1].min() >= 2
-        assert example["input_ids"].max() < 52
-    assert torch.equal(prepared.train[7]["labels"], prepare_copies(task).train[7]["labels"])
-    assert prepared.train.bytes_per_token(prepared.tokenizer) > 2
-
-
-def test_copied_tokens_are_all_but_special_ones_in_all_lengths(tmp_path: Path) -> None:
-    for number in range(20):
-        (tmp_path / f"{number}.txt").write_text(f"the {number} cats sat on {number} mats\n" * 20)
-    pairs = {"kind": "copied", "shortest": 3, "source_length": 9, "target_length": 9}
-    data = spec("files", pairs, paths=[str(tmp_path / "*.txt")], held_out_tokens=100)
-    prepared = prepare(data)
-    examples = [prepared.train[index] for index in range(400)]
-    assert {len(example["input_ids"]) for example in examples} == set(range(4, 10))
-    assert all(torch.equal(example["input_ids"], example["labels"]) for example in examples)
-    assert all(example["labels"][-1] == 1 for example in examples)
-    drawn = torch.cat([example["labels"][:-1] for example in examples])
-    assert set(drawn.tolist()) == set(range(2, len(prepared.tokenizer)))
-    assert len(prepared.held_out) == 11
-    assert all(
-        not torch.equal(prepared.held_out[n]["labels"], prepared.train[n]["labels"]) for n in range(11)
-    )
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"shortest": 9, "source_length": 9}, "9 tokens and the end are more than source_length 9"),
-        ({"source_length": 9, "target_length": 8}, "8 is less than source_length 9"),
-    ],
-)
-def test_copied_tokens_that_do_not_fit(fields: dict[str, int], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        CopiedPairs(kind="copied", **fields)
-
-
-def test_too_few_different_sequences_to_hold_some_out() -> None:
-    with pytest.raises(
-        ValidationError, match="2 symbols make 1,024 sequences of 10, too few to hold some out"
-    ):
-        CopyTask(source="copy", symbols=2, length=10, examples=100, held_out=4)
-    assert CopyTask(source="copy", symbols=2, length=10, examples=1, held_out=1)
-
-
-def test_symbols_are_numbers() -> None:
-    tokenizer = prepare_copies(CopyTask(source="copy", symbols=50)).tokenizer
-    assert tokenizer("0 49 7")["input_ids"] == [2, 51, 9, 1]
-    assert tokenizer.decode([2, 51, 9, 1], skip_special_tokens=True) == "0 49 7"
-
-
 # -- batches -------------------------------------------------------------------------------------------------
 
 
@@ -446,33 +382,3 @@ def test_batches_of_similar_lengths_pad_little_and_change_with_the_epoch() -> No
         assert (
             np.corrcoef(batches[:-1].max(1), batches[1:].max(1))[0, 1] < 0.3
         )  # long ones are not all at the end
-
-
-# -- tokenizers ----------------------------------------------------------------------------------------------
-
-SENTINELS = [sentinel(index) for index in range(3)]
-TOKENIZER = train_byte_pairs(320, ["the cat sat on the mat"] * 4, [*PAIR_TOKENS, *SENTINELS])
-
-
-def test_tokenizers_for_pairs_pad_with_0_and_end_with_1(tmp_path: Path) -> None:
-    TOKENIZER.save_pretrained(tmp_path)
-    loaded = load_or_train(
-        spec("stdlib", {"kind": "docstrings"}, tokenizer={"kind": "saved", "path": str(tmp_path)}), []
-    )
-    for tokenizer in (TOKENIZER, loaded):
-        assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, None)
-        assert tokenizer.convert_tokens_to_ids(SENTINELS) == [2, 3, 4]
-        batch = tokenizer(["the cat sat", "the"], padding=True)
-        assert batch["input_ids"][0][-1] == 1
-        assert batch["input_ids"][1][-1] == 0
-        assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "the cat sat"
-
-
-def test_other_tokenizers_are_not_for_pairs(tmp_path: Path) -> None:
-    train_byte_pairs(300, ["text"]).save_pretrained(tmp_path / "plain")
-    TOKENIZER.save_pretrained(tmp_path / "few")
-    plain, few = ({"kind": "saved", "path": str(tmp_path / name)} for name in ("plain", "few"))
-    with pytest.raises(Failure, match=r"data\.tokenizer\.path: pairs need padding 0 and end of text 1"):
-        load_or_train(spec("stdlib", {"kind": "docstrings"}, tokenizer=plain), [])
-    with pytest.raises(Failure, match=r"has no token <extra_id_3>; spans that are left out need 28 of them"):
-        load_or_train(spec("stdlib", {"kind": "corrupted"}, tokenizer=few), [])

@@ -52,8 +52,8 @@ def read_rows(data: TextSpec, columns: Sequence[Column]) -> Splits[Row]:
     """All rows of `data`, in a fixed order, without those that have an empty text and without repetitions.
 
     A row is held out when the hash of its first text falls below `held_out_fraction`, so the split does not
-    depend on names, order or neighbours. A lone document is cut in two. Raises `Failure` when the text cannot
-    be read or when one split has no row.
+    depend on names, order or neighbours. A lone document is cut in two. `packages` are trained on only. Raises
+    `Failure` when the text cannot be read or when one split has no row.
     """
     gaps = Gaps(columns)
     if data.source == "stdlib":
@@ -77,10 +77,10 @@ def read_rows(data: TextSpec, columns: Sequence[Column]) -> Splits[Row]:
     else:
         kept_apart = {row[0] for row in apart}
         splits = Splits([row for row in rows if row[0] not in kept_apart], apart)
-    if data.source == "stdlib":
-        kept_apart = {row[0] for row in splits.held_out}
-        more = ((text,) for name in data.packages or () for text in _python_files(_package(name)))
-        splits.train.extend(row for row in _distinct(more) if row[0] not in kept_apart)
+    if data.source == "stdlib" and data.packages:
+        known = {*splits.train, *splits.held_out}
+        more = ((text,) for name in data.packages for text in _python_files(_package(name)))
+        splits.train.extend(row for row in _distinct(more) if row not in known)
 
     if not splits.held_out:
         raise Failure("data: no text is left to evaluate on; add documents or change data.held_out_fraction")

@@ -121,14 +121,13 @@ class CorruptedPairs(_Pairs):
 class CopiedPairs(_Pairs):
     """Random tokens of the text's tokenizer, and the same once more.
 
-    No token follows from the ones before it, and no place of the target from its source's length: what is left to learn
-    is to find what was written last in the source, and to go on as it does. Decoders that join their source need long
-    to learn that from summaries alone.
+    No token follows from the ones before it, and sources differ in length: what is left to learn is to find in the
+    source what was written last, and to go on as it does.
     """
 
     kind: Literal["copied"]
-    shortest: Size = 4
-    """Tokens of the shortest source; lengths are drawn evenly up to the longest."""
+    shortest: Annotated[int, Field(ge=3)] = 4
+    """Tokens of the shortest source; lengths are drawn evenly up to the longest. Fewer would be in both splits."""
 
     @model_validator(mode="after")
     def _check(self) -> CopiedPairs:
