@@ -124,7 +124,10 @@ def _python_files(root: Path) -> Iterator[str]:
 
 def _package(name: str) -> Path:
     """Folder of an installed package. Raises `Failure` where there is none."""
-    found = find_spec(name) if name.isidentifier() else None
+    try:
+        found = find_spec(name) if name.isidentifier() else None
+    except ValueError:  # a module that was not imported in the usual way, such as __main__
+        found = None
     if found is None or not found.submodule_search_locations:
         raise Failure(f"data.packages: no package {name} is installed; pip install it, or leave it out")
     return Path(found.submodule_search_locations[0])
