@@ -56,3 +56,34 @@ def place(newcomer: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
 
     move_in(*newcomer, monkeypatch)
     return newcomer[0]
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A recipe of a tiny model and its text; what is read and packed is kept beside it."""
+    from small_runs import write_recipe
+
+    path = write_recipe(tmp_path_factory.mktemp("train"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSECLI_CACHE", str(path.parent / "cache"))
+        yield path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_file: Path) -> tuple[Path, object]:
+    """An uninterrupted run of it: its folder and its result."""
+    from sparsecli.recipe.loader import load
+    from sparsecli.train.trainer import run
+
+    output = recipe_file.parent / "finished"
+    result = run(load(str(recipe_file)), output=output)
+    assert result is not None
+    return output, result
+
+
+@pytest.fixture
+def tiny(recipe_file: Path) -> object:
+    """That recipe, loaded."""
+    from sparsecli.recipe.loader import load
+
+    return load(str(recipe_file))

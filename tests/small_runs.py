@@ -1,4 +1,4 @@
-"""Runs that are cut short and the comparison of what they leave behind, for the tests of training and converting."""
+"""A tiny recipe, runs that are cut short, and the comparison of what they leave behind."""
 
 from __future__ import annotations
 
@@ -14,6 +14,47 @@ import torch
 from safetensors.torch import load_file
 
 from sparsecli.train import journal, run_directory
+
+RECIPE = """
+seed: 3
+model:
+  d_model: 16
+  layers: 2
+  heads: 2
+  max_positions: 32
+  dropout: 0.1
+  feed_forward: {kind: sparse, d_ff: 32, block_size: 4, rank: 4, hard_fraction: 0.5, temperature: 0.3}
+  attention: {projection: multiplicative_conv}
+  vocabulary: {kind: dense, size: 320, tied: true}
+data:
+  source: files
+  paths: ["TEXTS/*.txt"]
+  sequence_length: 16
+  held_out_tokens: 256
+  tokenizer: {kind: bpe, vocabulary_size: 300}
+train:
+  max_steps: 12
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 2
+  learning_rate: 0.01
+  warmup_steps: 2
+  logging_steps: 1
+  eval_steps: 6
+  save_steps: 4
+"""
+
+
+def write_recipe(folder: Path) -> Path:
+    """The recipe of a tiny model on a text of 7 steps an epoch."""
+    (folder / "texts").mkdir()
+    for number in range(30):
+        text = " ".join(
+            f"{(number * word) % 17} and {word % number if number else word}" for word in range(12)
+        )
+        (folder / "texts" / f"{number}.txt").write_text(text)
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE.replace("TEXTS", str(folder / "texts")))
+    return path
 
 
 def at_step(patch: pytest.MonkeyPatch, step: int, action: Any) -> None:

@@ -1,0 +1,411 @@
+"""Training that is stopped and goes on, from whole checkpoints and past damaged ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from small_runs import assert_same_run, at_step, crash, send, weights
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import TrainerState, TrainingArguments
+
+from sparsecli.console import Failure, Stopped
+from sparsecli.data import preparation
+from sparsecli.data.ordering import SimilarLengths
+from sparsecli.data.packing import pack
+from sparsecli.model.checkpoint import load_model
+from sparsecli.recipe.loader import LoadedRecipe, load
+from sparsecli.train import checkpoint, loop, run_directory, trainer
+from sparsecli.train.evaluation import evaluate
+from sparsecli.train.trainer import Result, run
+
+# -- stopping and going on -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 5, 7, 9])
+def test_stopped_and_resumed_run_ends_bit_for_bit_the_same(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path, step: int
+) -> None:
+    """In the first epoch, at its end and in the second one, on and off the checkpoint grid."""
+    output = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, send(signal.SIGTERM))
+        with pytest.raises(Stopped, match=f"stopped at step {step} of 12") as stopped:
+            run(tiny, output=output)
+    assert stopped.value.exit_code == 75
+    assert not (output / "model").exists()
+    run(load(str(output / "recipe.yaml")), output=output, resume="auto")
+    assert_same_run(output, finished[0])
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 7, crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, output=output)
+    assert run_directory.read_metrics(output)[-1]["step"] == 6
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "los')  # torn
+    run(tiny, output=output, resume="auto")
+    assert_same_run(output, finished[0])
+
+
+def test_interrupt_ends_with_130_and_says_how_to_go_on(tiny: LoadedRecipe, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 2, send(signal.SIGINT))
+        with pytest.raises(Stopped) as stopped:
+            run(tiny, output=output)
+    assert stopped.value.exit_code == 130
+    assert f"sparsecli train {output}/recipe.yaml --resume auto" in stopped.value.message
+    assert "\n" not in stopped.value.message
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("further", [1, 2])
+def test_a_second_signal_leaves_the_checkpoint_to_be_written(
+    finished: tuple[Path, Result],
+    tiny: LoadedRecipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    further: int,
+) -> None:
+    """A third one does not; then nothing of it is there."""
+    output, before = tmp_path / "run", loop.seal
+
+    def interrupted(written: Path, *args: Any) -> Any:
+        for _ in range(further if written.name == "checkpoint-5" else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return before(written, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 5, send(signal.SIGINT))
+        patch.setattr(loop, "seal", interrupted)
+        with pytest.raises(Stopped if further == 1 else KeyboardInterrupt):
+            run(tiny, output=output)
+    told = "stopping with a checkpoint after this step; a further signal ends at once, without it"
+    assert capsys.readouterr().err.splitlines().count(told) == 1
+    newest, skipped = checkpoint.newest_sound(output / "checkpoints")
+    assert newest is not None
+    assert (newest.name, skipped) == (f"checkpoint-{5 if further == 1 else 4}", [])
+    run(tiny, output=output, resume="auto")
+    assert_same_run(output, finished[0])
+
+
+def test_signal_during_evaluation_cuts_it_short(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    before = loop.evaluate
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return before(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        with pytest.raises(Stopped, match="stopped at step 6"):
+            run(tiny, output=output)
+    run(tiny, output=output, resume="auto")
+    for name, tensor in weights(output).items():
+        assert torch.equal(tensor, weights(finished[0])[name]), name
+
+
+def test_signal_in_the_last_step_changes_nothing(
+    finished: tuple[Path, Result], recipe_file: Path, tiny: LoadedRecipe, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 12, send(signal.SIGTERM))
+        result = run(tiny, output=tmp_path / "run")
+    assert result is not None
+    assert result.held_out_nats == finished[1].held_out_nats
+    assert_same_run(tmp_path / "run", finished[0])
+
+    short = load(str(recipe_file), ["train.max_steps=2"])  # not a multiple of eval_steps
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 2, send(signal.SIGTERM))
+        result = run(short, output=tmp_path / "short")
+    assert result is not None
+    assert run_directory.read_metrics(tmp_path / "short")[-1]["held_out_nats"] == result.held_out_nats
+
+
+def test_signal_in_the_last_evaluation_only_puts_it_off(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
+) -> None:
+    output, before, sent = tmp_path / "run", loop.evaluate, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if (output / "checkpoints" / "checkpoint-8").exists() and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return before(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        result = run(tiny, output=output)
+    assert sent
+    assert result is not None
+    assert result.held_out_nats == finished[1].held_out_nats
+    assert_same_run(output, finished[0])
+
+
+def test_run_killed_in_its_last_evaluation_does_that_again(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, before = load(str(recipe_file), ["train.max_steps=2"]), loop.evaluate
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        """Put off after the last step, killed once the model is there."""
+        os.kill(os.getpid(), signal.SIGINT)
+        return before(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(short, output=tmp_path / "run")
+    assert (tmp_path / "run" / "model").is_dir()
+    monkeypatch.setattr(trainer.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    result = run(short, output=tmp_path / "run", resume="auto")
+    assert result is not None
+    *_, logged, evaluated = run_directory.read_metrics(tmp_path / "run")
+    assert evaluated["held_out_nats"] == result.held_out_nats
+    assert (evaluated["step"], evaluated["tokens"]) == (2, logged["tokens"])
+
+
+def test_run_killed_before_its_model_was_written_only_writes_it(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.LanguageModelTrainer, "save_model", _crash_outside_checkpoints)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, output=output)
+    assert not (output / "model").exists()
+    monkeypatch.setattr(trainer.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    result = run(tiny, output=output, resume="auto")
+    assert result is not None
+    assert result.held_out_nats == finished[1].held_out_nats
+    assert_same_run(output, finished[0])
+
+
+_save_model = trainer.LanguageModelTrainer.save_model
+
+
+def _crash_outside_checkpoints(self: Any, folder: str, **kwargs: Any) -> None:
+    if folder.endswith("model.tmp"):
+        crash()
+    _save_model(self, folder, **kwargs)
+
+
+def test_finished_run_says_so(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished[0] / "run.json").read_bytes()
+    assert run(tiny, output=finished[0], resume="auto") == finished[1]
+    assert "this run is finished" in capsys.readouterr().err
+    assert (finished[0] / "run.json").read_bytes() == before
+
+
+def test_finished_run_without_its_model_writes_it_again(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output, ignore=shutil.ignore_patterns("model"))
+    assert run(tiny, output=output, resume="auto") is not None
+    assert_same_run(output, finished[0])
+
+
+def test_the_first_process_prepares_the_text(
+    tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def first(self: TrainingArguments, *args: Any, **kwargs: Any) -> Iterator[None]:
+        events.append("turn")
+        yield
+        events.append("the others' turn")
+
+    def prepare(data: Any) -> Any:
+        events.append("prepared")
+        return preparation.prepare(data)
+
+    monkeypatch.setattr(TrainingArguments, "main_process_first", first)
+    monkeypatch.setattr(trainer, "prepare", prepare)
+    monkeypatch.setattr(trainer, "set_seed", lambda seed: events.append("training") or crash())
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, output=tmp_path / "run")
+    assert events == ["turn", "prepared", "the others' turn", "training"]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "windows"])
+def test_a_process_that_goes_on_within_an_epoch_keeps_its_order(kind: str) -> None:
+    """As the Trainer does it: the callback, a loader that skips what was seen, then the number of the epoch."""
+    numbers = list(range(64))
+
+    def loader() -> Any:
+        pairs = SimilarLengths(np.array(numbers) % 7, batch_size=2, seed=0)
+        sampler = pairs if kind == "pairs" else RandomSampler(numbers)
+        plain = DataLoader(numbers, batch_size=2, sampler=sampler, drop_last=True)
+        return prepare_data_loader(
+            plain, num_processes=2, process_index=1, use_seedable_sampler=True, data_seed=3
+        )
+
+    def batches(loader: Any, epoch: int) -> list[list[int]]:
+        loader.set_epoch(epoch)
+        return [batch.tolist() for batch in loader]
+
+    whole, again = loader(), loader()
+    first, second = batches(whole, 0), batches(whole, 1)
+    assert first != second
+    state = TrainerState(epoch=1 + 4 / len(second))
+    loop.OrderOfEpoch().on_epoch_begin(None, state, None, train_dataloader=again)
+    assert batches(skip_first_batches(again, 4), 1) == second[4:]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(recipe_file: Path, tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("sparsecli")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program), "train"]
+    command += [str(recipe_file), "train.max_steps=5", "--output", str(tmp_path / "run")]
+    # An empty cache, so that there is something to announce.
+    new = {**os.environ, "SPARSECLI_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, check=True, timeout=300, stderr=subprocess.PIPE, text=True, env=new)
+    for said in ("training a tokenizer", "packing", "training: 5/5", "step 5: held out nats"):
+        assert done.stderr.count(said) == 1, done.stderr
+
+    # What is left when the processes are killed in the evaluation after the last step.
+    shutil.rmtree(tmp_path / "run" / "model")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    (tmp_path / "run" / "model.tmp").mkdir()
+    subprocess.run([*command, "--resume", "auto"], check=True, timeout=300)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["processes"] == 2
+    rows = run_directory.read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 6))
+    assert rows[0]["tokens"] == 2 * 2 * 4 * 16
+    found, skipped = checkpoint.newest_sound(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert not skipped
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in found.iterdir()}
+    assert not (tmp_path / "run" / "model.tmp").exists()
+    model, tokenizer = load_model(tmp_path / "run" / "model")
+    data = load(str(recipe_file)).recipe.data
+    assert data
+    held_out = pack(data).held_out.windows(16, 256)
+    figures = evaluate(model, held_out, held_out.bytes_per_token(tokenizer))
+    assert figures is not None
+    assert figures.nats_per_token == pytest.approx(facts["result"]["held_out_nats"], abs=1e-5)
+    assert figures.bits_per_byte == pytest.approx(facts["result"]["bits_per_byte"], abs=1e-5)
+    assert rows[-1]["held_out_nats"] == facts["result"]["held_out_nats"]
+
+
+# -- damaged checkpoints -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped_run(tiny: LoadedRecipe, tmp_path: Path) -> Path:
+    """A run stopped at step 9, with checkpoints 8 and 9."""
+    output = tmp_path / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 9, send(signal.SIGTERM))
+        with pytest.raises(Stopped):
+            run(tiny, output=output)
+    return output
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "changed":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("file", "how", "reason"),
+    [
+        ("optimizer.pt", "truncated", "optimizer.pt has .* bytes, not"),
+        ("model.safetensors", "changed", "model.safetensors is not what was written"),
+        ("rng_state.pth", "missing", "rng_state.pth is missing"),
+        ("manifest.json", "missing", "no manifest.json: it was not written to the end"),
+        ("manifest.json", "truncated", "manifest.json cannot be used"),
+    ],
+)
+def test_damaged_checkpoint_is_skipped_with_its_reason(
+    stopped_run: Path, file: str, how: str, reason: str
+) -> None:
+    damage(stopped_run / "checkpoints" / "checkpoint-9" / file, how)
+    found, skipped = checkpoint.newest_sound(stopped_run / "checkpoints")
+    assert found is not None
+    assert found.name == "checkpoint-8"
+    assert len(skipped) == 1
+    assert re.match(f"checkpoint-9: {reason}", skipped[0])
+
+
+def test_resume_past_a_damaged_checkpoint_ends_the_same(
+    finished: tuple[Path, Result],
+    stopped_run: Path,
+    tiny: LoadedRecipe,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(stopped_run / "checkpoints" / "checkpoint-9" / "optimizer.pt", "truncated")
+    run(tiny, output=stopped_run, resume="auto")
+    assert "skipped checkpoint-9: optimizer.pt" in capsys.readouterr().err
+    assert_same_run(stopped_run, finished[0])
+
+
+def test_no_whole_checkpoint_left_is_a_failure(stopped_run: Path, tiny: LoadedRecipe) -> None:
+    for folder in (stopped_run / "checkpoints").iterdir():
+        damage(folder / "model.safetensors", "truncated")
+    with pytest.raises(Failure, match="none of its checkpoints is whole"):
+        run(tiny, output=stopped_run, resume="auto")
+
+
+# -- another run ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("train.max_steps=20", r"train\.max_steps \(12 then, 20 now\)"),
+        ("model.d_model=32", r"model\.d_model \(16 then, 32 now\)"),
+        ("data.sequence_length=8", r"data\.sequence_length \(16 then, 8 now\)"),
+        ("seed=1", r"seed \(3 then, 1 now\)"),
+    ],
+)
+def test_another_recipe_cannot_resume(
+    finished: tuple[Path, Result], recipe_file: Path, override: str, key: str
+) -> None:
+    with pytest.raises(Failure, match=f"cannot be resumed with another recipe: {key};"):
+        run(load(str(recipe_file), [override]), output=finished[0], resume="auto")
+
+
+def test_changed_text_cannot_resume(stopped_run: Path, recipe_file: Path, tmp_path: Path) -> None:
+    extra = recipe_file.parent / "texts" / "extra.txt"
+    extra.write_text("some text that was not there before")
+    try:
+        with pytest.raises(Failure, match="the text or its tokenizer is not what this run was started with"):
+            run(load(str(recipe_file)), output=stopped_run, resume="auto")
+    finally:
+        extra.unlink()

@@ -1,0 +1,132 @@
+"""Evaluation, schedules, weight decay and the keeping of checkpoints, each alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsecli.data.packing import TokenStream
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.recipe.loader import LoadedRecipe
+from sparsecli.train import checkpoint, loop
+from sparsecli.train.evaluation import evaluate
+
+
+def tiny_model(**fields: Any) -> ScalingTransformerForCausalLM:
+    spec = {
+        "d_model": 8,
+        "layers": 2,
+        "heads": 2,
+        "max_positions": 16,
+        "feed_forward": {"kind": "sparse", "d_ff": 16, "block_size": 4, "rank": 2},
+        "vocabulary": {"kind": "dense", "size": 50},
+        **fields,
+    }
+    torch.manual_seed(0)
+    return ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(ModelSpec.model_validate(spec)))
+
+
+def stream(tokens: int) -> TokenStream:
+    return TokenStream(torch.randint(0, 50, (tokens,), generator=torch.Generator().manual_seed(1)).numpy())
+
+
+def test_evaluation_is_the_mean_over_predicted_tokens() -> None:
+    model, windows = tiny_model().eval(), stream(16 * 5).windows(16)
+    figures = evaluate(model, windows, 1.0, batch_size=2)  # the last batch is smaller
+    tokens = torch.stack([windows[index]["input_ids"] for index in range(5)])
+    with torch.no_grad():
+        predicted = model(tokens).logits[:, :-1].log_softmax(-1)
+    expected = -predicted.gather(-1, tokens[:, 1:, None]).mean().item()
+    assert figures is not None
+    assert figures.nats_per_token == pytest.approx(expected, abs=1e-5)
+    assert figures.bits_per_byte == pytest.approx(expected / math.log(2), abs=1e-5)
+    assert figures.tokens == 5 * 15
+
+
+def test_evaluation_splits_over_processes() -> None:
+    model, windows = tiny_model(), stream(16 * 7).windows(16)
+    whole = evaluate(model, windows, 2.0, batch_size=2)
+    collected: list[list[torch.Tensor]] = [[], []]
+    for rank in range(2):
+        evaluate(
+            model, windows, 2.0, batch_size=2, rank=rank, ranks=2,
+            add_up=lambda sums, to=collected[rank]: to.append(sums) or sums,
+        )  # fmt: skip
+    sums = [first + second for first, second in zip(*collected, strict=True)]
+    assert whole is not None
+    assert (sums[0][0] / sums[0][1]).item() == pytest.approx(whole.nats_per_token, abs=1e-6)
+    assert sums[0][1] == whole.tokens
+    assert torch.cat(sums[1:]).eq(0).double().mean().item() == pytest.approx(whole.never_chosen)
+
+
+def test_never_chosen_and_balance_count_the_choices() -> None:
+    model, windows = tiny_model(), stream(16 * 4).windows(16)
+    for block in model.model.blocks:
+        controller = block.feed_forward.controller
+        torch.nn.init.zeros_(controller.first)
+        with torch.no_grad():
+            controller.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]).repeat(4))
+    figures = evaluate(model, windows, 1.0)
+    assert figures is not None
+    assert (figures.never_chosen, figures.balance) == (0.75, 0.0)
+    assert not any(block.feed_forward.controller._forward_hooks for block in model.model.blocks)
+
+    dense = tiny_model(feed_forward={"kind": "dense", "d_ff": 16})
+    figures = evaluate(dense, windows, 1.0)
+    assert figures is not None
+    assert (figures.never_chosen, figures.balance) == (None, None)
+
+
+def test_evaluation_draws_no_random_number() -> None:
+    model = tiny_model(dropout=0.5).train()
+    state = torch.get_rng_state()
+    evaluate(model, stream(64).windows(16), 1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_weight_decay_spares_what_is_no_matrix_of_the_network(positions: str) -> None:
+    model = tiny_model(positions=positions)
+    names = loop.LanguageModelTrainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    assert names
+    assert all(name.endswith((".weight", "feed_forward.up", "feed_forward.down")) for name in names)
+    assert not [name for name in names if "controller" in name or "embedding" in name or "norm" in name]
+    assert any("attention" in name for name in names)
+    assert "model.blocks.0.feed_forward.up" in names
+    mixture = tiny_model(feed_forward={"kind": "mixture", "d_ff": 16, "experts": 4})
+    names = loop.LanguageModelTrainer.get_decay_parameter_names(None, mixture)  # type: ignore[arg-type]
+    assert not [name for name in names if "router" in name]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [("cosine", "cosine_with_min_lr"), ("linear", "linear"), ("inverse_sqrt", "inverse_sqrt")],
+)
+def test_schedules_by_their_recipe_names(
+    tiny: LoadedRecipe, tmp_path: Path, schedule: str, name: str
+) -> None:
+    assert tiny.recipe.train
+    train = tiny.recipe.train.model_copy(update={"lr_scheduler_type": schedule, "min_lr_rate": 0.25})
+    arguments = loop.training_arguments(train, 5, tmp_path)
+    assert arguments.lr_scheduler_type == name
+    assert (arguments.lr_scheduler_kwargs or {}).get("min_lr_rate") == (
+        0.25 if schedule == "cosine" else None
+    )
+    assert (arguments.seed, arguments.data_seed) == (5, 5)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (2, 10, 4, 30):
+        written = tmp_path / ".unfinished" / f"checkpoint-{step}"
+        written.mkdir(parents=True)
+        (written / "weights").write_text(str(step))
+        checkpoint.seal(written, tmp_path, keep=2)
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert kept == ["checkpoint-10", "checkpoint-30"]
+    assert checkpoint.newest_sound(tmp_path) == (tmp_path / "checkpoint-30", [])
