@@ -1,4 +1,4 @@
-"""Recipes: what is read, every way to be wrong and how it is told, overrides, the shipped files."""
+"""Recipes: what is read, every way to be wrong and how it is told, overrides."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from sparsecli.console import RecipeError
 from sparsecli.model.parts import Block
-from sparsecli.model.sizes import disagreement
-from sparsecli.recipe import commands, loader
+from sparsecli.recipe import loader
 from sparsecli.recipe.schema import Recipe
 
 SMALL = """\
@@ -451,112 +450,6 @@ def test_any_word_survives_the_round_trip(word):
 def test_any_number_survives_the_round_trip(number):
     text = loader.dump(loader.parse(f"train: {{max_steps: 1, learning_rate: {number!r}}}", "r.yaml"))
     assert math.isclose(loader.parse(text, "r.yaml").train.learning_rate, number, rel_tol=0)
-
-
-# -- shipped recipes and their commands ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", loader.shipped())
-def test_shipped_recipe(name):
-    loaded = loader.load(name)
-    assert loaded.recipe.description
-    assert loader.parse(loader.dump(loaded.recipe), "dumped.yaml") == loaded.recipe
-
-
-def test_shipped_names():
-    assert set(loader.shipped()) >= {
-        "quickstart",
-        "quickstart-dense",
-        "quickstart-dense-conv",
-        "quickstart-convert",
-        "quickstart-upcycle",
-        "upcycle-smollm2",
-        "bench-800m",
-        "bench-17b",
-    }
-
-
-def test_conversion_fits_its_dense_model():
-    convert = loader.load("quickstart-convert").recipe
-    dense = loader.load("quickstart-dense").recipe
-    assert convert.convert.feed_forward.d_ff == dense.model.feed_forward.d_ff
-    assert convert.data == dense.data
-
-
-def test_twins_agree_in_size():
-    counts = {
-        name: commands.sizes(loader.load(name).recipe)[0][1].total
-        for name in ("quickstart", "quickstart-dense", "quickstart-dense-conv")
-    }
-    assert max(counts.values()) / min(counts.values()) < 1.01
-
-
-@pytest.mark.parametrize("name", ["bench-800m", "bench-17b"])
-def test_variants_agree_in_size(name):
-    rows = commands.sizes(loader.load(name).recipe)
-    assert [label for label, _ in rows][:5] == [
-        "dense",
-        "+ Sparse FF",
-        "+ Sparse QKV",
-        "+ Sparse FF + QKV",
-        "+ Sparse FF + QKV + loss",
-    ]
-    assert disagreement([size for _, size in rows]) < 0.01
-
-
-def test_check_refuses_variants_of_different_size(tmp_path):
-    path = tmp_path / "50%b.yaml"
-    path.write_text(
-        SMALL + "bench: {variants: [{name: a, group: dense}, {name: b, group: sparse, "
-        "model: {vocabulary: {kind: dense, size: 600}}}]}\n"
-    )
-    with pytest.raises(RecipeError, match=r"50%b.yaml: bench.variants: .* differ by \d+\.\d %, .* 1 %;"):
-        commands.check([str(path)])
-
-
-def test_check_reports_every_recipe_and_then_fails(tmp_path, capsys):
-    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
-    good.write_text(SMALL)
-    bad.write_text("sed: 1")
-    with pytest.raises(RecipeError, match=r"bad.yaml:1:1: sed: unknown key"):
-        commands.check([str(bad), str(good)])
-    assert "good" in capsys.readouterr().out
-
-
-def test_list_and_show(capsys):
-    commands.list_shipped()
-    assert "quickstart-dense" in capsys.readouterr().out
-    commands.show("quickstart")
-    assert capsys.readouterr().out == loader.shipped()["quickstart"].read_text()
-    with pytest.raises(RecipeError, match="did you mean quickstart"):
-        commands.show("quikstart")
-
-
-def test_copy_never_overwrites(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    commands.copy("quickstart", None)
-    copied = tmp_path / "quickstart.yaml"
-    assert copied.read_text() == loader.shipped()["quickstart"].read_text()
-    copied.write_text("mine")
-    with pytest.raises(RecipeError, match=r"quickstart.yaml exists"):
-        commands.copy("quickstart", None)
-    assert copied.read_text() == "mine"
-    (tmp_path / "folder").mkdir()
-    commands.copy("quickstart", tmp_path / "folder")
-    assert (tmp_path / "folder" / "quickstart.yaml").exists()
-
-
-def test_schema_describes_every_field(capsys):
-    commands.schema()
-    schema = json.loads(capsys.readouterr().out)
-    assert schema["properties"]["seed"]["description"]
-    undocumented = [
-        f"{name}.{key}"
-        for name, block in schema["$defs"].items()
-        for key, value in block["properties"].items()
-        if "description" not in value and key not in ("kind", "source")
-    ]
-    assert undocumented == []
 
 
 # -- closed unions -------------------------------------------------------------------------------------------
