@@ -182,25 +182,31 @@ def test_decoding_and_generating_import_neither_torch_nor_transformers():
     assert heavy == "set()\n"
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import sparsecli; from transformers import AutoConfig, AutoModelForCausalLM",
-        "from transformers import AutoConfig, AutoModelForCausalLM; import sparsecli",
-        "from transformers import AutoConfig; import sparsecli; from transformers import AutoModelForCausalLM",
-        "import sparsecli.model.blocks; from transformers import AutoConfig, AutoModelForCausalLM",
-        "import sparsecli.model.encoder; from transformers import AutoConfig, AutoModelForCausalLM",
-    ],
-)
-def test_auto_classes_know_the_models_in_every_order(first):
+ORDERS = [
+    "import sparsecli; from transformers import AutoConfig, AutoModelForCausalLM",
+    "from transformers import AutoConfig, AutoModelForCausalLM; import sparsecli",
+    "from transformers import AutoConfig; import sparsecli; from transformers import AutoModelForCausalLM",
+    "import sparsecli.model.blocks; from transformers import AutoConfig, AutoModelForCausalLM",
+    "import sparsecli.model.encoder; from transformers import AutoConfig, AutoModelForCausalLM",
+]
+
+
+def test_auto_classes_know_the_models_in_every_order():
+    """Each in a process of its own, which begins where torch is loaded: that takes the most time."""
     made = python(
-        f"{first}\n"
-        "from transformers import AutoModelForSeq2SeqLM\n"
-        "for name, auto in (('scaling_transformer', AutoModelForCausalLM), ('terraformer', AutoModelForSeq2SeqLM)):\n"
-        "    config = AutoConfig.for_model(name)\n"
-        "    print(type(config).__module__, auto._model_mapping[type(config)].__module__)"
+        "import os, sys, torch\n"
+        f"for first in {ORDERS}:\n"
+        "    if os.fork():\n"
+        "        assert os.wait()[1] == 0, first\n"
+        "        continue\n"
+        "    exec(first)\n"
+        "    from transformers import AutoModelForSeq2SeqLM\n"
+        "    for name, auto in (('scaling_transformer', AutoModelForCausalLM), ('terraformer', AutoModelForSeq2SeqLM)):\n"
+        "        config = AutoConfig.for_model(name)\n"
+        "        print(type(config).__module__, auto._model_mapping[type(config)].__module__)\n"
+        "    sys.exit()"
     )
-    assert made.split() == [
+    assert made.split() == len(ORDERS) * [
         *("sparsecli.model.configuration", "sparsecli.model.causal_lm"),
         *("sparsecli.model.configuration", "sparsecli.model.terraformer"),
     ]
