@@ -34,6 +34,7 @@ from sparsecli.recipe_cli import recipes
 
 if TYPE_CHECKING:
     from sparsecli.recipe.loader import LoadedRecipe
+    from sparsecli.recipe.schema import GenerateSpec
 
 app = typer.Typer(
     name="sparsecli",
@@ -243,14 +244,13 @@ def generate(
 
     The prompt comes from --prompt, --prompt-file, a pipe, or the recipe; for a model with an encoder it is the
     input, as --input is. Without --model it is the recipe's run that speaks, else the newest finished run under
-    runs/.
+    runs/. Options that are not given are the recipe's, else those that the run was made with.
     """
     recipe, overrides = _shift(recipe, overrides)
     if overrides and not recipe:
         raise RecipeError(f"{overrides[0]}: an override needs a recipe to change; name one first")
     loaded = _load(recipe, overrides, seed) if recipe else None
     from sparsecli.recipe.loader import check_unread, with_options
-    from sparsecli.recipe.schema import GenerateSpec
 
     check_unread(overrides, "generate", {"model", "data", "train", "convert", "bench"})
     given = {
@@ -262,7 +262,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop": stop or None,
     }
-    defaults = loaded.recipe.generate if loaded else GenerateSpec()
+    defaults = loaded.recipe.generate if loaded else _options_of(model)
     options = with_options(defaults, {name: value for name, value in given.items() if value is not None})
     text = read_prompt(prompt, prompt_file, input_file, options.prompt)
     from sparsecli import generate as implementation
@@ -282,6 +282,21 @@ def generate(
         threads=threads,
         chat=chat,
     )
+
+
+def _options_of(model: str | None) -> GenerateSpec:
+    """The `generate:` block of the run that speaks, without its prompt; the defaults where it is none of our runs."""
+    from sparsecli.model.folder import RECIPE, find_model
+    from sparsecli.recipe.loader import load
+    from sparsecli.recipe.schema import GenerateSpec
+
+    try:
+        stored = find_model(model).parent / RECIPE
+    except Failure:  # writing says it, once all options are found to be right
+        return GenerateSpec()
+    if not stored.is_file():
+        return GenerateSpec()
+    return load(str(stored)).recipe.generate.model_copy(update={"prompt": None})
 
 
 @app.command(

@@ -187,8 +187,9 @@ def encode_input(tokenizer: Tokenizer, text: str, positions: int) -> list[int]:
         raise Failure("the input is empty; give some text to read")
     ids = tokenizer.encode(text, special=True)
     if PADDING in ids:  # a vocabulary of symbols has nothing else for what is none of them
+        unknown = [word for word in text.split() if PADDING in tokenizer.encode(word)]
         raise Failure(
-            f"the input has {ids.count(PADDING)} words that the tokenizer does not know; leave them out"
+            f"the input has words that the tokenizer does not know: {' '.join(unknown[:5])}; leave them out"
         )
     if len(ids) > positions:
         console.warn(f"the input has {len(ids)} tokens; the model reads the first {positions}")

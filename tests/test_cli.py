@@ -167,6 +167,21 @@ def test_generate_options_go_before_the_recipe(run, calls):
     )
 
 
+def test_generate_writes_as_the_run_was_told_to(run, calls, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "model" / "config.json").write_text("{}")
+    recipe = Path("runs/mine/recipe.yaml")
+    monkeypatch.chdir(tmp_path)
+    for model in ([], ["--model", "runs/mine"], ["--model", "runs/mine/model"]):
+        recipe.unlink(missing_ok=True)
+        assert run("generate", *model, "--prompt", "x") == 0
+        assert calls.options["options"].repetition_penalty == 1
+        recipe.write_text("generate: {repetition_penalty: 1.2, top_k: 7, prompt: other}")
+        assert run("generate", *model, "--prompt", "x", "--top-k", "3") == 0
+        options = calls.options["options"]
+        assert (options.repetition_penalty, options.top_k, calls.options["prompt"]) == (1.2, 3, "x")
+
+
 def test_generate_hands_on_how_to_decode(run, calls):
     chosen = ("--backend", "native", "--dtype", "int8", "--cache-dtype", "bfloat16", "--threads", "2")
     assert run("generate", "--prompt", "x", *chosen) == 0

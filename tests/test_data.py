@@ -166,6 +166,10 @@ def test_packages_are_trained_on_and_never_held_out(tmp_path: Path, monkeypatch:
     both = read_documents(spec("stdlib", held_out_fraction=0.3, packages=["more"]))
     assert both.held_out == alone.held_out
     assert both.train == [*alone.train, "# site-packages/more/sub/a.py\n"]
+    with pytest.raises(
+        Failure, match=r"data.packages: json is in the standard library, which is read anyway"
+    ):
+        read_documents(spec("stdlib", packages=["json"]))
     for name in ("less", "no.name", "json.decoder", "__main__"):
         with pytest.raises(Failure, match=f"data.packages: no package {name} is installed"):
             read_documents(spec("stdlib", packages=[name]))

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from sparsecli.console import Failure
 from sparsecli.data import tokenization
+from sparsecli.data.copying import symbol_tokenizer
 from sparsecli.data.tokenization import (
     END_OF_TEXT,
     PAIR_TOKENS,
@@ -94,6 +95,16 @@ def test_each_way_to_split_words_has_a_place_of_its_own_in_the_cache(tmp_path: P
     plain, apart = (load_or_train(data, documents, tmp_path) for data in (spec(paths=["-"]), split))
     assert plain.tokenize("read the") == ["read", "Ġthe"]
     assert apart.tokenize("read the") == ["read", "Ġ", "the"]
+
+
+def test_a_tokenizer_that_knows_nothing_of_the_text(tmp_path: Path) -> None:
+    symbol_tokenizer(10).save_pretrained(tmp_path)
+    data = spec("stdlib", pairs={"kind": "docstrings"}, tokenizer={"kind": "saved", "path": str(tmp_path)})
+    with pytest.raises(
+        Failure, match=r"data\.tokenizer\.path: the tokenizer knows 2 of the first 6 words of the"
+    ):
+        load_or_train(data, ["def f(1):", "return 1 + 1"])
+    load_or_train(data, ["1 2 3", "4 5 six"])
 
 
 def test_saved_tokenizer_of_a_folder_or_a_run(tmp_path: Path) -> None:

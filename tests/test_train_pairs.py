@@ -226,6 +226,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("model", ["Terraformer"], indirect=True)
+def test_the_penalty_of_what_is_written_belongs_to_the_run(folder: Path, finished: Path, model: dict) -> None:
+    loaded = recipe(folder, "run", model=model)
+    generate = loaded.recipe.generate.model_copy(update={"repetition_penalty": 1.5})
+    changed = LoadedRecipe(loaded.recipe.model_copy(update={"generate": generate}), "run", loaded.path)
+    with pytest.raises(Failure, match=r"generate\.repetition_penalty \(1\.0 then, 1\.5 now\)"):
+        run(changed, output=finished, resume="auto")
+
+
+@pytest.mark.parametrize("model", ["Terraformer"], indirect=True)
 def test_a_run_starts_from_another_and_brings_its_tokenizer(
     folder: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -261,6 +270,8 @@ def test_a_start_that_is_not_there_may_be_left_out(tmp_path: Path, monkeypatch: 
     message = r"^train\.init_from: runs/terraformer-c4: no such folder; .*; train\.init_from=null starts from random w"
     with pytest.raises(Failure, match=message):
         run(load("terraformer-arxiv"), output=tmp_path / "run", dry_run=True)
+    with pytest.raises(Failure, match=r"; sparsecli train terraformer-copy-tokens makes it$"):
+        run(load("terraformer-summarize"), output=tmp_path / "run", dry_run=True)
     run(load("terraformer-arxiv", ["train.init_from=null"]), output=tmp_path / "run", dry_run=True)
 
 

@@ -29,7 +29,7 @@ from sparsecli.decode.engine import processors
 from sparsecli.decode.packing import Precision
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_network
-from sparsecli.model.folder import share
+from sparsecli.model.folder import RECIPE, share
 from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.recipe.loader import dump
 from sparsecli.recipe.schema import ConvertSpec, Recipe
@@ -374,7 +374,7 @@ class Conversion:
         }
         run_directory.write_facts(result, facts)
         resolved = self.recipe.model_copy(update={"output": str(self.output)})
-        run_directory.replace_text(result / run_directory.RECIPE, dump(resolved))
+        run_directory.replace_text(result / RECIPE, dump(resolved))
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from torch import Tensor
 from sparsecli.console import Failure
 from sparsecli.data.packing import PackedCorpus, Windows, pack
 from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.folder import RECIPE
 from sparsecli.recipe.data import CopyTask, SavedTokenizer, StdlibCorpus, TextSpec
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.schema import Recipe
-from sparsecli.train.run_directory import RECIPE
 
 WINDOW = 512
 HELD_OUT = 32768

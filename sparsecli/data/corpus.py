@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -123,13 +124,18 @@ def _python_files(root: Path) -> Iterator[str]:
 
 
 def _package(name: str) -> Path:
-    """Folder of an installed package. Raises `Failure` where there is none."""
+    """Folder of an installed package, by the name that is imported. Raises `Failure` where there is none."""
+    if name in sys.stdlib_module_names:
+        raise Failure(f"data.packages: {name} is in the standard library, which is read anyway; leave it out")
     try:
         found = find_spec(name) if name.isidentifier() else None
     except ValueError:  # a module that was not imported in the usual way, such as __main__
         found = None
     if found is None or not found.submodule_search_locations:
-        raise Failure(f"data.packages: no package {name} is installed; pip install it, or leave it out")
+        raise Failure(
+            f"data.packages: no package {name} is installed (the name is the one that is imported); "
+            f"install it, or leave it out"
+        )
     return Path(found.submodule_search_locations[0])
 
 

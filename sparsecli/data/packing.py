@@ -180,7 +180,7 @@ def pack_pairs(data: TextSpec, cache_dir: Path | None = None) -> Prepared:
     key = digest(FORMAT, *_identity(tokenizer), spec.model_dump_json(), *texts)
 
     def fill(writer: ArrayWriter) -> None:
-        say(f"making pairs of {len(rows.train):,} rows of text and {len(rows.held_out):,} held out")
+        say(f"making pairs of {len(rows.train):,} documents and {len(rows.held_out):,} held out")
         pairs = make_pairs(spec, rows)
         say(f"packing {len(pairs.train):,} pairs to train on and {len(pairs.held_out):,} held out")
         for name, split in (("train", pairs.train), ("held_out", pairs.held_out)):

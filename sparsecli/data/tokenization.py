@@ -59,7 +59,22 @@ def load_or_train(
         loaded = _pretrained(spec.name, spec.revision, key, local=False)
     if data.pairs:
         _check_pairs(loaded, special[len(PAIR_TOKENS) :], key)
+    _check_knows(loaded, train_documents, key)
     return loaded
+
+
+def _check_knows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], key: str) -> None:
+    """Refuse a tokenizer that is not made for such text, as that of the copy task's symbols."""
+    unknown = tokenizer.backend_tokenizer.token_to_id(
+        getattr(tokenizer.backend_tokenizer.model, "unk_token", None) or ""
+    )
+    beginnings = [text[:2000] for text in documents[:8]]
+    tokens = [token for ids in encode(tokenizer, beginnings) for token in ids]
+    if 2 * tokens.count(unknown) > len(tokens):
+        raise Failure(
+            f"{key}: the tokenizer knows {len(tokens) - tokens.count(unknown)} of the first {len(tokens)} words of "
+            f"the text; take one that was made for such text"
+        )
 
 
 def _check_pairs(tokenizer: PreTrainedTokenizerFast, sentinels: Sequence[str], key: str) -> None:
@@ -72,7 +87,8 @@ def _check_pairs(tokenizer: PreTrainedTokenizerFast, sentinels: Sequence[str], k
     known = tokenizer.get_vocab()
     if missing := [token for token in sentinels if token not in known]:
         raise Failure(
-            f"{key}: has no token {missing[0]}; spans that are left out need {len(sentinels)} of them"
+            f"{key}: has no token {missing[0]}; spans that are left out need {len(sentinels)} of them, "
+            f"as T5's tokenizers have and one of kind bpe gets"
         )
 
 

@@ -26,6 +26,8 @@ MODEL_TYPES = (MODEL_TYPE, ENCODER_DECODER_TYPE, TERRAFORMER_TYPE)
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+RECIPE = "recipe.yaml"
+"""What a run was made with, beside its model folder."""
 PACKED = "model.spk"
 """Weights in the layout of the native engine, in place of the safetensors files."""
 

@@ -52,7 +52,8 @@ def check(references: Sequence[str]) -> None:
             failures.append(error.message)
             continue
         if not found:
-            rows.append((loaded.name, "", "", ""))
+            train = loaded.recipe.train
+            rows.append((loaded.name, "that of train.init_from" if train and train.init_from else "", "", ""))
             continue
         from sparsecli.model.sizes import TOLERANCE, disagreement  # torch: not for a recipe with errors
 

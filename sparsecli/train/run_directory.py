@@ -16,13 +16,13 @@ import torch
 
 from sparsecli.console import Failure, warn
 from sparsecli.data.cache import why_unwritten
+from sparsecli.model.folder import RECIPE
 from sparsecli.model.parts import Block
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.messages import found_as
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train.checkpoint import newest_sound
 
-RECIPE = "recipe.yaml"
 FACTS = "run.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -90,8 +90,11 @@ def _probe(output: Path) -> None:
 
 def _compare(stored: Path, recipe: Recipe) -> None:
     """Raise `Failure` unless the run at `stored` was started with the same model, data, training and seed."""
-    decisive = {"model", "data", "train", "seed"}
-    found = differences(load(str(stored)).recipe, recipe, include=decisive)
+    before, decisive = load(str(stored)).recipe, {"model", "data", "train", "seed"}
+    found = differences(before, recipe, include=decisive)
+    if recipe.data and recipe.data.pair_lengths:  # what is written for held-out sources depends on it
+        others = differences(before.generate, recipe.generate, include={"repetition_penalty"})
+        found += [(f"generate.{key}", then, now) for key, then, now in others]
     differ = [f"{key} ({then} then, {now} now)" for key, then, now in found]
     if differ:
         raise Failure(
@@ -119,6 +122,8 @@ def differences(one: Block, other: Block, include: set[str] | None = None) -> li
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return f"[{', '.join(map(_written, value))}]"
     return value if isinstance(value, str) else found_as(value)
 
 

@@ -19,12 +19,12 @@ from sparsecli.console import Failure, RecipeError, first_process, print_table, 
 from sparsecli.data.examples import Prepared
 from sparsecli.data.preparation import prepare
 from sparsecli.model.checkpoint import load_network, load_tokenizer
-from sparsecli.model.folder import find_model, read_description, share
+from sparsecli.model.folder import RECIPE, find_model, read_description, share
 from sparsecli.model.networks import Network, build_network
 from sparsecli.model.products import has_bfloat16
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, SavedTokenizer
-from sparsecli.recipe.loader import LoadedRecipe, complete, dump, require
+from sparsecli.recipe.loader import LoadedRecipe, complete, dump, require, shipped
 from sparsecli.recipe.schema import Recipe
 from sparsecli.recipe.training import TrainSpec
 from sparsecli.train import run_directory
@@ -138,6 +138,8 @@ def _resolved(loaded: LoadedRecipe) -> Recipe:
             folder = find_model(start)
         except Failure as failure:
             instead = "; train.init_from=null starts from random weights" if recipe.model else ""
+            if Path(start).name in shipped() and not Path(start).exists():
+                instead = f"; sparsecli train {Path(start).name} makes it{instead}"
             raise Failure(f"train.init_from: {failure}{instead}") from None
         spec = read_description(folder).spec
         model = recipe.model or spec
@@ -184,7 +186,7 @@ def _print_plan(recipe: Recipe, output: Path) -> None:
     step = train.per_device_train_batch_size * train.gradient_accumulation_steps * read
     copies = 4 if train.optim == "adamw_torch" else 3  # weights, gradients, the optimizer's averages
     logits = 3 * batch * recipe.model.vocabulary.size  # themselves, their softmax and their gradient
-    written: tuple[str, ...] = (run_directory.RECIPE, run_directory.FACTS, run_directory.METRICS, "loss.png")
+    written: tuple[str, ...] = (RECIPE, run_directory.FACTS, run_directory.METRICS, "loss.png")
     at_most = "at most " if recipe.data.pair_lengths else ""
     if _judge(recipe):
         written = (*written, SAMPLES)
@@ -269,10 +271,11 @@ def _train(
 
     set_seed(recipe.seed)
     model = _model(recipe, prepared.tokenizer, checkpoint)
+    model.generation_config.repetition_penalty = recipe.generate.repetition_penalty
     if first:
         output.mkdir(parents=True, exist_ok=True)
         resolved = recipe.model_copy(update={"output": str(output)})
-        run_directory.replace_text(output / run_directory.RECIPE, dump(resolved))
+        run_directory.replace_text(output / RECIPE, dump(resolved))
         facts |= run_directory.environment() | {
             "started": facts.get("started", _now()),
             "finished": None,
