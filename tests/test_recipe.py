@@ -312,6 +312,12 @@ def test_override_of_a_kind_alone_says_which_keys_no_longer_fit():
     ]
 
 
+def test_override_of_an_architecture_that_is_that_of_another_model():
+    assert problems("train: {max_steps: 1, init_from: r}", "model.layers=2") == [
+        "override #1 (model.layers): the recipe has no model: block; the architecture is that of train.init_from, r"
+    ]
+
+
 def test_override_reaches_into_lists():
     recipe = loader.load("bench-800m", ["bench.variants.1.model.feed_forward.rank=32"]).recipe
     assert recipe.bench.variants[1].model.feed_forward.rank == 32

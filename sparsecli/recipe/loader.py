@@ -196,6 +196,12 @@ def _apply(read: Document, override: str, number: int) -> None:
     if given.problems:
         read.problems += given.problems
         return
+    train = read.data.get("train")
+    start = train.get("init_from") if isinstance(train, dict) else None
+    if parts[0] == "model" and parts[1:] and read.data.get("model") is None and start:
+        message = f"the recipe has no model: block; the architecture is that of train.init_from, {start}"
+        read.problems.append(Problem(place, (), message))
+        return
 
     path: document.Path = ()
     here = read.data
