@@ -286,17 +286,15 @@ def generate(
 
 def _options_of(model: str | None) -> GenerateSpec:
     """The `generate:` block of the run that speaks, without its prompt; the defaults where it is none of our runs."""
-    from sparsecli.model.folder import RECIPE, find_model
+    from sparsecli.model.folder import find_model, recipe_of
     from sparsecli.recipe.loader import load
     from sparsecli.recipe.schema import GenerateSpec
 
     try:
-        stored = find_model(model).parent / RECIPE
+        stored = recipe_of(find_model(model))
     except Failure:  # writing says it, once all options are found to be right
         return GenerateSpec()
-    if not stored.is_file():
-        return GenerateSpec()
-    return load(str(stored)).recipe.generate.model_copy(update={"prompt": None})
+    return load(str(stored)).recipe.generate.model_copy(update={"prompt": None}) if stored else GenerateSpec()
 
 
 @app.command(

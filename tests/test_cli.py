@@ -182,6 +182,15 @@ def test_generate_writes_as_the_run_was_told_to(run, calls, tmp_path, monkeypatc
         assert (options.repetition_penalty, options.top_k, calls.options["prompt"]) == (1.2, 3, "x")
 
 
+def test_generate_takes_no_recipe_that_only_lies_beside_a_model(run, calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("theirs").mkdir()
+    Path("theirs/config.json").write_text("{}")
+    Path("recipe.yaml").write_text("generate: {repetition_penalty: 1.2}")
+    assert run("generate", "--model", "theirs", "--prompt", "x") == 0
+    assert calls.options["options"].repetition_penalty == 1
+
+
 def test_generate_hands_on_how_to_decode(run, calls):
     chosen = ("--backend", "native", "--dtype", "int8", "--cache-dtype", "bfloat16", "--threads", "2")
     assert run("generate", "--prompt", "x", *chosen) == 0

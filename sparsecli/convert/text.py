@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsecli.console import Failure
 from sparsecli.data.packing import PackedCorpus, Windows, pack
 from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.folder import RECIPE
+from sparsecli.model.folder import recipe_of
 from sparsecli.recipe.data import CopyTask, SavedTokenizer, StdlibCorpus, TextSpec
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.schema import Recipe
@@ -46,14 +46,16 @@ def data_of(recipe: Recipe, folder: Path, spec: ModelSpec) -> TextSpec:
         Failure: the run was trained on pairs.
     """
     data = recipe.data
-    stored = folder.parent / RECIPE
-    if data is None and stored.is_file():
+    stored = recipe_of(folder)
+    if data is None and stored:
         data = load(str(stored)).recipe.data
     if data is None:
         length = min(WINDOW, spec.max_positions)
         data = StdlibCorpus(source="stdlib", sequence_length=length, held_out_tokens=HELD_OUT)
     if isinstance(data, CopyTask) or data.pairs:
-        raise Failure(f"{stored}: was trained on pairs; a conversion reads running text, name some with data")
+        raise Failure(
+            f"{stored or folder}: was trained on pairs; a conversion reads running text, name some with data"
+        )
     return data.model_copy(update={"tokenizer": SavedTokenizer(kind="saved", path=str(folder))})
 
 

@@ -84,6 +84,12 @@ def find_model(reference: str | None, output: Path | None = None) -> Path:
     return max(finished, key=lambda folder: (folder / CONFIG).stat().st_mtime)
 
 
+def recipe_of(folder: Path) -> Path | None:
+    """The recipe of the run whose model folder this is; None where it is none of a run's."""
+    stored = folder.parent / RECIPE
+    return stored if folder.name == "model" and stored.is_file() else None
+
+
 def read_description(folder: Path) -> Description:
     """What the config.json of `folder` says.
 
