@@ -64,7 +64,7 @@ SHORT_CONVERT = [
 ]
 SHORT_BENCH = [
     "bench.measured_layers=1",
-    "bench.context=4",
+    "bench.context=1",
     "bench.rounds=1",
     "bench.tokens_per_round=1",
     "bench.warmup_tokens=0",

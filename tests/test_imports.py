@@ -194,7 +194,7 @@ ORDERS = [
 def test_auto_classes_know_the_models_in_every_order():
     """Each in a process of its own, which begins where torch is loaded: that takes the most time."""
     made = python(
-        "import os, sys, torch\n"
+        "import os, sys, torch.distributed.tensor, torch.export\n"
         f"for first in {ORDERS}:\n"
         "    if os.fork():\n"
         "        assert os.wait()[1] == 0, first\n"
