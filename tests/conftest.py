@@ -29,6 +29,12 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "BUSY_SECONDS", 0.01)
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read and tokenized is kept for this test alone."""
+    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def result() -> object:
     """One real run of the tiny benchmark."""

@@ -6,24 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
+from small_texts import spec
 
 from sparsecli.data.copying import prepare_copies
 from sparsecli.data.preparation import prepare
-from sparsecli.recipe.data import CopiedPairs, CopyTask, DataSpec, TextSpec
+from sparsecli.recipe.data import CopiedPairs, CopyTask
 
-BPE = {"kind": "bpe", "vocabulary_size": 320}
-
-
-def spec(source: str, pairs: dict[str, object], **fields: object) -> TextSpec:
-    given = {"source": source, "tokenizer": BPE, "pairs": pairs, **fields}
-    return TypeAdapter(DataSpec).validate_python(given)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_copies_are_the_same_every_time_and_different_everywhere() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
+from small_texts import spec
 
 from sparsecli.console import Failure
 from sparsecli.data import packing
@@ -20,20 +20,9 @@ from sparsecli.data.ordering import SimilarLengths
 from sparsecli.data.pairs import docstring_pairs
 from sparsecli.data.preparation import prepare
 from sparsecli.data.tokenization import sentinel
-from sparsecli.recipe.data import CorruptedPairs, DataSpec, TextSpec
+from sparsecli.recipe.data import CorruptedPairs
 
-BPE = {"kind": "bpe", "vocabulary_size": 320}
-
-
-def spec(source: str, pairs: dict[str, object], **fields: object) -> TextSpec:
-    given = {"source": source, "tokenizer": BPE, "pairs": pairs, **fields}
-    return TypeAdapter(DataSpec).validate_python(given)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # -- docstrings ----------------------------------------------------------------------------------------------

@@ -104,11 +104,14 @@ def test_greedy_writing_ends_with_the_end_token_and_padding_changes_nothing(
     model.train()
 
 
-def test_a_penalty_keeps_what_was_written_from_being_written_again(model: T5ForConditionalGeneration) -> None:
+def test_a_penalty_keeps_what_was_written_from_being_written_again(
+    model: T5ForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = PAIRS[0]["input_ids"][None]
     model.eval()
     (plain,) = write_greedily(model, source, torch.ones_like(source), 9)
-    (penalized,) = write_greedily(model, source, torch.ones_like(source), 9, 100.0)
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 100.0)
+    (penalized,) = write_greedily(model, source, torch.ones_like(source), 9)
     assert len(set(plain.tolist())) < len(plain)
     assert len(set(penalized.tolist())) == len(penalized)
     model.train()
@@ -119,7 +122,7 @@ def written_as(monkeypatch: pytest.MonkeyPatch, texts: list[list[int]]) -> None:
     waiting = [torch.tensor(ids) for ids in texts]
     monkeypatch.setattr(
         "sparsecli.train.samples.write_greedily",
-        lambda model, sources, *options: [waiting.pop(0) for _ in sources],
+        lambda model, sources, mask, longest: [waiting.pop(0) for _ in sources],
     )
 
 

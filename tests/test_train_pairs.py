@@ -226,10 +226,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("model", ["Terraformer"], indirect=True)
-def test_the_penalty_of_what_is_written_belongs_to_the_run(folder: Path, finished: Path, model: dict) -> None:
+def test_the_penalty_of_what_is_written_belongs_to_the_run(
+    folder: Path, finished: Path, model: dict, tmp_path: Path
+) -> None:
     loaded = recipe(folder, "run", model=model)
     generate = loaded.recipe.generate.model_copy(update={"repetition_penalty": 1.5})
     changed = LoadedRecipe(loaded.recipe.model_copy(update={"generate": generate}), "run", loaded.path)
+    assert run(changed, output=tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert saved["repetition_penalty"] == 1.5
     with pytest.raises(Failure, match=r"generate\.repetition_penalty \(1\.0 then, 1\.5 now\)"):
         run(changed, output=finished, resume="auto")
 

@@ -65,15 +65,14 @@ def load_or_train(
 
 def _check_knows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], key: str) -> None:
     """Refuse a tokenizer that is not made for such text, as that of the copy task's symbols."""
-    unknown = tokenizer.backend_tokenizer.token_to_id(
-        getattr(tokenizer.backend_tokenizer.model, "unk_token", None) or ""
-    )
-    beginnings = [text[:2000] for text in documents[:8]]
-    tokens = [token for ids in encode(tokenizer, beginnings) for token in ids]
-    if 2 * tokens.count(unknown) > len(tokens):
+    backend = tokenizer.backend_tokenizer
+    unknown = backend.token_to_id(getattr(backend.model, "unk_token", None) or "")
+    tokens = [token for ids in encode(tokenizer, [text[:2000] for text in documents[:8]]) for token in ids]
+    known = sum(token != unknown for token in tokens)
+    if 2 * known < len(tokens):
         raise Failure(
-            f"{key}: the tokenizer knows {len(tokens) - tokens.count(unknown)} of the first {len(tokens)} words of "
-            f"the text; take one that was made for such text"
+            f"{key}: the tokenizer knows {known} of the first {len(tokens)} words of the text; take one that was "
+            f"made for such text"
         )
 
 

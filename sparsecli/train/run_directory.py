@@ -89,12 +89,18 @@ def _probe(output: Path) -> None:
 
 
 def _compare(stored: Path, recipe: Recipe) -> None:
-    """Raise `Failure` unless the run at `stored` was started with the same model, data, training and seed."""
-    before, decisive = load(str(stored)).recipe, {"model", "data", "train", "seed"}
-    found = differences(before, recipe, include=decisive)
-    if recipe.data and recipe.data.pair_lengths:  # what is written for held-out sources depends on it
-        others = differences(before.generate, recipe.generate, include={"repetition_penalty"})
-        found += [(f"generate.{key}", then, now) for key, then, now in others]
+    """Raise `Failure` unless the run at `stored` was started with the same model, data, training and seed.
+
+    The penalty for repetitions counts, too: it is saved with the model, and what evaluations write depends on it.
+    """
+    decisive = {
+        "model": True,
+        "data": True,
+        "train": True,
+        "seed": True,
+        "generate": {"repetition_penalty": True},
+    }
+    found = differences(load(str(stored)).recipe, recipe, include=decisive)
     differ = [f"{key} ({then} then, {now} now)" for key, then, now in found]
     if differ:
         raise Failure(
@@ -103,7 +109,9 @@ def _compare(stored: Path, recipe: Recipe) -> None:
         )
 
 
-def differences(one: Block, other: Block, include: set[str] | None = None) -> list[tuple[str, str, str]]:
+def differences(
+    one: Block, other: Block, include: dict[str, Any] | None = None
+) -> list[tuple[str, str, str]]:
     """The keys in which two blocks of recipes differ, and both values in plain words.
 
     Of a block that is there once, or is of two kinds, it is the block's own key or its kind.

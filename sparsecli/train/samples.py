@@ -37,7 +37,6 @@ class Samples:
     Args:
         judge: `rouge`, or `exact` for the share that is right to the last token.
         longest: most tokens to write.
-        repetition_penalty: as of `generate`; 1 leaves the model's likeliest tokens as they are.
         folder: where `samples.jsonl` is put after every evaluation; None keeps nothing.
     """
 
@@ -50,12 +49,10 @@ class Samples:
         judge: Literal["rouge", "exact"],
         longest: int,
         batch_size: int,
-        repetition_penalty: float = 1.0,
         folder: Path | None = None,
     ) -> None:
         self.examples, self.tokenizer, self.judge, self.longest = examples, tokenizer, judge, longest
         self.count, self.batch_size, self.folder = min(count, len(examples)), batch_size, folder
-        self.repetition_penalty = repetition_penalty
 
     def figures(
         self, model: PreTrainedModel, stopped: Callable[[], bool] = lambda: False
@@ -74,9 +71,7 @@ class Samples:
                     return None
                 indices = range(start, min(start + self.batch_size, self.count))
                 batch = self.examples.collate([self.examples[index] for index in indices])
-                written = write_greedily(
-                    model, batch["input_ids"], batch["attention_mask"], self.longest, self.repetition_penalty
-                )
+                written = write_greedily(model, batch["input_ids"], batch["attention_mask"], self.longest)
                 for source, target, ids in zip(batch["input_ids"], batch["labels"], written, strict=True):
                     wanted = target[target != IGNORED]
                     exact += torch.equal(ids, wanted)
@@ -102,12 +97,11 @@ class Samples:
 
 
 @torch.no_grad()
-def write_greedily(
-    model: PreTrainedModel, sources: Tensor, mask: Tensor, longest: int, repetition_penalty: float = 1.0
-) -> list[Tensor]:
+def write_greedily(model: PreTrainedModel, sources: Tensor, mask: Tensor, longest: int) -> list[Tensor]:
     """The likeliest next token, again and again, for sources and mask (B, L1): ids up to and with the end token.
 
-    A penalty above 1 makes tokens that were already written less likely (Keskar et al. 2019, section 4.1).
+    The `repetition_penalty` of the model's generation config makes tokens that were already written less likely
+    (Keskar et al. 2019, section 4.1).
     """
     assert isinstance(model, GenerationMixin)
     written = model.generate(
@@ -116,7 +110,6 @@ def write_greedily(
         max_new_tokens=longest,
         do_sample=False,
         num_beams=1,
-        repetition_penalty=repetition_penalty,
     )
     return [_until_end(ids[1:]) for ids in written.cpu()]  # behind the token that every target starts with
 

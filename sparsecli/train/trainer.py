@@ -295,7 +295,6 @@ def _train(
             judge=judge,
             longest=_longest(recipe.data)[1],
             batch_size=train.per_device_eval_batch_size,
-            repetition_penalty=recipe.generate.repetition_penalty,
             folder=output,
         )
     bf16 = train.bf16 and has_bfloat16(arguments.device.type)
