@@ -37,13 +37,14 @@ sanitize: $(READY) $(SANITIZED)  ## the decode engine's tests under address and 
 	ASAN_OPTIONS=detect_leaks=0 SPARSECLI_NATIVE_LIBRARY=$(SANITIZED) \
 	$(BIN)/python -m pytest -s tests/test_kernels.py tests/test_few_bits.py tests/test_decode.py tests/test_decode_source.py tests/test_decode_hashed.py tests/test_packing.py
 
-$(SANITIZED): $(wildcard $(NATIVE)/*)
+$(SANITIZED): $(wildcard $(NATIVE)/* $(NATIVE)/*/*)
 	mkdir -p $(@D)
-	$(CXX) -std=c++20 -g -O1 -w -shared -fPIC -pthread $(SANITIZERS) $(NATIVE)/*.cpp -o $@
+	$(CXX) -std=c++20 -g -O1 -w -shared -fPIC -pthread $(SANITIZERS) -I $(NATIVE) $(NATIVE)/*.cpp $(NATIVE)/*/*.cpp -o $@
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files "*.h" "*.cpp" "*.inl")
 
 types: $(READY)
 	$(BIN)/mypy

@@ -23,8 +23,9 @@ setup(
     ext_modules=[
         Extension(
             "sparsecli.decode._native",
-            sources=[str(path) for path in sorted(SOURCES.glob("*.cpp"))],
-            depends=[str(path) for pattern in ("*.h", "*.inl") for path in sorted(SOURCES.glob(pattern))],
+            sources=[str(path) for path in sorted(SOURCES.rglob("*.cpp"))],
+            depends=[str(path) for pattern in ("*.h", "*.inl") for path in sorted(SOURCES.rglob(pattern))],
+            include_dirs=[str(SOURCES)],
             # Instruction sets are chosen at run time: nothing here depends on the machine that builds.
             extra_compile_args=["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-g0", "-w"],
             extra_link_args=["-pthread"],

@@ -22,7 +22,7 @@ from sparsecli.model.architecture import ModelSpec
 
 MAX_THREADS = 256
 INVALID = -2  # of sparsecli_forward: a token that does not exist
-FEW_BITS_CODES = {4: 3, 3: 4}  # native/kernels.h, by bits of a weight
+FEW_BITS_CODES = {4: 3, 3: 4}  # native/ops/ops.h, by bits of a weight
 
 
 class Engine:

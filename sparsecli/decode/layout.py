@@ -1,6 +1,6 @@
 """Which tensors a packed model has, where they come from, and how they lie in memory.
 
-The layouts are those of native/kernels.h, the names those of native/model.h. Rows are PAD elements or a multiple
+The layouts are those of native/ops/ops.h, the names those of native/model.h. Rows are PAD elements or a multiple
 long and outputs come in multiples of LANES; what fills them up is zero. arrangement.py puts weights into this order,
 layout_low_bit.py those in few bits.
 """

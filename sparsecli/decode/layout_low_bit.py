@@ -1,4 +1,4 @@
-"""How weights in 3 or 4 bits lie in memory: the panels of native/low_bit.inl, and residuals unit by unit."""
+"""How weights in 3 or 4 bits lie in memory: the panels of native/ops/low_bit.inl, and residuals unit by unit."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def unpack_few_bits(slot: Slot, packed: np.ndarray) -> FewBits:
 
 
 def codes_of(words: np.ndarray, bits: int) -> np.ndarray:
-    """words (..., 8 or 6) of 32 bits -> codes (..., 64), as they lie in a lane of native/low_bit.inl."""
+    """words (..., 8 or 6) of 32 bits -> codes (..., 64), as they lie in a lane of native/ops/low_bit.inl."""
     if bits == 4:
         shift = 4 * np.arange(4, dtype=np.uint32)[:, None] + 16 * np.arange(2, dtype=np.uint32)
         return (words[..., None, None] >> shift & 15).reshape(*words.shape[:-1], -1)

@@ -5,13 +5,13 @@
 #include <memory>
 #include <string>
 
-#include "forward.h"
+#include "layers/forward.h"
 
 using namespace sparsecli;
 
 namespace {
 
-const Kernels* chosen_kernels = nullptr;
+const Ops* chosen_ops = nullptr;
 constexpr int64_t INT8_RANK = 512;  // products of a controller's 8-bit weights that fit into 32 bits, whatever the sum
 
 bool processor_has_avx2() {
@@ -34,11 +34,11 @@ bool processor_has_avx512() {
 #endif
 }
 
-const Kernels* find_kernels(const std::string& wanted) {
+const Ops* find_ops(const std::string& wanted) {
     const bool best = wanted == "auto";
-    if ((best || wanted == "avx512") && processor_has_avx512()) return avx512_kernels();
-    if ((best || wanted == "avx2") && processor_has_avx2()) return avx2_kernels();
-    if (best || wanted == "portable") return portable_kernels();
+    if ((best || wanted == "avx512") && processor_has_avx512()) return avx512_ops();
+    if ((best || wanted == "avx2") && processor_has_avx2()) return avx2_ops();
+    if (best || wanted == "portable") return portable_ops();
     return nullptr;
 }
 
@@ -103,7 +103,8 @@ std::string check(const sparsecli_shape& s) {
         const bool mixture = s.feed_forward == MIXTURE_UNITS, sparse = s.feed_forward == SPARSE_UNITS;
         if (s.block_size < 1 || s.d_ff % s.block_size) return wrong("block_size");
         if (!mixture && s.block_size > MAX_BLOCK) return wrong("block_size, at most 4096 units,");
-        if (s.rank < (mixture || sparse) || s.rank > 4096) return wrong("the rank or the number of experts, at most 4096,");
+        if (s.rank < (mixture || sparse) || s.rank > 4096)
+            return wrong("the rank or the number of experts, at most 4096,");
         const int64_t least = s.feed_forward != PRECISION_UNITS, most = mixture ? s.rank : s.block_size;
         for (int64_t layer = 0; layer < s.layers; ++layer)
             if (s.units_per_block[layer] < least || s.units_per_block[layer] > most) return wrong("units_per_block");
@@ -117,8 +118,8 @@ std::string check(const sparsecli_shape& s) {
     const int64_t rounds = s.hash_rounds;
     if (rounds < 0 || rounds > 1 << 16 || (rounds && (s.most_keys < 1 || !shared))) return wrong("hash_rounds");
     if (s.source < NO_SOURCE || s.source > JOINED) return wrong("source");
-    if (s.query_modules && (s.source != CROSS_ATTENTION || s.d_model % s.query_modules ||
-                            s.heads * s.head_width != s.d_model))
+    if (s.query_modules &&
+        (s.source != CROSS_ATTENTION || s.d_model % s.query_modules || s.heads * s.head_width != s.d_model))
         return wrong("query_modules");
     if (s.recurrent_layers < 0 || s.recurrent_layers > 64) return wrong("recurrent_layers");
     if (s.recurrent_width < (s.recurrent_layers > 0) || s.recurrent_width > 4096) return wrong("recurrent_width");
@@ -133,7 +134,8 @@ struct sparsecli_engine {
     std::unique_ptr<Forward> forward;
     bool profile = false;
 
-    sparsecli_engine(const sparsecli_shape& shape, int64_t threads, bool pin) : model(shape), pool(threads, pin, !shape.units_on_disk) {}
+    sparsecli_engine(const sparsecli_shape& shape, int64_t threads, bool pin)
+        : model(shape), pool(threads, pin, !shape.units_on_disk) {}
 };
 
 struct sparsecli_sequence {
@@ -145,12 +147,12 @@ extern "C" {
 int64_t sparsecli_interface(void) { return 1000 * 6 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* wanted, char* error) {
-    const Kernels* found = find_kernels(wanted);
+    const Ops* found = find_ops(wanted);
     if (!found) {
         complain(error, std::string(wanted) + ": this processor or this build does not have these instructions");
         return nullptr;
     }
-    chosen_kernels = found;
+    chosen_ops = found;
     return found->name;
 }
 
@@ -160,11 +162,11 @@ sparsecli_engine* sparsecli_create(const sparsecli_shape* shape, int64_t threads
         complain(error, problem);
         return nullptr;
     }
-    if (!chosen_kernels) chosen_kernels = find_kernels("auto");
+    if (!chosen_ops) chosen_ops = find_ops("auto");
     sparsecli_engine* engine = nullptr;
     guarded(error, [&] {
         auto made = std::make_unique<sparsecli_engine>(*shape, threads, pin != 0);
-        made->forward = std::make_unique<Forward>(made->model, *chosen_kernels, made->pool);
+        made->forward = std::make_unique<Forward>(made->model, *chosen_ops, made->pool);
         engine = made.release();
     });
     return engine;
@@ -248,7 +250,8 @@ sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t 
         if (!countable(engine->model, capacity, source)) throw std::runtime_error("a sequence cannot be so long");
         auto made = std::make_unique<sparsecli_sequence>();
         made->held.capacity = positions_of(engine->model, capacity, source);
-        if (!can_hash(engine->model, made->held.capacity)) throw std::runtime_error("axes of so long a text are missing");
+        if (!can_hash(engine->model, made->held.capacity))
+            throw std::runtime_error("axes of so long a text are missing");
         made->held.source_capacity = source;
         allocate(made->held, engine->model);
         sequence = made.release();

@@ -21,13 +21,13 @@ struct sparsecli_shape {
     int64_t projection;  // 0 dense, 1 multiplicative, 2 dense_conv, 3 multiplicative_conv
     int64_t output;      // 0 none, 1 dense, 2 multiplicative, 3 multiplicative_conv
     int64_t modules, kernel;
-    int64_t value_concat;  // 0 none, 1 modules, 2 whole
-    int64_t query_key_norm;  // over every head, before rotary positions
+    int64_t value_concat;          // 0 none, 1 modules, 2 whole
+    int64_t query_key_norm;        // over every head, before rotary positions
     int64_t query_rank, key_rank;  // numbers between the two maps that make them; 0: one map each
     int64_t rms;
-    int64_t positions;       // 0 learned, 1 sinusoidal, 2 rotary
-    int64_t rotary_width;    // elements of a head that are turned, from its start
-    int64_t parallel;        // attention and feed-forward of a block read the same stream
+    int64_t positions;         // 0 learned, 1 sinusoidal, 2 rotary
+    int64_t rotary_width;      // elements of a head that are turned, from its start
+    int64_t parallel;          // attention and feed-forward of a block read the same stream
     int64_t streams;           // 2: blocks read one and add to the other, in turn
     int64_t concatenate;       // the two streams are put side by side in the end, not averaged
     int64_t attention_layers;  // of a block with two streams
@@ -37,11 +37,11 @@ struct sparsecli_shape {
     int64_t source;            // what an encoder made: 0 none, 1 attended to, 2 comes before the tokens
     int64_t query_modules;     // of queries to the source; 0: dense
     int64_t recurrent_layers, recurrent_width;  // of the branch beside the feed-forward layer
-    int64_t head_modules;    // 0: dense
-    int64_t cache_type;      // of keys and values
-    int64_t history_type;    // of the convolutions' inputs: that of their kernels
-    int64_t units_on_disk;   // units are mapped from a file: ask for a layer's chosen rows at once
-    int64_t poison;          // fill working memory with NaN first, for tests
+    int64_t head_modules;                       // 0: dense
+    int64_t cache_type;                         // of keys and values
+    int64_t history_type;                       // of the convolutions' inputs: that of their ops
+    int64_t units_on_disk;                      // units are mapped from a file: ask for a layer's chosen rows at once
+    int64_t poison;                             // fill working memory with NaN first, for tests
     double epsilon, embedding_scale;
     const int64_t* units_per_block;  // of every layer, read once; mixture: experts a token
 };
@@ -105,7 +105,6 @@ void sparsecli_counts(sparsecli_engine* engine, int64_t* units, int64_t* tokens)
 int64_t sparsecli_block_stack_ns(const sparsecli_engine* engine);
 void sparsecli_profile(sparsecli_engine* engine, double* seconds);
 const char* sparsecli_profile_part(int64_t index);  // null after the last
-
 }
 #if defined(__GNUC__)
 #pragma GCC visibility pop

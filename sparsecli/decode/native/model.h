@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "engine.h"
-#include "kernels.h"
+#include "ops/ops.h"
 
 namespace sparsecli {
 
@@ -37,7 +37,7 @@ struct AttentionLayer {
     Norm norm;
     Map query, key, value, shared, output;
     Map query_first, key_first;  // of two maps the first; the second is `query` or `key`
-    Norm query_norm, key_norm;  // of every head
+    Norm query_norm, key_norm;   // of every head
     Convolution query_convolution, key_convolution, value_convolution, output_convolution;
 };
 
@@ -88,9 +88,9 @@ struct Model {
     Map head;
     std::vector<Block> blocks;
     std::vector<int64_t> chosen_in_blocks;
-    std::vector<Axes> axes;  // [cache][level], null where no sequence needs them
+    std::vector<Axes> axes;                                     // [cache][level], null where no sequence needs them
     bool quantised = false, few_bits = false, rounded = false;  // what some weights that meet activations are
-    std::vector<std::vector<Slot>> slots;  // the model's own first, then each block's
+    std::vector<std::vector<Slot>> slots;                       // the model's own first, then each block's
 
     int64_t attention_width() const { return shape.head_width * shape.heads; }
     int64_t key_width() const { return shape.head_width * shape.key_value_heads; }
@@ -109,12 +109,18 @@ struct Model {
     bool takes(Layout layout, int64_t type) const {
         const bool few = type == INT4 || type == INT3;
         switch (layout) {
-            case Layout::VECTOR: return type == FLOAT32;
-            case Layout::TAPS: return type == shape.history_type;
-            case Layout::LOW_BIT: return few;
-            case Layout::RESIDUAL: return type == INT4;
-            case Layout::SPANS: return true;
-            default: return !few;
+            case Layout::VECTOR:
+                return type == FLOAT32;
+            case Layout::TAPS:
+                return type == shape.history_type;
+            case Layout::LOW_BIT:
+                return few;
+            case Layout::RESIDUAL:
+                return type == INT4;
+            case Layout::SPANS:
+                return true;
+            default:
+                return !few;
         }
     }
     bool low_rank() const { return shape.query_rank > 0; }
@@ -147,7 +153,9 @@ struct Model {
     }
 
     explicit Model(const sparsecli_shape& given)
-        : shape(given), blocks(size_t(given.layers)), chosen_in_blocks(given.units_per_block, given.units_per_block + given.layers) {
+        : shape(given),
+          blocks(size_t(given.layers)),
+          chosen_in_blocks(given.units_per_block, given.units_per_block + given.layers) {
         shape.units_per_block = chosen_in_blocks.data();
         axes.resize(size_t(hashes() ? caches() * LEVELS : 0));
         std::vector<Slot> own;
@@ -181,8 +189,8 @@ struct Model {
         to.push_back({name + ".bias", &map.bias, Layout::VECTOR, 1, rows, true});
     }
 
-    static void add_convolution(std::vector<Slot>& to, const std::string& name, Convolution& convolution,
-                                int64_t width, int64_t inputs, int64_t taps) {
+    static void add_convolution(std::vector<Slot>& to, const std::string& name, Convolution& convolution, int64_t width,
+                                int64_t inputs, int64_t taps) {
         to.push_back({name + ".weight", &convolution.kernel, Layout::TAPS, width, inputs * taps});
         to.push_back({name + ".bias", &convolution.bias, Layout::VECTOR, 1, width});
     }
@@ -301,11 +309,16 @@ struct Model {
     int64_t elements(const Slot& slot) const {
         const int64_t rows = slot.rows, cols = slot.cols;
         switch (slot.layout) {
-            case Layout::VECTOR: return round_up(cols, PAD);
-            case Layout::PANELS: return round_up(rows, LANES) * round_up(cols, PAD);
-            case Layout::TAPS: return round_up(rows, LANES) * round_up(cols / shape.kernel, 4) * shape.kernel;
-            case Layout::BLOCKS: return rows / shape.block_size * padded_block() * padded_rank();
-            default: return rows * round_up(cols, PAD);
+            case Layout::VECTOR:
+                return round_up(cols, PAD);
+            case Layout::PANELS:
+                return round_up(rows, LANES) * round_up(cols, PAD);
+            case Layout::TAPS:
+                return round_up(rows, LANES) * round_up(cols / shape.kernel, 4) * shape.kernel;
+            case Layout::BLOCKS:
+                return rows / shape.block_size * padded_block() * padded_rank();
+            default:
+                return rows * round_up(cols, PAD);
         }
     }
 

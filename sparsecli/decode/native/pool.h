@@ -104,7 +104,7 @@ class Pool {
     static constexpr int SPINS = 256;
     static constexpr double SHORTEST = 2e-4, LEAST_SHARE = 0.75;  // seconds of a job that tells something
     static constexpr int64_t SHORTEST_PAUSE = 16, LONGEST_PAUSE = 512, CALM = 16;  // jobs
-    static constexpr std::chrono::microseconds AWAKE{500};  // until a thread without work sleeps
+    static constexpr std::chrono::microseconds AWAKE{500};                         // until a thread without work sleeps
 
     void stop() {
         stopping_ = true;

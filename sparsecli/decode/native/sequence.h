@@ -22,15 +22,15 @@ struct Hashed {
 };
 
 struct Sequence {
-    int64_t capacity, length = 0;  // positions; where a source is joined it takes the first ones
+    int64_t capacity, length = 0;                    // positions; where a source is joined it takes the first ones
     int64_t source_capacity = 0, source_length = 0;  // rows of an encoder's output
-    int64_t first = 0;  // position of the first token
-    int64_t newest = 0;  // position of the pass that is running
+    int64_t first = 0;                               // position of the first token
+    int64_t newest = 0;                              // position of the pass that is running
     KeyValues own, source;
-    Buffer<int32_t> buckets;     // of keys: [cache][head][round][position]
-    std::vector<Hashed> hashed;  // [cache][head]
+    Buffer<int32_t> buckets;                                             // of keys: [cache][head][round][position]
+    std::vector<Hashed> hashed;                                          // [cache][head]
     Buffer<char> history, value_history, output_history, query_history;  // inputs of convolutions, all positions
-    Buffer<float> states;  // of recurrent units after every position
+    Buffer<float> states;                                                // of recurrent units after every position
 };
 
 // Strides of a sequence's buffers, in elements.

@@ -1,5 +1,5 @@
 // Weights in 3 or 4 bits, in panels: sixteen outputs are computed side by side, a group of inputs at a time.
-// Part of kernels.inl, inside its namespaces.
+// Part of all.inl, inside its namespaces.
 //
 // Every 32-bit lane belongs to one output. What is multiplied are pairs of 16-bit numbers: codes of two inputs that
 // lie next to each other, with the two activations. Codes are used where they lie in their 16 bits, times 1, 2, 16, 32
@@ -55,7 +55,8 @@ inline Codes mixed(uint32_t mask, const Codes& a, const Codes& b) {
     Codes c;
     for (int p = 0; p < PARTS; ++p)
 #if defined(SPARSECLI_AVX512)
-        c.part[p] = (Lanes)_mm512_ternarylogic_epi32(_mm512_set1_epi32(int(mask)), (__m512i)a.part[p], (__m512i)b.part[p], 0xca);
+        c.part[p] = (Lanes)_mm512_ternarylogic_epi32(_mm512_set1_epi32(int(mask)), (__m512i)a.part[p],
+                                                     (__m512i)b.part[p], 0xca);
 #else
         c.part[p] = (a.part[p] & mask) | (b.part[p] & ~mask);
 #endif
@@ -66,7 +67,7 @@ inline Codes mixed(uint32_t mask, const Codes& a, const Codes& b) {
 inline void add_pairs(Codes& sums, const Codes& codes, const int16_t* x) {
 #if defined(SPARSECLI_AVX512)
     Lanes total = sums.part[0];  // by value, so that it stays in a register
-    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(codes.part[0]), "m"(*(const char(*)[4])x));
+    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(codes.part[0]), "m"(*(const char (*)[4])x));
     sums.part[0] = total;
 #elif defined(SPARSECLI_AVX2)
     int32_t pair;
@@ -75,8 +76,7 @@ inline void add_pairs(Codes& sums, const Codes& codes, const int16_t* x) {
         sums.part[p] += (Lanes)_mm256_madd_epi16((__m256i)codes.part[p], _mm256_set1_epi32(pair));
 #else
     const uint32_t first = uint32_t(int32_t(x[0])), second = uint32_t(int32_t(x[1]));
-    for (int p = 0; p < PARTS; ++p)
-        sums.part[p] += (codes.part[p] & 0xffff) * first + (codes.part[p] >> 16) * second;
+    for (int p = 0; p < PARTS; ++p) sums.part[p] += (codes.part[p] & 0xffff) * first + (codes.part[p] >> 16) * second;
 #endif
 }
 
@@ -108,8 +108,8 @@ struct Planes<4> {
     static Codes total(const Codes* sums) {
         Codes all;
         for (int p = 0; p < PARTS; ++p)
-            all.part[p] = ((sums[0].part[p] + sums[3].part[p]) << 4) + sums[1].part[p] +
-                          (Lanes)((Ints)sums[2].part[p] >> 4);
+            all.part[p] =
+                ((sums[0].part[p] + sums[3].part[p]) << 4) + sums[1].part[p] + (Lanes)((Ints)sums[2].part[p] >> 4);
         return all;
     }
 };
@@ -142,8 +142,8 @@ struct Planes<3> {
     static Codes total(const Codes* sums) {
         Codes all;
         for (int p = 0; p < PARTS; ++p)
-            all.part[p] = (sums[0].part[p] << 4) + (sums[1].part[p] << 3) + sums[2].part[p] +
-                          (Lanes)((Ints)sums[3].part[p] >> 1);
+            all.part[p] =
+                (sums[0].part[p] << 4) + (sums[1].part[p] << 3) + sums[2].part[p] + (Lanes)((Ints)sums[3].part[p] >> 1);
         return all;
     }
 };
@@ -156,7 +156,8 @@ struct Panel {
     const uint8_t* zero;
 
     Panel(const uint8_t* from, int64_t groups)
-        : codes(from), scale((const uint16_t*)(from + groups * Planes<BITS>::BYTES)),
+        : codes(from),
+          scale((const uint16_t*)(from + groups * Planes<BITS>::BYTES)),
           zero((const uint8_t*)(scale + groups * LANES)) {}
 
     // y += scale * (sixteen times the sums of codes with x - zero * the sum of x), all exact but for the last product.
@@ -164,7 +165,8 @@ struct Panel {
         const Codes zeros = bytes_widened(zero + g * LANES);
         Vector sums;
         for (int p = 0; p < PARTS; ++p)
-            sums.part[p] = __builtin_convertvector((Ints)(sixteen_times.part[p] - zeros.part[p] * uint32_t(sum_of_x)), Floats);
+            sums.part[p] =
+                __builtin_convertvector((Ints)(sixteen_times.part[p] - zeros.part[p] * uint32_t(sum_of_x)), Floats);
         add_product(y, load(scale + g * LANES), sums);
     }
 };
@@ -210,8 +212,8 @@ inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_
 }
 
 template <int BITS>
-void low_bit_dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
-                  int64_t out_stride) {
+void low_bit_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
+                    int64_t out_stride) {
     const int64_t groups = groups_of(w.cols), bytes = low_bit_panel(w.cols, BITS);
     for (int64_t row = begin; row < end; row += LANES) {
         const Panel<BITS> panel((const uint8_t*)w.data + row / LANES * bytes, groups);
@@ -230,7 +232,8 @@ void low_bit_dots(const Matrix& w, int64_t begin, int64_t end, const Activations
             for (int u = 0; u < LOW_BIT_TOKENS; ++u) keep(t + u, y[u]);
         }
         for (; t < tokens; ++t)
-            keep(t, panel_of_one<BITS>(panel, groups, x.integers + t * x.stride, x.sums + t * (x.stride / LOW_BIT_GROUP)));
+            keep(t,
+                 panel_of_one<BITS>(panel, groups, x.integers + t * x.stride, x.sums + t * (x.stride / LOW_BIT_GROUP)));
     }
 }
 
@@ -243,7 +246,8 @@ inline Vector residual_values(const uint8_t* from) {
     Vector values;
 #if defined(SPARSECLI_AVX512)
     const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    values.part[0] = (Floats)_mm512_permutexvar_ps((__m512i)(bytes.part[0] >> SHIFT), table);  // by the lowest four bits
+    values.part[0] =
+        (Floats)_mm512_permutexvar_ps((__m512i)(bytes.part[0] >> SHIFT), table);  // by the lowest four bits
 #else
     for (int p = 0; p < PARTS; ++p)
         values.part[p] = __builtin_convertvector((Ints)(bytes.part[p] >> SHIFT & 15) - 8, Floats);
@@ -287,7 +291,8 @@ struct Residual {
 
     Residual() = default;
     Residual(const Matrix& residual, int64_t parts, int64_t unit, int64_t row)
-        : codes((const uint8_t*)residual.data + unit * residual_unit(residual.cols, parts) + row * residual_row(residual.cols)),
+        : codes((const uint8_t*)residual.data + unit * residual_unit(residual.cols, parts) +
+                row * residual_row(residual.cols)),
           scale((const uint16_t*)(codes + groups_of(residual.cols) * (LOW_BIT_GROUP / 2))) {}
 };
 
@@ -296,7 +301,8 @@ void residual_dots(const Matrix& residual, int64_t parts, const int32_t* chosen,
     for (int64_t i = 0; i < count; ++i)
         for (int64_t row = 0; row < parts - 1; ++row) {
             const Residual r(residual, parts, chosen[i], row);
-            out[i * (parts - 1) + row] = residual_dot(r.codes, r.scale, groups_of(residual.cols), x.integers) * x.scales[0];
+            out[i * (parts - 1) + row] =
+                residual_dot(r.codes, r.scale, groups_of(residual.cols), x.integers) * x.scales[0];
         }
 }
 

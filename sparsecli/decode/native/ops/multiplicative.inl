@@ -1,4 +1,4 @@
-// Outer products: the multiplicative layer and the convolution. Part of kernels.inl, inside its namespaces.
+// Outer products: the multiplicative layer and the convolution. Part of all.inl, inside its namespaces.
 
 // c[r][columns] += a[r] . panel, R rows by V vectors of columns; a row of `a` holds `inputs` values.
 template <int R, int V>
@@ -28,23 +28,31 @@ inline void tile(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) { sums[r][v] = _mm512_loadu_ps(c + r * c_stride + v * LANES); }
+        for (int v = 0; v < V; ++v) {
+            sums[r][v] = _mm512_loadu_ps(c + r * c_stride + v * LANES);
+        }
     }
     for (int64_t i = 0; i < inputs; i += 2) {
         __m512i b[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) { b[v] = _mm512_loadu_si512(panel + i * width + v * 2 * LANES); }
+        for (int v = 0; v < V; ++v) {
+            b[v] = _mm512_loadu_si512(panel + i * width + v * 2 * LANES);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const __m512i pair = broadcast_four(a + r * a_stride + i);
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) { sums[r][v] = add_pairs(sums[r][v], pair, b[v]); }
+            for (int v = 0; v < V; ++v) {
+                sums[r][v] = add_pairs(sums[r][v], pair, b[v]);
+            }
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) { _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]); }
+        for (int v = 0; v < V; ++v) {
+            _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]);
+        }
     }
 #else
     Vector sums[R][V];
@@ -85,17 +93,23 @@ inline void tile(const int8_t* a, int64_t a_stride, const float* a_scale, const 
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) { sums[r][v] = _mm512_set1_epi32(-128 * total[r]); }
+        for (int v = 0; v < V; ++v) {
+            sums[r][v] = _mm512_set1_epi32(-128 * total[r]);
+        }
     }
     for (int64_t i = 0; i < inputs; i += 4) {
         __m512i b[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) { b[v] = _mm512_loadu_si512(panel + i * width + v * 4 * LANES); }
+        for (int v = 0; v < V; ++v) {
+            b[v] = _mm512_loadu_si512(panel + i * width + v * 4 * LANES);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const __m512i quad = broadcast_four(a + r * a_stride + i);
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) { sums[r][v] = add_quads(sums[r][v], b[v], quad); }
+            for (int v = 0; v < V; ++v) {
+                sums[r][v] = add_quads(sums[r][v], b[v], quad);
+            }
         }
     }
 #pragma GCC unroll 8
@@ -200,8 +214,7 @@ inline void products(const Matrix& D, int64_t module, const float* x, int64_t be
     if (D.type == FLOAT32)
         for (int64_t i = 0; i < count; i += LANES) store(out + i, load(v + i) * load((const float*)D.data + at + i));
     else if (D.type == BFLOAT16)
-        for (int64_t i = 0; i < count; i += LANES)
-            store(out + i, load(v + i) * load((const uint16_t*)D.data + at + i));
+        for (int64_t i = 0; i < count; i += LANES) store(out + i, load(v + i) * load((const uint16_t*)D.data + at + i));
     else
         for (int64_t i = 0; i < count; i += LANES) store(out + i, load(v + i) * load((const int8_t*)D.data + at + i));
 }
@@ -270,7 +283,8 @@ void multiplicative(const Matrix& D, const Matrix& E, const float* bias, const f
                         continue;
                     }
                     const float limit = largest_magnitude(line, size);
-                    totals[g * modules + s] = narrow(line, size, limit > NOTHING ? 127 / limit : 0, (int8_t*)at + place);
+                    totals[g * modules + s] =
+                        narrow(line, size, limit > NOTHING ? 127 / limit : 0, (int8_t*)at + place);
                     scales[g * modules + s] = limit / 127;
                 }
             for (int64_t column = column_begin; column < column_end; column += PANEL) {

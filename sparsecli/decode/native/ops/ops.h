@@ -1,4 +1,4 @@
-// What the kernels compute on: packed weights, activations, and one table of functions for each instruction set.
+// What the ops compute on: packed weights, activations, and one table of functions for each instruction set.
 //
 // Padding spares every kernel its tails: rows are PAD elements or a multiple long, panels and blocks are multiples
 // of LANES wide, and what fills them is zero. Sums run over LANES fixed lanes, so that a result depends neither on
@@ -14,8 +14,8 @@ constexpr int64_t PANEL = 64;   // columns of a panel
 constexpr int64_t SPAN = 2048;  // columns at a time of a long row: as many activations stay in the first-level cache
 constexpr int64_t GROUP = 256;  // inputs that share a scale when products are quantised
 constexpr int64_t LOW_BIT_GROUP = 64;  // inputs that share a scale and a zero where weights have 3 or 4 bits
-constexpr int64_t MAX_BLOCK = 4096;  // units of a block
-constexpr int64_t QUERIES = 4;  // queries that share one reading of keys and values
+constexpr int64_t MAX_BLOCK = 4096;    // units of a block
+constexpr int64_t QUERIES = 4;         // queries that share one reading of keys and values
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -77,7 +77,7 @@ struct Choice {
 
 enum Activation : int64_t { RELU = 0, GELU = 1, SILU = 2, GELU_TANH = 3 };
 
-struct Kernels {
+struct Ops {
     const char* name;
 
     bool splits;  // bfloat16 products take `halves`
@@ -90,8 +90,8 @@ struct Kernels {
 
     // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens; w is `spans`, or `low bit`: then
     // `begin` is a multiple of LANES.
-    void (*dots)(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
-                 int64_t out_stride);
+    void (*matmul)(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
+                   int64_t out_stride);
 
     // out[s * width + m] = sum_i x[i] D[s, i] E[m, i] + bias[s * width + m] for modules [module_begin, module_end)
     // and outputs m of panels [panel_begin, panel_end). D is `rows`, E is `panels`.
@@ -160,8 +160,8 @@ struct Kernels {
 
 // Null where they are not built for this architecture. Whether this processor has the instructions is for the caller
 // to find out first: these functions are themselves compiled for them.
-const Kernels* portable_kernels();
-const Kernels* avx2_kernels();
-const Kernels* avx512_kernels();
+const Ops* portable_ops();
+const Ops* avx2_ops();
+const Ops* avx512_ops();
 
 }  // namespace sparsecli

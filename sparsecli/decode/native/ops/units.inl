@@ -1,4 +1,4 @@
-// The rows of chosen units: with x, and summed into the residual. Part of kernels.inl, inside its namespaces.
+// The rows of chosen units: with x, and summed into the residual. Part of all.inl, inside its namespaces.
 
 // As many 16-bit products of 8-bit weights as fit into 32 bits, whatever the sum.
 constexpr int64_t LONGEST = 4096;
@@ -9,7 +9,7 @@ inline void whole_rows(const Matrix& w, const int64_t* row, const int64_t* next,
     for (int64_t column = 0; column < stride; column += LONGEST) {
         float part[R];
         products_of<R, FETCH>(w.type, (const char*)w.data + column * type_bytes(w.type), stride, row, next, column,
-                             column + LONGEST < stride ? LONGEST : stride - column, x, 0, part);
+                              column + LONGEST < stride ? LONGEST : stride - column, x, 0, part);
         for (int r = 0; r < R; ++r) out[r] = column ? out[r] + part[r] : part[r];
     }
     for (int r = 0; w.type == INT8 && r < R; ++r) out[r] *= w.scale[row[r]] * x.scales[0];
@@ -21,13 +21,12 @@ template <bool FETCH>
 inline void dots_of_units(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,
                           const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, float* h) {
     const int64_t bytes = round_up(units.cols, PAD) * type_bytes(units.type);
-    const int64_t inward = parts - 1;               // gate and up, or up alone
+    const int64_t inward = parts - 1;             // gate and up, or up alone
     constexpr int64_t AT_ONCE = 4, DISTANCE = 4;  // units that are computed together, and that are in flight
     const auto finish = [&](int64_t i, float gate, float up) {
         if (unit_bias) gate += unit_bias[chosen[i]];
         h[i] = activation_of(activation, gate) * (inward == 2 ? up : 1);
-        if (FETCH && h[i] != 0)
-            fetch((const char*)units.data + (int64_t(chosen[i]) * parts + inward) * bytes, bytes);
+        if (FETCH && h[i] != 0) fetch((const char*)units.data + (int64_t(chosen[i]) * parts + inward) * bytes, bytes);
     };
     for (int64_t i = begin; i < end;) {
         int64_t row[AT_ONCE], next[AT_ONCE];
@@ -81,8 +80,8 @@ inline void add_rows(const W* const* rows, const float* factor, int64_t begin, i
 }
 
 template <class W>
-void sum_units(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
-               int64_t begin, int64_t end, float* y) {
+void sum_units(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count, int64_t begin,
+               int64_t end, float* y) {
     constexpr int64_t AT_ONCE = 4;
     const int64_t stride = round_up(units.cols, PAD), bytes = (end - begin) * int64_t(sizeof(W));
     const W* data = (const W*)units.data + begin;
@@ -108,8 +107,8 @@ void sum_units(const Matrix& units, int64_t parts, const int32_t* chosen, const 
     for (int64_t r = 0; r < found; ++r) add_rows<1>(rows + r, factor + r, begin, end, y);
 }
 
-void unit_sums(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
-               int64_t begin, int64_t end, float* y) {
+void unit_sums(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count, int64_t begin,
+               int64_t end, float* y) {
     if (units.type == FLOAT32)
         sum_units<float>(units, parts, chosen, h, count, begin, end, y);
     else if (units.type == BFLOAT16)

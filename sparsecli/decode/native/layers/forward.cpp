@@ -1,5 +1,5 @@
 // The pass as a whole, what its parts share, and the logits.
-#include "forward.h"
+#include "layers/forward.h"
 
 namespace sparsecli {
 
@@ -23,8 +23,7 @@ void Forward::pass(int64_t worker) {
         feed_forward(block, layer, worker);
         swap_streams(worker);
     }
-    if (!worker)
-        block_stack_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+    if (!worker) block_stack_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
     logits(worker);
     mark(worker, HEAD);
 }
@@ -62,13 +61,13 @@ void Forward::embed(int64_t t) {
 
 void Forward::widen_row(const Matrix& table, int64_t row, float* out) const {
     const int64_t stride = round_up(table.cols, PAD) * type_bytes(table.type);
-    k_.widen((const char*)table.data + row * stride, table.scale ? table.scale + row : nullptr, table.type,
-             table.cols, out);
+    k_.widen((const char*)table.data + row * stride, table.scale ? table.scale + row : nullptr, table.type, table.cols,
+             out);
 }
 
 void Forward::normalize(const Norm& norm, int64_t t, float* to, int64_t worker) const {
-    k_.normalize(workers_[size_t(worker)].read->row(t), values(norm.weight), shape_.rms ? nullptr : values(norm.bias), shape_.d_model, shape_.rms,
-                 shape_.epsilon, to);
+    k_.normalize(workers_[size_t(worker)].read->row(t), values(norm.weight), shape_.rms ? nullptr : values(norm.bias),
+                 shape_.d_model, shape_.rms, shape_.epsilon, to);
 }
 
 // Normalised residual rows for layers to read. A single row is computed by every thread for itself, which is
@@ -112,8 +111,12 @@ Activations Forward::readable(const Buffer<float>& source, int64_t stride, int64
 }
 
 Activations Forward::row_of(const Activations& x, int64_t t) {
-    return {x.values + t * x.stride, x.integers + t * x.stride, x.scales + t, x.halves + 2 * t * x.stride,
-            x.stride, x.sums + t * (x.stride / LOW_BIT_GROUP)};
+    return {x.values + t * x.stride,
+            x.integers + t * x.stride,
+            x.scales + t,
+            x.halves + 2 * t * x.stride,
+            x.stride,
+            x.sums + t * (x.stride / LOW_BIT_GROUP)};
 }
 
 // One row, in this worker's own memory.
@@ -128,7 +131,7 @@ Activations Forward::own_forms(const float* row, int64_t stride, int64_t worker)
 // out = w x (+ bias, where there is one) for some outputs.
 void Forward::dense(const Matrix& weight, const float* bias, Range rows, const Activations& x, int64_t tokens,
                     float* out, int64_t out_stride) const {
-    k_.dots(weight, rows.begin, rows.end, x, tokens, out, out_stride);
+    k_.matmul(weight, rows.begin, rows.end, x, tokens, out, out_stride);
     if (!bias) return;
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = rows.begin; r < rows.end; ++r) out[t * out_stride + r] += bias[r];
@@ -196,8 +199,7 @@ void Forward::dense_logits(const Activations& x, int64_t held, float* out, int64
     const float* bias = values(model_.head.bias);
     const int64_t vocabulary = shape_.vocabulary;
     const Matrix& weight = model_.head.weight;
-    if (!model_.exact_head.data)
-        return dense(weight, bias, mine(vocabulary, LANES, worker), x, held, out, vocabulary);
+    if (!model_.exact_head.data) return dense(weight, bias, mine(vocabulary, LANES, worker), x, held, out, vocabulary);
     // The likeliest tokens of every part of the vocabulary are scored again with weights that were rounded less.
     const Range lanes = mine(HEAD_LANES, 1, worker);
     for (int64_t lane = lanes.begin; lane < lanes.end; ++lane) {

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "ops/ops.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -6,16 +6,17 @@
 #include <cmath>
 #include <cstring>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,prefer-vector-width=512")
 #endif
 #define SPARSECLI_AVX512 1
-#include "kernels.inl"
+#include "ops/all.inl"
 
 namespace sparsecli {
-const Kernels* avx512_kernels() {
-    static constexpr Kernels table = make_table("avx512");
+const Ops* avx512_ops() {
+    static constexpr Ops table = make_table("avx512");
     return &table;
 }
 }  // namespace sparsecli
@@ -24,6 +25,6 @@ const Kernels* avx512_kernels() {
 #endif
 #else
 namespace sparsecli {
-const Kernels* avx512_kernels() { return nullptr; }
+const Ops* avx512_ops() { return nullptr; }
 }  // namespace sparsecli
 #endif

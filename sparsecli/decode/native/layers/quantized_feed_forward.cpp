@@ -2,16 +2,14 @@
 // compute all of them, and the chosen ones with more bits (precision).
 #include <numeric>
 
-#include "forward.h"
+#include "layers/forward.h"
 
 namespace sparsecli {
 
 constexpr int64_t UNITS_AT_ONCE = 64;  // at least: read in few bits, then chosen from
 
 // This worker's units: whole blocks and whole panels.
-Range Forward::copied_units(int64_t worker) const {
-    return mine(shape_.d_ff, model_.whole_blocks(), worker);
-}
+Range Forward::copied_units(int64_t worker) const { return mine(shape_.d_ff, model_.whole_blocks(), worker); }
 
 // Calls body(first, last) for pieces of `units`, whole blocks and panels each.
 template <class F>
@@ -24,7 +22,7 @@ void Forward::each_piece(Range units, const F& body) const {
 void Forward::read_copy(const Block& block, int64_t first, int64_t last, const Activations& x, Buffer<float>& h) {
     const int64_t inward = model_.inward();
     const float* bias = values(block.unit_bias);
-    k_.dots(block.copy, first * inward, round_up(last, LANES) * inward, x, count(), pairs_.row(0), pair_stride_);
+    k_.matmul(block.copy, first * inward, round_up(last, LANES) * inward, x, count(), pairs_.row(0), pair_stride_);
     for (int64_t t = 0; t < count(); ++t)
         for (int64_t u = first; u < last; u += LANES) {
             const int64_t held = std::min(LANES, last - u);
@@ -172,7 +170,8 @@ void Forward::promote(const Block& block, int64_t begin, int64_t end, const Acti
             gate[i] = before[0] + more[i * inward];
             h[i] = inward == 2 ? before[LANES] + more[i * inward + 1] : gate[i];
         }
-        k_.activate(shape_.activation, inward == 2 ? gate : nullptr, h, LANES);  // all alike, however units are shared out
+        k_.activate(shape_.activation, inward == 2 ? gate : nullptr, h,
+                    LANES);  // all alike, however units are shared out
         for (int64_t i = 0; i < held; ++i) h_.row(t)[units[i]] = h[i];
     }
 }

@@ -1,8 +1,7 @@
 // Rows of weights with vectors.
-// Part of kernels.inl, inside its namespaces.
+// Part of all.inl, inside its namespaces.
 
 // -- dot products --------------------------------------------------------------------------------------------
-
 
 inline float largest_magnitude(const float* values, int64_t count) {
     Vector top = fill(0);
@@ -265,8 +264,7 @@ inline void split_tile(const uint16_t* const* w, const uint16_t* halves, int64_t
 
 // The same from 8-bit weights and 16-bit activations.
 template <int R>
-inline void integer_tile(const int8_t* const* w, const int16_t* x, int64_t x_stride, int64_t count,
-                         float (*out)[R]) {
+inline void integer_tile(const int8_t* const* w, const int16_t* x, int64_t x_stride, int64_t count, float (*out)[R]) {
     __m512i sums[TOKENS][R];
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t)
@@ -275,8 +273,7 @@ inline void integer_tile(const int8_t* const* w, const int16_t* x, int64_t x_str
     for (int64_t i = 0; i < count; i += 2 * LANES) {
         __m512i weights[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-            weights[r] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i)));
+        for (int r = 0; r < R; ++r) weights[r] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w[r] + i)));
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
             const __m512i v = _mm512_loadu_si512(x + t * x_stride + i);
@@ -322,10 +319,10 @@ inline void tile_of(int64_t type, const void* span, int64_t width, int64_t row, 
     }
 }
 
-void dots(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
-          int64_t out_stride) {
-    if (w.type == INT4) return low_bit_dots<4>(w, begin, end, x, tokens, out, out_stride);
-    if (w.type == INT3) return low_bit_dots<3>(w, begin, end, x, tokens, out, out_stride);
+void matmul(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
+            int64_t out_stride) {
+    if (w.type == INT4) return low_bit_matmul<4>(w, begin, end, x, tokens, out, out_stride);
+    if (w.type == INT3) return low_bit_matmul<3>(w, begin, end, x, tokens, out, out_stride);
     constexpr int R = DOT_ROWS;
     constexpr int64_t ROWS_AT_ONCE = 64;  // that stay cached while all tokens meet them
     const int64_t stride = round_up(w.cols, PAD), tiled = TOKENS > 1 ? tokens / TOKENS * TOKENS : 0;

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "ops/ops.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -11,11 +11,11 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define SPARSECLI_AVX2 1
-#include "kernels.inl"
+#include "ops/all.inl"
 
 namespace sparsecli {
-const Kernels* avx2_kernels() {
-    static constexpr Kernels table = make_table("avx2");
+const Ops* avx2_ops() {
+    static constexpr Ops table = make_table("avx2");
     return &table;
 }
 }  // namespace sparsecli
@@ -24,6 +24,6 @@ const Kernels* avx2_kernels() {
 #endif
 #else
 namespace sparsecli {
-const Kernels* avx2_kernels() { return nullptr; }
+const Ops* avx2_ops() { return nullptr; }
 }  // namespace sparsecli
 #endif

@@ -1,17 +1,14 @@
-// Sixteen floats, weights as floats, and exponentials: what the kernels are written in.
-// Part of kernels.inl, inside its namespaces.
+// Sixteen floats, weights as floats, and exponentials: what the ops are written in.
+// Part of all.inl, inside its namespaces.
 
 // -- sixteen floats ------------------------------------------------------------------------------------------
 
 #if defined(SPARSECLI_AVX512)
-constexpr int WIDTH = 16, TILE_ROWS = 4, TILE_VECTORS = 4, TOKENS = 4, DOT_ROWS = 4,
-              LOW_BIT_TOKENS = 8;
+constexpr int WIDTH = 16, TILE_ROWS = 4, TILE_VECTORS = 4, TOKENS = 4, DOT_ROWS = 4, LOW_BIT_TOKENS = 8;
 #elif defined(SPARSECLI_AVX2)
-constexpr int WIDTH = 8, TILE_ROWS = 3, TILE_VECTORS = 2, TOKENS = 2, DOT_ROWS = 2,
-              LOW_BIT_TOKENS = 4;
+constexpr int WIDTH = 8, TILE_ROWS = 3, TILE_VECTORS = 2, TOKENS = 2, DOT_ROWS = 2, LOW_BIT_TOKENS = 4;
 #else
-constexpr int WIDTH = 4, TILE_ROWS = 2, TILE_VECTORS = 1, TOKENS = 1, DOT_ROWS = 1,
-              LOW_BIT_TOKENS = 4;
+constexpr int WIDTH = 4, TILE_ROWS = 2, TILE_VECTORS = 1, TOKENS = 1, DOT_ROWS = 1, LOW_BIT_TOKENS = 4;
 #endif
 constexpr int PARTS = LANES / WIDTH;
 
@@ -136,8 +133,8 @@ inline Vector load(const uint16_t* from) {
     v.part[0] = (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
 #elif defined(SPARSECLI_AVX2)
     for (int p = 0; p < PARTS; ++p)
-        v.part[p] = (Floats)_mm256_slli_epi32(
-            _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + p * WIDTH))), 16);
+        v.part[p] =
+            (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + p * WIDTH))), 16);
 #else
     float lane[LANES];
     for (int64_t i = 0; i < LANES; ++i) lane[i] = to_float(from[i]);
@@ -152,8 +149,8 @@ inline Vector load(const int8_t* from) {
     v.part[0] = (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
 #elif defined(SPARSECLI_AVX2)
     for (int p = 0; p < PARTS; ++p)
-        v.part[p] = (Floats)_mm256_cvtepi32_ps(
-            _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + p * WIDTH))));
+        v.part[p] =
+            (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + p * WIDTH))));
 #else
     float lane[LANES];
     for (int64_t i = 0; i < LANES; ++i) lane[i] = float(from[i]);
@@ -249,10 +246,9 @@ inline float activation_of(int64_t activation, float x) {
 void activate(int64_t activation, const float* gate, float* h, int64_t count) {
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES)
-        store(h + i, gate ? activation_of(activation, load(gate + i)) * load(h + i)
-                          : activation_of(activation, load(h + i)));
-    for (; i < count; ++i)
-        h[i] = gate ? activation_of(activation, gate[i]) * h[i] : activation_of(activation, h[i]);
+        store(h + i,
+              gate ? activation_of(activation, load(gate + i)) * load(h + i) : activation_of(activation, load(h + i)));
+    for (; i < count; ++i) h[i] = gate ? activation_of(activation, gate[i]) * h[i] : activation_of(activation, h[i]);
 }
 
 void normalize(const float* x, const float* weight, const float* bias, int64_t count, bool rms, double epsilon,
@@ -304,7 +300,7 @@ inline __m512i add_quads(__m512i total, __m512i bytes, __m512i signed_bytes) {  
 
 inline __m512i broadcast_four(const void* bytes) {  // straight from memory, not by way of an integer register
     __m512i four;
-    asm("vpbroadcastd %1, %0" : "=v"(four) : "m"(*(const char(*)[4])bytes));
+    asm("vpbroadcastd %1, %0" : "=v"(four) : "m"(*(const char (*)[4])bytes));
     return four;
 }
 #endif

@@ -1,4 +1,4 @@
-// Attention among keys that hash alike. Part of kernels.inl, inside its namespaces.
+// Attention among keys that hash alike. Part of all.inl, inside its namespaces.
 
 void hash(const float* key, int64_t width, const float* axes, int64_t columns, const int64_t* factors, int64_t count,
           int64_t rounds, float* along, int32_t* buckets, int64_t stride) {

@@ -1,4 +1,4 @@
-// The controller's second factor and the choice of units. Part of kernels.inl, inside its namespaces.
+// The controller's second factor and the choice of units. Part of all.inl, inside its namespaces.
 
 // Logits of one block for T tokens, V vectors of units from `unit` on.
 template <int T, int V>
@@ -79,8 +79,8 @@ inline void block_logits(const Matrix& w, int64_t block, int64_t width, int64_t 
 }
 
 template <int T>
-inline void all_logits(const Matrix& w, int64_t block, int64_t width, int64_t rank, const Activations& z,
-                       int64_t token, float* logits) {
+inline void all_logits(const Matrix& w, int64_t block, int64_t width, int64_t rank, const Activations& z, int64_t token,
+                       float* logits) {
     int64_t unit = 0;
     for (; unit + TILE_VECTORS * LANES <= width; unit += TILE_VECTORS * LANES)
         block_logits<T, TILE_VECTORS>(w, block, width, rank, unit, z, token, logits);
@@ -133,8 +133,7 @@ void choose(const Matrix& second, const float* bias, const Choice& choice, int64
                     int64_t best = largest(of_token, width);
                     if (best >= size) best = 0;
                     to[j] = int32_t(block * size + best);
-                    if (tokens == 1)
-                        fetch((const char*)rows.data + to[j] * parts * row_bytes, (parts - 1) * row_bytes);
+                    if (tokens == 1) fetch((const char*)rows.data + to[j] * parts * row_bytes, (parts - 1) * row_bytes);
                     if (weight) weight[j] = std::exp(of_token[best] - top) / total;
                     of_token[best] = -INFINITY;
                 }

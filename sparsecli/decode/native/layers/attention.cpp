@@ -1,5 +1,5 @@
 // Projections, convolutions and attention of one block.
-#include "forward.h"
+#include "layers/forward.h"
 
 namespace sparsecli {
 
@@ -14,7 +14,8 @@ void Forward::attention(const AttentionLayer& layer, int64_t place, int64_t work
     if (model_.convolves()) {
         share_projection(layer, place, x, worker);
         barrier(worker, s.projection == DENSE_CONV ? PROJECTION : MULTIPLY);
-        each(s.modules, worker, [&](int64_t t, int64_t begin, int64_t end) { convolve(layer, place, t, begin, end, worker); });
+        each(s.modules, worker,
+             [&](int64_t t, int64_t begin, int64_t end) { convolve(layer, place, t, begin, end, worker); });
         mark(worker, CONVOLUTION);
         ready = aligned && s.modules == s.key_value_heads;
     } else if (model_.low_rank()) {
@@ -89,8 +90,8 @@ Forward::History Forward::history(int64_t place, int64_t t) const {
                       sizes_.history_margin);
 }
 
-Forward::History Forward::history_of(const Row& row, const Buffer<char>& buffer, int64_t place,
-                                     int64_t elements, int64_t margin) const {
+Forward::History Forward::history_of(const Row& row, const Buffer<char>& buffer, int64_t place, int64_t elements,
+                                     int64_t margin) const {
     const int64_t bytes = elements * type_bytes(shape_.history_type);
     const int64_t rows = shape_.kernel - 1 + row.sequence->capacity;
     return {buffer.data + (place * rows + shape_.kernel - 1) * bytes, bytes, margin, row.position};
@@ -117,13 +118,15 @@ void Forward::remember_joined(int64_t place, int64_t t, const float* x, int64_t 
     }
 }
 
-void Forward::convolve(const AttentionLayer& layer, int64_t place, int64_t t, int64_t begin, int64_t end, int64_t worker) {
+void Forward::convolve(const AttentionLayer& layer, int64_t place, int64_t t, int64_t begin, int64_t end,
+                       int64_t worker) {
     const int64_t width = model_.module_width();
     const History m = history(place, t);
     run_convolution(layer.query_convolution, m, width, width, begin, end, q_.row(t), worker);
     if (shape_.shared_query_key != ONE_PROJECTION)
         run_convolution(layer.key_convolution, m, width, width, begin, end, k_row_.row(t), worker);
-    if (!shape_.value_concat) return run_convolution(layer.value_convolution, m, width, 0, begin, end, v_.row(t), worker);
+    if (!shape_.value_concat)
+        return run_convolution(layer.value_convolution, m, width, 0, begin, end, v_.row(t), worker);
     const Row& row = (*rows_)[size_t(t)];
     const History joined = history_of(row, row.sequence->value_history, place, sizes_.value_history_row, 0);
     run_convolution(layer.value_convolution, joined, 2 * width, 0, begin, end, v_.row(t), worker);
@@ -172,7 +175,7 @@ void Forward::prepare_key(const AttentionLayer& layer, int64_t t, int64_t head) 
     k_.normalize(query, unit_.row(0), nullptr, width, true, UNIT_EPSILON, key);
 }
 
-void Forward::append(KeyValues Sequence::*to, int64_t place, int64_t t, int64_t head) const {
+void Forward::append(KeyValues Sequence::* to, int64_t place, int64_t t, int64_t head) const {
     const Row& row = (*rows_)[size_t(t)];
     const int64_t at = head * shape_.head_width;
     k_.append(k_row_.row(t) + at, v_.row(t) + at, shape_.cache_type, shape_.head_width, row.position,
@@ -180,7 +183,7 @@ void Forward::append(KeyValues Sequence::*to, int64_t place, int64_t t, int64_t 
 }
 
 // Asks for the beginning of this worker's keys and values, all heads at once; the rest follows in streams.
-void Forward::fetch_cache(const KeyValues Sequence::*from, int64_t place, int64_t worker) const {
+void Forward::fetch_cache(const KeyValues Sequence::* from, int64_t place, int64_t worker) const {
     const Row& row = (*rows_)[0];
     const KeyValues& kept = row.sequence->*from;
     const Range heads = mine(kept.heads, 1, worker);
@@ -201,9 +204,10 @@ int64_t Forward::seen(const Row& row, bool source) const {
 }
 
 // Queries that read the same keys go together: neighbouring rows of a sequence, heads of a group.
-void Forward::attend(const AttentionLayer& layer, const KeyValues Sequence::*to, int64_t place, int64_t worker) {
+void Forward::attend(const AttentionLayer& layer, const KeyValues Sequence::* to, int64_t place, int64_t worker) {
     const bool source = to == &Sequence::source, plain = source || shape_.shared_query_key;
-    const bool added = source ? shape_.query_modules > 0 : shape_.output == NO_OUTPUT;  // to the residual stream at once
+    const bool added =
+        source ? shape_.query_modules > 0 : shape_.output == NO_OUTPUT;  // to the residual stream at once
     const int64_t key_heads = source ? shape_.heads : shape_.key_value_heads;
     const int64_t width = shape_.head_width, group = shape_.heads / key_heads, rows = count();
     float* scores = workers_[size_t(worker)].scores.row(0);
@@ -266,7 +270,8 @@ void Forward::multiply_output(const AttentionLayer& layer, int64_t place, int64_
     barrier(worker, MULTIPLY);
     if (!convolved) return;
     each(shape_.modules, worker, [&](int64_t t, int64_t begin, int64_t end) {
-        run_convolution(layer.output_convolution, output_history(place, t), width, width, begin, end, q_.row(t), worker);
+        run_convolution(layer.output_convolution, output_history(place, t), width, width, begin, end, q_.row(t),
+                        worker);
         for (int64_t i = begin * width; i < end * width; ++i) residual(t, worker)[i] += q_.row(t)[i];
     });
     barrier(worker, CONVOLUTION);

@@ -1,4 +1,4 @@
-// Attention over cached keys and values. Part of kernels.inl, inside its namespaces.
+// Attention over cached keys and values. Part of all.inl, inside its namespaces.
 
 inline void append_bytes(const float* values, int64_t width, int64_t step, int8_t* to, float* scale) {
     float limit = 0;
@@ -8,8 +8,8 @@ inline void append_bytes(const float* values, int64_t width, int64_t step, int8_
     *scale = limit / 127;
 }
 
-void append(const float* key, const float* value, int64_t type, int64_t width, int64_t position,
-            const HeadCache& cache, int64_t value_stride) {
+void append(const float* key, const float* value, int64_t type, int64_t width, int64_t position, const HeadCache& cache,
+            int64_t value_stride) {
     const int64_t row = position * value_stride, step = cache.by_rows ? 1 : LANES;
     const int64_t at = cache.by_rows ? row : position / LANES * width * LANES + position % LANES;
     if (cache.by_rows) {
@@ -69,8 +69,8 @@ inline float soften(float* scores, int64_t length, int64_t positions) {
 }
 
 template <int Q, int V, class W>
-inline void mix(const float* scores, int64_t score_stride, int64_t positions, int64_t column,
-                const HeadCache& cache, int64_t value_stride, Vector (*out)[V]) {
+inline void mix(const float* scores, int64_t score_stride, int64_t positions, int64_t column, const HeadCache& cache,
+                int64_t value_stride, Vector (*out)[V]) {
     for (int q = 0; q < Q; ++q)
         for (int v = 0; v < V; ++v) out[q][v] = fill(0);
     const W* values = (const W*)cache.values + column;

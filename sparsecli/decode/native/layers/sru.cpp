@@ -1,5 +1,5 @@
 // The narrow recurrent branch beside the feed-forward layer: y = leave(cells(enter(norm(x)))).
-#include "forward.h"
+#include "layers/forward.h"
 
 namespace sparsecli {
 

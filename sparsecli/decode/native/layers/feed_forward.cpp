@@ -1,15 +1,15 @@
 // The feed-forward layer of one block: dense, sparse, or a mixture.
 #include <numeric>
 
-#include "forward.h"
+#include "layers/forward.h"
 
 namespace sparsecli {
 
 void Forward::feed_forward(const Block& block, int64_t layer, int64_t worker) {
     if (shape_.recurrent_layers && !shape_.parallel) enter_recurrence(block.recurrence, worker);
     const Buffer<float>& aside = count() == 1 ? workers_[size_t(worker)].aside : aside_;
-    const Activations x = shape_.parallel ? readable(aside, d_stride_, worker)
-                                          : normalized(block.feed_forward_norm, worker);
+    const Activations x =
+        shape_.parallel ? readable(aside, d_stride_, worker) : normalized(block.feed_forward_norm, worker);
     mark(worker, OTHER);
     if (shape_.feed_forward == DENSE_UNITS) return dense_feed_forward(block, layer, x, worker);
     if (model_.promotes()) return precise_feed_forward(block, layer, x, worker);
@@ -31,8 +31,8 @@ void Forward::dense_feed_forward(const Block& block, int64_t layer, const Activa
     workers_[size_t(worker)].used[size_t(layer)] += count() * (units.end - units.begin);
     if (shape_.gated) linear(block.gate, x, gate_.row(0), h_stride_, worker);
     for (int64_t t = 0; t < count(); ++t)
-        k_.activate(shape_.activation, shape_.gated ? gate_.row(t) + units.begin : nullptr,
-                    h_.row(t) + units.begin, units.end - units.begin);
+        k_.activate(shape_.activation, shape_.gated ? gate_.row(t) + units.begin : nullptr, h_.row(t) + units.begin,
+                    units.end - units.begin);
     barrier(worker, DENSE_FF);
     if (shape_.recurrent_layers) leave_recurrence(block.recurrence, layer, worker);
     const Activations h = readable(h_, h_stride_, worker);
@@ -57,8 +57,7 @@ void Forward::controlled_units(const Block& block, int64_t layer, const Activati
         const int64_t begin = first * each_block, end = std::min(first + step, blocks.end) * each_block;
         for (int64_t t = 0; t < count(); ++t) {
             use_units(block, begin, end, x, t);
-            for (int64_t i = begin; shape_.probability_gate && i < end; ++i)
-                h_.row(t)[i] *= probabilities_.row(t)[i];
+            for (int64_t i = begin; shape_.probability_gate && i < end; ++i) h_.row(t)[i] *= probabilities_.row(t)[i];
         }
     }
     workers_[size_t(worker)].used[size_t(layer)] += count() * (blocks.end - blocks.begin) * each_block;
@@ -67,7 +66,7 @@ void Forward::controlled_units(const Block& block, int64_t layer, const Activati
 // What the controller chooses of this worker's blocks.
 void Forward::choose_units(const Block& block, Range blocks, int64_t each_block, const Activations& x, int64_t worker) {
     const Range ranks = mine(shape_.rank, 4, worker);  // rows are computed four at a time
-    k_.dots(block.controller_first, ranks.begin, ranks.end, x, count(), z_.row(0), z_stride_);
+    k_.matmul(block.controller_first, ranks.begin, ranks.end, x, count(), z_.row(0), z_stride_);
     barrier(worker, CONTROLLER);
     const Choice choice{shape_.block_size, each_block, model_.padded_rank(), model_.padded_block()};
     float* weights = shape_.probability_gate ? probabilities_.row(0) : nullptr;
@@ -108,7 +107,7 @@ void Forward::read_ahead([[maybe_unused]] const Block& block, [[maybe_unused]] i
     };
     advise(MADV_WILLNEED);
 #if defined(MADV_POPULATE_READ)
-    advise(MADV_POPULATE_READ);  // older kernels refuse it, which does no harm
+    advise(MADV_POPULATE_READ);  // older ops refuse it, which does no harm
 #endif
 #endif
 }
@@ -119,7 +118,7 @@ void Forward::route(const Block& block, int64_t layer, const Activations& x, int
     float* scores = workers_[size_t(worker)].line.row(0);
     for (int64_t t = 0; t < count(); ++t) {
         const Activations row = row_of(x, t);
-        k_.dots(block.router, 0, experts, row, 1, scores, experts);
+        k_.matmul(block.router, 0, experts, row, 1, scores, experts);
         float top = scores[0], total = 0;
         for (int64_t e = 1; e < experts; ++e) top = std::max(top, scores[e]);
         for (int64_t e = 0; e < experts; ++e) total += std::exp(scores[e] - top);
@@ -156,8 +155,8 @@ void Forward::sum_units(const Block& block, int64_t layer, int64_t worker) {
     const int64_t chosen = model_.chosen_units(layer), d = shape_.d_model;
     const float* bias = values(block.bias);
     const auto add = [&](int64_t t, int64_t begin, int64_t end, Range columns) {
-        k_.unit_sums(block.units, model_.parts(), chosen_.row(t) + begin, h_.row(t) + begin, end - begin,
-                     columns.begin, columns.end, residual(t, worker));
+        k_.unit_sums(block.units, model_.parts(), chosen_.row(t) + begin, h_.row(t) + begin, end - begin, columns.begin,
+                     columns.end, residual(t, worker));
     };
     // Where their number is up to the token, every thread has listed its own.
     const auto add_found = [&](int64_t t, Range columns) {

@@ -19,22 +19,35 @@
 
 namespace sparsecli {
 
-constexpr int64_t CHUNK = 512;           // rows of one pass
-constexpr int64_t HEAD_LANES = 16;      // equal parts of the vocabulary, each with its own best candidates
-constexpr int64_t CANDIDATES = 4;       // of each part, scored again with exact weights
+constexpr int64_t CHUNK = 512;              // rows of one pass
+constexpr int64_t HEAD_LANES = 16;          // equal parts of the vocabulary, each with its own best candidates
+constexpr int64_t CANDIDATES = 4;           // of each part, scored again with exact weights
 constexpr int64_t FETCHED_POSITIONS = 128;  // of each head, before attention begins
 constexpr int64_t MAX_HEAD_WIDTH = 1024;
-constexpr int64_t MOST_AXES = 1 << 17;      // columns of an attention layer's, for all rounds
-constexpr int64_t MOST_BUCKETS = 1 << 30;   // kept as 32-bit numbers
-constexpr int64_t BLOCKS_AT_ONCE = 8;   // whose units many rows share while they are cached
+constexpr int64_t MOST_AXES = 1 << 17;     // columns of an attention layer's, for all rounds
+constexpr int64_t MOST_BUCKETS = 1 << 30;  // kept as 32-bit numbers
+constexpr int64_t BLOCKS_AT_ONCE = 8;      // whose units many rows share while they are cached
 
 constexpr double UNIT_EPSILON = 1e-6;  // added to the mean square of a shared query before it becomes a key
 
-enum Part { OTHER, PROJECTION, MULTIPLY, CONVOLUTION, ATTENTION, CONTROLLER, UNIT_DOTS, UNIT_SUMS, DENSE_FF, RECURRENCE,
-            HEAD, BARRIERS, PART_COUNT };
+enum Part {
+    OTHER,
+    PROJECTION,
+    MULTIPLY,
+    CONVOLUTION,
+    ATTENTION,
+    CONTROLLER,
+    UNIT_DOTS,
+    UNIT_SUMS,
+    DENSE_FF,
+    RECURRENCE,
+    HEAD,
+    BARRIERS,
+    PART_COUNT
+};
 constexpr const char* PART_NAMES[] = {"norms and residual", "projections", "multiplicative", "convolution",
-                                      "attention", "controller", "unit rows in", "unit rows out", "dense feed-forward",
-                                      "recurrence", "head", "barriers"};
+                                      "attention",          "controller",  "unit rows in",   "unit rows out",
+                                      "dense feed-forward", "recurrence",  "head",           "barriers"};
 
 struct Range {
     int64_t begin, end;
@@ -50,7 +63,7 @@ inline Range share(int64_t total, int64_t step, int64_t worker, int64_t workers)
 struct Row {
     Sequence* sequence;
     int64_t position, token;
-    float* logits;  // null: not wanted
+    float* logits;                 // null: not wanted
     const float* vectors[2] = {};  // of a source, in place of a token: one for each stream
 };
 
@@ -80,8 +93,8 @@ struct Worker {
 
 class Forward {
   public:
-    Forward(const Model& model, const Kernels& kernels, Pool& pool)
-        : model_(model), shape_(model.shape), k_(kernels), pool_(pool), workers_(size_t(pool.threads())), sizes_(model) {
+    Forward(const Model& model, const Ops& ops, Pool& pool)
+        : model_(model), shape_(model.shape), k_(ops), pool_(pool), workers_(size_t(pool.threads())), sizes_(model) {
         const sparsecli_shape& s = shape_;
         const bool poison = s.poison;
         const int64_t wide = round_up(s.d_ff, PAD);
@@ -121,7 +134,8 @@ class Forward {
         halves_.rows(CHUNK, 2 * integer_stride_, 2 * integer_stride_, false);
         scales_.rows(1, CHUNK, CHUNK, false);
         angles_.rows(CHUNK, s.rotary_width, s.rotary_width, false);
-        const int64_t scratch = std::max<int64_t>(1 << 19, CHUNK * z_stride_ * 2);  // products, or the controller's inputs
+        const int64_t scratch =
+            std::max<int64_t>(1 << 19, CHUNK * z_stride_ * 2);  // products, or the controller's inputs
         for (Worker& worker : workers_) {
             worker.normed.rows(1, s.d_model, d_stride_, poison);
             worker.merged.rows(1, model.merged_width(), merged_stride_, poison);
@@ -200,9 +214,7 @@ class Forward {
     }
 
     int64_t count() const { return int64_t(rows_->size()); }
-    Range mine(int64_t total, int64_t step, int64_t worker) const {
-        return share(total, step, worker, pool_.active());
-    }
+    Range mine(int64_t total, int64_t step, int64_t worker) const { return share(total, step, worker, pool_.active()); }
 
     // Calls body(row, begin, end) for this worker's part of `width` things of every row.
     template <class F>
@@ -262,10 +274,10 @@ class Forward {
     HeadCache head_cache(const KeyValues& held, int64_t place, int64_t head) const;
     void prepare_head(const Norm& norm, float* head, int64_t t) const;
     void prepare_key(const AttentionLayer& layer, int64_t t, int64_t head) const;
-    void append(KeyValues Sequence::*to, int64_t place, int64_t t, int64_t head) const;
-    void fetch_cache(const KeyValues Sequence::*from, int64_t place, int64_t worker) const;
+    void append(KeyValues Sequence::* to, int64_t place, int64_t t, int64_t head) const;
+    void fetch_cache(const KeyValues Sequence::* from, int64_t place, int64_t worker) const;
     int64_t seen(const Row& row, bool source) const;
-    void attend(const AttentionLayer& layer, const KeyValues Sequence::*to, int64_t place, int64_t worker);
+    void attend(const AttentionLayer& layer, const KeyValues Sequence::* to, int64_t place, int64_t worker);
     void deliver(const float* y, int64_t t, int64_t head, bool added, int64_t worker);
     History output_history(int64_t place, int64_t t) const;
     void project_output(const Map& output, int64_t worker);
@@ -319,17 +331,19 @@ class Forward {
 
     const Model& model_;
     const sparsecli_shape& shape_;
-    const Kernels& k_;
+    const Ops& k_;
     Pool& pool_;
     std::vector<Worker> workers_;
     CacheSizes sizes_;
     const std::vector<Row>* rows_ = nullptr;
     std::vector<int64_t> wanted_;  // rows that want logits
-    int64_t tokens_ = 0;  // and rows of joined sources, since they were last counted
+    int64_t tokens_ = 0;           // and rows of joined sources, since they were last counted
     bool profile_ = false;
     Clock::time_point since_;
-    int64_t d_stride_ = 0, merged_stride_ = 0, r_stride_ = 0, a_stride_ = 0, z_stride_ = 0, h_stride_ = 0, pair_stride_ = 0, integer_stride_ = 0, score_stride_ = 0;
-    Buffer<float> x_, other_, merged_, recurrent_, unit_, normed_, aside_, q_, k_row_, v_, mixed_, query_first_, key_first_, m_, y_, z_, h_, gate_, pairs_, estimates_, probabilities_, scales_, angles_;
+    int64_t d_stride_ = 0, merged_stride_ = 0, r_stride_ = 0, a_stride_ = 0, z_stride_ = 0, h_stride_ = 0,
+            pair_stride_ = 0, integer_stride_ = 0, score_stride_ = 0;
+    Buffer<float> x_, other_, merged_, recurrent_, unit_, normed_, aside_, q_, k_row_, v_, mixed_, query_first_,
+        key_first_, m_, y_, z_, h_, gate_, pairs_, estimates_, probabilities_, scales_, angles_;
     Buffer<int32_t> chosen_, sums_;
     Buffer<int64_t> found_;  // units that each thread found, where their number is up to the token
     Buffer<int16_t> integers_;

@@ -1,5 +1,5 @@
 // Attention among keys that hash alike: a token reads the rows of few keys and values, however many there are.
-#include "forward.h"
+#include "layers/forward.h"
 
 namespace sparsecli {
 

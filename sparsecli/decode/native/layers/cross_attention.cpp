@@ -1,6 +1,6 @@
 // What was made elsewhere: keys and values of an encoder's output, with attention to them, and what another
 // implementation remembers of the first positions.
-#include "forward.h"
+#include "layers/forward.h"
 
 namespace sparsecli {
 

@@ -1,0 +1,45 @@
+// The ops, written once and compiled once for each instruction set, which `SPARSECLI_AVX512` or
+// `SPARSECLI_AVX2` names; with neither, plain C++ that any compiler vectorises for its target.
+//
+// Everything lives in an unnamed namespace, so that the linker never takes one set's code for another's.
+#include "ops/ops.h"
+
+namespace sparsecli {
+namespace {
+
+#include "ops/vectors.inl"
+#include "ops/low_bit.inl"
+#include "ops/gemv.inl"
+#include "ops/units.inl"
+#include "ops/multiplicative.inl"
+#include "ops/controller.inl"
+#include "ops/attention.inl"
+#include "ops/hashing.inl"
+
+constexpr Ops make_table(const char* name) {
+    return {.name = name,
+            .splits = SPLITS,
+            .quantise = quantise,
+            .split = split,
+            .matmul = matmul,
+            .multiplicative = multiplicative,
+            .convolve = convolve,
+            .choose = choose,
+            .unit_dots = unit_dots,
+            .unit_sums = unit_sums,
+            .residual_dots = residual_dots,
+            .residual_sums = residual_sums,
+            .fetch = fetch,
+            .activate = activate,
+            .normalize = normalize,
+            .convert = convert,
+            .widen = widen,
+            .append = append,
+            .attend = attend,
+            .hash = hash,
+            .find_alike = find_alike,
+            .attend_chosen = attend_chosen};
+}
+
+}  // namespace
+}  // namespace sparsecli
