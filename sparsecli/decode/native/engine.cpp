@@ -14,34 +14,6 @@ namespace {
 const Ops* chosen_ops = nullptr;
 constexpr int64_t INT8_RANK = 512;  // products of a controller's 8-bit weights that fit into 32 bits, whatever the sum
 
-bool processor_has_avx2() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return false;
-#endif
-}
-
-bool processor_has_avx512() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
-}
-
-const Ops* find_ops(const std::string& wanted) {
-    const bool best = wanted == "auto";
-    if ((best || wanted == "avx512") && processor_has_avx512()) return avx512_ops();
-    if ((best || wanted == "avx2") && processor_has_avx2()) return avx2_ops();
-    if (best || wanted == "portable") return portable_ops();
-    return nullptr;
-}
-
 void complain(char* error, const std::string& message) {
     std::snprintf(error, SPARSECLI_ERROR_BYTES, "%s", message.c_str());
 }

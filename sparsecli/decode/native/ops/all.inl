@@ -18,7 +18,7 @@ namespace {
 
 constexpr Ops make_table(const char* name) {
     return {.name = name,
-            .splits = SPLITS,
+            .splits = false,
             .quantise = quantise,
             .split = split,
             .matmul = matmul,

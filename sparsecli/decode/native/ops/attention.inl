@@ -28,27 +28,45 @@ void append(const float* key, const float* value, int64_t type, int64_t width, i
     }
 }
 
+// Scores of LANES positions for Q queries.
+template <int Q, class W>
+inline void score_block(const float* const* queries, int64_t width, const W* keys, const Vector& scales, float* scores,
+                        int64_t score_stride) {
+    Vector even[Q], odd[Q];
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; ++q) even[q] = odd[q] = fill(0);
+    int64_t i = 0;
+    for (; i + 2 <= width; i += 2) {
+        prefetch(keys + i * LANES + width * LANES);
+        const Vector first = load(keys + i * LANES), second = load(keys + (i + 1) * LANES);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) {
+            add_product(even[q], fill(queries[q][i]), first);
+            add_product(odd[q], fill(queries[q][i + 1]), second);
+        }
+    }
+    if (i < width) {
+        const Vector last = load(keys + i * LANES);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) add_product(even[q], fill(queries[q][i]), last);
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; ++q) store(scores + q * score_stride, (even[q] + odd[q]) * scales);
+}
+
 template <int Q, class W>
 inline void score(const float* const* queries, int64_t width, int64_t positions, const HeadCache& cache, float rate,
                   float* scores, int64_t score_stride) {
+    constexpr int AT_ONCE = PARTS > 1 && Q > 2 ? 2 : Q;  // sums that stay in registers
     for (int64_t position = 0; position < positions; position += LANES) {
         const W* keys = (const W*)cache.keys + position * width;
-        Vector sums[Q][2];
-        for (auto& row : sums) row[0] = row[1] = fill(0);
-        int64_t i = 0;
-        for (; i + 2 <= width; i += 2) {
-            prefetch(keys + i * LANES + width * LANES);
-            const Vector even = load(keys + i * LANES), odd = load(keys + (i + 1) * LANES);
-            for (int q = 0; q < Q; ++q) {
-                add_product(sums[q][0], fill(queries[q][i]), even);
-                add_product(sums[q][1], fill(queries[q][i + 1]), odd);
-            }
-        }
-        for (; i < width; ++i)
-            for (int q = 0; q < Q; ++q) add_product(sums[q][0], fill(queries[q][i]), load(keys + i * LANES));
-        Vector rates = fill(rate);
-        if (sizeof(W) == 1) rates = rates * load(cache.key_scales + position);
-        for (int q = 0; q < Q; ++q) store(scores + q * score_stride + position, (sums[q][0] + sums[q][1]) * rates);
+        Vector scales = fill(rate);
+        if (sizeof(W) == 1) scales = scales * load(cache.key_scales + position);
+        int q = 0;
+        for (; q + AT_ONCE <= Q; q += AT_ONCE)
+            score_block<AT_ONCE>(queries + q, width, keys, scales, scores + q * score_stride + position, score_stride);
+        if constexpr (Q % AT_ONCE)
+            score_block<1>(queries + q, width, keys, scales, scores + q * score_stride + position, score_stride);
     }
 }
 
@@ -64,26 +82,38 @@ inline float soften(float* scores, int64_t length, int64_t positions) {
         store(scores + i, p);
         total = total + p;
     }
-    for (int64_t i = length; i < positions; ++i) total.part[(i % LANES) / WIDTH][i % WIDTH] -= scores[i], scores[i] = 0;
-    return 1 / sum(total);
+    float lanes[LANES];
+    store(lanes, total);
+    for (int64_t i = length; i < positions; ++i) lanes[i % LANES] -= scores[i], scores[i] = 0;
+    return 1 / sum(load(lanes));
 }
 
 template <int Q, int V, class W>
 inline void mix(const float* scores, int64_t score_stride, int64_t positions, int64_t column, const HeadCache& cache,
                 int64_t value_stride, Vector (*out)[V]) {
+    Vector sums[Q][V];
+#pragma GCC unroll 4
     for (int q = 0; q < Q; ++q)
-        for (int v = 0; v < V; ++v) out[q][v] = fill(0);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[q][v] = fill(0);
     const W* values = (const W*)cache.values + column;
     for (int64_t position = 0; position < positions; ++position, values += value_stride) {
         prefetch(values + 16 * value_stride);
         const float scale = sizeof(W) == 1 ? cache.value_scales[position] : 1;
         Vector row[V];
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) row[v] = load(values + v * LANES);
+#pragma GCC unroll 4
         for (int q = 0; q < Q; ++q) {
             const Vector weight = fill(scores[q * score_stride + position] * scale);
-            for (int v = 0; v < V; ++v) add_product(out[q][v], weight, row[v]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) add_product(sums[q][v], weight, row[v]);
         }
     }
+#pragma GCC unroll 4
+    for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) out[q][v] = sums[q][v];
 }
 
 template <int Q, class W>
@@ -95,7 +125,7 @@ void attend_queries(const float* const* queries, const int64_t* lengths, int64_t
     score<Q, W>(queries, width, positions, cache, rate, scores, score_stride);
     float inverse[Q];
     for (int q = 0; q < Q; ++q) inverse[q] = soften(scores + q * score_stride, lengths[q], positions);
-    constexpr int V = TILE_VECTORS;
+    constexpr int V = PARTS == 1 || Q == 1 ? 4 : Q == 2 ? 2 : 1;  // sums that stay in registers
     for (int64_t column = 0; column < width; column += V * LANES) {
         float line[V * LANES];
         const auto write = [&](int q, const Vector* mixed, int vectors) {

@@ -8,82 +8,73 @@ inline void block_logits(const Matrix& w, int64_t block, int64_t width, int64_t 
     if (w.type == INT8) {  // pairs of ranks: 16-bit products, summed exactly
         const int8_t* from = (const int8_t*)w.data + start + unit * 2;
         const int16_t* integers = z.integers + token * z.stride;
-#if defined(SPARSECLI_AVX512)
-        __m512i totals[T][V];
-        for (auto& row : totals)
-            for (__m512i& total : row) total = _mm512_setzero_si512();
-        for (int64_t i = 0; i < rank; i += 2)
-            for (int v = 0; v < V; ++v) {
-                const __m256i narrow_pairs = _mm256_loadu_si256((const __m256i*)(from + i * width + v * 2 * LANES));
-                const __m512i pairs = _mm512_cvtepi8_epi16(narrow_pairs);
-                for (int t = 0; t < T; ++t)
-                    totals[t][v] = add_pairs(totals[t][v], pairs, broadcast_four(integers + t * z.stride + i));
-            }
-#else
-        int32_t totals[T][V][LANES] = {};
-        for (int64_t i = 0; i < rank; i += 2)
-            for (int v = 0; v < V; ++v)
-                for (int t = 0; t < T; ++t)
-                    for (int64_t u = 0; u < LANES; ++u) {
-                        const int8_t* pair = from + i * width + 2 * (v * LANES + u);
-                        totals[t][v][u] += int32_t(pair[0]) * integers[t * z.stride + i] +
-                                           int32_t(pair[1]) * integers[t * z.stride + i + 1];
-                    }
-#endif
+        constexpr int N = V * PARTS;
+        Ints totals[T][N];
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t)
-            for (int v = 0; v < V; ++v) {
-                int32_t lanes[LANES];
-                std::memcpy(lanes, &totals[t][v], sizeof lanes);
-                Vector value;
-                for (int p = 0; p < PARTS; ++p) {
-                    Ints whole;
-                    std::memcpy(&whole, lanes + p * WIDTH, sizeof whole);
-                    value.part[p] = __builtin_convertvector(whole, Floats);
-                }
-                const Vector scale = load(w.scale + block * width + unit + v * LANES);
-                store(logits + t * width + unit + v * LANES, value * (fill(z.scales[token + t]) * scale));
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) totals[t][n] = Ints{};
+        for (int64_t i = 0; i < rank; i += 2)
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) {
+                const Shorts pairs = shorts_of(from + i * width + 2 * WIDTH * n);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t)
+                    totals[t][n] = add_pairs(totals[t][n], pairs, (Shorts)pair_everywhere(integers + t * z.stride + i));
+            }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) {
+                const Floats scale = floats_of(w.scale + block * width + unit + n * WIDTH) * z.scales[token + t];
+                *(FloatsAt*)(logits + t * width + unit + n * WIDTH) =
+                    __builtin_convertvector(totals[t][n], Floats) * scale;
             }
         return;
     }
     Vector sums[T][V];
-    for (auto& row : sums)
-        for (Vector& s : row) s = fill(0);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[t][v] = fill(0);
     if (w.type == FLOAT32) {
         const float* from = (const float*)w.data + start + unit;
         for (int64_t i = 0; i < rank; ++i)
+#pragma GCC unroll 8
             for (int v = 0; v < V; ++v) {
                 const Vector weights = load(from + i * width + v * LANES);
+#pragma GCC unroll 8
                 for (int t = 0; t < T; ++t)
                     add_product(sums[t][v], fill(z.values[(token + t) * z.stride + i]), weights);
             }
     } else {
         const uint16_t* from = (const uint16_t*)w.data + start + unit * 2;
         for (int64_t i = 0; i < rank; i += 2)
+#pragma GCC unroll 8
             for (int v = 0; v < V; ++v) {
-                Vector low, high;  // the even and the odd rank of every unit
-                for (int p = 0; p < PARTS; ++p) {
-                    Ints pairs;
-                    std::memcpy(&pairs, from + i * width + (v * LANES + p * WIDTH) * 2, sizeof pairs);
-                    low.part[p] = (Floats)(pairs << 16);
-                    high.part[p] = (Floats)(pairs & int32_t(0xffff0000));
-                }
+                Vector even, odd;  // ranks of every unit
+                load_pairs(from + i * width + v * LANES * 2, even, odd);
+#pragma GCC unroll 8
                 for (int t = 0; t < T; ++t) {
                     const float* values = z.values + (token + t) * z.stride + i;
-                    add_product(sums[t][v], fill(values[0]), low);
-                    add_product(sums[t][v], fill(values[1]), high);
+                    add_product(sums[t][v], fill(values[0]), even);
+                    add_product(sums[t][v], fill(values[1]), odd);
                 }
             }
     }
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) store(logits + t * width + unit + v * LANES, sums[t][v]);
 }
 
 template <int T>
 inline void all_logits(const Matrix& w, int64_t block, int64_t width, int64_t rank, const Activations& z, int64_t token,
                        float* logits) {
+    constexpr int V = T == 1 ? 4 : 2;
     int64_t unit = 0;
-    for (; unit + TILE_VECTORS * LANES <= width; unit += TILE_VECTORS * LANES)
-        block_logits<T, TILE_VECTORS>(w, block, width, rank, unit, z, token, logits);
+    for (; unit + V * LANES <= width; unit += V * LANES)
+        block_logits<T, V>(w, block, width, rank, unit, z, token, logits);
     for (; unit < width; unit += LANES) block_logits<T, 1>(w, block, width, rank, unit, z, token, logits);
 }
 
@@ -95,6 +86,12 @@ inline int64_t largest(const float* logits, int64_t width) {
     for (int64_t u = 0; u < width; u += LANES) {
 #if defined(SPARSECLI_AVX512)
         const unsigned equal = _mm512_cmpeq_ps_mask(_mm512_loadu_ps(logits + u), _mm512_set1_ps(best));
+        if (equal) return u + __builtin_ctz(equal);
+#elif defined(SPARSECLI_AVX2)
+        const auto equal_in = [&](int64_t at) {
+            return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(logits + at), _mm256_set1_ps(best), 0)));
+        };
+        const unsigned equal = equal_in(u) | equal_in(u + WIDTH) << WIDTH;
         if (equal) return u + __builtin_ctz(equal);
 #else
         for (int64_t i = u; i < u + LANES; ++i)
@@ -109,6 +106,7 @@ void choose(const Matrix& second, const float* bias, const Choice& choice, int64
             const Matrix& rows, int64_t parts) {
     const int64_t row_bytes = round_up(rows.cols, PAD) * type_bytes(rows.type);
     const int64_t width = choice.padded_block, size = choice.block_size, count = choice.units_per_block;
+    constexpr int TOKENS = 2;  // that share one reading of a block
     float logits[TOKENS * MAX_BLOCK];
     for (int64_t block = begin; block < end; ++block) {
         for (int64_t t = 0; t < tokens;) {

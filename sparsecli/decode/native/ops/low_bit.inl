@@ -6,6 +6,7 @@
 // or 256, as long as sums fit into 32 bits: masks are cheaper than shifts. Each such factor has a sum of its own.
 
 typedef uint32_t Lanes __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t LanesAt __attribute__((vector_size(WIDTH * 4), aligned(1), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(WIDTH * 4)));
 
 struct Codes {
@@ -14,7 +15,8 @@ struct Codes {
 
 inline Codes load_codes(const uint8_t* from) {
     Codes c;
-    std::memcpy(&c, from, sizeof c);
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) c.part[p] = *(const LanesAt*)(from + 4 * WIDTH * p);
 #if defined(SPARSECLI_AVX512)
     asm("" : "+v"(c.part[0]));  // once: compilers load it again for each use, and loads are what is scarce
 #endif
@@ -27,6 +29,7 @@ inline Codes bytes_widened(const uint8_t* from) {
 #if defined(SPARSECLI_AVX512)
     c.part[0] = (Lanes)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
 #elif defined(SPARSECLI_AVX2)
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p)
         c.part[p] = (Lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(from + p * WIDTH)));
 #else
@@ -36,16 +39,19 @@ inline Codes bytes_widened(const uint8_t* from) {
 }
 
 inline Codes halves_shifted(Codes a, int bits) {
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) a.part[p] = (Lanes)((Halves)a.part[p] >> bits);
     return a;
 }
 
 inline Codes operator&(Codes a, uint32_t mask) {
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) a.part[p] &= mask;
     return a;
 }
 
 inline Codes rotated_right(Codes a, int bits) {
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) a.part[p] = a.part[p] >> bits | a.part[p] << (32 - bits);
     return a;
 }
@@ -53,6 +59,7 @@ inline Codes rotated_right(Codes a, int bits) {
 // Bits of `a` where the mask has ones, of `b` elsewhere.
 inline Codes mixed(uint32_t mask, const Codes& a, const Codes& b) {
     Codes c;
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p)
 #if defined(SPARSECLI_AVX512)
         c.part[p] = (Lanes)_mm512_ternarylogic_epi32(_mm512_set1_epi32(int(mask)), (__m512i)a.part[p],
@@ -65,21 +72,22 @@ inline Codes mixed(uint32_t mask, const Codes& a, const Codes& b) {
 
 // sums += both inputs of `codes` with x[0] and x[1].
 inline void add_pairs(Codes& sums, const Codes& codes, const int16_t* x) {
-#if defined(SPARSECLI_AVX512)
+#if defined(SPARSECLI_VNNI) && defined(SPARSECLI_AVX512)
     Lanes total = sums.part[0];  // by value, so that it stays in a register
     asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(codes.part[0]), "m"(*(const char (*)[4])x));
     sums.part[0] = total;
-#elif defined(SPARSECLI_AVX2)
-    int32_t pair;
-    std::memcpy(&pair, x, 4);
-    for (int p = 0; p < PARTS; ++p)
-        sums.part[p] += (Lanes)_mm256_madd_epi16((__m256i)codes.part[p], _mm256_set1_epi32(pair));
 #else
-    const uint32_t first = uint32_t(int32_t(x[0])), second = uint32_t(int32_t(x[1]));
-    for (int p = 0; p < PARTS; ++p) sums.part[p] += (codes.part[p] & 0xffff) * first + (codes.part[p] >> 16) * second;
+    const Shorts pair = (Shorts)pair_everywhere(x);
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) sums.part[p] = (Lanes)add_pairs((Ints)sums.part[p], (Shorts)codes.part[p], pair);
 #endif
 }
 
+#if defined(SPARSECLI_AVX512)
+constexpr int LOW_BIT_TOKENS = 8;
+#else
+constexpr int LOW_BIT_TOKENS = 4;
+#endif
 constexpr int FACTORS = 4;  // sums that a group has
 
 // How the codes of a group lie in memory (layout.py): calls use(i, factor, codes) for every pair i of inputs, in order,
@@ -107,6 +115,7 @@ struct Planes<4> {
 
     static Codes total(const Codes* sums) {
         Codes all;
+#pragma GCC unroll 4
         for (int p = 0; p < PARTS; ++p)
             all.part[p] =
                 ((sums[0].part[p] + sums[3].part[p]) << 4) + sums[1].part[p] + (Lanes)((Ints)sums[2].part[p] >> 4);
@@ -141,6 +150,7 @@ struct Planes<3> {
 
     static Codes total(const Codes* sums) {
         Codes all;
+#pragma GCC unroll 4
         for (int p = 0; p < PARTS; ++p)
             all.part[p] =
                 (sums[0].part[p] << 4) + (sums[1].part[p] << 3) + sums[2].part[p] + (Lanes)((Ints)sums[3].part[p] >> 1);
@@ -164,6 +174,7 @@ struct Panel {
     void add_group(Vector& y, int64_t g, const Codes& sixteen_times, int32_t sum_of_x) const {
         const Codes zeros = bytes_widened(zero + g * LANES);
         Vector sums;
+#pragma GCC unroll 4
         for (int p = 0; p < PARTS; ++p)
             sums.part[p] =
                 __builtin_convertvector((Ints)(sixteen_times.part[p] - zeros.part[p] * uint32_t(sum_of_x)), Floats);
@@ -177,7 +188,11 @@ inline Vector panel_of_one(const Panel<BITS>& panel, int64_t groups, const int16
     Vector y = fill(0);
     for (int64_t g = 0; g < groups; ++g) {
         Codes sums[FACTORS] = {};
-        Planes<BITS>::visit(panel.codes + g * Planes<BITS>::BYTES, [&](int pair, int factor, const Codes& codes) {
+        const uint8_t* codes = panel.codes + g * Planes<BITS>::BYTES;
+#pragma GCC unroll 8
+        for (int64_t line = 0; line < Planes<BITS>::BYTES; line += 64)
+            __builtin_prefetch(codes + STREAM_DISTANCE + line, 0, 2);
+        Planes<BITS>::visit(codes, [&](int pair, int factor, const Codes& codes) {
             add_pairs(sums[factor], codes, x + g * LOW_BIT_GROUP + 2 * pair);
         });
         panel.add_group(y, g, Planes<BITS>::total(sums), sums_of_x[g]);
@@ -205,6 +220,7 @@ inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_
         }
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
             for (int p = 0; p < PARTS; ++p) sums[t].part[p] <<= 4;
             panel.add_group(y[t], g, sums[t], sums_of_x[t * (stride / LOW_BIT_GROUP) + g]);
         }
@@ -249,6 +265,7 @@ inline Vector residual_values(const uint8_t* from) {
     values.part[0] =
         (Floats)_mm512_permutexvar_ps((__m512i)(bytes.part[0] >> SHIFT), table);  // by the lowest four bits
 #else
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p)
         values.part[p] = __builtin_convertvector((Ints)(bytes.part[p] >> SHIFT & 15) - 8, Floats);
 #endif
@@ -257,31 +274,20 @@ inline Vector residual_values(const uint8_t* from) {
 
 // One row with one token's integers, without their scale. Sums of a group are exact.
 inline float residual_dot(const uint8_t* codes, const uint16_t* scale, int64_t groups, const int16_t* x) {
-#if defined(SPARSECLI_AVX512)
-    __m512 total = _mm512_setzero_ps();
-    const __m512i mask = _mm512_set1_epi16(15), middle = _mm512_set1_epi16(8);
+    constexpr int64_t HALF = LOW_BIT_GROUP / 2;
+    Floats total = Floats{};
     for (int64_t g = 0; g < groups; ++g) {
-        const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(codes + g * LOW_BIT_GROUP / 2)));
-        const __m512i low = _mm512_sub_epi16(_mm512_and_si512(bytes, mask), middle);
-        const __m512i high = _mm512_sub_epi16(_mm512_srli_epi16(bytes, 4), middle);
-        const int16_t* group = x + g * LOW_BIT_GROUP;
-        const __m512i sums = add_pairs(add_pairs(_mm512_setzero_si512(), low, _mm512_loadu_si512(group)), high,
-                                       _mm512_loadu_si512(group + LOW_BIT_GROUP / 2));
-        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(to_float(scale[g])), total);
+        Ints sums = Ints{};
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < HALF; i += 2 * WIDTH) {
+            const Shorts bytes = shorts_of((const int8_t*)codes + g * HALF + i);
+            const int16_t* group = x + g * LOW_BIT_GROUP + i;
+            sums = add_pairs(sums, (bytes & 15) - 8, shorts_of(group));
+            sums = add_pairs(sums, (bytes >> 4 & 15) - 8, shorts_of(group + HALF));
+        }
+        total = fused(total, __builtin_convertvector(sums, Floats), broadcast(to_float(scale[g])));
     }
-    return _mm512_reduce_add_ps(total);
-#else
-    float total = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-        const uint8_t* bytes = codes + g * LOW_BIT_GROUP / 2;
-        const int16_t* group = x + g * LOW_BIT_GROUP;
-        int32_t sum = 0;
-        for (int64_t j = 0; j < LOW_BIT_GROUP / 2; ++j)
-            sum += ((bytes[j] & 15) - 8) * group[j] + ((bytes[j] >> 4) - 8) * group[j + LOW_BIT_GROUP / 2];
-        total += float(sum) * to_float(scale[g]);
-    }
-    return total;
-#endif
+    return sum(total);
 }
 
 // Where a row of a unit's residual and its scales lie.

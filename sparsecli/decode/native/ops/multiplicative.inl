@@ -4,171 +4,155 @@
 template <int R, int V>
 inline void tile(const float* a, int64_t a_stride, const float* panel, int64_t width, int64_t inputs, float* c,
                  int64_t c_stride) {
-    Vector sums[R][V];
+    constexpr int N = V * PARTS;
+    Floats sums[R][N];
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sums[r][v] = load(c + r * c_stride + v * LANES);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sums[r][n] = floats_of(c + r * c_stride + n * WIDTH);
     for (int64_t i = 0; i < inputs; ++i) {
-        Vector b[V];
-        for (int v = 0; v < V; ++v) b[v] = load(panel + i * width + v * LANES);
+        Floats b[N];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) b[n] = floats_of(panel + i * width + n * WIDTH);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const Vector scalar = fill(a[r * a_stride + i]);
-            for (int v = 0; v < V; ++v) add_product(sums[r][v], scalar, b[v]);
+            const Floats scalar = broadcast(a[r * a_stride + i]);
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) sums[r][n] = fused(sums[r][n], scalar, b[n]);
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(c + r * c_stride + v * LANES, sums[r][v]);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) *(FloatsAt*)(c + r * c_stride + n * WIDTH) = sums[r][n];
 }
 
-// The same from pairs of bfloat16. (Unrolled by name: only then does GCC keep the sums in registers.)
+// The same from pairs of bfloat16.
 template <int R, int V>
 inline void tile(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t width, int64_t inputs, float* c,
                  int64_t c_stride) {
-#if defined(SPARSECLI_AVX512)
-    __m512 sums[R][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-            sums[r][v] = _mm512_loadu_ps(c + r * c_stride + v * LANES);
-        }
-    }
+    constexpr int N = V * PARTS;
+    Floats sums[R][N];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sums[r][n] = floats_of(c + r * c_stride + n * WIDTH);
     for (int64_t i = 0; i < inputs; i += 2) {
-        __m512i b[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-            b[v] = _mm512_loadu_si512(panel + i * width + v * 2 * LANES);
-        }
-#pragma GCC unroll 8
+        Ints b[N];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) b[n] = *(const IntsAt*)(panel + i * width + n * 2 * WIDTH);
+#if defined(SPARSECLI_BF16)
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const __m512i pair = broadcast_four(a + r * a_stride + i);
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) {
-                sums[r][v] = add_pairs(sums[r][v], pair, b[v]);
-            }
+            const Ints pair = pair_everywhere(a + r * a_stride + i);
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) sums[r][n] = add_pairs(sums[r][n], pair, b[n]);
         }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-            _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]);
-        }
-    }
 #else
-    Vector sums[R][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) sums[r][v] = load(c + r * c_stride + v * LANES);
-    for (int64_t i = 0; i < inputs; i += 2)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-            Vector low, high;
-            for (int p = 0; p < PARTS; ++p) {
-                Ints pairs;
-                std::memcpy(&pairs, panel + i * width + (v * LANES + p * WIDTH) * 2, sizeof pairs);
-                low.part[p] = (Floats)(pairs << 16);
-                high.part[p] = (Floats)(pairs & int32_t(0xffff0000));
-            }
-#pragma GCC unroll 8
+        const auto add = [&](auto half) {
+            Floats weights[N];
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) weights[n] = half(b[n]);
+#pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
-                add_product(sums[r][v], fill(to_float(a[r * a_stride + i])), low);
-                add_product(sums[r][v], fill(to_float(a[r * a_stride + i + 1])), high);
+                const Floats scalar = half(pair_everywhere(a + r * a_stride + i));
+#pragma GCC unroll 16
+                for (int n = 0; n < N; ++n) sums[r][n] = fused(sums[r][n], scalar, weights[n]);
             }
-        }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) store(c + r * c_stride + v * LANES, sums[r][v]);
+        };
+        add([](Ints pairs) { return first_of(pairs); });
+        add([](Ints pairs) { return second_of(pairs); });
 #endif
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) *(FloatsAt*)(c + r * c_stride + n * WIDTH) = sums[r][n];
 }
 
 // Eight-bit products of one group of inputs; `a` is quantised with scale[r] and has row sums total[r]. Panels hold
-// weights + 128, since the processor multiplies unsigned with signed bytes.
+// weights + 128, since processors multiply unsigned with signed bytes.
 template <int R, int V>
 inline void tile(const int8_t* a, int64_t a_stride, const float* a_scale, const int32_t* total, const uint8_t* panel,
                  int64_t width, int64_t inputs, const float* scale, float* c, int64_t c_stride) {
-#if defined(SPARSECLI_AVX512)
-    __m512i sums[R][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-            sums[r][v] = _mm512_set1_epi32(-128 * total[r]);
-        }
-    }
+    constexpr int N = V * PARTS;
+    Ints sums[R][N];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sums[r][n] = Ints{} - 128 * total[r];
     for (int64_t i = 0; i < inputs; i += 4) {
-        __m512i b[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-            b[v] = _mm512_loadu_si512(panel + i * width + v * 4 * LANES);
-        }
-#pragma GCC unroll 8
+        Ints b[N];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) b[n] = *(const IntsAt*)(panel + i * width + n * 4 * WIDTH);
+#if defined(SPARSECLI_VNNI)
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const __m512i quad = broadcast_four(a + r * a_stride + i);
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) {
-                sums[r][v] = add_quads(sums[r][v], b[v], quad);
-            }
+            const Ints quad = pair_everywhere(a + r * a_stride + i);
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) sums[r][n] = add_quads(sums[r][n], b[n], quad);
         }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-            float* to = c + r * c_stride + v * LANES;
-            const __m512 rate = _mm512_mul_ps(_mm512_set1_ps(a_scale[r]), _mm512_loadu_ps(scale + v * LANES));
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), rate, _mm512_loadu_ps(to)));
+#else  // as pairs of 16-bit integers, the even and the odd bytes
+        Shorts even[N], odd[N];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+            even[n] = (Shorts)(b[n] & 0x00ff00ff);
+            odd[n] = (Shorts)(b[n] >> 8 & 0x00ff00ff);
         }
-    }
-#else
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-        for (int p = 0; p < PARTS; ++p) {
-            const int64_t column = v * LANES + p * WIDTH;
-            Ints sums[R];
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) sums[r] = Ints{} - 128 * total[r];
-            for (int64_t i = 0; i < inputs; i += 4) {
-                Ints quads;
-                std::memcpy(&quads, panel + i * width + column * 4, sizeof quads);
-                for (int k = 0; k < 4; ++k) {
-                    const Ints weights = (quads >> (8 * k)) & 255;
-#pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) sums[r] += weights * int32_t(a[r * a_stride + i + k]);
-                }
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                Floats rate, before;
-                float* to = c + r * c_stride + column;
-                std::memcpy(&rate, scale + column, sizeof rate);
-                std::memcpy(&before, to, sizeof before);
-                before += __builtin_convertvector(sums[r], Floats) * (rate * a_scale[r]);
-                std::memcpy(to, &before, sizeof before);
-            }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const Shorts quad = (Shorts)pair_everywhere(a + r * a_stride + i), a_even = quad << 8 >> 8,
+                         a_odd = quad >> 8;
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) sums[r][n] = add_pairs(add_pairs(sums[r][n], even[n], a_even), odd[n], a_odd);
         }
 #endif
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+            FloatsAt* to = (FloatsAt*)(c + r * c_stride + n * WIDTH);
+            const Floats rate = floats_of(scale + n * WIDTH) * a_scale[r];
+            *to = fused(*to, __builtin_convertvector(sums[r][n], Floats), rate);
+        }
 }
+
+// Rows of a tile of V vectors of columns whose sums stay in registers.
+template <class W>
+constexpr int tile_rows(int vectors) {
+#if defined(SPARSECLI_AVX512)
+    return vectors == 4 ? 6 : vectors == 2 ? 12 : 16;
+#elif defined(SPARSECLI_AVX2)
+    return sizeof(W) == 1 ? (vectors == 2 ? 2 : 4) : vectors == 2 ? 3 : 6;
+#else
+    return vectors == 2 ? 2 : 4;
+#endif
+}
+#if defined(SPARSECLI_AVX512)
+constexpr int TILE_VECTORS = 4;
+#else
+constexpr int TILE_VECTORS = 2;
+#endif
 
 // Cuts rows and columns into tiles and calls tile<R, V>(row, column) for each.
 template <int R, int V, class F>
-inline void cut(int64_t rows, int64_t vectors, int64_t row, int64_t vector, const F& call) {
-    if constexpr (V > 1) {
-        if (vector + V > vectors) return cut<R, V - 1>(rows, vectors, row, vector, call);
-    }
-    if constexpr (R > 1) {
-        if (row + R > rows) return cut<R - 1, V>(rows, vectors, row, vector, call);
-    }
-    call.template operator()<R, V>(row, vector * LANES);
+inline void tile_column(int64_t rows, int64_t row, int64_t column, const F& call) {
+    for (; row + R <= rows; row += R) call.template operator()<R, V>(row, column);
+    if constexpr (R > 1)
+        if (row < rows) tile_column<R / 2, V>(rows, row, column, call);
 }
 
-template <class F>
+template <class W, int V, class F>
+inline void tile_columns(int64_t rows, int64_t vectors, int64_t vector, const F& call) {
+    for (; vector + V <= vectors; vector += V) tile_column<tile_rows<W>(V), V>(rows, 0, vector * LANES, call);
+    if constexpr (V > 1)
+        if (vector < vectors) tile_columns<W, V / 2>(rows, vectors, vector, call);
+}
+
+template <class W, class F>
 inline void tiles(int64_t rows, int64_t columns, const F& call) {
-    const int64_t vectors = columns / LANES;
-    for (int64_t v = 0; v < vectors; v += TILE_VECTORS)
-        for (int64_t r = 0; r < rows; r += TILE_ROWS)
-            if (r < rows) cut<TILE_ROWS, TILE_VECTORS>(rows, vectors, r, v, call);
+    tile_columns<W, TILE_VECTORS>(rows, columns / LANES, 0, call);
 }
 
 template <class W>
@@ -221,22 +205,17 @@ inline void products(const Matrix& D, int64_t module, const float* x, int64_t be
 
 // values * inverse as bytes; returns their sum.
 inline int32_t narrow(const float* values, int64_t count, float inverse, int8_t* out) {
-#if defined(SPARSECLI_AVX512)
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t i = 0; i < count; i += LANES) {
-        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(inverse)));
-        _mm_storeu_si128((__m128i*)(out + i), _mm512_cvtepi32_epi8(whole));
-        total = _mm512_add_epi32(total, whole);
+    typedef int8_t Narrow __attribute__((vector_size(WIDTH)));
+    typedef int8_t NarrowAt __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+    Ints total = Ints{};
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const Ints whole = rounded(floats_of(values + i), broadcast(inverse));
+        *(NarrowAt*)(out + i) = __builtin_convertvector(whole, Narrow);
+        total += whole;
     }
-    return _mm512_reduce_add_epi32(total);
-#else
-    int32_t total = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        out[i] = int8_t(std::nearbyint(values[i] * inverse));
-        total += out[i];
-    }
-    return total;
-#endif
+    int32_t all = 0;
+    for (int i = 0; i < WIDTH; ++i) all += total[i];
+    return all;
 }
 
 void multiplicative(const Matrix& D, const Matrix& E, const float* bias, const float* x, int64_t module_begin,
@@ -293,22 +272,23 @@ void multiplicative(const Matrix& D, const Matrix& E, const float* bias, const f
                 std::memset(sums, 0, size_t(modules * PANEL * 4));
                 const int64_t panel = column * inputs;  // elements before this panel
                 if (E.type == FLOAT32)
-                    tiles(modules, columns,
-                          TileCall<float>{(const float*)at, chunk, (const float*)E.data + panel + start * columns,
-                                          columns, count, sums, PANEL});
+                    tiles<float>(
+                        modules, columns,
+                        TileCall<float>{(const float*)at, chunk, (const float*)E.data + panel + start * columns,
+                                        columns, count, sums, PANEL});
                 else if (E.type == BFLOAT16)
-                    tiles(modules, columns,
-                          TileCall<uint16_t>{(const uint16_t*)at, chunk,
-                                             (const uint16_t*)E.data + panel + start * columns, columns, count, sums,
-                                             PANEL});
+                    tiles<uint16_t>(modules, columns,
+                                    TileCall<uint16_t>{(const uint16_t*)at, chunk,
+                                                       (const uint16_t*)E.data + panel + start * columns, columns,
+                                                       count, sums, PANEL});
                 else
                     for (int64_t g = 0; g * GROUP < count; ++g) {
                         const int64_t size = count - g * GROUP < GROUP ? count - g * GROUP : GROUP;
-                        tiles(modules, columns,
-                              IntegerTileCall{(const int8_t*)at + g * GROUP, chunk, scales + g * modules,
-                                              totals + g * modules,
-                                              (const uint8_t*)E.data + panel + (start + g * GROUP) * columns, columns,
-                                              size, E.scale + column, sums, PANEL});
+                        tiles<int8_t>(modules, columns,
+                                      IntegerTileCall{(const int8_t*)at + g * GROUP, chunk, scales + g * modules,
+                                                      totals + g * modules,
+                                                      (const uint8_t*)E.data + panel + (start + g * GROUP) * columns,
+                                                      columns, size, E.scale + column, sums, PANEL});
                     }
                 for (int64_t s = 0; s < modules; ++s) {
                     const float rate = D.type == INT8 ? D.scale[first + s] : 1;
@@ -338,13 +318,14 @@ void convolve(const Matrix& kernel, const float* bias, int64_t taps, const void*
                 const int64_t panel = tap * inputs * padded + column * inputs;
                 const int64_t window = first * stride - lead;
                 if (kernel.type == FLOAT32)
-                    tiles(modules, columns,
-                          TileCall<float>{(const float*)rows[tap] + window, stride, (const float*)kernel.data + panel,
-                                          columns, inputs, sums, PANEL});
+                    tiles<float>(modules, columns,
+                                 TileCall<float>{(const float*)rows[tap] + window, stride,
+                                                 (const float*)kernel.data + panel, columns, inputs, sums, PANEL});
                 else
-                    tiles(modules, columns,
-                          TileCall<uint16_t>{(const uint16_t*)rows[tap] + window, stride,
-                                             (const uint16_t*)kernel.data + panel, columns, inputs, sums, PANEL});
+                    tiles<uint16_t>(
+                        modules, columns,
+                        TileCall<uint16_t>{(const uint16_t*)rows[tap] + window, stride,
+                                           (const uint16_t*)kernel.data + panel, columns, inputs, sums, PANEL});
             }
             for (int64_t s = 0; s < modules; ++s)
                 for (int64_t c = 0; c < real; ++c) out[(first + s) * width + column + c] = sums[s * PANEL + c];

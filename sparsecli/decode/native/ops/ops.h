@@ -158,10 +158,26 @@ struct Ops {
                           const HeadCache& cache, int64_t value_stride, float* scores, float* out);
 };
 
-// Null where they are not built for this architecture. Whether this processor has the instructions is for the caller
-// to find out first: these functions are themselves compiled for them.
+// An instruction set that ops are compiled for: its name, whether this processor has it, and the ops; null where they are
+// not built for this architecture. Ops run only where `available` says so.
+struct InstructionSet {
+    const char* name;
+    bool (*available)();
+    const Ops* (*ops)();
+};
+
+// Every instruction set, the best first.
+inline constexpr int64_t INSTRUCTION_SETS = 6;
+extern const InstructionSet instruction_sets[INSTRUCTION_SETS];
+
+// The ops of an instruction set by its name, of the best one for "auto"; null where this processor or build lacks it.
+const Ops* find_ops(const char* name);
+
 const Ops* portable_ops();
 const Ops* avx2_ops();
+const Ops* avx2_vnni_ops();
 const Ops* avx512_ops();
+const Ops* avx512_vnni_ops();
+const Ops* avx512_bf16_ops();
 
 }  // namespace sparsecli

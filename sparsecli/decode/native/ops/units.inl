@@ -1,23 +1,28 @@
 // The rows of chosen units: with x, and summed into the residual. Part of all.inl, inside its namespaces.
 
-// As many 16-bit products of 8-bit weights as fit into 32 bits, whatever the sum.
-constexpr int64_t LONGEST = 4096;
-
-template <int R, bool FETCH>
+// out[r] = row[r] . x; int8 rows are long enough to need their sums in pieces.
+template <int R, bool FETCH, class W>
 inline void whole_rows(const Matrix& w, const int64_t* row, const int64_t* next, const Activations& x, float* out) {
-    const int64_t stride = round_up(w.cols, PAD);
-    for (int64_t column = 0; column < stride; column += LONGEST) {
-        float part[R];
-        products_of<R, FETCH>(w.type, (const char*)w.data + column * type_bytes(w.type), stride, row, next, column,
-                              column + LONGEST < stride ? LONGEST : stride - column, x, 0, part);
-        for (int r = 0; r < R; ++r) out[r] = column ? out[r] + part[r] : part[r];
+    const int64_t stride = round_up(w.cols, PAD), piece = sizeof(W) == 1 ? LONGEST : stride;
+    for (int64_t column = 0; column < stride; column += piece) {
+        const W *rows[R], *nexts[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            rows[r] = (const W*)w.data + row[r] * stride + column;
+            nexts[r] = (const W*)w.data + next[r] * stride + column;
+        }
+        float part[1][R];
+        const int64_t count = column + piece < stride ? piece : stride - column;
+        dot<R, 1, FETCH ? ROWS_AHEAD : NOTHING_AHEAD>(rows, Dot<W>::inputs(x, 0) + column, x.stride, count, nexts,
+                                                      part);
+        for (int r = 0; r < R; ++r) out[r] = column ? out[r] + part[0][r] : part[0][r];
     }
-    for (int r = 0; w.type == INT8 && r < R; ++r) out[r] *= w.scale[row[r]] * x.scales[0];
+    for (int r = 0; sizeof(W) == 1 && r < R; ++r) out[r] *= w.scale[row[r]] * x.scales[0];
 }
 
 // The chosen units' rows that meet x. With FETCH they come from far away: rows to come are fetched meanwhile, and the
 // row that leaves a unit as soon as it is known to be needed.
-template <bool FETCH>
+template <bool FETCH, class W>
 inline void dots_of_units(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,
                           const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, float* h) {
     const int64_t bytes = round_up(units.cols, PAD) * type_bytes(units.type);
@@ -38,9 +43,9 @@ inline void dots_of_units(const Matrix& units, int64_t parts, int64_t activation
         float first[AT_ONCE], second[AT_ONCE] = {};
         for (int64_t k = 0; k < inward; ++k) {
             if (together == AT_ONCE)
-                whole_rows<AT_ONCE, FETCH>(units, row, next, x, k ? second : first);
+                whole_rows<AT_ONCE, FETCH, W>(units, row, next, x, k ? second : first);
             else
-                whole_rows<1, FETCH>(units, row, next, x, k ? second : first);
+                whole_rows<1, FETCH, W>(units, row, next, x, k ? second : first);
             for (int64_t j = 0; j < together; ++j) ++row[j], ++next[j];
         }
         for (int64_t j = 0; j < together; ++j) finish(i + j, first[j], second[j]);
@@ -48,12 +53,19 @@ inline void dots_of_units(const Matrix& units, int64_t parts, int64_t activation
     }
 }
 
+template <class W>
+void typed_unit_dots(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,
+                     const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, bool far, float* h) {
+    if (far) return dots_of_units<true, W>(units, parts, activation, unit_bias, chosen, begin, end, x, h);
+    dots_of_units<false, W>(units, parts, activation, unit_bias, chosen, begin, end, x, h);
+}
+
 void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias, const int32_t* chosen,
                int64_t begin, int64_t end, const Activations& x, bool far, float* h) {
-    if (far)
-        dots_of_units<true>(units, parts, activation, unit_bias, chosen, begin, end, x, h);
-    else
-        dots_of_units<false>(units, parts, activation, unit_bias, chosen, begin, end, x, h);
+    const auto dots = units.type == FLOAT32    ? typed_unit_dots<float>
+                      : units.type == BFLOAT16 ? typed_unit_dots<uint16_t>
+                                               : typed_unit_dots<int8_t>;
+    dots(units, parts, activation, unit_bias, chosen, begin, end, x, far, h);
 }
 
 constexpr int64_t FETCHED = 1 << 18;  // bytes that are on their way at most
@@ -63,17 +75,19 @@ template <int R, class W>
 inline void add_rows(const W* const* rows, const float* factor, int64_t begin, int64_t end, float* y) {
     int64_t c = begin;
     Vector factors[R];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) factors[r] = fill(factor[r]);
     for (; c + LANES <= end; c += LANES) {
         Vector total = load(y + c);
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) add_product(total, factors[r], load(rows[r] + c));
         store(y + c, total);
     }
     if (c == end) return;
-    float lane[LANES];  // the last columns of a width that is no multiple of LANES; rows are padded, y is not
-    Vector total = fill(0);
+    float lane[LANES] = {};  // the last columns of a width that is no multiple of LANES; rows are padded, y is not
     for (int64_t i = c; i < end; ++i) lane[i - c] = y[i];
-    std::memcpy(&total, lane, size_t(end - c) * 4);
+    Vector total = load(lane);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) add_product(total, factors[r], load(rows[r] + c));
     store(lane, total);
     for (int64_t i = c; i < end; ++i) y[i] = lane[i - c];

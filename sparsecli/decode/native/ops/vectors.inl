@@ -4,16 +4,21 @@
 // -- sixteen floats ------------------------------------------------------------------------------------------
 
 #if defined(SPARSECLI_AVX512)
-constexpr int WIDTH = 16, TILE_ROWS = 4, TILE_VECTORS = 4, TOKENS = 4, DOT_ROWS = 4, LOW_BIT_TOKENS = 8;
+constexpr int WIDTH = 16;
 #elif defined(SPARSECLI_AVX2)
-constexpr int WIDTH = 8, TILE_ROWS = 3, TILE_VECTORS = 2, TOKENS = 2, DOT_ROWS = 2, LOW_BIT_TOKENS = 4;
+constexpr int WIDTH = 8;
 #else
-constexpr int WIDTH = 4, TILE_ROWS = 2, TILE_VECTORS = 1, TOKENS = 1, DOT_ROWS = 1, LOW_BIT_TOKENS = 4;
+constexpr int WIDTH = 4;
 #endif
 constexpr int PARTS = LANES / WIDTH;
 
 typedef float Floats __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
+typedef int16_t Shorts __attribute__((vector_size(WIDTH * 4)));  // twice as many
+// The same at any address. Whole vectors are always read and written through these: what memcpy fills, or a struct that is
+// copied as bytes, compilers keep in memory, and then every product is a load and a store.
+typedef float FloatsAt __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t IntsAt __attribute__((vector_size(WIDTH * 4), aligned(1), may_alias));
 
 struct Vector {
     Floats part[PARTS];
@@ -23,71 +28,88 @@ inline Floats broadcast(float value) { return value - Floats{}; }
 
 inline Vector fill(float value) {
     Vector v;
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) v.part[p] = broadcast(value);
     return v;
 }
 
-inline Vector load(const float* from) {
-    Vector v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
+inline void store(float* to, const Vector& v) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) *(FloatsAt*)(to + p * WIDTH) = v.part[p];
 }
 
-inline void store(float* to, const Vector& v) { std::memcpy(to, &v, sizeof v); }
-
 // sum + a * b, fused wherever the processor can.
-inline void add_product(Vector& sum, const Vector& a, const Vector& b) {
-    for (int p = 0; p < PARTS; ++p) {
+inline Floats fused(Floats sum, Floats a, Floats b) {
 #if defined(SPARSECLI_AVX512)
-        sum.part[p] = (Floats)_mm512_fmadd_ps((__m512)a.part[p], (__m512)b.part[p], (__m512)sum.part[p]);
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
 #elif defined(SPARSECLI_AVX2)
-        sum.part[p] = (Floats)_mm256_fmadd_ps((__m256)a.part[p], (__m256)b.part[p], (__m256)sum.part[p]);
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
 #else
-        sum.part[p] += a.part[p] * b.part[p];
+    return sum + a * b;
 #endif
-    }
+}
+
+inline void add_product(Vector& sum, const Vector& a, const Vector& b) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) sum.part[p] = fused(sum.part[p], a.part[p], b.part[p]);
 }
 
 inline Vector operator+(Vector a, const Vector& b) {
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) a.part[p] += b.part[p];
     return a;
 }
 
 inline Vector operator-(Vector a, const Vector& b) {
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) a.part[p] -= b.part[p];
     return a;
 }
 
 inline Vector operator*(Vector a, const Vector& b) {
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) a.part[p] *= b.part[p];
     return a;
 }
 
 inline Vector operator/(Vector a, const Vector& b) {
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) a.part[p] /= b.part[p];
     return a;
 }
 
 inline Vector larger(Vector a, const Vector& b) {
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) a.part[p] = a.part[p] > b.part[p] ? a.part[p] : b.part[p];
     return a;
 }
 
 inline Vector magnitude(Vector a) {
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) a.part[p] = (Floats)((Ints)a.part[p] & 0x7fffffff);
     return a;
 }
 
-// The order is the same whatever the width: halves are folded onto each other.
+// All lanes, halves folded onto each other.
+inline float sum(Floats v) {
+#if defined(SPARSECLI_AVX512)
+    return _mm512_reduce_add_ps((__m512)v);
+#elif defined(SPARSECLI_AVX2)
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
 inline float sum(const Vector& v) {
 #if defined(SPARSECLI_AVX512)
-    return _mm512_reduce_add_ps((__m512)v.part[0]);
+    return sum(v.part[0]);
+#elif defined(SPARSECLI_AVX2)
+    return sum(v.part[0] + v.part[1]);
 #else
-    float lane[LANES];
-    store(lane, v);
-    for (int64_t half = LANES / 2; half; half /= 2)
-        for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
+    return sum((v.part[0] + v.part[2]) + (v.part[1] + v.part[3]));
 #endif
 }
 
@@ -95,13 +117,16 @@ inline float maximum(const Vector& v) {
 #if defined(SPARSECLI_AVX512)
     return _mm512_reduce_max_ps((__m512)v.part[0]);
 #else
-    float lane[LANES];
-    store(lane, v);
-    for (int64_t half = LANES / 2; half; half /= 2)
-        for (int64_t i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-    return lane[0];
+    Floats top = v.part[0];
+#pragma GCC unroll 4
+    for (int p = 1; p < PARTS; ++p) top = top > v.part[p] ? top : v.part[p];
+    float best = top[0];
+    for (int i = 1; i < WIDTH; ++i) best = best > top[i] ? best : top[i];
+    return best;
 #endif
 }
+
+constexpr int64_t STREAM_DISTANCE = 16 * 1024;  // bytes from what is read to what is asked for meanwhile
 
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
@@ -127,46 +152,66 @@ inline uint16_t to_bfloat16(float value) {
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);               // to nearest, ties to even
 }
 
-inline Vector load(const uint16_t* from) {
-    Vector v;
+// WIDTH weights as floats.
+inline Floats floats_of(const float* from) { return *(const FloatsAt*)from; }
+
+inline Floats floats_of(const uint16_t* from) {
 #if defined(SPARSECLI_AVX512)
-    v.part[0] = (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
 #elif defined(SPARSECLI_AVX2)
-    for (int p = 0; p < PARTS; ++p)
-        v.part[p] =
-            (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + p * WIDTH))), 16);
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
 #else
-    float lane[LANES];
-    for (int64_t i = 0; i < LANES; ++i) lane[i] = to_float(from[i]);
-    v = load(lane);
+    typedef uint16_t Four __attribute__((vector_size(8), aligned(2), may_alias));
+    return (Floats)(__builtin_convertvector(*(const Four*)from, Ints) << 16);
 #endif
+}
+
+inline Floats floats_of(const int8_t* from) {
+#if defined(SPARSECLI_AVX512)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(SPARSECLI_AVX2)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    typedef int8_t Four __attribute__((vector_size(4), aligned(1), may_alias));
+    return __builtin_convertvector(*(const Four*)from, Floats);
+#endif
+}
+
+template <class W>
+inline Vector load(const W* from) {
+    Vector v;
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) v.part[p] = floats_of(from + p * WIDTH);
     return v;
 }
 
-inline Vector load(const int8_t* from) {
-    Vector v;
-#if defined(SPARSECLI_AVX512)
-    v.part[0] = (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-#elif defined(SPARSECLI_AVX2)
-    for (int p = 0; p < PARTS; ++p)
-        v.part[p] =
-            (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + p * WIDTH))));
-#else
-    float lane[LANES];
-    for (int64_t i = 0; i < LANES; ++i) lane[i] = float(from[i]);
-    v = load(lane);
-#endif
-    return v;
+// Pairs of bfloat16 that lie in 32 bits each: the first and the second of every pair.
+inline Floats first_of(Ints pairs) { return (Floats)(pairs << 16); }
+inline Floats second_of(Ints pairs) { return (Floats)(pairs & int32_t(0xffff0000)); }
+
+inline void load_pairs(const uint16_t* from, Vector& first, Vector& second) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) {
+        const Ints pairs = *(const IntsAt*)(from + 2 * WIDTH * p);
+        first.part[p] = first_of(pairs);
+        second.part[p] = second_of(pairs);
+    }
 }
 
 inline void store(uint16_t* to, const Vector& v) {
-#if defined(SPARSECLI_AVX512)
-    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v.part[0]);
-    std::memcpy(to, &narrow, sizeof narrow);
+#if defined(SPARSECLI_BF16)
+    *(__m256i_u*)to = (__m256i)_mm512_cvtneps_pbh((__m512)v.part[0]);
 #else
-    float lane[LANES];
-    store(lane, v);
-    for (int64_t i = 0; i < LANES; ++i) to[i] = to_bfloat16(lane[i]);
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) {
+        const Ints bits = (Ints)v.part[p];
+        const Ints rounded = bits + 0x7fff + (bits >> 16 & 1), nan = bits | 1 << 22;  // to nearest, ties to even
+        const Ints kept = (bits & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+        typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
+        typedef uint16_t Narrow __attribute__((vector_size(WIDTH * 2)));
+        typedef uint16_t NarrowAt __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
+        *(NarrowAt*)(to + p * WIDTH) = __builtin_convertvector((Words)kept >> 16, Narrow);
+    }
 #endif
 }
 
@@ -193,6 +238,7 @@ void widen(const void* values, const float* scale, int64_t type, int64_t count, 
 // e^x to about 2e-7, relative: 2^n p(r) with n = round(x / ln 2) and a polynomial for |r| <= ln 2 / 2.
 inline Vector exponential(const Vector& x) {
     Vector result;
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) {
         Floats v = x.part[p];
         v = v < -87.3f ? broadcast(-87.3f) : v;
@@ -222,6 +268,7 @@ inline Vector error_function(const Vector& x) {
     y = y * t + fill(-0.284496736f);
     y = y * t + fill(0.254829592f);
     y = fill(1) - y * t * exponential(fill(0) - size * size);
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) y.part[p] = (Floats)((Ints)y.part[p] | ((Ints)x.part[p] & int32_t(0x80000000)));
     return y;
 }
@@ -281,26 +328,111 @@ void normalize(const float* x, const float* weight, const float* bias, int64_t c
 
 constexpr float NOTHING = 1e-30f;  // a vector of such small numbers counts as zero: 1 / its scale would not be finite
 
+// -- integers ------------------------------------------------------------------------------------------------
+
+// values * inverse to nearest, ties to even; below 2^22.
+inline Ints rounded(Floats values, Floats inverse) {
 #if defined(SPARSECLI_AVX512)
-// total + pairs or quads of products. As assembly: compilers copy the intrinsics' sums from register to register.
-inline __m512 add_pairs(__m512 total, __m512i a, __m512i b) {  // bfloat16 with bfloat16
+    return (Ints)_mm512_cvtps_epi32((__m512)(values * inverse));
+#elif defined(SPARSECLI_AVX2)
+    return (Ints)_mm256_cvtps_epi32((__m256)(values * inverse));
+#else
+    const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it loses its fraction
+    return (Ints)(values * inverse + magic) - (Ints)magic;
+#endif
+}
+
+// 2 WIDTH bytes as 16-bit integers.
+inline Shorts shorts_of(const int8_t* from) {
+#if defined(SPARSECLI_AVX512)
+    return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(SPARSECLI_AVX2)
+    return (Shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+#else
+    typedef int8_t Eight __attribute__((vector_size(8), aligned(1), may_alias));
+    return __builtin_convertvector(*(const Eight*)from, Shorts);
+#endif
+}
+
+inline Shorts shorts_of(const int16_t* from) { return (Shorts)(*(const IntsAt*)from); }
+
+// total + the sums of two neighbouring products of 16-bit integers. As assembly where it is one instruction: compilers
+// copy the intrinsics' sums from register to register.
+inline Ints add_pairs(Ints total, Shorts a, Shorts b) {
+#if defined(SPARSECLI_VNNI) && defined(SPARSECLI_AVX512)
+    asm("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+    return total;
+#elif defined(SPARSECLI_VNNI)
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(total) : "x"(a), "x"(b));
+    return total;
+#elif defined(SPARSECLI_AVX512)
+    return total + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(SPARSECLI_AVX2)
+    return total + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    const Ints x = (Ints)a, y = (Ints)b;
+    return total + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// Four bytes in every 32 bits, straight from memory.
+inline Ints pair_everywhere(const void* from) {
+#if defined(SPARSECLI_AVX512)
+    Ints four;
+    asm("vpbroadcastd %1, %0" : "=v"(four) : "m"(*(const char (*)[4])from));
+    return four;
+#else
+    typedef int32_t Four __attribute__((aligned(1), may_alias));
+    return *(const Four*)from - Ints{};
+#endif
+}
+
+#if defined(SPARSECLI_VNNI)
+inline Ints add_quads(Ints total, Ints bytes, Ints signed_bytes) {  // four neighbours: unsigned with signed bytes
+#if defined(SPARSECLI_AVX512)
+    asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(bytes), "v"(signed_bytes));
+#else
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(total) : "x"(bytes), "x"(signed_bytes));
+#endif
+    return total;
+}
+#endif
+
+#if defined(SPARSECLI_BF16)
+inline Floats add_pairs(Floats total, Ints a, Ints b) {  // bfloat16 with bfloat16
     asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
     return total;
 }
-
-inline __m512i add_pairs(__m512i total, __m512i a, __m512i b) {  // 16-bit with 16-bit integers
-    asm("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
-    return total;
-}
-
-inline __m512i add_quads(__m512i total, __m512i bytes, __m512i signed_bytes) {  // unsigned with signed bytes
-    asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(bytes), "v"(signed_bytes));
-    return total;
-}
-
-inline __m512i broadcast_four(const void* bytes) {  // straight from memory, not by way of an integer register
-    __m512i four;
-    asm("vpbroadcastd %1, %0" : "=v"(four) : "m"(*(const char (*)[4])bytes));
-    return four;
-}
 #endif
+
+// -- sums over lanes -----------------------------------------------------------------------------------------
+
+// Sums over the lanes of four vectors, which are added up as the columns of one matrix.
+inline void sum_four(Floats a, Floats b, Floats c, Floats d, float* out) {
+#if defined(SPARSECLI_AVX512)
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(SPARSECLI_AVX2)
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps((__m256)a, (__m256)b), _mm256_unpackhi_ps((__m256)a, (__m256)b));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps((__m256)c, (__m256)d), _mm256_unpackhi_ps((__m256)c, (__m256)d));
+    const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+    const Floats four[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) out[i] = sum(four[i]);
+#endif
+}
+
+// The same of R vectors, a row of sums each; all in the same order, however many there are.
+template <int R>
+inline void sum_each(const Floats* v, float* out) {
+    float four[4];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r += 4) {
+        sum_four(v[r], v[r + 1 < R ? r + 1 : r], v[r + 2 < R ? r + 2 : r], v[r + 3 < R ? r + 3 : r], four);
+        for (int i = 0; i < 4 && r + i < R; ++i) out[r + i] = four[i];
+    }
+}
