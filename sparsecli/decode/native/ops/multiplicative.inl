@@ -27,9 +27,9 @@ inline void tile(const float* a, int64_t a_stride, const float* panel, int64_t w
         for (int n = 0; n < N; ++n) *(FloatsAt*)(c + r * c_stride + n * WIDTH) = sums[r][n];
 }
 
-// The same from pairs of bfloat16.
-template <int R, int V>
-inline void tile(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t width, int64_t inputs, float* c,
+// The same from pairs of bfloat16; `a` are such numbers, too, as they are or written out as floats.
+template <int R, int V, class A>
+inline void tile(const A* a, int64_t a_stride, const uint16_t* panel, int64_t width, int64_t inputs, float* c,
                  int64_t c_stride) {
     constexpr int N = V * PARTS;
     Floats sums[R][N];
@@ -49,19 +49,22 @@ inline void tile(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int
             for (int n = 0; n < N; ++n) sums[r][n] = add_pairs(sums[r][n], pair, b[n]);
         }
 #else
-        const auto add = [&](auto half) {
-            Floats weights[N];
+        Floats first[N], second[N];
 #pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) weights[n] = half(b[n]);
+        for (int n = 0; n < N; ++n) first[n] = first_of(b[n]), second[n] = second_of(b[n]);
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                const Floats scalar = half(pair_everywhere(a + r * a_stride + i));
-#pragma GCC unroll 16
-                for (int n = 0; n < N; ++n) sums[r][n] = fused(sums[r][n], scalar, weights[n]);
+        for (int r = 0; r < R; ++r) {
+            const A* pair = a + r * a_stride + i;
+            Floats x, y;
+            if constexpr (sizeof(A) == 4) {
+                x = broadcast(pair[0]), y = broadcast(pair[1]);
+            } else {
+                const Ints both = pair_everywhere(pair);
+                x = first_of(both), y = second_of(both);
             }
-        };
-        add([](Ints pairs) { return first_of(pairs); });
-        add([](Ints pairs) { return second_of(pairs); });
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) sums[r][n] = fused(fused(sums[r][n], x, first[n]), y, second[n]);
+        }
 #endif
     }
 #pragma GCC unroll 16
@@ -71,9 +74,15 @@ inline void tile(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int
 }
 
 // Eight-bit products of one group of inputs; `a` is quantised with scale[r] and has row sums total[r]. Panels hold
-// weights + 128, since processors multiply unsigned with signed bytes.
+// weights + 128, since processors multiply unsigned with signed bytes. Those that have no such instruction multiply 16-bit
+// integers: `a` holds each four as 0 2 1 3, and the even and the odd bytes of four weights meet either half.
+#if defined(SPARSECLI_VNNI)
+using Narrow = int8_t;
+#else
+using Narrow = int16_t;
+#endif
 template <int R, int V>
-inline void tile(const int8_t* a, int64_t a_stride, const float* a_scale, const int32_t* total, const uint8_t* panel,
+inline void tile(const Narrow* a, int64_t a_stride, const float* a_scale, const int32_t* total, const uint8_t* panel,
                  int64_t width, int64_t inputs, const float* scale, float* c, int64_t c_stride) {
     constexpr int N = V * PARTS;
     Ints sums[R][N];
@@ -92,19 +101,20 @@ inline void tile(const int8_t* a, int64_t a_stride, const float* a_scale, const 
 #pragma GCC unroll 16
             for (int n = 0; n < N; ++n) sums[r][n] = add_quads(sums[r][n], b[n], quad);
         }
-#else  // as pairs of 16-bit integers, the even and the odd bytes
+#else
+        typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
         Shorts even[N], odd[N];
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) {
             even[n] = (Shorts)(b[n] & 0x00ff00ff);
-            odd[n] = (Shorts)(b[n] >> 8 & 0x00ff00ff);
+            odd[n] = (Shorts)((Words)b[n] >> 8 & 0x00ff00ff);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const Shorts quad = (Shorts)pair_everywhere(a + r * a_stride + i), a_even = quad << 8 >> 8,
-                         a_odd = quad >> 8;
+            const Narrow* quad = a + r * a_stride + i;
+            const Shorts x = (Shorts)pair_everywhere(quad), y = (Shorts)pair_everywhere(quad + 2);
 #pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) sums[r][n] = add_pairs(add_pairs(sums[r][n], even[n], a_even), odd[n], a_odd);
+            for (int n = 0; n < N; ++n) sums[r][n] = add_pairs(add_pairs(sums[r][n], even[n], x), odd[n], y);
         }
 #endif
     }
@@ -118,24 +128,32 @@ inline void tile(const int8_t* a, int64_t a_stride, const float* a_scale, const 
         }
 }
 
-// Rows of a tile of V vectors of columns whose sums stay in registers.
+// The vectors of columns and the rows of a tile whose sums stay in registers, for weights W.
 template <class W>
-constexpr int tile_rows(int vectors) {
-#if defined(SPARSECLI_AVX512)
-    return vectors == 4 ? 6 : vectors == 2 ? 12 : 16;
-#elif defined(SPARSECLI_AVX2)
-    return sizeof(W) == 1 ? (vectors == 2 ? 2 : 4) : vectors == 2 ? 3 : 6;
+constexpr int tile_vectors() {
+#if defined(SPARSECLI_BF16)
+    return 4;
+#elif defined(SPARSECLI_AVX512)
+    return sizeof(W) == 4 ? 4 : 2;
 #else
-    return vectors == 2 ? 2 : 4;
+    return sizeof(W) == 4 ? 2 : 1;
 #endif
 }
-#if defined(SPARSECLI_AVX512)
-constexpr int TILE_VECTORS = 4;
-#else
-constexpr int TILE_VECTORS = 2;
-#endif
 
-// Cuts rows and columns into tiles and calls tile<R, V>(row, column) for each.
+template <class W>
+constexpr int tile_rows(int vectors) {
+#if defined(SPARSECLI_BF16)
+    return vectors == 4 ? 6 : vectors == 2 ? 12 : 16;
+#elif defined(SPARSECLI_AVX512)
+    return vectors == 4 ? 6 : 8;
+#elif defined(SPARSECLI_AVX2)
+    return vectors == 2 ? 3 : 4;
+#else
+    return 2;
+#endif
+}
+
+// Cuts rows and columns into tiles and calls call<R, V>(row, column) for each.
 template <int R, int V, class F>
 inline void tile_column(int64_t rows, int64_t row, int64_t column, const F& call) {
     for (; row + R <= rows; row += R) call.template operator()<R, V>(row, column);
@@ -152,65 +170,56 @@ inline void tile_columns(int64_t rows, int64_t vectors, int64_t vector, const F&
 
 template <class W, class F>
 inline void tiles(int64_t rows, int64_t columns, const F& call) {
-    tile_columns<W, TILE_VECTORS>(rows, columns / LANES, 0, call);
+    tile_columns<W, tile_vectors<W>()>(rows, columns / LANES, 0, call);
 }
 
-template <class W>
-struct TileCall {
-    const W* a;
-    int64_t a_stride;
-    const W* panel;
-    int64_t width, inputs;
-    float* c;
-    int64_t c_stride;
-    template <int R, int V>
-    void operator()(int64_t row, int64_t column) const {
-        constexpr int64_t pack = sizeof(W) == 4 ? 1 : 2;
-        tile<R, V>(a + row * a_stride, a_stride, panel + column * pack, width, inputs, c + row * c_stride + column,
+// c[rows][columns] += a . panel, for float32 and bfloat16 weights.
+template <class W, class A>
+inline void add_tiles(const A* a, int64_t a_stride, const W* panel, int64_t rows, int64_t columns, int64_t inputs,
+                      float* c, int64_t c_stride) {
+    constexpr int64_t PACK = sizeof(W) == 4 ? 1 : 2;
+    tiles<W>(rows, columns, [&]<int R, int V>(int64_t row, int64_t column) {
+        tile<R, V>(a + row * a_stride, a_stride, panel + column * PACK, columns, inputs, c + row * c_stride + column,
                    c_stride);
-    }
-};
+    });
+}
 
-struct IntegerTileCall {
-    const int8_t* a;
-    int64_t a_stride;
-    const float* a_scale;
-    const int32_t* total;
-    const uint8_t* panel;
-    int64_t width, inputs;
-    const float* scale;
-    float* c;
-    int64_t c_stride;
-    template <int R, int V>
-    void operator()(int64_t row, int64_t column) const {
-        tile<R, V>(a + row * a_stride, a_stride, a_scale + row, total + row, panel + column * 4, width, inputs,
-                   scale + column, c + row * c_stride + column, c_stride);
-    }
-};
+// -- the multiplicative layer --------------------------------------------------------------------------------
 
 constexpr int64_t SCRATCH = 96 * 1024;  // bytes of products at a time: they stay in the second-level cache
 constexpr int64_t MODULE_TILE = 64;     // modules at a time
 
-// x[i] D[s, i] for inputs [begin, end) as the weights' type.
-inline void products(const Matrix& D, int64_t module, const float* x, int64_t begin, int64_t count, float* out) {
-    const int64_t at = module * round_up(D.cols, PAD) + begin;
-    const float* v = x + begin;
-    if (D.type == FLOAT32)
-        for (int64_t i = 0; i < count; i += LANES) store(out + i, load(v + i) * load((const float*)D.data + at + i));
-    else if (D.type == BFLOAT16)
-        for (int64_t i = 0; i < count; i += LANES) store(out + i, load(v + i) * load((const uint16_t*)D.data + at + i));
-    else
-        for (int64_t i = 0; i < count; i += LANES) store(out + i, load(v + i) * load((const int8_t*)D.data + at + i));
+// x[i] D[s, i] for `count` inputs; returns the largest magnitude.
+template <class W>
+inline float products(const W* D, const float* x, int64_t count, float* out) {
+    Vector top = fill(0);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Vector product = load(x + i) * load(D + i);
+        store(out + i, product);
+        top = larger(top, magnitude(product));
+    }
+    return sizeof(W) == 1 ? maximum(top) : 0;
+}
+
+// Each four of them as 0 2 1 3.
+inline Ints middle_swapped(Ints v) {
+#if defined(SPARSECLI_AVX512)
+    return (Ints)_mm512_shuffle_epi32((__m512i)v, _MM_PERM_DBCA);
+#elif defined(SPARSECLI_AVX2)
+    return (Ints)_mm256_shuffle_epi32((__m256i)v, 0xd8);
+#else
+    return Ints{v[0], v[2], v[1], v[3]};
+#endif
 }
 
 // values * inverse as bytes; returns their sum.
-inline int32_t narrow(const float* values, int64_t count, float inverse, int8_t* out) {
-    typedef int8_t Narrow __attribute__((vector_size(WIDTH)));
-    typedef int8_t NarrowAt __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+inline int32_t narrow(const float* values, int64_t count, float inverse, Narrow* out) {
+    typedef Narrow Vector __attribute__((vector_size(WIDTH * sizeof(Narrow))));
+    typedef Narrow VectorAt __attribute__((vector_size(WIDTH * sizeof(Narrow)), aligned(1), may_alias));
     Ints total = Ints{};
     for (int64_t i = 0; i < count; i += WIDTH) {
         const Ints whole = rounded(floats_of(values + i), broadcast(inverse));
-        *(NarrowAt*)(out + i) = __builtin_convertvector(whole, Narrow);
+        *(VectorAt*)(out + i) = __builtin_convertvector(sizeof(Narrow) == 1 ? whole : middle_swapped(whole), Vector);
         total += whole;
     }
     int32_t all = 0;
@@ -218,86 +227,105 @@ inline int32_t narrow(const float* values, int64_t count, float inverse, int8_t*
     return all;
 }
 
-void multiplicative(const Matrix& D, const Matrix& E, const float* bias, const float* x, int64_t module_begin,
-                    int64_t module_end, int64_t panel_begin, int64_t panel_end, float* out, void* scratch) {
+// How products with E's weights W are kept: float32 as they are; for bfloat16 rounded to it; for int8 in groups of inputs
+// with a scale, each module's total beside it.
+template <class W>
+struct Kept {
+    using Type = W;
+};
+#if !defined(SPARSECLI_BF16)
+template <>
+struct Kept<uint16_t> {
+    using Type = float;
+};
+#endif
+template <>
+struct Kept<int8_t> {
+    using Type = Narrow;
+};
+
+// bfloat16 roundings, as such or written out.
+inline void keep_rounded(const Vector& values, uint16_t* out) { store(out, values); }
+inline void keep_rounded(const Vector& values, float* out) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p)
+        *(FloatsAt*)(out + p * WIDTH) = (Floats)(bfloat16_bits(values.part[p]) & int32_t(0xffff0000));
+}
+
+template <class W>
+void typed_multiplicative(const Matrix& D, const Matrix& E, const float* bias, const float* x, int64_t module_begin,
+                          int64_t module_end, int64_t panel_begin, int64_t panel_end, float* out, char* scratch) {
+    using Product = typename Kept<W>::Type;
     const int64_t inputs = round_up(E.cols, PAD), width = E.rows, padded = round_up(width, LANES);
     const int64_t column_begin = panel_begin * PANEL;
     const int64_t column_end = panel_end * PANEL < padded ? panel_end * PANEL : padded;
     if (column_begin >= column_end) return;
     // Each chunk of inputs has a sum of its own: its size follows from the layer, not from this thread's share of it.
-    const int64_t bytes = type_bytes(E.type), most = D.rows < MODULE_TILE ? D.rows : MODULE_TILE;
-    int64_t chunk = SCRATCH / (most * bytes) / GROUP * GROUP;
+    const int64_t most = D.rows < MODULE_TILE ? D.rows : MODULE_TILE;
+    int64_t chunk = SCRATCH / (most * int64_t(sizeof(Product))) / GROUP * GROUP;
     chunk = chunk < GROUP ? GROUP : chunk > inputs ? inputs : chunk;
     const int64_t groups = round_up(chunk, GROUP) / GROUP;
     for (int64_t first = module_begin; first < module_end; first += MODULE_TILE) {
         const int64_t modules = first + MODULE_TILE < module_end ? MODULE_TILE : module_end - first;
         // scratch: products (modules, chunk); then their scales and totals [group][module]; then sums
-        char* at = (char*)scratch;
-        float* scales = (float*)(at + round_up(modules * chunk * bytes, 64));
+        Product* kept = (Product*)scratch;
+        float* scales = (float*)(scratch + round_up(modules * chunk * int64_t(sizeof(Product)), 64));
         int32_t* totals = (int32_t*)(scales + groups * modules);
         float* sums = (float*)(totals + groups * modules);  // (modules, PANEL)
-        for (int64_t column = column_begin; column < column_end; column += PANEL) {
-            const int64_t columns = column + PANEL < padded ? PANEL : padded - column;
-            const int64_t real = column + columns < width ? columns : width - column;
-            for (int64_t s = 0; s < modules; ++s)
-                for (int64_t m = 0; m < real; ++m) {
-                    const int64_t place = (first + s) * width + column + m;
-                    out[place] = bias ? bias[place] : 0;
-                }
-        }
         for (int64_t start = 0; start < inputs; start += chunk) {
             const int64_t count = start + chunk < inputs ? chunk : inputs - start;
-            float line[GROUP];
             for (int64_t s = 0; s < modules; ++s)
                 for (int64_t g = 0; g * GROUP < count; ++g) {
                     const int64_t size = count - g * GROUP < GROUP ? count - g * GROUP : GROUP;
-                    const int64_t place = s * chunk + g * GROUP;
-                    if (E.type == FLOAT32) {
-                        products(D, first + s, x, start + g * GROUP, size, (float*)at + place);
-                        continue;
+                    const int64_t begin = start + g * GROUP;
+                    float line[GROUP];
+                    const float largest =
+                        products((const W*)D.data + (first + s) * round_up(D.cols, PAD) + begin, x + begin, size, line);
+                    Product* to = kept + s * chunk + g * GROUP;
+                    if constexpr (sizeof(W) == 4) {
+                        std::memcpy(to, line, size_t(size) * sizeof(float));
+                    } else if constexpr (sizeof(W) == 2) {
+                        for (int64_t i = 0; i < size; i += LANES) keep_rounded(load(line + i), to + i);
+                    } else {
+                        totals[g * modules + s] = narrow(line, size, largest > NOTHING ? 127 / largest : 0, to);
+                        scales[g * modules + s] = largest / 127;
                     }
-                    products(D, first + s, x, start + g * GROUP, size, line);
-                    if (E.type == BFLOAT16) {
-                        convert(line, BFLOAT16, size, (uint16_t*)at + place);
-                        continue;
-                    }
-                    const float limit = largest_magnitude(line, size);
-                    totals[g * modules + s] =
-                        narrow(line, size, limit > NOTHING ? 127 / limit : 0, (int8_t*)at + place);
-                    scales[g * modules + s] = limit / 127;
                 }
             for (int64_t column = column_begin; column < column_end; column += PANEL) {
                 const int64_t columns = column + PANEL < padded ? PANEL : padded - column;
                 const int64_t real = column + columns < width ? columns : width - column;
                 std::memset(sums, 0, size_t(modules * PANEL * 4));
-                const int64_t panel = column * inputs;  // elements before this panel
-                if (E.type == FLOAT32)
-                    tiles<float>(
-                        modules, columns,
-                        TileCall<float>{(const float*)at, chunk, (const float*)E.data + panel + start * columns,
-                                        columns, count, sums, PANEL});
-                else if (E.type == BFLOAT16)
-                    tiles<uint16_t>(modules, columns,
-                                    TileCall<uint16_t>{(const uint16_t*)at, chunk,
-                                                       (const uint16_t*)E.data + panel + start * columns, columns,
-                                                       count, sums, PANEL});
+                const W* panel = (const W*)E.data + column * inputs + start * columns;
+                if constexpr (sizeof(W) > 1)
+                    add_tiles(kept, chunk, panel, modules, columns, count, sums, PANEL);
                 else
                     for (int64_t g = 0; g * GROUP < count; ++g) {
                         const int64_t size = count - g * GROUP < GROUP ? count - g * GROUP : GROUP;
-                        tiles<int8_t>(modules, columns,
-                                      IntegerTileCall{(const int8_t*)at + g * GROUP, chunk, scales + g * modules,
-                                                      totals + g * modules,
-                                                      (const uint8_t*)E.data + panel + (start + g * GROUP) * columns,
-                                                      columns, size, E.scale + column, sums, PANEL});
+                        tiles<W>(modules, columns, [&]<int R, int V>(int64_t row, int64_t at) {
+                            tile<R, V>(kept + row * chunk + g * GROUP, chunk, scales + g * modules + row,
+                                       totals + g * modules + row, (const uint8_t*)panel + g * GROUP * columns + at * 4,
+                                       columns, size, E.scale + column + at, sums + row * PANEL + at, PANEL);
+                        });
                     }
                 for (int64_t s = 0; s < modules; ++s) {
-                    const float rate = D.type == INT8 ? D.scale[first + s] : 1;
-                    float* to = out + (first + s) * width + column;
-                    for (int64_t m = 0; m < real; ++m) to[m] += sums[s * PANEL + m] * rate;
+                    const float rate = sizeof(W) == 1 ? D.scale[first + s] : 1;
+                    const int64_t at = (first + s) * width + column;
+                    for (int64_t m = 0; m < real; ++m) {
+                        const float before = start ? out[at + m] : bias ? bias[at + m] : 0;
+                        out[at + m] = before + sums[s * PANEL + m] * rate;
+                    }
                 }
             }
         }
     }
+}
+
+void multiplicative(const Matrix& D, const Matrix& E, const float* bias, const float* x, int64_t module_begin,
+                    int64_t module_end, int64_t panel_begin, int64_t panel_end, float* out, void* scratch) {
+    const auto typed = E.type == FLOAT32    ? typed_multiplicative<float>
+                       : E.type == BFLOAT16 ? typed_multiplicative<uint16_t>
+                                            : typed_multiplicative<int8_t>;
+    typed(D, E, bias, x, module_begin, module_end, panel_begin, panel_end, out, (char*)scratch);
 }
 
 void convolve(const Matrix& kernel, const float* bias, int64_t taps, const void* const* rows, int64_t stride,
@@ -318,14 +346,11 @@ void convolve(const Matrix& kernel, const float* bias, int64_t taps, const void*
                 const int64_t panel = tap * inputs * padded + column * inputs;
                 const int64_t window = first * stride - lead;
                 if (kernel.type == FLOAT32)
-                    tiles<float>(modules, columns,
-                                 TileCall<float>{(const float*)rows[tap] + window, stride,
-                                                 (const float*)kernel.data + panel, columns, inputs, sums, PANEL});
+                    add_tiles((const float*)rows[tap] + window, stride, (const float*)kernel.data + panel, modules,
+                              columns, inputs, sums, PANEL);
                 else
-                    tiles<uint16_t>(
-                        modules, columns,
-                        TileCall<uint16_t>{(const uint16_t*)rows[tap] + window, stride,
-                                           (const uint16_t*)kernel.data + panel, columns, inputs, sums, PANEL});
+                    add_tiles((const uint16_t*)rows[tap] + window, stride, (const uint16_t*)kernel.data + panel,
+                              modules, columns, inputs, sums, PANEL);
             }
             for (int64_t s = 0; s < modules; ++s)
                 for (int64_t c = 0; c < real; ++c) out[(first + s) * width + column + c] = sums[s * PANEL + c];

@@ -198,20 +198,22 @@ inline void load_pairs(const uint16_t* from, Vector& first, Vector& second) {
     }
 }
 
+// Floats rounded to bfloat16, to nearest, ties to even, in the upper half of their bits; NaN stays NaN.
+inline Ints bfloat16_bits(Floats values) {
+    const Ints bits = (Ints)values;
+    return (bits & 0x7fffffff) > 0x7f800000 ? bits | 1 << 22 : bits + 0x7fff + (bits >> 16 & 1);
+}
+
 inline void store(uint16_t* to, const Vector& v) {
 #if defined(SPARSECLI_BF16)
     *(__m256i_u*)to = (__m256i)_mm512_cvtneps_pbh((__m512)v.part[0]);
 #else
+    typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
+    typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
+    typedef uint16_t HalvesAt __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
 #pragma GCC unroll 4
-    for (int p = 0; p < PARTS; ++p) {
-        const Ints bits = (Ints)v.part[p];
-        const Ints rounded = bits + 0x7fff + (bits >> 16 & 1), nan = bits | 1 << 22;  // to nearest, ties to even
-        const Ints kept = (bits & 0x7fffffff) > 0x7f800000 ? nan : rounded;
-        typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
-        typedef uint16_t Narrow __attribute__((vector_size(WIDTH * 2)));
-        typedef uint16_t NarrowAt __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
-        *(NarrowAt*)(to + p * WIDTH) = __builtin_convertvector((Words)kept >> 16, Narrow);
-    }
+    for (int p = 0; p < PARTS; ++p)
+        *(HalvesAt*)(to + p * WIDTH) = __builtin_convertvector((Words)bfloat16_bits(v.part[p]) >> 16, Halves);
 #endif
 }
 
