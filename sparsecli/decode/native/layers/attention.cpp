@@ -3,7 +3,11 @@
 
 namespace sparsecli {
 
-void Forward::attention(const AttentionLayer& layer, int64_t place, int64_t worker) {
+void Forward::attention(const Block& block, int64_t index, int64_t layer_index, int64_t worker) {
+    const AttentionLayer& layer = block.attention[index];
+    const int64_t place = layer_index * shape_.attention_layers + index;
+    workers_[size_t(worker)].ahead.clear();
+    if (count() == 1) plan_ahead(layer, block, layer_index, worker);
     const Activations x = normalized(layer.norm, worker);
     mark(worker, OTHER);
     const sparsecli_shape& s = shape_;
@@ -66,6 +70,25 @@ void Forward::low_rank_projection(const AttentionLayer& layer, const Activations
     if (count() > 1) barrier(worker, PROJECTION);
     const Activations keys = readable(key_first_, key_first_.stride, worker);
     linear(layer.key, keys, k_row_.row(0), a_stride_, worker);
+}
+
+// What a single token's multiplicative layer and convolutions, which compute more than they read, may ask for meanwhile:
+// the kernels that come next, and this worker's part of the controller.
+void Forward::plan_ahead(const AttentionLayer& layer, const Block& block, int64_t index, int64_t worker) {
+    ReadAhead& ahead = workers_[size_t(worker)].ahead;
+    for (const Convolution* next : {&layer.query_convolution, &layer.key_convolution, &layer.value_convolution}) {
+        const Matrix& kernel = next->kernel;
+        const int64_t taps = shape_.kernel;
+        const int64_t elements = round_up(kernel.rows, LANES) * round_up(kernel.cols / taps, 4) * taps;
+        if (kernel.data) ahead.add(kernel.data, elements * type_bytes(kernel.type));
+    }
+    if (shape_.feed_forward != SPARSE_UNITS || !model_.chooses(index)) return;
+    const Matrix &first = block.controller_first, &second = block.controller_second;
+    const Range ranks = mine(shape_.rank, 4, worker), blocks = mine(shape_.d_ff / shape_.block_size, 1, worker);
+    const int64_t row = round_up(first.cols, PAD) * type_bytes(first.type);
+    const int64_t bytes = model_.padded_block() * model_.padded_rank() * type_bytes(second.type);
+    if (first.cols <= SPAN) ahead.add((const char*)first.data + ranks.begin * row, (ranks.end - ranks.begin) * row);
+    ahead.add((const char*)second.data + blocks.begin * bytes, (blocks.end - blocks.begin) * bytes);
 }
 
 // The projection that convolutions share, kept for the positions to come.
@@ -138,8 +161,8 @@ void Forward::run_convolution(const Convolution& convolution, const History& fro
     for (int64_t tap = 0; tap < shape_.kernel; ++tap)
         taps[size_t(tap)] = from.base + (from.position - shape_.kernel + 1 + tap) * from.row +
                             from.margin * type_bytes(shape_.history_type);
-    k_.convolve(convolution.kernel, values(convolution.bias), shape_.kernel, taps.data(), stride, lead, begin, end,
-                out);
+    k_.convolve(convolution.kernel, values(convolution.bias), shape_.kernel, taps.data(), stride, lead, begin, end, out,
+                &workers_[size_t(worker)].ahead);
 }
 
 HeadCache Forward::head_cache(const KeyValues& held, int64_t place, int64_t head) const {

@@ -16,7 +16,7 @@ void Forward::pass(int64_t worker) {
         const Block& block = model_.blocks[size_t(layer)];
         if (shape_.parallel) set_aside(block, worker);
         for (int64_t i = 0; i < shape_.attention_layers; ++i) {
-            attention(block.attention[i], layer * shape_.attention_layers + i, worker);
+            attention(block, i, layer, worker);
             swap_streams(worker);
         }
         if (model_.crosses()) cross_attention(block.cross, layer, worker);
@@ -147,7 +147,7 @@ Range Forward::linear(const Map& map, const Activations& x, float* out, int64_t 
 void Forward::multiply(const Map& map, const float* x, int64_t begin, int64_t end, float* out, int64_t worker) {
     const int64_t panels = (map.E.rows + PANEL - 1) / PANEL;
     k_.multiplicative(map.D, map.E, values(map.bias), x, begin, end, 0, panels, out,
-                      workers_[size_t(worker)].scratch.row(0));
+                      workers_[size_t(worker)].scratch.row(0), &workers_[size_t(worker)].ahead);
 }
 
 void Forward::add_to_residual(const Buffer<float>& y, Range columns, int64_t worker) {
@@ -192,7 +192,7 @@ void Forward::multiplicative_logits(const Activations& x, int64_t held, float* o
     for (int64_t i = 0; i < held; ++i)
         k_.multiplicative(head.D, head.E, values(head.bias), x.values + i * x.stride, 0, shape_.head_modules,
                           panels.begin, panels.end, out + i * shape_.vocabulary,
-                          workers_[size_t(worker)].scratch.row(0));
+                          workers_[size_t(worker)].scratch.row(0), &workers_[size_t(worker)].ahead);
 }
 
 void Forward::dense_logits(const Activations& x, int64_t held, float* out, int64_t worker) {

@@ -86,6 +86,7 @@ struct Worker {
     Buffer<int32_t> sums, chosen;
     Buffer<uint16_t> halves;
     Buffer<char> scratch;
+    ReadAhead ahead;  // of a single token's next layers
     std::vector<const void*> taps;
     std::vector<int64_t> used;  // units of each layer that it computed in full
     float scale[1];
@@ -260,7 +261,7 @@ class Forward {
     };
 
     // `place` counts attention layers, whose caches lie one after the other.
-    void attention(const AttentionLayer& layer, int64_t place, int64_t worker);
+    void attention(const Block& block, int64_t index, int64_t layer, int64_t worker);
     void low_rank_projection(const AttentionLayer& layer, const Activations& x, int64_t worker);
     void share_projection(const AttentionLayer& layer, int64_t place, const Activations& x, int64_t worker);
     History history(int64_t place, int64_t t) const;
@@ -275,6 +276,7 @@ class Forward {
     void prepare_head(const Norm& norm, float* head, int64_t t) const;
     void prepare_key(const AttentionLayer& layer, int64_t t, int64_t head) const;
     void append(KeyValues Sequence::* to, int64_t place, int64_t t, int64_t head) const;
+    void plan_ahead(const AttentionLayer& layer, const Block& block, int64_t index, int64_t worker);
     void fetch_cache(const KeyValues Sequence::* from, int64_t place, int64_t worker) const;
     int64_t seen(const Row& row, bool source) const;
     void attend(const AttentionLayer& layer, const KeyValues Sequence::* to, int64_t place, int64_t worker);

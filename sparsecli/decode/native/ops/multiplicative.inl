@@ -173,12 +173,16 @@ inline void tiles(int64_t rows, int64_t columns, const F& call) {
     tile_columns<W, tile_vectors<W>()>(rows, columns / LANES, 0, call);
 }
 
+// Lines of memory that arrive while so many products of vectors are computed, about.
+inline int64_t lines_of(int64_t products) { return products / 24; }
+
 // c[rows][columns] += a . panel, for float32 and bfloat16 weights.
 template <class W, class A>
 inline void add_tiles(const A* a, int64_t a_stride, const W* panel, int64_t rows, int64_t columns, int64_t inputs,
-                      float* c, int64_t c_stride) {
+                      float* c, int64_t c_stride, ReadAhead* ahead) {
     constexpr int64_t PACK = sizeof(W) == 4 ? 1 : 2;
     tiles<W>(rows, columns, [&]<int R, int V>(int64_t row, int64_t column) {
+        if (ahead) ahead->some(lines_of(R * V * inputs));
         tile<R, V>(a + row * a_stride, a_stride, panel + column * PACK, columns, inputs, c + row * c_stride + column,
                    c_stride);
     });
@@ -254,7 +258,8 @@ inline void keep_rounded(const Vector& values, float* out) {
 
 template <class W>
 void typed_multiplicative(const Matrix& D, const Matrix& E, const float* bias, const float* x, int64_t module_begin,
-                          int64_t module_end, int64_t panel_begin, int64_t panel_end, float* out, char* scratch) {
+                          int64_t module_end, int64_t panel_begin, int64_t panel_end, float* out, char* scratch,
+                          ReadAhead* ahead) {
     using Product = typename Kept<W>::Type;
     const int64_t inputs = round_up(E.cols, PAD), width = E.rows, padded = round_up(width, LANES);
     const int64_t column_begin = panel_begin * PANEL;
@@ -297,11 +302,12 @@ void typed_multiplicative(const Matrix& D, const Matrix& E, const float* bias, c
                 std::memset(sums, 0, size_t(modules * PANEL * 4));
                 const W* panel = (const W*)E.data + column * inputs + start * columns;
                 if constexpr (sizeof(W) > 1)
-                    add_tiles(kept, chunk, panel, modules, columns, count, sums, PANEL);
+                    add_tiles(kept, chunk, panel, modules, columns, count, sums, PANEL, ahead);
                 else
                     for (int64_t g = 0; g * GROUP < count; ++g) {
                         const int64_t size = count - g * GROUP < GROUP ? count - g * GROUP : GROUP;
                         tiles<W>(modules, columns, [&]<int R, int V>(int64_t row, int64_t at) {
+                            if (ahead) ahead->some(lines_of(R * V * size));
                             tile<R, V>(kept + row * chunk + g * GROUP, chunk, scales + g * modules + row,
                                        totals + g * modules + row, (const uint8_t*)panel + g * GROUP * columns + at * 4,
                                        columns, size, E.scale + column + at, sums + row * PANEL + at, PANEL);
@@ -321,15 +327,34 @@ void typed_multiplicative(const Matrix& D, const Matrix& E, const float* bias, c
 }
 
 void multiplicative(const Matrix& D, const Matrix& E, const float* bias, const float* x, int64_t module_begin,
-                    int64_t module_end, int64_t panel_begin, int64_t panel_end, float* out, void* scratch) {
+                    int64_t module_end, int64_t panel_begin, int64_t panel_end, float* out, void* scratch,
+                    ReadAhead* ahead) {
     const auto typed = E.type == FLOAT32    ? typed_multiplicative<float>
                        : E.type == BFLOAT16 ? typed_multiplicative<uint16_t>
                                             : typed_multiplicative<int8_t>;
-    typed(D, E, bias, x, module_begin, module_end, panel_begin, panel_end, out, (char*)scratch);
+    typed(D, E, bias, x, module_begin, module_end, panel_begin, panel_end, out, (char*)scratch, ahead);
+}
+
+// Windows of bfloat16 with a kernel's panel. Where such products are computed as floats the windows, which overlap, are
+// written out first, if they are not too many.
+inline void add_windows(const uint16_t* windows, int64_t stride, const uint16_t* panel, int64_t modules,
+                        int64_t columns, int64_t inputs, float* sums, ReadAhead* ahead) {
+#if !defined(SPARSECLI_BF16)
+    constexpr int64_t MOST = 4096;
+    const int64_t count = (modules - 1) * stride + inputs;
+    if (count <= MOST) {
+        float floats[MOST];
+        int64_t i = 0;
+        for (; i + WIDTH <= count; i += WIDTH) *(FloatsAt*)(floats + i) = floats_of(windows + i);
+        for (; i < count; ++i) floats[i] = to_float(windows[i]);
+        return add_tiles(floats, stride, panel, modules, columns, inputs, sums, PANEL, ahead);
+    }
+#endif
+    add_tiles(windows, stride, panel, modules, columns, inputs, sums, PANEL, ahead);
 }
 
 void convolve(const Matrix& kernel, const float* bias, int64_t taps, const void* const* rows, int64_t stride,
-              int64_t lead, int64_t begin, int64_t end, float* out) {
+              int64_t lead, int64_t begin, int64_t end, float* out, ReadAhead* ahead) {
     // `kernel` has taps * inputs columns; each tap is a `panels` matrix of its own.
     const int64_t width = kernel.rows, padded = round_up(width, LANES);
     const int64_t inputs = round_up(kernel.cols / taps, 4);
@@ -347,10 +372,10 @@ void convolve(const Matrix& kernel, const float* bias, int64_t taps, const void*
                 const int64_t window = first * stride - lead;
                 if (kernel.type == FLOAT32)
                     add_tiles((const float*)rows[tap] + window, stride, (const float*)kernel.data + panel, modules,
-                              columns, inputs, sums, PANEL);
+                              columns, inputs, sums, PANEL, ahead);
                 else
-                    add_tiles((const uint16_t*)rows[tap] + window, stride, (const uint16_t*)kernel.data + panel,
-                              modules, columns, inputs, sums, PANEL);
+                    add_windows((const uint16_t*)rows[tap] + window, stride, (const uint16_t*)kernel.data + panel,
+                                modules, columns, inputs, sums, ahead);
             }
             for (int64_t s = 0; s < modules; ++s)
                 for (int64_t c = 0; c < real; ++c) out[(first + s) * width + column + c] = sums[s * PANEL + c];

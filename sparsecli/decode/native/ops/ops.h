@@ -75,6 +75,29 @@ struct Choice {
     int64_t block_size, units_per_block, rank, padded_block;
 };
 
+// Memory that is read soon, in the order in which it will be: ops that compute more than they read ask for some of it now
+// and then, so that it is on its way meanwhile. What has been asked for is dropped from the list.
+struct ReadAhead {
+    struct Piece {
+        const char *next, *end;
+    };
+    static constexpr int64_t MOST = 16;
+    Piece pieces[MOST];
+    int64_t count = 0, first = 0;
+
+    void clear() { count = first = 0; }
+    void add(const void* from, int64_t bytes) {
+        if (count < MOST && bytes > 0) pieces[count++] = {(const char*)from, (const char*)from + bytes};
+    }
+    void some(int64_t lines) {
+        while (lines > 0 && first < count) {
+            Piece& piece = pieces[first];
+            for (; lines > 0 && piece.next < piece.end; --lines, piece.next += 64) __builtin_prefetch(piece.next, 0, 2);
+            if (piece.next >= piece.end) ++first;
+        }
+    }
+};
+
 enum Activation : int64_t { RELU = 0, GELU = 1, SILU = 2, GELU_TANH = 3 };
 
 struct Ops {
@@ -96,12 +119,13 @@ struct Ops {
     // out[s * width + m] = sum_i x[i] D[s, i] E[m, i] + bias[s * width + m] for modules [module_begin, module_end)
     // and outputs m of panels [panel_begin, panel_end). D is `rows`, E is `panels`.
     void (*multiplicative)(const Matrix& D, const Matrix& E, const float* bias, const float* x, int64_t module_begin,
-                           int64_t module_end, int64_t panel_begin, int64_t panel_end, float* out, void* scratch);
+                           int64_t module_end, int64_t panel_begin, int64_t panel_end, float* out, void* scratch,
+                           ReadAhead* ahead);
 
     // out[s * width_out + c] = bias[c] + sum over taps of window(s) . kernel[tap][c], modules [begin, end).
     // rows[tap] points at module 0 of a history row; a window starts `lead` elements before its module.
     void (*convolve)(const Matrix& kernel, const float* bias, int64_t taps, const void* const* rows, int64_t stride,
-                     int64_t lead, int64_t begin, int64_t end, float* out);
+                     int64_t lead, int64_t begin, int64_t end, float* out, ReadAhead* ahead);
 
     // Choices of blocks [begin, end) for every token: units[t * unit_stride + block * k + j], best first; with
     // `probabilities` (laid out alike) also each chosen unit's softmax probability. For a single token the rows of
