@@ -406,10 +406,15 @@ def assert_close(actual: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-5
 
 
 def assert_twins(actual: np.ndarray, wanted: np.ndarray) -> None:
-    """Equal but for ties: where two sums differ in their last bit, a number may round the other way, and then the
-    choice of a unit may, too. So a quarter of the tokens may differ; what is computed wrongly differs everywhere."""
+    """Logits (n, V) of two implementations of the same rounded arithmetic; ops.cpp compares each op by itself.
+
+    Where two sums differ in their last bit, a number may round the other way: of 8-bit products by 2^-8 of the largest,
+    of bfloat16 by 2^-8 of itself. So that is how far half of the tokens may be off, against the logits' own size. A few
+    more may be where the choice of a unit changed, too. What is computed wrongly is off everywhere.
+    """
     assert np.isfinite(actual).all()
-    worst = np.abs(actual - wanted).max(axis=-1)
-    median, upper = np.quantile(worst, [0.5, 0.75])
-    assert median < 5e-3, f"largest difference by token: {worst}"
-    assert upper < 2e-2, f"largest difference by token: {worst}"
+    error = np.sqrt(((actual - wanted) ** 2).mean(axis=-1)) / wanted.std()
+    half, most, nearly_all = np.quantile(error, [0.5, 0.75, 0.9]) * 2**8
+    assert half < 1, f"error by token: {error}"
+    assert most < 1.5, f"error by token: {error}"
+    assert nearly_all < 3, f"error by token: {error}"

@@ -174,7 +174,6 @@ int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name
         const bool meets_rows = slot.layout == Layout::SPANS || slot.layout == Layout::UNITS;
         model.few_bits = model.few_bits || few_bits;
         model.quantised = model.quantised || type == INT8 || few_bits;
-        model.rounded = model.rounded || (type == BFLOAT16 && meets_rows);
         return 0;
     }
     complain(error, place + ": the model has no such tensor");

@@ -88,9 +88,9 @@ struct Model {
     Map head;
     std::vector<Block> blocks;
     std::vector<int64_t> chosen_in_blocks;
-    std::vector<Axes> axes;                                     // [cache][level], null where no sequence needs them
-    bool quantised = false, few_bits = false, rounded = false;  // what some weights that meet activations are
-    std::vector<std::vector<Slot>> slots;                       // the model's own first, then each block's
+    std::vector<Axes> axes;                    // [cache][level], null where no sequence needs them
+    bool quantised = false, few_bits = false;  // what some weights that meet activations are
+    std::vector<std::vector<Slot>> slots;      // the model's own first, then each block's
 
     int64_t attention_width() const { return shape.head_width * shape.heads; }
     int64_t key_width() const { return shape.head_width * shape.key_value_heads; }

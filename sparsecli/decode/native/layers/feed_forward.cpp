@@ -70,7 +70,7 @@ void Forward::choose_units(const Block& block, Range blocks, int64_t each_block,
     barrier(worker, CONTROLLER);
     const Choice choice{shape_.block_size, each_block, model_.padded_rank(), model_.padded_block()};
     float* weights = shape_.probability_gate ? probabilities_.row(0) : nullptr;
-    Activations z{z_.row(0), nullptr, nullptr, nullptr, z_stride_, nullptr};
+    Activations z{z_.row(0), nullptr, nullptr, z_stride_, nullptr};
     Worker& own = workers_[size_t(worker)];
     if (block.controller_second.type == INT8) {  // z is small: every thread quantises it for itself
         const int64_t rows = count();

@@ -104,18 +104,13 @@ Activations Forward::readable(const Buffer<float>& source, int64_t stride, int64
         if (model_.quantised)
             scales_.row(0)[t] = k_.quantise(source.row(t), stride, integers_.data + t * stride,
                                             model_.few_bits ? sums_.data + t * (stride / LOW_BIT_GROUP) : nullptr);
-        if (model_.rounded && k_.splits) k_.split(source.row(t), stride, halves_.data + 2 * t * stride);
     }
     barrier(worker, OTHER);
-    return {source.row(0), integers_.data, scales_.row(0), halves_.data, stride, sums_.data};
+    return {source.row(0), integers_.data, scales_.row(0), stride, sums_.data};
 }
 
 Activations Forward::row_of(const Activations& x, int64_t t) {
-    return {x.values + t * x.stride,
-            x.integers + t * x.stride,
-            x.scales + t,
-            x.halves + 2 * t * x.stride,
-            x.stride,
+    return {x.values + t * x.stride, x.integers + t * x.stride, x.scales + t, x.stride,
             x.sums + t * (x.stride / LOW_BIT_GROUP)};
 }
 
@@ -124,8 +119,7 @@ Activations Forward::own_forms(const float* row, int64_t stride, int64_t worker)
     Worker& own = workers_[size_t(worker)];
     if (model_.quantised)
         own.scale[0] = k_.quantise(row, stride, own.integers.row(0), model_.few_bits ? own.sums.row(0) : nullptr);
-    if (model_.rounded && k_.splits) k_.split(row, stride, own.halves.row(0));
-    return {row, own.integers.row(0), own.scale, own.halves.row(0), stride, own.sums.row(0)};
+    return {row, own.integers.row(0), own.scale, stride, own.sums.row(0)};
 }
 
 // out = w x (+ bias, where there is one) for some outputs.

@@ -84,7 +84,6 @@ struct Worker {
     Buffer<float> normed, merged, aside, scores, line, recurrent, gates;
     Buffer<int16_t> integers;
     Buffer<int32_t> sums, chosen;
-    Buffer<uint16_t> halves;
     Buffer<char> scratch;
     ReadAhead ahead;  // of a single token's next layers
     std::vector<const void*> taps;
@@ -132,7 +131,6 @@ class Forward {
         chosen_.rows(CHUNK, h_stride_, h_stride_, false);
         integers_.rows(CHUNK, integer_stride_, integer_stride_, false);
         sums_.rows(CHUNK, integer_stride_ / LOW_BIT_GROUP, integer_stride_ / LOW_BIT_GROUP, false);
-        halves_.rows(CHUNK, 2 * integer_stride_, 2 * integer_stride_, false);
         scales_.rows(1, CHUNK, CHUNK, false);
         angles_.rows(CHUNK, s.rotary_width, s.rotary_width, false);
         const int64_t scratch =
@@ -146,7 +144,6 @@ class Forward {
             worker.line.rows(1, z_stride_ + CHUNK + d_stride_, z_stride_ + CHUNK + d_stride_, false);
             worker.integers.rows(1, integer_stride_, integer_stride_, false);
             worker.sums.rows(1, integer_stride_ / LOW_BIT_GROUP, integer_stride_ / LOW_BIT_GROUP, false);
-            worker.halves.rows(1, 2 * integer_stride_, 2 * integer_stride_, false);
             worker.scratch.rows(1, scratch, scratch, false);
             worker.taps.resize(size_t(s.kernel));
             worker.used.resize(size_t(s.layers));
@@ -349,7 +346,6 @@ class Forward {
     Buffer<int32_t> chosen_, sums_;
     Buffer<int64_t> found_;  // units that each thread found, where their number is up to the token
     Buffer<int16_t> integers_;
-    Buffer<uint16_t> halves_;
 };
 
 }  // namespace sparsecli

@@ -18,9 +18,7 @@ namespace {
 
 constexpr Ops make_table(const char* name) {
     return {.name = name,
-            .splits = false,
             .quantise = quantise,
-            .split = split,
             .matmul = matmul,
             .multiplicative = multiplicative,
             .convolve = convolve,

@@ -29,14 +29,6 @@ float quantise(const float* values, int64_t count, int16_t* integers, int32_t* s
     return limit / 32767;
 }
 
-void split(const float* values, int64_t count, uint16_t* halves) {
-    for (int64_t i = 0; i < count; i += LANES) {
-        const Vector v = load(values + i);
-        store(halves + i, v);
-        store(halves + count + i, v - load(halves + i));
-    }
-}
-
 // -- dot products --------------------------------------------------------------------------------------------
 
 // What weights W are multiplied with, STEP at a time, and how products are summed: floats as floats; 8-bit integers with

@@ -49,14 +49,12 @@ struct Matrix {
 };
 
 // Row vectors, `stride` elements apart and zero beyond their length, in the forms that weights are multiplied with:
-// `values` always, `integers` and `scales` where weights are int8 or fewer bits, with the `sums` of every LOW_BIT_GROUP
-// integers, and for bfloat16 products `halves`, each row as its bfloat16 roundings followed by what they leave over:
-// together 16 bits, twice what the weights have.
+// `values` with float weights; `integers` and `scales` where weights are int8 or fewer bits, with the `sums` of every
+// LOW_BIT_GROUP integers.
 struct Activations {
     const float* values;
     const int16_t* integers;
     const float* scales;
-    const uint16_t* halves;
     int64_t stride;
     const int32_t* sums;
 };
@@ -103,13 +101,8 @@ enum Activation : int64_t { RELU = 0, GELU = 1, SILU = 2, GELU_TANH = 3 };
 struct Ops {
     const char* name;
 
-    bool splits;  // bfloat16 products take `halves`
-
     // values -> integers; returns the scale. `count` is a multiple of PAD. Where `sums` is given, it gets theirs.
     float (*quantise)(const float* values, int64_t count, int16_t* integers, int32_t* sums);
-
-    // values -> halves (2 * count).
-    void (*split)(const float* values, int64_t count, uint16_t* halves);
 
     // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens; w is `spans`, or `low bit`: then
     // `begin` is a multiple of LANES.
