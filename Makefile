@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow quality sanitize lint types check bench clean
+.PHONY: setup demo test test-slow quality ops ops-perf ops-arm sanitize lint types check bench clean
 
 setup: $(READY)
 
@@ -27,19 +27,54 @@ test-slow: $(READY)  ## the long tests: every shipped recipe trained and measure
 quality: $(READY)  ## quickstart, its dense twin and the dense twin with a convolution, three seeds each
 	$(BIN)/python -m pytest -m slow tests/test_quality.py
 
-# Undefined behaviour ends the process at once; Python's own leaks are none of ours.
 NATIVE := sparsecli/decode/native
+HEADERS := $(wildcard $(NATIVE)/*.h $(NATIVE)/*/*.h $(NATIVE)/*/*.inl)
+OPS := $(patsubst $(NATIVE)/%.cpp,%.o,$(wildcard $(NATIVE)/ops/*.cpp) $(NATIVE)/tests/ops.cpp)
+CXXFLAGS := -std=c++20 -O3 -fno-math-errno -w -pthread -I $(NATIVE)
+QEMU ?= qemu-aarch64-static
+
+# The harness of the engine's ops: each instruction set against plain twins, see $(NATIVE)/tests/ops.cpp.
+ops: build/ops/harness  ## every op of every instruction set that this processor has
+	$<
+
+ops-perf: build/ops/harness  ## how fast they are
+	$< perf
+
+ops-arm: build/ops-arm/harness  ## the same for 64-bit Arm, cross-compiled, under an emulator
+	$(QEMU) -cpu max $< --quick
+	$(QEMU) -cpu cortex-a53 $< --quick
+
+build/ops/harness: $(addprefix build/ops/,$(OPS))
+	$(CXX) $^ -o $@ -pthread
+
+build/ops/%.o: $(NATIVE)/%.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) -c $< -o $@
+
+build/ops-arm/harness: $(addprefix build/ops-arm/,$(OPS))
+	aarch64-linux-gnu-g++ -static $^ -o $@ -pthread
+
+build/ops-arm/%.o: $(NATIVE)/%.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	aarch64-linux-gnu-g++ $(CXXFLAGS) -c $< -o $@
+
+# Undefined behaviour ends the process at once; Python's own leaks are none of ours.
 SANITIZED := build/sanitized/_native.so
 SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-sanitize: $(READY) $(SANITIZED)  ## the decode engine's tests under address and undefined-behaviour sanitizers (g++)
+sanitize: $(READY) $(SANITIZED) build/sanitized/ops  ## ops and engine under address and undefined-behaviour sanitizers (g++)
+	build/sanitized/ops --quick
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 SPARSECLI_NATIVE_LIBRARY=$(SANITIZED) \
 	$(BIN)/python -m pytest -s tests/test_kernels.py tests/test_few_bits.py tests/test_decode.py tests/test_decode_source.py tests/test_decode_hashed.py tests/test_packing.py
 
-$(SANITIZED): $(wildcard $(NATIVE)/* $(NATIVE)/*/*)
+$(SANITIZED): $(wildcard $(NATIVE)/*.cpp $(NATIVE)/layers/*.cpp $(NATIVE)/ops/*.cpp) $(HEADERS)
 	mkdir -p $(@D)
-	$(CXX) -std=c++20 -g -O1 -w -shared -fPIC -pthread $(SANITIZERS) -I $(NATIVE) $(NATIVE)/*.cpp $(NATIVE)/*/*.cpp -o $@
+	$(CXX) -std=c++20 -g -O1 -w -shared -fPIC -pthread -I $(NATIVE) $(SANITIZERS) $(filter %.cpp,$^) -o $@
+
+build/sanitized/ops: $(wildcard $(NATIVE)/ops/*.cpp) $(NATIVE)/tests/ops.cpp $(HEADERS)
+	mkdir -p $(@D)
+	$(CXX) -std=c++20 -g -O1 -w -pthread -I $(NATIVE) $(SANITIZERS) $(filter %.cpp,$^) -o $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

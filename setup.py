@@ -23,7 +23,7 @@ setup(
     ext_modules=[
         Extension(
             "sparsecli.decode._native",
-            sources=[str(path) for path in sorted(SOURCES.rglob("*.cpp"))],
+            sources=[str(path) for path in sorted(SOURCES.rglob("*.cpp")) if path.parent.name != "tests"],
             depends=[str(path) for pattern in ("*.h", "*.inl") for path in sorted(SOURCES.rglob(pattern))],
             include_dirs=[str(SOURCES)],
             # Instruction sets are chosen at run time: nothing here depends on the machine that builds.

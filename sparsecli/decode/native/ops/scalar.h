@@ -1,0 +1,263 @@
+// The twins of the ops: what each computes, element by element and in double, from the layouts that ops.h describes.
+// Slow and plain on purpose; the harness (tests/ops.cpp) compares every instruction set with them. They are not part of the
+// library.
+//
+// A twin that returns `Sum`s also gives the sum of magnitudes, on which rounding errors depend.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "ops/ops.h"
+
+namespace sparsecli::scalar {
+
+struct Sum {
+    double value = 0, magnitude = 0;
+
+    void add(double product) { value += product, magnitude += std::fabs(product); }
+};
+
+inline float bfloat16_value(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+inline uint16_t bfloat16_of(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (std::isnan(value)) return uint16_t(bits >> 16 | 64);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// -- where an element lies -----------------------------------------------------------------------------------
+
+inline int64_t rows_place(const Matrix& w, int64_t row, int64_t col) { return row * round_up(w.cols, PAD) + col; }
+
+inline int64_t spans_place(const Matrix& w, int64_t row, int64_t col) {
+    const int64_t first = col / SPAN * SPAN, width = std::min(SPAN, round_up(w.cols, PAD) - first);
+    return first * w.rows + row * width + col - first;
+}
+
+// `inputs` of a panel in memory: of E all, of a convolution those of one tap.
+inline int64_t panels_place(int64_t type, int64_t outputs, int64_t inputs, int64_t output, int64_t input) {
+    const int64_t first = output / PANEL * PANEL, width = std::min(PANEL, round_up(outputs, LANES) - first);
+    const int64_t pack = 4 / type_bytes(type);
+    return first * inputs + input / pack * pack * width + (output - first) * pack + input % pack;
+}
+
+inline int64_t blocks_place(int64_t type, const Choice& c, int64_t block, int64_t rank, int64_t unit) {
+    const int64_t first = block * c.padded_block * c.rank, pack = type == FLOAT32 ? 1 : 2;
+    return first + rank / pack * pack * c.padded_block + unit * pack + rank % pack;
+}
+
+inline double stored(const void* data, int64_t type, int64_t place) {
+    if (type == FLOAT32) return ((const float*)data)[place];
+    if (type == BFLOAT16) return bfloat16_value(((const uint16_t*)data)[place]);
+    return ((const int8_t*)data)[place];
+}
+
+// Codes, scales and zeros of a matrix in few bits.
+struct Quantized {
+    const uint8_t* panel;
+    int64_t groups, bits, lane;
+
+    Quantized(const Matrix& w, int64_t row)
+        : panel((const uint8_t*)w.data + row / LANES * low_bit_panel(w.cols, w.type == INT4 ? 4 : 3)),
+          groups(groups_of(w.cols)),
+          bits(w.type == INT4 ? 4 : 3),
+          lane(row % LANES) {}
+
+    uint32_t word(int64_t group, int64_t index) const {
+        uint32_t value;
+        std::memcpy(&value, panel + ((group * 2 * bits + index) * LANES + lane) * 4, 4);
+        return value;
+    }
+
+    int64_t code(int64_t col) const {
+        const int64_t group = col / LOW_BIT_GROUP, i = col % LOW_BIT_GROUP, half = 16 * (i % 2);
+        if (bits == 4) return word(group, i / 8) >> (i % 8 / 2 * 4 + half) & 15;
+        const int64_t index = i / 16, field = i % 16 / 2, place = 2 * field + half;
+        const bool odd = field % 2;
+        const int64_t two = word(group, index) >> place & 3;
+        const int64_t one = word(group, 4 + index / 2) >> ((place + (odd ? -1 : 2) + 2 * (index % 2)) % 32) & 1;
+        return odd ? two << 1 | one : two | one << 2;
+    }
+
+    double scale(int64_t group) const {
+        uint16_t bits16;
+        std::memcpy(&bits16, panel + groups * 2 * bits * LANES * 4 + (group * LANES + lane) * 2, 2);
+        return bfloat16_value(bits16);
+    }
+
+    double zero(int64_t group) const {
+        return panel[groups * (2 * bits * LANES * 4 + LANES * 2) + group * LANES + lane] / 16.0;
+    }
+
+    double value(int64_t col) const { return scale(col / LOW_BIT_GROUP) * (code(col) - zero(col / LOW_BIT_GROUP)); }
+};
+
+// What a weight meets: a float, or a 16-bit integer times its row's scale.
+inline double input(const Activations& x, int64_t type, int64_t token, int64_t col) {
+    if (type <= BFLOAT16) return x.values[token * x.stride + col];
+    return double(x.integers[token * x.stride + col]) * x.scales[token];
+}
+
+// -- ops -----------------------------------------------------------------------------------------------------
+
+inline Sum matmul(const Matrix& w, int64_t row, const Activations& x, int64_t token) {
+    Sum sum;
+    for (int64_t col = 0; col < w.cols; ++col) {
+        const double weight =
+            w.type >= INT4 ? Quantized(w, row).value(col)
+                           : stored(w.data, w.type, spans_place(w, row, col)) * (w.type == INT8 ? w.scale[row] : 1);
+        sum.add(weight * input(x, w.type, token, col));
+    }
+    return sum;
+}
+
+// Products of a module as they are kept: as floats, as bfloat16, or for each GROUP of inputs as 8-bit integers and a scale.
+inline std::vector<double> products(const Matrix& D, int64_t type, const float* x, int64_t module) {
+    std::vector<float> all;
+    for (int64_t i = 0; i < D.cols; ++i) all.push_back(x[i] * float(stored(D.data, D.type, rows_place(D, module, i))));
+    std::vector<double> kept;
+    for (int64_t first = 0; first < D.cols; first += GROUP) {
+        const int64_t last = std::min(first + GROUP, D.cols);
+        float top = 0;
+        for (int64_t i = first; i < last; ++i) top = std::max(top, std::fabs(all[size_t(i)]));
+        for (int64_t i = first; i < last; ++i) {
+            const float value = all[size_t(i)];
+            if (type == FLOAT32) kept.push_back(value);
+            if (type == BFLOAT16) kept.push_back(bfloat16_value(bfloat16_of(value)));
+            if (type == INT8) kept.push_back(top > 1e-30f ? std::nearbyint(value * (127 / top)) * (top / 127) : 0);
+        }
+    }
+    return kept;
+}
+
+inline Sum multiplicative(const Matrix& D, const Matrix& E, const std::vector<double>& products, int64_t module,
+                          int64_t output) {
+    Sum sum;
+    for (int64_t i = 0; i < E.cols; ++i) {
+        const int64_t place = panels_place(E.type, E.rows, round_up(E.cols, PAD), output, i);
+        const double weight = E.type == INT8 ? (((const uint8_t*)E.data)[place] - 128) * double(E.scale[output])
+                                             : stored(E.data, E.type, place);
+        sum.add(products[size_t(i)] * weight * (D.type == INT8 ? D.scale[module] : 1));
+    }
+    return sum;
+}
+
+inline Sum convolve(const Matrix& kernel, int64_t taps, const void* const* rows, int64_t stride, int64_t lead,
+                    int64_t module, int64_t output) {
+    const int64_t inputs = kernel.cols / taps, padded = round_up(inputs, 4);
+    Sum sum;
+    for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t i = 0; i < inputs; ++i) {
+            const int64_t place =
+                tap * padded * round_up(kernel.rows, LANES) + panels_place(kernel.type, kernel.rows, padded, output, i);
+            sum.add(stored(rows[tap], kernel.type, module * stride - lead + i) *
+                    stored(kernel.data, kernel.type, place));
+        }
+    return sum;
+}
+
+inline Sum controller_logit(const Matrix& second, const Choice& c, const Activations& z, int64_t token, int64_t block,
+                            int64_t unit) {
+    Sum sum;
+    for (int64_t i = 0; i < c.rank; ++i)
+        sum.add(stored(second.data, second.type, blocks_place(second.type, c, block, i, unit)) *
+                input(z, second.type, token, i) *
+                (second.type == INT8 ? second.scale[block * c.padded_block + unit] : 1));
+    return sum;
+}
+
+inline double activation(int64_t kind, double x) {
+    if (kind == RELU) return x > 0 ? x : 0;
+    if (kind == SILU) return x / (1 + std::exp(-x));
+    if (kind == GELU_TANH) return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+}
+
+// Row `part` of a unit with the only token.
+inline Sum unit_dot(const Matrix& units, int64_t parts, int64_t unit, int64_t part, const Activations& x) {
+    const int64_t row = unit * parts + part;
+    Sum sum;
+    for (int64_t col = 0; col < units.cols; ++col)
+        sum.add(stored(units.data, units.type, rows_place(units, row, col)) * input(x, units.type, 0, col) *
+                (units.type == INT8 ? units.scale[row] : 1));
+    return sum;
+}
+
+inline double unit_value(const Matrix& units, int64_t parts, int64_t unit, int64_t col) {
+    const int64_t row = unit * parts + parts - 1;
+    return stored(units.data, units.type, rows_place(units, row, col)) * (units.type == INT8 ? units.scale[row] : 1);
+}
+
+inline double residual_value(const Matrix& residual, int64_t parts, int64_t unit, int64_t row, int64_t col) {
+    const uint8_t* codes =
+        (const uint8_t*)residual.data + unit * residual_unit(residual.cols, parts) + row * residual_row(residual.cols);
+    const int64_t group = col / LOW_BIT_GROUP, i = col % LOW_BIT_GROUP, half = LOW_BIT_GROUP / 2;
+    const uint8_t both = codes[group * half + i % half];
+    uint16_t scale;
+    std::memcpy(&scale, codes + groups_of(residual.cols) * half + group * 2, 2);
+    return ((i < half ? both & 15 : both >> 4) - 8) * double(bfloat16_value(scale));
+}
+
+inline double cached(const void* data, const float* scales, int64_t type, int64_t position, int64_t place) {
+    return stored(data, type, place) * (type == INT8 ? scales[position] : 1);
+}
+
+inline double key_at(const HeadCache& cache, int64_t type, int64_t width, int64_t stride, int64_t position, int64_t i) {
+    const int64_t place =
+        cache.by_rows ? position * stride + i : position / LANES * width * LANES + i * LANES + position % LANES;
+    return cached(cache.keys, cache.key_scales, type, position, place);
+}
+
+// Attention of one query to some positions: `width` numbers, and how large scores are.
+inline std::vector<Sum> attend(const float* query, const std::vector<int64_t>& positions, int64_t type, int64_t width,
+                               const HeadCache& cache, int64_t stride, double rate, double& score_size) {
+    std::vector<double> scores;
+    double top = -INFINITY, total = 0;
+    for (const int64_t position : positions) {
+        Sum score;
+        for (int64_t i = 0; i < width; ++i)
+            score.add(query[i] * key_at(cache, type, width, stride, position, i) * rate);
+        scores.push_back(score.value);
+        top = std::max(top, score.value);
+        score_size = std::max(score_size, score.magnitude);
+    }
+    for (double& score : scores) total += score = std::exp(score - top);
+    std::vector<Sum> out(static_cast<size_t>(width));
+    for (size_t at = 0; at < positions.size(); ++at)
+        for (int64_t i = 0; i < width; ++i)
+            out[size_t(i)].add(
+                scores[at] / total *
+                cached(cache.values, cache.value_scales, type, positions[at], positions[at] * stride + i));
+    return out;
+}
+
+// The bucket of a key in one round, whose rotations begin at `column`.
+inline int64_t bucket(const float* key, int64_t width, const float* axes, int64_t columns, const int64_t* factors,
+                      int64_t count, int64_t column) {
+    int64_t found = 0, scale = 1;
+    for (int64_t factor = 0; factor < count; ++factor) {
+        const int64_t half = factors[factor] / 2;
+        int64_t best = 0;
+        double top = -INFINITY;
+        for (int64_t i = 0; i < 2 * half; ++i) {
+            double along = 0;
+            for (int64_t c = 0; c < width; ++c) along += double(key[c]) * axes[c * columns + column + i % half];
+            if (i >= half) along = -along;
+            if (along > top) top = along, best = i;
+        }
+        found += best * scale;
+        scale *= 2 * half;
+        column += half;
+    }
+    return found;
+}
+
+}  // namespace sparsecli::scalar
