@@ -220,7 +220,9 @@ class ModelSpec(Block):
         of_encoder = self.encoder and self.encoder.feed_forward
         for place, layer in (("", self.feed_forward), ("encoder.", of_encoder)):
             if layer and layer.kind == "mixture" and layer.load_balancing:
-                message = f"load_balancing counts all tokens at once; set {place}feed_forward.load_balancing: 0"
+                message = (
+                    f"load_balancing counts all tokens at once; set {place}feed_forward.load_balancing: 0"
+                )
                 raise fault("feed_forward_chunk", message)
 
     def _check_axial(self) -> None:

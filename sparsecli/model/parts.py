@@ -195,7 +195,9 @@ class MixtureFeedForwardSpec(Block):
     def _check(self) -> MixtureFeedForwardSpec:
         check_multiple("d_ff", self.d_ff, "experts", self.experts)
         if self.experts_per_token >= self.experts:
-            raise fault("experts_per_token", f"{self.experts_per_token} of {self.experts} experts skips none")
+            raise fault(
+                "experts_per_token", f"{self.experts_per_token} of {self.experts} experts leaves none to skip"
+            )
         return self
 
 

@@ -127,7 +127,7 @@ class _Choices:
     def count(self, chooser: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
         """Called with the logits (tokens, blocks, N), or (tokens, E), of the next tokens of the batch."""
         read, self.read = self.read.split((len(logits), len(self.read) - len(logits)))
-        chosen = choose(logits[read].view(-1, *self.counts.shape), self.chosen)
+        chosen = choose(logits.view(len(logits), *self.counts.shape)[read], self.chosen)
         first = torch.arange(0, self.counts.numel(), self.counts.shape[1], device=chosen.device)
         rows = (chosen + first[:, None]).flatten()
         self.counts += torch.bincount(rows, minlength=self.counts.numel()).view_as(self.counts)
@@ -138,7 +138,9 @@ def _evenness(counts: list[Tensor]) -> tuple[float | None, float | None]:
     if not counts:
         return None, None
     never = torch.cat([(blocks == 0).flatten() for blocks in counts])
-    return never.double().mean().item(), torch.cat([_balance(blocks.double()) for blocks in counts]).mean().item()
+    return never.double().mean().item(), torch.cat(
+        [_balance(blocks.double()) for blocks in counts]
+    ).mean().item()
 
 
 def _balance(blocks: Tensor) -> Tensor:
