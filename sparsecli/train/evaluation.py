@@ -137,10 +137,9 @@ def _evenness(counts: list[Tensor]) -> tuple[float | None, float | None]:
     """Share of units never chosen, and balance, of the counts (blocks, N) of all layers that choose."""
     if not counts:
         return None, None
-    never = torch.cat([(blocks == 0).flatten() for blocks in counts])
-    return never.double().mean().item(), torch.cat(
-        [_balance(blocks.double()) for blocks in counts]
-    ).mean().item()
+    never = torch.cat([(blocks == 0).flatten() for blocks in counts]).double()
+    balance = torch.cat([_balance(blocks.double()) for blocks in counts])
+    return never.mean().item(), balance.mean().item()
 
 
 def _balance(blocks: Tensor) -> Tensor:
