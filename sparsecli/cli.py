@@ -370,6 +370,9 @@ def bench(
     sparse: Annotated[
         bool, typer.Option("--sparse", help="Only sparse variants; with --dense, both.")
     ] = False,
+    mixture: Annotated[
+        bool, typer.Option("--mixture", help="Only mixtures of experts; without these three, all.")
+    ] = False,
     model: Annotated[
         list[str] | None,
         typer.Option(metavar="DIR", help="A trained run in place of random weights; may be repeated."),
@@ -465,6 +468,7 @@ def bench(
         loaded,
         dense=dense,
         sparse=sparse,
+        mixture=mixture,
         names=variant or None,
         backends=backend or None,
         peers=peer or None,

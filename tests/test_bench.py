@@ -51,7 +51,20 @@ def test_groups_choose_rows(dense: bool, sparse: bool, names: list[str]) -> None
     assert [candidate.name for candidate in chosen] == names
 
 
+def test_mixtures_are_a_group_of_their_own() -> None:
+    recipe = load("bench-800m").recipe
+    everything = variants.from_recipe(recipe.model, recipe.bench)
+    names = [candidate.name for candidate in variants.choose(everything, mixture=True)]
+    assert names == ["MoE 1 of 64", "MoE 2 of 128", "MoE 1 of 21", "MoE 2 of 43", "MoE 2 of 8"]
+    both = variants.choose(everything, dense=True, sparse=True)
+    assert [candidate.name for candidate in [*both, *variants.choose(everything, mixture=True)]] == [
+        candidate.name for candidate in variants.choose(everything)
+    ]
+
+
 def test_a_group_without_rows_is_an_error() -> None:
+    with pytest.raises(console.Failure, match=r"group sparse or mixture .*; leave out --sparse --mixture"):
+        command.run(loaded(variants=VARIANTS[:1]), sparse=True, mixture=True)
     with pytest.raises(console.Failure, match="no variant belongs to group dense"):
         command.run(loaded(variants=VARIANTS[1:]), dense=True)
 

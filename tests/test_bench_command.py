@@ -184,6 +184,7 @@ def test_the_default_context_is_what_a_trained_run_has_positions_for(
         ({}, "dense"),
         ({"attention": {"projection": "dense_conv"}}, "dense"),
         ({"feed_forward": SPARSE}, "sparse"),
+        ({"feed_forward": {"kind": "mixture", "d_ff": 32, "experts": 4}}, "mixture"),
         ({"attention": {"projection": "multiplicative_conv"}}, "sparse"),
         ({"attention": {"output_projection": "multiplicative"}}, "sparse"),
         ({"vocabulary": {"kind": "multiplicative", "size": 50, "modules": 2}}, "sparse"),

@@ -20,7 +20,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [block for kind, block in fenced if kind == language]
 
 
 def commands() -> list[object]:
@@ -55,6 +56,8 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
     if as_shipped(words):
         words.append("--dry-run")
     if words[0] == "train":
+        if "train.init_from=runs/full" in words and not Path("runs/full").exists():
+            run("train", *shortened("quickstart"), "model.attention={}", "--output", "runs/full")
         words = words if "--resume" in words else [*shorten_training(words), "--output", fresh("trained")]
     elif words[0] == "sparsify-convert":
         trained("quickstart-dense")  # stands in for models that would have to be fetched

@@ -143,7 +143,7 @@ def test_all_problems_at_once_in_the_order_of_the_file():
         ),
         (
             ("description: small", "bench: {variants: [{name: a, group: dens}]}"),
-            "r.yaml:1:30: bench.variants[0].group: expected one of dense, sparse, got 'dens', "
+            "r.yaml:1:30: bench.variants[0].group: expected one of dense, sparse, mixture, got 'dens', "
             "did you mean dense?",
         ),
         (
@@ -159,6 +159,46 @@ def test_all_problems_at_once_in_the_order_of_the_file():
 def test_problem(change, line):
     assert change[0] in SMALL
     assert line in problems(SMALL.replace(*change))
+
+
+MIXTURE = SMALL.replace("    kind: sparse\n", "    kind: mixture\n").replace(
+    "    block_size: 16\n    rank: 4\n", "    experts: 8\n    experts_per_token: 2\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            ("d_ff: 128", "d_ff: 100"),
+            "r.yaml:9:5: model.feed_forward.d_ff: 100 is not a multiple of experts 8; nearest: 96 and 104",
+        ),
+        (
+            ("experts: 8", "experts: 2"),
+            "r.yaml:11:5: model.feed_forward.experts_per_token: 2 of 2 experts leaves none to skip",
+        ),
+        (
+            ("experts: 8", "experts: 1"),
+            "r.yaml:10:5: model.feed_forward.experts: expected a whole number of at least 2, got 1",
+        ),
+        (
+            ("experts_per_token: 2", "experts_per_token: 9"),
+            "r.yaml:11:5: model.feed_forward.experts_per_token: expected one of 1, 2, got 9",
+        ),
+        (
+            ("experts_per_token: 2", "load_balancing: -1"),
+            "r.yaml:11:5: model.feed_forward.load_balancing: expected a number of at least 0, got -1",
+        ),
+        (
+            ("layers: 2", "layers: 2\n  feed_forward_chunk: 16"),
+            "r.yaml:5:3: model.feed_forward_chunk: load_balancing counts all tokens at once; set "
+            "feed_forward.load_balancing: 0",
+        ),
+    ],
+)
+def test_problem_of_a_mixture(change, line):
+    assert change[0] in MIXTURE
+    assert line in problems(MIXTURE.replace(*change))
 
 
 def test_check_across_blocks():

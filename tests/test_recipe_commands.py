@@ -23,6 +23,7 @@ def test_shipped_names():
         "quickstart",
         "quickstart-dense",
         "quickstart-dense-conv",
+        "quickstart-mixture",
         "quickstart-convert",
         "quickstart-upcycle",
         "upcycle-smollm2",
@@ -41,9 +42,29 @@ def test_conversion_fits_its_dense_model():
 def test_twins_agree_in_size():
     counts = {
         name: commands.sizes(loader.load(name).recipe)[0][1].total
-        for name in ("quickstart", "quickstart-dense", "quickstart-dense-conv")
+        for name in ("quickstart", "quickstart-dense", "quickstart-dense-conv", "quickstart-mixture")
     }
     assert max(counts.values()) / min(counts.values()) < 1.01
+
+
+def test_the_mixture_is_quickstart_but_for_its_units():
+    mixture, sparse = loader.load("quickstart-mixture").recipe, loader.load("quickstart").recipe
+    assert mixture.model.model_copy(update={"feed_forward": sparse.model.feed_forward}) == sparse.model
+    assert (mixture.data, mixture.train, mixture.seed) == (sparse.data, sparse.train, sparse.seed)
+
+
+def test_mixtures_of_the_benchmark_read_what_sparse_layers_read():
+    loaded = loader.load("bench-800m").recipe
+    read = {label: size.active for label, size in commands.sizes(loaded)}
+    spec = {variant.name: variant.model.feed_forward for variant in loaded.bench.variants}
+    sparse = spec["+ Sparse FF"]
+    units = sparse.d_ff * sparse.units_per_block / sparse.block_size
+    for name in ("MoE 1 of 64", "MoE 2 of 128"):
+        used = spec[name].d_ff * spec[name].experts_per_token / spec[name].experts
+        assert used == pytest.approx(units, rel=0.04)
+        assert read[name] < read["+ Sparse FF"]
+    for name in ("MoE 1 of 21", "MoE 2 of 43"):
+        assert read[name] == pytest.approx(read["+ Sparse FF"], rel=0.002)
 
 
 @pytest.mark.parametrize("name", ["bench-800m", "bench-17b"])

@@ -35,6 +35,7 @@ def run(
     *,
     dense: bool = False,
     sparse: bool = False,
+    mixture: bool = False,
     names: Sequence[str] | None = None,
     backends: Sequence[str] | None = None,
     peers: Sequence[str] | None = None,
@@ -87,7 +88,8 @@ def run(
     chosen = {name: value for name, value in given.items() if value is not None}
     bench = (loaded.recipe.bench or BenchSpec.model_construct(variants=[])).model_copy(update=chosen)
     folder = disk_folder or Path()
-    candidates = variants.choose(_candidates(loaded, models), dense=dense, sparse=sparse, names=names)
+    groups = {"dense": dense, "sparse": sparse, "mixture": mixture}
+    candidates = variants.choose(_candidates(loaded, models), **groups, names=names)
     if "context" not in bench.model_fields_set:
         bench = bench.model_copy(update={"context": [_context(bench, candidates)]})
     what = _plan(bench, candidates, models)
@@ -197,7 +199,7 @@ def _default_backends() -> list[Literal["native", "torch"]]:
 
 def _check_over(over: str | None, what: Plan) -> None:
     """Before an expensive measurement: is there such a row?"""
-    subjects = [subject for subject in what.subjects() if subject.group != "sparse"]
+    subjects = [subject for subject in what.subjects() if subject.group in ("dense", "peer")]
     there = list(dict.fromkeys(f"{subject.backend}:{subject.dtype}" for subject in subjects))
     if over is not None and over not in there:
         raise console.Failure(

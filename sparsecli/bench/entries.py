@@ -153,7 +153,7 @@ def rows(entries: Sequence[Entry], gb_per_second: float, over: str | None) -> li
         subject = entry.subject
         if subject.group == "dense":
             baselines.setdefault(subject.key[1:], entry)
-        if subject.group != "sparse" and over == f"{subject.backend}:{subject.dtype}":
+        if subject.group in ("dense", "peer") and over == f"{subject.backend}:{subject.dtype}":
             rivals.setdefault(subject.key[3:], entry)
     return [
         _row(entry, baselines.get(entry.subject.key[1:]), rivals.get(entry.subject.key[3:]), gb_per_second)

@@ -123,7 +123,7 @@ class Subject(_Record):
 
     variant: str
     """The variant's name in the recipe, or the name of the trained run."""
-    group: Literal["dense", "sparse", "peer"]
+    group: Literal["dense", "sparse", "mixture", "peer"]
     """What it is compared as; `peer` is another program."""
     backend: str
     """Who computed it."""

@@ -19,6 +19,8 @@ from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreeme
 from sparsecli.recipe.schema import BenchSpec, PaperFigures, PrecisionChanges, Variant
 from sparsecli.train.run_directory import read_facts
 
+Group = Literal["dense", "sparse", "mixture"]
+
 UNCHANGED = PrecisionChanges()
 
 
@@ -27,7 +29,7 @@ class Candidate:
     """A model to measure."""
 
     name: str
-    group: Literal["dense", "sparse"]
+    group: Group
     spec: ModelSpec
     sizes: Sizes
     run: Path | None = None  # a trained model's folder; without it the weights are random
@@ -92,8 +94,10 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _group(spec: ModelSpec) -> Literal["dense", "sparse"]:
-    """Dense: no unit of the feed-forward layer is skipped, and no layer is multiplicative."""
+def _group(spec: ModelSpec) -> Group:
+    """Mixture: of experts. Dense: no unit of the feed-forward layer is skipped, and no layer is multiplicative."""
+    if spec.feed_forward.kind == "mixture":
+        return "mixture"
     attention = spec.attention
     kinds = {
         spec.feed_forward.kind,
@@ -105,9 +109,14 @@ def _group(spec: ModelSpec) -> Literal["dense", "sparse"]:
 
 
 def choose(
-    candidates: Sequence[Candidate], *, dense: bool, sparse: bool, names: Sequence[str] | None = None
+    candidates: Sequence[Candidate],
+    *,
+    dense: bool = False,
+    sparse: bool = False,
+    mixture: bool = False,
+    names: Sequence[str] | None = None,
 ) -> list[Candidate]:
-    """Those of the wanted groups and names; neither flag means both groups.
+    """Those of the wanted groups and names; no flag means all groups.
 
     Raises `Failure` when none is left, or for a name that none has.
     """
@@ -116,12 +125,13 @@ def choose(
         if all(candidate.name != name for candidate in candidates):
             raise console.Failure(f"--variant: there is no {name!r} (there are: {known})", exit_code=2)
     candidates = [candidate for candidate in candidates if not names or candidate.name in names]
-    wanted = {"dense": dense or not sparse, "sparse": sparse or not dense}
-    chosen = [candidate for candidate in candidates if wanted[candidate.group]]
+    flags: dict[Group, bool] = {"dense": dense, "sparse": sparse, "mixture": mixture}
+    groups = [group for group, wanted in flags.items() if wanted]
+    chosen = [candidate for candidate in candidates if not groups or candidate.group in groups]
     if not chosen:
-        missing = "dense" if dense else "sparse"
+        options = " ".join(f"--{group}" for group in groups)
         raise console.Failure(
-            f"no variant belongs to group {missing} (there are: {known}); leave out --{missing}"
+            f"no variant belongs to group {' or '.join(groups)} (there are: {known}); leave out {options}"
         )
     return chosen
 

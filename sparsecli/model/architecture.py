@@ -186,6 +186,8 @@ class ModelSpec(Block):
         if isinstance(chosen, list) and len(chosen) != self.layers:
             raise fault("feed_forward.units_per_block", f"{len(chosen)} numbers for {self.layers} blocks")
         self._check_streams()
+        if self.feed_forward_chunk:
+            self._check_chunk()
         if self.positions == "axial":
             self._check_axial()
         if self.low_bit.projection and not dense:
@@ -213,6 +215,15 @@ class ModelSpec(Block):
             raise fault(
                 "vocabulary.tied", "the logits of two streams side by side are twice as wide as the embedding"
             )
+
+    def _check_chunk(self) -> None:
+        of_encoder = self.encoder and self.encoder.feed_forward
+        for place, layer in (("", self.feed_forward), ("encoder.", of_encoder)):
+            if layer and layer.kind == "mixture" and layer.load_balancing:
+                message = (
+                    f"load_balancing counts all tokens at once; set {place}feed_forward.load_balancing: 0"
+                )
+                raise fault("feed_forward_chunk", message)
 
     def _check_axial(self) -> None:
         if self.axial is None:

@@ -188,12 +188,16 @@ class MixtureFeedForwardSpec(Block):
     """Scale of the Gumbel noise that is added to the log-probabilities when training."""
     gate: Literal["none", "probability"] = "none"
     """`probability` multiplies an expert by its router probability (as in Switch Transformer)."""
+    load_balancing: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the loss that keeps all experts in use when training (as in Switch Transformer); 0 is none."""
 
     @model_validator(mode="after")
     def _check(self) -> MixtureFeedForwardSpec:
         check_multiple("d_ff", self.d_ff, "experts", self.experts)
         if self.experts_per_token >= self.experts:
-            raise fault("experts_per_token", f"{self.experts_per_token} of {self.experts} experts skips none")
+            raise fault(
+                "experts_per_token", f"{self.experts_per_token} of {self.experts} experts leaves none to skip"
+            )
         return self
 
 

@@ -211,8 +211,8 @@ class Variant(Block):
 
     name: str
     """Row label."""
-    group: Literal["dense", "sparse"]
-    """`--dense` and `--sparse` choose by this."""
+    group: Literal["dense", "sparse", "mixture"]
+    """`--dense`, `--sparse` and `--mixture` choose by this."""
     model: VariantModel = VariantModel()
     """What differs from the recipe's model."""
     precision: PrecisionChanges = PrecisionChanges()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsecli.data.examples import Example, Examples
 from sparsecli.model.architecture import IGNORED
-from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
+from sparsecli.model.layers.feed_forward import MixtureFeedForward, SparseFeedForward, choose
 from sparsecli.model.terraformer import TerraformerForConditionalGeneration
 from sparsecli.train.divergence import divergence
 
@@ -27,9 +27,9 @@ class HeldOut:
     tokens: int
     """Tokens that were predicted."""
     never_chosen: float | None
-    """Share of the sparse layers' units that no token chose; None without sparse layers."""
+    """Share of the sparse layers' units, or of a mixture's experts, that no token chose; None without either."""
     balance: float | None
-    """Entropy of the choices in a block over that of even choices, mean of all blocks; 1 is even."""
+    """Entropy of the choices in a block, or among experts, over that of even choices, their mean; 1 is even."""
     kl_to_teacher: float | None = None
     """KL(teacher || model) in nats per predicted token; None without a teacher."""
 
@@ -62,9 +62,10 @@ def evaluate(
     try:
         with ExitStack() as stack:
             named = model.named_modules()
-            choices = [_Choices(name, layer) for name, layer in named if isinstance(layer, SparseFeedForward)]
+            kinds = SparseFeedForward | MixtureFeedForward
+            choices = [_Choices(name, layer) for name, layer in named if isinstance(layer, kinds)]
             for counter in choices:
-                stack.callback(counter.controller.register_forward_hook(counter.count).remove)
+                stack.callback(counter.chooser.register_forward_hook(counter.count).remove)
             for start in range(rank * batch_size, len(examples), ranks * batch_size):
                 if stopped():
                     return None
@@ -106,32 +107,42 @@ def _read(model: PreTrainedModel, batch: Example) -> tuple[Tensor, Tensor]:
 
 
 class _Choices:
-    """How often each unit of a layer is chosen, `counts`: int64 (blocks, N)."""
+    """How often each unit of a layer is chosen, `counts`: int64 (blocks, N). Experts are one block."""
 
-    def __init__(self, name: str, layer: SparseFeedForward) -> None:
+    def __init__(self, name: str, layer: SparseFeedForward | MixtureFeedForward) -> None:
         self.of_encoder = "encoder" in name.split(".")
-        self.controller, self.units_per_block = layer.controller, layer.units_per_block
-        blocks = layer.up.shape[0] // layer.block_size
-        self.counts = torch.zeros(blocks, layer.block_size, dtype=torch.int64, device=layer.up.device)
+        self.chooser: nn.Module
+        if isinstance(layer, MixtureFeedForward):
+            self.chooser, self.chosen = layer.router, layer.experts_per_token
+            shape = (1, layer.experts)
+        else:
+            self.chooser, self.chosen = layer.controller, layer.units_per_block
+            shape = (layer.up.shape[0] // layer.block_size, layer.block_size)
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=layer.up.device)
 
     def expect(self, read: Tensor) -> None:
         """The layer is to see a batch; only where `read`, bool (B, T), is true its choices count."""
         self.read = read.flatten()
 
-    def count(self, controller: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-        """Called by the controller with the logits (tokens, blocks, N) of the next tokens of the batch."""
+    def count(self, chooser: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        """Called with the logits (tokens, blocks, N), or (tokens, E), of the next tokens of the batch."""
         read, self.read = self.read.split((len(logits), len(self.read) - len(logits)))
-        chosen = choose(logits[read], self.units_per_block)
+        chosen = choose(logits.view(len(logits), *self.counts.shape)[read], self.chosen)
         first = torch.arange(0, self.counts.numel(), self.counts.shape[1], device=chosen.device)
         rows = (chosen + first[:, None]).flatten()
         self.counts += torch.bincount(rows, minlength=self.counts.numel()).view_as(self.counts)
 
 
 def _evenness(counts: list[Tensor]) -> tuple[float | None, float | None]:
-    """Share of units never chosen, and balance, of the counts (blocks, N) of all sparse layers."""
+    """Share of units never chosen, and balance, of the counts (blocks, N) of all layers that choose."""
     if not counts:
         return None, None
-    blocks = torch.cat(counts).double()  # every block of every layer
+    never = torch.cat([(blocks == 0).flatten() for blocks in counts]).double()
+    balance = torch.cat([_balance(blocks.double()) for blocks in counts])
+    return never.mean().item(), balance.mean().item()
+
+
+def _balance(blocks: Tensor) -> Tensor:
+    """Entropy of the choices of every block over that of even ones, of counts (blocks, N): (blocks,)."""
     shares = blocks / blocks.sum(dim=-1, keepdim=True).clamp(min=1)
-    entropy = torch.special.entr(shares).sum(dim=-1)
-    return (blocks == 0).double().mean().item(), (entropy / math.log(blocks.shape[-1])).mean().item()
+    return torch.special.entr(shares).sum(dim=-1) / math.log(blocks.shape[-1])

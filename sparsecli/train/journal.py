@@ -89,6 +89,8 @@ class Journal(TrainerCallback):
                 "learning_rate": logs["learning_rate"],
                 "tokens_per_second": round(speed, 1),
             }
+            if "load_balancing" in logs:
+                row["load_balancing"] = logs["load_balancing"]
             self.shown = {"loss": logs["loss"], "tokens_per_second": round(speed)}
         elif "held_out_nats" in logs:
             row = {name: logs[name] for name in FIGURES if logs.get(name) is not None}

@@ -149,6 +149,8 @@ class LanguageModelTrainer(Trainer):
         self.bytes_per_token, self.bf16 = bytes_per_token, bf16
         self.teacher: TeacherModel | None = None
         self.checkpoints, self.keep, self.signals = checkpoints, keep, signals
+        self.mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureFeedForward)]
+        self.balancing: list[Tensor] = []  # a number for every batch since the last log
         # All target tokens of a step count alike: the Trainer hands the model their number. A step of windows, which
         # are equally long, is the mean of its batches' means; the number would include their first tokens, which are
         # not predicted.
@@ -160,6 +162,24 @@ class LanguageModelTrainer(Trainer):
     def compute_loss_context_manager(self) -> Any:
         """What training and evaluation run in."""
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch, forward and backward."""
+        for layer in self.mixtures:  # their own loss does not pass through the Trainer, which would divide it
+            layer.balancing_share = 1 / self.current_gradient_accumulation_steps
+        loss = super().training_step(*args, **kwargs)
+        noted = [layer.balancing for layer in self.mixtures if layer.balancing is not None]
+        if noted:
+            self.balancing.append(torch.stack(noted).mean())
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what the Trainer has, and beside the loss the load-balancing loss of mixtures."""
+        if "loss" in logs and self.balancing:
+            mean, self.balancing = torch.stack(self.balancing).mean(), []
+            processes = self.args.world_size
+            logs["load_balancing"] = (mean if processes == 1 else self._add_up(mean) / processes).item()
+        super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         lengths = self.examples.lengths()

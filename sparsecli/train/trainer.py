@@ -217,11 +217,12 @@ def _longest(data: DataSpec) -> tuple[int, int]:
 def _print_result(result: Result, recipe: Recipe, output: Path) -> None:
     """The figures that there are and that say something of such a model and such data."""
     copies = recipe.data is not None and recipe.data.copies  # of what is no text
+    mixed = recipe.model is not None and recipe.model.feed_forward.kind == "mixture"
     figures = [
         ("held-out nats per token", result.held_out_nats, ".4f"),
         ("held-out bits per byte", None if copies else result.bits_per_byte, ".4f"),
         ("training tokens per second", result.tokens_per_second or None, ",.0f"),
-        ("units never chosen", result.never_chosen, ".2%"),
+        ("experts never chosen" if mixed else "units never chosen", result.never_chosen, ".2%"),
         ("balance of choices", result.balance, ".4f"),
         ("KL to the teacher", result.kl_to_teacher, ".4f"),
         ("copied exactly", result.exact_match, ".2%"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecli.model.layers.balancing import load_balancing_loss, with_loss
 from sparsecli.model.layers.decisions import decided
 from sparsecli.model.layers.dropout import shared_dropout
 
@@ -294,7 +295,16 @@ class MixtureFeedForward(nn.Module):
 
     Without `probability_gate` the chosen expert enters with weight 1 and the router learns through a
     straight-through mask; with it the mask is hard times probability, as in Switch Transformer.
+
+    Args:
+        load_balancing: weight of the loss that keeps all experts in use, over all tokens of a training call, padding
+            included; see `load_balancing_loss`. It enters the backward pass, not the value that is minimised.
     """
+
+    balancing: Tensor | None = None
+    """That loss in the last training call, not weighted."""
+    balancing_share: float = 1.0
+    """Share of an optimizer step that a training call is; below 1 where gradients of several are accumulated."""
 
     def __init__(
         self,
@@ -306,6 +316,7 @@ class MixtureFeedForward(nn.Module):
         hard_fraction: float = 0.5,
         temperature: float = 0.7,
         probability_gate: bool = False,
+        load_balancing: float = 0.01,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -321,6 +332,7 @@ class MixtureFeedForward(nn.Module):
         self.hard_fraction = hard_fraction
         self.temperature = temperature
         self.probability_gate = probability_gate
+        self.load_balancing = load_balancing
         self.dropout = dropout
         self.reset_parameters()
 
@@ -335,6 +347,7 @@ class MixtureFeedForward(nn.Module):
         logits = self.router(tokens)  # (tokens, experts)
         if self.training:
             y = shared_dropout(self._masked(tokens, self._training_mask(logits)), self.dropout, True, (-2,))
+            y = self._balanced(y, logits)
         else:
             chosen = choose(logits, self.experts_per_token)
             scale = logits.softmax(dim=-1).gather(-1, chosen) if self.probability_gate else None
@@ -347,6 +360,13 @@ class MixtureFeedForward(nn.Module):
             return training_mask(logits, self.experts_per_token, self.temperature, self.hard_fraction)[0]
         noisy, _ = training_mask(logits.detach(), self.experts_per_token, self.temperature, hard_fraction=1.0)
         return noisy * logits.float().softmax(dim=-1)
+
+    def _balanced(self, y: Tensor, logits: Tensor) -> Tensor:
+        """y with the load-balancing loss of what decoding would choose, noise left out and soft draws alike."""
+        chosen = decided(lambda: choose(logits.detach(), self.experts_per_token), below=self.experts)
+        loss = load_balancing_loss(logits, chosen)
+        self.balancing = loss.detach()
+        return with_loss(y, loss, self.load_balancing * self.balancing_share) if self.load_balancing else y
 
     def evaluate_sliced(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
         """x (1, d), chosen (1, k) -> (1, d), reading the chosen experts only."""
