@@ -25,7 +25,7 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks that neither measure the machine's memory nor wait to see whether it is busy."""
     from sparsecli.bench import machine, roofline
 
-    monkeypatch.setattr(roofline, "bandwidth", lambda: 20.0)
+    monkeypatch.setattr(roofline, "bandwidth", lambda **_: 20.0)
     monkeypatch.setattr(machine, "BUSY_SECONDS", 0.01)
 
 
@@ -43,7 +43,7 @@ def result() -> object:
     from sparsecli.bench import command, roofline
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "bandwidth", lambda: 20.0)
+        patch.setattr(roofline, "bandwidth", lambda **_: 20.0)
         return command.run(loaded(), format="json", threads=[1])
 
 

@@ -260,7 +260,7 @@ def test_slower_memory_is_told_after_the_result_is_written(
 ) -> None:
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(table.as_json(result), encoding="utf-8")
-    monkeypatch.setattr(roofline, "bandwidth", lambda: 10.0)
+    monkeypatch.setattr(roofline, "bandwidth", lambda **_: 10.0)
     command.run(loaded(), against=old, output=new, format="json", threads=[1])
     told = " ".join(capsys.readouterr().err.split())
     assert 0 <= told.find("wrote") < told.find("memory reads 10.0 GB/s, 20.0 in the earlier result")

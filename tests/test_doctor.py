@@ -13,7 +13,7 @@ from sparsecli.decode import native
 
 @pytest.fixture(autouse=True)
 def _known_bandwidth(monkeypatch):
-    monkeypatch.setattr(doctor.roofline, "bandwidth", lambda: 12.5)
+    monkeypatch.setattr(doctor.roofline, "bandwidth", lambda **_: 12.5)
 
 
 def test_json_holds_the_figures(capsys):

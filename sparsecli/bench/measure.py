@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -125,11 +125,17 @@ class Turn:
         return self.layers / self.measured_layers
 
 
-def measure(turns: Sequence[Turn], rounds: int, seed: int, progress: Progress) -> None:
+def measure(
+    turns: Sequence[Turn],
+    rounds: int,
+    seed: int,
+    progress: Progress,
+    between: Callable[[], None] = lambda: None,
+) -> None:
     """Give every row its turn, `rounds` times over, so that a disturbance hits all rows alike.
 
     A turn starts from the same cached context every time, with a token that is new in every round: greedy
-    decoding from the same token would read the same units in every round.
+    decoding from the same token would read the same units in every round. `between` is called between rounds.
     """
     random = np.random.default_rng(seed)
     # Tokens as fractions of the vocabulary, whose size may differ from row to row.
@@ -141,7 +147,9 @@ def measure(turns: Sequence[Turn], rounds: int, seed: int, progress: Progress) -
     gc.collect()
     gc.freeze()  # what is there stays: to look through it again in every turn would take longer than many a turn
     try:
-        for start in starts:
+        for index, start in enumerate(starts):
+            if index:
+                between()
             for turn in turns:
                 _take(turn, int(start * turn.vocabulary))
                 progress.advance()

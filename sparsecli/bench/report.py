@@ -23,11 +23,18 @@ class Bandwidth(_Record):
     """GB/s before the first round."""
     after: Annotated[float, Field(gt=0)]
     """GB/s after the last round."""
+    best: float | None = None
+    """GB/s of the best of several probes over the whole run; null in older results."""
 
     @property
     def mean(self) -> float:
-        """GB/s that the memory limit is computed with."""
+        """GB/s before and after, for the comparison of two results."""
         return (self.before + self.after) / 2
+
+    @property
+    def limit(self) -> float:
+        """GB/s that the memory limit is computed with."""
+        return max(self.best or 0.0, self.before, self.after)
 
 
 class Processor(_Record):
@@ -198,6 +205,10 @@ class Row(Subject):
     """Median of the dense row of the same backend, dtype and sizes over this median."""
     speedup_over: float | None = None
     """The same over the row that `--over` names."""
+    speedup_rests_on: float | None = None
+    """Share of the memory limit of the dense row that `speedup` is over, where it is less than 70 %; else null."""
+    speedup_over_peer: float | None = None
+    """Over the fastest dense row of another program with as many bits or more (`--peer`)."""
     bandwidth_fraction: float | None
     """Share of the memory limit reached."""
     held_out_nats: float | None

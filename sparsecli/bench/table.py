@@ -12,6 +12,7 @@ from rich import box
 from rich.cells import cell_len
 from rich.table import Table
 
+from sparsecli.bench import yardsticks
 from sparsecli.bench.report import Change, Result, Row
 
 # -- figures as text -----------------------------------------------------------------------------------------
@@ -74,8 +75,12 @@ COLUMNS = (
     ),
     Column("disk\nMB / s", lambda row: f"{row.disk_mb_s:.0f}" if row.disk_mb_s is not None else None),
     Column("tokens\n/ s", lambda row: f"{row.tokens_per_second:.1f}"),
-    Column("speed-\nup", lambda row: f"{row.speedup:.2f}x" if row.speedup else None),
+    Column("speed-\nup", lambda row: _speedup(row)),
     Column("over\nthat", lambda row: f"{row.speedup_over:.2f}x" if row.speedup_over else None),
+    Column(
+        "over best\ndense peer",
+        lambda row: f"{row.speedup_over_peer:.2f}x" if row.speedup_over_peer else None,
+    ),
     Column(
         "of memory\nlimit",
         lambda row: f"{row.bandwidth_fraction:.0%}" if row.bandwidth_fraction is not None else None,
@@ -93,6 +98,12 @@ COLUMNS = (
 NAMING = 7  # columns that say which row it is
 SAID_BELOW = ("backend\n", "threads\n", "context\n", "batch\n")
 """Columns that are left out when all their cells are alike: the caption says it once."""
+
+
+def _speedup(row: Row) -> str | None:
+    if row.speedup is None:
+        return None
+    return f"{'~' if row.speedup_rests_on else ''}{row.speedup:.2f}x"
 
 
 def _weights(row: Row) -> str:
@@ -148,7 +159,7 @@ def caption(result: Result) -> str:
         text += f"{threads[0]} thread{'s' if threads[0] > 1 else ''}, "
     text += (
         f"backend {backends}; memory reads {machine.bandwidth_gb_s.before:.1f} GB/s before, "
-        f"{machine.bandwidth_gb_s.after:.1f} after; "
+        f"{machine.bandwidth_gb_s.after:.1f} after, {machine.bandwidth_gb_s.limit:.1f} at best; "
     )
     if len(contexts) == 1:
         text += f"context {contexts[0]}, "
@@ -168,6 +179,8 @@ def caption(result: Result) -> str:
         text += " Times of a batch are over its sequences."
     if result.over:
         text += f" Over that: over the first dense or peer row of {result.over}, at the same sizes."
+    if weak := yardsticks.warnings(result.rows):
+        text += "".join(f" ~ {line}." for line in weak)
     if any(row.projected for row in result.rows):
         text += " * projected: some blocks were measured and their time multiplied out."
     for backend, told in {row.backend: row.peer_settings for row in result.rows if row.peer_settings}.items():
