@@ -13,7 +13,8 @@ import psutil
 import torch
 
 from sparsecli import __version__, console
-from sparsecli.bench import machine, roofline
+from sparsecli.bench import engine_share, machine, roofline
+from sparsecli.bench.yardsticks import LEAST_SHARE
 from sparsecli.decode import native
 from sparsecli.decode.engine import processors
 
@@ -56,11 +57,13 @@ class Diagnosis:
     available_gb: float
     bandwidth_gb_s: float
     """Reading memory with all of torch's threads."""
+    engine_share: dict[str, float] | None
+    """Share of that bandwidth that the native engine's matrix-vector product reaches, by weight type."""
     backends: list[Backend]
 
 
 def run(format: Literal["table", "json"]) -> None:
-    """Examine the machine (about a second) and show the result on stdout."""
+    """Examine the machine (a few seconds) and show the result on stdout."""
     diagnosis = examine()
     if format == "json":
         console.json_out(asdict(diagnosis))
@@ -71,7 +74,8 @@ def run(format: Literal["table", "json"]) -> None:
 def examine(cpuinfo: Path = machine.CPUINFO) -> Diagnosis:
     """Look at this machine; the bandwidth is measured."""
     name, flags = machine.processor(cpuinfo)
-    memory = psutil.virtual_memory()
+    memory, bandwidth = psutil.virtual_memory(), roofline.bandwidth()
+    backend = _native()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Diagnosis(
         versions={
@@ -87,12 +91,13 @@ def examine(cpuinfo: Path = machine.CPUINFO) -> Diagnosis:
         torch_isa=torch.backends.cpu.get_cpu_capability(),
         memory_gb=round(memory.total / 1e9, 1),
         available_gb=round(memory.available / 1e9, 1),
-        bandwidth_gb_s=round(roofline.bandwidth(), 2),
+        bandwidth_gb_s=round(bandwidth, 2),
+        engine_share=engine_share.shares(bandwidth) if backend.usable else None,
         backends=[
             Backend(
                 "torch", True, f"torch {torch.__version__} with {torch.backends.cpu.get_cpu_capability()}"
             ),
-            _native(),
+            backend,
         ],
     )
 
@@ -130,6 +135,9 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
         ("memory", f"{diagnosis.memory_gb:.1f} GB", f"{diagnosis.available_gb:.1f} GB free"),
         ("bandwidth", f"{limit:.1f} GB/s", f"1 GB of weights per token: at best {limit:.1f} tokens/s"),
     ]
+    for kind, share in (diagnosis.engine_share or {}).items():
+        note = "" if share >= LEAST_SHARE else "slow: speed-ups against such dense rows say little"
+        result.append((f"engine: {kind}", f"{share:.0%}", note or "of the bandwidth, one token's products"))
     for backend in diagnosis.backends:
         result.append((f"decode: {backend.name}", "yes" if backend.usable else "no", backend.reason))
     return result

@@ -14,6 +14,7 @@ from sparsecli.decode import native
 @pytest.fixture(autouse=True)
 def _known_bandwidth(monkeypatch):
     monkeypatch.setattr(doctor.roofline, "bandwidth", lambda **_: 12.5)
+    monkeypatch.setattr(doctor.engine_share, "WEIGHT_BYTES", 2**22)
 
 
 def test_json_holds_the_figures(capsys):
@@ -22,6 +23,11 @@ def test_json_holds_the_figures(capsys):
     assert found["versions"]["torch"] == version("torch")
     assert found["bandwidth_gb_s"] == 12.5
     assert found["usable_cpus"] >= 1
+    if native.available() is None:
+        assert list(found["engine_share"]) == ["float32", "bfloat16", "int8", "int4"]
+        assert min(found["engine_share"].values()) > 0
+    else:
+        assert found["engine_share"] is None
     assert found["memory_gb"] >= found["available_gb"] > 0
     assert [(backend["name"], backend["usable"]) for backend in found["backends"]] == [
         ("torch", True),
