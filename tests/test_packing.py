@@ -535,3 +535,32 @@ def test_a_file_can_be_read_tensor_by_tensor(saved: Path) -> None:
     with TensorFile(saved) as file:
         read = file.read("blocks.0.units")
     np.testing.assert_array_equal(read, packed("sparse", INT8).tensors["blocks.0.units"])
+
+
+@needs_the_engine
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_positions", 2**54),
+        ("max_positions", 2**31),
+        ("d_model", 2**40),
+        ("layers", 2**17),
+        ("heads", 2**17),
+    ],
+)
+def test_sizes_that_would_wrap_in_64_bits_are_refused(field: str, value: int) -> None:
+    """A crafted description: the product of such a size and another is zero in 64 bits."""
+    model = packed("sparse")
+    crafted = replace(model, spec=model.spec.model_copy(update={field: value}))
+    with pytest.raises((Failure, ValueError)) as caught:
+        start(crafted)
+    assert "\n" not in str(caught.value)
+
+
+@needs_the_engine
+def test_a_tensor_shorter_than_its_plan_is_refused() -> None:
+    model = packed("sparse")
+    name = "positions" if "positions" in model.tensors else "embedding"
+    crafted = replace(model, tensors={**model.tensors, name: model.tensors[name][:-64]})
+    with pytest.raises(ValueError, match=f"{name}: has .* elements, expected"):
+        start(crafted)

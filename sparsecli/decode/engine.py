@@ -94,6 +94,8 @@ class Engine:
             tensor = tensors[slot.key]
             if tensor.itemsize != WIDTHS[kind]:
                 raise ValueError(f"{slot.key}: is {tensor.dtype}, expected {kind}")
+            if tensor.size < slot.elements:  # in whole numbers of any size: the library's have 64 bits
+                raise ValueError(f"{slot.key}: has {tensor.size} elements, expected {slot.elements}")
             scale = tensors.get(f"{slot.key}.scale") if kind == "int8" else None
             scales = 0 if scale is None else min(scale.size, slot.scales)
             if scale is not None and scale.dtype != np.float32:

@@ -52,8 +52,21 @@ void in_passes(const std::vector<Row>& rows, const sparsecli_shape& shape, const
     }
 }
 
+// Bounds for which no product of sizes that is computed anywhere leaves 64 bits: a tensor then has less than 2^61 bytes.
 std::string check(const sparsecli_shape& s) {
     const auto wrong = [](const char* what) { return std::string(what) + " is out of range"; };
+    const auto outside = [](int64_t value, int64_t first, int64_t last) { return value < first || value > last; };
+    if (outside(s.max_positions, 1, int64_t(1) << 30)) return wrong("max_positions, at most 2^30,");
+    if (outside(s.activation, RELU, GELU_TANH)) return wrong("activation");
+    if (outside(s.projection, DENSE, MULTIPLICATIVE_CONV)) return wrong("projection");
+    if (outside(s.output, NO_OUTPUT, MULTIPLICATIVE_CONV_OUTPUT)) return wrong("output");
+    if (outside(s.value_concat, NO_CONCAT, CONCAT_WHOLE)) return wrong("value_concat");
+    if (outside(s.positions, LEARNED, ROTARY)) return wrong("positions");
+    if (outside(s.cache_type, FLOAT32, INT8)) return wrong("the type of the cache");
+    if (outside(s.history_type, FLOAT32, BFLOAT16)) return wrong("the type of convolutions");
+    if (outside(s.head_modules, 0, s.vocabulary)) return wrong("head_modules");
+    if (outside(s.query_modules, 0, s.d_model)) return wrong("query_modules");
+    if (outside(s.most_keys, 0, int64_t(1) << 30)) return wrong("the keys that a token attends to");
     if (s.d_model < 1 || s.d_model > 1 << 20) return wrong("d_model");
     if (s.layers < 1 || s.layers > 1 << 16) return wrong("layers");
     if (s.heads < 1 || s.heads > 1 << 16) return wrong("heads");
