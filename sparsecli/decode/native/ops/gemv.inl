@@ -42,6 +42,8 @@ struct Dot {
     static constexpr int ROWS = 4, TOKENS = 6;  // of a tile, whose sums stay in registers
 #elif defined(SPARSECLI_AVX2)
     static constexpr int ROWS = 3, TOKENS = 4;
+#elif defined(SPARSECLI_NEON)
+    static constexpr int ROWS = 4, TOKENS = 5;
 #else
     static constexpr int ROWS = 2, TOKENS = 4;
 #endif
@@ -57,16 +59,18 @@ struct Dot<int8_t> {
     using Input = int16_t;
     using Sum = Ints;
     static constexpr int64_t STEP = 2 * WIDTH;
-#if defined(SPARSECLI_AVX512)
+#if defined(SPARSECLI_AVX512) && defined(SPARSECLI_VNNI)
     static constexpr int ROWS = 4, TOKENS = 6;
-#elif defined(SPARSECLI_AVX2)
-    static constexpr int ROWS = 2, TOKENS = 4;
+#elif defined(SPARSECLI_AVX512)
+    static constexpr int ROWS = 4, TOKENS = 4;
+#elif defined(SPARSECLI_NEON)
+    static constexpr int ROWS = 4, TOKENS = 4;
 #else
     static constexpr int ROWS = 2, TOKENS = 4;
 #endif
     static Shorts weights(const int8_t* from) { return shorts_of(from); }
     static Shorts input(const int16_t* from) { return shorts_of(from); }
-    static Ints add(Ints total, Shorts w, Shorts x) { return add_pairs(total, w, x); }
+    static Ints add(Ints total, Shorts w, Shorts x) { return add_all(total, w, x); }
     static Floats floats(Ints total) { return __builtin_convertvector(total, Floats); }
     static const int16_t* inputs(const Activations& x, int64_t token) { return x.integers + token * x.stride; }
 };

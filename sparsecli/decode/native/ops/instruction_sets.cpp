@@ -44,6 +44,7 @@ const InstructionSet instruction_sets[INSTRUCTION_SETS] = {
     {"avx512", has_avx512, avx512_ops},
     {"avx2_vnni", has_avx2_vnni, avx2_vnni_ops},
     {"avx2", has_avx2, avx2_ops},
+    {"neon", [] { return neon_ops() != nullptr; }, neon_ops},  // every 64-bit Arm processor has it
     {"portable", [] { return true; }, portable_ops},
 };
 

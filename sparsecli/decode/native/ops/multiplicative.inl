@@ -148,6 +148,8 @@ constexpr int tile_rows(int vectors) {
     return vectors == 4 ? 6 : 8;
 #elif defined(SPARSECLI_AVX2)
     return vectors == 2 ? 3 : 4;
+#elif defined(SPARSECLI_NEON)
+    return sizeof(W) == 1 ? 3 : vectors == 2 ? 3 : 5;
 #else
     return 2;
 #endif

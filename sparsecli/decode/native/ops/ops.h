@@ -184,7 +184,7 @@ struct InstructionSet {
 };
 
 // Every instruction set, the best first.
-inline constexpr int64_t INSTRUCTION_SETS = 6;
+inline constexpr int64_t INSTRUCTION_SETS = 7;
 extern const InstructionSet instruction_sets[INSTRUCTION_SETS];
 
 // The ops of an instruction set by its name, of the best one for "auto"; null where this processor or build lacks it.
@@ -196,5 +196,6 @@ const Ops* avx2_vnni_ops();
 const Ops* avx512_ops();
 const Ops* avx512_vnni_ops();
 const Ops* avx512_bf16_ops();
+const Ops* neon_ops();
 
 }  // namespace sparsecli

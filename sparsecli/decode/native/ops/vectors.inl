@@ -44,6 +44,8 @@ inline Floats fused(Floats sum, Floats a, Floats b) {
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
 #elif defined(SPARSECLI_AVX2)
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(SPARSECLI_NEON)
+    return (Floats)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
 #else
     return sum + a * b;
 #endif
@@ -98,6 +100,8 @@ inline float sum(Floats v) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#elif defined(SPARSECLI_NEON)
+    return vaddvq_f32((float32x4_t)v);
 #else
     return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
@@ -116,6 +120,9 @@ inline float sum(const Vector& v) {
 inline float maximum(const Vector& v) {
 #if defined(SPARSECLI_AVX512)
     return _mm512_reduce_max_ps((__m512)v.part[0]);
+#elif defined(SPARSECLI_NEON)
+    const auto part = [&](int p) { return (float32x4_t)v.part[p]; };
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(part(0), part(1)), vmaxq_f32(part(2), part(3))));
 #else
     Floats top = v.part[0];
 #pragma GCC unroll 4
@@ -338,6 +345,8 @@ inline Ints rounded(Floats values, Floats inverse) {
     return (Ints)_mm512_cvtps_epi32((__m512)(values * inverse));
 #elif defined(SPARSECLI_AVX2)
     return (Ints)_mm256_cvtps_epi32((__m256)(values * inverse));
+#elif defined(SPARSECLI_NEON)
+    return (Ints)vcvtnq_s32_f32((float32x4_t)(values * inverse));
 #else
     const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it loses its fraction
     return (Ints)(values * inverse + magic) - (Ints)magic;
@@ -371,9 +380,23 @@ inline Ints add_pairs(Ints total, Shorts a, Shorts b) {
     return total + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(SPARSECLI_AVX2)
     return total + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(SPARSECLI_NEON)  // neighbours are added up, as elsewhere: lanes may be outputs
+    const int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    const int32x4_t high = vmull_high_s16((int16x8_t)a, (int16x8_t)b);
+    return total + (Ints)vpaddq_s32(low, high);
 #else
     const Ints x = (Ints)a, y = (Ints)b;
     return total + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// The same where it does not matter which products meet in a lane.
+inline Ints add_all(Ints total, Shorts a, Shorts b) {
+#if defined(SPARSECLI_NEON)
+    const int32x4_t low = vmlal_s16((int32x4_t)total, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    return (Ints)vmlal_high_s16(low, (int16x8_t)a, (int16x8_t)b);
+#else
+    return add_pairs(total, a, b);
 #endif
 }
 
@@ -422,6 +445,9 @@ inline void sum_four(Floats a, Floats b, Floats c, Floats d, float* out) {
     const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps((__m256)c, (__m256)d), _mm256_unpackhi_ps((__m256)c, (__m256)d));
     const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#elif defined(SPARSECLI_NEON)
+    const float32x4_t ab = vpaddq_f32((float32x4_t)a, (float32x4_t)b), cd = vpaddq_f32((float32x4_t)c, (float32x4_t)d);
+    vst1q_f32(out, vpaddq_f32(ab, cd));
 #else
     const Floats four[4] = {a, b, c, d};
     for (int i = 0; i < 4; ++i) out[i] = sum(four[i]);
