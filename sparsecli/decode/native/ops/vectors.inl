@@ -12,6 +12,11 @@ constexpr int WIDTH = 4;
 #endif
 constexpr int PARTS = LANES / WIDTH;
 
+// Sums over four neighbouring products of bytes: of unsigned with signed ones, or on Arm without I8MM of signed ones.
+#if defined(SPARSECLI_VNNI) || defined(SPARSECLI_NEON)
+#define SPARSECLI_QUADS 1
+#endif
+
 typedef float Floats __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
 typedef int16_t Shorts __attribute__((vector_size(WIDTH * 4)));  // twice as many
@@ -44,6 +49,8 @@ inline Floats fused(Floats sum, Floats a, Floats b) {
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
 #elif defined(SPARSECLI_AVX2)
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(SPARSECLI_NEON)
+    return (Floats)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
 #else
     return sum + a * b;
 #endif
@@ -98,6 +105,8 @@ inline float sum(Floats v) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#elif defined(SPARSECLI_NEON)
+    return vaddvq_f32((float32x4_t)v);
 #else
     return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
@@ -120,6 +129,9 @@ inline float maximum(const Vector& v) {
     Floats top = v.part[0];
 #pragma GCC unroll 4
     for (int p = 1; p < PARTS; ++p) top = top > v.part[p] ? top : v.part[p];
+#if defined(SPARSECLI_NEON)
+    return vmaxnmvq_f32((float32x4_t)top);
+#endif
     float best = top[0];
     for (int i = 1; i < WIDTH; ++i) best = best > top[i] ? best : top[i];
     return best;
@@ -160,6 +172,8 @@ inline Floats floats_of(const uint16_t* from) {
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
 #elif defined(SPARSECLI_AVX2)
     return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#elif defined(SPARSECLI_NEON)
+    return (Floats)vshll_n_u16(vld1_u16(from), 16);
 #else
     typedef uint16_t Four __attribute__((vector_size(8), aligned(2), may_alias));
     return (Floats)(__builtin_convertvector(*(const Four*)from, Ints) << 16);
@@ -185,6 +199,30 @@ inline Vector load(const W* from) {
     return v;
 }
 
+#if defined(SPARSECLI_NEON)  // more of them at a time
+inline Vector floats_of(int8x16_t bytes) {
+    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+    Vector v;
+    v.part[0] = (Floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
+    v.part[1] = (Floats)vcvtq_f32_s32(vmovl_high_s16(low));
+    v.part[2] = (Floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
+    v.part[3] = (Floats)vcvtq_f32_s32(vmovl_high_s16(high));
+    return v;
+}
+
+inline Vector load(const int8_t* from) { return floats_of(vld1q_s8(from)); }
+
+inline Vector load(const uint16_t* from) {
+    const uint16x8_t low = vld1q_u16(from), high = vld1q_u16(from + 8);
+    Vector v;
+    v.part[0] = (Floats)vshll_n_u16(vget_low_u16(low), 16);
+    v.part[1] = (Floats)vshll_high_n_u16(low, 16);
+    v.part[2] = (Floats)vshll_n_u16(vget_low_u16(high), 16);
+    v.part[3] = (Floats)vshll_high_n_u16(high, 16);
+    return v;
+}
+#endif
+
 // Pairs of bfloat16 that lie in 32 bits each: the first and the second of every pair.
 inline Floats first_of(Ints pairs) { return (Floats)(pairs << 16); }
 inline Floats second_of(Ints pairs) { return (Floats)(pairs & int32_t(0xffff0000)); }
@@ -205,8 +243,13 @@ inline Ints bfloat16_bits(Floats values) {
 }
 
 inline void store(uint16_t* to, const Vector& v) {
-#if defined(SPARSECLI_BF16)
+#if defined(SPARSECLI_BF16) && defined(SPARSECLI_AVX512)
     *(__m256i_u*)to = (__m256i)_mm512_cvtneps_pbh((__m512)v.part[0]);
+#elif defined(SPARSECLI_BF16)
+#pragma GCC unroll 2
+    for (int p = 0; p < PARTS; p += 2)
+        vst1q_u16(to + p * WIDTH, (uint16x8_t)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)v.part[p]),
+                                                                  (float32x4_t)v.part[p + 1]));
 #else
     typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
     typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
@@ -338,6 +381,8 @@ inline Ints rounded(Floats values, Floats inverse) {
     return (Ints)_mm512_cvtps_epi32((__m512)(values * inverse));
 #elif defined(SPARSECLI_AVX2)
     return (Ints)_mm256_cvtps_epi32((__m256)(values * inverse));
+#elif defined(SPARSECLI_NEON)
+    return (Ints)vcvtnq_s32_f32((float32x4_t)(values * inverse));
 #else
     const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it loses its fraction
     return (Ints)(values * inverse + magic) - (Ints)magic;
@@ -350,6 +395,8 @@ inline Shorts shorts_of(const int8_t* from) {
     return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
 #elif defined(SPARSECLI_AVX2)
     return (Shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+#elif defined(SPARSECLI_NEON)
+    return (Shorts)vmovl_s8(vld1_s8(from));
 #else
     typedef int8_t Eight __attribute__((vector_size(8), aligned(1), may_alias));
     return __builtin_convertvector(*(const Eight*)from, Shorts);
@@ -389,22 +436,101 @@ inline Ints pair_everywhere(const void* from) {
 #endif
 }
 
-#if defined(SPARSECLI_VNNI)
-inline Ints add_quads(Ints total, Ints bytes, Ints signed_bytes) {  // four neighbours: unsigned with signed bytes
+// Bytes of a panel, which holds them with 128 added; PANEL_ZERO is what they still have too much here.
+#if defined(SPARSECLI_NEON) && !defined(SPARSECLI_I8MM)
+constexpr int32_t PANEL_ZERO = 0;
+inline Ints panel_bytes(const void* from) { return *(const IntsAt*)from ^ int32_t(0x80808080); }
+#else
+constexpr int32_t PANEL_ZERO = 128;
+inline Ints panel_bytes(const void* from) { return *(const IntsAt*)from; }
+#endif
+
+#if defined(SPARSECLI_QUADS)
+// Four neighbours each: bytes of a panel and signed ones.
+inline Ints add_quads(Ints total, Ints bytes, Ints signed_bytes) {
 #if defined(SPARSECLI_AVX512)
     asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(bytes), "v"(signed_bytes));
-#else
-    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(total) : "x"(bytes), "x"(signed_bytes));
-#endif
     return total;
+#elif defined(SPARSECLI_VNNI)
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(total) : "x"(bytes), "x"(signed_bytes));
+    return total;
+#elif defined(SPARSECLI_I8MM)
+    return (Ints)vusdotq_s32((int32x4_t)total, (uint8x16_t)bytes, (int8x16_t)signed_bytes);
+#elif defined(SPARSECLI_DOTPROD)
+    return (Ints)vdotq_s32((int32x4_t)total, (int8x16_t)bytes, (int8x16_t)signed_bytes);
+#else  // two products of at most 127 and 128 fit into 16 bits
+    const int8x16_t a = (int8x16_t)bytes, b = (int8x16_t)signed_bytes;
+    const int16x8_t pairs = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+    return (Ints)vpadalq_s16((int32x4_t)total, pairs);
+#endif
 }
 #endif
 
 #if defined(SPARSECLI_BF16)
 inline Floats add_pairs(Floats total, Ints a, Ints b) {  // bfloat16 with bfloat16
+#if defined(SPARSECLI_AVX512)
     asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
     return total;
+#else
+    return (Floats)vbfdotq_f32((float32x4_t)total, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#endif
 }
+#endif
+
+// -- 8-bit weights with 16-bit activations ------------------------------------------------------------------
+
+// INTEGERS of each at a time, every product in some lane. Activations are integers of at most LARGEST, and Sums what is
+// summed up in registers.
+#if defined(SPARSECLI_DOTPROD)
+// Sixteen activations are their sixteen low bytes, then their sixteen high ones, all signed: 256 high + low.
+constexpr int64_t INTEGERS = 4 * WIDTH;
+constexpr int32_t LARGEST = 127 * 256 + 127;
+typedef int8_t Bytes __attribute__((vector_size(WIDTH * 4)));
+struct Integers {
+    Ints low, high;
+};
+struct Sums {
+    Ints low, high;
+};
+
+inline Bytes weights_of(const int8_t* from) { return (Bytes)(*(const IntsAt*)from); }
+inline Integers integers_of(const int16_t* from) { return {*(const IntsAt*)from, *(const IntsAt*)(from + 2 * WIDTH)}; }
+
+inline Ints add_signed_quads(Ints total, Ints a, Ints b) {
+    return (Ints)vdotq_s32((int32x4_t)total, (int8x16_t)a, (int8x16_t)b);
+}
+inline Sums add_products(const Sums& total, Bytes w, const Integers& x) {
+    return {add_signed_quads(total.low, (Ints)w, x.low), add_signed_quads(total.high, (Ints)w, x.high)};
+}
+inline Ints total_of(const Sums& sums) { return sums.low + (sums.high << 8); }
+
+// `count` integers, a multiple of INTEGERS, from 16 bits each to their bytes.
+inline void arrange(int16_t* integers, int64_t count) {
+    for (int64_t i = 0; i < count; i += INTEGERS) {
+        const Shorts a = shorts_of(integers + i), b = shorts_of(integers + i + 2 * WIDTH);
+        *(IntsAt*)(integers + i) = (Ints)vuzp1q_s8((int8x16_t)a, (int8x16_t)b);
+        *(IntsAt*)(integers + i + 2 * WIDTH) = (Ints)vuzp2q_s8((int8x16_t)(a + 128), (int8x16_t)(b + 128));
+    }
+}
+#else
+constexpr int64_t INTEGERS = 2 * WIDTH;
+constexpr int32_t LARGEST = 32767;
+using Integers = Shorts;
+using Sums = Ints;
+
+inline Shorts weights_of(const int8_t* from) { return shorts_of(from); }
+inline Shorts integers_of(const int16_t* from) { return shorts_of(from); }
+
+inline Ints add_products(Ints total, Shorts w, Shorts x) {
+#if defined(SPARSECLI_NEON)
+    const int16x8_t a = (int16x8_t)w, b = (int16x8_t)x;
+    return (Ints)vmlal_high_s16(vmlal_s16((int32x4_t)total, vget_low_s16(a), vget_low_s16(b)), a, b);
+#else
+    return add_pairs(total, w, x);
+#endif
+}
+inline Ints total_of(Ints sums) { return sums; }
+inline void arrange(int16_t*, int64_t) {}
 #endif
 
 // -- sums over lanes -----------------------------------------------------------------------------------------
@@ -422,6 +548,9 @@ inline void sum_four(Floats a, Floats b, Floats c, Floats d, float* out) {
     const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps((__m256)c, (__m256)d), _mm256_unpackhi_ps((__m256)c, (__m256)d));
     const __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#elif defined(SPARSECLI_NEON)
+    const float32x4_t ab = vpaddq_f32((float32x4_t)a, (float32x4_t)b), cd = vpaddq_f32((float32x4_t)c, (float32x4_t)d);
+    vst1q_f32(out, vpaddq_f32(ab, cd));
 #else
     const Floats four[4] = {a, b, c, d};
     for (int i = 0; i < 4; ++i) out[i] = sum(four[i]);
