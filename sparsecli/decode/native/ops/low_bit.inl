@@ -238,16 +238,27 @@ inline Codes total_of(const PanelSums& sums) {
     return all;
 }
 
-// totals += quads of bytes with those of one lane.
-inline void add_quads_of_lane(Codes& totals, const Codes& codes, Ints x, int lane) {
+// totals += quads of bytes with those of one lane of x.
+template <int LANE>
+inline void add_lane(Codes& totals, const Codes& codes, Ints x) {
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) {
-        const int32x4_t total = (int32x4_t)totals.part[p];
-        const int8x16_t a = (int8x16_t)codes.part[p], b = (int8x16_t)x;
-        totals.part[p] = (Lanes)(lane == 0   ? vdotq_laneq_s32(total, a, b, 0)
-                                 : lane == 1 ? vdotq_laneq_s32(total, a, b, 1)
-                                 : lane == 2 ? vdotq_laneq_s32(total, a, b, 2)
-                                             : vdotq_laneq_s32(total, a, b, 3));
+        Lanes total = totals.part[p];  // by value, so that it stays in a register
+        asm("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(total) : "w"(codes.part[p]), "w"(x), "i"(LANE));
+        totals.part[p] = total;
+    }
+}
+
+inline void add_lane(Codes& totals, const Codes& codes, Ints x, int lane) {
+    switch (lane) {
+        case 0:
+            return add_lane<0>(totals, codes, x);
+        case 1:
+            return add_lane<1>(totals, codes, x);
+        case 2:
+            return add_lane<2>(totals, codes, x);
+        default:
+            return add_lane<3>(totals, codes, x);
     }
 }
 
@@ -262,8 +273,8 @@ struct Sixteen {
         high = (Ints)vqtbl1q_s8((int8x16_t)all.high, order);
     }
     void add_to(PanelSums& sums, const Codes& codes, int i) const {
-        add_quads_of_lane(sums.low, codes, low, i);
-        add_quads_of_lane(sums.high, codes, high, i);
+        add_lane(sums.low, codes, low, i);
+        add_lane(sums.high, codes, high, i);
     }
 };
 #else
@@ -372,14 +383,18 @@ inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_
         PanelSums sums[T] = {};
         for (int64_t at = 0; at < LOW_BIT_GROUP; at += 16) {
             const int16_t* group = x + g * LOW_BIT_GROUP + at;
+            const Codes* codes = apart + at / TOGETHER;
+#if defined(SPARSECLI_NEON)
+            asm("" : "+r"(codes) : : "memory");  // read where they are used: registers are few
+#endif
             Sixteen<BITS> inputs[T];
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) inputs[t] = Sixteen<BITS>(group + t * stride);
 #pragma GCC unroll 4
             for (int i = 0; i < STEPS; ++i) {
-                const Codes codes = apart[at / TOGETHER + i];
+                const Codes some = codes[i];
 #pragma GCC unroll 8
-                for (int t = 0; t < T; ++t) inputs[t].add_to(sums[t], codes, i);
+                for (int t = 0; t < T; ++t) inputs[t].add_to(sums[t], some, i);
             }
         }
 #pragma GCC unroll 8

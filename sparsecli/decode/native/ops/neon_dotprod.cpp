@@ -9,6 +9,8 @@
 #pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
 #else
 #pragma GCC target("arch=armv8.2-a+dotprod")
+// Loads that GCC moves ahead before it allots registers leave too few of them for sums.
+#pragma GCC optimize("no-schedule-insns")
 #endif
 #define SPARSECLI_NEON 1
 #define SPARSECLI_DOTPROD 1

@@ -247,9 +247,12 @@ inline void store(uint16_t* to, const Vector& v) {
     *(__m256i_u*)to = (__m256i)_mm512_cvtneps_pbh((__m512)v.part[0]);
 #elif defined(SPARSECLI_BF16)
 #pragma GCC unroll 2
-    for (int p = 0; p < PARTS; p += 2)
-        vst1q_u16(to + p * WIDTH, (uint16x8_t)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)v.part[p]),
-                                                                  (float32x4_t)v.part[p + 1]));
+    for (int p = 0; p < PARTS; p += 2) {
+        Ints eight;
+        asm("bfcvtn %0.4h, %1.4s" : "=w"(eight) : "w"(v.part[p]));
+        asm("bfcvtn2 %0.8h, %1.4s" : "+w"(eight) : "w"(v.part[p + 1]));
+        *(IntsAt*)(to + p * WIDTH) = eight;
+    }
 #else
     typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
     typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
@@ -385,7 +388,11 @@ inline Ints rounded(Floats values, Floats inverse) {
     return (Ints)vcvtnq_s32_f32((float32x4_t)(values * inverse));
 #else
     const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it loses its fraction
-    return (Ints)(values * inverse + magic) - (Ints)magic;
+    Floats product = values * inverse;
+#if defined(__aarch64__)
+    asm("" : "+w"(product));  // a sum of its own: fused with the product it would round some ties differently
+#endif
+    return (Ints)(product + magic) - (Ints)magic;
 #endif
 }
 
@@ -455,9 +462,11 @@ inline Ints add_quads(Ints total, Ints bytes, Ints signed_bytes) {
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(total) : "x"(bytes), "x"(signed_bytes));
     return total;
 #elif defined(SPARSECLI_I8MM)
-    return (Ints)vusdotq_s32((int32x4_t)total, (uint8x16_t)bytes, (int8x16_t)signed_bytes);
+    asm("usdot %0.4s, %1.16b, %2.16b" : "+w"(total) : "w"(bytes), "w"(signed_bytes));
+    return total;
 #elif defined(SPARSECLI_DOTPROD)
-    return (Ints)vdotq_s32((int32x4_t)total, (int8x16_t)bytes, (int8x16_t)signed_bytes);
+    asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(total) : "w"(bytes), "w"(signed_bytes));
+    return total;
 #else  // two products of at most 127 and 128 fit into 16 bits
     const int8x16_t a = (int8x16_t)bytes, b = (int8x16_t)signed_bytes;
     const int16x8_t pairs = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
@@ -470,10 +479,10 @@ inline Ints add_quads(Ints total, Ints bytes, Ints signed_bytes) {
 inline Floats add_pairs(Floats total, Ints a, Ints b) {  // bfloat16 with bfloat16
 #if defined(SPARSECLI_AVX512)
     asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
-    return total;
 #else
-    return (Floats)vbfdotq_f32((float32x4_t)total, (bfloat16x8_t)a, (bfloat16x8_t)b);
+    asm("bfdot %0.4s, %1.8h, %2.8h" : "+w"(total) : "w"(a), "w"(b));
 #endif
+    return total;
 }
 #endif
 
@@ -497,7 +506,8 @@ inline Bytes weights_of(const int8_t* from) { return (Bytes)(*(const IntsAt*)fro
 inline Integers integers_of(const int16_t* from) { return {*(const IntsAt*)from, *(const IntsAt*)(from + 2 * WIDTH)}; }
 
 inline Ints add_signed_quads(Ints total, Ints a, Ints b) {
-    return (Ints)vdotq_s32((int32x4_t)total, (int8x16_t)a, (int8x16_t)b);
+    asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(total) : "w"(a), "w"(b));
+    return total;
 }
 inline Sums add_products(const Sums& total, Bytes w, const Integers& x) {
     return {add_signed_quads(total.low, (Ints)w, x.low), add_signed_quads(total.high, (Ints)w, x.high)};
