@@ -14,7 +14,9 @@ LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
 INTERFACE_VERSION = 6  # of native/engine.h
-INSTRUCTION_SETS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon", "portable")
+INSTRUCTION_SETS = (
+    "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_i8mm_bf16", "neon_dotprod", "neon", "portable",
+)  # fmt: skip
 KERNELS = ("auto", "native", "reference")
 
 SHAPE_FIELDS = (

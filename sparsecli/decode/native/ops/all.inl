@@ -18,6 +18,7 @@ namespace {
 
 constexpr Ops make_table(const char* name) {
     return {.name = name,
+            .bytes = LARGEST < 32767,
             .quantise = quantise,
             .matmul = matmul,
             .multiplicative = multiplicative,

@@ -1,34 +1,83 @@
 // The controller's second factor and the choice of units. Part of all.inl, inside its namespaces.
 
+// RANKS ranks of WIDTH (of four ranks, twice as many) units, and what they are summed up in.
+#if defined(SPARSECLI_DOTPROD)  // two pairs side by side are a quad; the last pair may be alone
+constexpr int64_t RANKS = 4;
+using RankSums = Sums;
+struct Ranks {
+    Ints units[2];
+};
+
+inline Ranks ranks_of(const int8_t* from, int64_t next, bool half) {
+    const int16x8_t a = (int16x8_t)(*(const IntsAt*)from),
+                    b = half ? int16x8_t{} : (int16x8_t)(*(const IntsAt*)(from + next));
+    return {(Ints)vzip1q_s16(a, b), (Ints)vzip2q_s16(a, b)};
+}
+
+inline void add_ranks(Sums* totals, const Ranks& ranks, const int16_t* integers, int64_t rank) {
+    const int8_t* x = (const int8_t*)(integers + rank / INTEGERS * INTEGERS) + rank % INTEGERS;
+    const Ints low = pair_everywhere(x), high = pair_everywhere(x + INTEGERS);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        totals[i].low = add_signed_quads(totals[i].low, ranks.units[i], low);
+        totals[i].high = add_signed_quads(totals[i].high, ranks.units[i], high);
+    }
+}
+
+inline Ints units_of(const Sums& sums) { return total_of(sums); }
+#else
+constexpr int64_t RANKS = 2;
+inline Shorts ranks_of(const int8_t* from, int64_t, bool) { return shorts_of(from); }
+#if defined(SPARSECLI_NEON)
+struct RankSums {  // products of the first and of the last four numbers, neighbours not yet added up
+    Ints first, last;
+};
+
+inline void add_ranks(RankSums* total, Shorts ranks, const int16_t* integers, int64_t rank) {
+    const int16x8_t w = (int16x8_t)ranks, x = (int16x8_t)pair_everywhere(integers + rank);
+    total->first = (Ints)vmlal_s16((int32x4_t)total->first, vget_low_s16(w), vget_low_s16(x));
+    total->last = (Ints)vmlal_high_s16((int32x4_t)total->last, w, x);
+}
+
+inline Ints units_of(const RankSums& sums) { return (Ints)vpaddq_s32((int32x4_t)sums.first, (int32x4_t)sums.last); }
+#else
+using RankSums = Ints;
+inline void add_ranks(Ints* total, Shorts ranks, const int16_t* integers, int64_t rank) {
+    *total = add_pairs(*total, ranks, (Shorts)pair_everywhere(integers + rank));
+}
+inline Ints units_of(Ints sums) { return sums; }
+#endif
+#endif
+
 // Logits of one block for T tokens, V vectors of units from `unit` on.
 template <int T, int V>
 inline void block_logits(const Matrix& w, int64_t block, int64_t width, int64_t rank, int64_t unit,
                          const Activations& z, int64_t token, float* logits) {
     const int64_t start = block * width * rank;
-    if (w.type == INT8) {  // pairs of ranks: 16-bit products, summed exactly
+    if (w.type == INT8) {  // 16-bit products, summed exactly
         const int8_t* from = (const int8_t*)w.data + start + unit * 2;
-        const int16_t* integers = z.integers + token * z.stride;
         constexpr int N = V * PARTS;
-        Ints totals[T][N];
+        RankSums totals[T][N];
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t)
 #pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) totals[t][n] = Ints{};
-        for (int64_t i = 0; i < rank; i += 2)
+            for (int n = 0; n < N; ++n) totals[t][n] = RankSums{};
+        for (int64_t i = 0; i < rank; i += RANKS) {
+            const bool half = i + 2 >= rank;
 #pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) {
-                const Shorts pairs = shorts_of(from + i * width + 2 * WIDTH * n);
+            for (int n = 0; n < N; n += RANKS / 2) {
+                const auto ranks = ranks_of(from + i * width + 2 * WIDTH * n, 2 * width, half);
 #pragma GCC unroll 8
-                for (int t = 0; t < T; ++t)
-                    totals[t][n] = add_pairs(totals[t][n], pairs, (Shorts)pair_everywhere(integers + t * z.stride + i));
+                for (int t = 0; t < T; ++t) add_ranks(totals[t] + n, ranks, z.integers + (token + t) * z.stride, i);
             }
+        }
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t)
 #pragma GCC unroll 16
             for (int n = 0; n < N; ++n) {
                 const Floats scale = floats_of(w.scale + block * width + unit + n * WIDTH) * z.scales[token + t];
                 *(FloatsAt*)(logits + t * width + unit + n * WIDTH) =
-                    __builtin_convertvector(totals[t][n], Floats) * scale;
+                    __builtin_convertvector(units_of(totals[t][n]), Floats) * scale;
             }
         return;
     }
@@ -71,7 +120,11 @@ inline void block_logits(const Matrix& w, int64_t block, int64_t width, int64_t 
 template <int T>
 inline void all_logits(const Matrix& w, int64_t block, int64_t width, int64_t rank, const Activations& z, int64_t token,
                        float* logits) {
+#if defined(SPARSECLI_NEON)
+    constexpr int V = T == 1 ? 2 : 1;  // sums that stay in registers
+#else
     constexpr int V = T == 1 ? 4 : 2;
+#endif
     int64_t unit = 0;
     for (; unit + V * LANES <= width; unit += V * LANES)
         block_logits<T, V>(w, block, width, rank, unit, z, token, logits);
@@ -93,6 +146,15 @@ inline int64_t largest(const float* logits, int64_t width) {
         };
         const unsigned equal = equal_in(u) | equal_in(u + WIDTH) << WIDTH;
         if (equal) return u + __builtin_ctz(equal);
+#elif defined(SPARSECLI_NEON)
+        const Floats wanted = broadcast(best);
+        const auto equal_in = [&](int part) { return (int32x4_t)(floats_of(logits + u + part * WIDTH) == wanted); };
+        const int16x8_t low = vcombine_s16(vmovn_s32(equal_in(0)), vmovn_s32(equal_in(1)));
+        const int16x8_t high = vcombine_s16(vmovn_s32(equal_in(2)), vmovn_s32(equal_in(3)));
+        // four bits a lane
+        const uint8x8_t bits = vshrn_n_u16((uint16x8_t)vcombine_s8(vmovn_s16(low), vmovn_s16(high)), 4);
+        const uint64_t equal = vget_lane_u64(vreinterpret_u64_u8(bits), 0);
+        if (equal) return u + __builtin_ctzll(equal) / 4;
 #else
         for (int64_t i = u; i < u + LANES; ++i)
             if (logits[i] == best) return i;

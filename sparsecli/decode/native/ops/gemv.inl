@@ -10,7 +10,7 @@ inline float largest_magnitude(const float* values, int64_t count) {
 
 float quantise(const float* values, int64_t count, int16_t* integers, int32_t* sums) {
     const float limit = largest_magnitude(values, count);
-    const Floats inverse = broadcast(limit > NOTHING ? 32767 / limit : 0);
+    const Floats inverse = broadcast(limit > NOTHING ? float(LARGEST) / limit : 0);
     typedef int16_t Narrow __attribute__((vector_size(WIDTH * 2)));
     typedef int16_t NarrowAt __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
     for (int64_t group = 0; group < count; group += LOW_BIT_GROUP) {
@@ -21,12 +21,13 @@ float quantise(const float* values, int64_t count, int16_t* integers, int32_t* s
             total += whole;
             *(NarrowAt*)(integers + i) = __builtin_convertvector(whole, Narrow);
         }
+        arrange(integers + group, LOW_BIT_GROUP);
         if (!sums) continue;
         int32_t all = 0;
         for (int i = 0; i < WIDTH; ++i) all += total[i];
         sums[group / LOW_BIT_GROUP] = all;
     }
-    return limit / 32767;
+    return limit / float(LARGEST);
 }
 
 // -- dot products --------------------------------------------------------------------------------------------
@@ -38,12 +39,10 @@ struct Dot {
     using Input = float;
     using Sum = Floats;
     static constexpr int64_t STEP = WIDTH;
-#if defined(SPARSECLI_AVX512)
+#if defined(SPARSECLI_AVX512) || defined(SPARSECLI_NEON)
     static constexpr int ROWS = 4, TOKENS = 6;  // of a tile, whose sums stay in registers
 #elif defined(SPARSECLI_AVX2)
     static constexpr int ROWS = 3, TOKENS = 4;
-#elif defined(SPARSECLI_NEON)
-    static constexpr int ROWS = 4, TOKENS = 5;
 #else
     static constexpr int ROWS = 2, TOKENS = 4;
 #endif
@@ -57,27 +56,29 @@ struct Dot {
 template <>
 struct Dot<int8_t> {
     using Input = int16_t;
-    using Sum = Ints;
-    static constexpr int64_t STEP = 2 * WIDTH;
-#if defined(SPARSECLI_AVX512) && defined(SPARSECLI_VNNI)
+    using Sum = Sums;
+    static constexpr int64_t STEP = INTEGERS;
+#if defined(SPARSECLI_DOTPROD)
+    static constexpr int ROWS = 4, TOKENS = 3;
+#elif defined(SPARSECLI_NEON) || (defined(SPARSECLI_AVX512) && defined(SPARSECLI_VNNI))
     static constexpr int ROWS = 4, TOKENS = 6;
 #elif defined(SPARSECLI_AVX512)
-    static constexpr int ROWS = 4, TOKENS = 4;
-#elif defined(SPARSECLI_NEON)
     static constexpr int ROWS = 4, TOKENS = 4;
 #else
     static constexpr int ROWS = 2, TOKENS = 4;
 #endif
-    static Shorts weights(const int8_t* from) { return shorts_of(from); }
-    static Shorts input(const int16_t* from) { return shorts_of(from); }
-    static Ints add(Ints total, Shorts w, Shorts x) { return add_all(total, w, x); }
-    static Floats floats(Ints total) { return __builtin_convertvector(total, Floats); }
+    static auto weights(const int8_t* from) { return weights_of(from); }
+    static Integers input(const int16_t* from) { return integers_of(from); }
+    static Sum add(const Sum& total, decltype(weights_of(nullptr)) w, const Integers& x) {
+        return add_products(total, w, x);
+    }
+    static Floats floats(const Sum& total) { return __builtin_convertvector(total_of(total), Floats); }
     static const int16_t* inputs(const Activations& x, int64_t token) { return x.integers + token * x.stride; }
 };
 
 // As many products of 8-bit weights as fit into the lanes, whatever their sum.
 constexpr int64_t LONGEST = 512 * WIDTH;
-static_assert(LONGEST / WIDTH * 32767 * 127 < int64_t(1) << 31);
+static_assert(LONGEST / WIDTH * LARGEST * 127 < int64_t(1) << 31);
 static_assert(SPAN <= LONGEST);
 
 constexpr int DOT_ROWS = 4;  // of a product with few tokens: what is loaded of the vectors serves them all

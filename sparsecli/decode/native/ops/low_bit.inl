@@ -2,7 +2,7 @@
 // Part of all.inl, inside its namespaces.
 //
 // Every 32-bit lane belongs to one output. What is multiplied are pairs of 16-bit numbers: codes of two inputs that
-// lie next to each other, with the two activations. Codes are used where they lie in their 16 bits, times 1, 2, 16, 32
+// lie next to each other, with the two activations; on Arm with dot products of bytes, quads of codes in bytes. Codes are used where they lie in their 16 bits, times 1, 2, 16, 32
 // or 256, as long as sums fit into 32 bits: masks are cheaper than shifts. Each such factor has a sum of its own.
 
 typedef uint32_t Lanes __attribute__((vector_size(WIDTH * 4)));
@@ -32,6 +32,13 @@ inline Codes bytes_widened(const uint8_t* from) {
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p)
         c.part[p] = (Lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(from + p * WIDTH)));
+#elif defined(SPARSECLI_NEON)
+    const uint8x16_t bytes = vld1q_u8(from);
+    const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_high_u8(bytes);
+    c.part[0] = (Lanes)vmovl_u16(vget_low_u16(low));
+    c.part[1] = (Lanes)vmovl_high_u16(low);
+    c.part[2] = (Lanes)vmovl_u16(vget_low_u16(high));
+    c.part[3] = (Lanes)vmovl_high_u16(high);
 #else
     for (int i = 0; i < LANES; ++i) c.part[i / WIDTH][i % WIDTH] = from[i];
 #endif
@@ -85,6 +92,8 @@ inline void add_pairs(Codes& sums, const Codes& codes, const int16_t* x) {
 
 #if defined(SPARSECLI_AVX512)
 constexpr int LOW_BIT_TOKENS = 8;
+#elif defined(SPARSECLI_NEON)
+constexpr int LOW_BIT_TOKENS = 2;
 #else
 constexpr int LOW_BIT_TOKENS = 4;
 #endif
@@ -95,6 +104,7 @@ constexpr int FACTORS = 4;  // sums that a group has
 template <int BITS>
 struct Planes;
 
+#if !defined(SPARSECLI_DOTPROD)
 // Eight vectors; lane r of the i-th has inputs 8 i .. 8 i + 7 of output r, as four pairs: one code of each in either half.
 template <>
 struct Planes<4> {
@@ -158,6 +168,160 @@ struct Planes<3> {
     }
 };
 
+#else
+// The same memory as quads of inputs, one code in each byte. `order` is which of sixteen inputs these are.
+inline Codes bytes_shifted(Codes a, int bits) {
+    typedef uint8_t Bytes __attribute__((vector_size(WIDTH * 4)));
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) a.part[p] = (Lanes)((Bytes)a.part[p] >> bits);
+    return a;
+}
+
+template <>
+struct Planes<4> {
+    static constexpr int64_t BYTES = 512;
+    static constexpr int power[FACTORS] = {};
+    static constexpr uint8_t order[] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
+
+    template <class F>
+    static void visit(const uint8_t* from, const F& use) {
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; ++v) {
+            const Codes c = load_codes(from + 64 * v);
+            use(2 * v, 0, c & 0x0f0f0f0f);
+            use(2 * v + 1, 0, bytes_shifted(c, 4));
+        }
+    }
+};
+
+template <>
+struct Planes<3> {
+    static constexpr int64_t BYTES = 384;
+    static constexpr int power[FACTORS] = {};
+    static constexpr uint8_t order[] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
+
+    template <class F>
+    static void visit(const uint8_t* from, const F& use) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            const Codes two = load_codes(from + 64 * v), ones = load_codes(from + 64 * (4 + v / 2));
+            const Codes one = v % 2 ? rotated_right(ones, 2) : ones;
+            const Codes even = mixed(0x33333333, two, one), odd = mixed(0xcccccccc, two, one);
+            use(4 * v, 0, even & 0x07070707);
+            use(4 * v + 1, 0, bytes_shifted(odd, 1) & 0x07070707);
+            use(4 * v + 2, 0, bytes_shifted(even, 4) & 0x07070707);
+            use(4 * v + 3, 0, bytes_shifted(odd, 5));
+        }
+    }
+};
+#endif
+
+// Calls use(i, codes) for every pair (or quad) i of a group, with codes that no factor has multiplied.
+template <int BITS, class F>
+inline void visit_apart(const uint8_t* from, const F& use) {
+    Planes<BITS>::visit(from, [&](int i, int factor, const Codes& codes) {
+        use(i, halves_shifted(codes, Planes<BITS>::power[factor]));
+    });
+}
+
+// Sixteen activations, what codes that are apart do with them, and the sums that come of it.
+#if defined(SPARSECLI_DOTPROD)
+constexpr int TOGETHER = 4;
+struct PanelSums {
+    Codes low, high;
+};
+
+inline Codes total_of(const PanelSums& sums) {
+    Codes all;
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) all.part[p] = sums.low.part[p] + (sums.high.part[p] << 8);
+    return all;
+}
+
+// totals += quads of bytes with those of one lane of x.
+template <int LANE>
+inline void add_lane(Codes& totals, const Codes& codes, Ints x) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) {
+        Lanes total = totals.part[p];  // by value, so that it stays in a register
+        asm("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(total) : "w"(codes.part[p]), "w"(x), "i"(LANE));
+        totals.part[p] = total;
+    }
+}
+
+inline void add_lane(Codes& totals, const Codes& codes, Ints x, int lane) {
+    switch (lane) {
+        case 0:
+            return add_lane<0>(totals, codes, x);
+        case 1:
+            return add_lane<1>(totals, codes, x);
+        case 2:
+            return add_lane<2>(totals, codes, x);
+        default:
+            return add_lane<3>(totals, codes, x);
+    }
+}
+
+template <int BITS>
+struct Sixteen {
+    Ints low, high;
+    Sixteen() = default;
+    explicit Sixteen(const int16_t* x) {
+        const Integers all = integers_of(x);
+        const uint8x16_t order = vld1q_u8(Planes<BITS>::order);
+        low = (Ints)vqtbl1q_s8((int8x16_t)all.low, order);
+        high = (Ints)vqtbl1q_s8((int8x16_t)all.high, order);
+    }
+    void add_to(PanelSums& sums, const Codes& codes, int i) const {
+        add_lane(sums.low, codes, low, i);
+        add_lane(sums.high, codes, high, i);
+    }
+};
+#else
+constexpr int TOGETHER = 2;
+#if defined(SPARSECLI_NEON)
+struct PanelSums {  // products of the first and of the last four 16-bit numbers, neighbours not yet added up
+    Codes first, last;
+};
+
+inline Codes total_of(const PanelSums& sums) {
+    Codes all;
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p)
+        all.part[p] = (Lanes)vpaddq_s32((int32x4_t)sums.first.part[p], (int32x4_t)sums.last.part[p]);
+    return all;
+}
+
+inline void add_pairs(PanelSums& sums, const Codes& codes, const int16_t* x) {
+    const int16x8_t pair = (int16x8_t)pair_everywhere(x);
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) {
+        const int16x8_t c = (int16x8_t)codes.part[p];
+        sums.first.part[p] = (Lanes)vmlal_s16((int32x4_t)sums.first.part[p], vget_low_s16(c), vget_low_s16(pair));
+        sums.last.part[p] = (Lanes)vmlal_high_s16((int32x4_t)sums.last.part[p], c, pair);
+    }
+}
+#else
+using PanelSums = Codes;
+inline Codes total_of(const Codes& sums) { return sums; }
+#endif
+
+template <int BITS>
+struct Sixteen {
+    const int16_t* x;
+    Sixteen() = default;
+    explicit Sixteen(const int16_t* from) : x(from) {}
+    void add_to(PanelSums& sums, const Codes& codes, int i) const { add_pairs(sums, codes, x + 2 * i); }
+};
+#endif
+constexpr int STEPS = 16 / TOGETHER;
+
+inline Codes sixteen_times(Codes sums) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) sums.part[p] <<= 4;
+    return sums;
+}
+
 // A panel: the codes of all groups, then their scales and their zeros, sixteen of each for a group.
 template <int BITS>
 struct Panel {
@@ -187,15 +351,23 @@ template <int BITS>
 inline Vector panel_of_one(const Panel<BITS>& panel, int64_t groups, const int16_t* x, const int32_t* sums_of_x) {
     Vector y = fill(0);
     for (int64_t g = 0; g < groups; ++g) {
-        Codes sums[FACTORS] = {};
         const uint8_t* codes = panel.codes + g * Planes<BITS>::BYTES;
 #pragma GCC unroll 8
         for (int64_t line = 0; line < Planes<BITS>::BYTES; line += 64)
             __builtin_prefetch(codes + STREAM_DISTANCE + line, 0, 2);
-        Planes<BITS>::visit(codes, [&](int pair, int factor, const Codes& codes) {
-            add_pairs(sums[factor], codes, x + g * LOW_BIT_GROUP + 2 * pair);
-        });
+        const int16_t* group = x + g * LOW_BIT_GROUP;
+#if defined(SPARSECLI_NEON)  // few registers, and each output has two sums anyway
+        PanelSums sums = {};
+        const Sixteen<BITS> all[] = {Sixteen<BITS>(group), Sixteen<BITS>(group + 16), Sixteen<BITS>(group + 32),
+                                     Sixteen<BITS>(group + 48)};
+        visit_apart<BITS>(codes, [&](int i, const Codes& codes) { all[i / STEPS].add_to(sums, codes, i % STEPS); });
+        panel.add_group(y, g, sixteen_times(total_of(sums)), sums_of_x[g]);
+#else
+        Codes sums[FACTORS] = {};
+        Planes<BITS>::visit(
+            codes, [&](int pair, int factor, const Codes& codes) { add_pairs(sums[factor], codes, group + 2 * pair); });
         panel.add_group(y, g, Planes<BITS>::total(sums), sums_of_x[g]);
+#endif
     }
     return y;
 }
@@ -206,24 +378,28 @@ inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_
                           int64_t stride, Vector* y) {
     for (int t = 0; t < T; ++t) y[t] = fill(0);
     for (int64_t g = 0; g < groups; ++g) {
-        Codes apart[LOW_BIT_GROUP / 2];
-        Planes<BITS>::visit(panel.codes + g * Planes<BITS>::BYTES, [&](int pair, int factor, const Codes& codes) {
-            apart[pair] = halves_shifted(codes, Planes<BITS>::power[factor]);
-        });
-        Codes sums[T] = {};
-        const int16_t* group = x + g * LOW_BIT_GROUP;
-#pragma GCC unroll 4
-        for (int64_t pair = 0; pair < LOW_BIT_GROUP / 2; ++pair) {
-            const Codes codes = apart[pair];
+        Codes apart[LOW_BIT_GROUP / TOGETHER];
+        visit_apart<BITS>(panel.codes + g * Planes<BITS>::BYTES, [&](int i, const Codes& codes) { apart[i] = codes; });
+        PanelSums sums[T] = {};
+        for (int64_t at = 0; at < LOW_BIT_GROUP; at += 16) {
+            const int16_t* group = x + g * LOW_BIT_GROUP + at;
+            const Codes* codes = apart + at / TOGETHER;
+#if defined(SPARSECLI_NEON)
+            asm("" : "+r"(codes) : : "memory");  // read where they are used: registers are few
+#endif
+            Sixteen<BITS> inputs[T];
 #pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) add_pairs(sums[t], codes, group + t * stride + 2 * pair);
+            for (int t = 0; t < T; ++t) inputs[t] = Sixteen<BITS>(group + t * stride);
+#pragma GCC unroll 4
+            for (int i = 0; i < STEPS; ++i) {
+                const Codes some = codes[i];
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) inputs[t].add_to(sums[t], some, i);
+            }
         }
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 4
-            for (int p = 0; p < PARTS; ++p) sums[t].part[p] <<= 4;
-            panel.add_group(y[t], g, sums[t], sums_of_x[t * (stride / LOW_BIT_GROUP) + g]);
-        }
+        for (int t = 0; t < T; ++t)
+            panel.add_group(y[t], g, sixteen_times(total_of(sums[t])), sums_of_x[t * (stride / LOW_BIT_GROUP) + g]);
     }
 }
 
@@ -258,6 +434,10 @@ void low_bit_matmul(const Matrix& w, int64_t begin, int64_t end, const Activatio
 // Sixteen codes, the low nibbles of as many bytes or (shift 4) the high ones, less 8.
 template <int SHIFT>
 inline Vector residual_values(const uint8_t* from) {
+#if defined(SPARSECLI_NEON)
+    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+    return floats_of((int8x16_t)(((Bytes)vld1q_u8(from) >> SHIFT & 15) - 8));
+#else
     const Codes bytes = bytes_widened(from);
     Vector values;
 #if defined(SPARSECLI_AVX512)
@@ -270,6 +450,7 @@ inline Vector residual_values(const uint8_t* from) {
         values.part[p] = __builtin_convertvector((Ints)(bytes.part[p] >> SHIFT & 15) - 8, Floats);
 #endif
     return values;
+#endif
 }
 
 // One row with one token's integers, without their scale. Sums of a group are exact.
@@ -277,15 +458,15 @@ inline float residual_dot(const uint8_t* codes, const uint16_t* scale, int64_t g
     constexpr int64_t HALF = LOW_BIT_GROUP / 2;
     Floats total = Floats{};
     for (int64_t g = 0; g < groups; ++g) {
-        Ints sums = Ints{};
+        Sums sums = {};
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < HALF; i += 2 * WIDTH) {
-            const Shorts bytes = shorts_of((const int8_t*)codes + g * HALF + i);
+        for (int64_t i = 0; i < HALF; i += INTEGERS) {
+            const auto bytes = weights_of((const int8_t*)codes + g * HALF + i);
             const int16_t* group = x + g * LOW_BIT_GROUP + i;
-            sums = add_pairs(sums, (bytes & 15) - 8, shorts_of(group));
-            sums = add_pairs(sums, (bytes >> 4 & 15) - 8, shorts_of(group + HALF));
+            sums = add_products(sums, (bytes & 15) - 8, integers_of(group));
+            sums = add_products(sums, (bytes >> 4 & 15) - 8, integers_of(group + HALF));
         }
-        total = fused(total, __builtin_convertvector(sums, Floats), broadcast(to_float(scale[g])));
+        total = fused(total, __builtin_convertvector(total_of(sums), Floats), broadcast(to_float(scale[g])));
     }
     return sum(total);
 }

@@ -74,9 +74,9 @@ inline void tile(const A* a, int64_t a_stride, const uint16_t* panel, int64_t wi
 }
 
 // Eight-bit products of one group of inputs; `a` is quantised with scale[r] and has row sums total[r]. Panels hold
-// weights + 128, since processors multiply unsigned with signed bytes. Those that have no such instruction multiply 16-bit
+// weights + 128, since processors multiply unsigned with signed bytes. Those of x86 that have no such instruction multiply 16-bit
 // integers: `a` holds each four as 0 2 1 3, and the even and the odd bytes of four weights meet either half.
-#if defined(SPARSECLI_VNNI)
+#if defined(SPARSECLI_QUADS)
 using Narrow = int8_t;
 #else
 using Narrow = int16_t;
@@ -89,12 +89,12 @@ inline void tile(const Narrow* a, int64_t a_stride, const float* a_scale, const 
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) sums[r][n] = Ints{} - 128 * total[r];
+        for (int n = 0; n < N; ++n) sums[r][n] = Ints{} - PANEL_ZERO * total[r];
     for (int64_t i = 0; i < inputs; i += 4) {
         Ints b[N];
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) b[n] = *(const IntsAt*)(panel + i * width + n * 4 * WIDTH);
-#if defined(SPARSECLI_VNNI)
+        for (int n = 0; n < N; ++n) b[n] = panel_bytes(panel + i * width + n * 4 * WIDTH);
+#if defined(SPARSECLI_QUADS)
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const Ints quad = pair_everywhere(a + r * a_stride + i);
@@ -131,7 +131,9 @@ inline void tile(const Narrow* a, int64_t a_stride, const float* a_scale, const 
 // The vectors of columns and the rows of a tile whose sums stay in registers, for weights W.
 template <class W>
 constexpr int tile_vectors() {
-#if defined(SPARSECLI_BF16)
+#if defined(SPARSECLI_NEON)
+    return 1;
+#elif defined(SPARSECLI_BF16)
     return 4;
 #elif defined(SPARSECLI_AVX512)
     return sizeof(W) == 4 ? 4 : 2;
@@ -142,14 +144,14 @@ constexpr int tile_vectors() {
 
 template <class W>
 constexpr int tile_rows(int vectors) {
-#if defined(SPARSECLI_BF16)
+#if defined(SPARSECLI_NEON)
+    return 4;
+#elif defined(SPARSECLI_BF16)
     return vectors == 4 ? 6 : vectors == 2 ? 12 : 16;
 #elif defined(SPARSECLI_AVX512)
     return vectors == 4 ? 6 : 8;
 #elif defined(SPARSECLI_AVX2)
     return vectors == 2 ? 3 : 4;
-#elif defined(SPARSECLI_NEON)
-    return sizeof(W) == 1 ? 3 : vectors == 2 ? 3 : 5;
 #else
     return 2;
 #endif

@@ -5,6 +5,10 @@
 
 #include <cmath>
 #include <cstring>
+#if !defined(__clang__)
+// Loads that GCC moves ahead before it allots registers leave too few of them for sums.
+#pragma GCC optimize("no-schedule-insns")
+#endif
 #define SPARSECLI_NEON 1
 #include "ops/all.inl"
 

@@ -50,7 +50,7 @@ struct Matrix {
 
 // Row vectors, `stride` elements apart and zero beyond their length, in the forms that weights are multiplied with:
 // `values` with float weights; `integers` and `scales` where weights are int8 or fewer bits, with the `sums` of every
-// LOW_BIT_GROUP integers.
+// LOW_BIT_GROUP integers. How integers lie is between `quantise` and the ops that take them.
 struct Activations {
     const float* values;
     const int16_t* integers;
@@ -100,6 +100,8 @@ enum Activation : int64_t { RELU = 0, GELU = 1, SILU = 2, GELU_TANH = 3 };
 
 struct Ops {
     const char* name;
+
+    bool bytes;  // `integers` lie as the low bytes of sixteen, then their high ones: 256 high + low, both signed
 
     // values -> integers; returns the scale. `count` is a multiple of PAD. Where `sums` is given, it gets theirs.
     float (*quantise)(const float* values, int64_t count, int16_t* integers, int32_t* sums);
@@ -184,7 +186,7 @@ struct InstructionSet {
 };
 
 // Every instruction set, the best first.
-inline constexpr int64_t INSTRUCTION_SETS = 7;
+inline constexpr int64_t INSTRUCTION_SETS = 9;
 extern const InstructionSet instruction_sets[INSTRUCTION_SETS];
 
 // The ops of an instruction set by its name, of the best one for "auto"; null where this processor or build lacks it.
@@ -197,5 +199,7 @@ const Ops* avx512_ops();
 const Ops* avx512_vnni_ops();
 const Ops* avx512_bf16_ops();
 const Ops* neon_ops();
+const Ops* neon_dotprod_ops();
+const Ops* neon_i8mm_bf16_ops();
 
 }  // namespace sparsecli

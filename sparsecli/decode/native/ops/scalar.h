@@ -100,6 +100,13 @@ struct Quantized {
     double value(int64_t col) const { return scale(col / LOW_BIT_GROUP) * (code(col) - zero(col / LOW_BIT_GROUP)); }
 };
 
+// An activation's integer, which may lie as bytes.
+inline int16_t integer(bool bytes, const int16_t* integers, int64_t i) {
+    if (!bytes) return integers[i];
+    const int8_t* sixteen = (const int8_t*)(integers + i / 16 * 16);
+    return int16_t(sixteen[16 + i % 16] * 256 + sixteen[i % 16]);
+}
+
 // What a weight meets: a float, or a 16-bit integer times its row's scale.
 inline double input(const Activations& x, int64_t type, int64_t token, int64_t col) {
     if (type <= BFLOAT16) return x.values[token * x.stride + col];

@@ -12,6 +12,11 @@ constexpr int WIDTH = 4;
 #endif
 constexpr int PARTS = LANES / WIDTH;
 
+// Sums over four neighbouring products of bytes: of unsigned with signed ones, or on Arm without I8MM of signed ones.
+#if defined(SPARSECLI_VNNI) || defined(SPARSECLI_NEON)
+#define SPARSECLI_QUADS 1
+#endif
+
 typedef float Floats __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
 typedef int16_t Shorts __attribute__((vector_size(WIDTH * 4)));  // twice as many
@@ -120,13 +125,13 @@ inline float sum(const Vector& v) {
 inline float maximum(const Vector& v) {
 #if defined(SPARSECLI_AVX512)
     return _mm512_reduce_max_ps((__m512)v.part[0]);
-#elif defined(SPARSECLI_NEON)
-    const auto part = [&](int p) { return (float32x4_t)v.part[p]; };
-    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(part(0), part(1)), vmaxq_f32(part(2), part(3))));
 #else
     Floats top = v.part[0];
 #pragma GCC unroll 4
     for (int p = 1; p < PARTS; ++p) top = top > v.part[p] ? top : v.part[p];
+#if defined(SPARSECLI_NEON)
+    return vmaxnmvq_f32((float32x4_t)top);
+#endif
     float best = top[0];
     for (int i = 1; i < WIDTH; ++i) best = best > top[i] ? best : top[i];
     return best;
@@ -167,6 +172,8 @@ inline Floats floats_of(const uint16_t* from) {
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
 #elif defined(SPARSECLI_AVX2)
     return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#elif defined(SPARSECLI_NEON)
+    return (Floats)vshll_n_u16(vld1_u16(from), 16);
 #else
     typedef uint16_t Four __attribute__((vector_size(8), aligned(2), may_alias));
     return (Floats)(__builtin_convertvector(*(const Four*)from, Ints) << 16);
@@ -192,6 +199,30 @@ inline Vector load(const W* from) {
     return v;
 }
 
+#if defined(SPARSECLI_NEON)  // more of them at a time
+inline Vector floats_of(int8x16_t bytes) {
+    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+    Vector v;
+    v.part[0] = (Floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
+    v.part[1] = (Floats)vcvtq_f32_s32(vmovl_high_s16(low));
+    v.part[2] = (Floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
+    v.part[3] = (Floats)vcvtq_f32_s32(vmovl_high_s16(high));
+    return v;
+}
+
+inline Vector load(const int8_t* from) { return floats_of(vld1q_s8(from)); }
+
+inline Vector load(const uint16_t* from) {
+    const uint16x8_t low = vld1q_u16(from), high = vld1q_u16(from + 8);
+    Vector v;
+    v.part[0] = (Floats)vshll_n_u16(vget_low_u16(low), 16);
+    v.part[1] = (Floats)vshll_high_n_u16(low, 16);
+    v.part[2] = (Floats)vshll_n_u16(vget_low_u16(high), 16);
+    v.part[3] = (Floats)vshll_high_n_u16(high, 16);
+    return v;
+}
+#endif
+
 // Pairs of bfloat16 that lie in 32 bits each: the first and the second of every pair.
 inline Floats first_of(Ints pairs) { return (Floats)(pairs << 16); }
 inline Floats second_of(Ints pairs) { return (Floats)(pairs & int32_t(0xffff0000)); }
@@ -212,8 +243,16 @@ inline Ints bfloat16_bits(Floats values) {
 }
 
 inline void store(uint16_t* to, const Vector& v) {
-#if defined(SPARSECLI_BF16)
+#if defined(SPARSECLI_BF16) && defined(SPARSECLI_AVX512)
     *(__m256i_u*)to = (__m256i)_mm512_cvtneps_pbh((__m512)v.part[0]);
+#elif defined(SPARSECLI_BF16)
+#pragma GCC unroll 2
+    for (int p = 0; p < PARTS; p += 2) {
+        Ints eight;
+        asm("bfcvtn %0.4h, %1.4s" : "=w"(eight) : "w"(v.part[p]));
+        asm("bfcvtn2 %0.8h, %1.4s" : "+w"(eight) : "w"(v.part[p + 1]));
+        *(IntsAt*)(to + p * WIDTH) = eight;
+    }
 #else
     typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
     typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
@@ -349,7 +388,11 @@ inline Ints rounded(Floats values, Floats inverse) {
     return (Ints)vcvtnq_s32_f32((float32x4_t)(values * inverse));
 #else
     const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it loses its fraction
-    return (Ints)(values * inverse + magic) - (Ints)magic;
+    Floats product = values * inverse;
+#if defined(__aarch64__)
+    asm("" : "+w"(product));  // a sum of its own: fused with the product it would round some ties differently
+#endif
+    return (Ints)(product + magic) - (Ints)magic;
 #endif
 }
 
@@ -359,6 +402,8 @@ inline Shorts shorts_of(const int8_t* from) {
     return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
 #elif defined(SPARSECLI_AVX2)
     return (Shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+#elif defined(SPARSECLI_NEON)
+    return (Shorts)vmovl_s8(vld1_s8(from));
 #else
     typedef int8_t Eight __attribute__((vector_size(8), aligned(1), may_alias));
     return __builtin_convertvector(*(const Eight*)from, Shorts);
@@ -380,23 +425,9 @@ inline Ints add_pairs(Ints total, Shorts a, Shorts b) {
     return total + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(SPARSECLI_AVX2)
     return total + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(SPARSECLI_NEON)  // neighbours are added up, as elsewhere: lanes may be outputs
-    const int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
-    const int32x4_t high = vmull_high_s16((int16x8_t)a, (int16x8_t)b);
-    return total + (Ints)vpaddq_s32(low, high);
 #else
     const Ints x = (Ints)a, y = (Ints)b;
     return total + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
-#endif
-}
-
-// The same where it does not matter which products meet in a lane.
-inline Ints add_all(Ints total, Shorts a, Shorts b) {
-#if defined(SPARSECLI_NEON)
-    const int32x4_t low = vmlal_s16((int32x4_t)total, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
-    return (Ints)vmlal_high_s16(low, (int16x8_t)a, (int16x8_t)b);
-#else
-    return add_pairs(total, a, b);
 #endif
 }
 
@@ -412,22 +443,104 @@ inline Ints pair_everywhere(const void* from) {
 #endif
 }
 
-#if defined(SPARSECLI_VNNI)
-inline Ints add_quads(Ints total, Ints bytes, Ints signed_bytes) {  // four neighbours: unsigned with signed bytes
+// Bytes of a panel, which holds them with 128 added; PANEL_ZERO is what they still have too much here.
+#if defined(SPARSECLI_NEON) && !defined(SPARSECLI_I8MM)
+constexpr int32_t PANEL_ZERO = 0;
+inline Ints panel_bytes(const void* from) { return *(const IntsAt*)from ^ int32_t(0x80808080); }
+#else
+constexpr int32_t PANEL_ZERO = 128;
+inline Ints panel_bytes(const void* from) { return *(const IntsAt*)from; }
+#endif
+
+#if defined(SPARSECLI_QUADS)
+// Four neighbours each: bytes of a panel and signed ones.
+inline Ints add_quads(Ints total, Ints bytes, Ints signed_bytes) {
 #if defined(SPARSECLI_AVX512)
     asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(bytes), "v"(signed_bytes));
-#else
-    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(total) : "x"(bytes), "x"(signed_bytes));
-#endif
     return total;
+#elif defined(SPARSECLI_VNNI)
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(total) : "x"(bytes), "x"(signed_bytes));
+    return total;
+#elif defined(SPARSECLI_I8MM)
+    asm("usdot %0.4s, %1.16b, %2.16b" : "+w"(total) : "w"(bytes), "w"(signed_bytes));
+    return total;
+#elif defined(SPARSECLI_DOTPROD)
+    asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(total) : "w"(bytes), "w"(signed_bytes));
+    return total;
+#else  // two products of at most 127 and 128 fit into 16 bits
+    const int8x16_t a = (int8x16_t)bytes, b = (int8x16_t)signed_bytes;
+    const int16x8_t pairs = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+    return (Ints)vpadalq_s16((int32x4_t)total, pairs);
+#endif
 }
 #endif
 
 #if defined(SPARSECLI_BF16)
 inline Floats add_pairs(Floats total, Ints a, Ints b) {  // bfloat16 with bfloat16
+#if defined(SPARSECLI_AVX512)
     asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+#else
+    asm("bfdot %0.4s, %1.8h, %2.8h" : "+w"(total) : "w"(a), "w"(b));
+#endif
     return total;
 }
+#endif
+
+// -- 8-bit weights with 16-bit activations ------------------------------------------------------------------
+
+// INTEGERS of each at a time, every product in some lane. Activations are integers of at most LARGEST, and Sums what is
+// summed up in registers.
+#if defined(SPARSECLI_DOTPROD)
+// Sixteen activations are their sixteen low bytes, then their sixteen high ones, all signed: 256 high + low.
+constexpr int64_t INTEGERS = 4 * WIDTH;
+constexpr int32_t LARGEST = 127 * 256 + 127;
+typedef int8_t Bytes __attribute__((vector_size(WIDTH * 4)));
+struct Integers {
+    Ints low, high;
+};
+struct Sums {
+    Ints low, high;
+};
+
+inline Bytes weights_of(const int8_t* from) { return (Bytes)(*(const IntsAt*)from); }
+inline Integers integers_of(const int16_t* from) { return {*(const IntsAt*)from, *(const IntsAt*)(from + 2 * WIDTH)}; }
+
+inline Ints add_signed_quads(Ints total, Ints a, Ints b) {
+    asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(total) : "w"(a), "w"(b));
+    return total;
+}
+inline Sums add_products(const Sums& total, Bytes w, const Integers& x) {
+    return {add_signed_quads(total.low, (Ints)w, x.low), add_signed_quads(total.high, (Ints)w, x.high)};
+}
+inline Ints total_of(const Sums& sums) { return sums.low + (sums.high << 8); }
+
+// `count` integers, a multiple of INTEGERS, from 16 bits each to their bytes.
+inline void arrange(int16_t* integers, int64_t count) {
+    for (int64_t i = 0; i < count; i += INTEGERS) {
+        const Shorts a = shorts_of(integers + i), b = shorts_of(integers + i + 2 * WIDTH);
+        *(IntsAt*)(integers + i) = (Ints)vuzp1q_s8((int8x16_t)a, (int8x16_t)b);
+        *(IntsAt*)(integers + i + 2 * WIDTH) = (Ints)vuzp2q_s8((int8x16_t)(a + 128), (int8x16_t)(b + 128));
+    }
+}
+#else
+constexpr int64_t INTEGERS = 2 * WIDTH;
+constexpr int32_t LARGEST = 32767;
+using Integers = Shorts;
+using Sums = Ints;
+
+inline Shorts weights_of(const int8_t* from) { return shorts_of(from); }
+inline Shorts integers_of(const int16_t* from) { return shorts_of(from); }
+
+inline Ints add_products(Ints total, Shorts w, Shorts x) {
+#if defined(SPARSECLI_NEON)
+    const int16x8_t a = (int16x8_t)w, b = (int16x8_t)x;
+    return (Ints)vmlal_high_s16(vmlal_s16((int32x4_t)total, vget_low_s16(a), vget_low_s16(b)), a, b);
+#else
+    return add_pairs(total, w, x);
+#endif
+}
+inline Ints total_of(Ints sums) { return sums; }
+inline void arrange(int16_t*, int64_t) {}
 #endif
 
 // -- sums over lanes -----------------------------------------------------------------------------------------

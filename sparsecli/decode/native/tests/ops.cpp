@@ -78,17 +78,18 @@ class Harness {
         if (type == INT8) ((int8_t*)data)[place] = int8_t(whole(-127, 127));
     }
 
-    // Activations with zeros behind their ends, in every form.
+    // Activations with zeros behind their ends, in every form; `plain`, for the twins, with integers as such.
     struct Forms {
         Memory<float> values;
-        Memory<int16_t> integers;
+        Memory<int16_t> integers, whole;
         Memory<float> scales;
         Memory<int32_t> sums;
-        Activations all;
+        Activations all, plain;
 
         Forms(Harness& h, int64_t tokens, int64_t cols)
             : values(tokens * round_up(cols, PAD)),
               integers(values.size),
+              whole(values.size),
               scales(tokens),
               sums(values.size / LOW_BIT_GROUP) {
             const int64_t stride = round_up(cols, PAD);
@@ -97,7 +98,9 @@ class Harness {
                 scales[t] = h.k.quantise(values.data + t * stride, stride, integers.data + t * stride,
                                          sums.data + t * (stride / LOW_BIT_GROUP));
             }
-            all = {values.data, integers.data, scales.data, stride, sums.data};
+            for (int64_t i = 0; i < whole.size; ++i) whole[i] = scalar::integer(h.k.bytes, integers.data, i);
+            all = plain = {values.data, integers.data, scales.data, stride, sums.data};
+            plain.integers = whole.data;
         }
     };
 
@@ -191,7 +194,7 @@ void test_matmul(Harness& h) {
                 for (int64_t t = 0; t < tokens; ++t)
                     for (int64_t r = 0; r < count; ++r) {
                         if (r >= begin && r < end)
-                            h.same(out[t * count + r], scalar::matmul(w.matrix, r, x.all, t), cols, "out",
+                            h.same(out[t * count + r], scalar::matmul(w.matrix, r, x.plain, t), cols, "out",
                                    t * count + r);
                         else if (!std::isnan(out[t * count + r]))
                             h.same(out[t * count + r], NAN, 0, "untouched out", t * count + r);
@@ -209,11 +212,12 @@ void test_quantise(Harness& h) {
         const double scale = h.k.quantise(values.data, count, integers.data, sums.data);
         double top = 0;
         for (int64_t i = 0; i < count; ++i) top = std::max(top, std::fabs(double(values[i])));
-        for (int64_t i = 0; i < count; ++i)  // half a step, and the last bit of what is rounded
-            h.same(integers[i] * scale, values[i], scale * 0.501, "value", i);
+        for (int64_t i = 0; i < count; ++i)  // half a step, and the last bits of what is rounded
+            h.same(scalar::integer(h.k.bytes, integers.data, i) * scale, values[i], scale * 0.503, "value", i);
         for (int64_t g = 0; g * LOW_BIT_GROUP < count; ++g) {
             int64_t sum = 0;
-            for (int64_t i = 0; i < LOW_BIT_GROUP; ++i) sum += integers[g * LOW_BIT_GROUP + i];
+            for (int64_t i = 0; i < LOW_BIT_GROUP; ++i)
+                sum += scalar::integer(h.k.bytes, integers.data, g * LOW_BIT_GROUP + i);
             h.same(sums[g], double(sum), 0, "sum", g);
         }
         std::fill_n(values.data, count, 0.0f);
@@ -311,7 +315,7 @@ void test_choose(Harness& h) {
                         std::vector<double> logits;
                         double size_of = 1, total = 0;
                         for (int64_t u = 0; u < size; ++u) {
-                            const auto sum = scalar::controller_logit(w.matrix, c, z.all, t, b, u);
+                            const auto sum = scalar::controller_logit(w.matrix, c, z.plain, t, b, u);
                             logits.push_back(sum.value + bias[b * c.padded_block + u]);
                             size_of = std::max(size_of, sum.magnitude);
                         }
@@ -353,9 +357,9 @@ void test_units(Harness& h) {
                     h.k.unit_dots(w.matrix, parts, kind, biased ? bias.data : nullptr, chosen.data(), 0, count, x.all,
                                   far, hidden.data);
                     for (int64_t i = 0; i < count; ++i) {
-                        auto gate = scalar::unit_dot(w.matrix, parts, chosen[size_t(i)], 0, x.all);
+                        auto gate = scalar::unit_dot(w.matrix, parts, chosen[size_t(i)], 0, x.plain);
                         if (biased) gate.add(bias[chosen[size_t(i)]]);
-                        const auto up = parts == 3 ? scalar::unit_dot(w.matrix, parts, chosen[size_t(i)], 1, x.all)
+                        const auto up = parts == 3 ? scalar::unit_dot(w.matrix, parts, chosen[size_t(i)], 1, x.plain)
                                                    : scalar::Sum{1, 1};
                         const double error =
                             double(cols / 4 + 8) * EPSILON * gate.magnitude + 4e-7 * std::fabs(gate.value);
@@ -409,7 +413,7 @@ void test_residuals(Harness& h) {
                     scalar::Sum sum;
                     for (int64_t c = 0; c < cols; ++c)
                         sum.add(scalar::residual_value(w.matrix, parts, chosen[size_t(i)], row, c) *
-                                scalar::input(x.all, INT4, 0, c));
+                                scalar::input(x.plain, INT4, 0, c));
                     h.same(out[i * (parts - 1) + row], sum, cols, "out", i * (parts - 1) + row);
                 }
             for (int64_t u = 0; u < units; ++u) hidden[u] = h.whole(0, 3) ? h.number() : 0;
