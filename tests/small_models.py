@@ -292,6 +292,20 @@ FEW_BITS: dict[str, dict] = {  # activations are rounded, whatever the precision
         },
         "parallel": True,
     },
+    "selector, ties": {  # half of the units are silent and all alike: the first of them are chosen
+        "d_model": 16,
+        "heads": 2,
+        "layers": 1,
+        "feed_forward": {
+            "kind": "selector",
+            "d_ff": 64,
+            "block_size": 16,
+            "units_per_block": 12,
+            "gated": False,
+            "activation": "relu",
+        },
+        "attention": {"projection": "dense"},
+    },
     "positive": {
         "feed_forward": {
             "kind": "selector",

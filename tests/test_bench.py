@@ -268,6 +268,7 @@ def test_units_come_from_a_file_that_is_gone_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk, "PROBE_SECONDS", 0.02)
+    monkeypatch.setattr(disk, "file_system", lambda folder: "ext4")
     evicted: list[bool] = []
     evict = DiskDecoder.evict
 
@@ -286,7 +287,21 @@ def test_units_come_from_a_file_that_is_gone_afterwards(
         assert row.disk_bytes_per_token >= 0
     assert measured.machine.disk.random_kb == 32
     assert list(tmp_path.iterdir()) == []
-    assert "Units are read from disk, cold" in table.as_markdown(measured)
+    assert "Units are read from disk" in table.as_markdown(measured)
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ramfs"])
+def test_a_folder_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    mounts = [
+        SimpleNamespace(mountpoint="/", fstype="ext4"),
+        SimpleNamespace(mountpoint=str(tmp_path), fstype=kind),
+    ]
+    monkeypatch.setattr(disk.psutil, "disk_partitions", lambda all: mounts)
+    with pytest.raises(
+        console.Failure, match=f"is a {kind}, which lies in memory; name a --disk-folder on a disk"
+    ):
+        disk.check_supported(tmp_path / "below")
+    disk.check_supported(tmp_path.parent)
 
 
 @needs_native

@@ -92,3 +92,12 @@ def test_the_cache_as_the_system_says_it(tmp_path: Path) -> None:
     assert yardsticks.last_level_cache(size) == CACHE
     size.write_text("?")
     assert yardsticks.last_level_cache(size) == yardsticks.last_level_cache(tmp_path / "none") == 0
+
+
+def test_units_that_did_not_come_from_the_disk_are_told() -> None:
+    cold = sparse(disk_bytes_per_token=91, disk_bytes_expected=100)
+    warm = sparse(disk_bytes_per_token=89_000_000, disk_bytes_expected=100_000_000)
+    assert yardsticks.warm([cold, sparse()]) == []
+    assert yardsticks.warm([warm]) == [
+        "both (float32): 89.0 MB a token came from the disk, its units have 100.0: they were not cold"
+    ]

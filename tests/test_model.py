@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sparsecli.model import DecodeCache, ScalingTransformerConfig, ScalingTransformerForCausalLM
-from sparsecli.model.layers.feed_forward import SparseFeedForward
+from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.memory import move_to_huge_pages
 from sparsecli.model.sizes import count_parameters
@@ -424,3 +424,10 @@ def test_fields_of_foreign_checkpoints() -> None:
     first = model(ids[:, :7], use_cache=True)
     rest = model(ids[:, 7:], past_key_values=first.past_key_values)
     assert_same(torch.cat((first.logits, rest.logits), 1), expected)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 16])
+def test_of_equal_scores_the_first_units_are_chosen(count: int) -> None:
+    scores = torch.tensor([0.0, 1.0] * 8).expand(3, -1)
+    expected = [*range(1, 16, 2), *range(0, 16, 2)][:count]
+    assert choose(scores, count).tolist() == [expected] * 3

@@ -102,7 +102,7 @@ def run(
     _check_over(over, what)
     plan.check_positions(what)
     if what.from_disk:
-        disk.check_supported()
+        disk.check_supported(folder)
         plan.check_disk(what, folder)
     if earlier and against:
         compare.check_comparable(processor, what.subjects(), earlier, against)
@@ -307,7 +307,7 @@ def _measure(
             "machine was busy or changed; trust ratios more than milliseconds, or measure again"
         )
     rows = yardsticks.rated(entries.rows(found, bandwidths.limit, over), yardsticks.last_level_cache())
-    for line in yardsticks.warnings(rows):
+    for line in [*yardsticks.warnings(rows), *yardsticks.warm(rows)]:
         console.warn(line)
     memory_gb = round(psutil.virtual_memory().total / 1e9, 1)
     return Result(

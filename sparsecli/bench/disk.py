@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from sparsecli.bench.report import Disk
 from sparsecli.console import Failure
@@ -21,12 +22,24 @@ READERS = 16  # reads in flight
 SEQUENTIAL_BYTES = 2**20  # of one read
 RANDOM_BYTES = 32 * 2**10
 ALIGNMENT = 4096
+MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 
 
-def check_supported() -> None:
-    """Raise `Failure` where a file's pages cannot be made to leave the memory."""
+def check_supported(folder: Path) -> None:
+    """Raise `Failure` where the pages of a file in `folder` cannot be made to leave the memory."""
+    if (kind := file_system(folder)) in MEMORY_FILE_SYSTEMS:
+        raise Failure(
+            f"--from-disk: {folder.absolute()} is a {kind}, which lies in memory; name a --disk-folder on a disk"
+        )
     if not hasattr(os, "posix_fadvise") or not hasattr(mmap, "MADV_DONTNEED"):
         raise Failure("--from-disk needs Linux, which can drop a file from memory")
+
+
+def file_system(folder: Path) -> str:
+    """Type of the file system that `folder` lies on; empty where the system does not say."""
+    path = folder.resolve()
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    return next((mounts[place] for place in (path, *path.parents) if place in mounts), "")
 
 
 def load(model: PackedModel, folder: Path, *, probed: bool) -> tuple[PackedModel, int, Disk | None]:

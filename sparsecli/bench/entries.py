@@ -16,6 +16,7 @@ from sparsecli.bench.native_decoder import DiskDecoder, NativeDecoder
 from sparsecli.bench.plan import Case, Model, Plan, pool_elements, precision_of
 from sparsecli.bench.report import Disk, Row, Subject
 from sparsecli.bench.torch_decoder import TorchDecoder, TorchModel
+from sparsecli.bench.traffic import chosen_unit_bytes
 from sparsecli.bench.weights import Pools, packed_model, torch_weights
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.packing import PackedModel, pack
@@ -187,6 +188,9 @@ def _row(entry: Entry, baseline: Entry | None, rival: Entry | None, gb_per_secon
         parts=parts or None,
         ms_feed_forward=round(layer, 5) if parts else None,
         disk_bytes_per_token=read,
+        disk_bytes_expected=None
+        if read is None
+        else chosen_unit_bytes(candidate.spec, precision_of(entry.case.model), subject.batch),
         disk_mb_s=None if read is None else round(read / token.p50 / 1e3, 1),
         peer_settings=getattr(turn.decoder, "settings", None),
     )

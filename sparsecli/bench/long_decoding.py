@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsecli import console
 from sparsecli.bench import traffic, variants
-from sparsecli.bench.measure import Turn, measure, spread
+from sparsecli.bench.measure import Turn, measure, others, spread
 from sparsecli.bench.report import Spread
 from sparsecli.bench.weights import Pools, largest, packed_elements, packed_model
 from sparsecli.decode.engine import Engine
@@ -55,8 +55,9 @@ class LongDecoder:
         self.text.truncate(self.begun)
 
     def step(self, token: int) -> tuple[int, int]:
-        """See `Decoder.step`."""
-        return int(self.engine.step(self.text, token).argmax()), self.engine.block_stack_ns
+        """See `Decoder.step`. Random weights repeat one token, which always hashes alike: the next one is another."""
+        best = int(self.engine.step(self.text, token).argmax())
+        return others(best, self.text.length, self.engine.vocabulary), self.engine.block_stack_ns
 
 
 def random_memories(spec: ModelSpec, length: int) -> list[Remembered]:

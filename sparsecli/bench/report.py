@@ -223,6 +223,8 @@ class Row(Subject):
     """Mean milliseconds a token that one feed-forward layer takes (`--profile`); waiting counts as its time."""
     disk_bytes_per_token: int | None = None
     """Bytes that the system fetched from disk for a token, the median (`--from-disk`)."""
+    disk_bytes_expected: int | None = None
+    """Bytes of the units that a token chooses: cold ones are fetched all (`--from-disk`)."""
     disk_mb_s: float | None = None
     """Those bytes over the token's time."""
     peer_settings: str | None = None

@@ -172,7 +172,8 @@ def caption(result: Result) -> str:
         text += f" Peak memory {result.peak_memory_gb:.1f} GB."
     if machine.disk:
         text += (
-            f" Units are read from disk, cold; it reads {machine.disk.sequential_mb_s:.0f} MB/s, "
+            f" Units are read from disk{'' if yardsticks.warm(result.rows) else ', cold'}; "
+            f"it reads {machine.disk.sequential_mb_s:.0f} MB/s, "
             f"{machine.disk.random_mb_s:.0f} in random pieces of {machine.disk.random_kb} KiB."
         )
     if any(row.batch > 1 for row in result.rows):

@@ -49,6 +49,13 @@ def bytes_per_token(
     return round((weights + axes + batch * (cached + attended)) / batch)
 
 
+def chosen_unit_bytes(spec: ModelSpec, precision: Precision, batch: int = 1) -> int:
+    """Bytes of the rows of chosen units for one step of `batch` sequences, over the sequences."""
+    shares = [spec.chosen_share(layer) for layer in range(spec.layers)]
+    units = ((slot, kind) for slot, kind in planned(spec, precision) if slot.layout == "units")
+    return round(sum(_read(slot, kind, spec, batch, shares) for slot, kind in units) / batch)
+
+
 def _remembered(spec: ModelSpec, precision: Precision, held: int) -> tuple[int, int]:
     """Bytes of the axes that keys are hashed on, and of what is read of `held` positions: keys and values, of all or
     of some, then with the buckets of all."""

@@ -1,4 +1,4 @@
-"""How good the rows are that speed-ups rest on: dense rows against the memory limit, and other programs' dense rows."""
+"""How good a measurement is: dense rows against the memory limit and other programs' dense rows, and cold units."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sparsecli.bench.report import Row
 LEAST_SHARE = 0.7  # of the memory limit, below which a dense row is no good yardstick
 DENSE_SHARE = 0.9  # of its parameters that a dense model uses for a token
 MEASURED_PARTS = ("units", "projection", "controller", "multiplicative", "head")
+COLD_SHARE = 0.9  # of the bytes of chosen units that have to come from the disk
 CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 
@@ -38,6 +39,18 @@ def warnings(rows: Sequence[Row]) -> list[str]:
         f"the dense {dtype} row ({backend}) reaches {share:.0%} of the memory's speed, less than {LEAST_SHARE:.0%}: "
         "speed-ups against it (marked ~) are larger than against a good dense row"
         for (backend, dtype), share in weak.items()
+    ]
+
+
+def warm(rows: Sequence[Row]) -> list[str]:
+    """A line for every row whose units did not come from the disk."""
+    return [
+        f"{row.variant} ({row.dtype}): {row.disk_bytes_per_token / 1e6:.1f} MB a token came from the disk, its units "
+        f"have {row.disk_bytes_expected / 1e6:.1f}: they were not cold"
+        for row in rows
+        if row.disk_bytes_per_token is not None
+        and row.disk_bytes_expected
+        and row.disk_bytes_per_token < COLD_SHARE * row.disk_bytes_expected
     ]
 
 

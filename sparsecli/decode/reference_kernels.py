@@ -94,7 +94,7 @@ def join(m: Tensor, x: Tensor, how: str, modules: int) -> Tensor:
 
 def choose(logits: Tensor, count: int, gate: bool) -> tuple[Tensor, Tensor]:
     """logits (blocks, N) -> chosen units (blocks * count,) and their weights: their probabilities where `gate`."""
-    best = logits.topk(count, dim=-1).indices
+    best = logits.sort(dim=-1, descending=True, stable=True).indices[:, :count]  # of equal ones the first
     weights = logits.softmax(-1).gather(-1, best) if gate else torch.ones(best.shape)
     first = torch.arange(len(logits))[:, None] * logits.shape[1]
     return (first + best).flatten(), weights.flatten()
