@@ -147,7 +147,7 @@ constexpr int tile_rows(int vectors) {
 #if defined(SPARSECLI_NEON)
     return 4;
 #elif defined(SPARSECLI_BF16)
-    return vectors == 4 ? 6 : vectors == 2 ? 12 : 16;
+    return vectors == 4 ? 4 : vectors == 2 ? 12 : 16;
 #elif defined(SPARSECLI_AVX512)
     return vectors == 4 ? 6 : 8;
 #elif defined(SPARSECLI_AVX2)
