@@ -67,7 +67,7 @@ def tokens_of(name: str, count: int = COUNT) -> list[int]:
 @few
 @given(st.integers(1, 2), st.integers(1, 70), st.integers(1, 300), st.sampled_from([3, 4]))
 def test_panels_can_be_unpacked(maps: int, rows: int, cols: int, bits: int) -> None:
-    slot = Slot(0, "copy", "low_bit", maps * rows, cols, None, (), group=maps, bits=bits)
+    slot = Slot(0, "sketch", "low_bit", maps * rows, cols, None, (), group=maps, bits=bits)
     weights = np.random.default_rng(0).standard_normal((maps, rows, cols)).astype(np.float32)
     parts = [quantise_groups(matrix, bits) for matrix in weights]
     arranged = np.stack([arrange_panels(*part, bits) for part in parts], axis=1).reshape(-1)

@@ -425,14 +425,14 @@ def test_a_damaged_checkpoint_of_another_program(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({}, "not a packed model; this sparsecli reads version 1"),
-        ({"sparsecli_layout": "0"}, "layout version 0; this sparsecli reads version 1: pack the model again"),
-        ({"sparsecli_layout": "2"}, "layout version 2; this sparsecli reads version 1: pack the model again"),
-        ({"sparsecli_layout": "1"}, "its description is damaged"),
-        ({"sparsecli_layout": "1", "spec": "{}", "precision": "{}"}, "its description is damaged"),
+        ({}, "not a packed model; this sparsecli reads version 2"),
+        ({"sparsecli_layout": "0"}, "layout version 0; this sparsecli reads version 2: pack the model again"),
+        ({"sparsecli_layout": "3"}, "layout version 3; this sparsecli reads version 2: pack the model again"),
+        ({"sparsecli_layout": "2"}, "its description is damaged"),
+        ({"sparsecli_layout": "2", "spec": "{}", "precision": "{}"}, "its description is damaged"),
         (
             {
-                "sparsecli_layout": "1",
+                "sparsecli_layout": "2",
                 "spec": spec_of("sparse").model_dump_json(),
                 "precision": json.dumps(vars(INT8) | {"units": "int3"}),
             },
@@ -440,7 +440,7 @@ def test_a_damaged_checkpoint_of_another_program(tmp_path: Path) -> None:
         ),
         (
             {
-                "sparsecli_layout": "1",
+                "sparsecli_layout": "2",
                 "spec": spec_of("sparse").model_dump_json(),
                 "precision": json.dumps([1]),
             },
@@ -456,7 +456,7 @@ def test_files_of_another_kind_or_version(metadata: dict[str, str], message: str
 
 
 def test_a_file_that_another_program_wrote_with_other_types(tmp_path: Path) -> None:
-    facts = {"sparsecli_layout": "1", "spec": spec_of("sparse").model_dump_json()}
+    facts = {"sparsecli_layout": "2", "spec": spec_of("sparse").model_dump_json()}
     facts["precision"] = json.dumps(vars(INT8))
     tensor = {"dtype": "F16", "shape": [32], "data_offsets": [0, 64]}
     path = write_header(tmp_path / "other.spk", {"__metadata__": facts, "x": tensor}, bytes(64))

@@ -6,6 +6,7 @@ import ctypes
 import os
 import threading
 import weakref
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 
 import numpy as np
@@ -13,16 +14,16 @@ import numpy as np
 from sparsecli.console import Failure
 from sparsecli.decode import native
 from sparsecli.decode.handover import Remembered
-from sparsecli.decode.layout import LANES, convolves, joins, padded
+from sparsecli.decode.layout import LANES, Slot, convolves, joins, padded
 from sparsecli.decode.native import ERROR_BYTES
-from sparsecli.decode.packing import PackedModel, plan
+from sparsecli.decode.packing import LINE, PackedModel, plan
 from sparsecli.decode.shape import TYPE_CODES, shape_of, units_per_block
 from sparsecli.decode.tensorfile import WIDTHS
 from sparsecli.model.architecture import ModelSpec
 
 MAX_THREADS = 256
 INVALID = -2  # of sparsecli_forward: a token that does not exist
-FEW_BITS_CODES = {4: 3, 3: 4}  # native/ops/ops.h, by bits of a weight
+QUANTIZED_TYPES = {4: 3, 3: 4}  # native/ops/ops.h, by bits of a weight
 
 
 class Engine:
@@ -86,35 +87,12 @@ class Engine:
 
     def _bind(self) -> None:
         tensors = self.model.tensors
-        for slot, kind in plan(self.model.spec, self.model.precision):
-            if slot.optional and slot.key not in tensors:
-                continue
-            if slot.key not in tensors:
-                raise ValueError(f"{slot.key} is missing from the packed model")
-            tensor = tensors[slot.key]
-            if tensor.itemsize != WIDTHS[kind]:
-                raise ValueError(f"{slot.key}: is {tensor.dtype}, expected {kind}")
-            if tensor.size < slot.elements:  # in whole numbers of any size: the library's have 64 bits
-                raise ValueError(f"{slot.key}: has {tensor.size} elements, expected {slot.elements}")
-            scale = tensors.get(f"{slot.key}.scale") if kind == "int8" else None
-            scales = 0 if scale is None else min(scale.size, slot.scales)
-            if scale is not None and scale.dtype != np.float32:
-                raise ValueError(f"{slot.key}.scale: is {scale.dtype}, expected float32")
-            address = None if scale is None else scale.ctypes.data
-            bound = self._library.sparsecli_bind(
-                self.handle,
-                slot.layer,
-                slot.name.encode(),
-                tensor.ctypes.data,
-                tensor.nbytes,
-                FEW_BITS_CODES[slot.bits] if slot.bits else TYPE_CODES[kind],
-                address,
-                scales,
-                self._error,
-            )
-            if bound < 0:
-                raise ValueError(self._message())
-        if self._library.sparsecli_ready(self.handle, self._error) < 0:
+        planned = plan(self.model.spec, self.model.precision)
+        found = [
+            _bound(slot, kind, tensors) for slot, kind in planned if not slot.optional or slot.key in tensors
+        ]
+        bound = (native.BoundTensor * len(found))(*found)
+        if self._library.sparsecli_bind(self.handle, bound, len(found), self._error) < 0:
             raise ValueError(self._message())
 
     def _bind_axes(self, positions: int) -> None:
@@ -346,6 +324,33 @@ class Sequence:
             if not 0 <= length <= self.length:
                 raise ValueError(f"length: {length} is not between 0 and {self.length}")
             self.engine._library.sparsecli_sequence_truncate(self.handle, length)
+
+
+def _bound(slot: Slot, kind: str, tensors: Mapping[str, np.ndarray]) -> native.BoundTensor:
+    """A tensor as the library takes it. The library believes what it says: whatever lies in memory is compared with the
+    plan here, in whole numbers of any size."""
+    if slot.key not in tensors:
+        raise ValueError(f"{slot.key} is missing from the packed model")
+    tensor, scale = tensors[slot.key], tensors.get(f"{slot.key}.scale")
+    if tensor.itemsize != WIDTHS[kind]:
+        raise ValueError(f"{slot.key}: is {tensor.dtype}, expected {kind}")
+    if not slot.elements <= tensor.size < slot.elements + LINE // tensor.itemsize:  # whole cache lines
+        raise ValueError(f"{slot.key}: has {tensor.size} elements, expected {slot.elements}")
+    if kind != "int8":
+        scale = None
+    elif scale is None:
+        raise ValueError(f"{slot.key}.scale is missing from the packed model")
+    elif scale.dtype != np.float32 or scale.size < slot.scales:
+        raise ValueError(f"{slot.key}.scale: is {scale.size} {scale.dtype}, expected {slot.scales} float32")
+    return native.BoundTensor(
+        name=slot.name.encode(),
+        data=tensor.ctypes.data,
+        scale=None if scale is None else scale.ctypes.data,
+        layer=slot.layer,
+        type=QUANTIZED_TYPES[slot.bits] if slot.bits else TYPE_CODES[kind],
+        rows=slot.rows,
+        cols=slot.cols,
+    )
 
 
 def processors() -> int:

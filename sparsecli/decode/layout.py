@@ -31,7 +31,7 @@ class Slot:
 
     Attributes:
         layer: block it belongs to, -1 for the model's own.
-        rows, cols: outputs and inputs of the map; `units`, `residual` and a copy count every row of every unit.
+        rows, cols: outputs and inputs of the map; `units`, `residual` and a sketch count every row of every unit.
         part: field of `Precision` that gives its type; None is float32.
         sources: names in the Hugging Face state dict; several for `units`, in order.
         optional: leave it out where the state dict has no such tensor.
@@ -223,7 +223,8 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
         values = width if attention.value_concat == "none" else 2 * width
         for name, inputs in (("query", 3 * width), ("key", 3 * width), ("value", values)):
             if name != without:
-                yield from _convolution(layer, f"{prefix}{name}", f"{source}.{name}", width, inputs, taps)
+                at = f"{prefix}{name}_convolution"
+                yield from _convolution(layer, at, f"{source}.{name}", width, inputs, taps)
     else:
         for name, rows, rank in (
             ("query", spec.attention_width, spec.query_rank),
@@ -269,7 +270,9 @@ def _cross_attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
         return
     module, taps = d_model // modules, spec.attention.kernel
     yield from _map(layer, "cross.shared", f"{query}.shared", d_model, d_model, "projection", modules)
-    yield from _convolution(layer, "cross.query", f"{query}.convolution", module, 3 * module, taps)
+    yield from _convolution(
+        layer, "cross.query_convolution", f"{query}.convolution", module, 3 * module, taps
+    )
 
 
 def _recurrence(spec: ModelSpec, layer: int) -> Iterator[Slot]:
@@ -348,7 +351,7 @@ def _copy(spec: ModelSpec, layer: int, source: str, names: list[str]) -> Iterato
     place = "base" if feed_forward.kind == "precision" else "selector"
     if place == "base" or chooses(spec, layer):
         sources = tuple(f"{source}.{place}.{name}" for name in names)
-        yield _low_bit(layer, "copy", sources, units, d_model, feed_forward.bits)
+        yield _low_bit(layer, "sketch", sources, units, d_model, feed_forward.bits)
     if chooses(spec, layer):
         yield Slot(layer, "importance", "vector", 1, units, None, (f"{source}.importance",))
     if feed_forward.kind == "precision":

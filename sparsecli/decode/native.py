@@ -13,7 +13,7 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
-INTERFACE_VERSION = 6  # of native/engine.h
+INTERFACE_VERSION = 7  # of native/engine.h
 INSTRUCTION_SETS = (
     "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_i8mm_bf16", "neon_dotprod", "neon", "portable",
 )  # fmt: skip
@@ -37,6 +37,17 @@ class Shape(Structure):
         ("epsilon", c_double),
         ("embedding_scale", c_double),
         ("units_per_block", c_void_p),  # of every layer
+    ]
+
+
+class BoundTensor(Structure):
+    """`sparsecli_tensor` of native/engine.h."""
+
+    _fields_ = [
+        ("name", c_char_p),
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        *((name, c_int64) for name in ("layer", "type", "rows", "cols")),
     ]
 
 
@@ -115,11 +126,7 @@ def library() -> ctypes.CDLL:
         "instruction_set": (c_char_p, [c_char_p, c_char_p]),
         "create": (engine, [POINTER(Shape), c_int64, c_int64, c_char_p]),
         "destroy": (None, [engine]),
-        "bind": (
-            c_int64,
-            [engine, c_int64, c_char_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_char_p],
-        ),
-        "ready": (c_int64, [engine, c_char_p]),
+        "bind": (c_int64, [engine, POINTER(BoundTensor), c_int64, c_char_p]),
         "bind_axes": (c_int64, [engine, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_char_p]),
         "sequence_create": (sequence, [engine, c_int64, c_int64, c_char_p]),
         "sequence_destroy": (None, [sequence]),

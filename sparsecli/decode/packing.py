@@ -22,7 +22,7 @@ from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import GROUP, from_bfloat16, quantise_groups, to_bfloat16, unpack_nibbles
 from sparsecli.model.rotary import rotary_frequencies
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 INT8_RANK = 512  # the longest rank that is computed with in int8
 LINE = 64  # bytes: every packed tensor starts on a cache line
 WORDS = ("float32", "bfloat16", "int8", "int4")

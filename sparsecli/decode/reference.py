@@ -212,11 +212,11 @@ class Reference:
             modules = modules_of(self.spec)
             m = self._map(f"{block}shared", x)
             past = self._past(f"{block}shared", m)
-            queries = keys = self._convolve(f"{block}query", past, modules, neighbours=3)
+            queries = keys = self._convolve(f"{block}query_convolution", past, modules, neighbours=3)
             if not spec.share_query_key:
-                keys = self._convolve(f"{block}key", past, modules, neighbours=3)
+                keys = self._convolve(f"{block}key_convolution", past, modules, neighbours=3)
             past = self._past(f"{block}joined", join(m, x, spec.value_concat, modules))
-            values = self._convolve(f"{block}value", past, modules, neighbours=1)
+            values = self._convolve(f"{block}value_convolution", past, modules, neighbours=1)
         if spec.shares_query_key:
             queries = keys = (queries + keys) / 2
         return queries, keys, values
@@ -251,7 +251,7 @@ class Reference:
         keys, values = (torch.stack(self.memory[f"{block}{name}"]) for name in ("keys", "values"))
         if modules := query_modules_of(self.spec):
             past = self._past(f"{block}shared", self._map(f"{block}shared", x))
-            q = self._convolve(f"{block}query", past, modules, neighbours=3)
+            q = self._convolve(f"{block}query_convolution", past, modules, neighbours=3)
             return attend(self._heads(q), keys, values, self._rate).flatten()
         y = attend(self._heads(self._map(f"{block}query", x)), keys, values, self._rate)
         return self._map(f"{block}output", y.flatten())
@@ -336,7 +336,7 @@ class Reference:
         """Gate and up of all units, in few bits."""
         feed_forward = self.spec.feed_forward
         assert feed_forward.kind in ("selector", "precision")
-        products = dots_of_few_bits(self.few_bits[f"{block}copy"], x)
+        products = dots_of_few_bits(self.few_bits[f"{block}sketch"], x)
         gate, up = products.chunk(2) if feed_forward.gated else (None, products)
         return gate, up
 

@@ -12,7 +12,6 @@ using namespace sparsecli;
 namespace {
 
 const Ops* chosen_ops = nullptr;
-constexpr int64_t INT8_RANK = 512;  // products of a controller's 8-bit weights that fit into 32 bits, whatever the sum
 
 void complain(char* error, const std::string& message) {
     std::snprintf(error, SPARSECLI_ERROR_BYTES, "%s", message.c_str());
@@ -129,7 +128,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 6 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 7 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* wanted, char* error) {
     const Ops* found = find_ops(wanted);
@@ -159,49 +158,21 @@ sparsecli_engine* sparsecli_create(const sparsecli_shape* shape, int64_t threads
 
 void sparsecli_destroy(sparsecli_engine* engine) { delete engine; }
 
-int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name, const void* data, int64_t bytes,
-                       int64_t type, const float* scale, int64_t scales, char* error) {
+int64_t sparsecli_bind(sparsecli_engine* engine, const sparsecli_tensor* tensors, int64_t count, char* error) {
     Model& model = engine->model;
-    const std::string place = layer < 0 ? name : "block " + std::to_string(layer) + ": " + name;
-    if (layer < -1 || layer >= model.shape.layers || type < FLOAT32 || type > INT3) {
-        complain(error, place + ": no such layer or type");
-        return -1;
-    }
-    for (Slot& slot : model.slots[size_t(layer + 1)]) {
-        if (slot.name != name) continue;
-        const int64_t expected = model.bytes(slot, type);
-        const bool long_sums = slot.layout == Layout::BLOCKS && type == INT8 && slot.cols > INT8_RANK;
-        if (!model.takes(slot.layout, type) || long_sums) {
-            complain(error, place + ": weights of this type are not computed with here");
-            return -1;
+    const bool fine = guarded(error, [&] {
+        for (const sparsecli_tensor* tensor = tensors; tensor < tensors + count; ++tensor) {
+            const bool known = tensor->layer >= -1 && tensor->layer < model.shape.layers;
+            Matrix* matrix = known ? model.find(tensor->layer, tensor->name) : nullptr;
+            if (!matrix || tensor->type < FLOAT32 || tensor->type > INT3)
+                throw std::runtime_error(std::string(tensor->name) + ": the engine has no such tensor or type");
+            *matrix = {tensor->data, tensor->scale, tensor->type, tensor->rows, tensor->cols};
+            const bool few_bits = tensor->type == INT4 || tensor->type == INT3;
+            model.few_bits = model.few_bits || few_bits;
+            model.quantised = model.quantised || tensor->type == INT8 || few_bits;
         }
-        // Tensors may be filled up to a whole number of cache lines.
-        if (bytes < expected || bytes >= expected + 64 || scales != (type == INT8 ? model.scales(slot) : 0)) {
-            complain(error, place + ": " + std::to_string(bytes) + " bytes and " + std::to_string(scales) +
-                                " scales, expected " + std::to_string(expected) + " and " +
-                                std::to_string(type == INT8 ? model.scales(slot) : 0));
-            return -1;
-        }
-        *slot.matrix = {data, type == INT8 ? scale : nullptr, type, slot.rows, slot.cols};
-        const bool few_bits = type == INT4 || type == INT3;
-        const bool meets_rows = slot.layout == Layout::SPANS || slot.layout == Layout::UNITS;
-        model.few_bits = model.few_bits || few_bits;
-        model.quantised = model.quantised || type == INT8 || few_bits;
-        return 0;
-    }
-    complain(error, place + ": the model has no such tensor");
-    return -1;
-}
-
-int64_t sparsecli_ready(sparsecli_engine* engine, char* error) {
-    const auto& slots = engine->model.slots;
-    for (size_t i = 0; i < slots.size(); ++i)
-        for (const Slot& slot : slots[i])
-            if (!slot.optional && !slot.matrix->data) {
-                complain(error, (i ? "block " + std::to_string(i - 1) + ": " : "") + slot.name + " is missing");
-                return -1;
-            }
-    return 0;
+    });
+    return fine ? 0 : -1;
 }
 
 int64_t sparsecli_bind_axes(sparsecli_engine* engine, int64_t place, int64_t level, const int64_t* factors,

@@ -56,10 +56,16 @@ struct sparsecli_sequence;
 sparsecli_engine* sparsecli_create(const sparsecli_shape* shape, int64_t threads, int64_t pin, char* error);
 void sparsecli_destroy(sparsecli_engine* engine);
 
-// Hands over one packed tensor by its name within the layer (-1: the model's own); the memory stays the caller's.
-int64_t sparsecli_bind(sparsecli_engine* engine, int64_t layer, const char* name, const void* data, int64_t bytes,
-                       int64_t type, const float* scale, int64_t scales, char* error);
-int64_t sparsecli_ready(sparsecli_engine* engine, char* error);  // every tensor there?
+// Hands over packed tensors, of which the caller has made sure that they are those of the shape, of types that their ops
+// compute with, and as long as their layout says (decode/packed/). Their memory stays the caller's.
+struct sparsecli_tensor {
+    const char* name;  // within its layer
+    const void* data;
+    const float* scale;  // of each row, int8 only
+    int64_t layer;       // -1: the model's own
+    int64_t type, rows, cols;
+};
+int64_t sparsecli_bind(sparsecli_engine* engine, const sparsecli_tensor* tensors, int64_t count, char* error);
 
 // The axes that an attention layer hashes keys on, layers counted in the order of their caches, in a text of
 // 2^(level - 1) + 1 to 2^level positions: (heads, head_width, columns), those of a round side by side, of its first

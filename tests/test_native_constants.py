@@ -1,0 +1,76 @@
+"""Numbers that Python and C++ both state are equal, and the tensor plan names what the engine knows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import sparsecli.decode
+from sparsecli.decode import arrangement, engine, layout, layout_low_bit, reference, reference_kernels, shape
+from sparsecli.model import low_bit
+
+NATIVE = Path(sparsecli.decode.__file__).parent / "native"
+SOURCES = {
+    path.name: path.read_text() for path in NATIVE.rglob("*.*") if path.suffix in (".h", ".inl", ".cpp")
+}
+
+
+def constant(name: str) -> int:
+    """The only `constexpr int64_t NAME = value` of that name, but for those of a class."""
+    found = re.findall(
+        rf"^constexpr int64_t {name} = ([\d <()]+);", "\n".join(SOURCES.values()), re.MULTILINE
+    )
+    (value,) = set(found)
+    return eval(value)
+
+
+def enumeration(name: str) -> dict[str, int]:
+    """Members and values of the only enum called `name`."""
+    (body,) = re.findall(rf"^enum {name}\b[^{{]*{{([^}}]*)}}", "\n".join(SOURCES.values()), re.MULTILINE)
+    return {member: int(value) for member, value in re.findall(r"(\w+) = (\d+)", body)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LANES", layout.LANES),
+        ("LANES", layout_low_bit.LANES),
+        ("PAD", layout.PAD),
+        ("PANEL", arrangement.PANEL),
+        ("SPAN", arrangement.SPAN),
+        ("GROUP", reference_kernels.GROUP),
+        ("LOW_BIT_GROUP", low_bit.GROUP),
+        ("HEAD_LANES", reference.HEAD_PARTS),
+        ("CANDIDATES", reference.CANDIDATES),
+    ],
+)
+def test_constants(name: str, value: int) -> None:
+    assert constant(name) == value
+
+
+def test_type_codes() -> None:
+    types = enumeration("Type")
+    codes = shape.TYPE_CODES | {f"int{bits}": code for bits, code in engine.QUANTIZED_TYPES.items()}
+    assert codes == {name.lower(): code for name, code in types.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Activation", shape.ACTIVATIONS),
+        ("FeedForward", shape.FEED_FORWARDS),
+        ("Projection", shape.PROJECTIONS),
+        ("Output", shape.OUTPUTS),
+        ("Positions", shape.POSITIONS),
+        ("ValueConcat", shape.CONCATENATIONS),
+    ],
+)
+def test_enumerations(name: str, words: tuple[str, ...]) -> None:
+    """Members are called as the words are, but for what tells them from those of other enumerations."""
+    kind = re.compile("_units|_output|_concat|concat_")
+    codes = {kind.sub("", member.lower()): code for member, code in enumeration(name).items()}
+    if "no" in codes:
+        codes["none"] = codes.pop("no")
+    assert codes == {word: code for code, word in enumerate(words)}
