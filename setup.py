@@ -22,7 +22,7 @@ setup(
     cmdclass={"build_ext": BuildNative},
     ext_modules=[
         Extension(
-            "sparsecli.decode._native",
+            "sparsecli.decode.native._native",
             sources=[str(path) for path in sorted(SOURCES.rglob("*.cpp")) if path.parent.name != "tests"],
             depends=[str(path) for pattern in ("*.h", "*.inl") for path in sorted(SOURCES.rglob(pattern))],
             include_dirs=[str(SOURCES)],

@@ -11,13 +11,13 @@ import numpy as np
 
 from sparsecli import console
 from sparsecli.console import Failure
-from sparsecli.decode import native
-from sparsecli.decode.layout import crosses
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed.tensors import crosses
 from sparsecli.model.folder import CONFIG, INDEX, PACKED, WEIGHTS, Description
 
 if TYPE_CHECKING:
     from sparsecli.decode.engine import Sequence as EngineSequence
-    from sparsecli.decode.packing import PackedModel
+    from sparsecli.decode.packed.pack import PackedModel
 
 DEFAULT_DTYPE = "float32"
 
@@ -62,7 +62,7 @@ def open_backend(folder: Path, model: Description, choices: Choices) -> Backend:
     Raises:
         Failure: the backend cannot be used or cannot do what was chosen, or the weights do not load.
     """
-    missing = native.available()
+    missing = binding.available()
     if choices.backend == "native" and missing:
         raise Failure(f"--backend native: {missing}")
     if choices.backend == "torch" or missing:
@@ -90,7 +90,7 @@ class NativeBackend:
         if choices.cache_dtype is not None:
             packed = replace(packed, precision=replace(packed.precision, cache=choices.cache_dtype))
         self.dtype, self.cache_dtype = packed.precision.units, packed.precision.cache
-        self.isa = native.isa()
+        self.isa = binding.isa()
         try:
             self.engine = Engine(packed, threads=choices.threads)
         except ValueError as error:  # a packed file that is whole, but not of this model
@@ -109,11 +109,11 @@ class NativeBackend:
         source = len(prompt) if self.spec.encoder else 0
         self.sequence = self.engine.sequence(capacity, source)
         if self.reader:
-            from sparsecli.decode.handover import remembered
+            from sparsecli.decode.kv_state import kv_states
 
             logits, cache = self.reader.start(prompt, capacity=1), self.reader.cache
-            layers = remembered(self.spec, cache.layers, cache.get_seq_length())
-            self.engine.go_on(self.sequence, layers, source)
+            layers = kv_states(self.spec, cache.layers, cache.get_seq_length())
+            self.engine.import_kv(self.sequence, layers, source)
             return logits
         if self.encoder:
             self.engine.read_source(self.sequence, self.encoder.read(prompt))
@@ -175,11 +175,12 @@ def packed_weights(folder: Path, model: Description, dtype: str | None) -> Packe
     Raises:
         Failure: they do not load, or are packed as another type and nothing else is there.
     """
-    from sparsecli.decode import packing
-    from sparsecli.decode.weights import pack_folder
+    from sparsecli.decode.packed.file import open_packed
+    from sparsecli.decode.packed.folder import pack_folder
+    from sparsecli.decode.packed.precision import Precision
 
     if (folder / PACKED).is_file():
-        packed = packing.open_packed(folder / PACKED)
+        packed = open_packed(folder / PACKED)
         if packed.spec != model.spec:
             raise Failure(f"{folder}: {PACKED} and {CONFIG} do not belong together; pack the model again")
         held = packed.precision.units
@@ -189,7 +190,7 @@ def packed_weights(folder: Path, model: Description, dtype: str | None) -> Packe
             raise Failure(
                 f"{folder / PACKED}: was packed as {held}; leave out --dtype {dtype}, or pack the model again with it"
             )
-    return pack_folder(folder, model.spec, packing.Precision.of(dtype or DEFAULT_DTYPE))
+    return pack_folder(folder, model.spec, Precision.of(dtype or DEFAULT_DTYPE))
 
 
 class TorchBackend:

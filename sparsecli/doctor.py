@@ -15,8 +15,8 @@ import torch
 from sparsecli import __version__, console
 from sparsecli.bench import engine_share, machine, roofline
 from sparsecli.bench.yardsticks import LEAST_SHARE
-from sparsecli.decode import native
 from sparsecli.decode.engine import processors
+from sparsecli.decode.native import binding
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
@@ -105,14 +105,14 @@ def examine(cpuinfo: Path = machine.CPUINFO) -> Diagnosis:
 def _native() -> Backend:
     """The native engine: what it was built for and this processor has, or why it cannot be used."""
     try:
-        reason = native.available()
+        reason = binding.available()
     except console.Failure as failure:  # an environment variable asks for what does not exist
         reason = failure.message
     if reason is not None:
         return Backend("native", False, reason)
-    others = [name for name in native.instruction_sets() if name != native.isa()]
+    others = [name for name in binding.instruction_sets() if name != binding.isa()]
     also = f"; SPARSECLI_ISA chooses another: {', '.join(others)}" if others else ""
-    return Backend("native", True, f"{native.isa()} with {processors()} threads{also}")
+    return Backend("native", True, f"{binding.isa()} with {processors()} threads{also}")
 
 
 def rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:

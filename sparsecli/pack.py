@@ -7,8 +7,9 @@ from pathlib import Path
 
 from sparsecli import console
 from sparsecli.console import Failure
-from sparsecli.decode.packing import Precision, save
-from sparsecli.decode.weights import pack_folder
+from sparsecli.decode.packed.file import save
+from sparsecli.decode.packed.folder import pack_folder
+from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.folder import (
     CONFIG,
     PACKED,

@@ -13,9 +13,9 @@ from sparsecli.bench import (
 )
 from sparsecli.bench.report import Bandwidth, Machine, Result, Row, Settings
 from sparsecli.bench.torch_decoder import TorchModel
-from sparsecli.decode import native
 from sparsecli.decode.engine import Engine
-from sparsecli.decode.packing import Precision
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import PaperFigures, Recipe
@@ -50,7 +50,7 @@ BENCH = {
     "tokens_per_round": 3,
     "warmup_tokens": 1,
 }
-needs_native = pytest.mark.skipif(native.available() is not None, reason="the native engine is not built")
+needs_native = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not built")
 
 
 def loaded(**bench: object) -> LoadedRecipe:

@@ -9,15 +9,16 @@ from functools import cache
 import numpy as np
 import torch
 
-from sparsecli.decode import native
 from sparsecli.decode.engine import Engine
-from sparsecli.decode.packing import PackedModel, Precision, pack
-from sparsecli.decode.reference import Reference
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed.pack import PackedModel, pack
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.reference.step import Reference
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.tensors import tensor_shapes
 
-INSTRUCTION_SETS = native.instruction_sets() if native.available() is None else []
+INSTRUCTION_SETS = binding.instruction_sets() if binding.available() is None else []
 
 SPARSE = {"kind": "sparse", "d_ff": 160, "block_size": 20, "rank": 7, "units_per_block": 2}
 DEFAULTS = {

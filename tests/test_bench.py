@@ -25,8 +25,8 @@ from sparsecli.bench import (
 )
 from sparsecli.bench.native_decoder import DiskDecoder
 from sparsecli.bench.report import Result
-from sparsecli.decode import native
-from sparsecli.decode.packing import Precision
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.loader import load, shipped
 
@@ -166,7 +166,7 @@ def test_native_rows_with_types_of_their_own() -> None:
         variants=[*VARIANTS, {**VARIANTS[1], "name": "small", "dtypes": ["bfloat16"], "precision": MIXED}],
     )
     measured = command.run(recipe, profile=True, format="json")
-    assert measured.machine.isa == native.isa()
+    assert measured.machine.isa == binding.isa()
     assert [(row.variant, row.backend, row.dtype) for row in measured.rows] == [
         ("dense", "native", "bfloat16"),
         ("both", "native", "bfloat16"),
@@ -193,7 +193,7 @@ MIXED = {"units": "int8", "head": "int8", "head_rescoring": True}
 def test_without_the_native_engine_torch_measures_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(native, "available", lambda: "it was not built")
+    monkeypatch.setattr(binding, "available", lambda: "it was not built")
     measured = command.run(loaded(backends=None, dtypes=["float32", "int8"]), format="json")
     assert {(row.backend, row.dtype) for row in measured.rows} == {("torch", "float32")}
     told = capsys.readouterr().err

@@ -21,8 +21,8 @@ from sparsecli.bench import (
 )
 from sparsecli.bench.native_decoder import NativeDecoder
 from sparsecli.bench.torch_decoder import TorchDecoder
-from sparsecli.decode import native
-from sparsecli.decode.packing import Precision
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import load
@@ -105,7 +105,7 @@ CONV = {**MODEL, "attention": {"projection": "multiplicative_conv"}}
 def decoders(batch: int = 1) -> list[object]:
     spec = ModelSpec.model_validate(CONV)
     found: list[object] = [TorchDecoder(torch_model(spec, profile=True), 1, 16, batch)]
-    if native.available() is None:
+    if binding.available() is None:
         found.append(NativeDecoder(engine(spec, profile=True), 16, batch))
     return found
 

@@ -13,14 +13,14 @@ from small_conversions import losses, search, trained
 from sparsecli.console import Failure, Mismatch, RecipeError
 from sparsecli.convert import command, conversion
 from sparsecli.convert.conversion import check_written
-from sparsecli.decode import native
+from sparsecli.decode.native import binding
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import LowRank
 from sparsecli.recipe.loader import LoadedRecipe, load
 
-pytestmark = pytest.mark.skipif(native.available() is not None, reason="the native engine is not there")
+pytestmark = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not there")
 
 
 @pytest.fixture(scope="module")

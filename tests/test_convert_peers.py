@@ -20,7 +20,7 @@ from sparsecli.convert.evaluation import Loss
 from sparsecli.convert.peers import NAMES, check_names, usable
 from sparsecli.convert.report import Report, Row
 from sparsecli.data.packing import Windows
-from sparsecli.decode import native
+from sparsecli.decode.native import binding
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.recipe.loader import LoadedRecipe, load
@@ -30,7 +30,7 @@ from sparsecli.train import trainer
 needs_llama = pytest.mark.skipif(
     bench_peers.PEERS["llama.cpp"].missing() is not None, reason="llama.cpp is not there"
 )
-needs_engine = pytest.mark.skipif(native.available() is not None, reason="the native engine is not there")
+needs_engine = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not there")
 
 LLAMA: dict[str, Any] = {
     "d_model": 64,

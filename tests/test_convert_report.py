@@ -15,10 +15,10 @@ from sparsecli.console import Failure, RecipeError
 from sparsecli.convert import command
 from sparsecli.convert.evaluation import Loss
 from sparsecli.convert.report import Report, Row, Stage
-from sparsecli.decode import native
+from sparsecli.decode.native import binding
 from sparsecli.recipe.loader import LoadedRecipe, load
 
-needs_engine = pytest.mark.skipif(native.available() is not None, reason="the native engine is not there")
+needs_engine = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not there")
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from sparsecli.convert import command, conversion, fitting
 from sparsecli.convert import search as searching
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.work import fingerprint, place_of, work_folder
-from sparsecli.decode import native
+from sparsecli.decode.native import binding
 from sparsecli.model.checkpoint import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.schema import Recipe
 
-pytestmark = pytest.mark.skipif(native.available() is not None, reason="the native engine is not there")
+pytestmark = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not there")
 
 
 @pytest.fixture(scope="module")

@@ -32,17 +32,20 @@ from test_golden import LANGUAGE_MODELS, golden_language_model, load
 from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.data.packing import pack as pack_corpus
-from sparsecli.decode import native
 from sparsecli.decode.engine import MAX_THREADS, Engine
-from sparsecli.decode.packing import PackedModel, Precision, pack
-from sparsecli.decode.shape import shape_of
-from sparsecli.decode.weights import read_weights
+from sparsecli.decode.native import binding
+from sparsecli.decode.native.shape import shape_of
+from sparsecli.decode.packed.folder import read_weights
+from sparsecli.decode.packed.pack import PackedModel, pack
+from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.folder import read_description
 from sparsecli.recipe.loader import load as load_recipe
 from sparsecli.train import trainer
 
-pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"native engine: {native.available()}")
+pytestmark = pytest.mark.skipif(
+    binding.available() is not None, reason=f"native engine: {binding.available()}"
+)
 
 COUNT = 24  # tokens: more than one block of keys
 EXACT = Precision.of("float32")
@@ -63,7 +66,7 @@ every_rounding = pytest.mark.parametrize("precision", ROUNDED.values(), ids=ROUN
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Engines made in the test use it."""
     monkeypatch.setenv("SPARSECLI_ISA", request.param)
-    assert native.isa() == request.param
+    assert binding.isa() == request.param
     return request.param
 
 
@@ -400,7 +403,7 @@ def test_calls_that_make_no_sense(engine: Engine) -> None:
 
 
 def test_sequences_out_of_range_are_refused_at_the_door(engine: Engine) -> None:
-    library, error = native.library(), ctypes.create_string_buffer(native.ERROR_BYTES)
+    library, error = binding.library(), ctypes.create_string_buffer(binding.ERROR_BYTES)
     for capacity, source in ((0, 0), (-1, 0), (2**30 + 1, 0), (2**62, 0), (1, -1), (1, 2**31)):
         assert not library.sparsecli_sequence_create(engine.handle, capacity, source, error)
         assert error.value == b"a sequence cannot be so long"
@@ -410,7 +413,7 @@ def test_sequences_out_of_range_are_refused_at_the_door(engine: Engine) -> None:
 
 def test_bytes_past_counting_are_refused_at_the_door() -> None:
     """Of a model whose convolutions reach so far that they cannot be counted at the greatest capacity."""
-    library, error = native.library(), ctypes.create_string_buffer(native.ERROR_BYTES)
+    library, error = binding.library(), ctypes.create_string_buffer(binding.ERROR_BYTES)
     shape = shape_of(packed("sparse"), poison=False)
     units = (ctypes.c_int64 * 400)(*[2] * 400)
     shape.layers, shape.kernel, shape.units_per_block = 400, 1 << 16, ctypes.addressof(units)
@@ -510,7 +513,7 @@ def test_environment_variables_that_name_nothing(
 
 
 def test_an_instruction_set_that_this_processor_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = set(native.INSTRUCTION_SETS) - set(INSTRUCTION_SETS)
+    lacking = set(binding.INSTRUCTION_SETS) - set(INSTRUCTION_SETS)
     if not lacking:
         pytest.skip("this processor has all of them")
     monkeypatch.setenv("SPARSECLI_ISA", lacking.pop())

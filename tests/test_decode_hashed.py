@@ -22,18 +22,19 @@ from small_models import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from sparsecli.console import Failure
-from sparsecli.decode import native
 from sparsecli.decode.engine import Engine, Sequence
-from sparsecli.decode.handover import Remembered, remembered
-from sparsecli.decode.packing import PackedModel, Precision, pack
-from sparsecli.decode.reference import Reference
-from sparsecli.decode.reference_handover import go_on
+from sparsecli.decode.kv_state import KVState, kv_states
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed.pack import PackedModel, pack
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.reference.state import import_kv
+from sparsecli.decode.reference.step import Reference
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.cache import DecodeCache
 from sparsecli.model.networks import build_network
 
 needs_native = pytest.mark.skipif(
-    native.available() is not None, reason=f"native engine: {native.available()}"
+    binding.available() is not None, reason=f"native engine: {binding.available()}"
 )
 COUNT, SOURCE = (
     150,
@@ -256,7 +257,7 @@ def handed_over(engine: Engine, name: str, read_by_pytorch: int) -> tuple[Sequen
     read(name, memory, tokens_of(name)[:read_by_pytorch], rows)
     source = 0 if rows is None else rows.shape[1]
     sequence = engine.sequence(COUNT, source)
-    engine.go_on(sequence, remembered(spec, memory.layers, memory.get_seq_length()), source)
+    engine.import_kv(sequence, kv_states(spec, memory.layers, memory.get_seq_length()), source)
     assert sequence.length == read_by_pytorch
     return sequence, memory
 
@@ -296,7 +297,7 @@ def test_what_is_handed_over_is_rounded_as_what_the_engine_remembers(name: str, 
     engine = start(model, 2)
     sequence, memory = handed_over(engine, name, 60)
     reference, held = Reference(model), memory.get_seq_length()
-    go_on(reference, remembered(spec_of(name), memory.layers, held), held - 60)
+    import_kv(reference, kv_states(spec_of(name), memory.layers, held), held - 60)
     wanted = np.stack([reference.step(token) for token in following])
     assert_twins(np.stack([engine.step(sequence, token) for token in following]), wanted)
 
@@ -310,23 +311,23 @@ def test_memories_that_do_not_fit() -> None:
     engine, spec = start(packed(name)), spec_of(name)
     memory = DecodeCache.for_model(spec, 4)
     read(name, memory, tokens_of(name)[:12], None)
-    layers = remembered(spec, memory.layers, 12)
+    layers = kv_states(spec, memory.layers, 12)
     with pytest.raises(Failure, match="12 positions to remember, the sequence holds 11"):
-        engine.go_on(engine.sequence(11), layers)
+        engine.import_kv(engine.sequence(11), layers)
     sequence = engine.sequence(12)
     with pytest.raises(ValueError, match="1 attention layers, expected 2"):
-        engine.go_on(sequence, layers[:1])
+        engine.import_kv(sequence, layers[:1])
     with pytest.raises(ValueError, match=r"values of layer 1: not of shape \(12, 4, 12\)"):
-        engine.go_on(sequence, [layers[0], replace(layers[1], values=layers[1].values[:3])])
+        engine.import_kv(sequence, [layers[0], replace(layers[1], values=layers[1].values[:3])])
     with pytest.raises(ValueError, match="states of layer 0: not of shape"):
-        engine.go_on(sequence, [replace(layers[0], states=None), layers[1]])
+        engine.import_kv(sequence, [replace(layers[0], states=None), layers[1]])
     with pytest.raises(ValueError, match="keys of layer 0: holds a NaN"):
-        engine.go_on(sequence, [replace(layers[0], keys=layers[0].keys * np.nan), layers[1]])
+        engine.import_kv(sequence, [replace(layers[0], keys=layers[0].keys * np.nan), layers[1]])
     with pytest.raises(Failure, match="so many positions cannot have been read"):
-        engine.go_on(sequence, layers, source=3)
+        engine.import_kv(sequence, layers, source=3)
     assert sequence.length == 0
     with pytest.raises(ValueError, match="another engine"):
-        engine.go_on(start(packed(name)).sequence(12), layers)
+        engine.import_kv(start(packed(name)).sequence(12), layers)
 
 
 @needs_native
@@ -336,14 +337,14 @@ def test_cross_attention_reads_its_text_itself() -> None:
     read(name, memory, [1, 2], encoded(name))
     engine = start(packed(name))
     with pytest.raises(Failure, match="cross-attention reads its text itself"):
-        engine.go_on(engine.sequence(9, 5), remembered(spec_of(name), memory.layers, 2))
+        engine.import_kv(engine.sequence(9, 5), kv_states(spec_of(name), memory.layers, 2))
 
 
 @needs_native
 def test_axes_are_checked_at_the_door() -> None:
     engine, library, error = (
         start(packed("given buckets")),
-        native.library(),
+        binding.library(),
         ctypes.create_string_buffer(256),
     )
     assert not library.sparsecli_sequence_create(engine.handle, 31, 0, error)  # 30 keys are all read
@@ -370,7 +371,7 @@ def test_axes_are_checked_at_the_door() -> None:
 def test_a_layer_that_remembers_nothing_else_has_no_other_rows() -> None:
     memory = DecodeCache.for_model(spec_of("reformer"), 4)
     read("reformer", memory, [1, 2, 3], None)
-    for layer in remembered(spec_of("reformer"), memory.layers, 3):
-        assert isinstance(layer, Remembered)
+    for layer in kv_states(spec_of("reformer"), memory.layers, 3):
+        assert isinstance(layer, KVState)
         assert (layer.inputs, layer.output_inputs, layer.states) == (None, None, None)
         assert layer.keys.shape == (3, 4, 12)

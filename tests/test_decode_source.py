@@ -14,15 +14,16 @@ from test_golden import load
 from test_golden_terraformer import encoder_decoder, tokens
 
 from sparsecli.console import Failure
-from sparsecli.decode import native
 from sparsecli.decode.engine import Engine, Sequence, source_streams
-from sparsecli.decode.packing import PackedModel, Precision, pack
-from sparsecli.decode.reference import Reference
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed.pack import PackedModel, pack
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.reference.step import Reference
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.networks import build_network
 
 needs_native = pytest.mark.skipif(
-    native.available() is not None, reason=f"native engine: {native.available()}"
+    binding.available() is not None, reason=f"native engine: {binding.available()}"
 )
 COUNT, SOURCE = 20, 19  # tokens and rows of a source: more than a block of keys
 EXACT = Precision.of("float32")

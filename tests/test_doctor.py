@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 
 from sparsecli import doctor
-from sparsecli.decode import native
+from sparsecli.decode.native import binding
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def test_json_holds_the_figures(capsys):
     assert found["versions"]["torch"] == version("torch")
     assert found["bandwidth_gb_s"] == 12.5
     assert found["usable_cpus"] >= 1
-    if native.available() is None:
+    if binding.available() is None:
         assert list(found["engine_share"]) == ["float32", "bfloat16", "int8", "int4"]
         assert min(found["engine_share"].values()) > 0
     else:
@@ -31,7 +31,7 @@ def test_json_holds_the_figures(capsys):
     assert found["memory_gb"] >= found["available_gb"] > 0
     assert [(backend["name"], backend["usable"]) for backend in found["backends"]] == [
         ("torch", True),
-        ("native", native.available() is None),
+        ("native", binding.available() is None),
     ]
 
 
@@ -79,11 +79,11 @@ def native_backend() -> doctor.Backend:
 
 
 def test_the_native_engine_and_why_it_cannot_be_used(monkeypatch):
-    monkeypatch.setattr(native, "available", lambda: "it was not built")
+    monkeypatch.setattr(binding, "available", lambda: "it was not built")
     assert native_backend() == doctor.Backend("native", False, "it was not built")
-    monkeypatch.setattr(native, "available", lambda: None)
-    monkeypatch.setattr(native, "isa", lambda: "avx2")
-    monkeypatch.setattr(native, "instruction_sets", lambda: ["avx2", "portable"])
+    monkeypatch.setattr(binding, "available", lambda: None)
+    monkeypatch.setattr(binding, "isa", lambda: "avx2")
+    monkeypatch.setattr(binding, "instruction_sets", lambda: ["avx2", "portable"])
     found = native_backend()
     assert found.usable
     assert found.reason.startswith("avx2 with ")

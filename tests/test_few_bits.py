@@ -26,12 +26,13 @@ from small_models import (
 )
 
 from sparsecli.console import Failure
-from sparsecli.decode import native
-from sparsecli.decode.layout import Slot
-from sparsecli.decode.layout_low_bit import arrange_panels, arrange_residual
-from sparsecli.decode.packing import Precision, pack
-from sparsecli.decode.reference import Reference
-from sparsecli.decode.unpacking import unpack_few_bits, unpack_residual
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed.layouts import Slot
+from sparsecli.decode.packed.pack import pack
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.packed.quantized_layouts import arrange_panels, arrange_residual
+from sparsecli.decode.reference.step import Reference
+from sparsecli.decode.reference.weights import unpack_quantized, unpack_residual
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import (
     dequantise_groups,
@@ -42,7 +43,7 @@ from sparsecli.model.low_bit import (
 )
 
 needs_the_engine = pytest.mark.skipif(
-    native.available() is not None, reason=f"native engine: {native.available()}"
+    binding.available() is not None, reason=f"native engine: {binding.available()}"
 )
 every_model = pytest.mark.parametrize("name", FEW_BITS)
 COUNT = 24
@@ -67,13 +68,13 @@ def tokens_of(name: str, count: int = COUNT) -> list[int]:
 @few
 @given(st.integers(1, 2), st.integers(1, 70), st.integers(1, 300), st.sampled_from([3, 4]))
 def test_panels_can_be_unpacked(maps: int, rows: int, cols: int, bits: int) -> None:
-    slot = Slot(0, "sketch", "low_bit", maps * rows, cols, None, (), group=maps, bits=bits)
+    slot = Slot(0, "sketch", "quantized", maps * rows, cols, None, (), group=maps, bits=bits)
     weights = np.random.default_rng(0).standard_normal((maps, rows, cols)).astype(np.float32)
     parts = [quantise_groups(matrix, bits) for matrix in weights]
     arranged = np.stack([arrange_panels(*part, bits) for part in parts], axis=1).reshape(-1)
     assert arranged.size == slot.elements
     wanted = np.concatenate([dequantise_groups(*part, cols) for part in parts])
-    np.testing.assert_array_equal(unpack_few_bits(slot, arranged).values()[:, :cols], wanted)
+    np.testing.assert_array_equal(unpack_quantized(slot, arranged).values()[:, :cols], wanted)
 
 
 @few

@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from sparsecli import generate, pack
 from sparsecli.console import Failure
 from sparsecli.data.tokenization import load_or_train
-from sparsecli.decode import native
+from sparsecli.decode.native import binding
 from sparsecli.generate import StopFilter
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_model
@@ -32,7 +32,7 @@ from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.schema import GenerateSpec
 
-needs_native = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
+needs_native = pytest.mark.skipif(binding.available() is not None, reason=str(binding.available()))
 BACKENDS = [pytest.param("native", marks=needs_native), "torch"]
 TEXT = "def read_file(path):\n    return open(path).read()\n\nnaïve = 'žluťoučký kůň 🐎'\n"
 
@@ -207,7 +207,7 @@ def test_a_word_that_follows_the_prompt_keeps_its_space(
 def test_torch_decodes_where_the_native_engine_cannot(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(native, "available", lambda: "no compiler at installation")
+    monkeypatch.setattr(binding, "available", lambda: "no compiler at installation")
     run(folder, max_new_tokens=2, json=True)
     captured = capsys.readouterr()
     assert json.loads(captured.out)["backend"] == "torch"

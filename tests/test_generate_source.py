@@ -15,14 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from sparsecli import generate, pack
 from sparsecli.backends import Choices, open_backend
 from sparsecli.console import Failure
-from sparsecli.decode import native
+from sparsecli.decode.native import binding
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.folder import read_description
 from sparsecli.model.networks import build_network
 from sparsecli.recipe.schema import GenerateSpec
 
-needs_native = pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
+needs_native = pytest.mark.skipif(binding.available() is not None, reason=str(binding.available()))
 ENCODER = {"layers": 1, "max_positions": 20}
 TERRAFORMER = {
     "residual": "reversible",
@@ -81,7 +81,7 @@ def test_greedy_text_equals_that_of_transformers(
     assert written["tokens"] == (wanted[: wanted.index(1)] if 1 in wanted else wanted)
     assert written["stats"]["prompt_tokens"] == 7
     assert written["backend"] == (
-        backend if backend != "auto" else "torch" if native.available() else "native"
+        backend if backend != "auto" else "torch" if binding.available() else "native"
     )
 
 

@@ -47,17 +47,27 @@ BELOW_COMMANDS = {
     "sparsecli.data",
 }
 LAYERS |= {
-    "sparsecli.decode": {
-        *("sparsecli.decode", "sparsecli.console"),
+    "sparsecli.decode": {*("sparsecli.decode", "sparsecli.console"), "sparsecli.model.architecture"},
+    "sparsecli.decode.packed": {
+        *("sparsecli.decode.packed", "sparsecli.console"),
         *("sparsecli.model.architecture", "sparsecli.model.parts"),
         *("sparsecli.model.low_bit", "sparsecli.model.rotary"),
     },
-    "sparsecli.decode.hashing": {
+    "sparsecli.decode.packed.folder": {
+        *("sparsecli.decode.packed", "sparsecli.console"),
+        *("sparsecli.model.architecture", "sparsecli.model.folder"),
+    },
+    "sparsecli.decode.native.binding": {"sparsecli.console"},
+    "sparsecli.decode.native.shape": {
+        *("sparsecli.decode.native", "sparsecli.decode.packed"),
+        "sparsecli.model.architecture",
+    },
+    "sparsecli.decode.lsh_rotations": {
         *("sparsecli.model.architecture", "sparsecli.model.layers.lsh"),  # rotations are PyTorch's
     },
-    "sparsecli.decode.weights": {
-        *("sparsecli.decode", "sparsecli.console"),
-        *("sparsecli.model.architecture", "sparsecli.model.folder"),
+    "sparsecli.decode.reference": {
+        *("sparsecli.decode.reference", "sparsecli.decode.packed"),
+        *("sparsecli.decode.kv_state", "sparsecli.decode.lsh_rotations", "sparsecli.model.low_bit"),
     },
     "sparsecli.sampling": {"sparsecli.console", "sparsecli.recipe"},
     "sparsecli.backends": {"sparsecli.console", "sparsecli.model", "sparsecli.decode"},

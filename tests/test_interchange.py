@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparsecli.backends import Choices, open_backend
-from sparsecli.decode import native
+from sparsecli.decode.native import binding
 from sparsecli.interchange import exporting, importing, shards
 from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source, read_family
 from sparsecli.model.checkpoint import load_model, load_network
@@ -23,7 +23,7 @@ from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.folder import read_description, weight_files
 from sparsecli.model.rotary import rotary_frequencies
 
-needs_engine = pytest.mark.skipif(native.available() is not None, reason="no native engine")
+needs_engine = pytest.mark.skipif(binding.available() is not None, reason="no native engine")
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="no gguf package")
 
 
@@ -55,7 +55,7 @@ def test_an_imported_model_is_the_original(name: str, tmp_path: Path) -> None:
     text = greedy(original, start)
     assert greedy(ours, start) == text
     assert len(set(text)) > 10  # a model that says one thing only would prove little
-    if native.available() is None:
+    if binding.available() is None:
         assert by_the_engine(tmp_path / "ours", start[0].tolist(), 200) == text
 
     exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "back")

@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import INSTRUCTION_SETS, assert_close, assert_twins, some_tokens, start, stepped
 
-from sparsecli.decode import native
-from sparsecli.decode.arrangement import SPAN, arrange
-from sparsecli.decode.layout import Slot, slots
-from sparsecli.decode.packing import Precision, pack, quantise_rows
-from sparsecli.decode.reference import Reference
-from sparsecli.decode.unpacking import unpack
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed.layouts import SPAN, Slot, arrange, unpack
+from sparsecli.decode.packed.pack import pack, quantise_rows
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.packed.tensors import slots
+from sparsecli.decode.reference.step import Reference
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import from_bfloat16, to_bfloat16
 from sparsecli.model.tensors import tensor_shapes
 
 needs_the_engine = pytest.mark.skipif(
-    native.available() is not None, reason=f"native engine: {native.available()}"
+    binding.available() is not None, reason=f"native engine: {binding.available()}"
 )
 few = settings(max_examples=30, derandomize=True, deadline=None, database=None)
 
@@ -411,7 +411,8 @@ MANY_THREADS = """
 import resource
 import numpy as np
 from sparsecli.decode.engine import Engine
-from sparsecli.decode.packing import Precision, pack
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.packed.pack import pack
 from sparsecli.model.architecture import (DEFAULT)
 from sparsecli.model.tensors import tensor_shapes
 

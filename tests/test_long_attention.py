@@ -13,7 +13,7 @@ from sparsecli.bench import long_attention
 from sparsecli.bench.long_attention import brought_together, mass_found, mass_of_model
 from sparsecli.console import Failure
 from sparsecli.data.tokenization import train_byte_pairs
-from sparsecli.decode import native
+from sparsecli.decode.native import binding
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.configuration import TerraformerConfig
 from sparsecli.model.layers.lsh import HashedAttention
@@ -74,7 +74,7 @@ model: {d_model: 32, layers: 2, heads: 2, max_positions: 16, feed_forward: {kind
 JOINED = ["model.encoder={layers: 1, max_positions: 16, read_by: {kind: joined}}", "model.attention_layers=2"]
 
 
-@pytest.mark.skipif(native.available() is not None, reason=str(native.available()))
+@pytest.mark.skipif(binding.available() is not None, reason=str(binding.available()))
 @pytest.mark.parametrize("overrides", [[], JOINED], ids=["alone", "joined"])
 def test_whole_models_decode_after_long_texts(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

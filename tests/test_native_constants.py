@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import sparsecli.decode
-from sparsecli.decode import arrangement, engine, layout, layout_low_bit, reference, reference_kernels, shape
+import sparsecli.decode.native
+from sparsecli.decode import engine
+from sparsecli.decode.native import shape
+from sparsecli.decode.packed import layouts
+from sparsecli.decode.reference import ops, step
 from sparsecli.model import low_bit
 
-NATIVE = Path(sparsecli.decode.__file__).parent / "native"
+NATIVE = Path(next(iter(sparsecli.decode.native.__path__)))
 SOURCES = {
     path.name: path.read_text() for path in NATIVE.rglob("*.*") if path.suffix in (".h", ".inl", ".cpp")
 }
@@ -35,15 +38,14 @@ def enumeration(name: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("LANES", layout.LANES),
-        ("LANES", layout_low_bit.LANES),
-        ("PAD", layout.PAD),
-        ("PANEL", arrangement.PANEL),
-        ("SPAN", arrangement.SPAN),
-        ("GROUP", reference_kernels.GROUP),
+        ("LANES", layouts.LANES),
+        ("PAD", layouts.PAD),
+        ("PANEL", layouts.PANEL),
+        ("SPAN", layouts.SPAN),
+        ("GROUP", ops.GROUP),
         ("LOW_BIT_GROUP", low_bit.GROUP),
-        ("HEAD_LANES", reference.HEAD_PARTS),
-        ("CANDIDATES", reference.CANDIDATES),
+        ("HEAD_LANES", step.HEAD_PARTS),
+        ("CANDIDATES", step.CANDIDATES),
     ],
 )
 def test_constants(name: str, value: int) -> None:

@@ -31,24 +31,18 @@ from small_models import (
 
 from sparsecli.bench.weights import Pools, packed_elements, packed_model
 from sparsecli.console import Failure
-from sparsecli.decode import native, tensorfile
-from sparsecli.decode.packing import (
-    LAYOUT_VERSION,
-    PackedModel,
-    Precision,
-    huge_pages,
-    open_packed,
-    pack,
-    plan,
-    save,
-)
-from sparsecli.decode.reference import Reference
-from sparsecli.decode.tensorfile import TensorFile
-from sparsecli.decode.weights import read_weights
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed import tensor_file
+from sparsecli.decode.packed.file import LAYOUT_VERSION, open_packed, save
+from sparsecli.decode.packed.folder import read_weights
+from sparsecli.decode.packed.pack import PackedModel, huge_pages, pack
+from sparsecli.decode.packed.precision import Precision, plan
+from sparsecli.decode.packed.tensor_file import TensorFile
+from sparsecli.decode.reference.step import Reference
 from sparsecli.model.low_bit import from_bfloat16
 
 needs_the_engine = pytest.mark.skipif(
-    native.available() is not None, reason=f"native engine: {native.available()}"
+    binding.available() is not None, reason=f"native engine: {binding.available()}"
 )
 INT8 = Precision.of("int8", head_rescoring=True)
 
@@ -170,7 +164,7 @@ def test_random_models_have_the_same_tensors_and_run(name: str, precision: Preci
     for key, tensor in wanted.tensors.items():
         assert (made.tensors[key].dtype, made.tensors[key].size) == (tensor.dtype, tensor.size)
     assert np.isfinite(Reference(made).logits([1, 2, 3])).all()
-    if native.available() is None:
+    if binding.available() is None:
         assert np.isfinite(stepped(start(made), [1, 2, 3])).all()
 
 
@@ -450,7 +444,7 @@ def test_a_damaged_checkpoint_of_another_program(tmp_path: Path) -> None:
 )
 def test_files_of_another_kind_or_version(metadata: dict[str, str], message: str, tmp_path: Path) -> None:
     path = tmp_path / "other.spk"
-    tensorfile.write(path, {"x": np.zeros(16, np.float32)}, metadata)
+    tensor_file.write(path, {"x": np.zeros(16, np.float32)}, metadata)
     with pytest.raises(Failure, match=f"other.spk: {message}"):
         open_packed(path)
 
@@ -519,7 +513,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tensorfile.os, "fsync", interrupt)
+    monkeypatch.setattr(tensor_file.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(packed("sparse", INT8), tmp_path / "model.spk")
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from shipped_runs import SHORT_BENCH, SHORT_CONVERT, foreign, imported, run, shortened, trained
 
-from sparsecli.decode import native
+from sparsecli.decode.native import binding
 from sparsecli.recipe.loader import load, shipped
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
     elif words[0] == "generate":
         if "smollm2" in words:
             imported("smollm2")
-        if "small" in words and (reason := native.available()):
+        if "small" in words and (reason := binding.available()):
             pytest.skip(f"packed models need the native engine: {reason}")
         if "--input" in words:
             Path(words[words.index("--input") + 1]).write_text("def add(a, b):\n    return a + b\n")
@@ -121,7 +121,7 @@ def fresh(name: str) -> str:
     ],
 )
 def test_snippets_of_the_pages(place: Path, code: str) -> None:
-    if "sparsecli.decode" in code and (reason := native.available()):
+    if "sparsecli.decode" in code and (reason := binding.available()):
         pytest.skip(reason)
     for name in ["quickstart", *re.findall(r"runs/([\w-]+)", code)]:
         trained(name)

@@ -21,9 +21,9 @@ from sparsecli.bench.measure import measure
 from sparsecli.bench.plan import Plan
 from sparsecli.bench.report import Bandwidth, Machine, Processor, Result, Settings
 from sparsecli.bench.variants import Candidate
-from sparsecli.decode import native
 from sparsecli.decode.engine import MAX_THREADS, processors
-from sparsecli.decode.packing import WORDS
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed.precision import WORDS
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
 
@@ -154,7 +154,7 @@ def _context(bench: BenchSpec, candidates: Sequence[Candidate]) -> int:
 
 def _plan(bench: BenchSpec, candidates: Sequence[Candidate], models: Sequence[str]) -> Plan:
     backends = bench.backends or _default_backends()
-    if "native" in backends and (reason := native.available()):
+    if "native" in backends and (reason := binding.available()):
         raise console.Failure(f"--backend native: {reason}")
     if models and bench.peers:
         raise console.Failure("--peer: other programs have random weights; leave out --model", exit_code=2)
@@ -191,7 +191,7 @@ def _plan(bench: BenchSpec, candidates: Sequence[Candidate], models: Sequence[st
 
 
 def _default_backends() -> list[Literal["native", "torch"]]:
-    reason = native.available()
+    reason = binding.available()
     if reason is None:
         return ["native"]
     console.say(f"measuring with PyTorch: {reason}")
@@ -210,7 +210,7 @@ def _check_over(over: str | None, what: Plan) -> None:
 
 def _isa(what: Plan) -> str:
     if any(model.backend == "native" for model in what.models):
-        return native.isa()
+        return binding.isa()
     return torch.backends.cpu.get_cpu_capability()
 
 

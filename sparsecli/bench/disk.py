@@ -15,7 +15,8 @@ import psutil
 
 from sparsecli.bench.report import Disk
 from sparsecli.console import Failure
-from sparsecli.decode.packing import PackedModel, open_packed, save
+from sparsecli.decode.packed.file import open_packed, save
+from sparsecli.decode.packed.pack import PackedModel
 
 PROBE_SECONDS = 1.0
 READERS = 16  # reads in flight

@@ -6,8 +6,8 @@ import time
 
 from sparsecli.bench.weights import Pools, packed_elements, packed_model
 from sparsecli.decode.engine import Engine
-from sparsecli.decode.packing import Precision
-from sparsecli.decode.tensorfile import WIDTHS
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.packed.tensor_file import WIDTHS
 from sparsecli.model.architecture import ModelSpec
 
 TYPES = ("float32", "bfloat16", "int8", "int4")

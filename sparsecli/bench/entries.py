@@ -19,8 +19,8 @@ from sparsecli.bench.torch_decoder import TorchDecoder, TorchModel
 from sparsecli.bench.traffic import chosen_unit_bytes
 from sparsecli.bench.weights import Pools, packed_model, torch_weights
 from sparsecli.decode.engine import Engine
-from sparsecli.decode.packing import PackedModel, pack
-from sparsecli.decode.weights import read_weights
+from sparsecli.decode.packed.folder import read_weights
+from sparsecli.decode.packed.pack import PackedModel, pack
 
 FEED_FORWARD_PARTS = (
     "controller",

@@ -14,9 +14,9 @@ from sparsecli.bench.measure import Turn, measure, others, spread
 from sparsecli.bench.report import Spread
 from sparsecli.bench.weights import Pools, largest, packed_elements, packed_model
 from sparsecli.decode.engine import Engine
-from sparsecli.decode.handover import Remembered
-from sparsecli.decode.layout import convolves, crosses, joins
-from sparsecli.decode.packing import Precision
+from sparsecli.decode.kv_state import KVState
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.packed.tensors import convolves, crosses, joins
 from sparsecli.model.architecture import ModelSpec
 
 TOKENS, WARM_UP = 8, 4
@@ -40,12 +40,12 @@ class Decoding:
 class LongDecoder:
     """A sequence that begins with random memories instead of a text: see `measure.Decoder`."""
 
-    def __init__(self, engine: Engine, layers: Sequence[Remembered]) -> None:
+    def __init__(self, engine: Engine, layers: Sequence[KVState]) -> None:
         spec, held = engine.model.spec, layers[0].positions
         source = held if joins(spec) else 0
         self.engine, self.begun = engine, held - source
         self.text = engine.sequence(self.begun + TOKENS + WARM_UP, source)
-        engine.go_on(self.text, layers, source)
+        engine.import_kv(self.text, layers, source)
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """See `Decoder.prefill`; it has happened."""
@@ -60,7 +60,7 @@ class LongDecoder:
         return others(best, self.text.length, self.engine.vocabulary), self.engine.block_stack_ns
 
 
-def random_memories(spec: ModelSpec, length: int) -> list[Remembered]:
+def random_memories(spec: ModelSpec, length: int) -> list[KVState]:
     """The same numbers for every layer, with keys of unit length."""
     random = np.random.default_rng(0)
 
@@ -71,14 +71,14 @@ def random_memories(spec: ModelSpec, length: int) -> list[Remembered]:
     keys = normal(length, heads, spec.width_of_head)
     keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
     joined = 1 if spec.attention.value_concat == "none" else 2
-    memory = Remembered(
+    memory = KVState(
         keys,
         normal(length, heads, spec.width_of_head),
         normal(length, joined * spec.d_model) if convolves(spec) else None,
         normal(length, spec.d_model) if spec.attention.output == "multiplicative_conv" else None,
     )
     states = normal(spec.sru.layers, length, spec.sru.width) if spec.sru else None
-    first = Remembered(memory.keys, memory.values, memory.inputs, memory.output_inputs, states)
+    first = KVState(memory.keys, memory.values, memory.inputs, memory.output_inputs, states)
     return [first, *[memory] * (spec.attention_layers - 1)] * spec.layers
 
 

@@ -17,8 +17,8 @@ from sparsecli.bench.report import Settings, Subject
 from sparsecli.bench.traffic import bucket_bytes, bytes_per_token, cached_bytes, source_bytes
 from sparsecli.bench.variants import UNCHANGED, Candidate
 from sparsecli.bench.weights import largest, packed_elements, planned, torch_elements
-from sparsecli.decode.packing import Precision
-from sparsecli.decode.tensorfile import WIDTHS
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.packed.tensor_file import WIDTHS
 from sparsecli.model.architecture import ModelSpec
 
 WORKSPACE_BYTES = 2**30  # the interpreter, activations and the bandwidth probe's buffer

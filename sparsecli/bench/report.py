@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sparsecli.decode.packing import Precision
+from sparsecli.decode.packed.precision import Precision
 from sparsecli.recipe.schema import PaperFigures
 
 

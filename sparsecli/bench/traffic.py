@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsecli.bench.weights import planned
-from sparsecli.decode.layout import LANES, Slot, crosses, joins, padded
-from sparsecli.decode.packing import Precision
-from sparsecli.decode.tensorfile import WIDTHS
+from sparsecli.decode.packed.layouts import LANES, Slot, padded
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.packed.tensor_file import WIDTHS
+from sparsecli.decode.packed.tensors import crosses, joins
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import GROUP
 
 SCALE_BYTES = 4
 BUCKET_BYTES = 4
-GROUP_BYTES = {"low_bit": 3, "residual": 2}  # the scale of a group of few bits, and its zero
+GROUP_BYTES = {"quantized": 3, "residual": 2}  # the scale of a group of few bits, and its zero
 RESCORED = 64  # rows of the exact head: native/forward.h, HEAD_LANES * CANDIDATES
 
 
@@ -65,7 +66,7 @@ def _remembered(spec: ModelSpec, precision: Precision, held: int) -> tuple[int, 
     read = min(held, max(1, hashing.most_keys - 1)) * cached_bytes(spec, precision)
     if held < hashing.most_keys:
         return 0, read
-    from sparsecli.decode.hashing import factors_at  # PyTorch's rotations
+    from sparsecli.decode.lsh_rotations import factors_at  # PyTorch's rotations
 
     columns = hashing.rounds * sum(factors_at(spec, held.bit_length())) // 2
     axes = spec.layers * spec.attention_layers * spec.attention_width * columns * WIDTHS["float32"]

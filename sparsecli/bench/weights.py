@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from sparsecli.bench.variants import empty_model
-from sparsecli.decode.layout import LANES, Slot, padded
-from sparsecli.decode.packing import PackedModel, Precision, frequencies, huge_pages, plan
-from sparsecli.decode.tensorfile import TYPES, WIDTHS
+from sparsecli.decode.packed.layouts import LANES, Slot, padded
+from sparsecli.decode.packed.pack import PackedModel, frequencies, huge_pages
+from sparsecli.decode.packed.precision import Precision, plan
+from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import to_bfloat16
 from sparsecli.model.tensors import tensor_shapes

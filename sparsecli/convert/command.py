@@ -25,7 +25,7 @@ from sparsecli.convert.report import Report
 from sparsecli.convert.stopping import stoppable
 from sparsecli.convert.text import data_of, read_text
 from sparsecli.convert.work import fingerprint, place_of, work_folder
-from sparsecli.decode import native
+from sparsecli.decode.native import binding
 from sparsecli.interchange.importing import check_tokenizer, model_folder
 from sparsecli.interchange.sources import OwnModel, open_source
 from sparsecli.model.architecture import LowBitSpec, ModelSpec
@@ -73,7 +73,7 @@ def _run(
     reference = model or recipe.convert.model
     if reference is None:
         raise RecipeError(f"{file}: convert.model: missing; name the dense model here or with --model")
-    if missing := native.available():
+    if missing := binding.available():
         raise Failure(
             f"sparsify-convert checks its result in the native engine, which is not there: {missing}"
         )

@@ -26,7 +26,7 @@ from sparsecli.convert.text import Text, check_language
 from sparsecli.convert.work import Work
 from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import processors
-from sparsecli.decode.packing import Precision
+from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_network
 from sparsecli.model.folder import RECIPE, share

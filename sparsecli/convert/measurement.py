@@ -19,8 +19,9 @@ from sparsecli.console import progress
 from sparsecli.convert.evaluation import engine_losses
 from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import Engine
-from sparsecli.decode.packing import PackedModel, Precision
-from sparsecli.decode.weights import pack_folder
+from sparsecli.decode.packed.folder import pack_folder
+from sparsecli.decode.packed.pack import PackedModel
+from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.architecture import ModelSpec
 
 CONTEXT = 64  # tokens before the first that is timed

@@ -10,7 +10,7 @@ from typing import Literal
 from sparsecli.bench.traffic import bytes_per_token
 from sparsecli.console import Mismatch
 from sparsecli.convert.methods import METHODS
-from sparsecli.decode.packing import Precision
+from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.architecture import LowBitSpec, ModelSpec
 from sparsecli.model.parts import AttentionSpec, DenseFeedForwardSpec, DenseVocabularySpec
 from sparsecli.recipe.budget import Budget

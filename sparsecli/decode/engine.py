@@ -12,13 +12,15 @@ from collections.abc import Sequence as Many
 import numpy as np
 
 from sparsecli.console import Failure
-from sparsecli.decode import native
-from sparsecli.decode.handover import Remembered
-from sparsecli.decode.layout import LANES, Slot, convolves, joins, padded
-from sparsecli.decode.native import ERROR_BYTES
-from sparsecli.decode.packing import LINE, PackedModel, plan
-from sparsecli.decode.shape import TYPE_CODES, shape_of, units_per_block
-from sparsecli.decode.tensorfile import WIDTHS
+from sparsecli.decode.kv_state import KVState
+from sparsecli.decode.native import binding
+from sparsecli.decode.native.binding import ERROR_BYTES
+from sparsecli.decode.native.shape import TYPE_CODES, shape_of, units_per_block
+from sparsecli.decode.packed.layouts import LANES, Slot, padded
+from sparsecli.decode.packed.pack import LINE, PackedModel
+from sparsecli.decode.packed.precision import plan
+from sparsecli.decode.packed.tensor_file import WIDTHS
+from sparsecli.decode.packed.tensors import convolves, joins
 from sparsecli.model.architecture import ModelSpec
 
 MAX_THREADS = 256
@@ -49,17 +51,17 @@ class Engine:
         profile: bool = False,
         poison: bool = False,
     ) -> None:
-        if reason := native.available():
+        if reason := binding.available():
             raise Failure(f"the native engine cannot be used: {reason}")
         self.threads = min(processors(), MAX_THREADS) if threads is None else threads
         if not 1 <= self.threads <= MAX_THREADS:
             raise ValueError(f"threads: {threads} is not between 1 and {MAX_THREADS}")
         self.model = model  # its memory is the engine's
         self.vocabulary = model.spec.vocabulary.size
-        self._library = native.library()
+        self._library = binding.library()
         self._error = ctypes.create_string_buffer(ERROR_BYTES)
-        self._turn = threading.Lock()  # the library lets go of Python's lock, and has one working memory
-        self._axes: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}  # by place and factors
+        self._mutex = threading.Lock()  # the library lets go of Python's lock, and has one working memory
+        self._rotations: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}  # by layer_idx and factors
         self._levels: set[int] = set()
         shape = shape_of(model, poison)
         chosen = (ctypes.c_int64 * model.spec.layers)(*units_per_block(model.spec))
@@ -82,7 +84,7 @@ class Engine:
 
     def close(self) -> None:
         """Give memory and threads back; so does the end of the object."""
-        with self._turn:
+        with self._mutex:
             self._destroy()
 
     def _bind(self) -> None:
@@ -91,28 +93,36 @@ class Engine:
         found = [
             _bound(slot, kind, tensors) for slot, kind in planned if not slot.optional or slot.key in tensors
         ]
-        bound = (native.BoundTensor * len(found))(*found)
+        bound = (binding.BoundTensor * len(found))(*found)
         if self._library.sparsecli_bind(self.handle, bound, len(found), self._error) < 0:
             raise ValueError(self._message())
 
-    def _bind_axes(self, positions: int) -> None:
+    def _bind_rotations(self, positions: int) -> None:
         """Hand over what keys are hashed on in texts of at most `positions`, each layer's once."""
-        from sparsecli.decode.hashing import axes_of, factors_at, levels  # draws in PyTorch
+        from sparsecli.decode.lsh_rotations import factors_at, levels, rotations_of  # draws in PyTorch
 
         spec = self.model.spec
-        with self._turn:
+        with self._mutex:
             for level in levels(spec, positions):
                 if level in self._levels:
                     continue
                 factors = tuple(factors_at(spec, level))
-                for place in range(spec.layers * spec.attention_layers):
-                    if (place, factors) not in self._axes:
-                        axes = axes_of(spec, place, level).reshape(spec.heads, spec.width_of_head, -1)
-                        fill = padded(axes.shape[2], LANES) - axes.shape[2]
-                        self._axes[place, factors] = np.pad(axes, ((0, 0), (0, 0), (0, fill)))
-                    bound = self._axes[place, factors]
+                for layer_idx in range(spec.layers * spec.attention_layers):
+                    if (layer_idx, factors) not in self._rotations:
+                        rotations = rotations_of(spec, layer_idx, level).reshape(
+                            spec.heads, spec.width_of_head, -1
+                        )
+                        fill = padded(rotations.shape[2], LANES) - rotations.shape[2]
+                        self._rotations[layer_idx, factors] = np.pad(rotations, ((0, 0), (0, 0), (0, fill)))
+                    bound = self._rotations[layer_idx, factors]
                     done = self._library.sparsecli_bind_axes(
-                        *(self.handle, place, level, (ctypes.c_int64 * len(factors))(*factors), len(factors)),
+                        *(
+                            self.handle,
+                            layer_idx,
+                            level,
+                            (ctypes.c_int64 * len(factors))(*factors),
+                            len(factors),
+                        ),
                         *(bound.ctypes.data, bound.size, self._error),
                     )
                     if done < 0:
@@ -142,7 +152,7 @@ class Engine:
                 "use a shorter context or a narrower cache type"
             )
         if self.model.spec.attention.hashing:
-            self._bind_axes(positions)
+            self._bind_rotations(positions)
         handle = self._library.sparsecli_sequence_create(self.handle, capacity, source, self._error)
         if not handle:
             raise Failure(f"{positions} positions need {needed / 1e9:.1f} GB of cache: {self._message()}")
@@ -165,7 +175,7 @@ class Engine:
             raise ValueError("source: holds a NaN or an infinity")
         if sequence.engine is not self:
             raise ValueError("the sequence belongs to another engine")
-        with self._turn:
+        with self._mutex:
             done = self._library.sparsecli_read_source(
                 self.handle,
                 sequence.handle,
@@ -178,7 +188,7 @@ class Engine:
         if done < 0:
             raise Failure(message)
 
-    def go_on(self, sequence: Sequence, layers: Many[Remembered], source: int = 0) -> None:
+    def import_kv(self, sequence: Sequence, layers: Many[KVState], source: int = 0) -> None:
         """Begin `sequence` anew with what PyTorch remembers of its beginning, one for each attention layer.
 
         Args:
@@ -195,19 +205,19 @@ class Engine:
                 f"{len(layers)} attention layers, expected {spec.layers * spec.attention_layers}"
             )
         held = layers[0].positions
-        arrays = [_checked(spec, layer, held, place) for place, layer in enumerate(layers)]
-        with self._turn:
+        arrays = [_checked(spec, layer, held, layer_idx) for layer_idx, layer in enumerate(layers)]
+        with self._mutex:
             handle, error = sequence.handle, self._error
             done = min(
                 self._library.sparsecli_remember(
                     self.handle,
                     handle,
-                    place,
+                    layer_idx,
                     *(x if x is None else x.ctypes.data for x in parts),
                     held,
                     error,
                 )
-                for place, parts in enumerate(arrays)
+                for layer_idx, parts in enumerate(arrays)
             )
             if done >= 0:
                 done = self._library.sparsecli_go_on(self.handle, handle, held, source, error)
@@ -219,7 +229,7 @@ class Engine:
         """Logits (V,) after the last of `tokens`, which are added to the sequence.
 
         They are what single steps give; hashed attention in PyTorch gives a little different ones in one pass over
-        more than a chunk (see `go_on`).
+        more than a chunk (see `import_kv`).
 
         Raises:
             Failure: the sequence has no room for them; nothing was added.
@@ -254,7 +264,7 @@ class Engine:
         if any(sequence.engine is not self for sequence in sequences):
             raise ValueError("the sequence belongs to another engine")
         logits = np.empty((count if all_logits else 1, self.vocabulary), np.float32)
-        with self._turn:
+        with self._mutex:
             handles = (ctypes.c_void_p * count)(*(sequence.handle.value for sequence in sequences))
             done = self._library.sparsecli_forward(
                 self.handle, handles, added.ctypes.data, count, all_logits, logits.ctypes.data, self._error
@@ -272,14 +282,14 @@ class Engine:
         Of a dense layer that is every unit, of `precision` those that were read with more bits.
         """
         units, tokens = (ctypes.c_int64 * self.model.spec.layers)(), ctypes.c_int64()
-        with self._turn:
+        with self._mutex:
             self._library.sparsecli_counts(self.handle, units, ctypes.byref(tokens))
         return [(count, tokens.value) for count in units]
 
     @property
     def block_stack_ns(self) -> int:
         """Nanoseconds that the blocks of the last call took (of its last 512 tokens, if it had more)."""
-        with self._turn:
+        with self._mutex:
             return self._library.sparsecli_block_stack_ns(self.handle)
 
     def profile(self) -> dict[str, float]:
@@ -288,7 +298,7 @@ class Engine:
         while (name := self._library.sparsecli_profile_part(len(names))) is not None:
             names.append(name.decode())
         seconds = (ctypes.c_double * len(names))()
-        with self._turn:
+        with self._mutex:
             self._library.sparsecli_profile(self.handle, seconds)
         return dict(zip(names, seconds, strict=True))
 
@@ -303,7 +313,7 @@ class Sequence:
 
     def close(self) -> None:
         """Give the memory back; so does the end of the object."""
-        with self.engine._turn:
+        with self.engine._mutex:
             self._destroy()
 
     @property
@@ -320,13 +330,13 @@ class Sequence:
 
     def truncate(self, length: int) -> None:
         """Forget every token but the first `length`."""
-        with self.engine._turn:
+        with self.engine._mutex:
             if not 0 <= length <= self.length:
                 raise ValueError(f"length: {length} is not between 0 and {self.length}")
             self.engine._library.sparsecli_sequence_truncate(self.handle, length)
 
 
-def _bound(slot: Slot, kind: str, tensors: Mapping[str, np.ndarray]) -> native.BoundTensor:
+def _bound(slot: Slot, kind: str, tensors: Mapping[str, np.ndarray]) -> binding.BoundTensor:
     """A tensor as the library takes it. The library believes what it says: whatever lies in memory is compared with the
     plan here, in whole numbers of any size."""
     if slot.key not in tensors:
@@ -342,7 +352,7 @@ def _bound(slot: Slot, kind: str, tensors: Mapping[str, np.ndarray]) -> native.B
         raise ValueError(f"{slot.key}.scale is missing from the packed model")
     elif scale.dtype != np.float32 or scale.size < slot.scales:
         raise ValueError(f"{slot.key}.scale: is {scale.size} {scale.dtype}, expected {slot.scales} float32")
-    return native.BoundTensor(
+    return binding.BoundTensor(
         name=slot.name.encode(),
         data=tensor.ctypes.data,
         scale=None if scale is None else scale.ctypes.data,
@@ -372,10 +382,10 @@ def _available_memory() -> int:
     return psutil.virtual_memory().available
 
 
-def _checked(spec: ModelSpec, layer: Remembered, held: int, place: int) -> list[np.ndarray | None]:
+def _checked(spec: ModelSpec, layer: KVState, held: int, layer_idx: int) -> list[np.ndarray | None]:
     """The arrays of `layer` in the order of `sparsecli_remember`."""
     heads = spec.attention.key_value_heads or spec.heads
-    sru = spec.sru if place % spec.attention_layers == 0 else None
+    sru = spec.sru if layer_idx % spec.attention_layers == 0 else None
     inputs = (1 if spec.attention.value_concat == "none" else 2) * spec.d_model
     expected = {
         "keys": (held, heads, spec.width_of_head),
@@ -388,8 +398,8 @@ def _checked(spec: ModelSpec, layer: Remembered, held: int, place: int) -> list[
     for name, shape in expected.items():
         given = getattr(layer, name)
         if (None if given is None else given.shape) != shape:
-            raise ValueError(f"{name} of layer {place}: not of shape {shape}")
+            raise ValueError(f"{name} of layer {layer_idx}: not of shape {shape}")
         if given is not None and not np.isfinite(given).all():
-            raise ValueError(f"{name} of layer {place}: holds a NaN or an infinity")
+            raise ValueError(f"{name} of layer {layer_idx}: holds a NaN or an infinity")
         arrays.append(None if given is None else np.ascontiguousarray(given, np.float32))
     return arrays

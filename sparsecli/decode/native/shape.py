@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sparsecli.decode.layout import crosses, joins, modules_of, query_modules_of
-from sparsecli.decode.native import Shape
-from sparsecli.decode.packing import PackedModel
+from sparsecli.decode.native.binding import Shape
+from sparsecli.decode.packed.pack import PackedModel
+from sparsecli.decode.packed.tensors import crosses, joins, modules_of, query_modules_of
 from sparsecli.model.architecture import ModelSpec
 
 TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}

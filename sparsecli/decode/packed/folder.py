@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from sparsecli.console import Failure
-from sparsecli.decode.packing import PackedModel, Precision, pack
-from sparsecli.decode.tensorfile import TensorFile
+from sparsecli.decode.packed.pack import PackedModel, pack
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.packed.tensor_file import TensorFile
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.folder import check_weights, weight_files
 

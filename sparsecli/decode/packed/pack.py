@@ -1,83 +1,25 @@
-"""Packed models: weights repacked once into what the native step reads, in memory or as an `.spk` file."""
+"""Packed models: weights put once into the layouts that the engine reads."""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import psutil
 
 from sparsecli.console import Failure
-from sparsecli.decode import tensorfile
-from sparsecli.decode.arrangement import arrange
-from sparsecli.decode.layout import Slot, slots
-from sparsecli.decode.layout_low_bit import arrange_panels, arrange_residual
-from sparsecli.decode.positions import position_table
-from sparsecli.decode.tensorfile import TYPES, WIDTHS
+from sparsecli.decode.packed.layouts import Slot, arrange
+from sparsecli.decode.packed.position_tables import position_table
+from sparsecli.decode.packed.precision import Precision, plan
+from sparsecli.decode.packed.quantized_layouts import arrange_panels, arrange_residual
+from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import GROUP, from_bfloat16, quantise_groups, to_bfloat16, unpack_nibbles
 from sparsecli.model.rotary import rotary_frequencies
 
-LAYOUT_VERSION = 2
-INT8_RANK = 512  # the longest rank that is computed with in int8
 LINE = 64  # bytes: every packed tensor starts on a cache line
-WORDS = ("float32", "bfloat16", "int8", "int4")
-FEW_BITS = ("units", "projection", "head")  # parts that may be int4
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The type of each part's weights: float32, bfloat16, int8 (a scale for each row) or int4 (for 64 columns of it).
-
-    Weights that the checkpoint itself holds in few bits stay as they are.
-    """
-
-    units: str
-    """Feed-forward matrices, dense or sparse; int4 is for dense ones, others become int8."""
-    projection: str
-    """Dense projections of attention."""
-    controller: str
-    """Controllers and routers."""
-    multiplicative: str
-    """D and E of multiplicative layers, the sparse loss layer's too."""
-    convolution: str
-    """Convolution kernels and what they remember: float32 or bfloat16."""
-    head: str
-    """Dense logits."""
-    embedding: str
-    """Tables of tokens and positions."""
-    cache: str
-    """Keys and values."""
-    head_rescoring: bool = False
-    """Score the likeliest tokens again with the head's exact weights; they are kept beside the int8 ones."""
-
-    @classmethod
-    def of(cls, name: str, **changes: Any) -> Precision:
-        """All parts as `name`, but for `changes`.
-
-        `int8` keeps kernels, tables and the cache in bfloat16, which are a small part of what a token reads; so does
-        `int4`, with int8 where int4 is not computed with.
-        """
-        if name not in WORDS:
-            raise ValueError(f"{name!r} is not one of {', '.join(WORDS)}")
-        small = "bfloat16" if name in ("int8", "int4") else name
-        other = "int8" if name == "int4" else name
-        chosen = cls(name, name, other, other, small, name, small, small)
-        return replace(chosen, **changes)
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            words = WORDS if name in FEW_BITS else WORDS[:-1]
-            if name != "head_rescoring" and value not in words:
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(words)}")
-        if self.convolution == "int8":
-            raise ValueError("convolution: int8 kernels are not computed with; use bfloat16")
-        if self.head_rescoring and self.head != "int8":
-            raise ValueError("head_rescoring: needs an int8 head")
 
 
 @dataclass(frozen=True)
@@ -113,27 +55,6 @@ def huge_pages(nbytes: int) -> np.ndarray:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
-
-
-def plan(spec: ModelSpec, precision: Precision) -> list[tuple[Slot, str]]:
-    """Every tensor and its type."""
-    found = [_typed(slot, precision) for slot in slots(spec)]
-    if precision.head_rescoring and spec.vocabulary.kind == "dense":
-        head = next(slot for slot, _ in found if slot.name == "head.weight")
-        found.append((replace(head, name="head.exact"), "bfloat16"))
-    return found
-
-
-def _typed(slot: Slot, precision: Precision) -> tuple[Slot, str]:
-    if slot.bits:
-        return slot, "uint8"
-    kind = getattr(precision, slot.part) if slot.part else "float32"
-    if kind == "int4" and slot.layout == "spans":
-        return replace(slot, layout="low_bit", bits=4), "uint8"
-    if kind == "int4":
-        kind = "int8"
-    # Longer sums of the controller's integers could leave 32 bits.
-    return slot, "bfloat16" if kind == "int8" and slot.layout == "blocks" and slot.cols > INT8_RANK else kind
 
 
 def place(planned: list[tuple[Slot, str]]) -> dict[str, np.ndarray]:
@@ -273,67 +194,3 @@ def _arrange_scale(slot: Slot, scale: np.ndarray) -> np.ndarray:
         width = slot.scales // blocks.shape[0]
         return np.pad(blocks, ((0, 0), (0, width - slot.group))).reshape(-1)
     return np.pad(scale, (0, slot.scales - scale.size))
-
-
-# -- files ---------------------------------------------------------------------------------------------------
-
-
-def save(model: PackedModel, path: Path) -> None:
-    """Write an `.spk` file: safetensors, with the layout's version, the architecture and checksums beside it.
-
-    Raises:
-        Failure: it cannot be written; nothing is left behind.
-    """
-    facts = {
-        "sparsecli_layout": str(LAYOUT_VERSION),
-        "spec": model.spec.model_dump_json(),
-        "precision": tensorfile.to_json(vars(model.precision)),
-    }
-    tensorfile.write(path, model.tensors, facts)
-
-
-def open_packed(path: Path, from_disk: bool = False) -> PackedModel:
-    """Read an `.spk` file.
-
-    With `from_disk` the units of sparse layers stay in the file and are read as they are chosen, unchecked; all
-    else is checked and copied into memory.
-
-    Raises:
-        Failure: the file is missing, cut short, damaged, or of another layout version.
-    """
-    with tensorfile.TensorFile(path) as file:
-        version = file.metadata.get("sparsecli_layout")
-        if version != str(LAYOUT_VERSION):
-            kind = "not a packed model" if version is None else f"layout version {version}"
-            raise Failure(
-                f"{path}: {kind}; this sparsecli reads version {LAYOUT_VERSION}: pack the model again"
-            )
-        try:
-            spec = ModelSpec.model_validate_json(file.metadata["spec"])
-            precision = Precision(**tensorfile.from_json(file.metadata["precision"]))
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
-            raise Failure(f"{path}: its description is damaged; pack the model again") from error
-        planned = plan(spec, precision)
-        known = {name for slot, _ in planned for name in (slot.key, f"{slot.key}.scale")}
-        if strange := file.entries.keys() - known:
-            raise Failure(f"{path}: has an unknown tensor {min(strange)}; pack the model again")
-        stays = {slot.key for slot, _ in planned if from_disk and slot.layout == "units"}
-        if lacking := stays - file.entries.keys():
-            raise Failure(f"{path}: lacks the tensor {min(lacking)}; pack the model again")
-        wanted = [name for name in file.entries if name not in stays]
-        memory = huge_pages(sum(file.entries[name].length for name in wanted))
-        arrays: dict[str, np.ndarray] = {}
-        at = 0
-        for name, entry in file.entries.items():
-            if entry.kind not in TYPES:
-                raise Failure(
-                    f"{path}: {name} is {entry.kind}, which no packed tensor is; pack the model again"
-                )
-        for name in wanted:
-            entry = file.entries[name]
-            into = memory[at : at + entry.length]
-            file.copy(name, into)
-            arrays[name] = into.view(TYPES[entry.kind])
-            at += entry.length
-        mapped = file.map(stays) if stays else {}
-    return PackedModel(spec, precision, arrays | mapped, from_disk=bool(stays))

@@ -16,25 +16,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecli.decode.hashing import axes_of, factors_at
-from sparsecli.decode.layout import LANES, chooses, convolves, crosses, modules_of, padded, query_modules_of
-from sparsecli.decode.packing import PackedModel
-from sparsecli.decode.reference_kernels import (
+from sparsecli.decode.lsh_rotations import factors_at, rotations_of
+from sparsecli.decode.packed.layouts import LANES, padded
+from sparsecli.decode.packed.pack import PackedModel
+from sparsecli.decode.packed.tensors import chooses, convolves, crosses, modules_of, query_modules_of
+from sparsecli.decode.reference.ops import (
     ACTIVATIONS,
     attend,
     attend_alike,
     choose,
     convolve,
-    dots,
-    dots_of_few_bits,
+    gemv,
     hash_keys,
     join,
     multiplicative,
+    quantized_gemv,
     recur,
-    remember,
     rotate,
+    round_trip,
 )
-from sparsecli.decode.unpacking import Weight, unpack_model
+from sparsecli.decode.reference.weights import Weight, unpack_model
 
 UNIT_EPSILON = 1e-6  # added to the mean square of a shared query before it becomes a key
 HEAD_PARTS, CANDIDATES = 16, 4  # equal parts of the vocabulary, and tokens of each that are scored again
@@ -48,7 +49,7 @@ class Reference:
 
     def __init__(self, model: PackedModel) -> None:
         self.spec, self.precision = model.spec, model.precision
-        self.weights, self.few_bits = unpack_model(model)
+        self.weights, self.quantized = unpack_model(model)
         self.memory: dict[str, list[Tensor]] = defaultdict(list)
         self.length = self.first = 0  # positions held; the first token's, which a joined source precedes
 
@@ -67,7 +68,7 @@ class Reference:
         if crosses(self.spec):
             for layer in range(self.spec.layers):
                 for row in streams[0]:
-                    self._remember_source(f"blocks.{layer}.cross.", row)
+                    self._append_encoder_state(f"blocks.{layer}.cross.", row)
             return
         for a, b in zip(streams[0], streams[-1], strict=True):
             self._reversible(a, b)
@@ -106,8 +107,8 @@ class Reference:
         """Every layer reads one stream and adds to the other; then they change places."""
         for layer in range(self.spec.layers):
             for index, prefix in enumerate(("", "second.")[: self.spec.attention_layers]):
-                place = layer * self.spec.attention_layers + index
-                a, b = b, a + self._attention(f"blocks.{layer}.{prefix}", b, place)
+                layer_idx = layer * self.spec.attention_layers + index
+                a, b = b, a + self._attention(f"blocks.{layer}.{prefix}", b, layer_idx)
             a, b = b, a + self._feed_forward_half(layer, b)
         return a, b
 
@@ -122,13 +123,13 @@ class Reference:
 
     def _recurrence(self, branch: str, x: Tensor) -> Tensor:
         assert self.spec.sru
-        y = self._map(f"{branch}enter", self._normalize(f"{branch}norm", x))
+        y = self._linear(f"{branch}enter", self._normalize(f"{branch}norm", x))
         for index in range(self.spec.sru.layers):
             states = self.memory[f"{branch}cells.{index}"]
             state = states[-1] if states else torch.zeros_like(y)
-            y, state = recur(self._map(f"{branch}cells.{index}", y), y, state)
+            y, state = recur(self._linear(f"{branch}cells.{index}", y), y, state)
             states.append(state)
-        return self._map(f"{branch}leave", y)
+        return self._linear(f"{branch}leave", y)
 
     def _angles(self) -> Tensor:
         return self.length * self.weights["frequencies"].values[0]
@@ -144,20 +145,20 @@ class Reference:
         weight = self.weights[f"{name}.weight"].values[0]
         return F.rms_norm(x, weight.shape, weight, self.spec.normalization_epsilon)
 
-    def _map(self, name: str, x: Tensor) -> Tensor:
+    def _linear(self, name: str, x: Tensor) -> Tensor:
         """The dense or multiplicative map called `name`."""
-        if f"{name}.weight" in self.few_bits:
-            y = dots_of_few_bits(self.few_bits[f"{name}.weight"], x)
+        if f"{name}.weight" in self.quantized:
+            y = quantized_gemv(self.quantized[f"{name}.weight"], x)
         elif f"{name}.weight" in self.weights:
-            y = dots(self.weights[f"{name}.weight"], x)
+            y = gemv(self.weights[f"{name}.weight"], x)
         else:
             y = multiplicative(self.weights[f"{name}.D"], self.weights[f"{name}.E"], x)
         return y + self.weights[f"{name}.bias"].values[0] if f"{name}.bias" in self.weights else y
 
     # Attention.
 
-    def _attention(self, block: str, x: Tensor, place: int) -> Tensor:
-        """`place` counts attention layers in the order of the caches."""
+    def _attention(self, block: str, x: Tensor, layer_idx: int) -> Tensor:
+        """`layer_idx` counts attention layers in the order of the caches."""
         spec = self.spec.attention
         q, k, v = (
             self._heads(part) for part in self._project(block, self._normalize(f"{block}attention_norm", x))
@@ -169,36 +170,36 @@ class Reference:
         if spec.shares_query_key:
             k = F.rms_norm(q, q.shape[-1:], eps=UNIT_EPSILON) / self.spec.width_of_head**0.5
         keys, values = self.memory[f"{block}keys"], self.memory[f"{block}values"]
-        keys.append(remember(k, self.precision.cache))
-        values.append(remember(v, self.precision.cache))
+        keys.append(round_trip(k, self.precision.cache))
+        values.append(round_trip(v, self.precision.cache))
         if spec.hashing and len(keys) > spec.hashing.most_keys:
-            y = self._attend_alike(q, torch.stack(keys), torch.stack(values), place).flatten()
+            y = self._attend_alike(q, torch.stack(keys), torch.stack(values), layer_idx).flatten()
         elif spec.shares_query_key:  # a token sees itself only where there is nothing else
             seen = max(1, len(keys) - 1)
-            y = attend(q, torch.stack(keys[:seen]), torch.stack(values[:seen]), rate=1.0).flatten()
+            y = attend(q, torch.stack(keys[:seen]), torch.stack(values[:seen]), scale=1.0).flatten()
         else:
-            y = attend(q, torch.stack(keys), torch.stack(values), self._rate).flatten()
+            y = attend(q, torch.stack(keys), torch.stack(values), self._attention_scale).flatten()
         if spec.output == "none":
             return y
-        y = self._map(f"{block}output", y)
+        y = self._linear(f"{block}output", y)
         if spec.output != "multiplicative_conv":
             return y
-        past = self._past(f"{block}output", y)
+        past = self._conv_state(f"{block}output", y)
         return self._convolve(f"{block}output_convolution", past, modules_of(self.spec), neighbours=3)
 
-    def _attend_alike(self, q: Tensor, keys: Tensor, values: Tensor, place: int) -> Tensor:
+    def _attend_alike(self, q: Tensor, keys: Tensor, values: Tensor, layer_idx: int) -> Tensor:
         """All keys are hashed anew for every token; the engine does that where the number of buckets changes."""
         assert self.spec.attention.hashing
         level = self.length.bit_length()  # texts of at most 2^level positions
-        axes = torch.from_numpy(axes_of(self.spec, place, level))
-        buckets = hash_keys(keys, axes, factors_at(self.spec, level))
+        rotations = torch.from_numpy(rotations_of(self.spec, layer_idx, level))
+        buckets = hash_keys(keys, rotations, factors_at(self.spec, level))
         return attend_alike(q, keys, values, buckets, self.spec.attention.hashing.most_keys)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, self.spec.width_of_head))
 
     @property
-    def _rate(self) -> float:
+    def _attention_scale(self) -> float:
         """What scores are multiplied by."""
         return self.spec.width_of_head**-0.5
 
@@ -206,16 +207,16 @@ class Reference:
         """Queries, keys and values of x (d,), all heads side by side; shared ones twice."""
         spec = self.spec.attention
         if not convolves(self.spec):
-            queries, values = self._ranked(f"{block}query", x), self._map(f"{block}value", x)
+            queries, values = self._ranked(f"{block}query", x), self._linear(f"{block}value", x)
             keys = queries if spec.share_query_key else self._ranked(f"{block}key", x)
         else:
             modules = modules_of(self.spec)
-            m = self._map(f"{block}shared", x)
-            past = self._past(f"{block}shared", m)
+            m = self._linear(f"{block}shared", x)
+            past = self._conv_state(f"{block}shared", m)
             queries = keys = self._convolve(f"{block}query_convolution", past, modules, neighbours=3)
             if not spec.share_query_key:
                 keys = self._convolve(f"{block}key_convolution", past, modules, neighbours=3)
-            past = self._past(f"{block}joined", join(m, x, spec.value_concat, modules))
+            past = self._conv_state(f"{block}joined", join(m, x, spec.value_concat, modules))
             values = self._convolve(f"{block}value_convolution", past, modules, neighbours=1)
         if spec.shares_query_key:
             queries = keys = (queries + keys) / 2
@@ -224,13 +225,13 @@ class Reference:
     def _ranked(self, name: str, x: Tensor) -> Tensor:
         """The map called `name`, which may be two."""
         if self.spec.query_rank is None:
-            return self._map(name, x)
-        return self._map(f"{name}.second", self._map(f"{name}.first", x))
+            return self._linear(name, x)
+        return self._linear(f"{name}.second", self._linear(f"{name}.first", x))
 
-    def _past(self, name: str, row: Tensor) -> Tensor:
+    def _conv_state(self, name: str, row: Tensor) -> Tensor:
         """`row` and those of the F_h - 1 positions before it, zeros before the first: (F_h, width)."""
         rows = self.memory[name]
-        rows.append(remember(row, self.precision.convolution))
+        rows.append(round_trip(row, self.precision.convolution))
         kernel = self.spec.attention.kernel
         before = [torch.zeros_like(row)] * (kernel - len(rows))
         return torch.stack([*before, *rows[-kernel:]])
@@ -241,20 +242,20 @@ class Reference:
 
     # Attention to an encoder's output.
 
-    def _remember_source(self, block: str, row: Tensor) -> None:
+    def _append_encoder_state(self, block: str, row: Tensor) -> None:
         for name, kept in (("key", "keys"), ("value", "values")):
-            made = self._heads(self._map(f"{block}{name}", row))
-            self.memory[f"{block}{kept}"].append(remember(made, self.precision.cache))
+            made = self._heads(self._linear(f"{block}{name}", row))
+            self.memory[f"{block}{kept}"].append(round_trip(made, self.precision.cache))
 
     def _cross_attention(self, block: str, x: Tensor) -> Tensor:
         x = self._normalize(f"{block}attention_norm", x)
         keys, values = (torch.stack(self.memory[f"{block}{name}"]) for name in ("keys", "values"))
         if modules := query_modules_of(self.spec):
-            past = self._past(f"{block}shared", self._map(f"{block}shared", x))
+            past = self._conv_state(f"{block}shared", self._linear(f"{block}shared", x))
             q = self._convolve(f"{block}query_convolution", past, modules, neighbours=3)
-            return attend(self._heads(q), keys, values, self._rate).flatten()
-        y = attend(self._heads(self._map(f"{block}query", x)), keys, values, self._rate)
-        return self._map(f"{block}output", y.flatten())
+            return attend(self._heads(q), keys, values, self._attention_scale).flatten()
+        y = attend(self._heads(self._linear(f"{block}query", x)), keys, values, self._attention_scale)
+        return self._linear(f"{block}output", y.flatten())
 
     # Feed-forward.
 
@@ -262,26 +263,26 @@ class Reference:
         feed_forward = self.spec.feed_forward
         block = f"blocks.{layer}."
         if feed_forward.kind == "dense":
-            h = self._map(f"{block}up", x)
-            gate = self._map(f"{block}gate", x) if feed_forward.gated else None
-            return self._map(f"{block}down", self._activated(gate, h))
+            h = self._linear(f"{block}up", x)
+            gate = self._linear(f"{block}gate", x) if feed_forward.gated else None
+            return self._linear(f"{block}down", self._activated(gate, h))
         if feed_forward.kind == "precision":
             return self._precise(layer, x)
         y = self.weights[f"{block}bias"].values[0]
         if feed_forward.kind == "selector":
             chosen, weights = self._selected(layer, x), torch.ones(())
             if feed_forward.bypass:
-                y = y + self._map(f"{block}bypass.second", self._map(f"{block}bypass.first", x))
+                y = y + self._linear(f"{block}bypass.second", self._linear(f"{block}bypass.first", x))
         elif feed_forward.kind == "sparse":
             chosen, weights = self._controlled(layer, x)
         else:
             chosen, weights = self._routed(block, x)
 
-        up = dots(self._units(block, chosen, "up"), x)
+        up = gemv(self._units(block, chosen, "up"), x)
         if feed_forward.kind == "mixture":
             h = self._activated(None, up * weights)  # an expert's probability enters before the activation
         else:
-            gate = dots(self._units(block, chosen, "gate"), x) if feed_forward.gated else None
+            gate = gemv(self._units(block, chosen, "gate"), x) if feed_forward.gated else None
             h = self._activated(*self._biased(block, gate, up, chosen)) * weights
         down = self._units(block, chosen, "down")
         return (h * down.scale) @ down.values + y
@@ -305,8 +306,8 @@ class Reference:
         assert feed_forward.kind == "sparse"
         if not chooses(self.spec, layer):
             return torch.arange(feed_forward.d_ff), torch.ones(())
-        z = dots(self.weights[f"{block}controller.first"], x)
-        logits = dots(self.weights[f"{block}controller.second"], z)
+        z = gemv(self.weights[f"{block}controller.first"], x)
+        logits = gemv(self.weights[f"{block}controller.second"], z)
         size = feed_forward.block_size  # packed blocks are filled up
         bias = self.weights[f"{block}controller.bias"].values.view(-1, padded(size, LANES))[:, :size]
         gate = feed_forward.gate == "probability"
@@ -316,7 +317,7 @@ class Reference:
         """Units of the experts that the router chooses, and their weights."""
         feed_forward = self.spec.feed_forward
         assert feed_forward.kind == "mixture"
-        logits = dots(self.weights[f"{block}router"], x)[None]
+        logits = gemv(self.weights[f"{block}router"], x)[None]
         experts, weights = choose(logits, feed_forward.experts_per_token, feed_forward.gate == "probability")
         size = feed_forward.d_ff // feed_forward.experts
         return (experts[:, None] * size + torch.arange(size)).flatten(), weights.repeat_interleave(size)
@@ -327,16 +328,16 @@ class Reference:
         assert feed_forward.kind == "selector"
         if not chooses(self.spec, layer):
             return torch.arange(feed_forward.d_ff)
-        gate, up = self._biased(block, *self._copied(block, x), slice(None))
+        gate, up = self._biased(block, *self._sketched(block, x), slice(None))
         if feed_forward.choice == "positive":
             return (up > self.weights[f"{block}threshold"].values[0]).nonzero()[:, 0]
         return self._best(layer, self._activated(gate, up))
 
-    def _copied(self, block: str, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _sketched(self, block: str, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Gate and up of all units, in few bits."""
         feed_forward = self.spec.feed_forward
         assert feed_forward.kind in ("selector", "precision")
-        products = dots_of_few_bits(self.few_bits[f"{block}sketch"], x)
+        products = quantized_gemv(self.quantized[f"{block}sketch"], x)
         gate, up = products.chunk(2) if feed_forward.gated else (None, products)
         return gate, up
 
@@ -353,18 +354,18 @@ class Reference:
         """All units in few bits, the chosen ones with more."""
         feed_forward, block = self.spec.feed_forward, f"blocks.{layer}."
         assert feed_forward.kind == "precision"
-        gate, up = self._biased(block, *self._copied(block, x), slice(None))
+        gate, up = self._biased(block, *self._sketched(block, x), slice(None))
         h = self._activated(gate, up)
         y = self.weights[f"{block}bias"].values[0]
         if self.spec.units_per_block(layer):
             chosen = self._best(layer, h) if chooses(self.spec, layer) else torch.arange(feed_forward.d_ff)
             parts = 3 if feed_forward.gated else 2
-            more = [self.few_bits[f"{block}residual"][chosen * parts + part] for part in range(parts)]
+            more = [self.quantized[f"{block}residual"][chosen * parts + part] for part in range(parts)]
             if gate is not None:
-                gate = gate[chosen] + dots_of_few_bits(more[0], x)
-            h[chosen] = self._activated(gate, up[chosen] + dots_of_few_bits(more[-2], x))
+                gate = gate[chosen] + quantized_gemv(more[0], x)
+            h[chosen] = self._activated(gate, up[chosen] + quantized_gemv(more[-2], x))
             y = y + h[chosen] @ more[-1].values()[:, : len(x)]
-        return dots_of_few_bits(self.few_bits[f"{block}base.down"], h) + y
+        return quantized_gemv(self.quantized[f"{block}base.down"], h) + y
 
     def _units(self, block: str, chosen: Tensor, part: str) -> Weight:
         """One row of each chosen unit; a unit's rows lie side by side."""
@@ -375,10 +376,10 @@ class Reference:
     # Logits.
 
     def _head(self, x: Tensor) -> Tensor:
-        logits = self._map("head", x)
+        logits = self._linear("head", x)
         if "head.exact" not in self.weights:
             return logits
-        exact = dots(self.weights["head.exact"], x)
+        exact = gemv(self.weights["head.exact"], x)
         if "head.bias" in self.weights:
             exact = exact + self.weights["head.bias"].values[0]
         size = len(logits)

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sparsecli.decode.layout import convolves
+from sparsecli.decode.packed.tensors import convolves
 from sparsecli.model.architecture import ModelSpec
 
 
 @dataclass(frozen=True)
-class Remembered:
+class KVState:
     """Of one attention layer and P positions, float32; None where the model has no such thing."""
 
     keys: np.ndarray
@@ -45,11 +45,11 @@ class CacheLayer(Protocol):
     rows: Mapping[str, Any]
 
 
-def remembered(spec: ModelSpec, layers: Sequence[CacheLayer], positions: int) -> list[Remembered]:
+def kv_states(spec: ModelSpec, layers: Sequence[CacheLayer], positions: int) -> list[KVState]:
     """The first `positions` of a cache, of its only sequence."""
     return [
-        Remembered(**_parts(spec, layer, positions, place % spec.attention_layers == 0))
-        for place, layer in enumerate(layers)
+        KVState(**_parts(spec, layer, positions, layer_idx % spec.attention_layers == 0))
+        for layer_idx, layer in enumerate(layers)
     ]
 
 

@@ -23,11 +23,11 @@ def factors_at(spec: ModelSpec, level: int) -> list[int]:
     return factors_of(hashing, 1 << level)
 
 
-def axes_of(spec: ModelSpec, place: int, level: int) -> np.ndarray:
+def rotations_of(spec: ModelSpec, layer_idx: int, level: int) -> np.ndarray:
     """Axes (heads, d_head, rounds, sum of factors / 2) of an attention layer, counted in the order of the caches."""
     hashing = spec.attention.hashing
     assert hashing
-    block, index = divmod(place, spec.attention_layers)
+    block, index = divmod(layer_idx, spec.attention_layers)
     layer = index * spec.layers + block  # as model/blocks.py counts
     factors = tuple(factors_at(spec, level))
     return fixed_rotations(layer, spec.heads, spec.width_of_head, hashing.rounds, factors)[0].numpy()

@@ -1,94 +1,15 @@
-"""Which tensors a packed model has, where they come from, and how they lie in memory.
+"""The plan of a packed model's tensors: what they are called, what they are made of, and how each lies in memory.
 
-The layouts are those of native/ops/ops.h, the names those of native/model.h. Rows are PAD elements or a multiple
-long and outputs come in multiples of LANES; what fills them up is zero. arrangement.py puts weights into this order,
-layout_low_bit.py those in few bits.
+The engine knows them by these names (native/model.h); the layouts are those of layouts.py. Everything that depends on
+an architecture's kind is decided here: C++ is handed finished slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
-from sparsecli.decode.layout_low_bit import panel_bytes, residual_bytes
+from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.model.architecture import ModelSpec
-
-LANES = 16
-PAD = 64
-
-Layout = Literal["vector", "rows", "spans", "panels", "taps", "blocks", "units", "low_bit", "residual"]
-
-
-def padded(value: int, step: int) -> int:
-    """`value` rounded up to a multiple of `step`."""
-    return -(-value // step) * step
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One packed tensor.
-
-    Attributes:
-        layer: block it belongs to, -1 for the model's own.
-        rows, cols: outputs and inputs of the map; `units`, `residual` and a sketch count every row of every unit.
-        part: field of `Precision` that gives its type; None is float32.
-        sources: names in the Hugging Face state dict; several for `units`, in order.
-        optional: leave it out where the state dict has no such tensor.
-        group: `blocks`: units of a block; `taps`: positions of the kernel; `residual`: rows of a unit; `low_bit`:
-            maps of which panels follow each other in turn.
-        bits: of a weight of the layouts `low_bit` and `residual`; their elements are bytes.
-    """
-
-    layer: int
-    name: str
-    layout: Layout
-    rows: int
-    cols: int
-    part: str | None
-    sources: tuple[str, ...]
-    optional: bool = False
-    group: int = 1
-    bits: int = 0
-
-    @property
-    def key(self) -> str:
-        """Its name in a packed model."""
-        return self.name if self.layer < 0 else f"blocks.{self.layer}.{self.name}"
-
-    @property
-    def elements(self) -> int:
-        """Elements in memory, padding included."""
-        rows, cols = self.rows, self.cols
-        if self.layout == "vector":
-            return padded(cols, PAD)
-        if self.layout == "panels":
-            return padded(rows, LANES) * padded(cols, PAD)
-        if self.layout == "taps":
-            return padded(rows, LANES) * padded(cols // self.group, 4) * self.group
-        if self.layout == "blocks":
-            return rows // self.group * padded(self.group, LANES) * padded(cols, 2)
-        if self.layout == "low_bit":
-            return self.group * padded(rows // self.group, LANES) // LANES * panel_bytes(cols, self.bits)
-        if self.layout == "residual":
-            return rows // self.group * residual_bytes(cols, self.group)
-        return rows * padded(cols, PAD)
-
-    @property
-    def source_elements(self) -> int:
-        """Elements of each of its sources."""
-        if self.name == "controller.bias":  # blocks are filled up when they are packed
-            return self.cols // padded(self.group, LANES) * self.group
-        return self.rows * self.cols // len(self.sources)
-
-    @property
-    def scales(self) -> int:
-        """Scales when the weights are int8."""
-        if self.layout == "panels":
-            return padded(self.rows, LANES)
-        if self.layout == "blocks":
-            return self.rows // self.group * padded(self.group, LANES)
-        return self.rows
 
 
 def slots(spec: ModelSpec) -> list[Slot]:
@@ -165,7 +86,7 @@ def _low_bit(layer: int, name: str, sources: tuple[str, ...], rows: int, cols: i
     """Maps of `rows` outputs each, whose panels follow each other in turn."""
     stored = tuple(f"{source}.{field}" for source in sources for field in ("codes", "scale", "zero"))
     return Slot(
-        layer, name, "low_bit", rows * len(sources), cols, None, stored, group=len(sources), bits=bits
+        layer, name, "quantized", rows * len(sources), cols, None, stored, group=len(sources), bits=bits
     )
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecli.decode.layout import PAD
-from sparsecli.decode.unpacking import FewBits, Weight
+from sparsecli.decode.packed.layouts import PAD
+from sparsecli.decode.reference.weights import Quantized, Weight
 from sparsecli.model.low_bit import STEPS
 
 GROUP = 256  # inputs that share a scale when products are rounded to 8 bits
@@ -43,7 +43,7 @@ def quantise(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     return (x * inverse).round(), limit / largest
 
 
-def dots(weight: Weight, x: Tensor) -> Tensor:
+def gemv(weight: Weight, x: Tensor) -> Tensor:
     """x (cols,) -> (rows,)."""
     if weight.kind != "int8":
         return weight.values @ x
@@ -52,7 +52,7 @@ def dots(weight: Weight, x: Tensor) -> Tensor:
     return exact.float() * weight.scale * scale
 
 
-def dots_of_few_bits(weight: FewBits, x: Tensor) -> Tensor:
+def quantized_gemv(weight: Quantized, x: Tensor) -> Tensor:
     """x (cols,) -> (rows,). Sums of a group are exact."""
     integers, scale = quantise(x, 32767)
     groups = weight.scale.shape[1]
@@ -100,7 +100,7 @@ def choose(logits: Tensor, count: int, gate: bool) -> tuple[Tensor, Tensor]:
     return (first + best).flatten(), weights.flatten()
 
 
-def remember(x: Tensor, kind: str) -> Tensor:
+def round_trip(x: Tensor, kind: str) -> Tensor:
     """x (..., n) as it is read back after it was kept as `kind`."""
     if kind == "int8":
         integers, scale = quantise(x, 127)
@@ -116,17 +116,17 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat((*turned, rest), dim=-1)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, rate: float) -> Tensor:
+def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """q (H, width), keys and values (positions, key_value_heads, width) -> (H, width)."""
     group = q.shape[0] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = torch.einsum("hc,phc->hp", q, keys) * rate
+    scores = torch.einsum("hc,phc->hp", q, keys) * scale
     return torch.einsum("hp,phc->hc", scores.softmax(-1), values)
 
 
-def hash_keys(keys: Tensor, axes: Tensor, factors: Sequence[int]) -> Tensor:
-    """keys (positions, H, width), axes (H, width, rounds, sum of factors / 2) -> buckets (positions, H, rounds)."""
-    along = torch.einsum("phc,hcra->phra", keys, axes)
+def hash_keys(keys: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
+    """keys (P, H, width), rotations (H, width, rounds, sum of factors / 2) -> buckets (P, H, rounds)."""
+    along = torch.einsum("phc,hcra->phra", keys, rotations)
     buckets, scale = torch.zeros(along.shape[:-1], dtype=torch.int64), 1
     for factor, part in zip(factors, along.split([factor // 2 for factor in factors], dim=-1), strict=True):
         buckets += torch.cat((part, -part), dim=-1).argmax(-1) * scale  # the first factor is the lowest digit
@@ -148,7 +148,7 @@ def attend_alike(q: Tensor, keys: Tensor, values: Tensor, buckets: Tensor, most:
         if not len(chosen):
             chosen = torch.tensor([last])
         own = slice(head, head + 1)
-        found.append(attend(q[own], keys[chosen, own], values[chosen, own], rate=1.0))
+        found.append(attend(q[own], keys[chosen, own], values[chosen, own], scale=1.0))
     return torch.cat(found)
 
 

@@ -79,6 +79,17 @@ def three_bit_places() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return two.astype(np.uint32), one.astype(np.uint32), np.broadcast_to(odd, two.shape)
 
 
+def codes_of(words: np.ndarray, bits: int) -> np.ndarray:
+    """words (..., 8 or 6) of 32 bits -> codes (..., 64), as they lie in a lane of native/ops/low_bit.inl."""
+    if bits == 4:
+        shift = 4 * np.arange(4, dtype=np.uint32)[:, None] + 16 * np.arange(2, dtype=np.uint32)
+        return (words[..., None, None] >> shift & 15).reshape(*words.shape[:-1], -1)
+    two_shift, one_shift, odd = three_bit_places()
+    two = words[..., :4, None, None] >> two_shift & 3
+    one = words[..., 4:].repeat(2, axis=-1)[..., None, None] >> one_shift & 1
+    return np.where(odd, two << 1 | one, two | one << 2).reshape(*words.shape[:-1], -1)
+
+
 def _groups(cols: int) -> int:
     return -(-cols // GROUP)
 

@@ -7,24 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sparsecli.decode.handover import Remembered
-from sparsecli.decode.layout import modules_of
-from sparsecli.decode.reference import Reference
-from sparsecli.decode.reference_kernels import join, remember
+from sparsecli.decode.kv_state import KVState
+from sparsecli.decode.packed.tensors import modules_of
+from sparsecli.decode.reference.ops import join, round_trip
+from sparsecli.decode.reference.step import Reference
 
 
-def go_on(reference: Reference, layers: Sequence[Remembered], source: int = 0) -> None:
-    """Begin a sequence with what PyTorch remembers of its beginning, see `Engine.go_on`."""
+def import_kv(reference: Reference, layers: Sequence[KVState], source: int = 0) -> None:
+    """Begin a sequence with what PyTorch remembers of its beginning, see `Engine.import_kv`."""
     spec, precision = reference.spec, reference.precision
     reference.memory.clear()
     reference.length, reference.first = layers[0].positions, source
 
     def keep(name: str, rows: np.ndarray | None, kind: str) -> None:
         if rows is not None:
-            reference.memory[name] = [remember(row, kind) for row in torch.from_numpy(rows)]
+            reference.memory[name] = [round_trip(row, kind) for row in torch.from_numpy(rows)]
 
-    for place, layer in enumerate(layers):
-        index, second = divmod(place, spec.attention_layers)
+    for layer_idx, layer in enumerate(layers):
+        index, second = divmod(layer_idx, spec.attention_layers)
         block = f"blocks.{index}."
         attention = f"{block}second." if second else block
         keep(f"{attention}keys", layer.keys, precision.cache)

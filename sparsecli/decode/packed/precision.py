@@ -1,0 +1,86 @@
+"""The number formats of a packed model: one for each part, and with them the type of every tensor of the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparsecli.decode.packed.layouts import Slot
+from sparsecli.decode.packed.tensors import slots
+from sparsecli.model.architecture import ModelSpec
+
+INT8_RANK = 512  # the longest rank that is computed with in int8
+WORDS = ("float32", "bfloat16", "int8", "int4")
+INT4_PARTS = ("units", "projection", "head")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The type of each part's weights: float32, bfloat16, int8 (a scale for each row) or int4 (for 64 columns of it).
+
+    Weights that the checkpoint itself holds in few bits stay as they are.
+    """
+
+    units: str
+    """Feed-forward matrices, dense or sparse; int4 is for dense ones, others become int8."""
+    projection: str
+    """Dense projections of attention."""
+    controller: str
+    """Controllers and routers."""
+    multiplicative: str
+    """D and E of multiplicative layers, the sparse loss layer's too."""
+    convolution: str
+    """Convolution kernels and what they remember: float32 or bfloat16."""
+    head: str
+    """Dense logits."""
+    embedding: str
+    """Tables of tokens and positions."""
+    cache: str
+    """Keys and values."""
+    head_rescoring: bool = False
+    """Score the likeliest tokens again with the head's exact weights; they are kept beside the int8 ones."""
+
+    @classmethod
+    def of(cls, name: str, **changes: Any) -> Precision:
+        """All parts as `name`, but for `changes`.
+
+        `int8` keeps kernels, tables and the cache in bfloat16, which are a small part of what a token reads; so does
+        `int4`, with int8 where int4 is not computed with.
+        """
+        if name not in WORDS:
+            raise ValueError(f"{name!r} is not one of {', '.join(WORDS)}")
+        small = "bfloat16" if name in ("int8", "int4") else name
+        other = "int8" if name == "int4" else name
+        chosen = cls(name, name, other, other, small, name, small, small)
+        return replace(chosen, **changes)
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            words = WORDS if name in INT4_PARTS else WORDS[:-1]
+            if name != "head_rescoring" and value not in words:
+                raise ValueError(f"{name}: {value!r} is not one of {', '.join(words)}")
+        if self.convolution == "int8":
+            raise ValueError("convolution: int8 kernels are not computed with; use bfloat16")
+        if self.head_rescoring and self.head != "int8":
+            raise ValueError("head_rescoring: needs an int8 head")
+
+
+def plan(spec: ModelSpec, precision: Precision) -> list[tuple[Slot, str]]:
+    """Every tensor and its type."""
+    found = [_typed(slot, precision) for slot in slots(spec)]
+    if precision.head_rescoring and spec.vocabulary.kind == "dense":
+        head = next(slot for slot, _ in found if slot.name == "head.weight")
+        found.append((replace(head, name="head.exact"), "bfloat16"))
+    return found
+
+
+def _typed(slot: Slot, precision: Precision) -> tuple[Slot, str]:
+    if slot.bits:
+        return slot, "uint8"
+    kind = getattr(precision, slot.part) if slot.part else "float32"
+    if kind == "int4" and slot.layout == "spans":
+        return replace(slot, layout="quantized", bits=4), "uint8"
+    if kind == "int4":
+        kind = "int8"
+    # Longer sums of the controller's integers could leave 32 bits.
+    return slot, "bfloat16" if kind == "int8" and slot.layout == "blocks" and slot.cols > INT8_RANK else kind
