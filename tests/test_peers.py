@@ -149,7 +149,7 @@ def test_an_unknown_peer_is_a_usage_error() -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_each_peer_brings_its_rows_beside_ours() -> None:
-    rows = peers.choose(list(PEERS), CANDIDATES, ["float32", "bfloat16", "int8"])
+    rows = peers.choose(list(PEERS), CANDIDATES, ["float32", "bfloat16", "int8", "int4"])
     brought = {name: [(r.model.name, r.dtype) for r in rows if r.peer.name == name] for name in PEERS}
     own = "dense, Llama-shaped"
     assert brought["llama.cpp"] == [(own, "float32"), (own, "bfloat16"), (own, "q8_0"), (own, "q4_0")]
@@ -203,6 +203,9 @@ def test_bytes_of_a_row_are_those_of_its_own_types() -> None:
     assert rows["q8_0"].figures(10)["bytes_per_token"] == sizes.active * 34 // 32 + cached
     assert rows["q4_0"].figures(0)["bytes_per_token"] == sizes.active * 18 // 32
     assert rows["q4_0"].figures(0)["group"] == "peer"
+    prompt = rows["q8_0"].figures(0, prefill=17)
+    assert prompt["prefill"] == 17
+    assert prompt["bytes_per_token"] == round(sizes.active / 16)
     [dense, sparse] = peers.choose(["openvino"], CANDIDATES, ["bfloat16"])
     assert sparse.figures(10)["bytes_per_token"] == CANDIDATES[2].sizes.bytes_per_token("bfloat16", 10)
     assert dense.needed_bytes(0) == 2 * CANDIDATES[0].sizes.total
@@ -286,6 +289,14 @@ def test_a_peer_with_its_own_model_decodes(name: str, dtype: str, temporary_file
     decoder.prefill(PROMPT)
     assert decodes_the_same_after_rewinding(decoder)
     assert "threads" in decoder.settings
+    if chosen.peer.reads_prompts:
+        decoder.rewind()
+        token, _ = decoder.step(7)
+        reader = decoder.reader(len(PROMPT))
+        reader.prefill(PROMPT)
+        reader.prefill(PROMPT)  # anew
+        assert reader.step(7) == (token, None)
+        assert "threads" in reader.settings
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,8 @@ def _plan(bench: BenchSpec, candidates: Sequence[Candidate], models: Sequence[st
         dtypes=bench.dtypes,
         threads=threads,
         contexts=bench.context,
-        positions=max(bench.context) + bench.warmup_tokens + bench.tokens_per_round,
+        positions=max(max(bench.context) + bench.warmup_tokens + bench.tokens_per_round, bench.prefill or 0),
+        prefill=bench.prefill,
         variants_named=bench.peer_variants,
     )
     return Plan(cases, settings, profile=bench.profile, from_disk=bench.from_disk)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch
 from sparsecli.bench import disk, roofline, variants
 from sparsecli.bench.measure import Decoder, PromptReader, Turn, spread, times
 from sparsecli.bench.native_decoder import DiskDecoder, NativeDecoder
+from sparsecli.bench.peers import PeerDecoder, PromptPeerDecoder
 from sparsecli.bench.plan import Case, Model, Plan, pool_elements, precision_of
 from sparsecli.bench.report import Disk, Row, Subject
 from sparsecli.bench.torch_decoder import TorchDecoder, TorchModel
@@ -116,12 +118,17 @@ class _Torch(_Loader):
 
 
 class _Peer(_Loader):
+    loaded: PeerDecoder | None = None
+
     def decoder(self, case: Case) -> Decoder:
         row = self.model.peer
         assert row
+        if case.prefill and self.loaded:
+            return cast(PromptPeerDecoder, self.loaded).reader(case.prefill)
         torch.set_num_threads(self.model.threads)  # some of them run in PyTorch
         weights = {} if row.peer.own_model else torch_weights(row.beside.spec, row.our_dtype, self.pools)
-        return row.load(weights, self.plan.capacity(case), self.model.threads)
+        self.loaded = row.load(weights, self.plan.capacity(case), self.model.threads)
+        return self.loaded
 
 
 def _turn(plan: Plan, case: Case, decoder: Decoder) -> Turn:
@@ -172,6 +179,7 @@ def _row(entry: Entry, baseline: Entry | None, rival: Entry | None, gb_per_secon
     share = roofline.fraction_of_limit(subject.bytes_per_token, token.p50, gb_per_second)
     layer = sum(parts.get(name, 0.0) for name in FEED_FORWARD_PARTS) / candidate.spec.layers
     read = int(np.median(turn.bytes_read)) if turn.bytes_read else None
+    decoder = turn.decoder.decoder if isinstance(turn.decoder, PromptReader) else turn.decoder
     return Row(
         **dict(subject),
         ms_per_token=token,
@@ -192,7 +200,7 @@ def _row(entry: Entry, baseline: Entry | None, rival: Entry | None, gb_per_secon
         if read is None
         else chosen_unit_bytes(candidate.spec, precision_of(entry.case.model), subject.batch),
         disk_mb_s=None if read is None else round(read / token.p50 / 1e3, 1),
-        peer_settings=getattr(turn.decoder, "settings", None),
+        peer_settings=getattr(decoder, "settings", None),
     )
 
 

@@ -91,7 +91,9 @@ class Plan:
         """A row without its figures."""
         candidate, model = case.model.candidate, case.model
         if model.peer:
-            return Subject(**model.peer.figures(case.context), threads=model.threads, context=case.context)
+            return Subject(
+                **model.peer.figures(case.context, case.prefill), threads=model.threads, context=case.context
+            )
         native = model.backend == "native"
         sequences = case.batch * max(case.prefill, 1)
         return Subject(
@@ -206,9 +208,13 @@ def peer_rows(
     threads: Sequence[int],
     contexts: Sequence[int],
     positions: int,
+    prefill: int | None = None,
     variants_named: Sequence[str] | None = None,
 ) -> list[Case]:
-    """The rows of other programs, which decode one sequence with whole models; `peers.choose` has the rules."""
+    """The rows of other programs, which decode one sequence with whole models; `peers.choose` has the rules.
+
+    Some of them read a prompt of `prefill` tokens, too.
+    """
     ours = [
         replace(each, spec=variants.with_positions(each.spec, positions))
         for each in candidates
@@ -219,6 +225,8 @@ def peer_rows(
     for count in threads:
         models = [Model(row.model, row.peer.name, row.dtype, count, row) for row in chosen]
         cases += [Case(model, context) for context in contexts for model in models]
+        readers = [model for model in models if model.peer and model.peer.peer.reads_prompts]
+        cases += [Case(model, 0, prefill=prefill) for model in readers if prefill]
     return cases
 
 

@@ -37,6 +37,13 @@ class PeerDecoder(Protocol):
         """Add one token; the greedy next one, and None for the time of the blocks."""
 
 
+class PromptPeerDecoder(PeerDecoder, Protocol):
+    """A decoder of a program whose reading of prompts is measured, too."""
+
+    def reader(self, length: int) -> PeerDecoder:
+        """Another decoder with the same weights, whose prefill of `length` tokens is as fast as the program can."""
+
+
 class PeerModule(Protocol):
     """What each module of this package offers."""
 
@@ -60,6 +67,7 @@ class Peer:
     own_model: bool  # runs a dense Llama-shaped model of equal size in place of our variants
     dtypes: Mapping[str, tuple[str, ...]]  # its weight types, by that of ours which they are measured beside
     cache_bytes: Mapping[str, int]  # bytes of a cached value, by its weight type
+    reads_prompts: bool = False  # its decoders are `PromptPeerDecoder`s
 
     def missing(self) -> str | None:
         """What it lacks here, as the end of a sentence; None when it can be used."""
@@ -87,6 +95,7 @@ PEERS = {
             own_model=True,
             dtypes={**OURS, "int8": ("q8_0", "q4_0"), "int4": ("q4_0",)},
             cache_bytes=dict.fromkeys(("float32", "bfloat16", "q8_0", "q4_0"), 2),
+            reads_prompts=True,
         ),
         Peer("openvino", "openvino", ("openvino",), "peers-openvino", False, OURS, BYTES),
         Peer(
@@ -113,8 +122,8 @@ class PeerRow:
     our_dtype: str  # type of the weights that `load` takes, and beside which the row is measured
     dtype: str  # the peer's
 
-    def figures(self, context: int) -> dict[str, Any]:
-        """What a `report.Subject` says of the row itself, by field."""
+    def figures(self, context: int, prefill: int = 0) -> dict[str, Any]:
+        """What a `report.Subject` says of the row itself, by field; of reading a prompt where there is `prefill`."""
         sizes = self.model.sizes
         weights = sizes.active * WEIGHT_BYTES[self.dtype]
         cached = context * sizes.cached_per_position * self.peer.cache_bytes[self.dtype]
@@ -125,7 +134,8 @@ class PeerRow:
             "dtype": self.dtype,
             "parameters": sizes.total,
             "active_parameters": sizes.active,
-            "bytes_per_token": round(weights + cached),
+            "bytes_per_token": round(weights / max(prefill, 1) + cached),
+            "prefill": prefill or None,
         }
 
     def needed_bytes(self, positions: int) -> int:
@@ -193,8 +203,12 @@ def _rows(
     peer: Peer, models: Sequence[tuple[Candidate, Candidate]], dtypes: Sequence[str]
 ) -> Iterator[PeerRow]:
     module = peer.load_module()
+    found = set()
     for our_dtype in dtypes:
         for dtype in peer.dtypes.get(our_dtype, ()):
+            if dtype in found:  # beside a type of ours with more bits
+                continue
+            found.add(dtype)
             for beside, model in models:
                 if reason := _unknown_parts(beside.spec) or module.refusal(model.spec, dtype):
                     console.warn(f"{peer.name} in {dtype} is not measured: {reason}")

@@ -190,6 +190,10 @@ class LlamaDecoder:
         """See `PeerDecoder.step`."""
         return self._prefilled.add([token]), None
 
+    def reader(self, length: int) -> LlamaReader:
+        """See `PromptPeerDecoder.reader`."""
+        return LlamaReader(self.model, length)
+
     @property
     def _prefilled(self) -> LlamaSequence:
         assert self.sequence, "decoding starts with a prefill"
@@ -220,6 +224,7 @@ class LlamaReader:
             self.prefill(prompt)
             seconds.append(time.perf_counter() - start)
         self.sequence = tried[int(np.argmin(seconds))]
+        self.settings = f"{settings(model.threads)}, {self.sequence.attention}"
         self.rewind()
 
     def prefill(self, tokens: Sequence[int]) -> None:

@@ -1,6 +1,6 @@
 """What the engine computes, in plain PyTorch: a readable twin of the whole step.
 
-It reads the same packed tensors, takes one token at a time, and rounds where the kernels do (reference_kernels.py), so
+It reads the same packed tensors, takes one token at a time, and rounds where the kernels do (ops.py), so
 that it makes the same choices of units with any precision. It is some hundred times slower.
 
 Shapes: d width, H heads, S modules, F_h length of a convolution, L tokens of a source, V vocabulary.

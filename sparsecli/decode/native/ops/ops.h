@@ -31,7 +31,7 @@ inline int64_t low_bit_panel(int64_t cols, int64_t bits) {
 inline int64_t residual_row(int64_t cols) { return groups_of(cols) * (LOW_BIT_GROUP / 2 + 2); }
 inline int64_t residual_unit(int64_t cols, int64_t parts) { return round_up(parts * residual_row(cols), 64); }
 
-// Weights in one of these layouts (packing.py writes them):
+// Weights in one of these layouts (packed/layouts.py writes them):
 //   rows      (rows, cols) with cols rounded up to PAD; int8 has a scale for each row
 //   spans     the same, but rows longer than SPAN are cut: first the first SPAN columns of all rows, then the next
 //   panels    a map cols -> rows stored for outer products: panels of PANEL outputs, each [cols / p][outputs][p]
