@@ -7,7 +7,7 @@ namespace sparsecli {
 void Forward::remember_source(const std::vector<Row>& rows) {
     rows_ = &rows;
     profile_ = false;
-    pool_.run([this](int64_t worker) { source_pass(worker); });
+    pool_.run([this](int64_t worker) { source_pass(worker); }, false);
 }
 
 void Forward::source_pass(int64_t worker) {

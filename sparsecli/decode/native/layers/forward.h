@@ -187,7 +187,7 @@ class Forward {
         for (size_t t = 0; t < rows.size(); ++t)
             if (rows[t].logits) wanted_.push_back(int64_t(t));
         profile_ = profile;
-        pool_.run([this](int64_t worker) { pass(worker); });
+        pool_.run([this](int64_t worker) { pass(worker); }, rows.size() == 1);
     }
 
     int64_t block_stack_ns = 0;
