@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -129,6 +130,14 @@ def test_end_tokens_are_those_of_generation(tmp_path: Path) -> None:
     assert load_network(folder).generation_config.eos_token_id == [0, 5]
 
 
+def test_the_tokenizer_s_end_token_ends_texts_too(tmp_path: Path) -> None:
+    original = build("llama", **LLAMA)
+    original.generation_config.eos_token_id = [5, 7]
+    folder = imported(original, tmp_path)
+    assert read_description(folder).end_tokens == {0, 5, 7}
+    assert load_network(folder).generation_config.eos_token_id == [0, 5, 7]
+
+
 def test_names_of_older_files(tmp_path: Path) -> None:
     """The bare model's names, tables of constants, a head beside the embedding it is tied to."""
     original = build("gpt2", **MODELS["gpt2"][1])
@@ -161,7 +170,9 @@ def test_what_convert_opens(tmp_path: Path) -> None:
 # -- GGUF ----------------------------------------------------------------------------------------------------
 
 
-def write_gguf(model: PreTrainedModel, folder: Path, path: Path, **extra: str) -> None:
+def write_gguf(
+    model: PreTrainedModel, folder: Path, path: Path, ends: Sequence[int] = (), **extra: str
+) -> None:
     """A model as llama.cpp stores it: Llama's pairs of a head's elements side by side, GPT-2's maps transposed."""
     import gguf
 
@@ -194,6 +205,8 @@ def write_gguf(model: PreTrainedModel, folder: Path, path: Path, **extra: str) -
     writer.add_token_merges([" ".join(pair) for pair in tokens["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
+    for key, token in zip(("eot", "eom"), ends, strict=False):
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", token)
     writer.add_chat_template(TEMPLATE)
 
     (architecture,) = (one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
@@ -227,6 +240,15 @@ def test_a_gguf_file(name: str, tmp_path: Path) -> None:
     text = "reading a text, ünd mehr"
     assert tokenizer(text).input_ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
     assert read_description(tmp_path / "ours").end_tokens == {0}
+
+
+@needs_gguf
+def test_a_gguf_file_names_the_ends_of_turns(tmp_path: Path) -> None:
+    original = build("llama", **LLAMA)
+    folder = save(original, tmp_path / "theirs")
+    write_gguf(original, folder, tmp_path / "model.gguf", ends=(7, 9))
+    importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
+    assert read_description(tmp_path / "ours").end_tokens == {0, 7, 9}
 
 
 @needs_gguf

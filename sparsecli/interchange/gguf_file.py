@@ -15,9 +15,10 @@ from sparsecli.model.folder import last_line
 
 SPECIAL = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
+ENDS = ("eos", "eot", "eom")
+"""What ends a text: the end of all, of a turn, of a message that a tool is to answer."""
 LEFT_OUT = {
     "qwen3": {"head_dim": "attention.key_length"},
     "gpt2": {"n_positions": "context_length", "n_inner": "feed_forward_length"},
@@ -57,9 +58,13 @@ def read_config(path: Path) -> dict[str, Any]:
     foreign = ("quantization_config", "_name_or_path", "_model_name_or_path")
     fields = {name: value for name, value in config.to_diff_dict().items() if name not in foreign}
     left_out = {**SPECIAL, **{name: f"{kind}.{key}" for name, key in LEFT_OUT.get(kind, {}).items()}}
-    told = {
+    told: dict[str, Any] = {
         name: int(reader.fields[key].contents()) for name, key in left_out.items() if key in reader.fields
     }
+    keys = (f"tokenizer.ggml.{end}_token_id" for end in ENDS)
+    ends = {int(reader.fields[key].contents()) for key in keys if key in reader.fields}
+    if ends:
+        told["eos_token_id"] = sorted(ends) if len(ends) > 1 else ends.pop()
     return {**fields, **told, "architectures": [family_of(config.model_type).architecture]}
 
 
