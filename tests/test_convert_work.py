@@ -162,7 +162,7 @@ def test_candidates_are_tried_until_one_keeps_the_budget_on_tuning_text(
     loaded, dense = dense_run
     given = ["convert.methods=[controller]", "convert.distillation.tokens=0", "convert.low_bit={}"]
     monkeypatch.setattr(METHODS["controller"], "choices", ((8, 4, 2),))
-    monkeypatch.setattr(searching, "window_losses", lambda model, windows: np.zeros(1))  # far too well
+    monkeypatch.setattr(searching, "window_losses", lambda *arguments: np.zeros(1))  # far too well
     with pytest.raises(Mismatch, match=r"nothing keeps .* on tuning text once it is built; `budget: p") as e:
         command.run(
             search(loaded, "perplexity +0.0001 %", *given), model=str(dense), output=tmp_path / "found"

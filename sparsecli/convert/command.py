@@ -99,7 +99,8 @@ def _run(
     with work_folder(output, recipe, fingerprint(source)) as work:
         model_folder(opened, folder)
         dense, tokenizer = load_model(folder)
-        text = read_text(data, recipe.convert.calibration_tokens, recipe.convert.tuning_tokens, recipe.seed)
+        tokens = recipe.convert.calibration_tokens, recipe.convert.tuning_tokens
+        text = read_text(data, *tokens, recipe.seed, imported=dense.config.origin is not None)
         conversion = Conversion(
             recipe, recipe.convert, reference, folder, dense, tokenizer, text, work, output, with_llama
         )

@@ -101,7 +101,8 @@ class Conversion:
     def _baselines(self) -> dict[str, list[float]]:
         """Losses of the dense model. Raises Failure unless the text is for it."""
         tuning, held_out = (
-            window_losses(self.dense, windows) for windows in (self.text.tuning, self.text.held_out)
+            window_losses(self.dense, windows, f"the dense model on {kind} text")
+            for kind, windows in (("tuning", self.text.tuning), ("held-out", self.text.held_out))
         )
         check_language(tuning, held_out, self.dense.config.vocab_size)
         return {TUNING: tuning.tolist(), "dense": held_out.tolist()}
@@ -218,6 +219,7 @@ class Conversion:
             self.recipe.seed,
             folder,
             self.work.hint,
+            self.text.beginning,
         )
         self._stage("distilled", model)
         return training.max_steps * spec.batch_size * data.sequence_length
@@ -231,7 +233,7 @@ class Conversion:
         known = self.work.recall("losses")
         if name not in known:
             assert model is not None
-            known = {**known, name: window_losses(model, windows).tolist()}
+            known = {**known, name: window_losses(model, windows, f"judging {name}").tolist()}
             self.work.note("losses", known)
         return np.array(known[name])
 
