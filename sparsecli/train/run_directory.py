@@ -26,6 +26,11 @@ from sparsecli.train.checkpoint import newest_sound
 FACTS = "run.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+FREE = {
+    *("train.per_device_eval_batch_size", "train.logging_steps", "train.eval_steps", "train.eval_samples"),
+    *("train.save_steps", "train.save_total_limit"),
+}
+"""Keys of a recipe that change no step of the training."""
 
 
 def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | None:
@@ -91,7 +96,9 @@ def _probe(output: Path) -> None:
 def _compare(stored: Path, recipe: Recipe) -> None:
     """Raise `Failure` unless the run at `stored` was started with the same model, data, training and seed.
 
-    The penalty for repetitions counts, too: it is saved with the model, and what evaluations write depends on it.
+    What only decides when something is logged, evaluated or saved may change, and there may be more steps where none
+    depends on how many there are. The penalty for repetitions counts, too: it is saved with the model, and what
+    evaluations write depends on it.
     """
     decisive = {
         "model": True,
@@ -100,8 +107,19 @@ def _compare(stored: Path, recipe: Recipe) -> None:
         "seed": True,
         "generate": {"repetition_penalty": True},
     }
-    found = differences(load(str(stored)).recipe, recipe, include=decisive)
-    differ = [f"{key} ({then} then, {now} now)" for key, then, now in found]
+    earlier = load(str(stored)).recipe
+    found = {
+        key: values for key, *values in differences(earlier, recipe, include=decisive) if key not in FREE
+    }
+    why = ""
+    if "train.max_steps" in found and earlier.train and recipe.train:
+        longer = recipe.train.max_steps > earlier.train.max_steps
+        why = recipe.train.bound_to_max_steps or ""
+        if longer and not why:
+            del found["train.max_steps"]
+    differ = [f"{key} ({then} then, {now} now)" for key, (then, now) in found.items()]
+    if why:
+        differ[list(found).index("train.max_steps")] += f", on which {why} of all steps depends"
     if differ:
         raise Failure(
             f"{stored.parent}: cannot be resumed with another recipe: {', '.join(differ)}; "

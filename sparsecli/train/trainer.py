@@ -88,7 +88,8 @@ def run(
         return None
 
     figures = run_directory.read_facts(output).get("result")
-    if resume and figures and (output / "model").is_dir():
+    done = figures and figures["steps"] >= recipe.train.max_steps
+    if resume and figures and done and (output / "model").is_dir():
         if not first:
             return None
         say(f"{output}: this run is finished; nothing to do")
@@ -261,6 +262,11 @@ def _train(
     facts = run_directory.read_facts(output)
     if facts.get("corpus", prepared.fingerprint) != prepared.fingerprint:
         raise Failure(f"{output}: the text or its tokenizer is not what this run was started with")
+    if checkpoint and facts.get("processes", arguments.world_size) != arguments.world_size:
+        raise Failure(
+            f"{output}: cannot be resumed with another number of processes ({facts['processes']} then, "
+            f"{arguments.world_size} now): batches, their order and random numbers depend on it; start as many"
+        )
     batch = train.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
     if len(prepared.train) < batch:
         pairs = recipe.data.pair_lengths
