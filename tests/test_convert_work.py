@@ -16,6 +16,7 @@ from small_runs import send
 from sparsecli.console import Failure, Mismatch, Stopped
 from sparsecli.convert import command, conversion, fitting
 from sparsecli.convert import search as searching
+from sparsecli.convert import work as working
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.work import fingerprint, place_of, work_folder
 from sparsecli.decode import native
@@ -97,6 +98,42 @@ def test_a_signal_while_layers_are_fitted(
     assert command.run(changed, model=str(dense), output=tmp_path / "found")
     assert fitted[3:] == ["dense"]
     assert not place_of(tmp_path / "found").exists()
+
+
+def test_what_a_kill_behind_the_last_step_left_is_deleted(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, dense = dense_run
+    quick = load(str(loaded.path), ["convert.distillation.tokens=0", "convert.controller_steps=1"])
+    output, work = tmp_path / "sparse", place_of(tmp_path / "sparse")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(working.Work, "close", killed)
+        patch.setattr(working, "_delete", lambda folder: None)
+        with pytest.raises(Stopped):
+            command.run(quick, model=str(dense), output=output)
+    assert (output / "recipe.yaml").is_file()
+    assert work.is_dir()
+    command.run(load(str(quick.path)), model=str(dense), output=tmp_path / "other", dry_run=True)
+    with pytest.raises(Failure, match="already holds a run"):
+        command.run(quick, model=str(dense), output=output, dry_run=True)
+    assert work.is_dir()  # a dry run changes nothing
+    with pytest.raises(Failure, match="already holds a run"):
+        command.run(quick, model=str(dense), output=output)
+    assert not work.exists()
+    assert (output / "report.json").is_file()
+
+
+def test_a_damaged_note_is_another_conversion_s(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:
+    work = place_of(tmp_path / "sparse")
+    for content in (b"[]", b"\xff", b"{"):
+        work.mkdir(exist_ok=True)
+        (work / "conversion.json").write_bytes(content)
+        with pytest.raises(Failure, match=r"sparse\.converting: holds the beginning of another conversion"):
+            command.run(dense_run[0], model=str(dense_run[1]), output=tmp_path / "sparse")
 
 
 # -- budgets -------------------------------------------------------------------------------------------------

@@ -417,6 +417,32 @@ def test_no_whole_checkpoint_left_is_a_failure(stopped_run: Path, tiny: LoadedRe
         run(tiny, output=stopped_run, resume="auto")
 
 
+@pytest.mark.parametrize(
+    ("content", "number"),
+    [
+        (b'{"step": 1, "loss": 2.0}\n\xff\n', 2),
+        (b"[]\n", 1),
+        (b'{"loss": 2.0}\n', 1),
+        (b'{"step": "1"}\n', 1),
+        (b'{"step": 1, "loss": null}\n{"step": 2', 1),
+    ],
+)
+def test_damaged_metrics_are_one_line(
+    stopped_run: Path, tiny: LoadedRecipe, content: bytes, number: int
+) -> None:
+    (stopped_run / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(Failure, match=rf"metrics\.jsonl:{number}: is no row of metrics; delete the line"):
+        run(tiny, output=stopped_run, resume="auto")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b'{"result": 5}', b'{"result": {"x": 1}}'])
+def test_damaged_facts_are_one_line(stopped_run: Path, tiny: LoadedRecipe, content: bytes) -> None:
+    (stopped_run / "run.json").write_bytes(content)
+    with pytest.raises(Failure, match=r"run\.json: .*; delete it to go on without it") as caught:
+        run(tiny, output=stopped_run, resume="auto")
+    assert "\n" not in caught.value.message
+
+
 # -- another run ---------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from sparsecli.convert.preview import Preview
 from sparsecli.convert.report import Report
 from sparsecli.convert.stopping import stoppable
 from sparsecli.convert.text import data_of, read_text
-from sparsecli.convert.work import fingerprint, place_of, work_folder
+from sparsecli.convert.work import fingerprint, place_of, tidy, work_folder
 from sparsecli.decode import native
 from sparsecli.interchange.importing import check_tokenizer, model_folder
 from sparsecli.interchange.sources import OwnModel, open_source
@@ -83,6 +83,8 @@ def _run(
     found = _candidates(opened.spec, recipe.convert, file)
     if recipe.convert.budget:
         small_enough(found, parse_budget(recipe.convert.budget))
+    if not dry_run:
+        tidy(output)
     run_directory.claim(output, recipe, resume=False, hint="choose another --output")
     folder = opened.folder if isinstance(opened, OwnModel) else place_of(output) / "dense"
     data = _data(recipe, folder, opened.spec, file)

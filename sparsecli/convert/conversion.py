@@ -23,7 +23,7 @@ from sparsecli.convert.methods import METHODS, Options
 from sparsecli.convert.plan import RECOVERED, Candidate, eligible, rounded_up
 from sparsecli.convert.report import Considered, Report, Row, Stage
 from sparsecli.convert.text import Text, check_language
-from sparsecli.convert.work import Work
+from sparsecli.convert.work import COMPLETE, RESULT, Work
 from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import processors
 from sparsecli.decode.packing import Precision
@@ -254,8 +254,8 @@ class Conversion:
         distilled: int,
     ) -> Report:
         """Write the model beside, check it there, and put everything in its place."""
-        result = self.work.folder / "result"
-        written = self.work.keep_model("result/model", model)
+        result = self.work.folder / RESULT
+        written = self.work.keep_model(f"{RESULT}/model", model)
         with run_directory.writing(written, self.work.hint):
             self.tokenizer.save_pretrained(written)
             share(written)
@@ -279,6 +279,7 @@ class Conversion:
             self._write(report, result, loss)
             if self.output.is_dir():
                 self.output.rmdir()  # it is empty: see run_directory.claim
+            self.work.note(COMPLETE, True)
             result.rename(self.output)
         self.work.close()
         return report

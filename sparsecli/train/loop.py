@@ -348,14 +348,10 @@ def run_steps(
             trainer.restore_sums(checkpoint)
             if journal:
                 prune(trainer.checkpoints, checkpoint, trainer.keep)
-        try:
-            if start_step < steps:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            elif checkpoint:
-                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        finally:
-            if journal:
-                journal.close()
+        if start_step < steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        elif checkpoint:
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     step = max(trainer.state.global_step, start_step)
     if step < steps:
         message = f"stopped at step {step} of {steps} with a checkpoint; {hint}"

@@ -172,13 +172,17 @@ def environment() -> dict[str, Any]:
 
 
 def read_facts(output: Path) -> dict[str, Any]:
-    """`run.json` of a run, empty where there is none."""
+    """`run.json` of a run, empty where there is none. Raises `Failure` for one that is damaged."""
+    path = output / FACTS
     try:
-        return json.loads((output / FACTS).read_text())
+        facts = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise Failure(f"{output / FACTS}: cannot be read ({error}); delete it to go on without it") from None
+        raise Failure(f"{path}: cannot be read ({error}); delete it to go on without it") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("result") or {}, dict):
+        raise Failure(f"{path}: is not what a run writes there; delete it to go on without it")
+    return facts
 
 
 def write_facts(output: Path, facts: dict[str, Any]) -> None:
@@ -187,14 +191,25 @@ def write_facts(output: Path, facts: dict[str, Any]) -> None:
 
 
 def read_metrics(output: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`, those after `up_to_step` and a torn last one left out."""
+    """Rows of `metrics.jsonl`, those after `up_to_step` and a torn last one left out.
+
+    Raises `Failure` when another line is no row: a step, and numbers by their names.
+    """
     path = output / METRICS
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    *lines, _torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except ValueError:
-            continue
+            row = None
+        if not isinstance(row, dict) or not _is_row(row):
+            raise Failure(f"{path}:{number}: is no row of metrics; delete the line to go on without it")
         if up_to_step is None or row["step"] <= up_to_step:
             rows.append(row)
     return rows
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    numbers = all(isinstance(value, int | float) for value in row.values())
+    return numbers and type(row.get("step")) is int
