@@ -142,15 +142,15 @@ def test_rows_are_documents(tmp_path: Path, suffix: str) -> None:
         ("empty.json", b"[]", r"empty\.json: holds no rows"),
         ("empty.csv", b"", r"empty\.csv: holds no rows"),
         ("header.tsv", b"text\tid\n", r"header\.tsv: holds no rows"),
-        ("empty.jsonl.gz", gzip.compress(b""), r"empty\.jsonl\.gz: holds no rows"),
+        ("empty.jsonl.gz", gzip.compress(b"", mtime=0), r"empty\.jsonl\.gz: holds no rows"),
         ("empty.parquet", EMPTY_PARQUET, r"empty\.parquet: holds no rows"),
         (
             "broken.ndjson.gz",
-            gzip.compress(b'{"text": "a"}\n{"text": '),
+            gzip.compress(b'{"text": "a"}\n{"text": ', mtime=0),
             r"broken\.ndjson\.gz:2: is not JSON: .*; every line is an obj",
         ),
         ("noise.txt.gz", b"noise", r"noise\.txt\.gz: Not a gzipped file"),
-        ("cut.txt.gz", gzip.compress(b"text")[:-9], r"cut\.txt\.gz: Compressed file ended before"),
+        ("cut.txt.gz", gzip.compress(b"text", mtime=0)[:-9], r"cut\.txt\.gz: Compressed file ended before"),
         ("noise.jsonl.gz", b"noise", r"noise\.jsonl\.gz: cannot be read: Not a gzipped file"),
         ("latin.txt.xz", lzma.compress(b"caf\xe9"), r"latin\.txt\.xz: not UTF-8 text \(byte 3\)"),
         (
