@@ -91,11 +91,11 @@ inline void add_pairs(Codes& sums, const Codes& codes, const int16_t* x) {
 }
 
 #if defined(SPARSECLI_AVX512)
-constexpr int LOW_BIT_TOKENS = 8;
+constexpr int QUANT_TOKENS = 8;
 #elif defined(SPARSECLI_NEON)
-constexpr int LOW_BIT_TOKENS = 2;
+constexpr int QUANT_TOKENS = 2;
 #else
-constexpr int LOW_BIT_TOKENS = 4;
+constexpr int QUANT_TOKENS = 4;
 #endif
 constexpr int FACTORS = 4;  // sums that a group has
 
@@ -355,7 +355,7 @@ inline Vector panel_of_one(const Panel<BITS>& panel, int64_t groups, const int16
 #pragma GCC unroll 8
         for (int64_t line = 0; line < Planes<BITS>::BYTES; line += 64)
             __builtin_prefetch(codes + STREAM_DISTANCE + line, 0, 2);
-        const int16_t* group = x + g * LOW_BIT_GROUP;
+        const int16_t* group = x + g * QUANT_GROUP;
 #if defined(SPARSECLI_NEON)  // few registers, and each output has two sums anyway
         PanelSums sums = {};
         const Sixteen<BITS> all[] = {Sixteen<BITS>(group), Sixteen<BITS>(group + 16), Sixteen<BITS>(group + 32),
@@ -378,11 +378,11 @@ inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_
                           int64_t stride, Vector* y) {
     for (int t = 0; t < T; ++t) y[t] = fill(0);
     for (int64_t g = 0; g < groups; ++g) {
-        Codes apart[LOW_BIT_GROUP / TOGETHER];
+        Codes apart[QUANT_GROUP / TOGETHER];
         visit_apart<BITS>(panel.codes + g * Planes<BITS>::BYTES, [&](int i, const Codes& codes) { apart[i] = codes; });
         PanelSums sums[T] = {};
-        for (int64_t at = 0; at < LOW_BIT_GROUP; at += 16) {
-            const int16_t* group = x + g * LOW_BIT_GROUP + at;
+        for (int64_t at = 0; at < QUANT_GROUP; at += 16) {
+            const int16_t* group = x + g * QUANT_GROUP + at;
             const Codes* codes = apart + at / TOGETHER;
 #if defined(SPARSECLI_NEON)
             asm("" : "+r"(codes) : : "memory");  // read where they are used: registers are few
@@ -399,33 +399,33 @@ inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_
         }
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t)
-            panel.add_group(y[t], g, sixteen_times(total_of(sums[t])), sums_of_x[t * (stride / LOW_BIT_GROUP) + g]);
+            panel.add_group(y[t], g, sixteen_times(total_of(sums[t])), sums_of_x[t * (stride / QUANT_GROUP) + g]);
     }
 }
 
 template <int BITS>
-void low_bit_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
-                    int64_t out_stride) {
-    const int64_t groups = groups_of(w.cols), bytes = low_bit_panel(w.cols, BITS);
+void quantized_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
+                      int64_t out_stride) {
+    const int64_t groups = groups_of(w.cols), bytes = quantized_panel(w.cols, BITS);
     for (int64_t row = begin; row < end; row += LANES) {
         const Panel<BITS> panel((const uint8_t*)w.data + row / LANES * bytes, groups);
         // The next panel's scales and zeros: a second stream, which processors do not foresee beside that of the codes.
-        if (row + LANES < end) fetch(panel.codes + bytes + groups * Planes<BITS>::BYTES, groups * LANES * 3);
+        if (row + LANES < end) prefetch(panel.codes + bytes + groups * Planes<BITS>::BYTES, groups * LANES * 3);
         const auto keep = [&](int64_t t, const Vector& y) {
             float lane[LANES];
             store(lane, y * fill(x.scales[t] / 16));
             std::memcpy(out + t * out_stride + row, lane, size_t(row + LANES <= end ? LANES : end - row) * 4);
         };
         int64_t t = 0;
-        for (; t + LOW_BIT_TOKENS <= tokens; t += LOW_BIT_TOKENS) {
-            Vector y[LOW_BIT_TOKENS];
-            panel_of_many<BITS, LOW_BIT_TOKENS>(panel, groups, x.integers + t * x.stride,
-                                                x.sums + t * (x.stride / LOW_BIT_GROUP), x.stride, y);
-            for (int u = 0; u < LOW_BIT_TOKENS; ++u) keep(t + u, y[u]);
+        for (; t + QUANT_TOKENS <= tokens; t += QUANT_TOKENS) {
+            Vector y[QUANT_TOKENS];
+            panel_of_many<BITS, QUANT_TOKENS>(panel, groups, x.integers + t * x.stride,
+                                              x.sums + t * (x.stride / QUANT_GROUP), x.stride, y);
+            for (int u = 0; u < QUANT_TOKENS; ++u) keep(t + u, y[u]);
         }
         for (; t < tokens; ++t)
             keep(t,
-                 panel_of_one<BITS>(panel, groups, x.integers + t * x.stride, x.sums + t * (x.stride / LOW_BIT_GROUP)));
+                 panel_of_one<BITS>(panel, groups, x.integers + t * x.stride, x.sums + t * (x.stride / QUANT_GROUP)));
     }
 }
 
@@ -455,14 +455,14 @@ inline Vector residual_values(const uint8_t* from) {
 
 // One row with one token's integers, without their scale. Sums of a group are exact.
 inline float residual_dot(const uint8_t* codes, const uint16_t* scale, int64_t groups, const int16_t* x) {
-    constexpr int64_t HALF = LOW_BIT_GROUP / 2;
+    constexpr int64_t HALF = QUANT_GROUP / 2;
     Floats total = Floats{};
     for (int64_t g = 0; g < groups; ++g) {
         Sums sums = {};
 #pragma GCC unroll 4
         for (int64_t i = 0; i < HALF; i += INTEGERS) {
             const auto bytes = weights_of((const int8_t*)codes + g * HALF + i);
-            const int16_t* group = x + g * LOW_BIT_GROUP + i;
+            const int16_t* group = x + g * QUANT_GROUP + i;
             sums = add_products(sums, (bytes & 15) - 8, integers_of(group));
             sums = add_products(sums, (bytes >> 4 & 15) - 8, integers_of(group + HALF));
         }
@@ -480,7 +480,7 @@ struct Residual {
     Residual(const Matrix& residual, int64_t parts, int64_t unit, int64_t row)
         : codes((const uint8_t*)residual.data + unit * residual_unit(residual.cols, parts) +
                 row * residual_row(residual.cols)),
-          scale((const uint16_t*)(codes + groups_of(residual.cols) * (LOW_BIT_GROUP / 2))) {}
+          scale((const uint16_t*)(codes + groups_of(residual.cols) * (QUANT_GROUP / 2))) {}
 };
 
 void residual_dots(const Matrix& residual, int64_t parts, const int32_t* chosen, int64_t count, const Activations& x,
@@ -496,11 +496,11 @@ void residual_dots(const Matrix& residual, int64_t parts, const int32_t* chosen,
 // y[0 .. 32) += factor[i] * columns [column, column + 32) of row i: the low nibbles of a group's bytes, or the high ones.
 template <int SHIFT>
 inline void add_half_group(const Residual* rows, const float* factor, int64_t count, int64_t column, float* y) {
-    const int64_t group = column / LOW_BIT_GROUP;
+    const int64_t group = column / QUANT_GROUP;
     Vector low = load(y), high = load(y + LANES);
     for (int64_t i = 0; i < count; ++i) {
         const Vector scaled = fill(factor[i] * to_float(rows[i].scale[group]));
-        const uint8_t* codes = rows[i].codes + group * (LOW_BIT_GROUP / 2);
+        const uint8_t* codes = rows[i].codes + group * (QUANT_GROUP / 2);
         add_product(low, scaled, residual_values<SHIFT>(codes));
         add_product(high, scaled, residual_values<SHIFT>(codes + LANES));
     }
@@ -510,7 +510,7 @@ inline void add_half_group(const Residual* rows, const float* factor, int64_t co
 
 void residual_sums(const Matrix& residual, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
                    int64_t begin, int64_t end, float* y) {
-    constexpr int64_t HALF = LOW_BIT_GROUP / 2, AT_ONCE = 64;  // rows that stay cached while columns pass
+    constexpr int64_t HALF = QUANT_GROUP / 2, AT_ONCE = 64;  // rows that stay cached while columns pass
     static_assert(HALF == 2 * LANES);
     Residual rows[AT_ONCE];
     float factor[AT_ONCE];
@@ -525,7 +525,7 @@ void residual_sums(const Matrix& residual, int64_t parts, const int32_t* chosen,
             float line[HALF] = {};
             const int64_t first = c < begin ? begin : c, last = c + HALF < end ? c + HALF : end;
             std::memcpy(line + first - c, y + first, size_t(last - first) * 4);
-            if (c % LOW_BIT_GROUP)
+            if (c % QUANT_GROUP)
                 add_half_group<4>(rows, factor, found, c, line);
             else
                 add_half_group<0>(rows, factor, found, c, line);
