@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparsecli import console
 from sparsecli.backends import Backend, Choices, open_backend
 from sparsecli.console import Failure
-from sparsecli.model.architecture import PADDING, START
+from sparsecli.model.architecture import END, PADDING, START
 from sparsecli.model.folder import Description, find_model, read_description
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.schema import GenerateSpec
@@ -22,23 +23,31 @@ if TYPE_CHECKING:
 
 
 class StopFilter:
-    """Passes text on, but holds back what may be the beginning of a stop string."""
+    """Passes text on, but holds back what may be the beginning of a stop string.
+
+    Special tokens are not shown, but a stop string may name them.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = [stop for stop in stops if stop]
         self.held = ""
+        self.visible: list[bool] = []
 
-    def feed(self, text: str) -> tuple[str, bool]:
-        """Text that is safe to show, and whether a stop string was met (it and all behind it are dropped)."""
-        self.held += text
+    def feed(self, text: str, special: bool = False) -> tuple[str, bool]:
+        """Text that is safe to show, and whether a stop string was met (it and all behind it are dropped).
+
+        With `special` the text is that of a special token; it counts where a stop string has it.
+        """
+        if not special or any(text in stop for stop in self.stops):
+            self.held += text
+            self.visible += [not special] * len(text)
         met = [position for stop in self.stops if (position := self.held.find(stop)) >= 0]
         if met:
-            shown, self.held = self.held[: min(met)], ""
+            shown = self._release(min(met))
+            self._release(len(self.held))
             return shown, True
         longest = max((self._overlap(stop) for stop in self.stops), default=0)
-        cut = len(self.held) - longest
-        shown, self.held = self.held[:cut], self.held[cut:]
-        return shown, False
+        return self._release(len(self.held) - longest), False
 
     def _overlap(self, stop: str) -> int:
         """Length of the longest end of the held text that begins `stop`."""
@@ -53,7 +62,11 @@ class StopFilter:
 
     def flush(self) -> str:
         """What was held back, once no more text comes."""
-        shown, self.held = self.held, ""
+        return self._release(len(self.held))
+
+    def _release(self, size: int) -> str:
+        shown = "".join(compress(self.held[:size], self.visible))
+        self.held, self.visible = self.held[size:], self.visible[size:]
         return shown
 
 
@@ -139,13 +152,16 @@ def write(
             result.finish = "end"
             break
         result.tokens.append(token)
-        text, stopped = stops.feed(stream.feed(token))
+        special = tokenizer.special.get(token)
+        text, stopped = stops.feed(special, special=True) if special else stops.feed(stream.feed(token))
         emit(text)
         if stopped:
             result.finish = "stop"
             break
     if not stopped:
-        emit(stops.flush())
+        text, stopped = stops.feed(stream.flush())
+        emit(text + stops.flush())
+        result.finish = "stop" if stopped else result.finish
     if result.finish == "length" and room < options.max_new_tokens:
         result.finish = "context"
     return result
@@ -186,8 +202,8 @@ def encode_input(tokenizer: Tokenizer, text: str, positions: int) -> list[int]:
     if not text.strip():
         raise Failure("the input is empty; give some text to read")
     ids = tokenizer.encode(text, special=True)
-    if PADDING in ids:  # a vocabulary of symbols has nothing else for what is none of them
-        unknown = [word for word in text.split() if PADDING in tokenizer.encode(word)]
+    if {PADDING, END} & {*ids[:-1]}:  # a vocabulary of symbols has nothing else for what is none of them
+        unknown = [word for word in text.split() if {PADDING, END} & {*tokenizer.encode(word)}]
         raise Failure(
             f"the input has words that the tokenizer does not know: {' '.join(unknown[:5])}; leave them out"
         )

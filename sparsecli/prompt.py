@@ -44,8 +44,8 @@ def _piped() -> bool:
 
 
 def _decode(content: bytes, source: str) -> str:
-    """UTF-8 text without the line end that editors and `echo` put last."""
+    """UTF-8 text without the mark that some editors put first, and the line end that they and `echo` put last."""
     try:
-        return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise Failure(f"{source}: byte {error.start} is not UTF-8 text") from None

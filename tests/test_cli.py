@@ -253,6 +253,9 @@ def test_prompt_comes_from_one_place(run, calls, tmp_path, monkeypatch, capsys):
     assert calls.options["prompt"] == "option\n"
     assert run("generate", "--prompt-file", str(file)) == 0
     assert calls.options["prompt"] == "from file"
+    file.write_bytes(b"\xef\xbb\xbfmarked\r\n")  # as some editors write
+    assert run("generate", "--prompt-file", str(file)) == 0
+    assert calls.options["prompt"] == "marked"
     assert run("generate", "--prompt-file", str(file), "--prompt", "x") == 2
     assert "give one of them" in capsys.readouterr().err
 

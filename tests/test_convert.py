@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from small_conversions import losses, search, trained
 from sparsecli.console import Failure, Mismatch, RecipeError
 from sparsecli.convert import command, conversion
 from sparsecli.convert.conversion import check_written
+from sparsecli.convert.text import Text
+from sparsecli.data.tokenization import END_OF_TEXT
 from sparsecli.decode.native import binding
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model
@@ -42,7 +46,7 @@ def test_given_layers_recover_most_of_the_loss(
     assert report
     stages = losses(report)
     told = json.loads((dense / "run.json").read_text())["result"]["held_out_nats"]
-    assert stages["dense"] == pytest.approx(told, abs=5e-3)
+    assert stages["dense"] == pytest.approx(told, abs=1e-5)  # float32 here and there
     assert stages["distilled"] < stages["fitted"]
     assert stages["distilled"] < stages["dense"] * 1.1
     assert report.result.loss.nats_per_token == pytest.approx(stages["distilled"], abs=0.02)
@@ -71,6 +75,42 @@ def test_given_layers_recover_most_of_the_loss(
     assert not (tmp_path / "again").exists()
 
 
+def test_windows_begin_as_generate_begins_a_text(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of imported models alone: what a model trained here has read begins with nothing."""
+    loaded, dense = dense_run
+    folder = Path(shutil.copytree(dense / "model", tmp_path / "model"))
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    text, first = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
+    fields["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text],
+        "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [0], "tokens": [END_OF_TEXT]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    read: list[Text] = []
+    monkeypatch.setattr(
+        command, "Conversion", lambda *given: SimpleNamespace(run=lambda found: read.append(given[6]))
+    )
+    config = json.loads((folder / "config.json").read_text())
+    for origin in ({"source": "theirs"}, None):
+        (folder / "config.json").write_text(json.dumps({**config, "origin": origin}))
+        command.run(loaded, model=str(folder), output=tmp_path / "sparse")
+    ours, plain = read
+    for windows in (ours.tuning, ours.held_out, [{"input_ids": ids} for ids in torch.cat(ours.calibration)]):
+        assert {(len(window["input_ids"]), int(window["input_ids"][0])) for window in windows} == {(32, 0)}
+    stream = torch.from_numpy(ours.corpus.held_out.tokens.astype("int64"))
+    held_out = torch.cat([window["input_ids"][1:] for window in ours.held_out])
+    assert torch.equal(held_out, stream[: len(held_out)])
+    assert 0 <= len(stream) - len(held_out) < 31
+    assert ours.held_out.bytes_per_token(ours.corpus.tokenizer) == pytest.approx(
+        plain.held_out.bytes_per_token(plain.corpus.tokenizer), rel=0.02
+    )
+    assert torch.equal(plain.held_out[0]["input_ids"], stream[:32])
+
+
 def test_of_a_model_that_is_sparse_and_has_an_encoder_the_encoder_is_told() -> None:
     """Which is why it cannot be converted, whatever its layers are."""
     model, convert = load("terraformer-copy").recipe.model, load("quickstart-convert").recipe.convert
@@ -82,7 +122,12 @@ def test_of_a_model_that_is_sparse_and_has_an_encoder_the_encoder_is_told() -> N
         command._candidates(model, convert, "r.yaml")
 
 
-def test_a_search_keeps_its_budget(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None) -> None:
+def test_a_search_keeps_its_budget(
+    dense_run: tuple[LoadedRecipe, Path],
+    tmp_path: Path,
+    cache: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     loaded, dense = dense_run
     report = command.run(search(loaded, "perplexity +3 %"), model=str(dense), output=tmp_path / "found")
     assert report
@@ -95,6 +140,17 @@ def test_a_search_keeps_its_budget(dense_run: tuple[LoadedRecipe, Path], tmp_pat
         "exact",
     }
     assert report.distilled_tokens == 0  # the budget was kept without
+    told = capsys.readouterr().err
+    for stage in (
+        *("tokenizing: 40/40", "the dense model on tuning text: 16/16", "fitting layers: 2/2"),
+        *("precision, 8 of 16 units: 16/16", "attention 4 bit: 16/16", "logits in 4 bits: 16/16"),
+        *(
+            "on tuning text: 16/16",
+            "checking dense, int8 in the engine: ",
+            "loading the models to measure: 4/4",
+        ),
+    ):
+        assert stage in told
 
 
 def test_a_kept_fraction_is_a_budget_too(

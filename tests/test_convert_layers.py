@@ -25,7 +25,6 @@ from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward, SparseFeedForward
 from sparsecli.model.layers.low_bit import LowBitMatrix, PrecisionFeedForward, SelectorFeedForward
 from sparsecli.model.parts import DenseFeedForwardSpec
-from sparsecli.model.products import bfloat16_products
 from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.train.controllers import unit_scores
 
@@ -287,7 +286,7 @@ def dense_model(**changes: object) -> ScalingTransformerForCausalLM:
 def test_streams_are_those_of_the_model(parallel: bool) -> None:
     model = dense_model(parallel=parallel)
     ids = torch.randint(0, 300, (2, 16))
-    with torch.no_grad(), bfloat16_products("cpu"):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted = model.model(ids, output_hidden_states=True).hidden_states
         streams = Streams(model, list(ids.split(1)))
         torch.testing.assert_close(torch.cat(streams.x), wanted[0])

@@ -16,6 +16,7 @@ from small_runs import send
 from sparsecli.console import Failure, Mismatch, Stopped
 from sparsecli.convert import command, conversion, fitting
 from sparsecli.convert import search as searching
+from sparsecli.convert import work as working
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.work import fingerprint, place_of, work_folder
 from sparsecli.decode.native import binding
@@ -99,6 +100,42 @@ def test_a_signal_while_layers_are_fitted(
     assert not place_of(tmp_path / "found").exists()
 
 
+def test_what_a_kill_behind_the_last_step_left_is_deleted(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, dense = dense_run
+    quick = load(str(loaded.path), ["convert.distillation.tokens=0", "convert.controller_steps=1"])
+    output, work = tmp_path / "sparse", place_of(tmp_path / "sparse")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(working.Work, "close", killed)
+        patch.setattr(working, "_delete", lambda folder: None)
+        with pytest.raises(Stopped):
+            command.run(quick, model=str(dense), output=output)
+    assert (output / "recipe.yaml").is_file()
+    assert work.is_dir()
+    command.run(load(str(quick.path)), model=str(dense), output=tmp_path / "other", dry_run=True)
+    with pytest.raises(Failure, match="already holds a run"):
+        command.run(quick, model=str(dense), output=output, dry_run=True)
+    assert work.is_dir()  # a dry run changes nothing
+    with pytest.raises(Failure, match="already holds a run"):
+        command.run(quick, model=str(dense), output=output)
+    assert not work.exists()
+    assert (output / "report.json").is_file()
+
+
+def test_a_damaged_note_is_another_conversion_s(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:
+    work = place_of(tmp_path / "sparse")
+    for content in (b"[]", b"\xff", b"{"):
+        work.mkdir(exist_ok=True)
+        (work / "conversion.json").write_bytes(content)
+        with pytest.raises(Failure, match=r"sparse\.converting: holds the beginning of another conversion"):
+            command.run(dense_run[0], model=str(dense_run[1]), output=tmp_path / "sparse")
+
+
 # -- budgets -------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +199,7 @@ def test_candidates_are_tried_until_one_keeps_the_budget_on_tuning_text(
     loaded, dense = dense_run
     given = ["convert.methods=[controller]", "convert.distillation.tokens=0", "convert.low_bit={}"]
     monkeypatch.setattr(METHODS["controller"], "choices", ((8, 4, 2),))
-    monkeypatch.setattr(searching, "window_losses", lambda model, windows: np.zeros(1))  # far too well
+    monkeypatch.setattr(searching, "window_losses", lambda *arguments: np.zeros(1))  # far too well
     with pytest.raises(Mismatch, match=r"nothing keeps .* on tuning text once it is built; `budget: p") as e:
         command.run(
             search(loaded, "perplexity +0.0001 %", *given), model=str(dense), output=tmp_path / "found"

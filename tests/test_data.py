@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from pydantic import TypeAdapter
@@ -19,6 +23,9 @@ from sparsecli.data.tokenization import END_OF_TEXT, encode, train_byte_pairs
 from sparsecli.recipe.data import DataSpec, FilesCorpus
 
 BPE = {"kind": "bpe", "vocabulary_size": 300}
+_sink = pyarrow.BufferOutputStream()
+pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), _sink)
+EMPTY_PARQUET = _sink.getvalue().to_pybytes()
 
 
 def spec(source: str = "files", **fields: object) -> DataSpec:
@@ -85,19 +92,26 @@ def test_everything_held_out_is_a_failure(folder: Path) -> None:
         read_documents(spec(paths=[f"{folder}/7.txt"], held_out_paths=[f"{folder}/*.txt"]))
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+@pytest.mark.parametrize(
+    "suffix", ["jsonl", "ndjson", "json", "parquet", "arrow", "csv", "tsv", "jsonl.gz", "csv.bz2", "TSV.xz"]
+)
 def test_rows_are_documents(tmp_path: Path, suffix: str) -> None:
     import pandas
 
     texts = [f"row {number}\nwith 'quotes', commas and ünïcode" for number in range(30)]
     frame = pandas.DataFrame({"body": [*texts, None], "id": range(31)})
     path = tmp_path / f"rows.{suffix}"
-    if suffix == "jsonl":
-        frame.to_json(path, orient="records", lines=True)
-    elif suffix == "parquet":
+    kind = suffix.lower().split(".")[0]
+    if kind in ("jsonl", "ndjson", "json"):
+        frame.to_json(path, orient="records", lines=kind != "json")
+    elif kind == "parquet":
         frame.to_parquet(path)
+    elif kind == "arrow":
+        table = pyarrow.Table.from_pandas(frame)
+        with pyarrow.ipc.new_stream(path, table.schema) as file:
+            file.write_table(table)
     else:
-        frame.to_csv(path, index=False)
+        frame.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",")
     splits = read_documents(spec(paths=[str(path)], text_field="body", held_out_fraction=0.3))
     assert sorted(splits.train + splits.held_out) == sorted(texts)
     with pytest.raises(Failure, match=r"no column 'text'; it has body, id"):
@@ -125,13 +139,63 @@ def test_rows_are_documents(tmp_path: Path, suffix: str) -> None:
         ("broken.parquet", b"PAR1 no", r"broken\.parquet: cannot be read"),
         ("empty.txt", b"", "data: the source holds no text"),
         ("empty.jsonl", b"", r"empty\.jsonl: holds no rows"),
+        ("empty.json", b"[]", r"empty\.json: holds no rows"),
+        ("empty.csv", b"", r"empty\.csv: holds no rows"),
+        ("header.tsv", b"text\tid\n", r"header\.tsv: holds no rows"),
+        ("empty.jsonl.gz", gzip.compress(b""), r"empty\.jsonl\.gz: holds no rows"),
+        ("empty.parquet", EMPTY_PARQUET, r"empty\.parquet: holds no rows"),
+        (
+            "broken.ndjson.gz",
+            gzip.compress(b'{"text": "a"}\n{"text": '),
+            r"broken\.ndjson\.gz:2: is not JSON: .*; every line is an obj",
+        ),
+        ("noise.txt.gz", b"noise", r"noise\.txt\.gz: Not a gzipped file"),
+        ("cut.txt.gz", gzip.compress(b"text")[:-9], r"cut\.txt\.gz: Compressed file ended before"),
+        ("noise.jsonl.gz", b"noise", r"noise\.jsonl\.gz: cannot be read: Not a gzipped file"),
+        ("latin.txt.xz", lzma.compress(b"caf\xe9"), r"latin\.txt\.xz: not UTF-8 text \(byte 3\)"),
+        (
+            "rows.xlsx",
+            b"PK",
+            r"rows\.xlsx: \.xlsx files are not read; convert it, or leave it out \(read are",
+        ),
+        ("texts.tar.gz", b"", r"texts\.tar\.gz: \.tar\.gz files are not read"),
+        ("rows.parquet.gz", b"", r"rows\.parquet\.gz: \.parquet\.gz files are not read"),
     ],
 )
-def test_bad_files_are_named_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_bad_files_are_named_in_one_line(
+    tmp_path: Path, name: str, content: bytes, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Failure, match=message) as caught:
         read_documents(spec(paths=[str(tmp_path / name)]))
     assert "\n" not in str(caught.value)
+    assert "rror" not in capfd.readouterr().err  # nor does a library say it in its words
+
+
+def test_zst_files_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is there, it opens them as the others' modules do."""
+    monkeypatch.setattr(corpus, "find_spec", lambda name: None)
+    for name in ("a.txt.zst", "a.jsonl.zst"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(Failure, match=r"\.zst files need the package zstandard: pip install zstandard"):
+            read_documents(spec(paths=[str(tmp_path / name)]))
+
+
+def test_plain_text_is_read_without_its_mark_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marked = b"\xef\xbb\xbfone\n"
+    (tmp_path / "a.txt").write_bytes(marked)
+    (tmp_path / "b.md.gz").write_bytes(gzip.compress(marked.replace(b"one", b"two")))
+    splits = read_documents(spec(paths=[f"{tmp_path}/*"]))
+    assert sorted(splits.train + splits.held_out) == ["one\n", "two\n"]
+    assert capsys.readouterr().err == ""
+    for name in ("c.log", "d.LOG", "e"):
+        (tmp_path / name).write_bytes(name.encode())
+    splits = read_documents(spec(paths=[f"{tmp_path}/*"]))
+    assert len(splits.train + splits.held_out) == 5
+    told = "data.paths: read as plain text, a document each: files with .log (2), no ending (1)\n"
+    assert capsys.readouterr().err == told
 
 
 def test_patterns_that_match_nothing(folder: Path) -> None:

@@ -22,7 +22,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from sparsecli import generate, pack
 from sparsecli.console import Failure
-from sparsecli.data.tokenization import load_or_train
+from sparsecli.data.copying import symbol_tokenizer
+from sparsecli.data.tokenization import PAIR_TOKENS, encode, load_or_train, train_byte_pairs
 from sparsecli.decode.native import binding
 from sparsecli.generate import StopFilter
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
@@ -154,6 +155,30 @@ def test_stop_strings_end_the_text(folder: Path, capsys: pytest.CaptureFixture[s
     assert result["finish"] == "stop"
 
 
+def test_stop_strings_may_name_special_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not shown, whether the text ends at them or not."""
+    tokenizer = read_tokenizer(folder, 300)
+    tokenizer.backend.add_special_tokens(["<|turn|>"])
+    tokenizer = Tokenizer(tokenizer.backend)
+    turn = tokenizer.backend.token_to_id("<|turn|>")
+    tokens = [*tokenizer.encode("ab"), turn, *tokenizer.encode("\ncd�")]
+
+    def written(*stop: str) -> tuple[str, str]:
+        wanted = iter(tokens)
+        monkeypatch.setattr(generate, "make_sampler", lambda options, seed: lambda ids, logits: next(wanted))
+        options = GenerateSpec(stop=list(stop), max_new_tokens=len(tokens))
+        result = generate.write(
+            Silent(), read_description(folder), tokenizer, [5], options, 0, lambda text: None
+        )
+        return result.text, result.finish
+
+    assert written() == ("ab\ncd�", "length")
+    assert written("<|turn|>") == ("ab", "stop")
+    assert written("b<|turn|>\nc") == ("a", "stop")
+    assert written("<|turn|>d") == ("ab\ncd�", "length")
+    assert written("b\n") == ("a", "stop")
+
+
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3), st.data())
 def test_stop_filter_equals_a_search_in_the_whole_text(
     text: str, stops: list[str], data: st.DataObject
@@ -175,6 +200,22 @@ def test_stop_filter_equals_a_search_in_the_whole_text(
         assert any(text[len(shown) :].startswith(stop) for stop in stops)
     else:
         assert shown + stream.flush() == text
+
+
+def test_prompts_and_inputs_are_text(folder: Path, tmp_path: Path) -> None:
+    """Of pairs, training reads the names of padding and of the end as text; so does what is to be continued."""
+    paired = train_byte_pairs(300, [TEXT], PAIR_TOKENS)
+    paired.save_pretrained(tmp_path)
+    source = "a</s>b <pad> c"
+    (trained,) = encode(paired, [source])
+    assert generate.encode_input(read_tokenizer(tmp_path, 300), source, 64) == [*trained, paired.eos_token_id]
+    tokenizer = read_tokenizer(folder, 300)
+    ids = generate.encode_prompt(tokenizer, "a<|endoftext|>b", 48)
+    assert not tokenizer.end & {*ids}
+    assert tokenizer.backend.decode(ids) == "a<|endoftext|>b"
+    symbol_tokenizer(5).save_pretrained(tmp_path / "symbols")
+    with pytest.raises(Failure, match="words that the tokenizer does not know: </s> <pad> x;"):
+        generate.encode_input(read_tokenizer(tmp_path / "symbols", 7), "1 </s> 2 <pad> x", 64)
 
 
 def test_chat_template_is_used_where_there_is_one(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparsecli.backends import Choices, open_backend
+from sparsecli.data.tokenization import beginning, encode
 from sparsecli.decode.native import binding
 from sparsecli.interchange import exporting, importing, shards
+from sparsecli.interchange.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, Pieces, read_pieces
+from sparsecli.interchange.pieces import build as build_pieces
 from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source, read_family
 from sparsecli.model.checkpoint import load_model, load_network
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.folder import read_description, weight_files
 from sparsecli.model.rotary import rotary_frequencies
+from sparsecli.model.tokenizer import read_tokenizer
 
 needs_engine = pytest.mark.skipif(binding.available() is not None, reason="no native engine")
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="no gguf package")
@@ -129,6 +134,14 @@ def test_end_tokens_are_those_of_generation(tmp_path: Path) -> None:
     assert load_network(folder).generation_config.eos_token_id == [0, 5]
 
 
+def test_the_tokenizer_s_end_token_ends_texts_too(tmp_path: Path) -> None:
+    original = build("llama", **LLAMA)
+    original.generation_config.eos_token_id = [5, 7]
+    folder = imported(original, tmp_path)
+    assert read_description(folder).end_tokens == {0, 5, 7}
+    assert load_network(folder).generation_config.eos_token_id == [0, 5, 7]
+
+
 def test_names_of_older_files(tmp_path: Path) -> None:
     """The bare model's names, tables of constants, a head beside the embedding it is tied to."""
     original = build("gpt2", **MODELS["gpt2"][1])
@@ -161,7 +174,14 @@ def test_what_convert_opens(tmp_path: Path) -> None:
 # -- GGUF ----------------------------------------------------------------------------------------------------
 
 
-def write_gguf(model: PreTrainedModel, folder: Path, path: Path, **extra: str) -> None:
+def write_gguf(
+    model: PreTrainedModel,
+    folder: Path,
+    path: Path,
+    ends: Sequence[int] = (),
+    pieces: Pieces | None = None,
+    **extra: str,
+) -> None:
     """A model as llama.cpp stores it: Llama's pairs of a head's elements side by side, GPT-2's maps transposed."""
     import gguf
 
@@ -185,15 +205,26 @@ def write_gguf(model: PreTrainedModel, folder: Path, path: Path, **extra: str) -
     for key, value in extra.items():
         writer.add_string(f"{kind}.{key.replace('__', '.')}", value)
 
-    tokens = json.loads((folder / "tokenizer.json").read_text())["model"]
-    names = sorted(tokens["vocab"], key=tokens["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(names)
-    writer.add_token_types([3 if name == names[0] else 1 for name in names])
-    writer.add_token_merges([" ".join(pair) for pair in tokens["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    if pieces:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(pieces.texts)
+        writer.add_token_scores(pieces.scores)
+        writer.add_token_types(pieces.kinds)
+        writer.add_unk_token_id(0)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+    else:
+        tokens = json.loads((folder / "tokenizer.json").read_text())["model"]
+        names = sorted(tokens["vocab"], key=tokens["vocab"].get)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(names)
+        writer.add_token_types([3 if name == names[0] else 1 for name in names])
+        writer.add_token_merges([" ".join(pair) for pair in tokens["merges"]])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(0)
+    for key, token in zip(("eot", "eom"), ends, strict=False):
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", token)
     writer.add_chat_template(TEMPLATE)
 
     (architecture,) = (one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
@@ -230,12 +261,127 @@ def test_a_gguf_file(name: str, tmp_path: Path) -> None:
 
 
 @needs_gguf
+def test_a_gguf_file_names_the_ends_of_turns(tmp_path: Path) -> None:
+    original = build("llama", **LLAMA)
+    folder = save(original, tmp_path / "theirs")
+    write_gguf(original, folder, tmp_path / "model.gguf", ends=(7, 9))
+    importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
+    assert read_description(tmp_path / "ours").end_tokens == {0, 7, 9}
+
+
+@needs_gguf
 def test_a_gguf_file_whose_positions_transformers_does_not_read(tmp_path: Path) -> None:
     original = build("llama", **LLAMA)
     folder = save(original, tmp_path / "theirs")
     write_gguf(original, folder, tmp_path / "model.gguf", rope__scaling__type="yarn")
     with pytest.raises(importing.Failure, match=r"rope\.scaling\.type: 'yarn'"):
         importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
+
+
+# -- SentencePiece -------------------------------------------------------------------------------------------
+
+WORDS = ["▁▁", "▁a", "ab", "<s", "▁", "a", "b", "<", "s", ">", "/"]
+PIECES = Pieces(
+    ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS],
+    [*(0.0 for _ in range(259)), *(-float(rank) for rank in range(len(WORDS)))],
+    [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * len(WORDS)],
+)
+IDS = {
+    "ab": [260, 265],
+    " ab": [259, 261],
+    "  ab": [259, 260, 265],
+    "a  b": [260, 259, 265],
+    "a   ab ": [260, 259, 260, 265, 263],
+    "<s>a</s>": [263, 262, 268, 264, 266, 269, 267, 268],
+    "a <s> </s>": [260, 263, 262, 268, 263, 266, 269, 267, 268],
+    "<0x41>": [263, 266, 51, 123, 55, 52, 268],
+    "\n\nab": [263, 13, 13, 261],
+    "é <unk>": [263, 198, 172, 263, 266, 120, 113, 110, 268],
+}
+"""What the library sentencepiece 0.2.3 gives for `write_model`."""
+
+
+def write_model(path: Path, prefix: bool = True, squeezed: bool = False) -> None:
+    """PIECES as SentencePiece stores them, by default with Llama's rules for spaces."""
+    from transformers.utils.sentencepiece_model_pb2_new import ModelProto
+
+    model = ModelProto()
+    for text, score, kind in zip(PIECES.texts, PIECES.scores, PIECES.kinds, strict=True):
+        model.pieces.add(piece=text, score=score, type=kind)
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = 2, True
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.remove_extra_whitespaces = prefix, squeezed
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("kind", ["gguf", "model"])
+def test_sentencepiece_gives_the_same_ids(kind: str, tmp_path: Path) -> None:
+    """Spaces that a text begins with, several in a row, and the names of special and of byte tokens."""
+    if kind == "gguf":
+        pytest.importorskip("gguf")
+    original = build("llama", **LLAMA)
+    if kind == "model":
+        original.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False)
+    folder = save(original, tmp_path / "theirs")
+    if kind == "gguf":
+        write_gguf(original, folder, tmp_path / "model.gguf", pieces=PIECES)
+    else:
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+        write_model(folder / "tokenizer.model")
+        (folder / "added_tokens.json").write_text('{"<extra>": 270}')
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    source = tmp_path / "model.gguf" if kind == "gguf" else folder
+    importing.run(source=str(source), output=tmp_path / "ours")
+    exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "back")
+    ours = read_tokenizer(tmp_path / "ours", VOCABULARY + 1)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    back = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert back.chat_template == ours.template == TEMPLATE
+    for text, ids in IDS.items():
+        assert ours.encode(text) == ids, text
+        assert ours.encode(text, special=True) == [1, *ids]
+        assert list(encode(theirs, [text])) == [ids]  # as training text
+        for tokenizer in (theirs, back):
+            assert tokenizer(text, split_special_tokens=True).input_ids == [1, *ids]
+        stream = ours.stream([1])
+        assert "".join(map(stream.feed, ids)) == text
+    assert ours.end == {2}
+    assert read_description(tmp_path / "ours").end_tokens == ({0, 2} if kind == "model" else {2})
+    assert beginning(theirs) == [1]
+    assert ours.special == {0: "<unk>", 1: "<s>", 2: "</s>"}
+    assert ours.encode("<extra>") == ([270] if kind == "model" else [*ours.encode("<extra"), 268])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "squeezed", "ids"),
+    [
+        (False, False, [[259, 264, 259, 260, 265, 263], [261], [259, 263], []]),
+        (False, True, [[264, 260, 265], [261], [], []]),
+        (True, False, [[259, 260, 259, 260, 265, 263], [260, 265], [259, 259], []]),
+        (True, True, [[260, 260, 265], [260, 265], [], []]),
+    ],
+)
+def test_rules_of_sentencepiece_for_spaces(
+    prefix: bool, squeezed: bool, ids: list[list[int]], tmp_path: Path
+) -> None:
+    """The ids are those of the library sentencepiece 0.2.3."""
+    write_model(tmp_path / "tokenizer.model", prefix, squeezed)
+    pieces, _ = read_pieces(tmp_path / "tokenizer.model")
+    backend = build_pieces(pieces)
+    texts = ["  a   ab ", "ab", "   ", ""]
+    assert [backend.encode(text, add_special_tokens=False).ids for text in texts] == ids
+
+
+def test_a_damaged_or_unknown_model_of_sentencepiece(tmp_path: Path) -> None:
+    folder = save(build("llama", **LLAMA), tmp_path / "theirs")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"noise")
+    with pytest.raises(importing.Failure, match=r"tokenizer\.model: does not load"):
+        importing.run(source=str(folder), output=tmp_path / "ours")
+    (folder / "tokenizer.model").write_bytes(b"")  # by default of unigrams
+    with pytest.raises(importing.Failure, match=r"tokenizer\.model: is not of byte pairs \(BPE\)"):
+        importing.run(source=str(folder), output=tmp_path / "ours")
 
 
 @pytest.mark.slow

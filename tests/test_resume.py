@@ -28,6 +28,7 @@ from sparsecli.data.ordering import SimilarLengths
 from sparsecli.data.packing import pack
 from sparsecli.model.checkpoint import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
+from sparsecli.recipe.training import TrainSpec
 from sparsecli.train import checkpoint, loop, run_directory, trainer
 from sparsecli.train.evaluation import evaluate
 from sparsecli.train.trainer import Result, run
@@ -63,6 +64,40 @@ def test_killed_run_goes_on_from_its_last_checkpoint(
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "los')  # torn
     run(tiny, output=output, resume="auto")
+    assert_same_run(output, finished[0])
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_line_of_the_log_is_the_mean_of_as_many_steps(recipe_file: Path, tmp_path: Path, how: str) -> None:
+    """Also that of the steps before and behind a checkpoint that lies between two lines."""
+    every_five = load(str(recipe_file), ["train.logging_steps=5"])
+    run(every_five, output=tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 9, crash if how == "killed" else send(signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt if how == "killed" else Stopped):
+            run(every_five, output=tmp_path / "run")
+    run(every_five, output=tmp_path / "run", resume="auto")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_what_a_kill_left_in_the_last_checkpoint_goes(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
+) -> None:
+    """Killed when it was in its place, but neither its workplace nor what it replaces was deleted."""
+    output = tmp_path / "run"
+
+    def killed(*arguments: object) -> None:
+        if (output / "checkpoints" / "checkpoint-12").exists():
+            crash()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "prune", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, output=output)
+    places = {"checkpoint-4", "checkpoint-8", "checkpoint-12"}
+    assert {path.name for path in (output / "checkpoints").iterdir()} == places | {".unfinished"}
+    run(tiny, output=output, resume="auto")
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {"checkpoint-8", "checkpoint-12"}
     assert_same_run(output, finished[0])
 
 
@@ -382,13 +417,43 @@ def test_no_whole_checkpoint_left_is_a_failure(stopped_run: Path, tiny: LoadedRe
         run(tiny, output=stopped_run, resume="auto")
 
 
+@pytest.mark.parametrize(
+    ("content", "number"),
+    [
+        (b'{"step": 1, "loss": 2.0}\n\xff\n', 2),
+        (b"[]\n", 1),
+        (b'{"loss": 2.0}\n', 1),
+        (b'{"step": "1"}\n', 1),
+        (b'{"step": 1, "loss": null}\n{"step": 2', 1),
+    ],
+)
+def test_damaged_metrics_are_one_line(
+    stopped_run: Path, tiny: LoadedRecipe, content: bytes, number: int
+) -> None:
+    (stopped_run / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(Failure, match=rf"metrics\.jsonl:{number}: is no row of metrics; delete the line"):
+        run(tiny, output=stopped_run, resume="auto")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b'{"result": 5}', b'{"result": {"x": 1}}'])
+def test_damaged_facts_are_one_line(stopped_run: Path, tiny: LoadedRecipe, content: bytes) -> None:
+    (stopped_run / "run.json").write_bytes(content)
+    with pytest.raises(Failure, match=r"run\.json: .*; delete it to go on without it") as caught:
+        run(tiny, output=stopped_run, resume="auto")
+    assert "\n" not in caught.value.message
+
+
 # -- another run ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("train.max_steps=20", r"train\.max_steps \(12 then, 20 now\)"),
+        (
+            "train.max_steps=20",
+            r"train\.max_steps \(12 then, 20 now\), on which the learning rate of all steps depends",
+        ),
+        ("train.weight_decay=0.2", r"train\.weight_decay \(0\.1 then, 0\.2 now\)"),
         ("model.d_model=32", r"model\.d_model \(16 then, 32 now\)"),
         ("data.sequence_length=8", r"data\.sequence_length \(16 then, 8 now\)"),
         ("seed=1", r"seed \(3 then, 1 now\)"),
@@ -399,6 +464,59 @@ def test_another_recipe_cannot_resume(
 ) -> None:
     with pytest.raises(Failure, match=f"cannot be resumed with another recipe: {key};"):
         run(load(str(recipe_file), [override]), output=finished[0], resume="auto")
+
+
+def test_what_changes_no_step_may_change(
+    finished: tuple[Path, Result], stopped_run: Path, recipe_file: Path
+) -> None:
+    changed = ["train.per_device_eval_batch_size=3", "train.logging_steps=2", "train.save_steps=5"]
+    changed += ["train.eval_steps=11", "train.save_total_limit=3", "train.eval_samples=1"]
+    run(load(str(recipe_file), changed), output=stopped_run, resume="auto")
+    for name, tensor in weights(stopped_run).items():
+        assert torch.equal(tensor, weights(finished[0])[name]), name
+    rows = run_directory.read_metrics(stopped_run)
+    assert [row["step"] for row in rows if "loss" in row] == [*range(1, 10), 10, 12]
+    assert [row["step"] for row in rows if "held_out_nats" in row] == [6, 11, 12]
+    assert {path.name for path in (stopped_run / "checkpoints").iterdir()} == {
+        f"checkpoint-{step}" for step in (9, 10, 12)
+    }
+
+
+def test_a_run_becomes_longer_where_no_step_depends_on_their_number(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def steps(number: int, *more: str) -> LoadedRecipe:
+        constant = ["train.lr_scheduler_type=constant_with_warmup", f"train.max_steps={number}", *more]
+        return load(str(recipe_file), constant)
+
+    run(steps(4), output=tmp_path / "run")
+    run(steps(7), output=tmp_path / "run", resume="auto")
+    run(steps(7), output=tmp_path / "whole")
+    curves = [
+        [(row["step"], row["loss"]) for row in run_directory.read_metrics(tmp_path / name) if "loss" in row]
+        for name in ("run", "whole")
+    ]
+    assert curves[0] == curves[1]
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, weights(tmp_path / "whole")[name]), name
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["steps"] == 7
+    assert load(str(tmp_path / "run" / "recipe.yaml")).recipe.train.max_steps == 7  # type: ignore[union-attr]
+    with pytest.raises(Failure, match=r"another recipe: train\.max_steps \(7 then, 5 now\); resume with"):
+        run(steps(5), output=tmp_path / "run", resume="auto")
+
+
+def test_stages_of_a_distillation_depend_on_the_number_of_steps() -> None:
+    distillation = {"teacher": "x", "start_units_per_block": 8}
+    fields = {"max_steps": 3, "lr_scheduler_type": "constant"}
+    assert TrainSpec(**fields).bound_to_max_steps is None
+    assert TrainSpec(**fields, distillation=distillation).bound_to_max_steps == "the number of chosen units"
+
+
+def test_another_number_of_processes_cannot_resume(stopped_run: Path, tiny: LoadedRecipe) -> None:
+    facts = run_directory.read_facts(stopped_run)
+    run_directory.write_facts(stopped_run, {**facts, "processes": 2})
+    with pytest.raises(Failure, match=r"with another number of processes \(2 then, 1 now\)"):
+        run(tiny, output=stopped_run, resume="auto")
 
 
 def test_changed_text_cannot_resume(stopped_run: Path, recipe_file: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
+from tokenizers.processors import TemplateProcessing
 
 from sparsecli.console import Failure
 from sparsecli.data import tokenization
@@ -18,6 +20,7 @@ from sparsecli.data.copying import symbol_tokenizer
 from sparsecli.data.tokenization import (
     END_OF_TEXT,
     PAIR_TOKENS,
+    beginning,
     encode,
     load_or_train,
     sentinel,
@@ -68,6 +71,16 @@ def test_control_text_in_a_document_stays_text() -> None:
     ids = next(encode(TOKENIZER, [f"a{END_OF_TEXT}b"]))
     assert TOKENIZER.eos_token_id not in ids
     assert TOKENIZER.decode(ids) == f"a{END_OF_TEXT}b"
+
+
+def test_what_a_tokenizer_puts_before_a_text_is_found(tmp_path: Path) -> None:
+    assert beginning(TOKENIZER) == []
+    assert beginning(PAIRED) == []  # its end token comes behind
+    llama = copy.deepcopy(PAIRED)
+    llama.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<extra_id_0> $A </s>", special_tokens=[("<extra_id_0>", 2), ("</s>", 1)]
+    )
+    assert beginning(llama) == [2]
 
 
 def test_split_names_have_the_words_of_a_sentence() -> None:

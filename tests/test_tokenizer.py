@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sparsecli.console import Failure
@@ -45,13 +46,14 @@ def saved(folder: Path, template: object = None, **settings: object) -> PreTrain
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("settings", [{}, {"split_special_tokens": True}, {"sep_token": "<sep>"}])
+@pytest.mark.parametrize("settings", [{}, {"sep_token": "<sep>"}])
 def test_token_ids(tmp_path: Path, settings: dict[str, object]) -> None:
     expected = saved(tmp_path, **settings)
     tokenizer = read_tokenizer(tmp_path, 1000)
     assert len(tokenizer) == len(expected)
     for prompt in [*PROMPTS, "x<sep>y"]:
-        assert tokenizer.encode(prompt) == expected(prompt, add_special_tokens=False)["input_ids"]
+        ids = expected(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.encode(prompt) == ids
 
 
 def test_a_limit_that_was_saved_cuts_no_prompt(tmp_path: Path) -> None:
@@ -118,8 +120,43 @@ def test_damaged_settings_get_one_clear_line(tmp_path: Path) -> None:
 def test_text_comes_character_by_character(tmp_path: Path) -> None:
     saved(tmp_path)
     tokenizer: Tokenizer = read_tokenizer(tmp_path, 1000)
-    ids = tokenizer.encode("ab 🐎<|endoftext|>c")
+    ids = [*tokenizer.encode("ab 🐎"), *tokenizer.end, *tokenizer.encode("c")]
     stream = tokenizer.stream(tokenizer.encode("x"))
     pieces = [stream.feed(token) for token in ids]
     assert "".join(pieces) == "ab 🐎c"
     assert "�" not in "".join(pieces)
+
+
+def byte_fallback() -> Tokenizer:
+    """Words that mark their spaces, and a token for every byte of what is none of them."""
+    words = {"▁a": 0, "b": 1, "▁": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    backend = tokenizers.Tokenizer(models.BPE(words, [], byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+def test_a_replacement_character_is_text_like_any_other(kind: str, tmp_path: Path) -> None:
+    """It is also how bytes read that are no text; those of an unfinished character wait."""
+    if kind == "byte level":
+        saved(tmp_path)
+    tokenizer = read_tokenizer(tmp_path, 1000) if kind == "byte level" else byte_fallback()
+    stream = tokenizer.stream(tokenizer.encode("b�"))
+    pieces = [stream.feed(token) for token in tokenizer.encode("b�")]
+    assert [*filter(None, pieces)] == ["b", "�"]
+    assert stream.flush() == ""
+    horse = tokenizer.encode("🐎")
+    assert len(horse) > 2
+    assert [stream.feed(token) for token in horse[:-1]] == [""] * (len(horse) - 1)
+    assert stream.flush() == ""
+
+
+def test_what_stands_before_an_unfinished_character_is_text() -> None:
+    """A token may hold more than the first bytes of a character."""
+    backend = tokenizers.Tokenizer(models.BPE({"aâ": 0, "b": 1}, []))
+    backend.decoder = decoders.ByteLevel()
+    stream = Tokenizer(backend).stream([1])
+    assert (stream.feed(0), stream.flush()) == ("", "a")

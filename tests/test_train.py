@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sparsecli.console import Failure, RecipeError
 from sparsecli.data.packing import pack
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.recipe.loader import LoadedRecipe, load
-from sparsecli.train import checkpoint, loop, run_directory, trainer
+from sparsecli.train import checkpoint, journal, loop, run_directory, trainer
 from sparsecli.train.evaluation import evaluate
 from sparsecli.train.trainer import Result, run
 
@@ -204,6 +205,28 @@ def test_full_disk_is_one_line_and_the_run_goes_on(
     assert (found, skipped) == (output / "checkpoints" / "checkpoint-4", [])
     run(tiny, output=output, resume="auto")
     assert_same_run(output, finished[0])
+
+
+def test_full_disk_is_one_line_of_tensorboard_s_file_too(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, before, by_threads = tmp_path / "run", journal.Board.write, []
+    monkeypatch.setattr(threading, "excepthook", by_threads.append)
+
+    def write(self: Any, values: dict[str, float], step: int) -> None:
+        with files_up_to(500):
+            before(self, values, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal.Board, "write", write)
+        with pytest.raises(Failure, match=r"File too large; once that is mended, go on with") as caught:
+            run(tiny, output=output)
+    assert "\n" not in caught.value.message
+    run(tiny, output=output, resume="auto")
+    assert not by_threads
+    assert_same_run(output, finished[0])
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
 
 
 def test_full_disk_leaves_no_half_written_model(

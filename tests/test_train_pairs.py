@@ -400,7 +400,8 @@ def test_generate_reads_an_input_file_as_transformers_does(
     ended = theirs.tolist()
     ended = ended[: ended.index(1)] if 1 in ended else ended
     assert ours["tokens"] == ended
-    assert ours["text"] == tokenizer.decode(ended).rstrip("\N{REPLACEMENT CHARACTER}")
+    whole = tokenizer.decode(ended)  # the last character of which may be unfinished, and is not shown then
+    assert ours["text"] in (whole, whole.removesuffix("\N{REPLACEMENT CHARACTER}"))
     assert program(*words, "--prompt", SOURCE) == 0  # the same, given as a prompt
     assert json.loads(capsys.readouterr().out)["tokens"] == ours["tokens"]
 

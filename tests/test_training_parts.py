@@ -126,7 +126,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         written = tmp_path / ".unfinished" / f"checkpoint-{step}"
         written.mkdir(parents=True)
         (written / "weights").write_text(str(step))
-        checkpoint.seal(written, tmp_path, keep=2)
+        checkpoint.prune(tmp_path, checkpoint.seal(written, tmp_path), keep=2)
     kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert kept == ["checkpoint-10", "checkpoint-30"]
     assert checkpoint.newest_sound(tmp_path) == (tmp_path / "checkpoint-30", [])

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sparsecli.model.blocks import ScalingTransformerBlock
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.products import bfloat16_products
 
 
 class _Reached(Exception):
@@ -45,8 +44,7 @@ class Streams:
         """The stream behind `block`, for every batch (B, T, d)."""
         found = []
         for x, arguments in zip(self.x, self.arguments, strict=True):
-            with bfloat16_products(x.device.type):
-                found.append(block(x, *arguments))
+            found.append(block(x, *arguments))
         return found
 
 

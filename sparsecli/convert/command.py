@@ -24,7 +24,7 @@ from sparsecli.convert.preview import Preview
 from sparsecli.convert.report import Report
 from sparsecli.convert.stopping import stoppable
 from sparsecli.convert.text import data_of, read_text
-from sparsecli.convert.work import fingerprint, place_of, work_folder
+from sparsecli.convert.work import fingerprint, place_of, tidy, work_folder
 from sparsecli.decode.native import binding
 from sparsecli.interchange.importing import check_tokenizer, model_folder
 from sparsecli.interchange.sources import OwnModel, open_source
@@ -83,6 +83,8 @@ def _run(
     found = _candidates(opened.spec, recipe.convert, file)
     if recipe.convert.budget:
         small_enough(found, parse_budget(recipe.convert.budget))
+    if not dry_run:
+        tidy(output)
     run_directory.claim(output, recipe, resume=False, hint="choose another --output")
     folder = opened.folder if isinstance(opened, OwnModel) else place_of(output) / "dense"
     data = _data(recipe, folder, opened.spec, file)
@@ -99,7 +101,8 @@ def _run(
     with work_folder(output, recipe, fingerprint(source)) as work:
         model_folder(opened, folder)
         dense, tokenizer = load_model(folder)
-        text = read_text(data, recipe.convert.calibration_tokens, recipe.convert.tuning_tokens, recipe.seed)
+        tokens = recipe.convert.calibration_tokens, recipe.convert.tuning_tokens
+        text = read_text(data, *tokens, recipe.seed, imported=dense.config.origin is not None)
         conversion = Conversion(
             recipe, recipe.convert, reference, folder, dense, tokenizer, text, work, output, with_llama
         )

@@ -23,7 +23,7 @@ from sparsecli.convert.methods import METHODS, Options
 from sparsecli.convert.plan import RECOVERED, Candidate, eligible, rounded_up
 from sparsecli.convert.report import Considered, Report, Row, Stage
 from sparsecli.convert.text import Text, check_language
-from sparsecli.convert.work import Work
+from sparsecli.convert.work import COMPLETE, RESULT, Work
 from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import processors
 from sparsecli.decode.packed.precision import Precision
@@ -101,7 +101,8 @@ class Conversion:
     def _baselines(self) -> dict[str, list[float]]:
         """Losses of the dense model. Raises Failure unless the text is for it."""
         tuning, held_out = (
-            window_losses(self.dense, windows) for windows in (self.text.tuning, self.text.held_out)
+            window_losses(self.dense, windows, f"the dense model on {kind} text")
+            for kind, windows in (("tuning", self.text.tuning), ("held-out", self.text.held_out))
         )
         check_language(tuning, held_out, self.dense.config.vocab_size)
         return {TUNING: tuning.tolist(), "dense": held_out.tolist()}
@@ -218,6 +219,7 @@ class Conversion:
             self.recipe.seed,
             folder,
             self.work.hint,
+            self.text.beginning,
         )
         self._stage("distilled", model)
         return training.max_steps * spec.batch_size * data.sequence_length
@@ -231,7 +233,7 @@ class Conversion:
         known = self.work.recall("losses")
         if name not in known:
             assert model is not None
-            known = {**known, name: window_losses(model, windows).tolist()}
+            known = {**known, name: window_losses(model, windows, f"judging {name}").tolist()}
             self.work.note("losses", known)
         return np.array(known[name])
 
@@ -252,8 +254,8 @@ class Conversion:
         distilled: int,
     ) -> Report:
         """Write the model beside, check it there, and put everything in its place."""
-        result = self.work.folder / "result"
-        written = self.work.keep_model("result/model", model)
+        result = self.work.folder / RESULT
+        written = self.work.keep_model(f"{RESULT}/model", model)
         with run_directory.writing(written, self.work.hint):
             self.tokenizer.save_pretrained(written)
             share(written)
@@ -277,6 +279,7 @@ class Conversion:
             self._write(report, result, loss)
             if self.output.is_dir():
                 self.output.rmdir()  # it is empty: see run_directory.claim
+            self.work.note(COMPLETE, True)
             result.rename(self.output)
         self.work.close()
         return report

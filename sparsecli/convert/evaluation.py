@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from sparsecli.console import Progress
+from sparsecli.console import Progress, progress
 from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import Engine
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.products import bfloat16_products
 
 BATCH = 4
 
 
 @torch.no_grad()
 def window_losses(
-    model: ScalingTransformerForCausalLM, windows: Windows, *, exact: bool = False
+    model: ScalingTransformerForCausalLM, windows: Windows, description: str = "judging"
 ) -> np.ndarray:
-    """Mean nats a token of every window (W,), of a model that decodes as it does in evaluation.
+    """Mean nats a token of every window (W,), of a model that decodes as it does in evaluation, in float32.
 
-    Products are in bfloat16 where the machine has them, unless they are to be `exact`.
+    How far it is shows as `description`.
     """
     found = []
-    for start in range(0, len(windows), BATCH):
-        ids = torch.stack([windows[i]["input_ids"] for i in range(start, min(start + BATCH, len(windows)))])
-        with nullcontext() if exact else bfloat16_products(ids.device.type):
+    with progress(description, len(windows)) as bar:
+        for start in range(0, len(windows), BATCH):
+            batch = range(start, min(start + BATCH, len(windows)))
+            ids = torch.stack([windows[index]["input_ids"] for index in batch])
             logits = model(ids, use_cache=False).logits
-        for row, tokens in zip(logits, ids, strict=True):
-            found.append(F.cross_entropy(row[:-1].float(), tokens[1:]).item())
+            for row, tokens in zip(logits, ids, strict=True):
+                found.append(F.cross_entropy(row[:-1].float(), tokens[1:]).item())
+            bar.advance(len(batch))
     return np.array(found)
 
 

@@ -60,7 +60,8 @@ def fit(
     method = METHODS[name] if name else None
     changed = spec.attention != dense.config.spec.attention
     errors: list[dict[str, float]] = []
-    with progress("refitting layers" if keep else "fitting layers", spec.layers) as bar:
+    rounds_head = isinstance(model.head, LowBitLinear) and not keep
+    with progress("refitting layers" if keep else "fitting layers", spec.layers + rounds_head) as bar:
 
         def block(
             theirs: ScalingTransformerBlock,
@@ -84,14 +85,21 @@ def fit(
             bar.advance()
 
         last = blockwise(dense, model, batches, block, with_dense=refit)
+        if rounds_head:
+            _fit_head(dense, model, last)
+            bar.advance()
     if changed and not keep:
         _tell(errors)
-    if isinstance(model.head, LowBitLinear) and not keep:
-        weights = dense.model.embedding if dense.config.spec.tied else dense.head
-        assert isinstance(weights, nn.Embedding | nn.Linear)
-        round_to(model.head, weights.weight, second_moment(last))
-        if isinstance(dense.head, nn.Linear) and dense.head.bias is not None:
-            model.head.load_state_dict({"bias": dense.head.bias}, strict=False)
+
+
+def _fit_head(dense: ScalingTransformerForCausalLM, model: ScalingTransformerForCausalLM, x: Tensor) -> None:
+    """Round the logits' map on what it reads, x (tokens, d)."""
+    assert isinstance(model.head, LowBitLinear)
+    weights = dense.model.embedding if dense.config.spec.tied else dense.head
+    assert isinstance(weights, nn.Embedding | nn.Linear)
+    round_to(model.head, weights.weight, second_moment(x))
+    if isinstance(dense.head, nn.Linear) and dense.head.bias is not None:
+        model.head.load_state_dict({"bias": dense.head.bias}, strict=False)
 
 
 class _Silent(nn.Module):

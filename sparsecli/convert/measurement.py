@@ -112,6 +112,7 @@ def speeds(contenders: Sequence[Contender], rounds: int, seed: int) -> tuple[lis
     """Times of all contenders, each getting its turn in every round, and the bandwidth in GB/s after them."""
     with ExitStack() as stack:
         decoding, reading = [], []
+        loading = stack.enter_context(progress("loading the models to measure", len(contenders)))
         for contender in contenders:
             spec = contender.spec
             vocabulary, layers = spec.vocabulary.size, spec.layers
@@ -121,6 +122,7 @@ def speeds(contenders: Sequence[Contender], rounds: int, seed: int) -> tuple[lis
             decoding.append(Turn(decoder, vocabulary, layers, layers, context, steps, warmup))
             prompt = PromptReader(reader, vocabulary)
             reading.append(Turn(prompt, vocabulary, layers, layers, length, 1, 0, tokens=length))
+            loading.advance()
         with progress("measuring speed", len(contenders) * (rounds + 1) + len(contenders) * 4) as bar:
             measure(decoding, rounds, seed, bar)
             measure(reading, 3, seed, bar)

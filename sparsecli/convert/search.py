@@ -9,7 +9,7 @@ from typing import Any
 from sparsecli import console
 from sparsecli.convert.evaluation import window_losses
 from sparsecli.convert.fitting import fit, start
-from sparsecli.convert.methods import METHODS, Options
+from sparsecli.convert.methods import BLOCK, METHODS, Options
 from sparsecli.convert.plan import BITS, Candidate, predicted, with_low_bit
 from sparsecli.convert.text import Text
 from sparsecli.model.architecture import LowBitSpec, ModelSpec
@@ -42,7 +42,7 @@ def measure_parts(
         layers |= _layers(dense, name, text, rank, options, reference, once)
 
     def change(name: str, spec: ModelSpec) -> float:
-        found = once(name, lambda: _change(dense, spec, text, options, reference))
+        found = once(name, lambda: _change(dense, spec, text, options, reference, name))
         console.say(f"{name}: {found:+.4f} nats")
         return found
 
@@ -82,7 +82,8 @@ def _layers(
             for module in model.modules():
                 if "units_per_block" in vars(module):
                     module.units_per_block = k
-            losses.append(float(window_losses(model, text.tuning).mean()))
+            told = f"{name}, {k} of {BLOCK} units"
+            losses.append(float(window_losses(model, text.tuning, told).mean()))
         return [loss - reference for loss in losses]
 
     changes: dict[tuple[str, int], float] = {}
@@ -95,9 +96,14 @@ def _layers(
 
 
 def _change(
-    dense: ScalingTransformerForCausalLM, spec: ModelSpec, text: Text, options: Options, reference: float
+    dense: ScalingTransformerForCausalLM,
+    spec: ModelSpec,
+    text: Text,
+    options: Options,
+    reference: float,
+    name: str,
 ) -> float:
     """Change of the loss when parts other than feed-forward layers alone become those of `spec`."""
     model = start(dense, spec)
     fit(dense, model, text.calibration, options, refit=False)
-    return float(window_losses(model, text.tuning).mean() - reference)
+    return float(window_losses(model, text.tuning, name).mean() - reference)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsecli.console import Failure
 from sparsecli.data.packing import PackedCorpus, Windows, pack
+from sparsecli.data.tokenization import beginning
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.folder import recipe_of
 from sparsecli.recipe.data import CopyTask, SavedTokenizer, StdlibCorpus, TextSpec
@@ -31,6 +32,8 @@ class Text:
 
     data: TextSpec
     corpus: PackedCorpus
+    beginning: list[int]
+    """Token ids that every window begins with."""
     calibration: list[Tensor]
     """Token ids (B, T) of batches."""
     tuning: Windows
@@ -59,17 +62,21 @@ def data_of(recipe: Recipe, folder: Path, spec: ModelSpec) -> TextSpec:
     return data.model_copy(update={"tokenizer": SavedTokenizer(kind="saved", path=str(folder))})
 
 
-def read_text(data: TextSpec, calibration_tokens: int, tuning_tokens: int, seed: int) -> Text:
+def read_text(
+    data: TextSpec, calibration_tokens: int, tuning_tokens: int, seed: int, imported: bool = False
+) -> Text:
     """Pack the corpus and draw the windows of its training split that are calibrated and tuned on.
 
+    Windows of an imported model begin with what its tokenizer puts before every text, since `generate` begins so.
     No document is in both splits: `read_documents` sees to that.
 
     Raises:
         Failure: there is too little text.
     """
     corpus = pack(data)
-    windows = corpus.train.windows(data.sequence_length)
-    held_out = corpus.held_out.windows(data.sequence_length, data.held_out_tokens)
+    begun = beginning(corpus.tokenizer) if imported else []
+    windows = corpus.train.windows(data.sequence_length, beginning=begun)
+    held_out = corpus.held_out.windows(data.sequence_length, data.held_out_tokens, begun)
     needed = [max(1, -(-tokens // data.sequence_length)) for tokens in (calibration_tokens, tuning_tokens)]
     if len(windows) < sum(needed):
         have = len(windows) * data.sequence_length
@@ -81,7 +88,8 @@ def read_text(data: TextSpec, calibration_tokens: int, tuning_tokens: int, seed:
     chosen, others = order[: needed[0]], order[needed[0] : sum(needed)]
     rows = torch.stack([windows[index]["input_ids"] for index in chosen])
     tokens = np.concatenate([windows[index]["input_ids"].numpy() for index in others])
-    return Text(data, corpus, list(rows.split(BATCH)), Windows(tokens, data.sequence_length), held_out)
+    tuning = Windows(tokens, data.sequence_length)  # these tokens have the beginnings in them
+    return Text(data, corpus, begun, list(rows.split(BATCH)), tuning, held_out)
 
 
 def check_language(dense_tuning: np.ndarray, dense_held_out: np.ndarray, vocabulary: int) -> None:

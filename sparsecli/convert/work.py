@@ -25,6 +25,10 @@ except ImportError:  # Windows, where nothing keeps two conversions apart
     fcntl = None  # type: ignore[assignment]
 
 FACTS = "conversion.json"
+RESULT = "result"
+"""Folder in which the output is made."""
+COMPLETE = "complete"
+"""Noted when the result is only to be put in its place."""
 LOCK = "lock"
 DECISIVE = {"data", "convert", "seed"}
 HINT = "convert again, and it goes on from there"
@@ -119,6 +123,7 @@ class Work:
             theirs = json.loads((self.folder / FACTS).read_text())
         except (OSError, ValueError):
             theirs = {}
+        theirs = theirs if isinstance(theirs, dict) else {}
         if theirs.keys() == self.mine.keys():
             return None
         if {key: theirs.get(key) for key in self.mine} != self.mine:
@@ -144,6 +149,22 @@ class Work:
 def place_of(output: Path) -> Path:
     """Where the work for `output` lies."""
     return output.with_name(f"{output.name}.converting")
+
+
+def tidy(output: Path) -> None:
+    """Delete what a conversion left that was killed when its output was in place already.
+
+    Raises:
+        Failure: another process is at work there.
+    """
+    folder = place_of(output)
+    try:
+        facts = json.loads((folder / FACTS).read_bytes())
+    except (OSError, ValueError):
+        return
+    if isinstance(facts, dict) and facts.get(COMPLETE) and not (folder / RESULT).exists():
+        with _locked(folder):
+            _delete(folder)
 
 
 @contextmanager

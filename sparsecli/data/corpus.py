@@ -5,23 +5,46 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import glob
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 from sparsecli.console import Failure, say
 from sparsecli.recipe.data import HubCorpus, TextSpec
 from sparsecli.recipe.messages import found_as
 
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-"""Files of rows, and the `datasets` loader that reads them; every other file is one document of text."""
+LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), ("json", {})),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+}
+"""Files of rows by their endings, and the `datasets` loader that reads them with its options."""
+
+TEXT = {".txt", ".md", ".py"}
+"""Endings of files that are one document of text each. So is every other file, which is told, but for those:"""
+
+NO_TEXT = {
+    *(".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".zstd", ".lzma"),
+    *(".jsonlines", ".jl", ".ipynb", ".warc", ".avro", ".orc", ".feather", ".h5", ".hdf5", ".lance"),
+    *(".xls", ".xlsx", ".ods", ".db", ".sqlite", ".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub"),
+    *(".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".gguf"),
+}
+"""Endings of archives, tables and documents that would be nonsense, or no text at all, if they were read as text."""
+
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstandard"}
+"""Endings behind those of text, JSON and CSV, and the module that opens such files."""
 
 Document = TypeVar("Document")
 Row = tuple[str, ...]
@@ -118,7 +141,7 @@ def _python_files(root: Path) -> Iterator[str]:
         if {"site-packages", "dist-packages"} & set(path.relative_to(root).parts):
             continue
         try:
-            yield path.read_bytes().decode()
+            yield path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
             continue  # a few of the library's own tests are in other encodings on purpose
 
@@ -140,6 +163,7 @@ def _package(name: str) -> Path:
 
 
 def _files(patterns: Sequence[str], key: str, gaps: Gaps) -> Iterator[Row]:
+    assumed: Counter[str] = Counter()
     for pattern in patterns:
         names = sorted(glob(os.path.expanduser(pattern), recursive=True))
         paths = [Path(name) for name in names if Path(name).is_file()]
@@ -147,24 +171,63 @@ def _files(patterns: Sequence[str], key: str, gaps: Gaps) -> Iterator[Row]:
             hint = f"; for the files of this folder write {pattern}/**" if Path(pattern).is_dir() else ""
             raise Failure(f"{key}: no file matches {pattern} (looked from {Path.cwd()}){hint}")
         for path in paths:
-            loader = LOADERS.get(path.suffix.lower())
-            if loader:
-                yield from _texts(_load(str(path), loader, data_files=str(path)), gaps, str(path), None)
+            ending, _ = _endings(path)
+            if ending in LOADERS:
+                loader, options = LOADERS[ending]
+                rows = _load(str(path), loader, data_files=str(path), **options)
+                yield from _texts(rows, gaps, str(path), None)
             elif len(gaps.columns) > 1:
                 raise Failure(f"{path}: has no columns; pairs are read from {', '.join(LOADERS)} files")
             else:
+                if ending not in TEXT:
+                    assumed[ending or "no ending"] += 1
                 yield (_text(path),)
+    if assumed:
+        kinds = ", ".join(f"{ending} ({count:,})" for ending, count in assumed.items())
+        say(f"{key}: read as plain text, a document each: files with {kinds}")
+
+
+def _endings(path: Path) -> tuple[str, str]:
+    """The ending that says what is in a file, and that of its compression or nothing; in lower case.
+
+    Raises `Failure` where such files are not read.
+    """
+    suffix = path.suffix.lower()
+    compression = suffix if suffix in COMPRESSIONS else ""
+    ending = Path(path.stem).suffix.lower() if compression else suffix
+    if ending in NO_TEXT or (compression and ending in (".parquet", ".arrow")):
+        kinds = f"text, {', '.join(LOADERS)}, and with {', '.join(COMPRESSIONS)} behind text, JSON and CSV"
+        raise Failure(
+            f"{path}: {ending}{compression} files are not read; convert it, or leave it out (read are {kinds})"
+        )
+    if compression and find_spec(COMPRESSIONS[compression]) is None:
+        package = COMPRESSIONS[compression]
+        raise Failure(f"{path}: {compression} files need the package {package}: pip install {package}")
+    return ending, compression
+
+
+def _open(path: Path) -> BinaryIO:
+    """The content of a file that may be compressed."""
+    _, compression = _endings(path)
+    if compression:
+        opened: BinaryIO = import_module(COMPRESSIONS[compression]).open(path, "rb")
+        return opened
+    return path.open("rb")
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode()
+        with _open(path) as file:
+            return file.read().decode("utf-8-sig")  # without the mark that some editors put first
     except UnicodeDecodeError as error:
         raise Failure(
             f"{path}: not UTF-8 text (byte {error.start}); convert it, or leave it out of data.paths"
         ) from None
-    except OSError as error:
-        raise Failure(f"{path}: {error.strerror}") from None
+    except Failure:
+        raise
+    except Exception as error:  # every compression has exceptions of its own
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise Failure(f"{path}: {reason}") from None
 
 
 def _hub(data: HubCorpus, split: str, gaps: Gaps) -> Iterator[Row]:
@@ -184,7 +247,7 @@ def _load(label: str, loader: str, **arguments: Any) -> Iterable[dict[str, Any]]
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised, too
     try:
         return datasets.load_dataset(loader, **{"split": "train", "streaming": True, **arguments})
     except Exception as error:  # the library raises whatever its many readers raise
@@ -194,12 +257,14 @@ def _load(label: str, loader: str, **arguments: Any) -> Iterable[dict[str, Any]]
 def _texts(rows: Iterable[dict[str, Any]], gaps: Gaps, label: str, limit: int | None) -> Iterator[Row]:
     """The texts of some columns; rows that lack one are left out, and counted."""
     taken = itertools.islice(iter(rows), limit)
-    while True:
+    for number in itertools.count():
         try:
             row = next(taken, None)
         except Exception as error:  # see _load
             raise _unreadable(label, error) from None
         if row is None:
+            if not number:
+                raise Failure(f"{label}: holds no rows")
             return
         for name, key in gaps.columns:
             if name not in row:
@@ -258,18 +323,30 @@ class Gaps:
 def _unreadable(label: str, error: BaseException) -> Failure:
     while error.__cause__ is not None:  # the library's outermost message only says that something failed
         error = error.__cause__
-    if isinstance(error, StopIteration):
-        return Failure(f"{label}: holds no rows")
     path = Path(label)
-    if path.suffix.lower() == ".jsonl" and path.is_file() and (found := _not_json(path)):
+    if isinstance(error, StopIteration) or type(error).__name__ == "EmptyDataError" or _is_empty(path):
+        return Failure(f"{label}: holds no rows")
+    if path.is_file() and _endings(path)[0] in (".jsonl", ".ndjson") and (found := _not_json(path)):
         return Failure(found)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return Failure(f"{label}: cannot be read: {reason}")
 
 
+def _is_empty(path: Path) -> bool:
+    """Whether it is a whole parquet file without rows, which the library has no words for."""
+    import pyarrow.parquet
+
+    if path.suffix.lower() != ".parquet":
+        return False
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows == 0
+    except (OSError, pyarrow.ArrowException):
+        return False
+
+
 def _not_json(path: Path) -> str | None:
     """What is wrong with the first line of `path` that is no JSON object; None where all lines are."""
-    with path.open("rb") as lines:
+    with suppress(OSError, EOFError), _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path}:{number}"
             try:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sparsecli.console import Failure, say
+from sparsecli.console import Failure, progress, say
 from sparsecli.data.arrays import ArrayWriter, stored_arrays
 from sparsecli.data.cache import cache_folder, digest
 from sparsecli.data.corpus import read_documents, read_rows
@@ -34,20 +34,27 @@ class Windows(Dataset[Example]):
     """Consecutive windows of a stream: `input_ids` and `labels`, both int64 (sequence_length,).
 
     The labels are the same tokens; the model shifts them. What does not fill a window at the end is left out.
+
+    Args:
+        tokens: the stream, (number of tokens,).
+        beginning: token ids that every window begins with; they are part of its length, but not of the stream.
     """
 
-    def __init__(self, tokens: np.ndarray, sequence_length: int) -> None:
+    def __init__(self, tokens: np.ndarray, sequence_length: int, beginning: Sequence[int] = ()) -> None:
         self.tokens = tokens
         self.sequence_length = sequence_length
+        self.beginning = torch.tensor(beginning, dtype=torch.int64)
+        self.stride = sequence_length - len(self.beginning)
 
     def __len__(self) -> int:
-        return len(self.tokens) // self.sequence_length
+        return len(self.tokens) // self.stride
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = index * self.sequence_length
-        window = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
+        start = index * self.stride
+        text = torch.from_numpy(self.tokens[start : start + self.stride].astype(np.int64))
+        window = torch.cat((self.beginning, text))
         return {"input_ids": window, "labels": window}
 
     def lengths(self) -> None:
@@ -62,11 +69,11 @@ class Windows(Dataset[Example]):
         return batch["labels"][:, 1:].numel()
 
     def bytes_per_token(self, tokenizer: PreTrainedTokenizerFast) -> float:
-        """UTF-8 bytes of the text in these windows over their tokens; turns nats per token into bits per byte.
+        """UTF-8 bytes of the text in these windows over its tokens; turns nats per token into bits per byte.
 
         The end-of-text token stands for no byte. A character that the last window cuts counts as three.
         """
-        tokens = np.asarray(self.tokens[: len(self) * self.sequence_length])
+        tokens = np.asarray(self.tokens[: len(self) * self.stride])
         is_end = tokens == tokenizer.eos_token_id
         documents = np.split(tokens[~is_end], np.flatnonzero(is_end) - np.arange(is_end.sum()))
         texts = tokenizer.batch_decode(documents, clean_up_tokenization_spaces=False)
@@ -80,8 +87,10 @@ class TokenStream:
     tokens: np.ndarray
     """uint16 or uint32, (number of tokens,), memory-mapped."""
 
-    def windows(self, sequence_length: int, limit_tokens: int | None = None) -> Windows:
-        """Windows of the first `limit_tokens` tokens (of all by default), at least one.
+    def windows(
+        self, sequence_length: int, limit_tokens: int | None = None, beginning: Sequence[int] = ()
+    ) -> Windows:
+        """Windows of the first `limit_tokens` tokens (of all by default), at least one; see `Windows`.
 
         Raises `Failure` when the stream is shorter than one window.
         """
@@ -91,7 +100,7 @@ class TokenStream:
                 f"{sequence_length}; add text or lower data.sequence_length"
             )
         limit = len(self.tokens) if limit_tokens is None else max(limit_tokens, sequence_length)
-        return Windows(self.tokens[:limit], sequence_length)
+        return Windows(self.tokens[:limit], sequence_length, beginning)
 
 
 @dataclass(frozen=True)
@@ -117,9 +126,11 @@ def pack(data: TextSpec, cache_dir: Path | None = None) -> PackedCorpus:
 
     def fill(writer: ArrayWriter) -> None:
         say(f"packing {len(splits.train):,} documents to train on and {len(splits.held_out):,} held out")
-        for name, documents in (("train", splits.train), ("held_out", splits.held_out)):
-            for ids in encode(tokenizer, documents):
-                writer.append(name, _tokens([*ids, tokenizer.eos_token_id], tokenizer))
+        with progress("tokenizing", len(splits.train) + len(splits.held_out)) as bar:
+            for name, documents in (("train", splits.train), ("held_out", splits.held_out)):
+                for ids in encode(tokenizer, documents):
+                    writer.append(name, _tokens([*ids, tokenizer.eos_token_id], tokenizer))
+                    bar.advance()
 
     arrays = stored_arrays(cache / f"packed-{key}", fill)
     return PackedCorpus(TokenStream(arrays["train"]), TokenStream(arrays["held_out"]), tokenizer, key)

@@ -151,6 +151,13 @@ def for_pairs(tokenizer: Tokenizer, sentinels: Sequence[str] = ()) -> PreTrained
     )
 
 
+def beginning(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What the tokenizer puts before every text where it is asked to, such as Llama's first token; mostly nothing."""
+    text = "a"
+    (plain,), whole = _encode(tokenizer, [text]), tokenizer(text)["input_ids"]
+    return next(list(whole[:size]) for size in range(len(whole)) if whole[size : size + len(plain)] == plain)
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Iterator[list[int]]:
     """Token ids of each document. The name of a special token that occurs in a text is plain text here.
 

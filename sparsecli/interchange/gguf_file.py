@@ -11,13 +11,16 @@ from torch import Tensor
 
 from sparsecli.console import Failure
 from sparsecli.interchange.families import family_of
+from sparsecli.interchange.pieces import Pieces
 from sparsecli.model.folder import last_line
 
 SPECIAL = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
+NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+ENDS = ("eos", "eot", "eom")
+"""What ends a text: the end of all, of a turn, of a message that a tool is to answer."""
 LEFT_OUT = {
     "qwen3": {"head_dim": "attention.key_length"},
     "gpt2": {"n_positions": "context_length", "n_inner": "feed_forward_length"},
@@ -57,10 +60,50 @@ def read_config(path: Path) -> dict[str, Any]:
     foreign = ("quantization_config", "_name_or_path", "_model_name_or_path")
     fields = {name: value for name, value in config.to_diff_dict().items() if name not in foreign}
     left_out = {**SPECIAL, **{name: f"{kind}.{key}" for name, key in LEFT_OUT.get(kind, {}).items()}}
-    told = {
+    told: dict[str, Any] = {
         name: int(reader.fields[key].contents()) for name, key in left_out.items() if key in reader.fields
     }
+    keys = (f"tokenizer.ggml.{end}_token_id" for end in ENDS)
+    ends = {int(reader.fields[key].contents()) for key in keys if key in reader.fields}
+    if ends:
+        told["eos_token_id"] = sorted(ends) if len(ends) > 1 else ends.pop()
     return {**fields, **told, "architectures": [family_of(config.model_type).architecture]}
+
+
+def read_pieces(path: Path) -> tuple[Pieces, dict[str, Any]] | None:
+    """The vocabulary of SentencePiece in a GGUF file, with settings as in a tokenizer_config.json; else None.
+
+    Raises:
+        Failure: as `read_config`.
+    """
+    fields = _reader(path).fields
+
+    def told(name: str, default: Any = None) -> Any:
+        return fields[name].contents() if name in fields else default
+
+    if told("tokenizer.ggml.model") != "llama":
+        return None
+    texts, scores, kinds = (told(f"tokenizer.ggml.{name}", []) for name in ("tokens", "scores", "token_type"))
+    if not len(texts) == len(scores) == len(kinds):
+        raise Failure(f"{path}: tokenizer.ggml: tokens, scores and token_type are not equally many")
+    pieces = Pieces(
+        texts,
+        scores,
+        kinds,
+        prefix=told("tokenizer.ggml.add_space_prefix", True),
+        squeezed=told("tokenizer.ggml.remove_extra_whitespaces", False),
+        characters=bytes(told("tokenizer.ggml.precompiled_charsmap", [])),
+    )
+    numbers = {name: told(f"tokenizer.ggml.{key}_token_id") for name, key in NAMED.items()}
+    settings = {
+        name: texts[number] for name, number in numbers.items() if number is not None and number < len(texts)
+    }
+    for name in ("add_bos_token", "add_eos_token"):
+        if (given := told(f"tokenizer.ggml.{name}")) is not None:
+            settings[name] = given
+    if template := told("tokenizer.chat_template"):
+        settings["chat_template"] = template
+    return pieces, settings
 
 
 class GgufTensors:

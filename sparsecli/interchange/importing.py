@@ -81,8 +81,10 @@ def write_model(source: ForeignModel, output: Path) -> None:
     try:
         names = _check_tensors(source, parts, tensors)
         with written_beside(output) as folder:
-            _write_description(source, folder, tensors.types[names[parts[0].name]])
-            _check_tokens(source, folder)
+            source.write_tokenizer(folder)
+            tokenizer = _tokenizer(source, folder)
+            _write_description(source, folder, tokenizer, tensors.types[names[parts[0].name]])
+            _check_tokens(source, folder, tokenizer)
             write_shards(
                 folder,
                 parts,
@@ -149,13 +151,17 @@ def _origin(source: ForeignModel) -> dict[str, Any]:
     }
 
 
-def _write_description(source: ForeignModel, folder: Path, stored: torch.dtype) -> None:
+def _write_description(source: ForeignModel, folder: Path, tokenizer: Tokenizer, stored: torch.dtype) -> None:
     generation = source.generation()
     told = [generation, source.config]  # the first is what transformers goes by when it writes
     special = {
         name: next((fields[name] for fields in told if fields.get(name) is not None), None)
         for name in SPECIAL
     }
+    # A chat model's tokenizer may end turns with a token that its configuration does not name.
+    ends = special["eos_token_id"]
+    ends = {*(ends if isinstance(ends, list) else [] if ends is None else [ends]), *tokenizer.end}
+    special["eos_token_id"] = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
     config = ScalingTransformerConfig.from_spec(
         source.spec,
         **special,
@@ -165,8 +171,8 @@ def _write_description(source: ForeignModel, folder: Path, stored: torch.dtype) 
     )
     config.save_pretrained(folder)
     if generation:
+        generation["eos_token_id"] = special["eos_token_id"]
         (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    source.write_tokenizer(folder)
 
 
 def check_tokenizer(source: OwnModel | ForeignModel) -> None:
@@ -196,9 +202,9 @@ def _tokenizer(source: ForeignModel, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _check_tokens(source: ForeignModel, folder: Path) -> None:
-    """Raise Failure where the tokenizer is not that of the model, or a special token none of it."""
-    size, tokenizer = source.spec.vocabulary.size, _tokenizer(source, folder)
+def _check_tokens(source: ForeignModel, folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise Failure where a special token is none of the tokenizer's."""
+    size = source.spec.vocabulary.size
     config = ScalingTransformerConfig.from_pretrained(folder)
     for name in SPECIAL:
         given = getattr(config, name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsecli.console import Failure
 from sparsecli.interchange.families import Family, family_of
+from sparsecli.interchange.pieces import ADDED, MODEL, convert, write_pieces
 from sparsecli.interchange.shards import StoredTensors, Tensors
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.folder import (
@@ -29,10 +30,10 @@ DESCRIPTIONS = (
     CONFIG,
     GENERATION,
     *FILES,
-    "added_tokens.json",
+    ADDED,
     "vocab.json",
     "merges.txt",
-    "tokenizer.model",
+    MODEL,
 )
 """What describes a model and its tokenizer in a Hugging Face folder; all but the first may be missing."""
 
@@ -97,6 +98,15 @@ class ForeignModel:
             for name in DESCRIPTIONS[2:]:
                 if (self.path / name).is_file():
                     shutil.copyfile(self.path / name, folder / name)
+            return
+        if self.is_gguf:
+            from sparsecli.interchange.gguf_file import read_pieces
+
+            if found := read_pieces(self.path):
+                write_pieces(*found, folder)
+                return
+        elif (self.path / MODEL).is_file():
+            convert(self.path, folder)
             return
         from transformers import AutoTokenizer
 

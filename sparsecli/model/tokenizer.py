@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from sparsecli.console import Failure
 from sparsecli.model.folder import last_line, read_json
@@ -22,6 +23,12 @@ SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER, SETTINGS, TEMPLATE, "special_tokens_map.json")
 """Everything that belongs to a tokenizer; all but the first may be missing."""
+
+REPLACEMENT = "\ufffd"
+_PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PLAIN]
+BYTE_LETTERS = {chr(byte): byte for byte in _PLAIN} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+"""The letters that stand for bytes in vocabularies of byte-level BPE."""
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -48,45 +55,91 @@ class Tokenizer:
         self.template = template
         known = backend.get_vocab(with_added_tokens=True)
         backend.add_special_tokens([token for token in self.named.values() if token not in known])
+        added = backend.get_added_tokens_decoder().items()
+        self.special = {token: entry.content for token, entry in added if entry.special}
+        """The text of each special token, by its id."""
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def end(self) -> set[int]:
+        """Its end token, if it names one."""
+        token = self.backend.token_to_id(self.named.get("eos_token", ""))
+        return set() if token is None else {token}
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of `text` as it stands: nothing is put before or behind it, as with the training text.
 
-        With `special` the tokenizer adds what it has for that, such as Llama's first token.
+        The name of a special token that occurs in it is text. With `special` the tokenizer adds what it has for that,
+        such as Llama's first token.
         """
+        self.backend.encode_special_tokens = True
         return list(self.backend.encode(text, add_special_tokens=special).ids)
 
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of a chat in which the user has said `message` and the answer begins.
+
+        As in transformers, names of special tokens are the tokens, wherever they stand.
 
         Raises:
             Failure: the tokenizer has no chat template, or the template does not work.
         """
         if self.template is None:
             raise Failure("the tokenizer has no chat template")
-        return self.encode(render(self.template, [{"role": "user", "content": message}], self.named))
+        text = render(self.template, [{"role": "user", "content": message}], self.named)
+        self.backend.encode_special_tokens = False
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """Turns tokens that follow `prompt` into text, one at a time."""
-        return TextStream(self.backend, prompt)
+        return TextStream(self, prompt)
 
 
 class TextStream:
     """Text of one token after the other; a character appears once all of its bytes are there.
 
-    The prompt decides how the first token reads, for instance whether a space stands before it.
+    The prompt decides how the first token reads, for instance whether a space stands before it. Bytes that are no
+    UTF-8 read as U+FFFD, and so does that character itself: only the bytes tell whether one is unfinished.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, prompt: Sequence[int]) -> None:
-        self.backend = backend
-        self.decoder = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self.backend, self.special = tokenizer.backend, tokenizer.special
+        decoder = b"" if self.backend.decoder is None else self.backend.decoder.__getstate__()
+        self.byte_level, self.byte_fallback = (
+            kind in decoder for kind in (b'"ByteLevel"', b'"ByteFallback"')
+        )
+        self.context, self.since = list(prompt), list[int]()  # tokens before those that are not shown yet
+        self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:
         """The text that `token` completes; empty within a character and for special tokens."""
-        return self.decoder.step(self.backend, token) or ""
+        if token in self.special:
+            return ""
+        self.since.append(token)
+        return "" if self._unfinished(token) else self._text()
+
+    def flush(self) -> str:
+        """What stands before a character that was left unfinished."""
+        return self._text().removesuffix(REPLACEMENT) if self.since and self.byte_level else ""
+
+    def _text(self) -> str:
+        shown = self.backend.decode(self.context, skip_special_tokens=True)
+        text = self.backend.decode(self.context + self.since, skip_special_tokens=True)
+        self.context, self.since = self.since, []
+        return text[len(shown) :]
+
+    def _unfinished(self, token: int) -> bool:
+        """Whether bytes of a character are missing behind `token`."""
+        text = self.backend.id_to_token(token) or ""
+        if self.byte_level:
+            known = all(letter in BYTE_LETTERS for letter in text)
+            self.bytes.decode(bytes(BYTE_LETTERS[letter] for letter in text) if known else text.encode())
+        elif self.byte_fallback and (byte := re.fullmatch("<0x([0-9A-F]{2})>", text)):
+            self.bytes.decode(bytes.fromhex(byte[1]))
+        else:
+            self.bytes.reset()
+        return bool(self.bytes.getstate()[0])
 
 
 def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
@@ -102,7 +155,6 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
     except Exception as error:  # the library raises a bare Exception for a damaged file
         raise Failure(f"{path}: does not load: {last_line(error)}") from error
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     named = {name: text for name in NAMED_TOKENS if (text := _token_text(settings.get(name)))}
     tokenizer = Tokenizer(backend, named, _template(folder, settings))
     check_fit(folder, len(tokenizer), vocabulary)

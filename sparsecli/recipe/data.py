@@ -59,7 +59,7 @@ class _Pairs(Block):
 
 
 class FieldPairs(_Pairs):
-    """Two columns of a jsonl, json, parquet or csv file or of a dataset."""
+    """Two columns of a file of rows or of a dataset."""
 
     kind: Literal["fields"]
     input: str = "input"
@@ -191,7 +191,7 @@ class StdlibCorpus(_Corpus):
 
 
 class FilesCorpus(_Corpus):
-    """Local txt, md, py, jsonl, parquet or csv files."""
+    """Local files: jsonl, ndjson, json, csv, tsv, parquet, arrow; others are one document of text each."""
 
     source: Literal["files"]
     paths: Names
@@ -199,7 +199,7 @@ class FilesCorpus(_Corpus):
     held_out_paths: Names | None = None
     """Files or globs to evaluate on, in place of `held_out_fraction`."""
     text_field: str = "text"
-    """Column that holds the text, in jsonl, parquet and csv files."""
+    """Column that holds the text, in files of rows."""
 
 
 class HubCorpus(_Corpus):

@@ -100,6 +100,15 @@ class TrainSpec(Block):
     distillation: DistillationSpec | None = None
     """Learn from a teacher instead of from the text alone."""
 
+    @property
+    def bound_to_max_steps(self) -> str | None:
+        """What every step has because of their number in all, so that a run cannot become longer; None if nothing."""
+        if self.lr_scheduler_type in ("cosine", "linear"):
+            return "the learning rate"
+        if self.distillation and self.distillation.start_units_per_block:
+            return "the number of chosen units"
+        return None
+
 
 class RecoverySpec(Objective):
     """Train the converted model towards the dense one."""

@@ -12,8 +12,8 @@ MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
 
 
-def seal(written: Path, checkpoints: Path, keep: int) -> Path:
-    """Put a finished checkpoint folder in its place under `checkpoints`, and drop the older ones but `keep`.
+def seal(written: Path, checkpoints: Path) -> Path:
+    """Put a finished checkpoint folder in its place under `checkpoints`.
 
     The manifest lists every file's size and SHA-256 and is the last file written.
     """
@@ -29,10 +29,14 @@ def seal(written: Path, checkpoints: Path, keep: int) -> Path:
     if place.exists():
         shutil.rmtree(place)  # only a damaged one can be in the way: a sound one would have been resumed from
     written.rename(place)
-    older = [folder for folder in _newest_first(checkpoints) if step_of(folder) <= step_of(place)]
+    return place
+
+
+def prune(checkpoints: Path, newest: Path, keep: int) -> None:
+    """Drop all checkpoints but `keep` up to and with `newest`; those after it are left."""
+    older = [folder for folder in _newest_first(checkpoints) if step_of(folder) <= step_of(newest)]
     for folder in older[keep:]:
         shutil.rmtree(folder)
-    return place
 
 
 def newest_sound(checkpoints: Path) -> tuple[Path | None, list[str]]:

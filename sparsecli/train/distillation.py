@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ def distil(
     seed: int,
     folder: Path,
     hint: str,
+    beginning: Sequence[int] = (),
 ) -> None:
     """Train `student` in place, writing metrics and checkpoints under `folder` and going on from those that are there.
 
@@ -51,18 +52,19 @@ def distil(
         data: its window length and held-out tokens are used; the text is that of `corpus`.
         train: the optimizer and its schedule.
         hint: how to go on, the end of the message when this is stopped or cannot write.
+        beginning: token ids that every window begins with.
     Raises:
         Failure: the two models do not fit, `folder` cannot be written, or there is too little text.
         Stopped: after SIGTERM or SIGINT, with a checkpoint.
     """
     check_teacher(objective, student.config.spec, teacher.config.spec)
-    windows = corpus.train.windows(data.sequence_length)
+    windows = corpus.train.windows(data.sequence_length, beginning=beginning)
     if len(windows) < train.per_device_train_batch_size:
         raise Failure(
             f"distillation: {len(windows)} training windows of {data.sequence_length} tokens do not fill a batch "
             f"of {train.per_device_train_batch_size}; add text or lower batch_size"
         )
-    held_out = corpus.held_out.windows(data.sequence_length, data.held_out_tokens)
+    held_out = corpus.held_out.windows(data.sequence_length, data.held_out_tokens, beginning)
     checkpoints = folder / CHECKPOINTS
     checkpoint, _ = newest_sound(checkpoints)
     with writing(folder, hint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,13 +29,10 @@ class Journal(TrainerCallback):
     """
 
     def __init__(self, output: Path, start_step: int, progress: Progress) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.output, self.progress = output, progress
         self.rows = read_metrics(output, start_step)
         replace_text(output / METRICS, "".join(f"{json.dumps(row)}\n" for row in self.rows))
-        purge = {"purge_step": start_step + 1} if start_step else {}
-        self.board = SummaryWriter(output / "tensorboard", **purge)
+        self.board = Board(output / "tensorboard", start_step + 1)
         self.seconds = self.step_start = 0.0  # spent in training steps, evaluation and saving left out
         self.shown: dict[str, float] = {}
         self.tokens_start = self.tokens_logged = self.seconds_logged = 0.0
@@ -103,24 +101,45 @@ class Journal(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.draw()
-
-    def draw(self) -> None:
-        """Draw the picture and flush TensorBoard's events."""
-        self.board.flush()
         draw_loss(self.rows, self.output / "loss.png")
-
-    def close(self) -> None:
-        """Close TensorBoard's file."""
-        self.board.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         with (self.output / METRICS).open("a") as file:
             file.write(f"{json.dumps(row)}\n")
-        for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, row["step"])
+        self.board.write({name: value for name, value in row.items() if name != "step"}, row["step"])
+
+
+class Board:
+    """A file of TensorBoard events, written at once and not by a thread: a full disk is an error of who writes.
+
+    Args:
+        folder: where the file goes; made when missing.
+        first_step: events of this step and later ones in the folder's other files count no more.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard goes by the beginning of the name and reads files in the order of their names.
+        self.path = folder / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
+        self._add(file_version="brain.Event:2")
+        self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        """A point of each named curve."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(step=step, summary=Summary(value=points))
+
+    def _add(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with self.path.open("ab") as file:
+            RecordWriter(file).write(Event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def draw_loss(rows: Iterable[dict[str, Any]], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from contextlib import suppress
@@ -30,13 +31,15 @@ from sparsecli.data.ordering import SimilarLengths
 from sparsecli.model.layers.feed_forward import Controller, MixtureFeedForward
 from sparsecli.model.layers.positions import LearnedPositions
 from sparsecli.recipe.training import TrainSpec
-from sparsecli.train.checkpoint import seal, step_of
+from sparsecli.train.checkpoint import prune, seal, step_of
 from sparsecli.train.evaluation import TeacherModel, evaluate
 from sparsecli.train.journal import Journal
 from sparsecli.train.samples import Samples
 
 UNFINISHED = ".unfinished"
 """Folder under `checkpoints/` where a checkpoint is written before it is renamed."""
+SUMS = "sums.json"
+"""File of a checkpoint: what the next line of the log is the mean of, as far as it is known."""
 
 
 def training_arguments(
@@ -150,7 +153,8 @@ class LanguageModelTrainer(Trainer):
         self.teacher: TeacherModel | None = None
         self.checkpoints, self.keep, self.signals = checkpoints, keep, signals
         self.mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureFeedForward)]
-        self.balancing: list[Tensor] = []  # a number for every batch since the last log
+        self.sums: dict[str, Tensor | float] = {}  # over the batches since the last log
+        self.logged_step = 0
         # All target tokens of a step count alike: the Trainer hands the model their number. A step of windows, which
         # are equally long, is the mean of its batches' means; the number would include their first tokens, which are
         # not predicted.
@@ -158,6 +162,7 @@ class LanguageModelTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(_StopAtSignal(self))
         self.add_callback(OrderOfEpoch())
+        self.add_callback(_StepsOfRecipe())
 
     def compute_loss_context_manager(self) -> Any:
         """What training and evaluation run in."""
@@ -169,17 +174,38 @@ class LanguageModelTrainer(Trainer):
             layer.balancing_share = 1 / self.current_gradient_accumulation_steps
         loss = super().training_step(*args, **kwargs)
         noted = [layer.balancing for layer in self.mixtures if layer.balancing is not None]
+        batch = {"batches": torch.ones(()), "loss": loss.detach()}
         if noted:
-            self.balancing.append(torch.stack(noted).mean())
+            batch["load_balancing"] = torch.stack(noted).mean()
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in batch.items()}
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log what the Trainer has, and beside the loss the load-balancing loss of mixtures."""
-        if "loss" in logs and self.balancing:
-            mean, self.balancing = torch.stack(self.balancing).mean(), []
-            processes = self.args.world_size
-            logs["load_balancing"] = (mean if processes == 1 else self._add_up(mean) / processes).item()
+        """Log what the Trainer has, and beside the loss the load-balancing loss of mixtures.
+
+        The Trainer's loss is that of the steps since this process began; ours, of those since the last log.
+        """
+        if "loss" in logs:
+            sums, self.sums = self._sums(), {}
+            logs["loss"] = sums["loss"] / (self.state.global_step - self.logged_step)
+            if "load_balancing" in sums:
+                logs["load_balancing"] = sums["load_balancing"] / sums["batches"]
+            self.logged_step = self.state.global_step
         super().log(logs, *args, **kwargs)
+
+    def _sums(self) -> dict[str, float]:
+        """`sums`, the mean of all processes; all of them ask."""
+        processes = self.args.world_size
+        sums = {name: torch.as_tensor(value) for name, value in self.sums.items()}
+        return {
+            name: (value if processes == 1 else self._add_up(value) / processes).item()
+            for name, value in sums.items()
+        }
+
+    def restore_sums(self, checkpoint: Path) -> None:
+        """Go on with the sums that were saved with a checkpoint."""
+        saved = json.loads((checkpoint / SUMS).read_text())
+        self.logged_step, self.sums = saved["logged_step"], saved["sums"]
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         lengths = self.examples.lengths()
@@ -254,10 +280,12 @@ class LanguageModelTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
+        sums = self._sums()
         if self.args.should_save:
             written = unfinished / f"checkpoint-{self.state.global_step}"
+            (written / SUMS).write_text(json.dumps({"logged_step": self.logged_step, "sums": sums}))
             (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody may load
-            seal(written, self.checkpoints, self.keep)
+            prune(self.checkpoints, seal(written, self.checkpoints), self.keep)
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
@@ -278,6 +306,15 @@ class OrderOfEpoch(TrainerCallback):
             batches.sampler.set_epoch(int(state.epoch))
 
 
+class _StepsOfRecipe(TrainerCallback):
+    """Has a run that goes on log, evaluate and save when its recipe says; the Trainer keeps to the checkpoint's."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class _StopAtSignal(TrainerCallback):
     """Ends training after the step in which a signal arrived; the last step ends as if none had."""
 
@@ -288,7 +325,7 @@ class _StopAtSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step < state.max_steps and self.trainer.stop_received():
-            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
 
@@ -306,14 +343,15 @@ def run_steps(
         journal = Journal(output, start_step, bar) if first_process() else None
         if journal:
             trainer.add_callback(journal)
-        try:
-            if start_step < steps:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            elif checkpoint:
-                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        finally:
+            shutil.rmtree(trainer.checkpoints / UNFINISHED, ignore_errors=True)
+        if checkpoint:
+            trainer.restore_sums(checkpoint)
             if journal:
-                journal.close()
+                prune(trainer.checkpoints, checkpoint, trainer.keep)
+        if start_step < steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        elif checkpoint:
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     step = max(trainer.state.global_step, start_step)
     if step < steps:
         message = f"stopped at step {step} of {steps} with a checkpoint; {hint}"

@@ -26,6 +26,11 @@ from sparsecli.train.checkpoint import newest_sound
 FACTS = "run.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+FREE = {
+    *("train.per_device_eval_batch_size", "train.logging_steps", "train.eval_steps", "train.eval_samples"),
+    *("train.save_steps", "train.save_total_limit"),
+}
+"""Keys of a recipe that change no step of the training."""
 
 
 def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | None:
@@ -91,7 +96,9 @@ def _probe(output: Path) -> None:
 def _compare(stored: Path, recipe: Recipe) -> None:
     """Raise `Failure` unless the run at `stored` was started with the same model, data, training and seed.
 
-    The penalty for repetitions counts, too: it is saved with the model, and what evaluations write depends on it.
+    What only decides when something is logged, evaluated or saved may change, and there may be more steps where none
+    depends on how many there are. The penalty for repetitions counts, too: it is saved with the model, and what
+    evaluations write depends on it.
     """
     decisive = {
         "model": True,
@@ -100,8 +107,19 @@ def _compare(stored: Path, recipe: Recipe) -> None:
         "seed": True,
         "generate": {"repetition_penalty": True},
     }
-    found = differences(load(str(stored)).recipe, recipe, include=decisive)
-    differ = [f"{key} ({then} then, {now} now)" for key, then, now in found]
+    earlier = load(str(stored)).recipe
+    found = {
+        key: values for key, *values in differences(earlier, recipe, include=decisive) if key not in FREE
+    }
+    why = ""
+    if "train.max_steps" in found and earlier.train and recipe.train:
+        longer = recipe.train.max_steps > earlier.train.max_steps
+        why = recipe.train.bound_to_max_steps or ""
+        if longer and not why:
+            del found["train.max_steps"]
+    differ = [f"{key} ({then} then, {now} now)" for key, (then, now) in found.items()]
+    if why:
+        differ[list(found).index("train.max_steps")] += f", on which {why} of all steps depends"
     if differ:
         raise Failure(
             f"{stored.parent}: cannot be resumed with another recipe: {', '.join(differ)}; "
@@ -154,13 +172,17 @@ def environment() -> dict[str, Any]:
 
 
 def read_facts(output: Path) -> dict[str, Any]:
-    """`run.json` of a run, empty where there is none."""
+    """`run.json` of a run, empty where there is none. Raises `Failure` for one that is damaged."""
+    path = output / FACTS
     try:
-        return json.loads((output / FACTS).read_text())
+        facts = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise Failure(f"{output / FACTS}: cannot be read ({error}); delete it to go on without it") from None
+        raise Failure(f"{path}: cannot be read ({error}); delete it to go on without it") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("result") or {}, dict):
+        raise Failure(f"{path}: is not what a run writes there; delete it to go on without it")
+    return facts
 
 
 def write_facts(output: Path, facts: dict[str, Any]) -> None:
@@ -169,14 +191,25 @@ def write_facts(output: Path, facts: dict[str, Any]) -> None:
 
 
 def read_metrics(output: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`, those after `up_to_step` and a torn last one left out."""
+    """Rows of `metrics.jsonl`, those after `up_to_step` and a torn last one left out.
+
+    Raises `Failure` when another line is no row: a step, and numbers by their names.
+    """
     path = output / METRICS
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    *lines, _torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except ValueError:
-            continue
+            row = None
+        if not isinstance(row, dict) or not _is_row(row):
+            raise Failure(f"{path}:{number}: is no row of metrics; delete the line to go on without it")
         if up_to_step is None or row["step"] <= up_to_step:
             rows.append(row)
     return rows
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    numbers = all(isinstance(value, int | float) for value in row.values())
+    return numbers and type(row.get("step")) is int

@@ -87,13 +87,13 @@ def run(
             _print_plan(recipe, output)
         return None
 
-    figures = run_directory.read_facts(output).get("result")
-    if resume and figures and (output / "model").is_dir():
+    known = _known_result(output) if resume else None
+    if known and known.steps >= recipe.train.max_steps and (output / "model").is_dir():
         if not first:
             return None
         say(f"{output}: this run is finished; nothing to do")
-        _print_result(Result(**figures), recipe, output)
-        return Result(**figures)
+        _print_result(known, recipe, output)
+        return known
     if resume:
         say(
             f"going on from {checkpoint}"
@@ -119,6 +119,17 @@ def run(
         if result.rouge:
             _print_samples(output)
     return result
+
+
+def _known_result(output: Path) -> Result | None:
+    """The figures of a run that was finished. Raises `Failure` where they are damaged."""
+    figures = run_directory.read_facts(output).get("result")
+    try:
+        result = Result(**figures) if figures else None
+        return result if result is None or result.steps >= 0 else None
+    except TypeError:
+        place = output / run_directory.FACTS
+        raise Failure(f"{place}: its result is not that of a run; delete it to go on without it") from None
 
 
 def _resolved(loaded: LoadedRecipe) -> Recipe:
@@ -261,6 +272,11 @@ def _train(
     facts = run_directory.read_facts(output)
     if facts.get("corpus", prepared.fingerprint) != prepared.fingerprint:
         raise Failure(f"{output}: the text or its tokenizer is not what this run was started with")
+    if checkpoint and facts.get("processes", arguments.world_size) != arguments.world_size:
+        raise Failure(
+            f"{output}: cannot be resumed with another number of processes ({facts['processes']} then, "
+            f"{arguments.world_size} now): batches, their order and random numbers depend on it; start as many"
+        )
     batch = train.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
     if len(prepared.train) < batch:
         pairs = recipe.data.pair_lengths

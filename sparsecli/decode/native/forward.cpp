@@ -47,12 +47,13 @@ void Forward::run(const std::vector<Token>& tokens, bool profile) {
     space_.tokens = &tokens;
     space_.profile = profile;
     head_.begin(tokens);
-    space_.pool.run([this](int64_t worker) {
+    const auto job = [this](int64_t worker) {
         Pass pass(space_, worker);
         embedding_.run(pass);
         run_blocks(pass);
         head_.run(pass);
-    });
+    };
+    space_.pool.run(job, tokens.size() == 1);
 }
 
 void Forward::run_blocks(Pass& pass) {
@@ -98,10 +99,11 @@ void Forward::feed_forward(Pass& pass, const Block& block, int64_t layer_idx) {
 void Forward::read_encoder(const std::vector<Token>& rows) {
     space_.tokens = &rows;
     space_.profile = false;
-    space_.pool.run([this](int64_t worker) {
+    const auto job = [this](int64_t worker) {
         Pass pass(space_, worker);
         cross_attention_.read_encoder(pass);
-    });
+    };
+    space_.pool.run(job, false);
 }
 
 int64_t Forward::take_active_units(int64_t* units) {

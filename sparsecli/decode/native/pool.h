@@ -5,10 +5,15 @@
 //
 // Where other programs keep the processors busy, threads that wait for one another hundreds of times a token lose a time
 // slice each time. A thread that got much less processor time than passed tells; the caller then works alone for some
-// calls before all try again. Results do not depend on it.
+// calls before all try again.
+//
+// A token of a small model takes so little that one thread may be faster than several that wait for one another: the first
+// short jobs are timed both ways. Results do not depend on any of this.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <ctime>
 #include <functional>
@@ -67,21 +72,17 @@ class Pool {
     int64_t threads() const { return threads_; }
 
     // Threads of the job that is running.
-    int64_t active() const { return alone_ > 0 ? 1 : threads_; }
+    int64_t active() const { return single_ || alone_ > 0 ? 1 : threads_; }
 
-    // Runs job(worker) on every active thread, the caller's being worker 0; returns when all are done.
-    void run(const std::function<void(int64_t)>& job) {
-        if (active() == 1) {
-            job(0);
-            if (alone_ > 0) --alone_;
-            return;
-        }
-        job_ = &job;
-        epoch_.fetch_add(1);
-        epoch_.notify_all();
-        watched(0);
-        barrier();
-        if (yielding_) judge();
+    // Runs job(worker) on every active thread, the caller's being worker 0; returns when all are done. Jobs that are
+    // `alike` take about the same time each.
+    void run(const std::function<void(int64_t)>& job, bool alike) {
+        const bool timed = alike && threads_ > 1 && alone_ == 0 && trials_ < 2 * TRIALS;
+        single_ = alike && (timed ? trials_ % 2 == 1 && fastest_together_ < SHORT_JOB : faster_alone_);
+        const double begin = timed ? seconds(CLOCK_MONOTONIC) : 0;
+        dispatch(job);
+        if (timed) compare(seconds(CLOCK_MONOTONIC) - begin);
+        single_ = false;
     }
 
     // Everybody waits for everybody.
@@ -101,8 +102,31 @@ class Pool {
     }
 
   private:
+    void dispatch(const std::function<void(int64_t)>& job) {
+        if (active() == 1) {
+            job(0);
+            if (alone_ > 0) --alone_;
+            return;
+        }
+        job_ = &job;
+        epoch_.fetch_add(1);
+        epoch_.notify_all();
+        watched(0);
+        barrier();
+        if (yielding_) judge();
+    }
+
+    // After a timed job. Long ones gain by every thread and are not tried alone.
+    void compare(double passed) {
+        double& best = single_ ? fastest_alone_ : fastest_together_;
+        best = std::min(best, passed);
+        if (++trials_ == 2 * TRIALS) faster_alone_ = fastest_alone_ < fastest_together_;
+    }
+
     static constexpr int SPINS = 256;
     static constexpr double SHORTEST = 2e-4, LEAST_SHARE = 0.75;  // seconds of a job that tells something
+    static constexpr int64_t TRIALS = 8;                          // timed jobs of either way
+    static constexpr double SHORT_JOB = 2e-3;                     // seconds
     static constexpr int64_t SHORTEST_PAUSE = 16, LONGEST_PAUSE = 512, CALM = 16;  // jobs
     static constexpr std::chrono::microseconds AWAKE{500};                         // until a thread without work sleeps
 
@@ -183,6 +207,9 @@ class Pool {
 
     const int64_t threads_;
     const bool yielding_;
+    bool single_ = false, faster_alone_ = false;  // the job that is running, and short ones after the trials
+    int64_t trials_ = 0;
+    double fastest_alone_ = INFINITY, fastest_together_ = INFINITY;  // seconds
     int64_t alone_ = 0, pause_ = SHORTEST_PAUSE, strikes_ = 0, calm_ = 0;
     std::atomic<bool> crowded_{false};
     bool pin_;

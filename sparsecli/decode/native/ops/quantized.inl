@@ -86,7 +86,13 @@ inline void add_pairs(Codes& sums, const Codes& codes, const int16_t* x) {
 #else
     const Shorts pair = (Shorts)pair_everywhere(x);
 #pragma GCC unroll 4
-    for (int p = 0; p < PARTS; ++p) sums.part[p] = (Lanes)add_pairs((Ints)sums.part[p], (Shorts)codes.part[p], pair);
+    for (int p = 0; p < PARTS; ++p) {
+        Lanes total = (Lanes)add_pairs((Ints)sums.part[p], (Shorts)codes.part[p], pair);
+#if defined(SPARSECLI_AVX2) || defined(SPARSECLI_AVX512)
+        asm("" : "+v"(total));  // compilers would add products up in another order, for which they store them all
+#endif
+        sums.part[p] = total;
+    }
 #endif
 }
 
@@ -372,18 +378,23 @@ inline Vector panel_of_one(const Panel<BITS>& panel, int64_t groups, const int16
     return y;
 }
 
-// The same of T tokens: codes are taken apart once for all of them.
+// Groups whose codes are taken apart at a time, for many tokens: they stay in the first-level cache.
+constexpr int64_t GROUPS_AT_ONCE = 4;
+constexpr int64_t TOKENS_AT_ONCE = 128;
+
+struct ApartGroup {
+    Codes codes[QUANT_GROUP / TOGETHER];
+};
+
+// The same of T tokens, of some groups whose codes were taken apart; added to y, a vector of LANES for each token.
 template <int BITS, int T>
-inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_t* x, const int32_t* sums_of_x,
-                          int64_t stride, Vector* y) {
-    for (int t = 0; t < T; ++t) y[t] = fill(0);
-    for (int64_t g = 0; g < groups; ++g) {
-        Codes apart[QUANT_GROUP / TOGETHER];
-        visit_apart<BITS>(panel.codes + g * Planes<BITS>::BYTES, [&](int i, const Codes& codes) { apart[i] = codes; });
+inline void add_groups(const Panel<BITS>& panel, const ApartGroup* apart, int64_t first, int64_t last, const int16_t* x,
+                       const int32_t* sums_of_x, int64_t stride, float* y) {
+    for (int64_t g = first; g < last; ++g) {
         PanelSums sums[T] = {};
         for (int64_t at = 0; at < QUANT_GROUP; at += 16) {
             const int16_t* group = x + g * QUANT_GROUP + at;
-            const Codes* codes = apart + at / TOGETHER;
+            const Codes* codes = apart[g - first].codes + at / TOGETHER;
 #if defined(SPARSECLI_NEON)
             asm("" : "+r"(codes) : : "memory");  // read where they are used: registers are few
 #endif
@@ -398,34 +409,53 @@ inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_
             }
         }
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t)
-            panel.add_group(y[t], g, sixteen_times(total_of(sums[t])), sums_of_x[t * (stride / QUANT_GROUP) + g]);
+        for (int t = 0; t < T; ++t) {
+            Vector total = load(y + t * LANES);  // not kept meanwhile: registers are few
+            panel.add_group(total, g, sixteen_times(total_of(sums[t])), sums_of_x[t * (stride / QUANT_GROUP) + g]);
+            store(y + t * LANES, total);
+        }
+    }
+}
+
+// Sixteen outputs of many tokens into y (tokens, LANES): codes are taken apart once for all of them.
+template <int BITS>
+inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_t* x, const int32_t* sums_of_x,
+                          int64_t stride, int64_t tokens, float* y) {
+    ApartGroup apart[GROUPS_AT_ONCE];
+    std::memset(y, 0, size_t(tokens * LANES) * sizeof(float));
+    for (int64_t first = 0; first < groups; first += GROUPS_AT_ONCE) {
+        const int64_t last = first + GROUPS_AT_ONCE < groups ? first + GROUPS_AT_ONCE : groups;
+        for (int64_t g = first; g < last; ++g)
+            visit_apart<BITS>(panel.codes + g * Planes<BITS>::BYTES,
+                              [&](int i, const Codes& codes) { apart[g - first].codes[i] = codes; });
+        for (int64_t t = 0; t < tokens; t += QUANT_TOKENS)
+            add_groups<BITS, QUANT_TOKENS>(panel, apart, first, last, x + t * stride,
+                                           sums_of_x + t * (stride / QUANT_GROUP), stride, y + t * LANES);
     }
 }
 
 template <int BITS>
 void quantized_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
                       int64_t out_stride) {
-    const int64_t groups = groups_of(w.cols), bytes = quantized_panel(w.cols, BITS);
+    const int64_t groups = groups_of(w.cols), bytes = quantized_panel(w.cols, BITS), sums = x.stride / QUANT_GROUP;
+    const int64_t tiled = tokens / QUANT_TOKENS * QUANT_TOKENS;
+    alignas(64) float y[TOKENS_AT_ONCE * LANES];
     for (int64_t row = begin; row < end; row += LANES) {
         const Panel<BITS> panel((const uint8_t*)w.data + row / LANES * bytes, groups);
         // The next panel's scales and zeros: a second stream, which processors do not foresee beside that of the codes.
         if (row + LANES < end) prefetch(panel.codes + bytes + groups * Planes<BITS>::BYTES, groups * LANES * 3);
-        const auto keep = [&](int64_t t, const Vector& y) {
+        const auto keep = [&](int64_t t, const Vector& of_token) {
             float lane[LANES];
-            store(lane, y * fill(x.scales[t] / 16));
+            store(lane, of_token * fill(x.scales[t] / 16));
             std::memcpy(out + t * out_stride + row, lane, size_t(row + LANES <= end ? LANES : end - row) * 4);
         };
-        int64_t t = 0;
-        for (; t + QUANT_TOKENS <= tokens; t += QUANT_TOKENS) {
-            Vector y[QUANT_TOKENS];
-            panel_of_many<BITS, QUANT_TOKENS>(panel, groups, x.integers + t * x.stride,
-                                              x.sums + t * (x.stride / QUANT_GROUP), x.stride, y);
-            for (int u = 0; u < QUANT_TOKENS; ++u) keep(t + u, y[u]);
+        for (int64_t t = 0; t < tiled; t += TOKENS_AT_ONCE) {
+            const int64_t held = t + TOKENS_AT_ONCE < tiled ? TOKENS_AT_ONCE : tiled - t;
+            panel_of_many<BITS>(panel, groups, x.integers + t * x.stride, x.sums + t * sums, x.stride, held, y);
+            for (int64_t u = 0; u < held; ++u) keep(t + u, load(y + u * LANES));
         }
-        for (; t < tokens; ++t)
-            keep(t,
-                 panel_of_one<BITS>(panel, groups, x.integers + t * x.stride, x.sums + t * (x.stride / QUANT_GROUP)));
+        for (int64_t t = tiled; t < tokens; ++t)
+            keep(t, panel_of_one<BITS>(panel, groups, x.integers + t * x.stride, x.sums + t * sums));
     }
 }
 
