@@ -312,7 +312,7 @@ def test_memories_that_do_not_fit() -> None:
     memory = DecodeCache.for_model(spec, 4)
     read(name, memory, tokens_of(name)[:12], None)
     layers = kv_states(spec, memory.layers, 12)
-    with pytest.raises(Failure, match="12 positions to remember, the sequence holds 11"):
+    with pytest.raises(Failure, match="12 positions to import, the sequence holds 11"):
         engine.import_kv(engine.sequence(11), layers)
     sequence = engine.sequence(12)
     with pytest.raises(ValueError, match="1 attention layers, expected 2"):
@@ -323,7 +323,7 @@ def test_memories_that_do_not_fit() -> None:
         engine.import_kv(sequence, [replace(layers[0], states=None), layers[1]])
     with pytest.raises(ValueError, match="keys of layer 0: holds a NaN"):
         engine.import_kv(sequence, [replace(layers[0], keys=layers[0].keys * np.nan), layers[1]])
-    with pytest.raises(Failure, match="so many positions cannot have been read"):
+    with pytest.raises(Failure, match="12 positions with a prefix of 3 are out of range"):
         engine.import_kv(sequence, layers, source=3)
     assert sequence.length == 0
     with pytest.raises(ValueError, match="another engine"):
@@ -336,7 +336,7 @@ def test_cross_attention_reads_its_text_itself() -> None:
     memory = DecodeCache.for_model(spec_of(name), 4)
     read(name, memory, [1, 2], encoded(name))
     engine = start(packed(name))
-    with pytest.raises(Failure, match="cross-attention reads its text itself"):
+    with pytest.raises(Failure, match="cross-attention cannot import"):
         engine.import_kv(engine.sequence(9, 5), kv_states(spec_of(name), memory.layers, 2))
 
 
@@ -348,24 +348,24 @@ def test_axes_are_checked_at_the_door() -> None:
         ctypes.create_string_buffer(256),
     )
     assert not library.sparsecli_sequence_create(engine.handle, 31, 0, error)  # 30 keys are all read
-    assert error.value == b"axes of so long a text are missing"
+    assert error.value == b"LSH rotations for so long a text are missing"
     engine.sequence(31)
     columns = np.zeros((4, 12, 16), np.float32)
 
     def bind(place: int, level: int, factors: list[int], size: int) -> str:
         given = (ctypes.c_int64 * len(factors))(*factors)
-        done = library.sparsecli_bind_axes(
+        done = library.sparsecli_bind_rotations(
             engine.handle, place, level, given, len(factors), columns.ctypes.data, size, error
         )
         return "" if done == 0 else error.value.decode()
 
     assert bind(0, 5, [4, 6], columns.size) == ""
     for place, level in ((-1, 5), (2, 5), (0, -1), (0, 32)):
-        assert bind(place, level, [4, 6], columns.size) == "axes: no such attention layer or length"
+        assert bind(place, level, [4, 6], columns.size) == "LSH rotations: no such attention layer or length"
     for factors in ([3, 6], [0], [1 << 16, 1 << 16], [-2]):
-        assert bind(0, 5, factors, columns.size) == "axes: so many buckets are out of range"
-    assert bind(0, 5, [], columns.size) == "axes: so many are out of range"
-    assert bind(0, 5, [4, 6], 9) == "axes: 9 numbers, expected 768"
+        assert bind(0, 5, factors, columns.size) == "LSH rotations: the number of buckets is out of range"
+    assert bind(0, 5, [], columns.size) == "LSH rotations: the number of rotations is out of range"
+    assert bind(0, 5, [4, 6], 9) == "LSH rotations: 9 numbers, expected 768"
 
 
 def test_a_layer_that_remembers_nothing_else_has_no_other_rows() -> None:

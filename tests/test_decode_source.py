@@ -282,11 +282,11 @@ def test_sources_that_do_not_fit() -> None:
     engine = start(packed("terraformer"))
     sequence, source = engine.sequence(4, 3), source_of(spec_of("terraformer"), 4)
     assert source is not None
-    with pytest.raises(Failure, match="no source yet"):
+    with pytest.raises(Failure, match="no encoder output yet"):
         engine.step(sequence, 1)
-    with pytest.raises(Failure, match="the source has 4 tokens, the sequence has room for 3"):
+    with pytest.raises(Failure, match="the encoder's output has 4 rows, the sequence has room for 3"):
         engine.read_source(sequence, source)
-    with pytest.raises(Failure, match="the source is empty"):
+    with pytest.raises(Failure, match="the encoder's output is empty"):
         engine.read_source(sequence, source[:, :0])
     with pytest.raises(ValueError, match="expected 2 x length x 48"):
         engine.read_source(sequence, source[0])

@@ -43,7 +43,7 @@ def enumeration(name: str) -> dict[str, int]:
         ("PANEL", layouts.PANEL),
         ("SPAN", layouts.SPAN),
         ("GROUP", ops.GROUP),
-        ("LOW_BIT_GROUP", low_bit.GROUP),
+        ("QUANT_GROUP", low_bit.GROUP),
         ("HEAD_LANES", step.HEAD_PARTS),
         ("CANDIDATES", step.CANDIDATES),
     ],
@@ -62,7 +62,7 @@ def test_type_codes() -> None:
     ("name", "words"),
     [
         ("Activation", shape.ACTIVATIONS),
-        ("FeedForward", shape.FEED_FORWARDS),
+        ("FeedForwardKind", shape.FEED_FORWARDS),
         ("Projection", shape.PROJECTIONS),
         ("Output", shape.OUTPUTS),
         ("Positions", shape.POSITIONS),

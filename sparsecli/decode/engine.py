@@ -115,7 +115,7 @@ class Engine:
                         fill = padded(rotations.shape[2], LANES) - rotations.shape[2]
                         self._rotations[layer_idx, factors] = np.pad(rotations, ((0, 0), (0, 0), (0, fill)))
                     bound = self._rotations[layer_idx, factors]
-                    done = self._library.sparsecli_bind_axes(
+                    done = self._library.sparsecli_bind_rotations(
                         *(
                             self.handle,
                             layer_idx,
@@ -176,7 +176,7 @@ class Engine:
         if sequence.engine is not self:
             raise ValueError("the sequence belongs to another engine")
         with self._mutex:
-            done = self._library.sparsecli_read_source(
+            done = self._library.sparsecli_read_encoder(
                 self.handle,
                 sequence.handle,
                 streams[0].ctypes.data,
@@ -209,7 +209,7 @@ class Engine:
         with self._mutex:
             handle, error = sequence.handle, self._error
             done = min(
-                self._library.sparsecli_remember(
+                self._library.sparsecli_import_kv(
                     self.handle,
                     handle,
                     layer_idx,
@@ -220,7 +220,7 @@ class Engine:
                 for layer_idx, parts in enumerate(arrays)
             )
             if done >= 0:
-                done = self._library.sparsecli_go_on(self.handle, handle, held, source, error)
+                done = self._library.sparsecli_import_done(self.handle, handle, held, source, error)
             message = self._message()
         if done < 0:
             raise Failure(message)
@@ -283,7 +283,7 @@ class Engine:
         """
         units, tokens = (ctypes.c_int64 * self.model.spec.layers)(), ctypes.c_int64()
         with self._mutex:
-            self._library.sparsecli_counts(self.handle, units, ctypes.byref(tokens))
+            self._library.sparsecli_active_units(self.handle, units, ctypes.byref(tokens))
         return [(count, tokens.value) for count in units]
 
     @property
@@ -383,7 +383,7 @@ def _available_memory() -> int:
 
 
 def _checked(spec: ModelSpec, layer: KVState, held: int, layer_idx: int) -> list[np.ndarray | None]:
-    """The arrays of `layer` in the order of `sparsecli_remember`."""
+    """The arrays of `layer` in the order of `sparsecli_import_kv`."""
     heads = spec.attention.key_value_heads or spec.heads
     sru = spec.sru if layer_idx % spec.attention_layers == 0 else None
     inputs = (1 if spec.attention.value_concat == "none" else 2) * spec.d_model

@@ -13,7 +13,7 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
-INTERFACE_VERSION = 7  # of native/engine.h
+INTERFACE_VERSION = 8  # of native/engine.h
 INSTRUCTION_SETS = (
     "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_i8mm_bf16", "neon_dotprod", "neon", "portable",
 )  # fmt: skip
@@ -24,8 +24,8 @@ SHAPE_FIELDS = (
     "d_ff", "activation", "gated", "block_size", "rank", "positive", "probability_gate", "projection",
     "output", "modules", "kernel", "value_concat", "query_key_norm", "query_rank", "key_rank", "rms", "positions",
     "rotary_width", "parallel", "streams", "concatenate", "attention_layers", "shared_query_key", "hash_rounds",
-    "most_keys", "source", "query_modules", "recurrent_layers", "recurrent_width", "head_modules", "cache_type",
-    "history_type", "units_on_disk", "poison",
+    "most_keys", "encoder", "query_modules", "recurrent_layers", "recurrent_width", "head_modules", "cache_type",
+    "conv_type", "units_on_disk", "poison",
 )  # fmt: skip
 
 
@@ -127,17 +127,17 @@ def library() -> ctypes.CDLL:
         "create": (engine, [POINTER(Shape), c_int64, c_int64, c_char_p]),
         "destroy": (None, [engine]),
         "bind": (c_int64, [engine, POINTER(BoundTensor), c_int64, c_char_p]),
-        "bind_axes": (c_int64, [engine, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_char_p]),
+        "bind_rotations": (c_int64, [engine, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_char_p]),
         "sequence_create": (sequence, [engine, c_int64, c_int64, c_char_p]),
         "sequence_destroy": (None, [sequence]),
         "sequence_length": (c_int64, [sequence]),
         "sequence_truncate": (None, [sequence, c_int64]),
         "sequence_bytes": (c_int64, [engine, c_int64, c_int64]),
-        "read_source": (c_int64, [engine, sequence, c_void_p, c_void_p, c_int64, c_char_p]),
-        "remember": (c_int64, [engine, sequence, c_int64, *[c_void_p] * 5, c_int64, c_char_p]),
-        "go_on": (c_int64, [engine, sequence, c_int64, c_int64, c_char_p]),
+        "read_encoder": (c_int64, [engine, sequence, c_void_p, c_void_p, c_int64, c_char_p]),
+        "import_kv": (c_int64, [engine, sequence, c_int64, *[c_void_p] * 5, c_int64, c_char_p]),
+        "import_done": (c_int64, [engine, sequence, c_int64, c_int64, c_char_p]),
         "forward": (c_int64, [engine, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_char_p]),
-        "counts": (None, [engine, c_void_p, c_void_p]),
+        "active_units": (None, [engine, c_void_p, c_void_p]),
         "block_stack_ns": (c_int64, [engine]),
         "profile": (None, [engine, c_void_p]),
         "profile_part": (c_char_p, [c_int64]),

@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "layers/forward.h"
+#include "forward.h"
 
 using namespace sparsecli;
 
@@ -31,22 +31,34 @@ bool guarded(char* error, const F& body) {
     return false;
 }
 
-// Whether there are axes for every text of so many positions at most.
+// Whether there are LSH rotations for every text of at most so many positions.
 bool can_hash(const Model& model, int64_t capacity) {
     if (capacity <= model.shape.most_keys) return true;
-    for (size_t at = 0; at < model.axes.size(); ++at) {
+    for (size_t at = 0; at < model.rotations.size(); ++at) {
         const int64_t level = int64_t(at) % LEVELS;
         const bool needed = level >= level_of(model.shape.most_keys) && level <= level_of(capacity - 1);
-        if (needed && !model.axes[at].data) return false;
+        if (needed && !model.rotations[at].data) return false;
     }
     return true;
 }
 
+// How many of `tokens` from `start` on go through the blocks together. Keys of a sequence are hashed into one number of
+// buckets in a pass.
+int64_t pass_length(const std::vector<Token>& tokens, int64_t start, const sparsecli_shape& shape) {
+    const int64_t most = std::min(int64_t(tokens.size()) - start, CHUNK);
+    for (int64_t held = 1; held < most && shape.hash_rounds; ++held) {
+        const Token &last = tokens[size_t(start + held - 1)], &next = tokens[size_t(start + held)];
+        const bool hashed = next.sequence == last.sequence && next.position >= shape.most_keys;
+        if (hashed && level_of(next.position) != level_of(last.position)) return held;
+    }
+    return most;
+}
+
 template <class F>
-void in_passes(const std::vector<Row>& rows, const sparsecli_shape& shape, const F& body) {
-    for (auto start = rows.begin(); start != rows.end();) {
-        const auto end = start + pass_length(rows, start - rows.begin(), shape);
-        body(std::vector<Row>(start, end));
+void in_passes(const std::vector<Token>& tokens, const sparsecli_shape& shape, const F& body) {
+    for (auto start = tokens.begin(); start != tokens.end();) {
+        const auto end = start + pass_length(tokens, start - tokens.begin(), shape);
+        body(std::vector<Token>(start, end));
         start = end;
     }
 }
@@ -62,7 +74,7 @@ std::string check(const sparsecli_shape& s) {
     if (outside(s.value_concat, NO_CONCAT, CONCAT_WHOLE)) return wrong("value_concat");
     if (outside(s.positions, LEARNED, ROTARY)) return wrong("positions");
     if (outside(s.cache_type, FLOAT32, INT8)) return wrong("the type of the cache");
-    if (outside(s.history_type, FLOAT32, BFLOAT16)) return wrong("the type of convolutions");
+    if (outside(s.conv_type, FLOAT32, BFLOAT16)) return wrong("the type of convolutions");
     if (outside(s.head_modules, 0, s.vocabulary)) return wrong("head_modules");
     if (outside(s.query_modules, 0, s.d_model)) return wrong("query_modules");
     if (outside(s.most_keys, 0, int64_t(1) << 30)) return wrong("the keys that a token attends to");
@@ -101,9 +113,9 @@ std::string check(const sparsecli_shape& s) {
         return wrong("shared_query_key");
     const int64_t rounds = s.hash_rounds;
     if (rounds < 0 || rounds > 1 << 16 || (rounds && (s.most_keys < 1 || !shared))) return wrong("hash_rounds");
-    if (s.source < NO_SOURCE || s.source > JOINED) return wrong("source");
+    if (s.encoder < NO_ENCODER || s.encoder > PREFIX) return wrong("encoder");
     if (s.query_modules &&
-        (s.source != CROSS_ATTENTION || s.d_model % s.query_modules || s.heads * s.head_width != s.d_model))
+        (s.encoder != CROSS_ATTENTION || s.d_model % s.query_modules || s.heads * s.head_width != s.d_model))
         return wrong("query_modules");
     if (s.recurrent_layers < 0 || s.recurrent_layers > 64) return wrong("recurrent_layers");
     if (s.recurrent_width < (s.recurrent_layers > 0) || s.recurrent_width > 4096) return wrong("recurrent_width");
@@ -114,12 +126,15 @@ std::string check(const sparsecli_shape& s) {
 
 struct sparsecli_engine {
     Model model;
+    const Ops* ops = chosen_ops;
     Pool pool;
     std::unique_ptr<Forward> forward;
     bool profile = false;
 
     sparsecli_engine(const sparsecli_shape& shape, int64_t threads, bool pin)
-        : model(shape), pool(threads, pin, !shape.units_on_disk) {}
+        : model(shape), pool(threads, pin, !shape.units_on_disk) {
+        forward = std::make_unique<Forward>(model, *ops, pool);
+    }
 };
 
 struct sparsecli_sequence {
@@ -128,12 +143,12 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 7 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 8 + int64_t(sizeof(sparsecli_shape)); }
 
-const char* sparsecli_instruction_set(const char* wanted, char* error) {
-    const Ops* found = find_ops(wanted);
+const char* sparsecli_instruction_set(const char* name, char* error) {
+    const Ops* found = find_ops(name);
     if (!found) {
-        complain(error, std::string(wanted) + ": this processor or this build does not have these instructions");
+        complain(error, std::string(name) + ": this processor or this build does not have these instructions");
         return nullptr;
     }
     chosen_ops = found;
@@ -148,11 +163,7 @@ sparsecli_engine* sparsecli_create(const sparsecli_shape* shape, int64_t threads
     }
     if (!chosen_ops) chosen_ops = find_ops("auto");
     sparsecli_engine* engine = nullptr;
-    guarded(error, [&] {
-        auto made = std::make_unique<sparsecli_engine>(*shape, threads, pin != 0);
-        made->forward = std::make_unique<Forward>(made->model, *chosen_ops, made->pool);
-        engine = made.release();
-    });
+    guarded(error, [&] { engine = new sparsecli_engine(*shape, threads, pin != 0); });
     return engine;
 }
 
@@ -167,48 +178,52 @@ int64_t sparsecli_bind(sparsecli_engine* engine, const sparsecli_tensor* tensors
             if (!matrix || tensor->type < FLOAT32 || tensor->type > INT3)
                 throw std::runtime_error(std::string(tensor->name) + ": the engine has no such tensor or type");
             *matrix = {tensor->data, tensor->scale, tensor->type, tensor->rows, tensor->cols};
-            const bool few_bits = tensor->type == INT4 || tensor->type == INT3;
-            model.few_bits = model.few_bits || few_bits;
-            model.quantised = model.quantised || tensor->type == INT8 || few_bits;
+            const bool group_sums = tensor->type == INT4 || tensor->type == INT3;
+            model.group_sums = model.group_sums || group_sums;
+            model.quantized = model.quantized || tensor->type == INT8 || group_sums;
         }
     });
     return fine ? 0 : -1;
 }
 
-int64_t sparsecli_bind_axes(sparsecli_engine* engine, int64_t place, int64_t level, const int64_t* factors,
-                            int64_t count, const float* axes, int64_t elements, char* error) {
+int64_t sparsecli_bind_rotations(sparsecli_engine* engine, int64_t cache_idx, int64_t level, const int64_t* factors,
+                                 int64_t count, const float* rotations, int64_t elements, char* error) {
     Model& model = engine->model;
     const sparsecli_shape& shape = model.shape;
     const bool fine = guarded(error, [&] {
-        if (!model.hashes() || place < 0 || place >= model.caches() || level < 0 || level >= LEVELS)
-            throw std::runtime_error("axes: no such attention layer or length");
+        if (!model.hashes() || cache_idx < 0 || cache_idx >= model.caches() || level < 0 || level >= LEVELS)
+            throw std::runtime_error("LSH rotations: no such attention layer or length");
         int64_t columns = 0, buckets = 1;
         for (int64_t i = 0; i < count; ++i) {
-            if (factors[i] < 2 || factors[i] % 2 || factors[i] > MOST_BUCKETS / buckets)
-                throw std::runtime_error("axes: so many buckets are out of range");
+            if (factors[i] < 2 || factors[i] % 2 || factors[i] > MAX_BUCKETS / buckets)
+                throw std::runtime_error("LSH rotations: the number of buckets is out of range");
             buckets *= factors[i];
             columns += factors[i] / 2;
         }
         columns = round_up(columns * shape.hash_rounds, LANES);
-        if (count < 1 || columns > MOST_AXES) throw std::runtime_error("axes: so many are out of range");
-        if (elements != shape.heads * shape.head_width * columns)
-            throw std::runtime_error("axes: " + std::to_string(elements) + " numbers, expected " +
-                                     std::to_string(shape.heads * shape.head_width * columns));
-        model.axes[size_t(place * LEVELS + level)] = {{factors, factors + count}, buckets, columns, axes};
+        if (count < 1 || columns > MAX_ROTATIONS)
+            throw std::runtime_error("LSH rotations: the number of rotations is out of range");
+        const int64_t expected = shape.heads * shape.head_width * columns;
+        if (elements != expected)
+            throw std::runtime_error("LSH rotations: " + std::to_string(elements) + " numbers, expected " +
+                                     std::to_string(expected));
+        model.rotations[size_t(cache_idx * LEVELS + level)] = {{factors, factors + count}, buckets, columns, rotations};
     });
     return fine ? 0 : -1;
 }
 
-sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, int64_t source, char* error) {
+sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, int64_t encoder_rows,
+                                              char* error) {
+    const Model& model = engine->model;
     sparsecli_sequence* sequence = nullptr;
     guarded(error, [&] {
-        if (!countable(engine->model, capacity, source)) throw std::runtime_error("a sequence cannot be so long");
+        if (!countable(model, capacity, encoder_rows)) throw std::runtime_error("a sequence cannot be so long");
         auto made = std::make_unique<sparsecli_sequence>();
-        made->held.capacity = positions_of(engine->model, capacity, source);
-        if (!can_hash(engine->model, made->held.capacity))
-            throw std::runtime_error("axes of so long a text are missing");
-        made->held.source_capacity = source;
-        allocate(made->held, engine->model);
+        made->held.capacity = positions_of(model, capacity, encoder_rows);
+        if (!can_hash(model, made->held.capacity))
+            throw std::runtime_error("LSH rotations for so long a text are missing");
+        made->held.encoder_capacity = encoder_rows;
+        allocate(made->held, model);
         sequence = made.release();
     });
     return sequence;
@@ -217,124 +232,131 @@ sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t 
 void sparsecli_sequence_destroy(sparsecli_sequence* sequence) { delete sequence; }
 
 int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence) {
-    return sequence->held.length - sequence->held.first;
+    return sequence->held.length - sequence->held.prefix;
 }
 
 void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length) {
     Sequence& held = sequence->held;
-    if (length >= 0 && held.first + length < held.length) held.length = held.first + length;
+    if (length >= 0 && held.prefix + length < held.length) held.length = held.prefix + length;
 }
 
-int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t source) {
-    if (!countable(engine->model, capacity, source)) return INT64_MAX;
-    return CacheBytes(engine->model, positions_of(engine->model, capacity, source), source).all();
+int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t encoder_rows) {
+    const Model& model = engine->model;
+    if (!countable(model, capacity, encoder_rows)) return INT64_MAX;
+    return cache_bytes(model, positions_of(model, capacity, encoder_rows), encoder_rows);
 }
 
-int64_t sparsecli_read_source(sparsecli_engine* engine, sparsecli_sequence* sequence, const float* first,
-                              const float* second, int64_t rows, char* error) {
+int64_t sparsecli_read_encoder(sparsecli_engine* engine, sparsecli_sequence* sequence, const float* first,
+                               const float* second, int64_t rows, char* error) {
     const sparsecli_shape& shape = engine->model.shape;
     Sequence& held = sequence->held;
     const bool fine = guarded(error, [&] {
-        if (shape.source == NO_SOURCE) throw std::runtime_error("the model has no encoder");
-        if (rows < 1) throw std::runtime_error("the source is empty");
-        if (rows > held.source_capacity)
-            throw std::runtime_error("the source has " + std::to_string(rows) + " tokens, the sequence has room for " +
-                                     std::to_string(held.source_capacity));
+        if (shape.encoder == NO_ENCODER) throw std::runtime_error("the model has no encoder");
+        if (rows < 1) throw std::runtime_error("the encoder's output is empty");
+        if (rows > held.encoder_capacity)
+            throw std::runtime_error("the encoder's output has " + std::to_string(rows) +
+                                     " rows, the sequence has room for " + std::to_string(held.encoder_capacity));
         engine->forward->reserve(rows);
-        held.length = held.first = held.source_length = 0;
-        std::vector<Row> all;
+        held.length = held.prefix = held.encoder_length = 0;
+        std::vector<Token> all;
         for (int64_t i = 0; i < rows; ++i)
             all.push_back({&held, i, -1, nullptr, {first + i * shape.d_model, second + i * shape.d_model}});
-        in_passes(all, shape, [&](const std::vector<Row>& pass) {
+        in_passes(all, shape, [&](const std::vector<Token>& pass) {
             if (engine->model.crosses())
-                engine->forward->remember_source(pass);
+                engine->forward->read_encoder(pass);
             else
                 engine->forward->run(pass, false);
         });
-        held.source_length = rows;
-        if (shape.source == JOINED) held.first = held.length = rows;
+        held.encoder_length = rows;
+        if (shape.encoder == PREFIX) held.prefix = held.length = rows;
     });
     return fine ? 0 : -1;
 }
 
-int64_t sparsecli_remember(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t place, const float* keys,
-                           const float* values, const float* inputs, const float* output_inputs, const float* states,
-                           int64_t rows, char* error) {
+int64_t sparsecli_import_kv(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t cache_idx,
+                            const float* keys, const float* values, const float* conv_inputs,
+                            const float* output_conv_inputs, const float* recurrent_states, int64_t positions,
+                            char* error) {
     const Model& model = engine->model;
     const sparsecli_shape& shape = model.shape;
     Sequence& held = sequence->held;
     const bool fine = guarded(error, [&] {
-        if (place < 0 || place >= model.caches()) throw std::runtime_error("no such attention layer");
-        if (rows < 1 || rows > held.capacity)
-            throw std::runtime_error(std::to_string(rows) + " positions to remember, the sequence holds " +
+        if (cache_idx < 0 || cache_idx >= model.caches()) throw std::runtime_error("no such attention layer");
+        if (positions < 1 || positions > held.capacity)
+            throw std::runtime_error(std::to_string(positions) + " positions to import, the sequence holds " +
                                      std::to_string(held.capacity));
-        const bool recurrent = shape.recurrent_layers && place % shape.attention_layers == 0;
+        const bool recurrent = shape.recurrent_layers && cache_idx % shape.attention_layers == 0;
         const bool convolved = shape.output == MULTIPLICATIVE_CONV_OUTPUT;
-        if (!keys || !values || !inputs == model.convolves() || !output_inputs == convolved || !states == recurrent)
-            throw std::runtime_error("what is to be remembered is not what the model remembers");
-        held.length = held.first = 0;
-        engine->forward->take_over(held, place, keys, values, inputs, output_inputs, states, rows);
+        if (!keys || !values || !conv_inputs == model.convolves() || !output_conv_inputs == convolved ||
+            !recurrent_states == recurrent)
+            throw std::runtime_error("imported keys, values and states are not those of the model's layers");
+        held.length = held.prefix = 0;
+        import_kv(held, model, *engine->ops, cache_idx,
+                  {keys, values, conv_inputs, output_conv_inputs, recurrent_states, positions});
     });
     return fine ? 0 : -1;
 }
 
-int64_t sparsecli_go_on(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t rows, int64_t source,
-                        char* error) {
-    const bool joined = engine->model.shape.source == JOINED;
+int64_t sparsecli_import_done(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t positions, int64_t prefix,
+                              char* error) {
+    const bool has_prefix = engine->model.shape.encoder == PREFIX;
     Sequence& held = sequence->held;
     const bool fine = guarded(error, [&] {
-        if (engine->model.crosses()) throw std::runtime_error("a model with cross-attention reads its text itself");
-        if (rows < 1 || rows > held.capacity || source < joined || source > (joined ? rows : 0))
-            throw std::runtime_error("so many positions cannot have been read");
-        held.length = rows;
-        held.first = held.source_length = source;
+        if (engine->model.crosses())
+            throw std::runtime_error("a model with cross-attention cannot import keys and values");
+        if (positions < 1 || positions > held.capacity || prefix < has_prefix || prefix > (has_prefix ? positions : 0))
+            throw std::runtime_error(std::to_string(positions) + " positions with a prefix of " +
+                                     std::to_string(prefix) + " are out of range");
+        held.length = positions;
+        held.prefix = held.encoder_length = prefix;
     });
     return fine ? 0 : -1;
 }
 
-int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* sequences, const int64_t* tokens,
+int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* sequences, const int64_t* ids,
                           int64_t count, int64_t all_logits, float* logits, char* error) {
     const sparsecli_shape& shape = engine->model.shape;
-    std::vector<Row> rows;
-    // Every row is checked before anything is computed: an error leaves all sequences as they were.
+    std::vector<Token> tokens;
+    // Every token is checked before anything is computed: an error leaves all sequences as they were.
     int64_t longest = 0;
     bool valid = true;
     const bool fine = guarded(error, [&] {
-        rows.reserve(size_t(count));
+        tokens.reserve(size_t(count));
         for (int64_t i = 0; i < count; ++i) {
             Sequence* sequence = &sequences[i]->held;
             int64_t position = sequence->length;
-            if (i && rows[size_t(i - 1)].sequence == sequence) position = rows[size_t(i - 1)].position + 1;
-            valid = tokens[i] >= 0 && tokens[i] < shape.vocabulary;
+            if (i && tokens[size_t(i - 1)].sequence == sequence) position = tokens[size_t(i - 1)].position + 1;
+            valid = ids[i] >= 0 && ids[i] < shape.vocabulary;
             if (!valid)
-                throw std::runtime_error("token " + std::to_string(tokens[i]) + " is not in the vocabulary of " +
+                throw std::runtime_error("token " + std::to_string(ids[i]) + " is not in the vocabulary of " +
                                          std::to_string(shape.vocabulary));
-            if (shape.source && !sequence->source_length) throw std::runtime_error("the sequence has no source yet");
+            if (shape.encoder && !sequence->encoder_length)
+                throw std::runtime_error("the sequence has no encoder output yet");
             if (position >= sequence->capacity)
                 throw std::runtime_error("the sequence is full: it holds " + std::to_string(sequence->capacity) +
                                          " positions");
-            if (shape.positions == LEARNED && position - sequence->first >= shape.max_positions)
-                throw std::runtime_error("position " + std::to_string(position - sequence->first) +
+            if (shape.positions == LEARNED && position - sequence->prefix >= shape.max_positions)
+                throw std::runtime_error("position " + std::to_string(position - sequence->prefix) +
                                          " is beyond max_positions " + std::to_string(shape.max_positions));
-            rows.push_back({sequence, position, tokens[i], nullptr});
-            longest = std::max({longest, position + 1, sequence->source_length});
+            tokens.push_back({sequence, position, ids[i], nullptr});
+            longest = std::max({longest, position + 1, sequence->encoder_length});
         }
         for (int64_t i = 0; i < count; ++i)
             if (all_logits || i + 1 == count || sequences[i + 1] != sequences[i]) {
-                rows[size_t(i)].logits = logits;
+                tokens[size_t(i)].logits = logits;
                 logits += shape.vocabulary;
             }
         engine->forward->reserve(longest);
-        in_passes(rows, shape, [&](const std::vector<Row>& pass) {
+        in_passes(tokens, shape, [&](const std::vector<Token>& pass) {
             engine->forward->run(pass, engine->profile);
-            for (const Row& row : pass) row.sequence->length = row.position + 1;
+            for (const Token& token : pass) token.sequence->length = token.position + 1;
         });
     });
     return fine ? 0 : valid ? -1 : -2;
 }
 
-void sparsecli_counts(sparsecli_engine* engine, int64_t* units, int64_t* tokens) {
-    *tokens = engine->forward->take_counts(units);
+void sparsecli_active_units(sparsecli_engine* engine, int64_t* units, int64_t* tokens) {
+    *tokens = engine->forward->take_active_units(units);
 }
 
 int64_t sparsecli_block_stack_ns(const sparsecli_engine* engine) { return engine->forward->block_stack_ns; }
@@ -342,8 +364,8 @@ int64_t sparsecli_block_stack_ns(const sparsecli_engine* engine) { return engine
 void sparsecli_profile(sparsecli_engine* engine, double* seconds) {
     engine->profile = true;
     for (int64_t part = 0; part < PART_COUNT; ++part) {
-        if (seconds) seconds[part] = engine->forward->seconds[part];
-        engine->forward->seconds[part] = 0;
+        if (seconds) seconds[part] = engine->forward->seconds()[part];
+        engine->forward->seconds()[part] = 0;
     }
 }
 

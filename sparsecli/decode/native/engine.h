@@ -1,6 +1,6 @@
 // The C interface of the decode engine: pointers and 64-bit sizes, no exceptions, no global state but the chosen
 // instruction set. Functions that can fail return null or a negative number and leave one line in `error`
-// (SPARSECLI_ERROR_BYTES). `native.py` is the only caller and mirrors the structures below.
+// (SPARSECLI_ERROR_BYTES). `binding.py` is the only caller and mirrors the structures below.
 #pragma once
 #include <cstdint>
 
@@ -23,7 +23,7 @@ struct sparsecli_shape {
     int64_t modules, kernel;
     int64_t value_concat;          // 0 none, 1 modules, 2 whole
     int64_t query_key_norm;        // over every head, before rotary positions
-    int64_t query_rank, key_rank;  // numbers between the two maps that make them; 0: one map each
+    int64_t query_rank, key_rank;  // of two maps in a row; 0: one map each
     int64_t rms;
     int64_t positions;         // 0 learned, 1 sinusoidal, 2 rotary
     int64_t rotary_width;      // elements of a head that are turned, from its start
@@ -32,15 +32,15 @@ struct sparsecli_shape {
     int64_t concatenate;       // the two streams are put side by side in the end, not averaged
     int64_t attention_layers;  // of a block with two streams
     int64_t shared_query_key;  // keys are unit queries: 1 of one projection, 2 the mean of two
-    int64_t hash_rounds;       // of attention among keys that hash alike; 0: to all keys
+    int64_t hash_rounds;       // of LSH attention; 0: attention to all keys
     int64_t most_keys;         // that a token attends to then, itself among them
-    int64_t source;            // what an encoder made: 0 none, 1 attended to, 2 comes before the tokens
-    int64_t query_modules;     // of queries to the source; 0: dense
+    int64_t encoder;           // its output: 0 none, 1 read by cross-attention, 2 a prefix of the tokens
+    int64_t query_modules;     // of cross-attention's queries; 0: dense
     int64_t recurrent_layers, recurrent_width;  // of the branch beside the feed-forward layer
     int64_t head_modules;                       // 0: dense
     int64_t cache_type;                         // of keys and values
-    int64_t history_type;                       // of the convolutions' inputs: that of their ops
-    int64_t units_on_disk;                      // units are mapped from a file: ask for a layer's chosen rows at once
+    int64_t conv_type;                          // of convolutions' inputs and kernels
+    int64_t units_on_disk;                      // units are mapped from a file: read a layer's chosen rows ahead
     int64_t poison;                             // fill working memory with NaN first, for tests
     double epsilon, embedding_scale;
     const int64_t* units_per_block;  // of every layer, read once; mixture: experts a token
@@ -48,7 +48,7 @@ struct sparsecli_shape {
 
 int64_t sparsecli_interface(void);  // a version, and the size of the structure above: the caller compares
 
-const char* sparsecli_instruction_set(const char* wanted, char* error);  // null: not available; "auto": the best
+const char* sparsecli_instruction_set(const char* name, char* error);  // null: not available; "auto": the best
 
 struct sparsecli_engine;
 struct sparsecli_sequence;
@@ -67,45 +67,49 @@ struct sparsecli_tensor {
 };
 int64_t sparsecli_bind(sparsecli_engine* engine, const sparsecli_tensor* tensors, int64_t count, char* error);
 
-// The axes that an attention layer hashes keys on, layers counted in the order of their caches, in a text of
-// 2^(level - 1) + 1 to 2^level positions: (heads, head_width, columns), those of a round side by side, of its first
-// factor first, with as many of each factor as half of it; what fills columns up to a multiple of 16 is zero. They are
-// there before sequences that grow so long are made. The memory stays the caller's.
-int64_t sparsecli_bind_axes(sparsecli_engine* engine, int64_t place, int64_t level, const int64_t* factors,
-                            int64_t count, const float* axes, int64_t elements, char* error);
+// The rotations that an attention layer hashes keys with, in a text of 2^(level - 1) + 1 to 2^level positions: (heads,
+// head_width, columns). Columns of a round are side by side, those of its first factor first, half as many of each as the
+// factor; zeros fill them up to a multiple of 16. `cache_idx` numbers attention layers in order. Rotations have to be
+// bound before sequences that may grow so long are made. Their memory stays the caller's.
+int64_t sparsecli_bind_rotations(sparsecli_engine* engine, int64_t cache_idx, int64_t level, const int64_t* factors,
+                                 int64_t count, const float* rotations, int64_t elements, char* error);
 
-// With room for `capacity` tokens, 1 to 2^30, after a source of at most `source` rows, 0 to 2^30.
-sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, int64_t source, char* error);
+// With room for `capacity` tokens, 1 to 2^30, and for `encoder_rows` rows of an encoder's output, 0 to 2^30.
+sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t capacity, int64_t encoder_rows,
+                                              char* error);
 void sparsecli_sequence_destroy(sparsecli_sequence* sequence);
 int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence);
 void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length);
 // INT64_MAX: more than can be counted, or a number out of range.
-int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t source);
+int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t encoder_rows);
 
-// Begins a sequence anew with what an encoder made of a source: `rows` vectors of d_model for each stream; the second is
-// read where there are two and the source is joined.
-int64_t sparsecli_read_source(sparsecli_engine* engine, sparsecli_sequence* sequence, const float* first,
-                              const float* second, int64_t rows, char* error);
+// Empties a sequence and gives it an encoder's output: `rows` vectors of d_model for each stream. The second stream is
+// read where there are two and the output is a prefix.
+int64_t sparsecli_read_encoder(sparsecli_engine* engine, sparsecli_sequence* sequence, const float* first,
+                               const float* second, int64_t rows, char* error);
 
-// What another implementation remembers of the first `rows` positions, for a sequence that goes on from there: of one
-// attention layer after the other keys and values (rows, heads, head_width) and, where the layer has them, inputs of
-// its convolutions (rows, d_model; with what values read beside them 2 d_model), inputs of that of its output (rows,
-// d_model), and states of the recurrent units (recurrent_layers, rows, recurrent_width), of a block with its first
-// layer. The sequence is empty until `sparsecli_go_on` says that all are there, and how many rows were a joined source.
-int64_t sparsecli_remember(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t place, const float* keys,
-                           const float* values, const float* inputs, const float* output_inputs, const float* states,
-                           int64_t rows, char* error);
-int64_t sparsecli_go_on(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t rows, int64_t source,
-                        char* error);
+// Empties a sequence and fills one attention layer's caches with what another implementation computed for the first
+// `positions`: keys and values (positions, heads, head_width) and, where the layer has them,
+//   conv_inputs         of the projection's convolutions (positions, d_model), or with a value's second input beside them
+//                       (positions, 2 d_model)
+//   output_conv_inputs  of the output's convolution (positions, d_model)
+//   recurrent_states    after each position (recurrent_layers, positions, recurrent_width), with a block's first layer
+// Once all layers are imported, sparsecli_import_done sets the length and how many positions are an encoder's prefix.
+int64_t sparsecli_import_kv(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t cache_idx,
+                            const float* keys, const float* values, const float* conv_inputs,
+                            const float* output_conv_inputs, const float* recurrent_states, int64_t positions,
+                            char* error);
+int64_t sparsecli_import_done(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t positions, int64_t prefix,
+                              char* error);
 
-// Adds tokens[i] to sequences[i], `count` of them; the same sequence may come several times, but in a row (a prompt).
-// logits (rows, vocabulary) of every token where all_logits, else of each sequence's last. -2: no such token.
-int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* sequences, const int64_t* tokens,
+// Adds ids[i] to sequences[i], `count` of them; tokens of one sequence (a prompt) follow one another.
+// logits (rows, vocabulary): of every token where all_logits, else of each sequence's last. -2: no such token.
+int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* sequences, const int64_t* ids,
                           int64_t count, int64_t all_logits, float* logits, char* error);
 
-// Units that were computed in full since the last call, of every layer, and tokens that were added, for which the rows
-// of a joined source count too: blocks compute them like tokens.
-void sparsecli_counts(sparsecli_engine* engine, int64_t* units, int64_t* tokens);
+// Units of every layer that were computed in full since the last call, and the tokens that were added meanwhile, rows of
+// a prefix among them.
+void sparsecli_active_units(sparsecli_engine* engine, int64_t* units, int64_t* tokens);
 
 // Nanoseconds that the blocks of the last sparsecli_forward took, and seconds by part since the last call.
 int64_t sparsecli_block_stack_ns(const sparsecli_engine* engine);

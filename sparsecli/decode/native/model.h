@@ -12,16 +12,16 @@
 
 namespace sparsecli {
 
-enum FeedForward { DENSE_UNITS = 0, SPARSE_UNITS = 1, MIXTURE_UNITS = 2, SELECTOR_UNITS = 3, PRECISION_UNITS = 4 };
+enum FeedForwardKind { DENSE_UNITS = 0, SPARSE_UNITS = 1, MIXTURE_UNITS = 2, SELECTOR_UNITS = 3, PRECISION_UNITS = 4 };
 enum Projection { DENSE = 0, MULTIPLICATIVE = 1, DENSE_CONV = 2, MULTIPLICATIVE_CONV = 3 };
 enum Output { NO_OUTPUT = 0, DENSE_OUTPUT = 1, MULTIPLICATIVE_OUTPUT = 2, MULTIPLICATIVE_CONV_OUTPUT = 3 };
 enum Positions { LEARNED = 0, SINUSOIDAL = 1, ROTARY = 2 };
 enum ValueConcat { NO_CONCAT = 0, CONCAT_MODULES = 1, CONCAT_WHOLE = 2 };
 enum SharedQueryKey { OWN_KEYS = 0, ONE_PROJECTION = 1, MEAN_OF_TWO = 2 };
-enum Source { NO_SOURCE = 0, CROSS_ATTENTION = 1, JOINED = 2 };
+enum EncoderUse { NO_ENCODER = 0, CROSS_ATTENTION = 1, PREFIX = 2 };
 
-// A dense or a multiplicative map, whichever is bound.
-struct Map {
+// A linear map, dense or multiplicative (D and E), whichever is bound.
+struct Linear {
     Matrix weight, D, E, bias;
 };
 
@@ -35,17 +35,17 @@ struct Convolution {
 
 struct AttentionLayer {
     Norm norm;
-    Map query, key, value, shared, output;
-    Map query_first, key_first;  // of two maps the first; the second is `query` or `key`
-    Norm query_norm, key_norm;   // of every head
+    Linear query, key, value, shared, output;
+    Linear query_first, key_first;  // of two maps the first; the second is `query` or `key`
+    Norm query_norm, key_norm;      // of every head
     Convolution query_convolution, key_convolution, value_convolution, output_convolution;
 };
 
 // Simple recurrent units on a narrow path beside the feed-forward layer.
 struct Recurrence {
     Norm norm;
-    Map enter, leave;
-    std::vector<Map> cells;
+    Linear enter, leave;
+    std::vector<Linear> cells;
 };
 
 struct Block {
@@ -53,15 +53,15 @@ struct Block {
     AttentionLayer cross;         // to an encoder's output
     Recurrence recurrence;
     Norm feed_forward_norm;
-    Map gate, up, down;  // dense feed-forward
+    Linear gate, up, down;  // dense feed-forward
     Matrix router, controller_first, controller_second, controller_bias, units, unit_bias, bias;
-    Matrix copy;  // of gate and up in few bits: panels of either in turn
+    Matrix sketch;  // quantized gate and up rows of all units: panels of either in turn
     Matrix importance, threshold, base_down, residual;
-    Map bypass_first, bypass_second;
+    Linear bypass_first, bypass_second;
 };
 
 // What keys of an attention layer are hashed on in texts of some length.
-struct Axes {
+struct LshRotations {
     std::vector<int64_t> factors;  // of the number of buckets
     int64_t buckets = 0, columns = 0;
     const float* data = nullptr;  // [head][width][columns]
@@ -77,20 +77,23 @@ struct Model {
     sparsecli_shape shape;
     Matrix embedding, positions, frequencies, exact_head;
     Norm norm;
-    Map head;
+    Linear head;
     std::vector<Block> blocks;
     std::vector<int64_t> chosen_in_blocks;
-    std::vector<Axes> axes;                    // [cache][level], null where no sequence needs them
-    bool quantised = false, few_bits = false;  // what some weights that meet activations are
+    std::vector<LshRotations> rotations;  // [cache][level], null where no sequence needs them
+    bool quantized = false;               // some weights are multiplied with integer activations
+    bool group_sums = false;              // some of them need sums of these, see Activations
 
     int64_t attention_width() const { return shape.head_width * shape.heads; }
     int64_t key_width() const { return shape.head_width * shape.key_value_heads; }
     int64_t merged_width() const { return shape.concatenate ? 2 * shape.d_model : shape.d_model; }
     int64_t caches() const { return shape.layers * shape.attention_layers; }  // of keys and values, one after the other
     bool hashes() const { return shape.hash_rounds > 0; }
-    // Of the text whose last position is given.
-    const Axes& axes_of(int64_t place, int64_t last) const { return axes[size_t(place * LEVELS + level_of(last))]; }
-    bool crosses() const { return shape.source == CROSS_ATTENTION; }
+    // For a text whose last position is given.
+    const LshRotations& rotations_of(int64_t cache_idx, int64_t last) const {
+        return rotations[size_t(cache_idx * LEVELS + level_of(last))];
+    }
+    bool crosses() const { return shape.encoder == CROSS_ATTENTION; }
     int64_t query_module_width() const { return shape.query_modules ? shape.d_model / shape.query_modules : 0; }
     int64_t parts() const { return shape.gated ? 3 : 2; }
     int64_t module_width() const { return shape.d_model / shape.modules; }
@@ -108,7 +111,7 @@ struct Model {
         return units;
     }
     bool selects() const { return shape.feed_forward == SELECTOR_UNITS; }
-    bool promotes() const { return shape.feed_forward == PRECISION_UNITS; }
+    bool refines() const { return shape.feed_forward == PRECISION_UNITS; }
 
     // k of a layer: units of a block, or experts a token.
     int64_t chosen_in_block(int64_t layer) const { return chosen_in_blocks[size_t(layer)]; }
@@ -130,7 +133,7 @@ struct Model {
           blocks(size_t(given.layers)),
           chosen_in_blocks(given.units_per_block, given.units_per_block + given.layers) {
         shape.units_per_block = chosen_in_blocks.data();
-        axes.resize(size_t(hashes() ? caches() * LEVELS : 0));
+        rotations.resize(size_t(hashes() ? caches() * LEVELS : 0));
         for (Block& block : blocks) block.recurrence.cells.resize(size_t(shape.recurrent_layers));
     }
 
@@ -169,7 +172,7 @@ struct Model {
                    {"units", &block.units},
                    {"unit_bias", &block.unit_bias},
                    {"bias", &block.bias},
-                   {"sketch", &block.copy},
+                   {"sketch", &block.sketch},
                    {"importance", &block.importance},
                    {"threshold", &block.threshold},
                    {"base.down", &block.base_down},
@@ -206,7 +209,7 @@ struct Model {
         to[name + ".bias"] = &norm.bias;
     }
 
-    static void list(Names& to, const std::string& name, Map& map) {
+    static void list(Names& to, const std::string& name, Linear& map) {
         to[name + ".weight"] = &map.weight;
         to[name + ".D"] = &map.D;
         to[name + ".E"] = &map.E;

@@ -1,4 +1,7 @@
-// What is remembered of one sequence, and how much memory that takes.
+// The caches of one sequence: keys and values, inputs of convolutions, states of recurrent units.
+//
+// A cache is numbered by `cache_idx` = layer_idx * attention_layers + attention layer of the block. Caches of
+// cross-attention and states of recurrent units are numbered by `layer_idx`.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -8,125 +11,84 @@
 
 namespace sparsecli {
 
-// Keys and values of several attention layers, every head's on its own, `positions` each.
+// Keys and values of several attention layers, each head apart.
 struct KeyValues {
-    int64_t positions = 0, heads = 0;
-    bool by_rows = false;  // a key's numbers lie side by side, as a value's do: some of the keys are read
+    int64_t positions = 0, heads = 0, head_width = 0, value_stride = 0, type = FLOAT32;
+    bool by_rows = false;  // keys are laid out as values are, so that some of them can be read (LSH attention)
     Buffer<char> keys, values;
     Buffer<float> key_scales, value_scales;
+
+    HeadCache of_head(int64_t cache_idx, int64_t head) const {
+        const int64_t at = (cache_idx * heads + head) * positions, bytes = type_bytes(type);
+        return {keys.data + at * (by_rows ? value_stride : head_width) * bytes, values.data + at * value_stride * bytes,
+                key_scales.data ? key_scales.data + at : nullptr, value_scales.data ? value_scales.data + at : nullptr,
+                by_rows};
+    }
 };
 
-// Keys of a head that have buckets: so many from the first, each in one of so many.
+// Inputs of a convolution over positions, for several layers: `kernel` - 1 rows of zeros, then one row a position.
+// A row begins and ends with zeros, where windows of the outer modules reach beyond it.
+struct ConvState {
+    int64_t padding = 0, rows = 0, row_bytes = 0, margin_bytes = 0, type = FLOAT32;
+    Buffer<char> inputs;
+
+    // Module 0 of a position, which may be as low as 1 - kernel.
+    char* row(int64_t idx, int64_t position) const {
+        return inputs.data + (idx * rows + padding + position) * row_bytes + margin_bytes;
+    }
+
+    // Elements [begin, end) of x become those of the row.
+    void append(const Ops& ops, int64_t idx, int64_t position, const float* x, int64_t begin, int64_t end) const {
+        ops.convert(x + begin, type, end - begin, row(idx, position) + begin * type_bytes(type));
+    }
+};
+
+// How many keys of a head are hashed, from position 0 on, and into how many buckets.
 struct Hashed {
     int64_t positions = 0, buckets = 0;
 };
 
 struct Sequence {
-    int64_t capacity, length = 0;                    // positions; where a source is joined it takes the first ones
-    int64_t source_capacity = 0, source_length = 0;  // rows of an encoder's output
-    int64_t first = 0;                               // position of the first token
-    int64_t newest = 0;                              // position of the pass that is running
-    KeyValues own, source;
-    Buffer<int32_t> buckets;                                             // of keys: [cache][head][round][position]
-    std::vector<Hashed> hashed;                                          // [cache][head]
-    Buffer<char> history, value_history, output_history, query_history;  // inputs of convolutions, all positions
-    Buffer<float> states;                                                // of recurrent units after every position
-};
+    int64_t capacity, length = 0;                      // positions, a prefix among them
+    int64_t encoder_capacity = 0, encoder_length = 0;  // rows of an encoder's output
+    int64_t prefix = 0;                                // positions that an encoder's output takes before the tokens
+    int64_t newest = 0;                                // last position of the pass that is running
+    KeyValues self_attention, cross_attention;
+    Buffer<int32_t> buckets;                                   // of keys: [cache][head][round][position]
+    std::vector<Hashed> hashed;                                // [cache][head]
+    ConvState projection_inputs, value_inputs, output_inputs;  // by cache_idx
+    ConvState query_inputs;                                    // of cross-attention
+    Buffer<float> recurrent_states;                            // [layer][cell][1 + position][recurrent_width]
 
-// Strides of a sequence's buffers, in elements.
-struct CacheSizes {
-    int64_t value_stride, history_margin, history_row, value_history_row, query_margin, query_history_row;
-
-    explicit CacheSizes(const Model& model) {
+    float* recurrent_state(const Model& model, int64_t layer_idx, int64_t cell, int64_t position) const {
         const sparsecli_shape& s = model.shape;
-        const bool convolved = model.convolves() || s.output == MULTIPLICATIVE_CONV_OUTPUT;
-        const int64_t width = convolved ? model.module_width() : 0, query_width = model.query_module_width();
-        value_stride = round_up(s.head_width, LANES);
-        history_margin = round_up(width, LANES);
-        history_row = round_up(history_margin + s.d_model + width + LANES, LANES);
-        value_history_row = round_up(2 * s.d_model + LANES, LANES);
-        query_margin = round_up(query_width, LANES);
-        query_history_row = round_up(query_margin + s.d_model + query_width + LANES, LANES);
+        return recurrent_states.data +
+               ((layer_idx * s.recurrent_layers + cell) * (1 + capacity) + 1 + position) * s.recurrent_width;
     }
 };
 
-// Bytes of keys, of values, and of the scales of either where they are int8.
-struct KeyValueBytes {
-    int64_t keys, values, scales;
+// Inputs of a value's convolution that reads x beside the shared projection m, both (d): module by module, or one
+// after the other. Elements [begin, end) of either.
+void append_concatenated(const Model& model, const Ops& ops, const ConvState& state, int64_t cache_idx,
+                         int64_t position, const float* m, const float* x, int64_t begin, int64_t end);
 
-    KeyValueBytes(const Model& model, int64_t caches, int64_t heads, int64_t positions, bool by_rows) {
-        const sparsecli_shape& s = model.shape;
-        const int64_t held = caches * heads * round_up(positions, LANES);
-        const int64_t row = CacheSizes(model).value_stride;
-        keys = held * (by_rows ? row : s.head_width) * type_bytes(s.cache_type);
-        values = held * row * type_bytes(s.cache_type);
-        scales = s.cache_type == INT8 ? held * int64_t(sizeof(float)) : 0;
-    }
-
-    int64_t all() const { return keys + values + 2 * scales; }
+// What another implementation computed for positions 0 to `count` - 1 of one attention layer, see sparsecli_import_kv.
+struct ImportedLayer {
+    const float *keys, *values, *conv_inputs, *output_conv_inputs, *recurrent_states;
+    int64_t count;
 };
+void import_kv(Sequence& sequence, const Model& model, const Ops& ops, int64_t cache_idx, const ImportedLayer& layer);
 
-// Bytes of a sequence's buffers; 0: the model does not have it.
-struct CacheBytes {
-    KeyValueBytes own, source;
-    int64_t history, value_history, output_history, query_history, states, buckets;
+// Positions of a sequence with room for so many tokens and rows of an encoder's output.
+int64_t positions_of(const Model& model, int64_t tokens, int64_t encoder_rows);
 
-    CacheBytes(const Model& model, int64_t capacity, int64_t source_rows)
-        : own(model, model.caches(), model.shape.key_value_heads, capacity, model.hashes()),
-          source(model, model.crosses() ? model.shape.layers : 0, model.shape.heads, source_rows, false) {
-        const sparsecli_shape& s = model.shape;
-        const CacheSizes sizes(model);
-        const int64_t rows = (s.kernel - 1 + capacity) * type_bytes(s.history_type);
-        const bool convolves = model.convolves();
-        history = convolves ? model.caches() * rows * sizes.history_row : 0;
-        value_history = convolves && s.value_concat ? model.caches() * rows * sizes.value_history_row : 0;
-        output_history = s.output == MULTIPLICATIVE_CONV_OUTPUT ? model.caches() * rows * sizes.history_row : 0;
-        query_history = s.query_modules ? s.layers * rows * sizes.query_history_row : 0;
-        states = s.layers * s.recurrent_layers * (1 + capacity) * s.recurrent_width * int64_t(sizeof(float));
-        buckets = model.caches() * s.heads * s.hash_rounds * round_up(capacity, LANES) * int64_t(sizeof(int32_t));
-    }
+// Whether a sequence can be that long: numbers in range, and bytes that 64 bits can count.
+bool countable(const Model& model, int64_t tokens, int64_t encoder_rows);
 
-    int64_t all() const {
-        return own.all() + source.all() + history + value_history + output_history + query_history + states + buckets;
-    }
-};
+// Bytes of all caches of a sequence.
+int64_t cache_bytes(const Model& model, int64_t capacity, int64_t encoder_rows);
 
-// Positions of a sequence for so many tokens and source rows.
-inline int64_t positions_of(const Model& model, int64_t tokens, int64_t source_rows) {
-    return tokens + (model.shape.source == JOINED ? source_rows : 0);
-}
-
-// Whether a sequence may be asked for: numbers in range, and bytes that 64 bits can count. Those of many positions are
-// no more than as many times those of one.
-inline bool countable(const Model& model, int64_t tokens, int64_t source_rows) {
-    constexpr int64_t MOST = int64_t(1) << 30;
-    if (tokens < 1 || tokens > MOST || source_rows < 0 || source_rows > MOST) return false;
-    return tokens + source_rows <= INT64_MAX / CacheBytes(model, 1, 1).all();
-}
-
-inline void allocate(KeyValues& held, const KeyValueBytes& bytes, int64_t heads, int64_t positions, bool poison) {
-    held.heads = heads;
-    held.positions = round_up(positions, LANES);
-    held.keys.bytes(bytes.keys, poison);
-    held.values.bytes(bytes.values, poison);
-    held.key_scales.bytes(bytes.scales, poison);
-    held.value_scales.bytes(bytes.scales, poison);
-}
-
-// Memory for one sequence, whose capacities are given; throws std::bad_alloc.
-inline void allocate(Sequence& sequence, const Model& model) {
-    const sparsecli_shape& s = model.shape;
-    const CacheBytes b(model, sequence.capacity, sequence.source_capacity);
-    allocate(sequence.own, b.own, s.key_value_heads, sequence.capacity, s.poison);
-    sequence.own.by_rows = model.hashes();
-    sequence.buckets.bytes(b.buckets, s.poison);
-    sequence.hashed.resize(size_t(model.hashes() ? model.caches() * s.heads : 0));
-    allocate(sequence.source, b.source, s.heads, sequence.source_capacity, s.poison);
-    sequence.history.bytes(b.history, false);  // margins and what precedes the first position are zero
-    sequence.value_history.bytes(b.value_history, false);
-    sequence.output_history.bytes(b.output_history, false);
-    sequence.query_history.bytes(b.query_history, false);
-    sequence.states.bytes(b.states, false);  // zeros before the first position
-}
+// Memory for a sequence whose capacities are given; throws std::bad_alloc.
+void allocate(Sequence& sequence, const Model& model);
 
 }  // namespace sparsecli

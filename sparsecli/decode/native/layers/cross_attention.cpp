@@ -1,89 +1,62 @@
-// What was made elsewhere: keys and values of an encoder's output, with attention to them, and what another
-// implementation remembers of the first positions.
-#include "layers/forward.h"
+#include "layers/cross_attention.h"
 
 namespace sparsecli {
 
-void Forward::remember_source(const std::vector<Row>& rows) {
-    rows_ = &rows;
-    profile_ = false;
-    pool_.run([this](int64_t worker) { source_pass(worker); }, false);
+CrossAttention::CrossAttention(Workspace& space) : heads_(space, space.model.crosses()) {
+    space.for_tokens(shared_projection_, space.shape.query_modules ? space.shape.d_model : 0, true);
 }
 
-void Forward::source_pass(int64_t worker) {
-    const Range rows = mine(count(), 1, worker);
+void CrossAttention::read_encoder(Pass& pass) {
+    const Buffer<float>& states = pass.space.residual;
+    const Range rows = pass.mine(pass.count(), 1);
     for (int64_t t = rows.begin; t < rows.end; ++t)
-        std::memcpy(x_.row(t), (*rows_)[size_t(t)].vectors[0], size_t(shape_.d_model) * sizeof(float));
-    barrier(worker, OTHER);
-    const Activations x = readable(x_, d_stride_, worker);
-    for (int64_t layer = 0; layer < shape_.layers; ++layer) {
-        const AttentionLayer& cross = model_.blocks[size_t(layer)].cross;
-        linear(cross.key, x, k_row_.row(0), a_stride_, worker);
-        linear(cross.value, x, v_.row(0), a_stride_, worker);
-        barrier(worker, PROJECTION);
-        each(shape_.heads, worker, [&](int64_t t, int64_t begin, int64_t end) {
-            for (int64_t head = begin; head < end; ++head) append(&Sequence::source, layer, t, head);
+        std::memcpy(states.row(t), pass.token(t).encoder_states[0], size_t(pass.shape.d_model) * sizeof(float));
+    pass.barrier(OTHER);
+    const Activations x = pass.readable(states);
+    for (int64_t layer_idx = 0; layer_idx < pass.shape.layers; ++layer_idx) {
+        const AttentionLayer& layer = pass.model.blocks[size_t(layer_idx)].cross;
+        pass.linear(layer.key, x, heads_.keys);
+        pass.linear(layer.value, x, heads_.values);
+        pass.barrier(PROJECTION);
+        pass.each(pass.shape.heads, [&](int64_t t, int64_t begin, int64_t end) {
+            for (int64_t head = begin; head < end; ++head)
+                heads_.append(pass, pass.token(t).sequence->cross_attention, layer_idx, t, head);
         });
-        barrier(worker, ATTENTION);
+        pass.barrier(ATTENTION);
     }
 }
 
-void Forward::cross_attention(const AttentionLayer& cross, int64_t layer, int64_t worker) {
-    const Activations x = normalized(cross.norm, worker);
-    if (count() == 1) fetch_cache(&Sequence::source, layer, worker);
-    mark(worker, OTHER);
-    if (shape_.query_modules)
-        convolve_queries(cross, layer, x, worker);
+void CrossAttention::run(Pass& pass, const AttentionLayer& layer, int64_t layer_idx) {
+    const bool convolved = pass.shape.query_modules;
+    const Activations x = pass.normalized(layer.norm);
+    if (pass.single()) prefetch_cache(pass, &Sequence::cross_attention, layer_idx);
+    pass.mark(OTHER);
+    if (convolved)
+        convolve_queries(pass, layer, layer_idx, x);
     else
-        linear(cross.query, x, q_.row(0), a_stride_, worker);
-    barrier(worker, shape_.query_modules ? CONVOLUTION : PROJECTION);
-    attend(cross, &Sequence::source, layer, worker);
-    barrier(worker, ATTENTION);
-    if (!shape_.query_modules) project_output(cross.output, worker);
+        pass.linear(layer.query, x, heads_.queries);
+    pass.barrier(convolved ? CONVOLUTION : PROJECTION);
+    attend(pass, heads_, &Sequence::cross_attention, layer_idx, nullptr, 1 / std::sqrt(float(pass.shape.head_width)),
+           convolved);
+    pass.barrier(ATTENTION);
+    if (!convolved) heads_.project_output(pass, layer.output);
 }
 
-void Forward::convolve_queries(const AttentionLayer& cross, int64_t layer, const Activations& x, int64_t worker) {
-    const int64_t modules = shape_.query_modules, width = model_.query_module_width();
-    const auto past = [&](int64_t t) {
-        const Row& row = (*rows_)[size_t(t)];
-        return history_of(row, row.sequence->query_history, layer, sizes_.query_history_row, sizes_.query_margin);
-    };
-    each(modules, worker, [&](int64_t t, int64_t begin, int64_t end) {
-        multiply(cross.shared, x.values + t * x.stride, begin, end, m_.row(t), worker);
-        remember(past(t), m_.row(t), begin * width, end * width);
+void CrossAttention::convolve_queries(Pass& pass, const AttentionLayer& layer, int64_t layer_idx,
+                                      const Activations& x) {
+    const int64_t modules = pass.shape.query_modules, width = pass.model.query_module_width();
+    pass.each(modules, [&](int64_t t, int64_t begin, int64_t end) {
+        const Token& token = pass.token(t);
+        pass.multiply(layer.shared, x.values + t * x.stride, begin, end, shared_projection_.row(t));
+        token.sequence->query_inputs.append(pass.ops, layer_idx, token.position, shared_projection_.row(t),
+                                            begin * width, end * width);
     });
-    barrier(worker, MULTIPLY);
-    each(modules, worker, [&](int64_t t, int64_t begin, int64_t end) {
-        run_convolution(cross.query_convolution, past(t), width, width, begin, end, q_.row(t), worker);
+    pass.barrier(MULTIPLY);
+    pass.each(modules, [&](int64_t t, int64_t begin, int64_t end) {
+        const Token& token = pass.token(t);
+        convolve(pass, layer.query_convolution, token.sequence->query_inputs, layer_idx, token.position, width, width,
+                 begin, end, heads_.queries.row(t));
     });
-}
-
-void Forward::take_over(Sequence& sequence, int64_t place, const float* keys, const float* values, const float* inputs,
-                        const float* output_inputs, const float* states, int64_t count) {
-    const int64_t d = shape_.d_model, width = model_.key_width(), units = shape_.recurrent_width;
-    const int64_t cells = states ? shape_.recurrent_layers : 0, layer = place / shape_.attention_layers;
-    std::vector<Row> rows{{&sequence, 0, -1, nullptr}};
-    rows_ = &rows;
-    for (int64_t position = 0; position < count; ++position) {
-        rows[0].position = position;
-        std::memcpy(k_row_.row(0), keys + position * width, size_t(width) * sizeof(float));
-        std::memcpy(v_.row(0), values + position * width, size_t(width) * sizeof(float));
-        for (int64_t head = 0; head < shape_.key_value_heads; ++head) append(&Sequence::own, place, 0, head);
-        if (inputs) {
-            const float* line = inputs + position * (shape_.value_concat ? 2 * d : d);
-            std::memcpy(m_.row(0), line, size_t(d) * sizeof(float));
-            remember(history(place, 0), m_.row(0), 0, d);
-            if (shape_.value_concat) remember_joined(place, 0, line + d, 0, d);
-        }
-        if (output_inputs) remember(output_history(place, 0), output_inputs + position * d, 0, d);
-        for (int64_t cell = 0; cell < cells; ++cell) {
-            const int64_t at = (layer * cells + cell) * (1 + sequence.capacity) + position + 1;
-            std::memcpy(sequence.states.data + at * units, states + (cell * count + position) * units,
-                        size_t(units) * sizeof(float));
-        }
-    }
-    for (int64_t head = 0; head < shape_.heads && model_.hashes(); ++head)
-        sequence.hashed[size_t(place * shape_.heads + head)] = {};
 }
 
 }  // namespace sparsecli

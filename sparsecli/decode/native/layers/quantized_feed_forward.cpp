@@ -1,42 +1,46 @@
-// Feed-forward layers that read all their units in few bits: to choose those that are computed exactly (selector), or to
-// compute all of them, and the chosen ones with more bits (precision).
-#include <numeric>
+#include "layers/quantized_feed_forward.h"
 
-#include "layers/forward.h"
+#include <numeric>
 
 namespace sparsecli {
 
-constexpr int64_t UNITS_AT_ONCE = 64;  // at least: read in few bits, then chosen from
+constexpr int64_t UNITS_AT_ONCE = 64;  // at least: read from the sketch, then chosen from
 
-// This worker's units: whole blocks and whole panels.
-Range Forward::copied_units(int64_t worker) const { return mine(shape_.d_ff, model_.whole_blocks(), worker); }
+// -- the sketch ----------------------------------------------------------------------------------------------
 
-// Calls body(first, last) for pieces of `units`, whole blocks and panels each.
+Sketch::Sketch(Workspace& space) {
+    space.for_tokens(products, space.model.padded_units() * space.model.inward(), true);
+}
+
+Range Sketch::my_units(const Pass& pass, int64_t worker) {
+    return share(pass.shape.d_ff, pass.model.whole_blocks(), worker, pass.workers());
+}
+
 template <class F>
-void Forward::each_piece(Range units, const F& body) const {
-    const int64_t step = round_up(UNITS_AT_ONCE, model_.whole_blocks());
+void Sketch::each_piece(const Pass& pass, Range units, const F& body) {
+    const int64_t step = round_up(UNITS_AT_ONCE, pass.model.whole_blocks());
     for (int64_t first = units.begin; first < units.end; first += step) body(first, std::min(first + step, units.end));
 }
 
-// Units [first, last) in few bits: what enters their activations into `pairs_`, what they give into `h`.
-void Forward::read_copy(const Block& block, int64_t first, int64_t last, const Activations& x, Buffer<float>& h) {
-    const int64_t inward = model_.inward();
+void Sketch::read(const Pass& pass, const Block& block, int64_t first, int64_t last, const Activations& x,
+                  const Buffer<float>& hidden) const {
+    const int64_t inward = pass.model.inward();
     const float* bias = values(block.unit_bias);
-    k_.matmul(block.copy, first * inward, round_up(last, LANES) * inward, x, count(), pairs_.row(0), pair_stride_);
-    for (int64_t t = 0; t < count(); ++t)
+    pass.linear(block.sketch, nullptr, {first * inward, round_up(last, LANES) * inward}, x, pass.count(),
+                products.row(0), products.stride);
+    for (int64_t t = 0; t < pass.count(); ++t)
         for (int64_t u = first; u < last; u += LANES) {
             const int64_t held = std::min(LANES, last - u);
-            float* before = pairs_.row(t) + u * inward;
-            for (int64_t i = 0; bias && i < held; ++i) before[i] += bias[u + i];
-            std::memcpy(h.row(t) + u, before + (inward - 1) * LANES, size_t(held) * sizeof(float));
-            k_.activate(shape_.activation, inward == 2 ? before : nullptr, h.row(t) + u, held);
+            float *gate = products.row(t) + u * inward, *h = hidden.row(t) + u;
+            for (int64_t i = 0; bias && i < held; ++i) gate[i] += bias[u + i];
+            std::memcpy(h, gate + (inward - 1) * LANES, size_t(held) * sizeof(float));
+            pass.ops.activate(pass.shape.activation, inward == 2 ? gate : nullptr, h, held);
         }
 }
 
-// The k best units of each block of [first, last), for what they give: the largest |h| * importance, best first.
-void Forward::choose_best(const Block& block, int64_t layer, int64_t first, int64_t last, const float* h,
-                          int32_t* chosen) const {
-    const int64_t size = shape_.block_size, k = model_.chosen_in_block(layer);
+void Sketch::choose(const Pass& pass, const Block& block, int64_t k, int64_t first, int64_t last, const float* hidden,
+                    int32_t* chosen) {
+    const int64_t size = pass.shape.block_size;
     const float* importance = values(block.importance);
     float scores[MAX_BLOCK];
     for (int64_t start = first; start < last; start += size) {
@@ -46,7 +50,7 @@ void Forward::choose_best(const Block& block, int64_t layer, int64_t first, int6
             continue;
         }
         for (int64_t i = 0; i < size; ++i) {
-            const float score = std::fabs(h[start + i]) * importance[start + i];
+            const float score = std::fabs(hidden[start + i]) * importance[start + i];
             scores[i] = score > 0 ? score : 0;  // no NaN
         }
         for (int64_t j = 0; j < k; ++j) {
@@ -61,118 +65,180 @@ void Forward::choose_best(const Block& block, int64_t layer, int64_t first, int6
 
 // -- selector ------------------------------------------------------------------------------------------------
 
-void Forward::selected_units(const Block& block, int64_t layer, const Activations& x, int64_t worker) {
-    if (shape_.rank) linear(block.bypass_first, x, z_.row(0), z_stride_, worker);
-    const Range units = copied_units(worker);
-    if (shape_.positive) return positive_units(block, layer, x, units, worker);
-    const int64_t size = shape_.block_size, k = model_.chosen_in_block(layer);
-    each_piece(units, [&](int64_t first, int64_t last) {
-        if (k < size) read_copy(block, first, last, x, estimates_);
-        for (int64_t t = 0; t < count(); ++t) {
-            choose_best(block, layer, first, last, estimates_.row(t), chosen_.row(t));
-            fetch_units(block, t, first / size * k, last / size * k);
-            if (count() > 1) use_units(block, first / size * k, last / size * k, x, t);
-        }
-    });
-    mark(worker, CONTROLLER);
-    if (count() == 1) use_units(block, units.begin / size * k, units.end / size * k, x, 0);
-    workers_[size_t(worker)].used[size_t(layer)] += count() * (units.end - units.begin) / size * k;
+SelectorFeedForward::SelectorFeedForward(Workspace& space) : sketch_(space), chosen_(space) {
+    const int64_t rank = space.model.padded_rank();
+    space.reads(rank);
+    space.for_tokens(estimates_, space.shape.d_ff, true);
+    space.for_tokens(bypass_hidden_, rank, false);
+    space.for_tokens(positive_units_, space.shape.positive ? space.pool.threads() : 0, false);
 }
 
-// Units whose estimate lies above their threshold. They are listed from the beginning of this worker's units on.
-void Forward::positive_units(const Block& block, int64_t layer, const Activations& x, Range units, int64_t worker) {
+void SelectorFeedForward::activate(Pass& pass, const Block& block, int64_t layer_idx, const Activations& x) {
+    if (pass.shape.rank) pass.linear(block.bypass_first, x, bypass_hidden_);
+    if (pass.shape.positive)
+        activate_positive(pass, block, layer_idx, x);
+    else
+        activate_best(pass, block, layer_idx, x);
+    pass.barrier(UNIT_DOTS);
+}
+
+void SelectorFeedForward::activate_best(Pass& pass, const Block& block, int64_t layer_idx, const Activations& x) {
+    const int64_t size = pass.shape.block_size, k = pass.model.chosen_in_block(layer_idx);
+    const Range units = Sketch::my_units(pass, pass.worker);
+    Sketch::each_piece(pass, units, [&](int64_t first, int64_t last) {
+        const int64_t begin = first / size * k, end = last / size * k;
+        if (k < size) sketch_.read(pass, block, first, last, x, estimates_);
+        for (int64_t t = 0; t < pass.count(); ++t) {
+            Sketch::choose(pass, block, k, first, last, estimates_.row(t), chosen_.units.row(t));
+            prefetch(pass, block, t, begin, end);
+            if (!pass.single()) activate_units(pass, block, t, begin, end, x);
+        }
+    });
+    pass.mark(CONTROLLER);
+    const int64_t begin = units.begin / size * k, end = units.end / size * k;
+    if (pass.single()) activate_units(pass, block, 0, begin, end, x);
+    pass.count_units(layer_idx, pass.count() * (end - begin));
+}
+
+// A worker lists what it finds from its first unit's place on.
+void SelectorFeedForward::activate_positive(Pass& pass, const Block& block, int64_t layer_idx, const Activations& x) {
     const float* threshold = values(block.threshold);
-    for (int64_t t = 0; t < count(); ++t) found_.row(t)[worker] = 0;
-    each_piece(units, [&](int64_t first, int64_t last) {
-        read_copy(block, first, last, x, estimates_);
-        for (int64_t t = 0; t < count(); ++t) {
-            const int64_t begin = units.begin + found_.row(t)[worker];
+    const Range units = Sketch::my_units(pass, pass.worker);
+    const auto found = [&](int64_t t) -> int64_t& { return positive_units_.row(t)[pass.worker]; };
+    for (int64_t t = 0; t < pass.count(); ++t) found(t) = 0;
+    Sketch::each_piece(pass, units, [&](int64_t first, int64_t last) {
+        sketch_.read(pass, block, first, last, x, estimates_);
+        for (int64_t t = 0; t < pass.count(); ++t) {
+            const int64_t begin = units.begin + found(t);
             int64_t end = begin;
             for (int64_t u = first; u < last; ++u)
-                if (pairs_.row(t)[u] > threshold[u]) chosen_.row(t)[end++] = int32_t(u);
-            found_.row(t)[worker] = end - units.begin;
-            workers_[size_t(worker)].used[size_t(layer)] += end - begin;
-            fetch_units(block, t, begin, end);
-            if (count() > 1) use_units(block, begin, end, x, t);
+                if (sketch_.products.row(t)[u] > threshold[u]) chosen_.units.row(t)[end++] = int32_t(u);
+            found(t) = end - units.begin;
+            pass.count_units(layer_idx, end - begin);
+            prefetch(pass, block, t, begin, end);
+            if (!pass.single()) activate_units(pass, block, t, begin, end, x);
         }
     });
-    mark(worker, CONTROLLER);
-    if (count() == 1) use_units(block, units.begin, units.begin + found_.row(0)[worker], x, 0);
+    pass.mark(CONTROLLER);
+    if (pass.single()) activate_units(pass, block, 0, units.begin, units.begin + found(0), x);
 }
 
-// Asks for the rows of units that were just chosen and meet the input soon; those of many tokens are used at once.
-void Forward::fetch_units(const Block& block, int64_t t, int64_t begin, int64_t end) const {
-    if (shape_.units_on_disk) return read_ahead(block, t, begin, end);
+void SelectorFeedForward::activate_units(const Pass& pass, const Block& block, int64_t t, int64_t begin, int64_t end,
+                                         const Activations& x) const {
+    chosen_.activate(pass, block, values(block.unit_bias), t, begin, end, Pass::row_of(x, t));
+}
+
+// The rows of units that were just chosen and meet the input soon. Many tokens read them at once.
+void SelectorFeedForward::prefetch(const Pass& pass, const Block& block, int64_t t, int64_t begin, int64_t end) const {
+    if (pass.shape.units_on_disk) return chosen_.read_ahead(pass, block, t, begin, end);
     const int64_t row = round_up(block.units.cols, PAD) * type_bytes(block.units.type);
-    for (int64_t i = begin; count() == 1 && i < end; ++i)
-        k_.fetch((const char*)block.units.data + chosen_.row(0)[i] * model_.parts() * row, model_.inward() * row);
+    for (int64_t i = begin; pass.single() && i < end; ++i)
+        pass.ops.prefetch((const char*)block.units.data + chosen_.units.row(0)[i] * pass.model.parts() * row,
+                          pass.model.inward() * row);
 }
 
-// What stands in for the units that were left out, into this worker's columns of the residual.
-void Forward::add_bypass(const Block& block, int64_t worker) {
-    const Activations z = readable(z_, z_stride_, worker);
-    add_to_residual(y_, linear(block.bypass_second, z, y_.row(0), d_stride_, worker), worker);
-    if (count() > 1) barrier(worker, UNIT_SUMS);  // units are then summed up row by row, not by columns
+void SelectorFeedForward::add_sum(Pass& pass, const Block& block, int64_t layer_idx) {
+    if (pass.shape.rank) add_bypass(pass, block);
+    if (pass.shape.positive)
+        add_positive(pass, block);
+    else
+        chosen_.add_all(pass, block, pass.model.chosen_units(layer_idx),
+                        BLOCKS_AT_ONCE * pass.model.chosen_in_block(layer_idx));
+    pass.barrier(UNIT_SUMS);
+}
+
+void SelectorFeedForward::add_bypass(Pass& pass, const Block& block) {
+    const Activations z = pass.readable(bypass_hidden_);
+    pass.add_to_residual(pass.space.layer_output, pass.linear(block.bypass_second, z, pass.space.layer_output));
+    if (!pass.single()) pass.barrier(UNIT_SUMS);  // units are then summed up by tokens, not by columns
+}
+
+// Adds what all workers found.
+void SelectorFeedForward::add_positive(const Pass& pass, const Block& block) {
+    const bool single = pass.single();
+    const Range tokens = single ? Range{0, 1} : pass.mine(pass.count(), 1);
+    const Range columns = single ? pass.mine(pass.shape.d_model, LANES) : Range{0, pass.shape.d_model};
+    for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+        for (int64_t worker = 0; worker < pass.workers(); ++worker) {
+            const int64_t begin = Sketch::my_units(pass, worker).begin;
+            chosen_.add(pass, block, t, begin, begin + positive_units_.row(t)[worker], columns);
+        }
+        add_bias(pass, block, t, columns);
+    }
 }
 
 // -- precision -----------------------------------------------------------------------------------------------
 
-void Forward::precise_feed_forward(const Block& block, int64_t layer, const Activations& x, int64_t worker) {
-    const int64_t size = shape_.block_size, k = model_.chosen_in_block(layer), d = shape_.d_model;
-    const int64_t row = residual_row(d), unit = residual_unit(d, model_.parts());
-    const char* residual = (const char*)block.residual.data;
-    const Range units = copied_units(worker);
-    each_piece(units, [&](int64_t first, int64_t last) {
-        read_copy(block, first, last, x, h_);
-        if (!k) return;
-        const int64_t begin = first / size * k, end = last / size * k;
-        for (int64_t t = 0; t < count(); ++t) {
-            choose_best(block, layer, first, last, h_.row(t), chosen_.row(t));
-            if (count() > 1) promote(block, begin, end, x, t);
-            for (int64_t i = begin; count() == 1 && i < end; ++i)
-                k_.fetch(residual + chosen_.row(t)[i] * unit, model_.inward() * row);
-        }
-    });
-    mark(worker, DENSE_FF);
-    const int64_t chosen = shape_.d_ff / size * k;
-    if (count() == 1) promote(block, units.begin / size * k, units.end / size * k, x, 0);
-    workers_[size_t(worker)].used[size_t(layer)] += count() * (units.end - units.begin) / size * k;
-    barrier(worker, UNIT_DOTS);
-    if (shape_.recurrent_layers) leave_recurrence(block.recurrence, layer, worker);
-
-    const Range columns = mine(d, LANES, worker);
-    for (int64_t i = 0; count() == 1 && i < chosen; ++i) {
-        const char* down = residual + chosen_.row(0)[i] * unit + model_.inward() * row;
-        const int64_t first = columns.begin / LOW_BIT_GROUP, last = groups_of(columns.end), width = LOW_BIT_GROUP / 2;
-        k_.fetch(down + first * width, (last - first) * width);
-        k_.fetch(down + groups_of(d) * width, row - groups_of(d) * width);  // the scales
-    }
-    const Activations h = readable(h_, h_stride_, worker);
-    dense(block.base_down, values(block.bias), columns, h, count(), y_.row(0), d_stride_);
-    mark(worker, DENSE_FF);
-    for (int64_t t = 0; t < count(); ++t)
-        k_.residual_sums(block.residual, model_.parts(), chosen_.row(t), h_.row(t), chosen, columns.begin, columns.end,
-                         y_.row(t));
-    add_to_residual(y_, columns, worker);
-    barrier(worker, UNIT_SUMS);
+PrecisionFeedForward::PrecisionFeedForward(Workspace& space) : base_(space) {
+    int64_t most = 0;
+    for (int64_t layer_idx = 0; layer_idx < space.shape.layers; ++layer_idx)
+        most = std::max(most, space.model.chosen_units(layer_idx));
+    space.reads(space.shape.d_ff);
+    space.for_tokens(hidden_, space.shape.d_ff, false);
+    space.for_tokens(chosen_units_, most, false);
 }
 
-// Chosen units [begin, end) of one row again, with what rounding had left out.
-void Forward::promote(const Block& block, int64_t begin, int64_t end, const Activations& x, int64_t t) {
-    const int64_t inward = model_.inward();
+void PrecisionFeedForward::activate(Pass& pass, const Block& block, int64_t layer_idx, const Activations& x) {
+    const int64_t size = pass.shape.block_size, k = pass.model.chosen_in_block(layer_idx), d = pass.shape.d_model;
+    const int64_t inward_bytes = pass.model.inward() * residual_row(d), unit = residual_unit(d, pass.model.parts());
+    const char* residual = (const char*)block.residual.data;
+    const Range units = Sketch::my_units(pass, pass.worker);
+    Sketch::each_piece(pass, units, [&](int64_t first, int64_t last) {
+        base_.read(pass, block, first, last, x, hidden_);
+        const int64_t begin = first / size * k, end = last / size * k;
+        for (int64_t t = 0; k && t < pass.count(); ++t) {
+            Sketch::choose(pass, block, k, first, last, hidden_.row(t), chosen_units_.row(t));
+            if (!pass.single()) refine(pass, block, begin, end, x, t);
+            for (int64_t i = begin; pass.single() && i < end; ++i)
+                pass.ops.prefetch(residual + chosen_units_.row(t)[i] * unit, inward_bytes);
+        }
+    });
+    pass.mark(DENSE_FF);
+    const int64_t begin = units.begin / size * k, end = units.end / size * k;
+    if (pass.single()) refine(pass, block, begin, end, x, 0);
+    pass.count_units(layer_idx, pass.count() * (end - begin));
+    pass.barrier(UNIT_DOTS);
+}
+
+void PrecisionFeedForward::add_sum(Pass& pass, const Block& block, int64_t layer_idx) {
+    const int64_t d = pass.shape.d_model, chosen = pass.model.chosen_units(layer_idx);
+    const int64_t row = residual_row(d), unit = residual_unit(d, pass.model.parts());
+    const Range columns = pass.mine(d, LANES);
+    for (int64_t i = 0; pass.single() && i < chosen; ++i) {
+        const char* down =
+            (const char*)block.residual.data + chosen_units_.row(0)[i] * unit + pass.model.inward() * row;
+        const int64_t first = columns.begin / QUANT_GROUP, last = groups_of(columns.end), width = QUANT_GROUP / 2;
+        pass.ops.prefetch(down + first * width, (last - first) * width);
+        pass.ops.prefetch(down + groups_of(d) * width, row - groups_of(d) * width);  // the scales
+    }
+    const Activations hidden = pass.readable(hidden_);
+    const Buffer<float>& output = pass.space.layer_output;
+    pass.linear(block.base_down, values(block.bias), columns, hidden, pass.count(), output.row(0), output.stride);
+    pass.mark(DENSE_FF);
+    for (int64_t t = 0; t < pass.count(); ++t)
+        pass.ops.residual_sums(block.residual, pass.model.parts(), chosen_units_.row(t), hidden_.row(t), chosen,
+                               columns.begin, columns.end, output.row(t));
+    pass.add_to_residual(output, columns);
+    pass.barrier(UNIT_SUMS);
+}
+
+// Chosen units [begin, end) of one token again, base and residual.
+void PrecisionFeedForward::refine(const Pass& pass, const Block& block, int64_t begin, int64_t end,
+                                  const Activations& x, int64_t t) const {
+    const int64_t inward = pass.model.inward();
     for (int64_t first = begin; first < end; first += LANES) {
         const int64_t held = std::min(LANES, end - first);
-        const int32_t* units = chosen_.row(t) + first;
+        const int32_t* units = chosen_units_.row(t) + first;
         float more[2 * LANES], gate[LANES] = {}, h[LANES] = {};
-        k_.residual_dots(block.residual, model_.parts(), units, held, row_of(x, t), more);
+        pass.ops.residual_dots(block.residual, pass.model.parts(), units, held, Pass::row_of(x, t), more);
         for (int64_t i = 0; i < held; ++i) {
-            const float* before = pairs_.row(t) + units[i] / LANES * LANES * inward + units[i] % LANES;
-            gate[i] = before[0] + more[i * inward];
-            h[i] = inward == 2 ? before[LANES] + more[i * inward + 1] : gate[i];
+            const float* base = base_.products.row(t) + units[i] / LANES * LANES * inward + units[i] % LANES;
+            gate[i] = base[0] + more[i * inward];
+            h[i] = inward == 2 ? base[LANES] + more[i * inward + 1] : gate[i];
         }
-        k_.activate(shape_.activation, inward == 2 ? gate : nullptr, h,
-                    LANES);  // all alike, however units are shared out
-        for (int64_t i = 0; i < held; ++i) h_.row(t)[units[i]] = h[i];
+        // All lanes, so that a unit's result does not depend on how units are shared out.
+        pass.ops.activate(pass.shape.activation, inward == 2 ? gate : nullptr, h, LANES);
+        for (int64_t i = 0; i < held; ++i) hidden_.row(t)[units[i]] = h[i];
     }
 }
 

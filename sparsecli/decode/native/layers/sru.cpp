@@ -1,5 +1,4 @@
-// The narrow recurrent branch beside the feed-forward layer: y = leave(cells(enter(norm(x)))).
-#include "layers/forward.h"
+#include "layers/sru.h"
 
 namespace sparsecli {
 
@@ -9,48 +8,54 @@ float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
 }  // namespace
 
-// Reads the residual stream, to which the feed-forward layer adds later.
-void Forward::enter_recurrence(const Recurrence& branch, int64_t worker) {
-    const Activations x = normalized(branch.norm, worker);
-    linear(branch.enter, x, recurrent_.row(0), r_stride_, worker);
-    if (count() > 1) barrier(worker, RECURRENCE);  // the feed-forward layer normalises into the same rows
-    mark(worker, RECURRENCE);
+Sru::Sru(Workspace& space) {
+    const int64_t width = space.shape.recurrent_layers ? space.shape.recurrent_width : 0;
+    space.reads(width);
+    space.for_tokens(branch_, width, true);
+    space.for_workers(own_branch_, width, true);
+    space.for_workers(own_gates_, 3 * width, true);
 }
 
-// After a barrier. One row is so little that every thread runs it through the cells for itself.
-void Forward::leave_recurrence(const Recurrence& branch, int64_t layer, int64_t worker) {
-    const bool alone = count() == 1;
-    if (alone) {
-        float* own = workers_[size_t(worker)].recurrent.row(0);
-        std::memcpy(own, recurrent_.row(0), size_t(shape_.recurrent_width) * sizeof(float));
-        recur(branch, layer, 0, own, worker);
+void Sru::enter(Pass& pass, const Recurrence& branch) {
+    const Activations x = pass.normalized(branch.norm);
+    pass.linear(branch.enter, x, branch_);
+    if (!pass.single()) pass.barrier(RECURRENCE);  // the feed-forward layer normalises into the same rows
+    pass.mark(RECURRENCE);
+}
+
+// After a barrier. The cells of one token are so little work that every worker runs them for itself.
+void Sru::leave(Pass& pass, const Recurrence& branch, int64_t layer_idx) {
+    if (pass.single()) {
+        float* own = own_branch_.row(pass.worker);
+        std::memcpy(own, branch_.row(0), size_t(pass.shape.recurrent_width) * sizeof(float));
+        run_cells(pass, branch, layer_idx, 0, own);
     } else {
-        if (!worker)
-            for (int64_t t = 0; t < count(); ++t) recur(branch, layer, t, recurrent_.row(t), worker);
-        barrier(worker, RECURRENCE);
+        for (int64_t t = 0; !pass.worker && t < pass.count(); ++t)
+            run_cells(pass, branch, layer_idx, t, branch_.row(t));
+        pass.barrier(RECURRENCE);
     }
-    const Activations y = readable(alone ? workers_[size_t(worker)].recurrent : recurrent_, r_stride_, worker);
-    add_to_residual(y_, linear(branch.leave, y, y_.row(0), d_stride_, worker), worker);
-    if (!alone) barrier(worker, RECURRENCE);  // units are then summed up row by row, not by columns
-    mark(worker, RECURRENCE);
+    const Activations y = pass.single() ? pass.quantized(own_branch_) : pass.readable(branch_);
+    pass.add_to_residual(pass.space.layer_output, pass.linear(branch.leave, y, pass.space.layer_output));
+    if (!pass.single()) pass.barrier(RECURRENCE);  // units are then summed up by tokens, not by columns
+    pass.mark(RECURRENCE);
 }
 
-// One row through all cells, in place. The first thread keeps the states.
-void Forward::recur(const Recurrence& branch, int64_t layer, int64_t t, float* y, int64_t worker) {
-    const int64_t width = shape_.recurrent_width;
-    const Row& row = (*rows_)[size_t(t)];
-    float* gates = workers_[size_t(worker)].gates.row(0);
-    for (int64_t cell = 0; cell < shape_.recurrent_layers; ++cell) {
-        const Map& map = branch.cells[size_t(cell)];
-        dense(map.weight, values(map.bias), {0, 3 * width}, own_forms(y, r_stride_, worker), 1, gates, 3 * width);
-        const int64_t at = (layer * shape_.recurrent_layers + cell) * (1 + row.sequence->capacity) + row.position;
-        const float* before = row.sequence->states.data + at * width;
-        float* after = row.sequence->states.data + (at + 1) * width;
+// One token through all cells, in place. Worker 0 stores the states.
+void Sru::run_cells(Pass& pass, const Recurrence& branch, int64_t layer_idx, int64_t t, float* y) {
+    const int64_t width = pass.shape.recurrent_width;
+    const Token& token = pass.token(t);
+    float* gates = own_gates_.row(pass.worker);
+    for (int64_t cell = 0; cell < pass.shape.recurrent_layers; ++cell) {
+        const Linear& map = branch.cells[size_t(cell)];
+        pass.linear(map.weight, values(map.bias), {0, 3 * width}, pass.quantized(y, branch_.stride), 1, gates,
+                    3 * width);
+        const float* before = token.sequence->recurrent_state(pass.model, layer_idx, cell, token.position - 1);
+        float* after = token.sequence->recurrent_state(pass.model, layer_idx, cell, token.position);
         for (int64_t i = 0; i < width; ++i) {
             const float reset = sigmoid(gates[i]), forget = sigmoid(gates[width + i]);
             const float state = forget * before[i] + (1 - forget) * gates[2 * width + i];
             y[i] = reset * state + std::sqrt(3.0f) * (1 - reset) * y[i];
-            if (!worker) after[i] = state;
+            if (!pass.worker) after[i] = state;
         }
     }
 }

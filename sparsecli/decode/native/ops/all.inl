@@ -8,7 +8,7 @@ namespace sparsecli {
 namespace {
 
 #include "ops/vectors.inl"
-#include "ops/low_bit.inl"
+#include "ops/quantized.inl"
 #include "ops/gemv.inl"
 #include "ops/units.inl"
 #include "ops/multiplicative.inl"
@@ -28,7 +28,7 @@ constexpr Ops make_table(const char* name) {
             .unit_sums = unit_sums,
             .residual_dots = residual_dots,
             .residual_sums = residual_sums,
-            .fetch = fetch,
+            .prefetch = prefetch,
             .activate = activate,
             .normalize = normalize,
             .convert = convert,
@@ -36,7 +36,7 @@ constexpr Ops make_table(const char* name) {
             .append = append,
             .attend = attend,
             .hash = hash,
-            .find_alike = find_alike,
+            .find_same_bucket = find_same_bucket,
             .attend_chosen = attend_chosen};
 }
 

@@ -37,7 +37,7 @@ inline void score_block(const float* const* queries, int64_t width, const W* key
     for (int q = 0; q < Q; ++q) even[q] = odd[q] = fill(0);
     int64_t i = 0;
     for (; i + 2 <= width; i += 2) {
-        prefetch(keys + i * LANES + width * LANES);
+        prefetch_line(keys + i * LANES + width * LANES);
         const Vector first = load(keys + i * LANES), second = load(keys + (i + 1) * LANES);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; ++q) {
@@ -55,12 +55,12 @@ inline void score_block(const float* const* queries, int64_t width, const W* key
 }
 
 template <int Q, class W>
-inline void score(const float* const* queries, int64_t width, int64_t positions, const HeadCache& cache, float rate,
+inline void score(const float* const* queries, int64_t width, int64_t positions, const HeadCache& cache, float scale,
                   float* scores, int64_t score_stride) {
     constexpr int AT_ONCE = PARTS > 1 && Q > 2 ? 2 : Q;  // sums that stay in registers
     for (int64_t position = 0; position < positions; position += LANES) {
         const W* keys = (const W*)cache.keys + position * width;
-        Vector scales = fill(rate);
+        Vector scales = fill(scale);
         if (sizeof(W) == 1) scales = scales * load(cache.key_scales + position);
         int q = 0;
         for (; q + AT_ONCE <= Q; q += AT_ONCE)
@@ -98,7 +98,7 @@ inline void mix(const float* scores, int64_t score_stride, int64_t positions, in
         for (int v = 0; v < V; ++v) sums[q][v] = fill(0);
     const W* values = (const W*)cache.values + column;
     for (int64_t position = 0; position < positions; ++position, values += value_stride) {
-        prefetch(values + 16 * value_stride);
+        prefetch_line(values + 16 * value_stride);
         const float scale = sizeof(W) == 1 ? cache.value_scales[position] : 1;
         Vector row[V];
 #pragma GCC unroll 4
@@ -118,11 +118,11 @@ inline void mix(const float* scores, int64_t score_stride, int64_t positions, in
 
 template <int Q, class W>
 void attend_queries(const float* const* queries, const int64_t* lengths, int64_t width, const HeadCache& cache,
-                    int64_t value_stride, float rate, float* scores, int64_t score_stride, float* const* out) {
+                    int64_t value_stride, float scale, float* scores, int64_t score_stride, float* const* out) {
     int64_t longest = 0;
     for (int q = 0; q < Q; ++q) longest = lengths[q] > longest ? lengths[q] : longest;
     const int64_t positions = round_up(longest, LANES);
-    score<Q, W>(queries, width, positions, cache, rate, scores, score_stride);
+    score<Q, W>(queries, width, positions, cache, scale, scores, score_stride);
     float inverse[Q];
     for (int q = 0; q < Q; ++q) inverse[q] = soften(scores + q * score_stride, lengths[q], positions);
     constexpr int V = PARTS == 1 || Q == 1 ? 4 : Q == 2 ? 2 : 1;  // sums that stay in registers
@@ -151,26 +151,26 @@ void attend_queries(const float* const* queries, const int64_t* lengths, int64_t
 
 template <class W>
 void attend_typed(const float* const* queries, const int64_t* lengths, int64_t count, int64_t width,
-                  const HeadCache& cache, int64_t value_stride, float rate, float* scores, int64_t score_stride,
+                  const HeadCache& cache, int64_t value_stride, float scale, float* scores, int64_t score_stride,
                   float* const* out) {
     static_assert(QUERIES == 4);
     if (count == 4)
-        attend_queries<4, W>(queries, lengths, width, cache, value_stride, rate, scores, score_stride, out);
+        attend_queries<4, W>(queries, lengths, width, cache, value_stride, scale, scores, score_stride, out);
     else if (count == 3)
-        attend_queries<3, W>(queries, lengths, width, cache, value_stride, rate, scores, score_stride, out);
+        attend_queries<3, W>(queries, lengths, width, cache, value_stride, scale, scores, score_stride, out);
     else if (count == 2)
-        attend_queries<2, W>(queries, lengths, width, cache, value_stride, rate, scores, score_stride, out);
+        attend_queries<2, W>(queries, lengths, width, cache, value_stride, scale, scores, score_stride, out);
     else
-        attend_queries<1, W>(queries, lengths, width, cache, value_stride, rate, scores, score_stride, out);
+        attend_queries<1, W>(queries, lengths, width, cache, value_stride, scale, scores, score_stride, out);
 }
 
 void attend(const float* const* queries, const int64_t* lengths, int64_t count, int64_t type, int64_t width,
-            const HeadCache& cache, int64_t value_stride, float rate, float* scores, int64_t score_stride,
+            const HeadCache& cache, int64_t value_stride, float scale, float* scores, int64_t score_stride,
             float* const* out) {
     if (type == FLOAT32)
-        attend_typed<float>(queries, lengths, count, width, cache, value_stride, rate, scores, score_stride, out);
+        attend_typed<float>(queries, lengths, count, width, cache, value_stride, scale, scores, score_stride, out);
     else if (type == BFLOAT16)
-        attend_typed<uint16_t>(queries, lengths, count, width, cache, value_stride, rate, scores, score_stride, out);
+        attend_typed<uint16_t>(queries, lengths, count, width, cache, value_stride, scale, scores, score_stride, out);
     else
-        attend_typed<int8_t>(queries, lengths, count, width, cache, value_stride, rate, scores, score_stride, out);
+        attend_typed<int8_t>(queries, lengths, count, width, cache, value_stride, scale, scores, score_stride, out);
 }

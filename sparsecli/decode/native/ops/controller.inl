@@ -147,8 +147,8 @@ inline int64_t largest(const float* logits, int64_t width) {
         const unsigned equal = equal_in(u) | equal_in(u + WIDTH) << WIDTH;
         if (equal) return u + __builtin_ctz(equal);
 #elif defined(SPARSECLI_NEON)
-        const Floats wanted = broadcast(best);
-        const auto equal_in = [&](int part) { return (int32x4_t)(floats_of(logits + u + part * WIDTH) == wanted); };
+        const Floats target = broadcast(best);
+        const auto equal_in = [&](int part) { return (int32x4_t)(floats_of(logits + u + part * WIDTH) == target); };
         const int16x8_t low = vcombine_s16(vmovn_s32(equal_in(0)), vmovn_s32(equal_in(1)));
         const int16x8_t high = vcombine_s16(vmovn_s32(equal_in(2)), vmovn_s32(equal_in(3)));
         // four bits a lane
@@ -193,7 +193,8 @@ void choose(const Matrix& second, const float* bias, const Choice& choice, int64
                     int64_t best = largest(of_token, width);
                     if (best >= size) best = 0;
                     to[j] = int32_t(block * size + best);
-                    if (tokens == 1) fetch((const char*)rows.data + to[j] * parts * row_bytes, (parts - 1) * row_bytes);
+                    if (tokens == 1)
+                        prefetch((const char*)rows.data + to[j] * parts * row_bytes, (parts - 1) * row_bytes);
                     if (weight) weight[j] = std::exp(of_token[best] - top) / total;
                     of_token[best] = -INFINITY;
                 }

@@ -13,19 +13,19 @@ float quantise(const float* values, int64_t count, int16_t* integers, int32_t* s
     const Floats inverse = broadcast(limit > NOTHING ? float(LARGEST) / limit : 0);
     typedef int16_t Narrow __attribute__((vector_size(WIDTH * 2)));
     typedef int16_t NarrowAt __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
-    for (int64_t group = 0; group < count; group += LOW_BIT_GROUP) {
+    for (int64_t group = 0; group < count; group += QUANT_GROUP) {
         Ints total = Ints{};
 #pragma GCC unroll 4
-        for (int64_t i = group; i < group + LOW_BIT_GROUP; i += WIDTH) {
+        for (int64_t i = group; i < group + QUANT_GROUP; i += WIDTH) {
             const Ints whole = rounded(floats_of(values + i), inverse);
             total += whole;
             *(NarrowAt*)(integers + i) = __builtin_convertvector(whole, Narrow);
         }
-        arrange(integers + group, LOW_BIT_GROUP);
+        arrange(integers + group, QUANT_GROUP);
         if (!sums) continue;
         int32_t all = 0;
         for (int i = 0; i < WIDTH; ++i) all += total[i];
-        sums[group / LOW_BIT_GROUP] = all;
+        sums[group / QUANT_GROUP] = all;
     }
     return limit / float(LARGEST);
 }
@@ -102,7 +102,7 @@ inline void dot(const W* const* w, const typename Dot<W>::Input* x, int64_t x_st
     for (int64_t at = 0; at < count; at += PAD) {
         constexpr int64_t LINE = 64 / int64_t(sizeof(W));
         for (int r = 0; AHEAD == ROWS_AHEAD && r < R; ++r)
-            for (int64_t line = 0; line < PAD; line += LINE) prefetch(next[r] + at + line);
+            for (int64_t line = 0; line < PAD; line += LINE) prefetch_line(next[r] + at + line);
         for (int64_t line = 0; AHEAD == STREAM_AHEAD && line < R * PAD; line += LINE)
             __builtin_prefetch((const char*)(w[0] + R * at + line) + STREAM_DISTANCE, 0, 2);
 #pragma GCC unroll 2
@@ -196,8 +196,8 @@ void matmul(const Matrix& w, int64_t begin, int64_t end, const Activations& x, i
         case INT8:
             return typed_matmul<int8_t>(w, begin, end, x, tokens, out, out_stride);
         case INT4:
-            return low_bit_matmul<4>(w, begin, end, x, tokens, out, out_stride);
+            return quantized_matmul<4>(w, begin, end, x, tokens, out, out_stride);
         default:
-            return low_bit_matmul<3>(w, begin, end, x, tokens, out, out_stride);
+            return quantized_matmul<3>(w, begin, end, x, tokens, out, out_stride);
     }
 }

@@ -1,9 +1,9 @@
 // Attention among keys that hash alike. Part of all.inl, inside its namespaces.
 
-void hash(const float* key, int64_t width, const float* axes, int64_t columns, const int64_t* factors, int64_t count,
-          int64_t rounds, float* along, int32_t* buckets, int64_t stride) {
+void hash(const float* key, int64_t width, const float* rotations, int64_t columns, const int64_t* factors,
+          int64_t count, int64_t rounds, float* rotated, int32_t* buckets, int64_t stride) {
     for (int64_t column = 0; column < columns; column += LANES) {
-        const float* line = axes + column;
+        const float* line = rotations + column;
         Vector even = fill(0), odd = fill(0);
         int64_t i = 0;
         for (; i + 2 <= width; i += 2, line += 2 * columns) {
@@ -11,7 +11,7 @@ void hash(const float* key, int64_t width, const float* axes, int64_t columns, c
             add_product(odd, fill(key[i + 1]), load(line + columns));
         }
         if (i < width) add_product(even, fill(key[i]), load(line));
-        store(along + column, even + odd);
+        store(rotated + column, even + odd);
     }
     for (int64_t round = 0; round < rounds; ++round) {
         int64_t bucket = 0, scale = 1;
@@ -19,18 +19,18 @@ void hash(const float* key, int64_t width, const float* axes, int64_t columns, c
             const int64_t half = factors[factor] / 2;
             int64_t most = 0, least = 0;
             for (int64_t i = 1; i < half; ++i) {
-                if (along[i] > along[most]) most = i;
-                if (along[i] < along[least]) least = i;
+                if (rotated[i] > rotated[most]) most = i;
+                if (rotated[i] < rotated[least]) least = i;
             }
-            bucket += (along[most] >= -along[least] ? most : half + least) * scale;
+            bucket += (rotated[most] >= -rotated[least] ? most : half + least) * scale;
             scale *= 2 * half;
-            along += half;
+            rotated += half;
         }
         buckets[round * stride] = int32_t(bucket);
     }
 }
 
-int64_t find_alike(const int32_t* buckets, int64_t stride, int64_t rounds, int64_t position, int32_t* found) {
+int64_t find_same_bucket(const int32_t* buckets, int64_t stride, int64_t rounds, int64_t position, int32_t* found) {
     int64_t count = 0;
     for (int64_t start = 0; start < position; start += LANES) {  // rows are whole blocks of positions
         int32_t same[LANES] = {}, any = 0;
@@ -55,10 +55,10 @@ void attend_to(const float* query, const int32_t* chosen, int64_t count, int64_t
     constexpr int64_t AHEAD = 8;
     const W *keys = (const W*)cache.keys, *values = (const W*)cache.values;
     const int64_t bytes = value_stride * int64_t(sizeof(W)), positions = round_up(count, LANES);
-    for (int64_t i = 0; i < AHEAD && i < count; ++i) fetch(keys + chosen[i] * value_stride, bytes);
+    for (int64_t i = 0; i < AHEAD && i < count; ++i) prefetch(keys + chosen[i] * value_stride, bytes);
     for (int64_t i = 0; i < count; ++i) {
-        if (i + AHEAD < count) fetch(keys + chosen[i + AHEAD] * value_stride, bytes);
-        fetch(values + chosen[i] * value_stride, bytes);
+        if (i + AHEAD < count) prefetch(keys + chosen[i + AHEAD] * value_stride, bytes);
+        prefetch(values + chosen[i] * value_stride, bytes);
         const W* key = keys + chosen[i] * value_stride;
         Vector total = fill(0);
         for (int64_t c = 0; c < value_stride; c += LANES) add_product(total, load(query + c), load(key + c));

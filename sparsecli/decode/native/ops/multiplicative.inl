@@ -123,8 +123,8 @@ inline void tile(const Narrow* a, int64_t a_stride, const float* a_scale, const 
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) {
             FloatsAt* to = (FloatsAt*)(c + r * c_stride + n * WIDTH);
-            const Floats rate = floats_of(scale + n * WIDTH) * a_scale[r];
-            *to = fused(*to, __builtin_convertvector(sums[r][n], Floats), rate);
+            const Floats both = floats_of(scale + n * WIDTH) * a_scale[r];
+            *to = fused(*to, __builtin_convertvector(sums[r][n], Floats), both);
         }
 }
 
@@ -318,11 +318,11 @@ void typed_multiplicative(const Matrix& D, const Matrix& E, const float* bias, c
                         });
                     }
                 for (int64_t s = 0; s < modules; ++s) {
-                    const float rate = sizeof(W) == 1 ? D.scale[first + s] : 1;
+                    const float scale = sizeof(W) == 1 ? D.scale[first + s] : 1;
                     const int64_t at = (first + s) * width + column;
                     for (int64_t m = 0; m < real; ++m) {
                         const float before = start ? out[at + m] : bias ? bias[at + m] : 0;
-                        out[at + m] = before + sums[s * PANEL + m] * rate;
+                        out[at + m] = before + sums[s * PANEL + m] * scale;
                     }
                 }
             }

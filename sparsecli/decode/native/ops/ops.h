@@ -13,22 +13,22 @@ constexpr int64_t PAD = 64;     // elements that a row's length is rounded up to
 constexpr int64_t PANEL = 64;   // columns of a panel
 constexpr int64_t SPAN = 2048;  // columns at a time of a long row: as many activations stay in the first-level cache
 constexpr int64_t GROUP = 256;  // inputs that share a scale when products are quantised
-constexpr int64_t LOW_BIT_GROUP = 64;  // inputs that share a scale and a zero where weights have 3 or 4 bits
-constexpr int64_t MAX_BLOCK = 4096;    // units of a block
-constexpr int64_t QUERIES = 4;         // queries that share one reading of keys and values
+constexpr int64_t QUANT_GROUP = 64;  // inputs that share a scale and a zero where weights have 3 or 4 bits
+constexpr int64_t MAX_BLOCK = 4096;  // units of a block
+constexpr int64_t QUERIES = 4;       // queries that share one reading of keys and values
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, INT3 = 4 };
 inline int64_t type_bytes(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
 
-inline int64_t groups_of(int64_t cols) { return (cols + LOW_BIT_GROUP - 1) / LOW_BIT_GROUP; }
+inline int64_t groups_of(int64_t cols) { return (cols + QUANT_GROUP - 1) / QUANT_GROUP; }
 
 // Bytes of LANES rows in few bits, and of a row and a unit of residuals.
-inline int64_t low_bit_panel(int64_t cols, int64_t bits) {
-    return round_up(groups_of(cols) * LANES * (bits * LOW_BIT_GROUP / 8 + 3), 64);
+inline int64_t quantized_panel(int64_t cols, int64_t bits) {
+    return round_up(groups_of(cols) * LANES * (bits * QUANT_GROUP / 8 + 3), 64);
 }
-inline int64_t residual_row(int64_t cols) { return groups_of(cols) * (LOW_BIT_GROUP / 2 + 2); }
+inline int64_t residual_row(int64_t cols) { return groups_of(cols) * (QUANT_GROUP / 2 + 2); }
 inline int64_t residual_unit(int64_t cols, int64_t parts) { return round_up(parts * residual_row(cols), 64); }
 
 // Weights in one of these layouts (packed/layouts.py writes them):
@@ -38,7 +38,7 @@ inline int64_t residual_unit(int64_t cols, int64_t parts) { return round_up(part
 //             where p = 1, 2, 4 for float32, bfloat16, int8 (stored with 128 added); int8 has a scale for each output
 //   blocks    the controller's second factor: [block][rank / 2][unit][2], float32 [block][rank][unit]
 //   units     rows of chosen units: [unit][gate, up, down], each PAD-rounded; int8 has a scale for each row
-//   low bit   panels of LANES rows in 3 or 4 bits: the codes of every group of LOW_BIT_GROUP columns (low_bit.inl), then
+//   low bit   panels of LANES rows in 3 or 4 bits: the codes of every group of QUANT_GROUP columns (quantized.inl), then
 //             scales (bfloat16) and zeros (bytes, in sixteenths) as [group][row]; INT4 and INT3 dense maps
 //   residual  [unit][gate, up, down]: a row's codes in 4 bits, columns j and j + 32 of a group in one byte, then its
 //             scales (bfloat16); value = scale * (code - 8)
@@ -50,7 +50,7 @@ struct Matrix {
 
 // Row vectors, `stride` elements apart and zero beyond their length, in the forms that weights are multiplied with:
 // `values` with float weights; `integers` and `scales` where weights are int8 or fewer bits, with the `sums` of every
-// LOW_BIT_GROUP integers. How integers lie is between `quantise` and the ops that take them.
+// QUANT_GROUP integers. How integers lie is between `quantise` and the ops that take them.
 struct Activations {
     const float* values;
     const int16_t* integers;
@@ -146,7 +146,7 @@ struct Ops {
                           int64_t begin, int64_t end, float* y);
 
     // Asks for memory that is read soon.
-    void (*fetch)(const void* from, int64_t bytes);
+    void (*prefetch)(const void* from, int64_t bytes);
 
     void (*activate)(int64_t activation, const float* gate, float* h, int64_t count);
     void (*normalize)(const float* x, const float* weight, const float* bias, int64_t count, bool rms, double epsilon,
@@ -158,19 +158,20 @@ struct Ops {
     void (*append)(const float* key, const float* value, int64_t type, int64_t width, int64_t position,
                    const HeadCache& cache, int64_t value_stride);
 
-    // out[i] = softmax(q[i] K^T * rate) V over positions < lengths[i], for up to QUERIES queries.
+    // out[i] = softmax(q[i] K^T * scale) V over positions < lengths[i], for up to QUERIES queries.
     void (*attend)(const float* const* queries, const int64_t* lengths, int64_t count, int64_t type, int64_t width,
-                   const HeadCache& cache, int64_t value_stride, float rate, float* scores, int64_t score_stride,
+                   const HeadCache& cache, int64_t value_stride, float scale, float* scores, int64_t score_stride,
                    float* const* out);
 
-    // buckets[r * stride] = where a key falls in round r: the nearest of the axes (width, columns) of each factor and of
-    // their opposites, which count after them; the first factor is the least significant digit. `along` is room for
+    // buckets[r * stride] = where a key falls in round r: the nearest of the rotations (width, columns) of each factor and of
+    // their opposites, which count after them; the first factor is the least significant digit. `rotated` is room for
     // `columns` numbers.
-    void (*hash)(const float* key, int64_t width, const float* axes, int64_t columns, const int64_t* factors,
-                 int64_t count, int64_t rounds, float* along, int32_t* buckets, int64_t stride);
+    void (*hash)(const float* key, int64_t width, const float* rotations, int64_t columns, const int64_t* factors,
+                 int64_t count, int64_t rounds, float* rotated, int32_t* buckets, int64_t stride);
 
     // Positions before `position` that share its bucket in any round, in order; returns how many.
-    int64_t (*find_alike)(const int32_t* buckets, int64_t stride, int64_t rounds, int64_t position, int32_t* found);
+    int64_t (*find_same_bucket)(const int32_t* buckets, int64_t stride, int64_t rounds, int64_t position,
+                                int32_t* found);
 
     // out = softmax(q K^T) V over `count` chosen positions of a cache whose keys lie by rows.
     void (*attend_chosen)(const float* query, const int32_t* chosen, int64_t count, int64_t type, int64_t width,

@@ -66,7 +66,7 @@ struct Quantized {
     int64_t groups, bits, lane;
 
     Quantized(const Matrix& w, int64_t row)
-        : panel((const uint8_t*)w.data + row / LANES * low_bit_panel(w.cols, w.type == INT4 ? 4 : 3)),
+        : panel((const uint8_t*)w.data + row / LANES * quantized_panel(w.cols, w.type == INT4 ? 4 : 3)),
           groups(groups_of(w.cols)),
           bits(w.type == INT4 ? 4 : 3),
           lane(row % LANES) {}
@@ -78,7 +78,7 @@ struct Quantized {
     }
 
     int64_t code(int64_t col) const {
-        const int64_t group = col / LOW_BIT_GROUP, i = col % LOW_BIT_GROUP, half = 16 * (i % 2);
+        const int64_t group = col / QUANT_GROUP, i = col % QUANT_GROUP, half = 16 * (i % 2);
         if (bits == 4) return word(group, i / 8) >> (i % 8 / 2 * 4 + half) & 15;
         const int64_t index = i / 16, field = i % 16 / 2, place = 2 * field + half;
         const bool odd = field % 2;
@@ -97,7 +97,7 @@ struct Quantized {
         return panel[groups * (2 * bits * LANES * 4 + LANES * 2) + group * LANES + lane] / 16.0;
     }
 
-    double value(int64_t col) const { return scale(col / LOW_BIT_GROUP) * (code(col) - zero(col / LOW_BIT_GROUP)); }
+    double value(int64_t col) const { return scale(col / QUANT_GROUP) * (code(col) - zero(col / QUANT_GROUP)); }
 };
 
 // An activation's integer, which may lie as bytes.
@@ -206,7 +206,7 @@ inline double unit_value(const Matrix& units, int64_t parts, int64_t unit, int64
 inline double residual_value(const Matrix& residual, int64_t parts, int64_t unit, int64_t row, int64_t col) {
     const uint8_t* codes =
         (const uint8_t*)residual.data + unit * residual_unit(residual.cols, parts) + row * residual_row(residual.cols);
-    const int64_t group = col / LOW_BIT_GROUP, i = col % LOW_BIT_GROUP, half = LOW_BIT_GROUP / 2;
+    const int64_t group = col / QUANT_GROUP, i = col % QUANT_GROUP, half = QUANT_GROUP / 2;
     const uint8_t both = codes[group * half + i % half];
     uint16_t scale;
     std::memcpy(&scale, codes + groups_of(residual.cols) * half + group * 2, 2);
@@ -225,13 +225,13 @@ inline double key_at(const HeadCache& cache, int64_t type, int64_t width, int64_
 
 // Attention of one query to some positions: `width` numbers, and how large scores are.
 inline std::vector<Sum> attend(const float* query, const std::vector<int64_t>& positions, int64_t type, int64_t width,
-                               const HeadCache& cache, int64_t stride, double rate, double& score_size) {
+                               const HeadCache& cache, int64_t stride, double scale, double& score_size) {
     std::vector<double> scores;
     double top = -INFINITY, total = 0;
     for (const int64_t position : positions) {
         Sum score;
         for (int64_t i = 0; i < width; ++i)
-            score.add(query[i] * key_at(cache, type, width, stride, position, i) * rate);
+            score.add(query[i] * key_at(cache, type, width, stride, position, i) * scale);
         scores.push_back(score.value);
         top = std::max(top, score.value);
         score_size = std::max(score_size, score.magnitude);
@@ -247,7 +247,7 @@ inline std::vector<Sum> attend(const float* query, const std::vector<int64_t>& p
 }
 
 // The bucket of a key in one round, whose rotations begin at `column`.
-inline int64_t bucket(const float* key, int64_t width, const float* axes, int64_t columns, const int64_t* factors,
+inline int64_t bucket(const float* key, int64_t width, const float* rotations, int64_t columns, const int64_t* factors,
                       int64_t count, int64_t column) {
     int64_t found = 0, scale = 1;
     for (int64_t factor = 0; factor < count; ++factor) {
@@ -255,10 +255,10 @@ inline int64_t bucket(const float* key, int64_t width, const float* axes, int64_
         int64_t best = 0;
         double top = -INFINITY;
         for (int64_t i = 0; i < 2 * half; ++i) {
-            double along = 0;
-            for (int64_t c = 0; c < width; ++c) along += double(key[c]) * axes[c * columns + column + i % half];
-            if (i >= half) along = -along;
-            if (along > top) top = along, best = i;
+            double rotated = 0;
+            for (int64_t c = 0; c < width; ++c) rotated += double(key[c]) * rotations[c * columns + column + i % half];
+            if (i >= half) rotated = -rotated;
+            if (rotated > top) top = rotated, best = i;
         }
         found += best * scale;
         scale *= 2 * half;

@@ -1,7 +1,7 @@
 // The rows of chosen units: with x, and summed into the residual. Part of all.inl, inside its namespaces.
 
 // out[r] = row[r] . x; int8 rows are long enough to need their sums in pieces.
-template <int R, bool FETCH, class W>
+template <int R, bool FAR, class W>
 inline void whole_rows(const Matrix& w, const int64_t* row, const int64_t* next, const Activations& x, float* out) {
     const int64_t stride = round_up(w.cols, PAD), piece = sizeof(W) == 1 ? LONGEST : stride;
     for (int64_t column = 0; column < stride; column += piece) {
@@ -13,16 +13,15 @@ inline void whole_rows(const Matrix& w, const int64_t* row, const int64_t* next,
         }
         float part[1][R];
         const int64_t count = column + piece < stride ? piece : stride - column;
-        dot<R, 1, FETCH ? ROWS_AHEAD : NOTHING_AHEAD>(rows, Dot<W>::inputs(x, 0) + column, x.stride, count, nexts,
-                                                      part);
+        dot<R, 1, FAR ? ROWS_AHEAD : NOTHING_AHEAD>(rows, Dot<W>::inputs(x, 0) + column, x.stride, count, nexts, part);
         for (int r = 0; r < R; ++r) out[r] = column ? out[r] + part[0][r] : part[0][r];
     }
     for (int r = 0; sizeof(W) == 1 && r < R; ++r) out[r] *= w.scale[row[r]] * x.scales[0];
 }
 
-// The chosen units' rows that meet x. With FETCH they come from far away: rows to come are fetched meanwhile, and the
+// The chosen units' rows that meet x. With FAR they come from far away: rows to come are fetched meanwhile, and the
 // row that leaves a unit as soon as it is known to be needed.
-template <bool FETCH, class W>
+template <bool FAR, class W>
 inline void dots_of_units(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,
                           const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, float* h) {
     const int64_t bytes = round_up(units.cols, PAD) * type_bytes(units.type);
@@ -31,7 +30,7 @@ inline void dots_of_units(const Matrix& units, int64_t parts, int64_t activation
     const auto finish = [&](int64_t i, float gate, float up) {
         if (unit_bias) gate += unit_bias[chosen[i]];
         h[i] = activation_of(activation, gate) * (inward == 2 ? up : 1);
-        if (FETCH && h[i] != 0) fetch((const char*)units.data + (int64_t(chosen[i]) * parts + inward) * bytes, bytes);
+        if (FAR && h[i] != 0) prefetch((const char*)units.data + (int64_t(chosen[i]) * parts + inward) * bytes, bytes);
     };
     for (int64_t i = begin; i < end;) {
         int64_t row[AT_ONCE], next[AT_ONCE];
@@ -43,9 +42,9 @@ inline void dots_of_units(const Matrix& units, int64_t parts, int64_t activation
         float first[AT_ONCE], second[AT_ONCE] = {};
         for (int64_t k = 0; k < inward; ++k) {
             if (together == AT_ONCE)
-                whole_rows<AT_ONCE, FETCH, W>(units, row, next, x, k ? second : first);
+                whole_rows<AT_ONCE, FAR, W>(units, row, next, x, k ? second : first);
             else
-                whole_rows<1, FETCH, W>(units, row, next, x, k ? second : first);
+                whole_rows<1, FAR, W>(units, row, next, x, k ? second : first);
             for (int64_t j = 0; j < together; ++j) ++row[j], ++next[j];
         }
         for (int64_t j = 0; j < together; ++j) finish(i + j, first[j], second[j]);
@@ -68,7 +67,7 @@ void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const flo
     dots(units, parts, activation, unit_bias, chosen, begin, end, x, far, h);
 }
 
-constexpr int64_t FETCHED = 1 << 18;  // bytes that are on their way at most
+constexpr int64_t PREFETCHED = 1 << 18;  // bytes that are on their way at most
 
 // y += sum of R rows, each times its factor.
 template <int R, class W>
@@ -101,14 +100,14 @@ void sum_units(const Matrix& units, int64_t parts, const int32_t* chosen, const 
     const W* data = (const W*)units.data + begin;
     const auto row_of = [&](int64_t i) { return data + (int64_t(chosen[i]) * parts + parts - 1) * stride; };
     // Rows are asked for long before they are used, as many as the cache holds.
-    const int64_t distance = FETCHED / (bytes + 1);  // a thread may have no columns at all
+    const int64_t distance = PREFETCHED / (bytes + 1);  // a thread may have no columns at all
     int64_t asked = 0;
     const W* rows[AT_ONCE];
     float factor[AT_ONCE];
     int64_t found = 0;
     for (int64_t i = 0; i < count; ++i) {
         for (; asked < count && asked < i + distance; ++asked)
-            if (h[asked] != 0) fetch(row_of(asked), bytes);
+            if (h[asked] != 0) prefetch(row_of(asked), bytes);
         if (h[i] != 0) {
             rows[found] = row_of(i) - begin;
             factor[found++] = h[i] * (units.scale ? units.scale[int64_t(chosen[i]) * parts + parts - 1] : 1);

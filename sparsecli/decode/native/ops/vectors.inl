@@ -140,11 +140,11 @@ inline float maximum(const Vector& v) {
 
 constexpr int64_t STREAM_DISTANCE = 16 * 1024;  // bytes from what is read to what is asked for meanwhile
 
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+inline void prefetch_line(const void* address) { __builtin_prefetch(address, 0, 3); }
 
 // A piece of memory into the second-level cache: what comes from here and there arrives much faster when it is asked
 // for all at once.
-inline void fetch(const void* from, int64_t bytes) {
+inline void prefetch(const void* from, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char*)from + line, 0, 2);
 }
 
@@ -365,13 +365,13 @@ void normalize(const float* x, const float* weight, const float* bias, int64_t c
     }
     float variance = sum(squares);
     for (int64_t i = whole; i < count; ++i) variance += (x[i] - mean) * (x[i] - mean);
-    const float rate = 1 / std::sqrt(variance / float(count) + float(epsilon));
-    const Vector rates = fill(rate);
+    const float inverse = 1 / std::sqrt(variance / float(count) + float(epsilon));
+    const Vector inverses = fill(inverse);
     for (int64_t i = 0; i < whole; i += LANES) {
-        Vector y = (load(x + i) - middle) * rates * load(weight + i);
+        Vector y = (load(x + i) - middle) * inverses * load(weight + i);
         store(out + i, bias ? y + load(bias + i) : y);
     }
-    for (int64_t i = whole; i < count; ++i) out[i] = (x[i] - mean) * rate * weight[i] + (bias ? bias[i] : 0);
+    for (int64_t i = whole; i < count; ++i) out[i] = (x[i] - mean) * inverse * weight[i] + (bias ? bias[i] : 0);
 }
 
 constexpr float NOTHING = 1e-30f;  // a vector of such small numbers counts as zero: 1 / its scale would not be finite

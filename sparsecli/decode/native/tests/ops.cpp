@@ -57,18 +57,19 @@ class Harness {
     // A case begins: what follows is said of it where it fails.
     void begin(const std::string& text) { case_ = text, wrong_ = false, ++passed; }
 
-    void same(double got, double wanted, double tolerance, const char* what, int64_t at) {
-        if (std::fabs(got - wanted) <= tolerance) return;  // not so for NaN
+    void same(double got, double expected, double tolerance, const char* what, int64_t at) {
+        if (std::fabs(got - expected) <= tolerance) return;  // not so for NaN
         if (!wrong_) {
             std::printf("FAILED %s: %s: %s[%lld] is %.9g, expected %.9g within %.3g (--seed %llu)\n", k.name,
-                        case_.c_str(), what, (long long)at, got, wanted, tolerance, (unsigned long long)options_.seed);
+                        case_.c_str(), what, (long long)at, got, expected, tolerance,
+                        (unsigned long long)options_.seed);
             --passed, ++failed;
         }
         wrong_ = true;
     }
 
-    void same(double got, const scalar::Sum& wanted, int64_t terms, const char* what, int64_t at) {
-        same(got, wanted.value, double(terms / 4 + 8) * EPSILON * (wanted.magnitude + 1e-30), what, at);
+    void same(double got, const scalar::Sum& expected, int64_t terms, const char* what, int64_t at) {
+        same(got, expected.value, double(terms / 4 + 8) * EPSILON * (expected.magnitude + 1e-30), what, at);
     }
 
     // A weight of some type at its place; what is between them stays zero.
@@ -91,12 +92,12 @@ class Harness {
               integers(values.size),
               whole(values.size),
               scales(tokens),
-              sums(values.size / LOW_BIT_GROUP) {
+              sums(values.size / QUANT_GROUP) {
             const int64_t stride = round_up(cols, PAD);
             for (int64_t t = 0; t < tokens; ++t) {
                 for (int64_t i = 0; i < cols; ++i) values[t * stride + i] = h.number();
                 scales[t] = h.k.quantise(values.data + t * stride, stride, integers.data + t * stride,
-                                         sums.data + t * (stride / LOW_BIT_GROUP));
+                                         sums.data + t * (stride / QUANT_GROUP));
             }
             for (int64_t i = 0; i < whole.size; ++i) whole[i] = scalar::integer(h.k.bytes, integers.data, i);
             all = plain = {values.data, integers.data, scales.data, stride, sums.data};
@@ -133,7 +134,7 @@ class Harness {
     }
 
     Weights quantized(int64_t type, int64_t count, int64_t cols) {
-        const int64_t bits = type == INT4 ? 4 : 3, groups = groups_of(cols), bytes = low_bit_panel(cols, bits);
+        const int64_t bits = type == INT4 ? 4 : 3, groups = groups_of(cols), bytes = quantized_panel(cols, bits);
         Weights w(*this, round_up(count, LANES) / LANES * bytes, 0, type, count, cols);
         for (int64_t panel = 0; panel * LANES < count; ++panel) {
             char* at = w.memory.data + panel * bytes;
@@ -206,7 +207,7 @@ void test_quantise(Harness& h) {
     for (const int64_t count : {64, 128, 1024}) {
         Memory<float> values(count);
         Memory<int16_t> integers(count);
-        Memory<int32_t> sums(count / LOW_BIT_GROUP);
+        Memory<int32_t> sums(count / QUANT_GROUP);
         for (int64_t i = 0; i < count; ++i) values[i] = h.number();
         h.begin(text("quantise %ld", long(count)));
         const double scale = h.k.quantise(values.data, count, integers.data, sums.data);
@@ -214,10 +215,10 @@ void test_quantise(Harness& h) {
         for (int64_t i = 0; i < count; ++i) top = std::max(top, std::fabs(double(values[i])));
         for (int64_t i = 0; i < count; ++i)  // half a step, and the last bits of what is rounded
             h.same(scalar::integer(h.k.bytes, integers.data, i) * scale, values[i], scale * 0.503, "value", i);
-        for (int64_t g = 0; g * LOW_BIT_GROUP < count; ++g) {
+        for (int64_t g = 0; g * QUANT_GROUP < count; ++g) {
             int64_t sum = 0;
-            for (int64_t i = 0; i < LOW_BIT_GROUP; ++i)
-                sum += scalar::integer(h.k.bytes, integers.data, g * LOW_BIT_GROUP + i);
+            for (int64_t i = 0; i < QUANT_GROUP; ++i)
+                sum += scalar::integer(h.k.bytes, integers.data, g * QUANT_GROUP + i);
             h.same(sums[g], double(sum), 0, "sum", g);
         }
         std::fill_n(values.data, count, 0.0f);
@@ -393,13 +394,13 @@ void test_residuals(Harness& h) {
             for (int64_t u = 0; u < units; ++u)
                 for (int64_t row = 0; row < parts; ++row) {
                     uint8_t* at = (uint8_t*)w.memory.data + u * residual_unit(cols, parts) + row * residual_row(cols);
-                    for (int64_t c = 0; c < groups * LOW_BIT_GROUP; ++c) {
-                        const int64_t i = c % LOW_BIT_GROUP, half = LOW_BIT_GROUP / 2;
-                        at[c / LOW_BIT_GROUP * half + i % half] |= uint8_t(h.whole(0, 15) << (i < half ? 0 : 4));
+                    for (int64_t c = 0; c < groups * QUANT_GROUP; ++c) {
+                        const int64_t i = c % QUANT_GROUP, half = QUANT_GROUP / 2;
+                        at[c / QUANT_GROUP * half + i % half] |= uint8_t(h.whole(0, 15) << (i < half ? 0 : 4));
                     }
                     for (int64_t g = 0; g < groups; ++g) {
                         const uint16_t scale = scalar::bfloat16_of(float(h.whole(1, 50)) / 500);
-                        std::memcpy(at + groups * LOW_BIT_GROUP / 2 + 2 * g, &scale, 2);
+                        std::memcpy(at + groups * QUANT_GROUP / 2 + 2 * g, &scale, 2);
                     }
                 }
             const Harness::Forms x(h, 1, cols);
@@ -443,9 +444,10 @@ void test_elementwise(Harness& h) {
                 std::copy_n(x.data, count, out.data);
                 h.k.activate(kind, gated ? gate.data : nullptr, out.data, count);
                 for (int64_t i = 0; i < count; ++i) {
-                    const double wanted =
+                    const double expected =
                         gated ? scalar::activation(kind, gate[i]) * x[i] : scalar::activation(kind, x[i]);
-                    h.same(out[i], wanted, 1e-6 * (1 + std::fabs(wanted)) * (gated ? 1 + std::fabs(x[i]) : 1), "h", i);
+                    h.same(out[i], expected, 1e-6 * (1 + std::fabs(expected)) * (gated ? 1 + std::fabs(x[i]) : 1), "h",
+                           i);
                 }
             }
         for (const bool rms : {false, true}) {
@@ -525,13 +527,13 @@ void test_attend(Harness& h) {
                             for (int64_t position = 0; position < lengths[q]; ++position) positions.push_back(position);
                         }
                         double size = 0;
-                        const auto wanted =
+                        const auto expected =
                             scalar::attend(query[q], positions, type, width, cache, stride, scale, size);
                         // An error of a score is one of its probability; exponentials have 4e-7 of their own.
                         const double error =
                             double(width / 2 + 16) * EPSILON * size * 2 + 1e-6 + double(positions.size() / 4) * EPSILON;
                         for (int64_t i = 0; i < width; ++i)
-                            h.same(to[q][i], wanted[size_t(i)].value, error * (wanted[size_t(i)].magnitude + 1e-3),
+                            h.same(to[q][i], expected[size_t(i)].value, error * (expected[size_t(i)].magnitude + 1e-3),
                                    "out", i);
                     }
                 }
@@ -544,30 +546,32 @@ void test_hash(Harness& h) {
         const int64_t round_columns = factors[0] / 2 + (count == 2 ? factors[1] / 2 : 0);
         const int64_t columns = round_up(rounds * round_columns, LANES), positions = 70,
                       stride = round_up(positions, LANES);
-        Memory<float> axes(width * columns), along(columns), key(width);
+        Memory<float> rotations(width * columns), rotated(columns), key(width);
         Memory<int32_t> buckets(rounds * stride), found(positions);
         for (int64_t i = 0; i < width; ++i)
-            for (int64_t c = 0; c < rounds * round_columns; ++c) axes[i * columns + c] = h.number();
-        h.begin(text("hash and find_alike width %ld rounds %ld", long(width), long(rounds)));
+            for (int64_t c = 0; c < rounds * round_columns; ++c) rotations[i * columns + c] = h.number();
+        h.begin(text("hash and find_same_bucket width %ld rounds %ld", long(width), long(rounds)));
         for (int64_t p = 0; p < positions; ++p) {
             for (int64_t i = 0; i < width; ++i) key[i] = h.number() + 0.01f * float(i);
-            h.k.hash(key.data, width, axes.data, columns, factors, count, rounds, along.data, buckets.data + p, stride);
+            h.k.hash(key.data, width, rotations.data, columns, factors, count, rounds, rotated.data, buckets.data + p,
+                     stride);
             for (int64_t r = 0; r < rounds && width > 1; ++r)
-                h.same(buckets[r * stride + p],
-                       double(scalar::bucket(key.data, width, axes.data, columns, factors, count, r * round_columns)),
-                       0, "bucket", p);
+                h.same(
+                    buckets[r * stride + p],
+                    double(scalar::bucket(key.data, width, rotations.data, columns, factors, count, r * round_columns)),
+                    0, "bucket", p);
         }
-        const int64_t last = positions - 1, got = h.k.find_alike(buckets.data, stride, rounds, last, found.data);
-        std::vector<int64_t> wanted;
+        const int64_t last = positions - 1, got = h.k.find_same_bucket(buckets.data, stride, rounds, last, found.data);
+        std::vector<int64_t> expected;
         for (int64_t p = 0; p < last; ++p)
             for (int64_t r = 0; r < rounds; ++r)
                 if (buckets[r * stride + p] == buckets[r * stride + last]) {
-                    wanted.push_back(p);
+                    expected.push_back(p);
                     break;
                 }
-        h.same(double(got), double(wanted.size()), 0, "count", 0);
-        for (int64_t i = 0; i < std::min(got, int64_t(wanted.size())); ++i)
-            h.same(found[i], double(wanted[size_t(i)]), 0, "found", i);
+        h.same(double(got), double(expected.size()), 0, "count", 0);
+        for (int64_t i = 0; i < std::min(got, int64_t(expected.size())); ++i)
+            h.same(found[i], double(expected[size_t(i)]), 0, "found", i);
     }
 }
 
@@ -654,13 +658,13 @@ void perf(const Ops& ops, const Options& options) {
         *(uint64_t*)(large.data + i) = 0x3c013c023b813b02ull + uint64_t(i % 251);
     const double bandwidth = probe(large, threads);
     std::printf("%s, memory reads %.1f GB/s with %d threads; cached rows with one\n", ops.name, bandwidth, threads);
-    const auto wanted = [&](const char* name) { return options.op.empty() || options.op == name; };
-    for (int64_t type = FLOAT32; wanted("matmul") && type <= INT3; ++type)
+    const auto selected = [&](const char* name) { return options.op.empty() || options.op == name; };
+    for (int64_t type = FLOAT32; selected("matmul") && type <= INT3; ++type)
         for (const bool cached : {false, true})
             for (const int64_t tokens : {1, 4, 16, 128}) {
                 if (!cached && tokens > 16) continue;
                 const int64_t cols = 2048, bits = type == INT4 ? 4 : 3;
-                const int64_t row = type >= INT4 ? low_bit_panel(cols, bits) / LANES : cols * type_bytes(type);
+                const int64_t row = type >= INT4 ? quantized_panel(cols, bits) / LANES : cols * type_bytes(type);
                 const int64_t rows = (cached ? 1 << 20 : large.size / (tokens > 1 ? 4 : 1)) / row / 128 * 128;
                 Memory<float> scales(rows), out(rows * tokens);
                 const Matrix w{large.data, scales.data, type, rows, cols};
@@ -676,7 +680,7 @@ void perf(const Ops& ops, const Options& options) {
                          cached ? "cached" : "from memory"),
                     time, double(rows * row), double(rows * cols * tokens), cached ? 0 : bandwidth);
             }
-    for (int64_t type = FLOAT32; wanted("units") && type <= INT8; ++type) {
+    for (int64_t type = FLOAT32; selected("units") && type <= INT8; ++type) {
         const int64_t d = 1024, parts = 2, units = large.size / (d * parts * type_bytes(type));
         Memory<float> scales(units * parts), hidden(units), y(d);
         std::vector<int32_t> chosen;
@@ -695,7 +699,7 @@ void perf(const Ops& ops, const Options& options) {
             products, 0);
     }
     Memory<char> scratch(1 << 19);
-    for (int64_t type = FLOAT32; wanted("multiplicative") && type <= INT8; ++type)
+    for (int64_t type = FLOAT32; selected("multiplicative") && type <= INT8; ++type)
         for (const int64_t modules : {16, 64}) {
             const int64_t width = modules == 16 ? 64 : 144, d = modules * width;
             Memory<float> scales(round_up(width, LANES) + modules), x(d), out(d);
@@ -709,7 +713,7 @@ void perf(const Ops& ops, const Options& options) {
                 }),
                 double((modules + width) * d * type_bytes(type)), double(d * d), 0);
         }
-    for (int64_t type = FLOAT32; wanted("attend") && type <= INT8; ++type)
+    for (int64_t type = FLOAT32; selected("attend") && type <= INT8; ++type)
         for (const int64_t positions : {128, 2048}) {
             const int64_t width = 64;
             Memory<float> scales(positions), query(width), out(width), scores(positions + 64);

@@ -97,11 +97,11 @@ inline void add_pairs(Codes& sums, const Codes& codes, const int16_t* x) {
 }
 
 #if defined(SPARSECLI_AVX512)
-constexpr int LOW_BIT_TOKENS = 8;
+constexpr int QUANT_TOKENS = 8;
 #elif defined(SPARSECLI_NEON)
-constexpr int LOW_BIT_TOKENS = 2;
+constexpr int QUANT_TOKENS = 2;
 #else
-constexpr int LOW_BIT_TOKENS = 4;
+constexpr int QUANT_TOKENS = 4;
 #endif
 constexpr int FACTORS = 4;  // sums that a group has
 
@@ -361,7 +361,7 @@ inline Vector panel_of_one(const Panel<BITS>& panel, int64_t groups, const int16
 #pragma GCC unroll 8
         for (int64_t line = 0; line < Planes<BITS>::BYTES; line += 64)
             __builtin_prefetch(codes + STREAM_DISTANCE + line, 0, 2);
-        const int16_t* group = x + g * LOW_BIT_GROUP;
+        const int16_t* group = x + g * QUANT_GROUP;
 #if defined(SPARSECLI_NEON)  // few registers, and each output has two sums anyway
         PanelSums sums = {};
         const Sixteen<BITS> all[] = {Sixteen<BITS>(group), Sixteen<BITS>(group + 16), Sixteen<BITS>(group + 32),
@@ -383,7 +383,7 @@ constexpr int64_t GROUPS_AT_ONCE = 4;
 constexpr int64_t TOKENS_AT_ONCE = 128;
 
 struct ApartGroup {
-    Codes codes[LOW_BIT_GROUP / TOGETHER];
+    Codes codes[QUANT_GROUP / TOGETHER];
 };
 
 // The same of T tokens, of some groups whose codes were taken apart; added to y, a vector of LANES for each token.
@@ -392,8 +392,8 @@ inline void add_groups(const Panel<BITS>& panel, const ApartGroup* apart, int64_
                        const int32_t* sums_of_x, int64_t stride, float* y) {
     for (int64_t g = first; g < last; ++g) {
         PanelSums sums[T] = {};
-        for (int64_t at = 0; at < LOW_BIT_GROUP; at += 16) {
-            const int16_t* group = x + g * LOW_BIT_GROUP + at;
+        for (int64_t at = 0; at < QUANT_GROUP; at += 16) {
+            const int16_t* group = x + g * QUANT_GROUP + at;
             const Codes* codes = apart[g - first].codes + at / TOGETHER;
 #if defined(SPARSECLI_NEON)
             asm("" : "+r"(codes) : : "memory");  // read where they are used: registers are few
@@ -411,7 +411,7 @@ inline void add_groups(const Panel<BITS>& panel, const ApartGroup* apart, int64_
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
             Vector total = load(y + t * LANES);  // not kept meanwhile: registers are few
-            panel.add_group(total, g, sixteen_times(total_of(sums[t])), sums_of_x[t * (stride / LOW_BIT_GROUP) + g]);
+            panel.add_group(total, g, sixteen_times(total_of(sums[t])), sums_of_x[t * (stride / QUANT_GROUP) + g]);
             store(y + t * LANES, total);
         }
     }
@@ -428,22 +428,22 @@ inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_
         for (int64_t g = first; g < last; ++g)
             visit_apart<BITS>(panel.codes + g * Planes<BITS>::BYTES,
                               [&](int i, const Codes& codes) { apart[g - first].codes[i] = codes; });
-        for (int64_t t = 0; t < tokens; t += LOW_BIT_TOKENS)
-            add_groups<BITS, LOW_BIT_TOKENS>(panel, apart, first, last, x + t * stride,
-                                             sums_of_x + t * (stride / LOW_BIT_GROUP), stride, y + t * LANES);
+        for (int64_t t = 0; t < tokens; t += QUANT_TOKENS)
+            add_groups<BITS, QUANT_TOKENS>(panel, apart, first, last, x + t * stride,
+                                           sums_of_x + t * (stride / QUANT_GROUP), stride, y + t * LANES);
     }
 }
 
 template <int BITS>
-void low_bit_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
-                    int64_t out_stride) {
-    const int64_t groups = groups_of(w.cols), bytes = low_bit_panel(w.cols, BITS), sums = x.stride / LOW_BIT_GROUP;
-    const int64_t tiled = tokens / LOW_BIT_TOKENS * LOW_BIT_TOKENS;
+void quantized_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
+                      int64_t out_stride) {
+    const int64_t groups = groups_of(w.cols), bytes = quantized_panel(w.cols, BITS), sums = x.stride / QUANT_GROUP;
+    const int64_t tiled = tokens / QUANT_TOKENS * QUANT_TOKENS;
     alignas(64) float y[TOKENS_AT_ONCE * LANES];
     for (int64_t row = begin; row < end; row += LANES) {
         const Panel<BITS> panel((const uint8_t*)w.data + row / LANES * bytes, groups);
         // The next panel's scales and zeros: a second stream, which processors do not foresee beside that of the codes.
-        if (row + LANES < end) fetch(panel.codes + bytes + groups * Planes<BITS>::BYTES, groups * LANES * 3);
+        if (row + LANES < end) prefetch(panel.codes + bytes + groups * Planes<BITS>::BYTES, groups * LANES * 3);
         const auto keep = [&](int64_t t, const Vector& of_token) {
             float lane[LANES];
             store(lane, of_token * fill(x.scales[t] / 16));
@@ -485,14 +485,14 @@ inline Vector residual_values(const uint8_t* from) {
 
 // One row with one token's integers, without their scale. Sums of a group are exact.
 inline float residual_dot(const uint8_t* codes, const uint16_t* scale, int64_t groups, const int16_t* x) {
-    constexpr int64_t HALF = LOW_BIT_GROUP / 2;
+    constexpr int64_t HALF = QUANT_GROUP / 2;
     Floats total = Floats{};
     for (int64_t g = 0; g < groups; ++g) {
         Sums sums = {};
 #pragma GCC unroll 4
         for (int64_t i = 0; i < HALF; i += INTEGERS) {
             const auto bytes = weights_of((const int8_t*)codes + g * HALF + i);
-            const int16_t* group = x + g * LOW_BIT_GROUP + i;
+            const int16_t* group = x + g * QUANT_GROUP + i;
             sums = add_products(sums, (bytes & 15) - 8, integers_of(group));
             sums = add_products(sums, (bytes >> 4 & 15) - 8, integers_of(group + HALF));
         }
@@ -510,7 +510,7 @@ struct Residual {
     Residual(const Matrix& residual, int64_t parts, int64_t unit, int64_t row)
         : codes((const uint8_t*)residual.data + unit * residual_unit(residual.cols, parts) +
                 row * residual_row(residual.cols)),
-          scale((const uint16_t*)(codes + groups_of(residual.cols) * (LOW_BIT_GROUP / 2))) {}
+          scale((const uint16_t*)(codes + groups_of(residual.cols) * (QUANT_GROUP / 2))) {}
 };
 
 void residual_dots(const Matrix& residual, int64_t parts, const int32_t* chosen, int64_t count, const Activations& x,
@@ -526,11 +526,11 @@ void residual_dots(const Matrix& residual, int64_t parts, const int32_t* chosen,
 // y[0 .. 32) += factor[i] * columns [column, column + 32) of row i: the low nibbles of a group's bytes, or the high ones.
 template <int SHIFT>
 inline void add_half_group(const Residual* rows, const float* factor, int64_t count, int64_t column, float* y) {
-    const int64_t group = column / LOW_BIT_GROUP;
+    const int64_t group = column / QUANT_GROUP;
     Vector low = load(y), high = load(y + LANES);
     for (int64_t i = 0; i < count; ++i) {
         const Vector scaled = fill(factor[i] * to_float(rows[i].scale[group]));
-        const uint8_t* codes = rows[i].codes + group * (LOW_BIT_GROUP / 2);
+        const uint8_t* codes = rows[i].codes + group * (QUANT_GROUP / 2);
         add_product(low, scaled, residual_values<SHIFT>(codes));
         add_product(high, scaled, residual_values<SHIFT>(codes + LANES));
     }
@@ -540,7 +540,7 @@ inline void add_half_group(const Residual* rows, const float* factor, int64_t co
 
 void residual_sums(const Matrix& residual, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
                    int64_t begin, int64_t end, float* y) {
-    constexpr int64_t HALF = LOW_BIT_GROUP / 2, AT_ONCE = 64;  // rows that stay cached while columns pass
+    constexpr int64_t HALF = QUANT_GROUP / 2, AT_ONCE = 64;  // rows that stay cached while columns pass
     static_assert(HALF == 2 * LANES);
     Residual rows[AT_ONCE];
     float factor[AT_ONCE];
@@ -555,7 +555,7 @@ void residual_sums(const Matrix& residual, int64_t parts, const int32_t* chosen,
             float line[HALF] = {};
             const int64_t first = c < begin ? begin : c, last = c + HALF < end ? c + HALF : end;
             std::memcpy(line + first - c, y + first, size_t(last - first) * 4);
-            if (c % LOW_BIT_GROUP)
+            if (c % QUANT_GROUP)
                 add_half_group<4>(rows, factor, found, c, line);
             else
                 add_half_group<0>(rows, factor, found, c, line);

@@ -1,0 +1,28 @@
+#pragma once
+#include "pass.h"
+
+namespace sparsecli {
+
+constexpr int64_t HEAD_LANES = 16;  // equal parts of the vocabulary, each with its own best candidates
+constexpr int64_t CANDIDATES = 4;   // of each part, scored again with exact weights
+
+// Logits of the tokens that ask for them: the merged streams, normalised, times a dense or a multiplicative matrix.
+class Head {
+  public:
+    explicit Head(Workspace& space);
+    void begin(const std::vector<Token>& tokens);  // before the pass, by one thread
+    void run(Pass& pass);
+
+  private:
+    const float* merged(const Pass& pass, int64_t t, float* out) const;
+    void multiplicative(Pass& pass, const Activations& x, float* out);
+    void dense(Pass& pass, const Activations& x, float* out);
+    void rescore(Pass& pass, const Activations& x, Range rows, float* out);
+
+    int64_t count() const { return int64_t(asking_.size()); }
+
+    std::vector<int64_t> asking_;        // tokens whose logits are asked for, M of them
+    Buffer<float> normed_, own_normed_;  // (M, merged width), (workers, merged width)
+};
+
+}  // namespace sparsecli

@@ -1,0 +1,35 @@
+// Rows of chosen units, which sparse, mixture and selector layers share.
+#pragma once
+#include "pass.h"
+
+namespace sparsecli {
+
+constexpr int64_t BLOCKS_AT_ONCE = 8;  // whose units many tokens share while they are cached
+
+// The units that each token uses, as lists: K = model.chosen_units(layer_idx) at most.
+class ChosenUnits {
+  public:
+    explicit ChosenUnits(Workspace& space);
+
+    Buffer<int32_t> units;  // (T, K): their numbers
+    Buffer<float> hidden;   // (T, K): their activations
+
+    // Activations of entries [begin, end) of a token's list.
+    void activate(const Pass& pass, const Block& block, const float* unit_bias, int64_t t, int64_t begin, int64_t end,
+                  const Activations& x_of_t) const;
+
+    // Adds entries [begin, end) of a token's list to columns of its residual.
+    void add(const Pass& pass, const Block& block, int64_t t, int64_t begin, int64_t end, Range columns) const;
+
+    // Adds the whole lists, K entries each, and the layer's bias. Many tokens that chose the same units share one reading
+    // of `step` entries.
+    void add_all(const Pass& pass, const Block& block, int64_t count, int64_t step) const;
+
+    // Asks the system to read the rows of entries [begin, end) from disk.
+    void read_ahead(const Pass& pass, const Block& block, int64_t t, int64_t begin, int64_t end) const;
+};
+
+// Adds a layer's bias to this worker's columns of a single token, or to all of a token's.
+void add_bias(const Pass& pass, const Block& block, int64_t t, Range columns);
+
+}  // namespace sparsecli
