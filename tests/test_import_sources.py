@@ -14,13 +14,14 @@ import torch
 from foreign_models import LLAMA, MODELS, build, prompt, save
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sparsecli.console import Failure
 from sparsecli.generate import encode_prompt
 from sparsecli.interchange import exporting, importing
 from sparsecli.interchange.sources import ForeignModel, open_source
 from sparsecli.model.checkpoint import load_network
-from sparsecli.model.folder import CONFIG, WEIGHTS, find_model, read_description
+from sparsecli.model.folder import CONFIG, INDEX, WEIGHTS, find_model, read_description, weight_files
 from sparsecli.model.tokenizer import read_tokenizer
 
 
@@ -139,6 +140,23 @@ def test_weights_cut_short(theirs: Path, tmp_path: Path) -> None:
     content = (theirs / WEIGHTS).read_bytes()
     (theirs / WEIGHTS).write_bytes(content[:-1000])
     assert "cut short or damaged" in refused(theirs, tmp_path / "ours")
+
+
+def test_one_file_goes_before_an_old_index(
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {name: torch.zeros_like(tensor) for name, tensor in load_file(theirs / WEIGHTS).items()}
+    save_file(old, theirs / "model-00001-of-00001.safetensors")
+    places = dict.fromkeys(old, "model-00001-of-00001.safetensors")
+    (theirs / INDEX).write_text(json.dumps({"weight_map": places}))
+    importing.run(source=str(theirs), output=tmp_path / "ours")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert line == f"warning: {theirs}: {WEIGHTS} is read, as transformers does; {INDEX} beside it is not"
+    original = AutoModelForCausalLM.from_pretrained(theirs)
+    expected = original(prompt()).logits
+    torch.testing.assert_close(load_network(tmp_path / "ours")(prompt()).logits, expected)
+    (theirs / WEIGHTS).unlink()
+    assert [path.name for path in weight_files(theirs)] == ["model-00001-of-00001.safetensors"]
 
 
 def test_pickles_are_refused(theirs: Path, tmp_path: Path) -> None:

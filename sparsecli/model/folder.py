@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sparsecli.console import Failure
+from sparsecli.console import Failure, warn
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.tensors import Shape, tensor_shapes
 
@@ -118,12 +119,17 @@ def read_description(folder: Path) -> Description:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: one, or the shards that its index names.
+    """The safetensors files of a model: one, or the shards that its index names; the one where both are there, as
+    transformers takes it, with a warning.
 
     Raises:
         Failure: the index is damaged or names a file outside of the folder, or a file is missing.
     """
     files = [folder / WEIGHTS]
+    if files[0].is_file():
+        if (folder / INDEX).is_file():
+            _warn_of_index(folder)
+        return files
     if (folder / INDEX).is_file():
         shards = read_json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict):
@@ -143,6 +149,12 @@ def weight_files(folder: Path) -> list[Path]:
             hint = f" ({PACKED} is packed for the native engine, and for it alone; name the model it was made from)"
         raise Failure(f"{path}: no such file{hint}")
     return files
+
+
+@cache
+def _warn_of_index(folder: Path) -> None:
+    """Once for a folder, however often its files are asked for."""
+    warn(f"{folder}: {WEIGHTS} is read, as transformers does; {INDEX} beside it is not")
 
 
 def check_weights(folder: Path, spec: ModelSpec) -> None:
