@@ -369,6 +369,7 @@ def edit_config(**fields: object) -> Callable[[Path], None]:
 
 
 def shard_outside(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

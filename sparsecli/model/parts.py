@@ -282,6 +282,16 @@ class AttentionSpec(Block):
             return self.projection
         return "none"
 
+    @property
+    def dense(self) -> bool:
+        """Whether heads may be of any width: all projections are dense, and one leads back to d_model."""
+        return (self.projection, self.output) == ("dense", "dense")
+
+    @property
+    def in_modules(self) -> bool:
+        """Whether any projection is cut into modules."""
+        return self.projection != "dense" or self.output.startswith("multiplicative")
+
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
         conv = self.projection.endswith("_conv")
