@@ -112,6 +112,12 @@ def warn(text: str) -> None:
     say(f"warning: {text}", style="yellow")
 
 
+@cache
+def warn_once(text: str) -> None:
+    """The same of something that several steps of a command come upon."""
+    warn(text)
+
+
 def fail(failure: Failure) -> None:
     """Show an expected error on stderr, every line of it marked as such; any process may have one."""
     if isinstance(failure, Stopped):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsecli.console import Failure
-from sparsecli.interchange.families import Family, family_of
+from sparsecli.interchange.families import NO_TOKENS, Family, family_of
 from sparsecli.interchange.shards import StoredTensors, Tensors
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.folder import (
@@ -88,7 +88,8 @@ class ForeignModel:
         return read_json(path) if path.is_file() else {}
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Put its tokenizer into `folder`: as it is, or converted where it has no tokenizer.json.
+        """Put its tokenizer into `folder`: as it is, without byte-order marks, or converted where it has no
+        tokenizer.json.
 
         Raises:
             Failure: there is none, or it cannot be converted.
@@ -96,7 +97,7 @@ class ForeignModel:
         if (self.path / TOKENIZER).is_file():
             for name in DESCRIPTIONS[2:]:
                 if (self.path / name).is_file():
-                    shutil.copyfile(self.path / name, folder / name)
+                    (folder / name).write_bytes((self.path / name).read_bytes().removeprefix(BOM_UTF8))
             return
         from transformers import AutoTokenizer
 
@@ -196,7 +197,7 @@ def read_family(fields: dict[str, Any]) -> tuple[Family, ModelSpec]:
     family = family_of(kind)
     known = {name: value for name, value in fields.items() if name not in ("model_type", "auto_map")}
     try:
-        config = AutoConfig.for_model(kind, **known)
+        config = AutoConfig.for_model(kind, **{**known, **NO_TOKENS})
     except Exception as error:  # transformers wraps what its validation raises
         raise Failure(last_line(error)) from error
     return family, family.spec(config)

@@ -17,10 +17,10 @@ from sparsecli.model.networks import NETWORKS, Network
 from sparsecli.model.tokenizer import TOKENIZER, check_fit, check_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Network, PreTrainedTokenizerBase]:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Network, PreTrainedTokenizerFast]:
     """The model in evaluation mode and its tokenizer.
 
     Raises:
@@ -29,7 +29,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Networ
     """
     network = load_network(folder, dtype)
     tokenizer = load_tokenizer(folder)
-    check_fit(folder, len(tokenizer), network.config.vocab_size)
+    check_fit(folder, tokenizer.backend_tokenizer, network.config.vocab_size)
     return network, tokenizer
 
 
@@ -74,16 +74,19 @@ def read_config(folder: Path) -> ScalingTransformerConfig:
     return config
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer saved in `folder`.
 
     Raises:
         Failure: there is none, or it does not load.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     check_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
         raise Failure(f"{folder / TOKENIZER}: does not load: {last_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise Failure(f"{folder}: the tokenizer has no `tokenizers` version ({TOKENIZER})")
+    return tokenizer

@@ -11,11 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sparsecli.console import Failure, warn
+from sparsecli.console import Failure, warn_once
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.tensors import Shape, tensor_shapes
 
@@ -128,7 +127,7 @@ def weight_files(folder: Path) -> list[Path]:
     files = [folder / WEIGHTS]
     if files[0].is_file():
         if (folder / INDEX).is_file():
-            _warn_of_index(folder)
+            warn_once(f"{folder}: {WEIGHTS} is read, as transformers does; {INDEX} beside it is not")
         return files
     if (folder / INDEX).is_file():
         shards = read_json(folder / INDEX).get("weight_map")
@@ -149,12 +148,6 @@ def weight_files(folder: Path) -> list[Path]:
             hint = f" ({PACKED} is packed for the native engine, and for it alone; name the model it was made from)"
         raise Failure(f"{path}: no such file{hint}")
     return files
-
-
-@cache
-def _warn_of_index(folder: Path) -> None:
-    """Once for a folder, however often its files are asked for."""
-    warn(f"{folder}: {WEIGHTS} is read, as transformers does; {INDEX} beside it is not")
 
 
 def check_weights(folder: Path, spec: ModelSpec) -> None:
@@ -210,15 +203,19 @@ def share(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The JSON object in a file; a byte-order mark before it is none of it.
 
     Raises:
         Failure: there is no such file, or it holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise Failure(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise Failure(f"{path}: does not load: byte {error.start} is not UTF-8 text") from error
+    except RecursionError as error:
+        raise Failure(f"{path}: does not load: is nested too deep") from error
     except (ValueError, OSError) as error:
         raise Failure(f"{path}: does not load: {error}") from error
     if not isinstance(value, dict):

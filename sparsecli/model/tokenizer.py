@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from sparsecli.console import Failure
+from sparsecli.console import Failure, warn_once
 from sparsecli.model.folder import last_line, read_json
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Tokenizer:
         backend: the vocabulary and its rules.
         named: the text of each special token that has a name, such as `eos_token`.
         template: Jinja source that lays a chat out as text, or None.
+        vocabulary: tokens of the model; None allows any.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         named: Mapping[str, str] | None = None,
         template: str | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.named = dict(named or {})
         self.template = template
+        self.vocabulary = vocabulary
         known = backend.get_vocab(with_added_tokens=True)
         backend.add_special_tokens([token for token in self.named.values() if token not in known])
 
@@ -56,8 +59,16 @@ class Tokenizer:
         """Token ids of `text` as it stands: nothing is put before or behind it, as with the training text.
 
         With `special` the tokenizer adds what it has for that, such as Llama's first token.
+
+        Raises:
+            Failure: the text has a token that the model does not have.
         """
-        return list(self.backend.encode(text, add_special_tokens=special).ids)
+        encoded = self.backend.encode(text, add_special_tokens=special)
+        if self.vocabulary is not None:
+            for token, name in zip(encoded.ids, encoded.tokens, strict=True):
+                if token >= self.vocabulary:
+                    raise Failure(f"the text has the token {name!a}, which the model has not; leave it out")
+        return list(encoded.ids)
 
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of a chat in which the user has said `message` and the answer begins.
@@ -93,7 +104,7 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
     """The tokenizer saved in `folder`, for a model of `vocabulary` tokens.
 
     Raises:
-        Failure: there is none, it does not load, or it has more tokens than the model.
+        Failure: there is none, it does not load, or it is not made for so many tokens (see `check_fit`).
     """
     check_tokenizer(folder)
     path = folder / TOKENIZER
@@ -104,8 +115,8 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     named = {name: text for name in NAMED_TOKENS if (text := _token_text(settings.get(name)))}
-    tokenizer = Tokenizer(backend, named, _template(folder, settings))
-    check_fit(folder, len(tokenizer), vocabulary)
+    tokenizer = Tokenizer(backend, named, _template(folder, settings), vocabulary)
+    check_fit(folder, backend, vocabulary)
     return tokenizer
 
 
@@ -115,12 +126,34 @@ def check_tokenizer(folder: Path) -> None:
         raise Failure(f"{folder}: no {TOKENIZER}; the tokenizer belongs beside the model")
 
 
-def check_fit(folder: Path, tokens: int, vocabulary: int) -> None:
-    """Raise Failure where a tokenizer has more `tokens` than the model's `vocabulary`."""
-    if tokens > vocabulary:
+def check_fit(folder: Path, backend: tokenizers.Tokenizer, vocabulary: int) -> None:
+    """Compare the tokens of a tokenizer with the model's `vocabulary`; a warning names special ones beyond it.
+
+    A text has those, such as a padding token that was added later, only where it spells them, which `Tokenizer.encode`
+    refuses.
+
+    Raises:
+        Failure: other tokens lie beyond it.
+    """
+    ordinary, special = beyond(backend, vocabulary)
+    if ordinary:
+        tokens = backend.get_vocab_size()
         raise Failure(
             f"{folder}: the tokenizer has {tokens} tokens, the model {vocabulary}; they do not belong together"
         )
+    if special:
+        more = f" and {len(special) - 3} more" if len(special) > 3 else ""
+        warn_once(
+            f"{folder}: the tokenizer has {', '.join(map(ascii, special[:3]))}{more} beyond the model's {vocabulary} "
+            "tokens; a text with such a token is refused"
+        )
+
+
+def beyond(backend: tokenizers.Tokenizer, vocabulary: int) -> tuple[list[str], list[str]]:
+    """Ordinary and special tokens whose numbers are not below `vocabulary`."""
+    found = sorted(token for token, index in backend.get_vocab().items() if index >= vocabulary)
+    named = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    return [token for token in found if token not in named], [token for token in found if token in named]
 
 
 def _token_text(value: object) -> str | None:
