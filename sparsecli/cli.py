@@ -63,6 +63,8 @@ def main() -> None:
         reason = error.strerror or str(error) or type(error).__name__
         _end(Failure(f"{error.filename}: {reason}" if error.filename else reason))
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the words are PyTorch's
+            _end(Failure("memory does not suffice; use a smaller model, context or batch"))
         lines = str(error).strip().splitlines() or [""]
         name = type(error).__name__
         _end(Failure(f"unexpected {name}: {lines[0]} (`sparsecli --debug ...` shows where it comes from)"))

@@ -288,6 +288,12 @@ def test_prompt_that_is_missing_or_no_text(run, calls, tmp_path, monkeypatch, ca
             "error: /d/f: No space left on device\n",
         ),
         (PermissionError(errno.EACCES, "Permission denied"), 1, "error: Permission denied\n"),
+        (MemoryError(), 1, "error: memory does not suffice; use a smaller model, context or batch\n"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            1,
+            "error: memory does not suffice; use a smaller model, context or batch\n",
+        ),
         (
             ValueError("boom\nmore"),
             1,

@@ -78,6 +78,8 @@ def refused(source: Path | str, output: Path) -> str:
         ({"num_key_value_heads": 3}, "attention.key_value_heads"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"hidden_size": 33}, "hidden size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 is more than 1024"),
+        ({"max_position_embeddings": 10**15}, "max_positions: 1000000000000000 is more than 2147483647"),
     ],
 )
 def test_a_configuration_that_does_not_fit(fields: dict, message: str, theirs: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsecli.console import Failure
 from sparsecli.interchange.families import NO_TOKENS, family_of
 from sparsecli.model.folder import last_line
+from sparsecli.model.parts import MOST_LAYERS
 
 SPECIAL = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
@@ -54,6 +55,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise Failure(
             f"{path}: general.architecture: {kind!r} is written as {NAMED_AS[kind]!r} by llama.cpp, with the order of "
             "rows that it reads; import the original checkpoint"
+        )
+    blocks = reader.fields.get(f"{kind}.block_count")
+    if blocks is not None and blocks.contents() > MOST_LAYERS:
+        raise Failure(
+            f"{path}: {kind}.block_count: {blocks.contents()} is more than {MOST_LAYERS}, the most that is taken"
         )
     try:
         family_of(kind)

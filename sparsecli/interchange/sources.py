@@ -22,6 +22,7 @@ from sparsecli.model.folder import (
     read_json,
     weight_files,
 )
+from sparsecli.model.parts import MOST_LAYERS
 from sparsecli.model.tokenizer import FILES, TOKENIZER
 
 GENERATION = "generation_config.json"
@@ -195,6 +196,9 @@ def read_family(fields: dict[str, Any]) -> tuple[Family, ModelSpec]:
 
     kind = fields.get("model_type")
     family = family_of(kind)
+    for name in ("num_hidden_layers", "n_layer"):  # transformers begins lists of so many
+        if isinstance(layers := fields.get(name), int) and layers > MOST_LAYERS:
+            raise Failure(f"{name}: {layers} is more than {MOST_LAYERS}, the most that is taken")
     known = {name: value for name, value in fields.items() if name not in ("model_type", "auto_map")}
     try:
         config = AutoConfig.for_model(kind, **{**known, **NO_TOKENS})

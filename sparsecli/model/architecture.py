@@ -15,10 +15,12 @@ from pydantic import Field, ValidationError, model_validator
 from sparsecli.model.parts import (
     AttentionSpec,
     Block,
+    Depth,
     FeedForwardSpec,
     RotaryScaling,
     Size,
     VocabularySpec,
+    Width,
     check_multiple,
     fault,
 )
@@ -43,9 +45,9 @@ class LowBitSpec(Block):
 class SruSpec(Block):
     """A recurrent branch beside every feed-forward layer: narrow, with a norm of its own (Terraformer)."""
 
-    layers: Size = 1
+    layers: Depth = 1
     """Recurrent layers, one after the other."""
-    width: Size = 32
+    width: Width = 32
     """Numbers that each carries from token to token."""
 
 
@@ -54,7 +56,7 @@ class AxialSpec(Block):
 
     shape: Annotated[list[Size], Field(min_length=1)]
     """Positions along each axis, the last one fastest; their product is at least max_positions."""
-    widths: Annotated[list[Size], Field(min_length=1)]
+    widths: Annotated[list[Width], Field(min_length=1)]
     """Width of each axis' vectors; their sum is d_model."""
 
 
@@ -62,7 +64,7 @@ class CrossAttentionSpec(Block):
     """Dense attention of every decoder block to the encoder's output."""
 
     kind: Literal["cross_attention"] = "cross_attention"
-    query_modules: Size | None = None
+    query_modules: Width | None = None
     """Make queries by a multiplicative layer and a convolution with so many modules, and leave the output projection
     out; by default both are dense."""
 
@@ -78,7 +80,7 @@ class JoinedSpec(Block):
 class EncoderSpec(Block):
     """What reads the source, in both directions, before the decoder writes; of the decoder's width and heads."""
 
-    layers: Size
+    layers: Depth
     """Number of blocks."""
     max_positions: Size
     """Longest source, in tokens."""
@@ -105,13 +107,13 @@ class EncoderSpec(Block):
 class ModelSpec(Block):
     """A Scaling Transformer: pre-norm residual blocks of attention and feed-forward, with or without an encoder."""
 
-    d_model: Size
+    d_model: Width
     """Width of the residual stream."""
-    layers: Size
+    layers: Depth
     """Number of blocks."""
-    heads: Size
+    heads: Width
     """Attention heads."""
-    head_width: Size | None = None
+    head_width: Width | None = None
     """Width of a head; by default d_model / heads."""
     max_positions: Size
     """Longest sequence, in tokens."""
