@@ -281,7 +281,7 @@ def test_a_malformed_file_is_one_clear_line(tmp_path: Path, content: str) -> Non
     ("settings", "sample", "told"),
     [
         ({"rounds": 0}, 1.0, "settings.rounds"),
-        ({"rounds": 10**6, "tokens_per_round": 10**6}, 1.0, "rows"),
+        ({"rounds": 10**6, "tokens_per_round": 10**6}, 1.0, "samples"),
         ({"context": 10**20}, 1.0, "settings.context"),
         ({}, 0.0, "samples"),
         ({}, float("inf"), "samples"),
