@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,9 @@ def from_runs(references: Sequence[str]) -> list[Candidate]:
 def _from_run(name: str, run: Path, folder: Path) -> Candidate:
     weight_files(folder)  # a packed model has none: better told before anything is built
     spec = read_config(folder).spec
-    nats = (read_facts(run).get("result") or {}).get("held_out_nats")
+    result = read_facts(run).get("result")
+    nats = result.get("held_out_nats") if isinstance(result, dict) else None
+    nats = float(nats) if isinstance(nats, int | float) and math.isfinite(nats) else None
     return Candidate(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_nats=nats)
 
 

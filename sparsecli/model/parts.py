@@ -30,8 +30,8 @@ def _at_most(limit: int) -> AfterValidator:
 
 MOST_LAYERS = 2**10
 DEEP, WIDE, MANY = _at_most(MOST_LAYERS), _at_most(2**20), _at_most(2**24)
-"""Limits of layers and what else is gone through one by one; of vectors and the parts that they are cut into; of a matrix'
-rows, where they may be many."""
+"""Limits of layers and what else is gone through one by one; of vectors and the parts that they are cut into; of the
+rows of matrices that have many."""
 Whole = Annotated[int, _at_most(2**31 - 1)]
 Size = Annotated[Whole, Field(gt=0)]
 Count = Annotated[Whole, Field(ge=0)]

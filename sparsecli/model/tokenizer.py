@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from sparsecli.console import Failure, warn_once
+from sparsecli.model.chat import render
 from sparsecli.model.folder import last_line, read_json
-
-if TYPE_CHECKING:
-    import jinja2
 
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -115,7 +111,11 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     named = {name: text for name in NAMED_TOKENS if (text := _token_text(settings.get(name)))}
-    tokenizer = Tokenizer(backend, named, _template(folder, settings), vocabulary)
+    template = _template(folder, settings)
+    try:
+        tokenizer = Tokenizer(backend, named, template, vocabulary)
+    except (ValueError, TypeError) as error:  # a name that is no text
+        raise Failure(f"{folder / SETTINGS}: does not load: {last_line(error)}") from error
     check_fit(folder, backend, vocabulary)
     return tokenizer
 
@@ -165,91 +165,13 @@ def _token_text(value: object) -> str | None:
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template: a file of its own, or a setting, which may be a list of named ones."""
     if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
+        try:
+            return (folder / TEMPLATE).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            place = f"byte {error.start} is not UTF-8 text"
+            raise Failure(f"{folder / TEMPLATE}: does not load: {place}") from error
     held = settings.get("chat_template")
     if isinstance(held, list):
         named = {one.get("name"): one.get("template") for one in held if isinstance(one, dict)}
         held = named.get("default")
     return held if isinstance(held, str) else None
-
-
-# -- chat templates ------------------------------------------------------------------------------------------
-
-
-def render(template: str, messages: Sequence[Mapping[str, str]], named: Mapping[str, str]) -> str:
-    """The text of a chat, up to where the answer begins, as transformers renders it.
-
-    A template is a program that came with the model: it runs in a sandbox, which lets it change nothing.
-
-    Raises:
-        Failure: the template is damaged, refuses the messages, or does what the sandbox forbids.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        return (
-            _environment()
-            .from_string(template)
-            .render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **named)
-        )
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise Failure(
-            f"the chat template does not work: {last_line(error)}; --no-chat leaves it out"
-        ) from error
-
-
-def _environment() -> jinja2.Environment:
-    from jinja2 import TemplateError, ext, nodes, parser, utils
-    from jinja2.exceptions import SecurityError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Answer(ext.Extension):
-        """`{% generation %}` marks, in templates made for training, what an assistant says; here it changes nothing."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, source: parser.Parser) -> list[nodes.Node]:
-            next(source.stream)
-            return source.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    class Namespace(utils.Namespace):
-        """The template's own variables; names that Python gives a meaning to are none."""
-
-        def __init__(*positional: Any, **given: Any) -> None:
-            self, *rest = positional
-            for name in dict(*rest, **given):
-                Namespace.check(name)
-            utils.Namespace.__init__(self, *rest, **given)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            Namespace.check(name)
-            super().__setitem__(name, value)
-
-        @staticmethod
-        def check(name: str) -> None:
-            if name.startswith("_"):
-                raise SecurityError(f"a namespace cannot hold {name!r}")
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def as_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})
-
-    def new_dict(*positional: Any, **given: Any) -> dict[Any, Any]:
-        return dict(*positional, **given)
-
-    def now(format: str) -> str:
-        return datetime.datetime.now().strftime(format)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Answer, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = as_json
-    environment.globals |= {
-        "dict": new_dict,
-        "namespace": Namespace,
-        "raise_exception": refuse,
-        "strftime_now": now,
-    }
-    return environment

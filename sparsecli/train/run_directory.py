@@ -16,7 +16,7 @@ import torch
 
 from sparsecli.console import Failure, warn
 from sparsecli.data.cache import why_unwritten
-from sparsecli.model.folder import RECIPE
+from sparsecli.model.folder import RECIPE, read_json
 from sparsecli.model.parts import Block
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.messages import found_as
@@ -155,12 +155,12 @@ def environment() -> dict[str, Any]:
 
 def read_facts(output: Path) -> dict[str, Any]:
     """`run.json` of a run, empty where there is none."""
-    try:
-        return json.loads((output / FACTS).read_text())
-    except FileNotFoundError:
+    if not (output / FACTS).exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise Failure(f"{output / FACTS}: cannot be read ({error}); delete it to go on without it") from None
+    try:
+        return read_json(output / FACTS)
+    except Failure as failure:
+        raise Failure(f"{failure}; delete it to go on without it") from None
 
 
 def write_facts(output: Path, facts: dict[str, Any]) -> None:
@@ -172,10 +172,12 @@ def read_metrics(output: Path, up_to_step: int | None = None) -> list[dict[str, 
     """Rows of `metrics.jsonl`, those after `up_to_step` and a torn last one left out."""
     path = output / METRICS
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
             continue
         if up_to_step is None or row["step"] <= up_to_step:
             rows.append(row)
