@@ -145,6 +145,8 @@ def test_the_table_fits_and_keeps_what_matters(width: int) -> None:
     shown = made_up({"dense": noisy(120, 1), "+ Sparse FF + QKV + loss": noisy(15, 2)})
     screen = Console(file=io.StringIO(), width=width, markup=False)
     screen.print(table.table(shown, width))
+    text = " ".join(screen.file.getvalue().split())
+    assert ("Left out, for 80 characters: " in text) == (width == 80)
     lines = screen.file.getvalue().splitlines()
     assert max(map(cell_len, lines)) <= width
     text = "\n".join(lines)
