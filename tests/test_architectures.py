@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small_models import INSTRUCTION_SETS, weights_of
+from small_models import INSTRUCTION_SETS, random_weights, weights_of
 
+from sparsecli.bench.variants import with_positions
 from sparsecli.console import Failure, RecipeError
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.packing import Precision, pack
@@ -105,6 +106,15 @@ def test_defaults_are_those_of_recipes() -> None:
     required = {name for name, field in ModelSpec.model_fields.items() if field.is_required()}
     config = ScalingTransformerConfig().spec
     assert ModelSpec(**{name: getattr(config, name) for name in required}) == config
+
+
+def test_a_bench_gives_every_kind_of_positions_more_room() -> None:
+    axial = {"positions": "axial", "axial": {"shape": [4, 4], "widths": [10, 14]}}
+    for fields in ({}, axial, {"positions": "digits"}, {"positions": "rotary"}):
+        grown = with_positions(load({**SMALL, **fields}), 50)
+        assert load(grown.model_dump(exclude_none=True)) == grown
+        pack(grown, random_weights(grown), Precision.of("float32"))
+    assert with_positions(load({**SMALL, **axial}), 50).axial.shape == [13, 4]
 
 
 # -- parts that do ----------------------------------------------------------------------------------------------

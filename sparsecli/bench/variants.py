@@ -157,8 +157,15 @@ def part(spec: ModelSpec, layers: int | None) -> ModelSpec:
 
 
 def with_positions(spec: ModelSpec, positions: int) -> ModelSpec:
-    """The model with room for so many positions: a table of learned ones grows, of which a token reads one row."""
-    return spec.model_copy(update={"max_positions": max(positions, spec.max_positions)})
+    """The model with room for so many positions: tables of learned ones grow, of which a token reads one row each."""
+    positions = max(positions, spec.max_positions)
+    changed: dict[str, object] = {"max_positions": positions}
+    if spec.positions == "axial":
+        assert spec.axial
+        first, *others = spec.axial.shape
+        shape = [max(first, -(-positions // math.prod(others))), *others]
+        changed["axial"] = spec.axial.model_copy(update={"shape": shape})
+    return spec.model_copy(update=changed)
 
 
 # -- building ------------------------------------------------------------------------------------------------
