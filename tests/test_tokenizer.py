@@ -134,6 +134,12 @@ def test_templates_without_end(template: str, message: str | None, monkeypatch: 
         render(template, [{"role": "user", "content": "x"}], {})
 
 
+def test_a_prompt_that_is_no_text(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(Failure, match="the text is not UTF-8 text"):
+        read_tokenizer(tmp_path, 1000).encode("a\udcff")
+
+
 def test_a_template_that_is_no_text(tmp_path: Path) -> None:
     saved(tmp_path, CHATML)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ x }}")

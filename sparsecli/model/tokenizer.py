@@ -57,9 +57,12 @@ class Tokenizer:
         With `special` the tokenizer adds what it has for that, such as Llama's first token.
 
         Raises:
-            Failure: the text has a token that the model does not have.
+            Failure: the text is no Unicode, or has a token that the model does not have.
         """
-        encoded = self.backend.encode(text, add_special_tokens=special)
+        try:
+            encoded = self.backend.encode(text, add_special_tokens=special)
+        except TypeError as error:  # halves of characters, which stand for bytes on the command line
+            raise Failure("the text is not UTF-8 text") from error
         if self.vocabulary is not None:
             for token, name in zip(encoded.ids, encoded.tokens, strict=True):
                 if token >= self.vocabulary:
