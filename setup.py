@@ -14,6 +14,11 @@ class BuildNative(build_ext):
     def get_ext_filename(self, fullname):
         return str(Path(*fullname.split("."))) + ".so"
 
+    def build_extension(self, ext):
+        if not self.inplace:  # what an earlier build left would hide that there is no compiler now
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        super().build_extension(ext)
+
     def get_export_symbols(self, ext):
         return []  # no module initialisation: Python never imports it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from contextlib import suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.exceptions import TyperException
 
 from sparsecli import __version__, console
 from sparsecli.arguments import (
@@ -53,19 +55,38 @@ debug = False
 
 def main() -> None:
     """Entry point: every error ends as one clear line and an exit code."""
+    code = None
     try:
-        app(prog_name="sparsecli")
+        code = app(prog_name="sparsecli", standalone_mode=False)
     except Failure as failure:
         _end(failure)
+    except TyperException as error:
+        _end(_usage(error))
     except KeyboardInterrupt:
         _end(Failure("interrupted", exit_code=130))
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         _end(Failure(f"{error.filename}: {reason}" if error.filename else reason))
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the words are PyTorch's
+            _end(Failure("memory does not suffice; use a smaller model, context or batch"))
         lines = str(error).strip().splitlines() or [""]
         name = type(error).__name__
         _end(Failure(f"unexpected {name}: {lines[0]} (`sparsecli --debug ...` shows where it comes from)"))
+    sys.exit(code)
+
+
+def _usage(error: TyperException) -> Failure:
+    """What is wrong with the command line, in the words of our own checks."""
+    said = error.format_message().replace(": Input should be ", ": expected a number ").rstrip(".")
+    if len(said.splitlines()) > 1:  # the help, where there is no argument at all
+        console.say(said)
+        sys.exit(error.exit_code)
+    if wrong := re.fullmatch(r"Invalid value for '(.+?)': (?:Value error, )?(.+)", said):
+        return Failure(f"{wrong[1]}: {wrong[2][0].lower()}{wrong[2][1:]}", error.exit_code)
+    context = getattr(error, "ctx", None)
+    helps = f"; {context.command_path} -h shows what there is" if context else ""
+    return Failure(f"{said[0].lower()}{said[1:]}{helps}", error.exit_code)
 
 
 def _end(failure: Failure) -> None:
@@ -262,14 +283,15 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop": stop or None,
     }
-    defaults = loaded.recipe.generate if loaded else _options_of(model)
+    found = None if loaded else _find(model)
+    defaults = loaded.recipe.generate if loaded else _options_of(found)
     options = with_options(defaults, {name: value for name, value in given.items() if value is not None})
     text = read_prompt(prompt, prompt_file, input_file, options.prompt)
     from sparsecli import generate as implementation
 
     implementation.run(
         loaded,
-        model=model,
+        model=str(found) if found else model,
         prompt=text,
         is_input=input_file is not None,
         options=options,
@@ -284,16 +306,23 @@ def generate(
     )
 
 
-def _options_of(model: str | None) -> GenerateSpec:
+def _find(model: str | None) -> Path | None:
+    """The folder of the model that speaks; None where there is none, which is said once all options are right."""
+    from sparsecli.model.folder import find_model
+
+    try:
+        return find_model(model)
+    except Failure:
+        return None
+
+
+def _options_of(folder: Path | None) -> GenerateSpec:
     """The `generate:` block of the run that speaks, without its prompt; the defaults where it is none of our runs."""
-    from sparsecli.model.folder import find_model, recipe_of
+    from sparsecli.model.folder import recipe_of
     from sparsecli.recipe.loader import load
     from sparsecli.recipe.schema import GenerateSpec
 
-    try:
-        stored = recipe_of(find_model(model))
-    except Failure:  # writing says it, once all options are found to be right
-        return GenerateSpec()
+    stored = recipe_of(folder) if folder else None
     return load(str(stored)).recipe.generate.model_copy(update={"prompt": None}) if stored else GenerateSpec()
 
 

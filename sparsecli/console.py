@@ -87,8 +87,8 @@ def _stderr() -> Console:
 
 
 def out(text: str = "", end: str = "\n") -> None:
-    """Write data to stdout, at once, as it is."""
-    sys.stdout.write(text + end)
+    """Write data to stdout, at once and as it is; a terminal is shown control characters, and not driven by them."""
+    sys.stdout.write((text.translate(_UNPRINTABLE) if sys.stdout.isatty() else text) + end)
     sys.stdout.flush()
 
 
@@ -112,6 +112,12 @@ def warn(text: str) -> None:
     say(f"warning: {text}", style="yellow")
 
 
+@cache
+def warn_once(text: str) -> None:
+    """The same of something that several steps of a command come upon."""
+    warn(text)
+
+
 def fail(failure: Failure) -> None:
     """Show an expected error on stderr, every line of it marked as such; any process may have one."""
     if isinstance(failure, Stopped):
@@ -122,8 +128,15 @@ def fail(failure: Failure) -> None:
 
 
 def table(table: Table) -> None:
-    """A rich table, to stdout."""
-    _stdout().print(table)
+    """A rich table, to stdout; control characters as in `out`."""
+    from rich.segment import Segment, Segments
+
+    console = _stdout()
+    if not console.is_terminal:
+        console.print(table)
+        return
+    pieces = (Segment(text.translate(_UNPRINTABLE), style) for text, style, _ in console.render(table))
+    console.print(Segments(pieces), end="")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
@@ -165,7 +178,7 @@ class _Bar:
         self.bar, self.task = bar, task
 
     def advance(self, steps: int = 1, **fields: object) -> None:
-        update = {"fields": _describe(fields)} if fields else {}
+        update = {"fields": _describe(fields).translate(_UNPRINTABLE)} if fields else {}
         self.bar.update(self.task, advance=steps, **update)
 
 
@@ -208,4 +221,4 @@ def progress(description: str, total: int | None) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with RichProgress(*columns, console=_stderr()) as bar:
-        yield _Bar(bar, bar.add_task(description, total=total, fields=""))
+        yield _Bar(bar, bar.add_task(description.translate(_UNPRINTABLE), total=total, fields=""))

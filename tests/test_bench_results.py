@@ -145,6 +145,8 @@ def test_the_table_fits_and_keeps_what_matters(width: int) -> None:
     shown = made_up({"dense": noisy(120, 1), "+ Sparse FF + QKV + loss": noisy(15, 2)})
     screen = Console(file=io.StringIO(), width=width, markup=False)
     screen.print(table.table(shown, width))
+    text = " ".join(screen.file.getvalue().split())
+    assert ("Left out, for 80 characters: " in text) == (width == 80)
     lines = screen.file.getvalue().splitlines()
     assert max(map(cell_len, lines)) <= width
     text = "\n".join(lines)
@@ -275,6 +277,37 @@ def test_a_malformed_file_is_one_clear_line(tmp_path: Path, content: str) -> Non
         command.run(loaded(), against=path)
     assert str(path) in caught.value.message
     assert len(caught.value.message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "sample", "told"),
+    [
+        ({"rounds": 0}, 1.0, "settings.rounds"),
+        ({"rounds": 10**6, "tokens_per_round": 10**6}, 1.0, "samples"),
+        ({"context": 10**20}, 1.0, "settings.context"),
+        ({}, 0.0, "samples"),
+        ({}, float("inf"), "samples"),
+        ({}, float("nan"), "samples"),
+    ],
+)
+def test_numbers_that_no_bench_measures(
+    settings: dict[str, int], sample: float, told: str, result: Result, tmp_path: Path
+) -> None:
+    record = json.loads(table.as_json(result))
+    record["settings"] |= settings
+    record["rows"][0]["ms_per_token"]["samples"][0] = sample
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(console.Failure, match=f"old.json: .*{told}") as caught:
+        compare.read(path)
+    assert len(caught.value.message.splitlines()) == 1
+
+
+def test_many_samples_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = np.random.default_rng(0).normal(10, 1, (4, 5))
+    whole = compare.ratio_interval(samples * 1.1, samples)
+    monkeypatch.setattr(compare, "AT_ONCE", 999)
+    np.testing.assert_allclose(compare.ratio_interval(samples * 1.1, samples), whole, atol=0.02)
 
 
 def test_a_result_with_samples_that_do_not_fit_its_settings_is_refused(

@@ -291,6 +291,12 @@ def test_prompt_that_is_missing_or_no_text(run, calls, tmp_path, monkeypatch, ca
             "error: /d/f: No space left on device\n",
         ),
         (PermissionError(errno.EACCES, "Permission denied"), 1, "error: Permission denied\n"),
+        (MemoryError(), 1, "error: memory does not suffice; use a smaller model, context or batch\n"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            1,
+            "error: memory does not suffice; use a smaller model, context or batch\n",
+        ),
         (
             ValueError("boom\nmore"),
             1,
@@ -333,7 +339,37 @@ def test_usage_errors(arguments, run, calls, capsys):
     assert run(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "Usage: sparsecli" in captured.err
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["bench", "--rounds", "0"], "--rounds: expected a number greater than or equal to 1"),
+        (["bench", "--threads", "0"], "--threads: '0'; expected whole numbers above 0, such as 1,2"),
+        (["pack", "--dtype", "x"], "--dtype: 'x' is not one of 'float32', 'bfloat16', 'int8', 'int4'"),
+        (["train"], "missing argument 'RECIPE'; sparsecli train -h shows what there is"),
+        (["learn"], "no such command 'learn'; sparsecli -h shows what there is"),
+        (["generate", "--top-k"], "option '--top-k' requires an argument"),
+    ],
+)
+def test_the_command_line_is_refused_in_one_style(arguments, line, run, calls, capsys):
+    assert run(*arguments) == 2
+    assert capsys.readouterr() == ("", f"error: {line}\n")
+
+
+def test_without_arguments_the_help_is_shown(run, capsys):
+    assert run() == 2
+    assert "Usage: sparsecli" in capsys.readouterr().err
+
+
+def test_generate_looks_for_the_model_once(run, calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "model" / "config.json").write_text("{}")
+    assert run("generate", "--prompt", "x") == 0
+    assert calls.options["model"] == "runs/a/model"
 
 
 def test_recipe_errors_come_from_real_files(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -38,6 +39,34 @@ def test_text_is_never_markup(capsys):
 def test_text_cannot_drive_the_terminal(capsys):
     console.say("a\x1b[2Jb\rc")
     assert capsys.readouterr().err == "a\\x1b[2Jb\\x0dc\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+HOSTILE = "a\x1b[2Jb\x07\x9b31mc\td"
+
+
+def test_data_cannot_drive_a_terminal(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    console.out(HOSTILE)
+    console.json_out([HOSTILE])
+    console.print_table([HOSTILE, "n"], [[HOSTILE, 1]], title=HOSTILE)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())  # styles of rich
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
+    assert shown.startswith("a\\x1b[2Jb\\x07\\x9b31mc\td\n")
+    assert shown.count("a\\x1b[2Jb") == 4  # JSON has escapes of its own
+
+
+def test_a_pipe_gets_data_as_it_is(capsys):
+    console.out(HOSTILE)
+    assert capsys.readouterr().out == HOSTILE + "\n"
+    console.print_table(["text"], [["a\x1b[2Jb"]])
+    assert "a\x1b[2Jb" in capsys.readouterr().out
 
 
 def test_long_talk_is_not_folded(capsys):

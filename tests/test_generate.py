@@ -409,8 +409,9 @@ def edit_config(**fields: object) -> Callable[[Path], None]:
     return edit
 
 
-def shard_outside(folder: Path) -> None:
-    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+def shard_outside(folder: Path, name: str = "../elsewhere.safetensors") -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -429,6 +430,7 @@ def shard_outside(folder: Path) -> None:
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json: does not load"),
         (shard_outside, "lies outside"),
+        (lambda folder: shard_outside(folder, "x" * 300), "lies outside"),
     ],
 )
 def test_damaged_models_get_one_clear_line(copy: Path, damage: Callable[[Path], None], message: str) -> None:

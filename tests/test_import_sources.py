@@ -14,13 +14,14 @@ import torch
 from foreign_models import LLAMA, MODELS, build, prompt, save
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsecli.console import Failure
 from sparsecli.generate import encode_prompt
 from sparsecli.interchange import exporting, importing
 from sparsecli.interchange.sources import ForeignModel, open_source
-from sparsecli.model.checkpoint import load_network
-from sparsecli.model.folder import CONFIG, WEIGHTS, find_model, read_description
+from sparsecli.model.checkpoint import load_model, load_network, read_config
+from sparsecli.model.folder import CONFIG, INDEX, WEIGHTS, find_model, read_description, weight_files
 from sparsecli.model.tokenizer import read_tokenizer
 
 
@@ -77,6 +78,8 @@ def refused(source: Path | str, output: Path) -> str:
         ({"num_key_value_heads": 3}, "attention.key_value_heads"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"hidden_size": 33}, "hidden size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 is more than 1024"),
+        ({"max_position_embeddings": 10**15}, "max_positions: 1000000000000000 is more than 2147483647"),
     ],
 )
 def test_a_configuration_that_does_not_fit(fields: dict, message: str, theirs: Path, tmp_path: Path) -> None:
@@ -141,6 +144,23 @@ def test_weights_cut_short(theirs: Path, tmp_path: Path) -> None:
     assert "cut short or damaged" in refused(theirs, tmp_path / "ours")
 
 
+def test_one_file_goes_before_an_old_index(
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {name: torch.zeros_like(tensor) for name, tensor in load_file(theirs / WEIGHTS).items()}
+    save_file(old, theirs / "model-00001-of-00001.safetensors")
+    places = dict.fromkeys(old, "model-00001-of-00001.safetensors")
+    (theirs / INDEX).write_text(json.dumps({"weight_map": places}))
+    importing.run(source=str(theirs), output=tmp_path / "ours")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert line == f"warning: {theirs}: {WEIGHTS} is read, as transformers does; {INDEX} beside it is not"
+    original = AutoModelForCausalLM.from_pretrained(theirs)
+    expected = original(prompt()).logits
+    torch.testing.assert_close(load_network(tmp_path / "ours")(prompt()).logits, expected)
+    (theirs / WEIGHTS).unlink()
+    assert [path.name for path in weight_files(theirs)] == ["model-00001-of-00001.safetensors"]
+
+
 def test_pickles_are_refused(theirs: Path, tmp_path: Path) -> None:
     (theirs / WEIGHTS).unlink()
     pickled = theirs / "pytorch_model.bin"
@@ -158,6 +178,51 @@ def test_a_tokenizer_of_another_model(theirs: Path, tmp_path: Path) -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         damage(theirs, **{name: torch.zeros(400, 32)})
     assert "the tokenizer has 270 tokens, the model 400" in refused(theirs, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("token", [-1, 400])
+def test_a_padding_token_that_there_is_not(
+    token: int, theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(theirs, pad_token_id=token, bos_token_id=token)
+    (theirs / "generation_config.json").write_text(json.dumps({"pad_token_id": token}))
+    importing.run(source=str(theirs), output=tmp_path / "ours")
+    said = capsys.readouterr().err
+    assert "transformers" not in said
+    for name in ("pad_token_id", "bos_token_id"):
+        assert f"warning: {theirs}: {name}: {token} is none of the model's 270 tokens; it is left out" in said
+    config = read_config(tmp_path / "ours")
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (None, None, 0)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").generation_config.pad_token_id is None
+    exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "back")
+
+
+def test_a_special_token_that_was_added_later(
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(theirs)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(theirs)
+    importing.run(source=str(theirs), output=tmp_path / "ours")
+    assert "has '<pad>' beyond the model's 270 tokens; a text with such a token" in capsys.readouterr().err
+    ours = read_tokenizer(tmp_path / "ours", 270)
+    assert ours.encode("read") == tokenizer("read")["input_ids"]
+    with pytest.raises(
+        Failure, match="the text has the token '<pad>', which the model has not; leave it out"
+    ):
+        ours.encode("a <pad>")
+    load_model(tmp_path / "ours")
+    tokenizer.add_tokens(["plain"])
+    tokenizer.save_pretrained(theirs)
+    assert "the tokenizer has 272 tokens, the model 270" in refused(theirs, tmp_path / "again")
+
+
+def test_a_byte_order_mark(theirs: Path, tmp_path: Path) -> None:
+    for name in (CONFIG, "tokenizer_config.json"):
+        path = theirs / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    importing.run(source=str(theirs), output=tmp_path / "ours")
+    load_model(tmp_path / "ours")
 
 
 def test_an_end_token_that_there_is_not(theirs: Path, tmp_path: Path) -> None:

@@ -203,7 +203,8 @@ def write_gguf(
         writer.add_rope_dimension_count(width)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     for key, value in extra.items():
-        writer.add_string(f"{kind}.{key.replace('__', '.')}", value)
+        prefix = "general" if key == "name" else kind
+        writer.add_string(f"{prefix}.{key.replace('__', '.')}", value)
 
     if pieces:
         writer.add_tokenizer_model("llama")
@@ -267,6 +268,33 @@ def test_a_gguf_file_names_the_ends_of_turns(tmp_path: Path) -> None:
     write_gguf(original, folder, tmp_path / "model.gguf", ends=(7, 9))
     importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
     assert read_description(tmp_path / "ours").end_tokens == {0, 7, 9}
+
+
+@needs_gguf
+def test_a_gguf_file_of_mistral(tmp_path: Path) -> None:
+    """llama.cpp writes it as a Llama; transformers tells it by its name."""
+    original = build("llama", **LLAMA)
+    folder = save(original, tmp_path / "theirs")
+    write_gguf(original, folder, tmp_path / "model.gguf", name="mistral")
+    importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
+    ours, _ = load_model(tmp_path / "ours")
+    assert ours.config.origin["architecture"] == "MistralForCausalLM"
+    torch.testing.assert_close(ours(prompt()).logits, original(prompt()).logits, atol=3e-5, rtol=1e-5)
+
+
+@needs_gguf
+@pytest.mark.parametrize("kind", ["mistral", "gemma", "opt", "gpt_neox", "falcon", "\x1b[31m"])
+def test_a_gguf_file_of_another_architecture(kind: str, tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    said = r"model\.gguf: .*(is not an architecture|is not supported|is written as 'llama')"
+    with pytest.raises(importing.Failure, match=said):
+        importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
 
 
 @needs_gguf

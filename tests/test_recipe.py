@@ -201,6 +201,45 @@ def test_problem_of_a_mixture(change, line):
     assert line in problems(MIXTURE.replace(*change))
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            SMALL.replace("layers: 2", "layers: 1000000"),
+            "model.layers: 1000000 is more than 1024, the most that is taken",
+        ),
+        (
+            SMALL.replace("max_positions: 64", "max_positions: 99999999999"),
+            "model.max_positions: 99999999999 is more than 2147483647, the most that is taken",
+        ),
+        (
+            "data: {source: copy, symbols: 100000000, length: 1000000}",
+            "data.symbols: 100000000 is more than 16777216, the most that is taken",
+        ),
+        (
+            "data: {source: stdlib, pairs: {kind: corrupted, source_length: 1000000}}",
+            "data.pairs.target_length: 128 is less than the 200026 tokens that are left out",
+        ),
+        (
+            "data: {source: stdlib, pairs: {kind: corrupted, noise: 0.9999999999999999}}",
+            "data.pairs.target_length: 128 is less than the 641 tokens that are left out",
+        ),
+        ("seed: 4294967296", "seed: 4294967296 is more than 2147483647, the most that is taken"),
+    ],
+)
+def test_numbers_that_no_machine_comes_near(text, line):
+    (found,) = problems(text)
+    assert found.partition(": ")[2] == line
+
+
+def test_of_very_many_problems_the_first_are_listed():
+    lines = problems("\n".join(f"key{number}: 1" for number in range(5000)))
+    assert len(lines) == 51
+    assert lines[0].startswith("r.yaml:1:1: key0: unknown key")
+    assert lines[-1] == "r.yaml: 4950 more problems"
+    assert len(problems("seed: 1\n" * 60)) == 51
+
+
 def test_check_across_blocks():
     data = "data: {source: stdlib, sequence_length: 65, tokenizer: {kind: bpe, vocabulary_size: 300}}\n"
     assert problems(SMALL + data) == [

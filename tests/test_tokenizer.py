@@ -12,7 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sparsecli.console import Failure
 from sparsecli.data.tokenization import train_byte_pairs
-from sparsecli.model.tokenizer import Tokenizer, read_tokenizer, render
+from sparsecli.model import chat
+from sparsecli.model.chat import render
+from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 
 TEXT = "def read_file(path):\n    return open(path).read()\n\nnaïve = 'žluťoučký kůň 🐎'\n"
 PROMPTS = ["def read", " a  b\n\n", "kůň 🐎 <|endoftext|> x", "a<|user|>b <mark> <mark>c", ""]
@@ -107,6 +109,52 @@ def test_templates_that_do_not_work_or_reach_out(template: str) -> None:
         Failure, match=r"the chat template does not work: .*; --no-chat leaves it out"
     ) as caught:
         render(template, [{"role": "user", "content": "x"}], {})
+    assert len(caught.value.message.splitlines()) == 1
+
+
+LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+GROWING = "{% set ns = namespace(x='xx') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LONG, "it takes longer than 1 s"),
+        (GROWING, "it needs more than 1024 MiB of memory"),
+        ("{{ 'x' * 10 ** 12 }}", "it needs more than 1024 MiB of memory"),
+        ("{{ 'x' * 5000000 }}", "it makes 5000000 characters, more than 4194304"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it calls itself without end"),
+        ("{{ '\ud800' }}\ud800", None),
+    ],
+)
+def test_templates_without_end(template: str, message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "SECONDS", 1.0 if template is LONG else 30.0)
+    if message is None:
+        assert render(template, [], {}) == "\ud800\ud800"
+        return
+    with pytest.raises(Failure, match=f"the chat template does not work: {message}; --no-chat leaves it out"):
+        render(template, [{"role": "user", "content": "x"}], {})
+
+
+def test_a_prompt_that_is_no_text(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(Failure, match="the text is not UTF-8 text"):
+        read_tokenizer(tmp_path, 1000).encode("a\udcff")
+
+
+def test_a_template_that_is_no_text(tmp_path: Path) -> None:
+    saved(tmp_path, CHATML)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ x }}")
+    with pytest.raises(Failure, match=r"chat_template\.jinja: does not load: byte 0 is not UTF-8 text"):
+        read_tokenizer(tmp_path, 1000)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"eos_token": "\\ud800"}', "\udcff"])
+def test_settings_that_are_no_settings(content: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(Failure, match=r"tokenizer_config\.json: does not load: ") as caught:
+        read_tokenizer(tmp_path, 1000)
     assert len(caught.value.message.splitlines()) == 1
 
 

@@ -13,25 +13,37 @@ from sparsecli import console
 from sparsecli.bench.report import Change, Processor, Result, Row, Subject, in_words
 from sparsecli.bench.roofline import drifted
 
+LARGEST = 64 << 20
+"""Bytes of an earlier result; each of its samples takes some twenty."""
+MOST_SAMPLES = 2**17
 RESAMPLES = 2000
+AT_ONCE = 2**22
+"""Samples that are drawn before their medians are taken; it bounds the memory, and far less is usual."""
 INTERVAL = (2.5, 97.5)  # percentiles of the resampled ratios
 
 
 def read(path: Path) -> Result:
     """An earlier result. Raises `Failure` when the file is missing or is not a result of this format."""
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.stat().st_size > LARGEST:
+            raise console.Failure(f"{path}: is larger than {LARGEST >> 20} MiB; is it a result of bench?")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise console.Failure(f"{path}: cannot read the earlier result: {reason}") from error
     try:
-        return Result.model_validate_json(text)
+        result = Result.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
         raise console.Failure(
             f"{path}: not a bench result of schema 1: {where}: {first['msg']}; make one by --output FILE.json"
         ) from error
+    if (samples := result.settings.rounds * result.settings.tokens_per_round) > MOST_SAMPLES:
+        raise console.Failure(
+            f"{path}: has {samples} samples a row; {MOST_SAMPLES} are the most that is compared"
+        )
+    return result
 
 
 def check_comparable(processor: Processor, subjects: Sequence[Subject], before: Result, path: Path) -> None:
@@ -120,14 +132,19 @@ def ratio_interval(now: np.ndarray, before: np.ndarray, seed: int = 0) -> tuple[
     drawing tokens alone would call such a disturbance a difference.
     """
     random = np.random.default_rng(seed)
-    medians = [np.median(_resample(samples, random), axis=1) for samples in (now, before)]
+    medians = [_medians(samples, random) for samples in (now, before)]
     low, high = np.percentile(medians[0] / medians[1], INTERVAL)
     return float(low), float(high)
 
 
-def _resample(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """(rounds, tokens) -> (RESAMPLES, rounds * tokens)."""
+def _medians(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The medians (RESAMPLES,) of as many draws from (rounds, tokens)."""
     rounds, tokens = samples.shape
-    chosen_rounds = random.integers(rounds, size=(RESAMPLES, rounds, 1))
-    chosen_tokens = random.integers(tokens, size=(RESAMPLES, rounds, tokens))
-    return samples[chosen_rounds, chosen_tokens].reshape(RESAMPLES, -1)
+    draws = max(1, min(RESAMPLES, AT_ONCE // samples.size))
+    found = []
+    for start in range(0, RESAMPLES, draws):
+        size = min(draws, RESAMPLES - start)
+        chosen_rounds = random.integers(rounds, size=(size, rounds, 1))
+        chosen_tokens = random.integers(tokens, size=(size, rounds, tokens))
+        found.append(np.median(samples[chosen_rounds, chosen_tokens], axis=(1, 2)))
+    return np.concatenate(found)

@@ -9,10 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.recipe.schema import PaperFigures
 
+Counted = Annotated[int, Field(ge=0, lt=2**63)]
+Taken = Annotated[float, Field(gt=0)]
+"""Milliseconds."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, populate_by_name=True
     )
 
 
@@ -44,7 +48,7 @@ class Processor(_Record):
     """Model name of the processor."""
     isa: str
     """Vector instructions in use: the native engine's where it is measured, else PyTorch's."""
-    threads: int
+    threads: Counted
     """Threads of one decode step; the most, where several numbers are measured."""
 
 
@@ -55,7 +59,7 @@ class Disk(_Record):
     """MB/s in pieces of 1 MiB, one after the other."""
     random_mb_s: float
     """MB/s in pieces of `random_kb`, here and there."""
-    random_kb: int
+    random_kb: Counted
     """KiB of one such piece."""
 
 
@@ -73,15 +77,15 @@ class Machine(Processor):
 class Settings(_Record):
     """How the rows were measured."""
 
-    context: int
+    context: Counted
     """Tokens in the cache at the start of every turn; the first, where several lengths are measured."""
-    source: int | None = None
+    source: Counted | None = None
     """Tokens of the source, where a row decodes what an encoder made of one."""
-    rounds: int
+    rounds: Annotated[int, Field(gt=0)]
     """Turns of every row."""
-    tokens_per_round: int
+    tokens_per_round: Annotated[int, Field(gt=0)]
     """Measured tokens of a turn, one after the other; samples are in order, turn after turn."""
-    warmup_tokens: int
+    warmup_tokens: Counted
     """Unmeasured tokens before them."""
 
 
@@ -90,7 +94,7 @@ class Spread(_Record):
 
     p10: float
     """Nine in ten were slower."""
-    p50: Annotated[float, Field(gt=0)]
+    p50: Taken
     """The median."""
     p90: float
     """Nine in ten were faster."""
@@ -99,7 +103,7 @@ class Spread(_Record):
 class Times(Spread):
     """Percentiles and every measured token, in milliseconds."""
 
-    samples: list[float]
+    samples: list[Taken]
     """In order, turn after turn."""
 
 
@@ -138,21 +142,21 @@ class Subject(_Record):
     """Weight type."""
     precision: dict[str, str | bool] | None = None
     """Weight type of each part, on the native backend."""
-    threads: int | None = None
+    threads: Counted | None = None
     """Threads of one step."""
-    context: int | None = None
+    context: Counted | None = None
     """Tokens in the cache at the start of a turn."""
-    batch: int = 1
+    batch: Counted = 1
     """Sequences that a step decodes; times are over them."""
-    prefill: int | None = None
+    prefill: Counted | None = None
     """Tokens of the prompt whose reading was measured, times are over them; null: decoding was measured."""
     from_disk: bool = False
     """The units of sparse layers were read from disk."""
-    parameters: int
+    parameters: Counted
     """All parameters."""
-    active_parameters: int
+    active_parameters: Counted
     """Parameters that one token uses."""
-    bytes_per_token: int
+    bytes_per_token: Counted
     """Bytes of weights and of key-value cache that one token reads."""
     projected: bool = False
     """Only some of the blocks are built; their time is multiplied out."""
@@ -221,9 +225,9 @@ class Row(Subject):
     """Mean milliseconds a token by part (`--profile`); `rest` is what no part accounts for."""
     ms_feed_forward: float | None = None
     """Mean milliseconds a token that one feed-forward layer takes (`--profile`); waiting counts as its time."""
-    disk_bytes_per_token: int | None = None
+    disk_bytes_per_token: Counted | None = None
     """Bytes that the system fetched from disk for a token, the median (`--from-disk`)."""
-    disk_bytes_expected: int | None = None
+    disk_bytes_expected: Counted | None = None
     """Bytes of the units that a token chooses: cold ones are fetched all (`--from-disk`)."""
     disk_mb_s: float | None = None
     """Those bytes over the token's time."""
@@ -237,10 +241,10 @@ class Change(_Record):
     variant: str
     backend: str
     dtype: str
-    threads: int | None = None
-    context: int | None = None
-    batch: int = 1
-    prefill: int | None = None
+    threads: Counted | None = None
+    context: Counted | None = None
+    batch: Counted = 1
+    prefill: Counted | None = None
     from_disk: bool = False
     before_ms: float
     """Earlier median."""

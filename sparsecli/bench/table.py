@@ -46,6 +46,11 @@ class Column:
     sacrifice: int = 0
     left: bool = False
 
+    @property
+    def name(self) -> str:
+        """The title on one line."""
+        return " ".join(self.title.replace("-\n", "").split())
+
 
 COLUMNS = (
     Column("variant\n", lambda row: row.variant + (" *" if row.projected else ""), left=True),
@@ -129,14 +134,18 @@ def _width(columns: Sequence[tuple[Column, list[str]]]) -> int:
 
 def table(result: Result, width: int) -> Table:
     """The rows as a table that fits `width` cells: columns that matter less are left out until it does."""
-    columns = _filled(result)
+    columns, left_out = _filled(result), []
     while _width(columns) > width:
         dispensable = [column for column, _ in columns if column.sacrifice]
         if not dispensable:
             break
         victim = max(dispensable, key=lambda column: column.sacrifice)
         columns = [entry for entry in columns if entry[0] is not victim]
-    shown = Table(box=box.SIMPLE_HEAD, caption=caption(result), caption_justify="left", padding=(0, 1, 0, 0))
+        left_out.append(victim.name)
+    below = caption(result)
+    if left_out:
+        below += f" Left out, for {width} characters: {', '.join(left_out)}; --format csv has all."
+    shown = Table(box=box.SIMPLE_HEAD, caption=below, caption_justify="left", padding=(0, 1, 0, 0))
     for column, _ in columns:
         shown.add_column(column.title, justify="left" if column.left else "right", no_wrap=not column.left)
     groups = [(row.backend, row.dtype, *row.key[3:]) for row in result.rows]
@@ -290,7 +299,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def as_markdown(result: Result) -> str:
     """All columns as a Markdown table, the caption below it."""
     columns = _filled(result)
-    titles = [" ".join(column.title.replace("-\n", "").split()) for column, _ in columns]
+    titles = [column.name for column, _ in columns]
     rules = ["---" if column.left else "---:" for column, _ in columns]
     rows = [
         [cell.replace("|", "\\|") for cell in cells] for cells in zip(*(c for _, c in columns), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,9 @@ def from_runs(references: Sequence[str]) -> list[Candidate]:
 def _from_run(name: str, run: Path, folder: Path) -> Candidate:
     weight_files(folder)  # a packed model has none: better told before anything is built
     spec = read_config(folder).spec
-    nats = (read_facts(run).get("result") or {}).get("held_out_nats")
+    result = read_facts(run).get("result")
+    nats = result.get("held_out_nats") if isinstance(result, dict) else None
+    nats = float(nats) if isinstance(nats, int | float) and math.isfinite(nats) else None
     return Candidate(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_nats=nats)
 
 
@@ -154,8 +157,15 @@ def part(spec: ModelSpec, layers: int | None) -> ModelSpec:
 
 
 def with_positions(spec: ModelSpec, positions: int) -> ModelSpec:
-    """The model with room for so many positions: a table of learned ones grows, of which a token reads one row."""
-    return spec.model_copy(update={"max_positions": max(positions, spec.max_positions)})
+    """The model with room for so many positions: tables of learned ones grow, of which a token reads one row each."""
+    positions = max(positions, spec.max_positions)
+    changed: dict[str, object] = {"max_positions": positions}
+    if spec.positions == "axial":
+        assert spec.axial
+        first, *others = spec.axial.shape
+        shape = [max(first, -(-positions // math.prod(others))), *others]
+        changed["axial"] = spec.axial.model_copy(update={"shape": shape})
+    return spec.model_copy(update=changed)
 
 
 # -- building ------------------------------------------------------------------------------------------------

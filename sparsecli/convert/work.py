@@ -15,7 +15,7 @@ from typing import Any
 from sparsecli.console import Failure
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_network
-from sparsecli.model.folder import CONFIG, share, weight_files
+from sparsecli.model.folder import CONFIG, read_json, share, weight_files
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train import run_directory
 
@@ -120,8 +120,8 @@ class Work:
         if {path.name for path in self.folder.iterdir()} <= {LOCK, f"{FACTS}.tmp"}:
             return None
         try:
-            theirs = json.loads((self.folder / FACTS).read_text())
-        except (OSError, ValueError):
+            theirs = read_json(self.folder / FACTS)
+        except Failure:
             theirs = {}
         theirs = theirs if isinstance(theirs, dict) else {}
         if theirs.keys() == self.mine.keys():

@@ -353,7 +353,7 @@ def _not_json(path: Path) -> str | None:
                 value = json.loads(line) if line.strip() else {}
             except UnicodeDecodeError as error:
                 return f"{place}: byte {error.start} of the line is not UTF-8 text"
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 return f'{place}: is not JSON: {error}; every line is an object such as {{"text": "..."}}'
             if not isinstance(value, dict):
                 return f'{place}: is {found_as(value)}, not an object such as {{"text": "..."}}'

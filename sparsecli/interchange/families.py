@@ -36,6 +36,9 @@ from sparsecli.model.tensors import Shape, tensor_shapes
 # Tables of constants that old files carry.
 BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
 
+NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+"""Fields of a configuration that no architecture depends on; old ones name tokens that there are not."""
+
 QUERY_KEY_VALUE = tuple(f"attention.projection.{name}" for name in ("query", "key", "value"))
 
 

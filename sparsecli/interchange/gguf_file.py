@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sparsecli.console import Failure
-from sparsecli.interchange.families import family_of
+from sparsecli.interchange.families import NO_TOKENS, family_of
 from sparsecli.interchange.pieces import Pieces
 from sparsecli.model.folder import last_line
+from sparsecli.model.parts import MOST_LAYERS
 
 SPECIAL = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
@@ -27,6 +28,9 @@ LEFT_OUT = {
 }
 """Sizes that transformers does not read from a GGUF file, by architecture."""
 
+NAMED_AS = {"mistral": "llama"}
+"""Architectures whose tensors have the names of another; llama.cpp writes them as that."""
+
 FREQUENCIES = "rope_freqs.weight"
 
 
@@ -37,26 +41,38 @@ def read_config(path: Path) -> dict[str, Any]:
         Failure: the package `gguf` is missing, the file is damaged, or of an architecture or with rotary positions
             that transformers does not read from GGUF.
     """
+    reader = _reader(path)
+    try:
+        return _config(path, reader)
+    except Failure as failure:
+        raise Failure(f"{path}: {failure.message}") from failure
+    except Exception as error:  # the library raises whatever its parsers do
+        raise Failure(f"{path}: does not load: {last_line(error)}") from error
+
+
+def _config(path: Path, reader: Any) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    reader = _reader(path)
     architecture = reader.fields.get("general.architecture")
     kind = "unknown" if architecture is None else str(architecture.contents())
     # transformers would leave these out, and the model would be another one.
     scaling = reader.fields.get(f"{kind}.rope.scaling.type")
     if scaling is not None and scaling.contents() != "none":
-        raise Failure(
-            f"{path}: {kind}.rope.scaling.type: {scaling.contents()!r}: import the original checkpoint"
-        )
+        raise Failure(f"{kind}.rope.scaling.type: {scaling.contents()!r}: import the original checkpoint")
     if any(tensor.name == FREQUENCIES for tensor in reader.tensors):
-        raise Failure(f"{path}: {FREQUENCIES}: rotary frequencies of its own; import the original checkpoint")
-    try:
-        family_of(kind)
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except Failure as failure:
-        raise Failure(f"{path}: {failure.message}") from failure
-    except Exception as error:  # the library raises whatever its parsers do
-        raise Failure(f"{path}: does not load: {last_line(error)}") from error
+        raise Failure(f"{FREQUENCIES}: rotary frequencies of its own; import the original checkpoint")
+    if kind in NAMED_AS:
+        raise Failure(
+            f"general.architecture: {kind!r} is written as {NAMED_AS[kind]!r} by llama.cpp, with the order of rows "
+            "that it reads; import the original checkpoint"
+        )
+    blocks = reader.fields.get(f"{kind}.block_count")
+    if blocks is not None and blocks.contents() > MOST_LAYERS:
+        raise Failure(
+            f"{kind}.block_count: {blocks.contents()} is more than {MOST_LAYERS}, the most that is taken"
+        )
+    family_of(kind)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     foreign = ("quantization_config", "_name_or_path", "_model_name_or_path")
     fields = {name: value for name, value in config.to_diff_dict().items() if name not in foreign}
     left_out = {**SPECIAL, **{name: f"{kind}.{key}" for name, key in LEFT_OUT.get(kind, {}).items()}}
@@ -124,25 +140,36 @@ class GgufTensors:
         )
 
         reader = _reader(path)
-        known = AutoConfig.for_model(**config)
-        rules = TENSOR_PROCESSORS.get(reader.fields["general.architecture"].contents(), TensorProcessor)
-        self.rules = rules(config=known.to_dict())
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(known)
-        names = get_gguf_hf_weights_map(empty, self.rules)
+        try:
+            known = AutoConfig.for_model(**{**config, **NO_TOKENS})
+            rules = TENSOR_PROCESSORS.get(reader.fields["general.architecture"].contents(), TensorProcessor)
+            self.rules = rules(config=known.to_dict())
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(known)
+            names = get_gguf_hf_weights_map(empty, self.rules, NAMED_AS.get(known.model_type))
+        except Exception as error:  # the library raises whatever its parsers do
+            raise Failure(f"{path}: does not load: {last_line(error)}") from error
+        self.path = path
         self.stored = {names.get(tensor.name, tensor.name): tensor for tensor in reader.tensors}
         expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
         self.shapes = {name: expected.get(name, _shape(tensor)) for name, tensor in self.stored.items()}
         self.types = dict.fromkeys(self.stored, torch.float32)
 
     def read(self, name: str) -> Tensor:
-        """One of them, dequantised."""
+        """One of them, dequantised.
+
+        Raises:
+            Failure: it is damaged, or of a type that the library does not dequantise.
+        """
         from gguf import dequantize
 
         tensor = self.stored[name]
-        weights = dequantize(tensor.data, tensor.tensor_type)
         beside: dict[str, dict[str, Tensor]] = {"tensors": {}}  # where some rules leave their result
-        made = self.rules.process(weights=weights, name=tensor.name, parsed_parameters=beside)
+        try:
+            weights = dequantize(tensor.data, tensor.tensor_type)
+            made = self.rules.process(weights=weights, name=tensor.name, parsed_parameters=beside)
+        except Exception as error:  # as above
+            raise Failure(f"{self.path}: tensor {name} does not load: {last_line(error)}") from error
         if made.name is None:
             return next(iter(beside["tensors"].values())).float()
         return torch.from_numpy(np.array(made.weights, np.float32))

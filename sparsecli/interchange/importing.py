@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsecli import console
 from sparsecli.console import Failure
-from sparsecli.interchange.families import Part
+from sparsecli.interchange.families import NO_TOKENS, Part
 from sparsecli.interchange.shards import Tensors, check_finite, write_shards
 from sparsecli.interchange.sources import GENERATION, ForeignModel, OwnModel, open_source
 from sparsecli.model.configuration import ScalingTransformerConfig
@@ -24,7 +24,8 @@ from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 FILLED = 0.75
 """The share of a model's vocabulary that its tokenizer has at least."""
 
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+UNREAD = ("bos_token_id", "pad_token_id")
+"""Special tokens that nothing is computed from."""
 
 
 def run(*, source: str, output: Path, revision: str | None = None, dry_run: bool = False) -> None:
@@ -152,12 +153,19 @@ def _origin(source: ForeignModel) -> dict[str, Any]:
 
 
 def _write_description(source: ForeignModel, folder: Path, tokenizer: Tokenizer, stored: torch.dtype) -> None:
-    generation = source.generation()
+    size, generation = source.spec.vocabulary.size, source.generation()
     told = [generation, source.config]  # the first is what transformers goes by when it writes
     special = {
         name: next((fields[name] for fields in told if fields.get(name) is not None), None)
-        for name in SPECIAL
+        for name in NO_TOKENS
     }
+    for name in UNREAD:  # old conversions of Llama pad with -1, others with a token that was never trained
+        if isinstance(token := special[name], int) and not 0 <= token < size:
+            console.warn(
+                f"{source.path}: {name}: {token} is none of the model's {size} tokens; it is left out"
+            )
+            special[name] = None
+            generation = {key: value for key, value in generation.items() if key != name}
     # A chat model's tokenizer may end turns with a token that its configuration does not name.
     ends = special["eos_token_id"]
     ends = {*(ends if isinstance(ends, list) else [] if ends is None else [ends]), *tokenizer.end}
@@ -206,7 +214,7 @@ def _check_tokens(source: ForeignModel, folder: Path, tokenizer: Tokenizer) -> N
     """Raise Failure where a special token is none of the tokenizer's."""
     size = source.spec.vocabulary.size
     config = ScalingTransformerConfig.from_pretrained(folder)
-    for name in SPECIAL:
+    for name in NO_TOKENS:
         given = getattr(config, name)
         for token in given if isinstance(given, list) else [given]:
             if token is not None and not 0 <= token < min(len(tokenizer), size):

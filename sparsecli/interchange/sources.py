@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsecli.console import Failure
-from sparsecli.interchange.families import Family, family_of
+from sparsecli.interchange.families import NO_TOKENS, Family, family_of
 from sparsecli.interchange.pieces import ADDED, MODEL, convert, write_pieces
 from sparsecli.interchange.shards import StoredTensors, Tensors
 from sparsecli.model.architecture import ModelSpec
@@ -23,6 +23,7 @@ from sparsecli.model.folder import (
     read_json,
     weight_files,
 )
+from sparsecli.model.parts import MOST_LAYERS
 from sparsecli.model.tokenizer import FILES, TOKENIZER
 
 GENERATION = "generation_config.json"
@@ -89,7 +90,8 @@ class ForeignModel:
         return read_json(path) if path.is_file() else {}
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Put its tokenizer into `folder`: as it is, or converted where it has no tokenizer.json.
+        """Put its tokenizer into `folder`: as it is, without byte-order marks, or converted where it has no
+        tokenizer.json.
 
         Raises:
             Failure: there is none, or it cannot be converted.
@@ -97,7 +99,7 @@ class ForeignModel:
         if (self.path / TOKENIZER).is_file():
             for name in DESCRIPTIONS[2:]:
                 if (self.path / name).is_file():
-                    shutil.copyfile(self.path / name, folder / name)
+                    (folder / name).write_bytes((self.path / name).read_bytes().removeprefix(BOM_UTF8))
             return
         if self.is_gguf:
             from sparsecli.interchange.gguf_file import read_pieces
@@ -204,9 +206,12 @@ def read_family(fields: dict[str, Any]) -> tuple[Family, ModelSpec]:
 
     kind = fields.get("model_type")
     family = family_of(kind)
+    for name in ("num_hidden_layers", "n_layer"):  # transformers begins lists of so many
+        if isinstance(layers := fields.get(name), int) and layers > MOST_LAYERS:
+            raise Failure(f"{name}: {layers} is more than {MOST_LAYERS}, the most that is taken")
     known = {name: value for name, value in fields.items() if name not in ("model_type", "auto_map")}
     try:
-        config = AutoConfig.for_model(kind, **known)
+        config = AutoConfig.for_model(kind, **{**known, **NO_TOKENS})
     except Exception as error:  # transformers wraps what its validation raises
         raise Failure(last_line(error)) from error
     return family, family.spec(config)

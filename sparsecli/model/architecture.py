@@ -15,10 +15,12 @@ from pydantic import Field, ValidationError, model_validator
 from sparsecli.model.parts import (
     AttentionSpec,
     Block,
+    Depth,
     FeedForwardSpec,
     RotaryScaling,
     Size,
     VocabularySpec,
+    Width,
     check_multiple,
     fault,
 )
@@ -43,9 +45,9 @@ class LowBitSpec(Block):
 class SruSpec(Block):
     """A recurrent branch beside every feed-forward layer: narrow, with a norm of its own (Terraformer)."""
 
-    layers: Size = 1
+    layers: Depth = 1
     """Recurrent layers, one after the other."""
-    width: Size = 32
+    width: Width = 32
     """Numbers that each carries from token to token."""
 
 
@@ -54,7 +56,7 @@ class AxialSpec(Block):
 
     shape: Annotated[list[Size], Field(min_length=1)]
     """Positions along each axis, the last one fastest; their product is at least max_positions."""
-    widths: Annotated[list[Size], Field(min_length=1)]
+    widths: Annotated[list[Width], Field(min_length=1)]
     """Width of each axis' vectors; their sum is d_model."""
 
 
@@ -62,7 +64,7 @@ class CrossAttentionSpec(Block):
     """Dense attention of every decoder block to the encoder's output."""
 
     kind: Literal["cross_attention"] = "cross_attention"
-    query_modules: Size | None = None
+    query_modules: Width | None = None
     """Make queries by a multiplicative layer and a convolution with so many modules, and leave the output projection
     out; by default both are dense."""
 
@@ -78,7 +80,7 @@ class JoinedSpec(Block):
 class EncoderSpec(Block):
     """What reads the source, in both directions, before the decoder writes; of the decoder's width and heads."""
 
-    layers: Size
+    layers: Depth
     """Number of blocks."""
     max_positions: Size
     """Longest source, in tokens."""
@@ -105,13 +107,13 @@ class EncoderSpec(Block):
 class ModelSpec(Block):
     """A Scaling Transformer: pre-norm residual blocks of attention and feed-forward, with or without an encoder."""
 
-    d_model: Size
+    d_model: Width
     """Width of the residual stream."""
-    layers: Size
+    layers: Depth
     """Number of blocks."""
-    heads: Size
+    heads: Width
     """Attention heads."""
-    head_width: Size | None = None
+    head_width: Width | None = None
     """Width of a head; by default d_model / heads."""
     max_positions: Size
     """Longest sequence, in tokens."""
@@ -161,11 +163,8 @@ class ModelSpec(Block):
 
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
-        dense = (self.attention.projection, self.attention.output) == ("dense", "dense")
         if self.head_width is None:
             check_multiple("d_model", self.d_model, "heads", self.heads)
-        elif self.attention_width != self.d_model and not dense:
-            raise fault("head_width", "heads that are not d_model wide together need dense projections")
         if self.positions == "rotary" and (not self.rotary_width or self.rotary_width % 2):
             raise fault("positions", "rotary positions turn an even part of a head, which this is not")
         if (
@@ -174,27 +173,57 @@ class ModelSpec(Block):
             raise fault("d_model", f"{self.positions} positions need an even d_model")
         if self.positions == "digits":
             check_multiple("d_model", self.d_model, "the digits of a position", 8)
-        attention = self.attention
-        if attention.projection != "dense" or attention.output.startswith("multiplicative"):
-            check_multiple("d_model", self.d_model, "attention.modules", attention.modules or self.heads)
-        if attention.key_value_heads:
-            check_multiple("heads", self.heads, "attention.key_value_heads", attention.key_value_heads)
-        if (attention.query_key_rank or 0) > (full := min(self.d_model, self.attention_width)):
-            message = f"a rank of {attention.query_key_rank} is more than the {full} of a whole map"
-            raise fault("attention.query_key_rank", message)
-        chosen = getattr(self.feed_forward, "units_per_block", None)
-        if isinstance(chosen, list) and len(chosen) != self.layers:
-            raise fault("feed_forward.units_per_block", f"{len(chosen)} numbers for {self.layers} blocks")
+        self._check_attention("attention", self.attention)
+        self._check_units("feed_forward", self.feed_forward, self.layers)
+        if self.encoder:
+            self._check_encoder(self.encoder)
         self._check_streams()
         if self.feed_forward_chunk:
             self._check_chunk()
         if self.positions == "axial":
             self._check_axial()
-        if self.low_bit.projection and not dense:
+        if self.low_bit.projection and not self.attention.dense:
             raise fault("low_bit.projection", "needs dense projections")
         if self.low_bit.head and (self.vocabulary.kind != "dense" or self.vocabulary.tied):
             raise fault("low_bit.head", "needs dense logits that are not tied to the embedding")
         return self
+
+    def _check_attention(self, place: str, attention: AttentionSpec) -> None:
+        """Raise a fault unless a layer of either side, at `place` in the recipe, fits the widths."""
+        if self.attention_width != self.d_model and not attention.dense:
+            raise fault(
+                "head_width", f"heads that are not d_model wide together need dense projections in {place}"
+            )
+        if attention.in_modules:
+            check_multiple("d_model", self.d_model, f"{place}.modules", attention.modules or self.heads)
+        if attention.key_value_heads:
+            check_multiple("heads", self.heads, f"{place}.key_value_heads", attention.key_value_heads)
+        if (attention.query_key_rank or 0) > (full := min(self.d_model, self.attention_width)):
+            message = f"a rank of {attention.query_key_rank} is more than the {full} of a whole map"
+            raise fault(f"{place}.query_key_rank", message)
+
+    @staticmethod
+    def _check_units(place: str, feed_forward: FeedForwardSpec, layers: int) -> None:
+        """Raise a fault where a list of k, at `place` in the recipe, is not as long as there are blocks."""
+        chosen = getattr(feed_forward, "units_per_block", None)
+        if isinstance(chosen, list) and len(chosen) != layers:
+            raise fault(f"{place}.units_per_block", f"{len(chosen)} numbers for {layers} blocks")
+
+    def _check_encoder(self, encoder: EncoderSpec) -> None:
+        self._check_attention("encoder.attention", encoder.attention)
+        if encoder.feed_forward:
+            self._check_units("encoder.feed_forward", encoder.feed_forward, encoder.layers)
+        elif isinstance(getattr(self.feed_forward, "units_per_block", None), list) and (
+            encoder.layers != self.layers
+        ):
+            message = f"missing; the decoder's has numbers for {self.layers} blocks, the encoder has {encoder.layers}"
+            raise fault("encoder.feed_forward", message)
+        read_by = encoder.read_by
+        if read_by.kind == "cross_attention" and read_by.query_modules:
+            place = "encoder.read_by.query_modules"
+            check_multiple("d_model", self.d_model, place, read_by.query_modules)
+            if self.attention_width != self.d_model:
+                raise fault("head_width", f"heads that are not d_model wide together exclude {place}")
 
     def _check_streams(self) -> None:
         if self.residual == "single":
@@ -336,9 +365,7 @@ DEFAULT = ModelSpec.model_validate(
         "heads": 4,
         "max_positions": 512,
         "feed_forward": {"kind": "sparse", "d_ff": 1024, "block_size": 32, "units_per_block": 2, "rank": 64},
-        "attention": {"projection": "multiplicative_conv"},
         "vocabulary": {"kind": "dense", "size": 4096, "tied": True},
-        "positions": "rotary",
     }
 )
-"""The architecture of a configuration that says nothing."""
+"""The architecture of a configuration that says nothing: values for what a recipe must say, all else as in a recipe."""

@@ -17,10 +17,10 @@ from sparsecli.model.networks import NETWORKS, Network
 from sparsecli.model.tokenizer import TOKENIZER, check_fit, check_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Network, PreTrainedTokenizerBase]:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Network, PreTrainedTokenizerFast]:
     """The model in evaluation mode and its tokenizer.
 
     Raises:
@@ -29,7 +29,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Networ
     """
     network = load_network(folder, dtype)
     tokenizer = load_tokenizer(folder)
-    check_fit(folder, len(tokenizer), network.config.vocab_size)
+    check_fit(folder, tokenizer.backend_tokenizer, network.config.vocab_size)
     return network, tokenizer
 
 
@@ -44,9 +44,13 @@ def load_network(folder: Path, dtype: torch.dtype = torch.float32, spec: ModelSp
     if spec is not None:
         config.update(spec.model_dump())
     disable_progress_bar()  # what progress there is to show, the console shows
-    network = NETWORKS[config.model_type].from_pretrained(
-        folder, config=config, dtype=dtype, local_files_only=True
-    )
+    try:
+        network = NETWORKS[config.model_type].from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True
+        )
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        # fields that are transformers' own, not ours
+        raise Failure(f"{folder / CONFIG}: does not load: {last_line(error)}") from error
     move_to_huge_pages(network)
     return network.eval()
 
@@ -55,26 +59,34 @@ def read_config(folder: Path) -> ScalingTransformerConfig:
     """The configuration in `folder`.
 
     Raises:
-        Failure: not readable, of another model type, or not a model that can be built.
+        Failure: not readable, of another model type, not a model that can be built, or one thing by our names of
+            fields and another by those of transformers.
     """
-    kind = model_type(read_description(folder).spec)
+    spec = read_description(folder).spec
     path = folder / CONFIG
     try:
-        return CONFIGS[kind].from_dict(read_json(path))
+        config = CONFIGS[model_type(spec)].from_dict(read_json(path))
     except Exception as error:  # transformers wraps what its validation raises
         raise Failure(f"{path}: {last_line(error)}") from error
+    if config.spec != spec:
+        names = [name for name in ModelSpec.model_fields if getattr(config.spec, name) != getattr(spec, name)]
+        raise Failure(f"{path}: {names[0]}: another field, by transformers' name for it, says otherwise")
+    return config
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer saved in `folder`.
 
     Raises:
         Failure: there is none, or it does not load.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     check_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
         raise Failure(f"{folder / TOKENIZER}: does not load: {last_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise Failure(f"{folder}: the tokenizer has no `tokenizers` version ({TOKENIZER})")
+    return tokenizer

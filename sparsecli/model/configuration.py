@@ -109,7 +109,6 @@ class ScalingTransformerEncoderDecoderConfig(ScalingTransformerConfig):
 
     model_type = ENCODER_DECODER_TYPE
 
-    positions: str = "learned"
     is_encoder_decoder: bool = True
     pad_token_id: int | None = PADDING
     eos_token_id: int | list[int] | None = END

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsecli.console import Failure
+from sparsecli.console import Failure, warn_once
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.tensors import Shape, tensor_shapes
 
@@ -26,6 +26,7 @@ MODEL_TYPES = (MODEL_TYPE, ENCODER_DECODER_TYPE, TERRAFORMER_TYPE)
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 255
 RECIPE = "recipe.yaml"
 """What a run was made with, beside its model folder."""
 PACKED = "model.spk"
@@ -118,20 +119,25 @@ def read_description(folder: Path) -> Description:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: one, or the shards that its index names.
+    """The safetensors files of a model: one, or the shards that its index names; the one where both are there, as
+    transformers takes it, with a warning.
 
     Raises:
         Failure: the index is damaged or names a file outside of the folder, or a file is missing.
     """
     files = [folder / WEIGHTS]
+    if files[0].is_file():
+        if (folder / INDEX).is_file():
+            warn_once(f"{folder}: {WEIGHTS} is read, as transformers does; {INDEX} beside it is not")
+        return files
     if (folder / INDEX).is_file():
         shards = read_json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict):
             raise Failure(f"{folder / INDEX}: has no weight_map")
         names = sorted({str(name) for name in shards.values()})
         for name in names:
-            if name != Path(name).name:
-                raise Failure(f"{folder / INDEX}: shard {name!r} lies outside the model's folder")
+            if name != Path(name).name or len(name) > LONGEST_NAME:
+                raise Failure(f"{folder / INDEX}: shard {name[:60]!a} lies outside the model's folder")
         files = [folder / name for name in names]
     for path in files:
         if path.is_file():
@@ -198,15 +204,19 @@ def share(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The JSON object in a file; a byte-order mark before it is none of it.
 
     Raises:
         Failure: there is no such file, or it holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise Failure(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise Failure(f"{path}: does not load: byte {error.start} is not UTF-8 text") from error
+    except RecursionError as error:
+        raise Failure(f"{path}: does not load: is nested too deep") from error
     except (ValueError, OSError) as error:
         raise Failure(f"{path}: does not load: {error}") from error
     if not isinstance(value, dict):
@@ -216,4 +226,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def last_line(error: Exception) -> str:
     """What an error of a library says in the end: the line that names the reason."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8 text"
     return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__

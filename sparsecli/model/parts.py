@@ -9,16 +9,38 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Size = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-UnitsPerBlock = Size | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+def _at_most(limit: int) -> AfterValidator:
+    """Far beyond any model, so that nothing that grows with a number is begun for one that is damaged."""
+
+    def check(value: int) -> int:
+        if value > limit:
+            message = f"{value} is more than {limit}, the most that is taken"
+            raise PydanticCustomError("limit", "{message}", {"message": message})
+        return value
+
+    return AfterValidator(check)
+
+
+MOST_LAYERS = 2**10
+DEEP, WIDE, MANY = _at_most(MOST_LAYERS), _at_most(2**20), _at_most(2**24)
+"""Limits of layers and what else is gone through one by one; of vectors and the parts that they are cut into; of the
+rows of matrices that have many."""
+Whole = Annotated[int, _at_most(2**31 - 1)]
+Size = Annotated[Whole, Field(gt=0)]
+Count = Annotated[Whole, Field(ge=0)]
+Depth = Annotated[int, Field(gt=0), DEEP]
+Width = Annotated[int, Field(gt=0), WIDE]
+Units = Annotated[int, Field(gt=0), MANY]
+UnitsPerBlock = Size | Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)]
 """One number, or a list with one for every block of the model, from the first to the last."""
-Factor = Annotated[int, Field(ge=2, le=2**15)]
+Factor = Annotated[Whole, Field(ge=2, le=2**15)]
 """Hash values that one set of axes gives."""
 MOST_BUCKETS = 2**30
 """Hash values of tokens are kept as 32-bit numbers."""
@@ -29,7 +51,9 @@ DIGIT_BASES, DIGITS = (11, 13, 14, 15), 8
 class Block(BaseModel):
     """A frozen block of a recipe: unknown keys are errors, every field's docstring is its documentation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def fault(field: str, message: str) -> PydanticCustomError:
@@ -69,7 +93,7 @@ class DenseFeedForwardSpec(Block):
     """Two matrices (three when gated) and an activation."""
 
     kind: Literal["dense"]
-    d_ff: Size
+    d_ff: Units
     """Number of units."""
     activation: Activation = "relu"
     """Non-linearity of a unit."""
@@ -83,11 +107,11 @@ class SparseFeedForwardSpec(Block):
     """Sparse FF (paper section 3.1): a low-rank controller picks `units_per_block` of every `block_size` units."""
 
     kind: Literal["sparse"]
-    d_ff: Size
+    d_ff: Units
     """Number of units in all; a token uses `d_ff * units_per_block / block_size` of them."""
-    block_size: Annotated[int, Field(ge=2)]
+    block_size: Annotated[Whole, Field(ge=2)]
     """N: units that compete with one another."""
-    rank: Size
+    rank: Width
     """r: inner width of the controller."""
     units_per_block: UnitsPerBlock = 1
     """k: units chosen in each block (paper: 1)."""
@@ -114,9 +138,9 @@ class SelectorFeedForwardSpec(Block):
     """Units chosen by a low-bit copy of their own weights, which every token reads; the rest as for Sparse FF."""
 
     kind: Literal["selector"]
-    d_ff: Size
+    d_ff: Units
     """Number of units in all."""
-    block_size: Annotated[int, Field(ge=2)] = 16
+    block_size: Annotated[Whole, Field(ge=2)] = 16
     """N: units that compete with one another."""
     units_per_block: UnitsPerBlock = 4
     """k: units chosen in each block; not used by the choice `positive`."""
@@ -130,7 +154,7 @@ class SelectorFeedForwardSpec(Block):
     """Multiply the activated gate by a second, linear branch (SwiGLU-like)."""
     unit_bias: bool = False
     """A bias on every unit before its activation."""
-    bypass: Annotated[int, Field(ge=0)] = 0
+    bypass: Annotated[int, Field(ge=0), WIDE] = 0
     """Rank of a linear map beside the units that stands in for those left out; 0 is none."""
 
     @model_validator(mode="after")
@@ -148,11 +172,11 @@ class PrecisionFeedForwardSpec(Block):
     """
 
     kind: Literal["precision"]
-    d_ff: Size
+    d_ff: Units
     """Number of units."""
-    block_size: Annotated[int, Field(ge=2)] = 16
+    block_size: Annotated[Whole, Field(ge=2)] = 16
     """N: units that compete for more bits."""
-    units_per_block: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] = 1
+    units_per_block: Annotated[Whole, Field(ge=0)] | list[Annotated[Whole, Field(ge=0)]] = 1
     """k: units of each block that are read in full; 0 is plain low-bit weights. One number, or one for every block
     of the model."""
     bits: Literal[3, 4] = 4
@@ -174,9 +198,9 @@ class MixtureFeedForwardSpec(Block):
     """Mixture of experts: a router picks whole slices of consecutive units."""
 
     kind: Literal["mixture"]
-    d_ff: Size
+    d_ff: Units
     """Number of units of all experts together."""
-    experts: Annotated[int, Field(ge=2)]
+    experts: Annotated[int, Field(ge=2), WIDE]
     """Number of equal slices."""
     experts_per_token: Literal[1, 2] = 1
     """Experts that a token uses."""
@@ -204,13 +228,13 @@ class MixtureFeedForwardSpec(Block):
 class LshSpec(Block):
     """Attention within chunks of tokens that were sorted by a hash of their shared query and key (Reformer)."""
 
-    rounds: Size = 2
+    rounds: Depth = 2
     """Hash rounds; each attends on its own, and they are weighed by the mass they found."""
-    chunk_length: Size = 64
+    chunk_length: Width = 64
     """Tokens of a chunk."""
-    chunks_before: Count = 1
+    chunks_before: Annotated[int, Field(ge=0), DEEP] = 1
     """Chunks before its own that a token sees too, around the end."""
-    chunks_after: Count = 0
+    chunks_after: Annotated[int, Field(ge=0), DEEP] = 0
     """Chunks after its own that a token sees too, around the end."""
     buckets: Factor | Annotated[list[Factor], Field(min_length=1)] | None = None
     """Hash values, or factors of their number; by default two for every chunk, in two factors above 128."""
@@ -245,13 +269,13 @@ class AttentionSpec(Block):
     """How queries, keys and values are made; the `_conv` kinds share one projection, then convolve it."""
     output_projection: Literal["none", "dense", "multiplicative", "multiplicative_conv"] | None = None
     """What follows the heads; by default `none` after a convolution, else the same kind as `projection`."""
-    modules: Size | None = None
+    modules: Width | None = None
     """S: slices of the multiplicative layer and of the convolution; defaults to the number of heads."""
-    kernel: Size = 3
+    kernel: Depth = 3
     """Length of the convolution over past positions."""
     value_concat: Literal["none", "modules", "whole"] = "none"
     """What joins the values' input: nothing, x per module, or x as a whole (original implementation's options)."""
-    key_value_heads: Size | None = None
+    key_value_heads: Width | None = None
     """Heads of keys and values (grouped queries); defaults to the number of heads; `dense` projection only."""
     bias: bool = True
     """Biases on dense projections; the paper's have them."""
@@ -259,7 +283,7 @@ class AttentionSpec(Block):
     """A bias on a dense output projection; by default as `bias` says."""
     query_key_norm: bool = False
     """RMS norms over every head of queries and keys, before rotary positions (as in Qwen 3)."""
-    query_key_rank: Size | None = None
+    query_key_rank: Width | None = None
     """Make queries by two maps with so many numbers between them, and keys by two with as large a share of their
     weights; by default one map each. `dense` projection only."""
 
@@ -281,6 +305,16 @@ class AttentionSpec(Block):
         if self.projection == "dense" or self.projection == "multiplicative":
             return self.projection
         return "none"
+
+    @property
+    def dense(self) -> bool:
+        """Whether heads may be of any width: all projections are dense, and one leads back to d_model."""
+        return (self.projection, self.output) == ("dense", "dense")
+
+    @property
+    def in_modules(self) -> bool:
+        """Whether any projection is cut into modules."""
+        return self.projection != "dense" or self.output.startswith("multiplicative")
 
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
@@ -306,7 +340,7 @@ class DenseVocabularySpec(Block):
     """One row of logits weights per token of the vocabulary."""
 
     kind: Literal["dense"]
-    size: Size
+    size: Units
     """Number of tokens."""
     tied: bool = False
     """Use the embedding's table for the logits too."""
@@ -318,9 +352,9 @@ class MultiplicativeVocabularySpec(Block):
     """Sparse loss layer (paper section 3.3): a multiplicative layer from d_model to the vocabulary."""
 
     kind: Literal["multiplicative"]
-    size: Size
+    size: Units
     """Number of tokens."""
-    modules: Size
+    modules: Width
     """S: slices of the vocabulary."""
 
     @model_validator(mode="after")

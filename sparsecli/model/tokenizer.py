@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import codecs
-import datetime
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 
-from sparsecli.console import Failure
+from sparsecli.console import Failure, warn_once
+from sparsecli.model.chat import render
 from sparsecli.model.folder import last_line, read_json
-
-if TYPE_CHECKING:
-    import jinja2
 
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -40,6 +36,7 @@ class Tokenizer:
         backend: the vocabulary and its rules.
         named: the text of each special token that has a name, such as `eos_token`.
         template: Jinja source that lays a chat out as text, or None.
+        vocabulary: tokens of the model; None allows any.
     """
 
     def __init__(
@@ -47,12 +44,14 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         named: Mapping[str, str] | None = None,
         template: str | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.named = dict(named or {})
         self.template = template
+        self.vocabulary = vocabulary
         known = backend.get_vocab(with_added_tokens=True)
         backend.add_special_tokens([token for token in self.named.values() if token not in known])
         added = backend.get_added_tokens_decoder().items()
@@ -73,9 +72,20 @@ class Tokenizer:
 
         The name of a special token that occurs in it is text. With `special` the tokenizer adds what it has for that,
         such as Llama's first token.
+
+        Raises:
+            Failure: the text is no Unicode, or has a token that the model does not have.
         """
         self.backend.encode_special_tokens = True
-        return list(self.backend.encode(text, add_special_tokens=special).ids)
+        try:
+            encoded = self.backend.encode(text, add_special_tokens=special)
+        except TypeError as error:  # halves of characters, which stand for bytes on the command line
+            raise Failure("the text is not UTF-8 text") from error
+        if self.vocabulary is not None:
+            for token, name in zip(encoded.ids, encoded.tokens, strict=True):
+                if token >= self.vocabulary:
+                    raise Failure(f"the text has the token {name!a}, which the model has not; leave it out")
+        return list(encoded.ids)
 
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of a chat in which the user has said `message` and the answer begins.
@@ -146,7 +156,7 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
     """The tokenizer saved in `folder`, for a model of `vocabulary` tokens.
 
     Raises:
-        Failure: there is none, it does not load, or it has more tokens than the model.
+        Failure: there is none, it does not load, or it is not made for so many tokens (see `check_fit`).
     """
     check_tokenizer(folder)
     path = folder / TOKENIZER
@@ -156,8 +166,12 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
         raise Failure(f"{path}: does not load: {last_line(error)}") from error
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     named = {name: text for name in NAMED_TOKENS if (text := _token_text(settings.get(name)))}
-    tokenizer = Tokenizer(backend, named, _template(folder, settings))
-    check_fit(folder, len(tokenizer), vocabulary)
+    template = _template(folder, settings)
+    try:
+        tokenizer = Tokenizer(backend, named, template, vocabulary)
+    except (ValueError, TypeError) as error:  # a name that is no text
+        raise Failure(f"{folder / SETTINGS}: does not load: {last_line(error)}") from error
+    check_fit(folder, backend, vocabulary)
     return tokenizer
 
 
@@ -167,12 +181,34 @@ def check_tokenizer(folder: Path) -> None:
         raise Failure(f"{folder}: no {TOKENIZER}; the tokenizer belongs beside the model")
 
 
-def check_fit(folder: Path, tokens: int, vocabulary: int) -> None:
-    """Raise Failure where a tokenizer has more `tokens` than the model's `vocabulary`."""
-    if tokens > vocabulary:
+def check_fit(folder: Path, backend: tokenizers.Tokenizer, vocabulary: int) -> None:
+    """Compare the tokens of a tokenizer with the model's `vocabulary`; a warning names special ones beyond it.
+
+    A text has those, such as a padding token that was added later, only where it spells them, which `Tokenizer.encode`
+    refuses.
+
+    Raises:
+        Failure: other tokens lie beyond it.
+    """
+    ordinary, special = beyond(backend, vocabulary)
+    if ordinary:
+        tokens = backend.get_vocab_size()
         raise Failure(
             f"{folder}: the tokenizer has {tokens} tokens, the model {vocabulary}; they do not belong together"
         )
+    if special:
+        more = f" and {len(special) - 3} more" if len(special) > 3 else ""
+        warn_once(
+            f"{folder}: the tokenizer has {', '.join(map(ascii, special[:3]))}{more} beyond the model's {vocabulary} "
+            "tokens; a text with such a token is refused"
+        )
+
+
+def beyond(backend: tokenizers.Tokenizer, vocabulary: int) -> tuple[list[str], list[str]]:
+    """Ordinary and special tokens whose numbers are not below `vocabulary`."""
+    found = sorted(token for token, index in backend.get_vocab().items() if index >= vocabulary)
+    named = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    return [token for token in found if token not in named], [token for token in found if token in named]
 
 
 def _token_text(value: object) -> str | None:
@@ -184,91 +220,13 @@ def _token_text(value: object) -> str | None:
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template: a file of its own, or a setting, which may be a list of named ones."""
     if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
+        try:
+            return (folder / TEMPLATE).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            place = f"byte {error.start} is not UTF-8 text"
+            raise Failure(f"{folder / TEMPLATE}: does not load: {place}") from error
     held = settings.get("chat_template")
     if isinstance(held, list):
         named = {one.get("name"): one.get("template") for one in held if isinstance(one, dict)}
         held = named.get("default")
     return held if isinstance(held, str) else None
-
-
-# -- chat templates ------------------------------------------------------------------------------------------
-
-
-def render(template: str, messages: Sequence[Mapping[str, str]], named: Mapping[str, str]) -> str:
-    """The text of a chat, up to where the answer begins, as transformers renders it.
-
-    A template is a program that came with the model: it runs in a sandbox, which lets it change nothing.
-
-    Raises:
-        Failure: the template is damaged, refuses the messages, or does what the sandbox forbids.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        return (
-            _environment()
-            .from_string(template)
-            .render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **named)
-        )
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise Failure(
-            f"the chat template does not work: {last_line(error)}; --no-chat leaves it out"
-        ) from error
-
-
-def _environment() -> jinja2.Environment:
-    from jinja2 import TemplateError, ext, nodes, parser, utils
-    from jinja2.exceptions import SecurityError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Answer(ext.Extension):
-        """`{% generation %}` marks, in templates made for training, what an assistant says; here it changes nothing."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, source: parser.Parser) -> list[nodes.Node]:
-            next(source.stream)
-            return source.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    class Namespace(utils.Namespace):
-        """The template's own variables; names that Python gives a meaning to are none."""
-
-        def __init__(*positional: Any, **given: Any) -> None:
-            self, *rest = positional
-            for name in dict(*rest, **given):
-                Namespace.check(name)
-            utils.Namespace.__init__(self, *rest, **given)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            Namespace.check(name)
-            super().__setitem__(name, value)
-
-        @staticmethod
-        def check(name: str) -> None:
-            if name.startswith("_"):
-                raise SecurityError(f"a namespace cannot hold {name!r}")
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def as_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})
-
-    def new_dict(*positional: Any, **given: Any) -> dict[Any, Any]:
-        return dict(*positional, **given)
-
-    def now(format: str) -> str:
-        return datetime.datetime.now().strftime(format)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Answer, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = as_json
-    environment.globals |= {
-        "dict": new_dict,
-        "namespace": Namespace,
-        "raise_exception": refuse,
-        "strftime_now": now,
-    }
-    return environment

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import count, takewhile
+import math
+from bisect import bisect_right
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from sparsecli.model.parts import Block, Size, fault
+from sparsecli.model.parts import MANY, Block, Size, Whole, fault
 
 Names = Annotated[list[str], Field(min_length=1)]
 
@@ -19,7 +20,7 @@ class TrainedTokenizer(Block):
     """A byte-level BPE trained on the training split of the corpus and saved with the run."""
 
     kind: Literal["bpe"]
-    vocabulary_size: Annotated[int, Field(ge=257)]
+    vocabulary_size: Annotated[int, Field(ge=257), MANY]
     """Tokens of the vocabulary, the 256 bytes and the special tokens included."""
     split_names: bool = False
     """A word is the same token in a name (`read_text`, `readText`) as in a sentence; spaces are tokens of their own."""
@@ -52,9 +53,9 @@ TokenizerSpec = Annotated[TrainedTokenizer | SavedTokenizer | HubTokenizer, Fiel
 class _Pairs(Block):
     """Fields that all kinds of pairs share. Lengths count the end token; what is longer is cut."""
 
-    source_length: Annotated[int, Field(ge=2)] = 512
+    source_length: Annotated[Whole, Field(ge=2)] = 512
     """Longest source, in tokens."""
-    target_length: Annotated[int, Field(ge=2)] = 128
+    target_length: Annotated[Whole, Field(ge=2)] = 128
     """Longest target, in tokens."""
 
 
@@ -92,11 +93,14 @@ class CorruptedPairs(_Pairs):
     """Mean length of a span, in tokens."""
 
     def counts(self) -> SpanCounts:
-        """Of the longest window whose source, with a sentinel for every span and the end token, is not too long."""
-        fitting = takewhile(
-            lambda counts: self._source(counts) <= self.source_length, map(self._of, count(2))
-        )
-        return list(fitting)[-1]
+        """Of the longest window whose source, with a sentinel for every span and the end token, is not too long.
+
+        No window is longer than a source and a target, from which more is left out than a target holds.
+        """
+        # A longer window never has a shorter source.
+        windows = range(2, self.source_length + self.target_length + 1)
+        fitting = bisect_right(windows, self.source_length, key=lambda window: self._source(self._of(window)))
+        return self._of(windows[max(0, fitting - 1)])
 
     def _of(self, window: int) -> SpanCounts:
         hidden = min(max(round(window * self.noise), 1), window - 1)
@@ -126,7 +130,7 @@ class CopiedPairs(_Pairs):
     """
 
     kind: Literal["copied"]
-    shortest: Annotated[int, Field(ge=3)] = 4
+    shortest: Annotated[Whole, Field(ge=3)] = 4
     """Tokens of the shortest source; lengths are drawn evenly up to the longest. Fewer would be in both splits."""
 
     @model_validator(mode="after")
@@ -156,7 +160,7 @@ class _Corpus(Block):
     """Where the tokenizer comes from; by default from the model that training starts from or that is converted."""
     pairs: PairsSpec | None = None
     """Sources and targets for a model with an encoder; by default the text is read as it runs."""
-    sequence_length: Annotated[int, Field(ge=2)] = 256
+    sequence_length: Annotated[Whole, Field(ge=2)] = 256
     """Tokens of one training window of running text."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of documents kept for evaluation, chosen by a hash of their content."""
@@ -237,7 +241,7 @@ class CopyTask(Block):
     """Random symbols as source and, again, as target: what a model must do to copy can be counted exactly."""
 
     source: Literal["copy"]
-    symbols: Annotated[int, Field(ge=2)] = 126
+    symbols: Annotated[int, Field(ge=2), MANY] = 126
     """Symbols to draw from; padding and the end token come before them."""
     length: Size = 127
     """Symbols of a source."""
@@ -256,7 +260,9 @@ class CopyTask(Block):
     @model_validator(mode="after")
     def _check(self) -> CopyTask:
         # In the mean, held_out * examples / sequences of the held-out ones are drawn for training, too.
-        if 1000 * self.held_out * self.examples > (sequences := self.symbols**self.length):
+        needed = 1000 * self.held_out * self.examples
+        if self.length * math.log(self.symbols) < math.log(needed):
+            sequences = self.symbols**self.length
             raise fault(
                 "length",
                 f"{self.symbols} symbols make {sequences:,} sequences of {self.length}, too few to hold some out",

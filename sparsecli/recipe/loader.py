@@ -19,6 +19,8 @@ from sparsecli.recipe.schema import GenerateSpec, Recipe
 
 MAX_BYTES = 256 * 1024
 SUFFIXES = (".yaml", ".yml")
+EXPLAINED, SHOWN = 500, 50
+"""Errors that are put into words, and problems that are listed; what is wrong all over is told by their number."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,22 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
             )
         for number, override in enumerate(overrides, start=1):
             _apply(read, override, number)
+    more = 0
     try:
         recipe = Recipe.model_validate(read.data) if not read.problems else None
     except ValidationError as error:
-        explained = [messages.explain(entry) for entry in error.errors(include_url=False)]
+        errors = error.errors(include_url=False)
+        more = max(0, len(errors) - EXPLAINED)
+        explained = [messages.explain(entry) for entry in errors[:EXPLAINED]]
         for where, message in explained:
             # What is wrong within a list says more than that it is not the number that it might be, too.
             if not any(where == other[: len(where)] and where != other for other, _ in explained):
                 read.problems.append(Problem(read.place(where), where, message))
     if read.problems or recipe is None:
-        lines = dict.fromkeys(str(problem) for problem in sorted(read.problems, key=lambda p: p.place))
-        raise RecipeError("\n".join(lines))
+        ordered = sorted(read.problems, key=lambda problem: problem.place)
+        lines = list(dict.fromkeys(map(str, ordered)))
+        more += len(lines) - SHOWN
+        raise RecipeError("\n".join(lines[:SHOWN] + [f"{name}: {more} more problems"] * (more > 0)))
     return recipe
 
 

@@ -29,6 +29,8 @@ def explain(error: Any) -> tuple[Path, str]:
         case "fault":
             steps = (int(step) if step.isdigit() else step for step in context["field"].split("."))
             return (*path, *steps), context["message"]
+        case "limit":
+            return path, context["message"]
         case "value_error":  # of a validator of ours, which says what it wants
             return path, str(context["error"])
         case "missing":

@@ -13,6 +13,7 @@ from sparsecli.model.architecture import EncoderSpec, LowBitSpec, ModelSpec, Sru
 from sparsecli.model.parts import (
     AttentionSpec,
     Block,
+    Count,
     FeedForwardSpec,
     PrecisionFeedForwardSpec,
     Probability,
@@ -20,11 +21,12 @@ from sparsecli.model.parts import (
     Size,
     SparseFeedForwardSpec,
     VocabularySpec,
+    Width,
     fault,
 )
 from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import CopyTask, DataSpec, Names
-from sparsecli.recipe.training import Count, NonNegative, Positive, RecoverySpec, TrainSpec
+from sparsecli.recipe.training import NonNegative, Positive, RecoverySpec, TrainSpec
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
@@ -64,7 +66,7 @@ class LowRankAttention(Block):
     """Queries and keys by two maps each, the best for the calibration text."""
 
     kind: Literal["low_rank"]
-    rank: Size
+    rank: Width
     """Numbers between the two maps of queries; keys keep as large a share of their weights."""
 
 
@@ -95,7 +97,7 @@ class ConvertSpec(Block):
     """What every attention layer becomes, with a budget, given layers, or dense ones as they are."""
     methods: Annotated[list[Method], Field(min_length=1)] | None = None
     """What the search tries; by default every method that fits the model's activation."""
-    rank: Size = 128
+    rank: Width = 128
     """Rank of the controllers that the search tries."""
     low_bit: LowBitSpec | None = None
     """Bits of attention and logits; by default the search decides, and given layers leave them as they are."""

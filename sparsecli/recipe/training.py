@@ -6,11 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sparsecli.model.parts import Block, Probability, Size, fault
+from sparsecli.model.parts import Block, Count, Probability, Size, Whole, fault
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
 
 
 class Objective(Block):
@@ -93,7 +92,7 @@ class TrainSpec(Block):
     0 writes none."""
     save_steps: Size = 250
     """Steps between checkpoints."""
-    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    save_total_limit: Annotated[Whole, Field(ge=2)] = 2
     """Checkpoints kept; two at least, so that a torn one never is the only one."""
     init_from: str | None = None
     """Start from the weights of this run or model folder, whose architecture and tokenizer the recipe may leave out."""

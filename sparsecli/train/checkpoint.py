@@ -74,7 +74,7 @@ def _damage(folder: Path) -> str | None:
                 return f"{name} is not what was written (SHA-256 differs)"
     except FileNotFoundError:
         return f"no {MANIFEST}: it was not written to the end"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be used ({type(error).__name__})"
     return None
 

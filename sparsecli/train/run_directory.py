@@ -16,7 +16,7 @@ import torch
 
 from sparsecli.console import Failure, warn
 from sparsecli.data.cache import why_unwritten
-from sparsecli.model.folder import RECIPE
+from sparsecli.model.folder import RECIPE, read_json
 from sparsecli.model.parts import Block
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.messages import found_as
@@ -174,13 +174,13 @@ def environment() -> dict[str, Any]:
 def read_facts(output: Path) -> dict[str, Any]:
     """`run.json` of a run, empty where there is none. Raises `Failure` for one that is damaged."""
     path = output / FACTS
-    try:
-        facts = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise Failure(f"{path}: cannot be read ({error}); delete it to go on without it") from None
-    if not isinstance(facts, dict) or not isinstance(facts.get("result") or {}, dict):
+    try:
+        facts = read_json(path)
+    except Failure as failure:
+        raise Failure(f"{failure}; delete it to go on without it") from None
+    if not isinstance(facts.get("result") or {}, dict):
         raise Failure(f"{path}: is not what a run writes there; delete it to go on without it")
     return facts
 
@@ -201,7 +201,7 @@ def read_metrics(output: Path, up_to_step: int | None = None) -> list[dict[str, 
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not _is_row(row):
             raise Failure(f"{path}:{number}: is no row of metrics; delete the line to go on without it")

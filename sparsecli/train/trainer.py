@@ -23,6 +23,7 @@ from sparsecli.model.folder import RECIPE, find_model, read_description, share
 from sparsecli.model.networks import Network, build_network
 from sparsecli.model.products import has_bfloat16
 from sparsecli.model.sizes import count_parameters
+from sparsecli.model.tokenizer import beyond
 from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, SavedTokenizer
 from sparsecli.recipe.loader import LoadedRecipe, complete, dump, require, shipped
 from sparsecli.recipe.schema import Recipe
@@ -107,10 +108,14 @@ def run(
     with arguments.main_process_first(desc="preparing the text"):  # the others then find it in the cache
         prepared = prepare(recipe.data)
     _check_vocabularies(recipe.train, prepared.tokenizer)
-    if len(prepared.tokenizer) > recipe.model.vocabulary.size:
+    size, tokenizer = recipe.model.vocabulary.size, prepared.tokenizer
+    ordinary, special = beyond(tokenizer.backend_tokenizer, size)
+    # An older model may lack special tokens that its tokenizer got later; of these running text has the end alone.
+    lenient = recipe.train.init_from and not recipe.data.pair_lengths and tokenizer.eos_token_id < size
+    if ordinary or (special and not lenient):
         raise RecipeError(
-            f"{loaded.path.name}: model.vocabulary.size: {recipe.model.vocabulary.size} is less than the "
-            f"{len(prepared.tokenizer)} tokens of data.tokenizer"
+            f"{loaded.path.name}: model.vocabulary.size: {size} is less than the {len(tokenizer)} tokens of "
+            "data.tokenizer"
         )
     with run_directory.writing(output, run_directory.go_on(output)):
         result = _train(recipe, prepared, arguments, output, checkpoint, first)

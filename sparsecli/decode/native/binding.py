@@ -127,7 +127,10 @@ def library() -> ctypes.CDLL:
         "create": (engine, [POINTER(Shape), c_int64, c_int64, c_char_p]),
         "destroy": (None, [engine]),
         "bind": (c_int64, [engine, POINTER(BoundTensor), c_int64, c_char_p]),
-        "bind_rotations": (c_int64, [engine, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_char_p]),
+        "bind_rotations": (
+            c_int64,
+            [engine, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_char_p],
+        ),
         "sequence_create": (sequence, [engine, c_int64, c_int64, c_char_p]),
         "sequence_destroy": (None, [sequence]),
         "sequence_length": (c_int64, [sequence]),

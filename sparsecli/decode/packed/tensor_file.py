@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import struct
@@ -24,6 +25,7 @@ NAMES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
 KINDS = {name: kind for kind, name in NAMES.items()}
 PAGE = 4096  # the header is filled up to it, so that tensors keep their alignment in a mapping
 LONGEST_HEADER = 100_000_000  # the format's own limit
+MOST_AXES = 8
 CHECKSUMS = "crc32"
 HEADER_CHECKSUM = "header_crc32"
 
@@ -89,8 +91,14 @@ class TensorFile:
                 raise ValueError("the header is longer than the file")
             header = json.loads(self.file.read(length))
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            if not all(isinstance(value, str) for value in self.metadata.values()):
+                raise ValueError("metadata that is no text")
             self._check_header(header)
             self.entries = {name: self._entry(facts, 8 + length) for name, facts in header.items()}
+        except UnicodeDecodeError as error:
+            raise Failure(
+                f"{self.path}: cut short or damaged (the header is no text); make or copy it again"
+            ) from error
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Failure(f"{self.path}: cut short or damaged ({error}); make or copy it again") from error
         end = max((entry.start + entry.length for entry in self.entries.values()), default=0)
@@ -109,9 +117,9 @@ class TensorFile:
         first, last = map(index, facts["data_offsets"])
         shape = tuple(map(index, facts["shape"]))
         kind = KINDS.get(facts["dtype"], facts["dtype"])
-        count = 1
-        for axis in shape:
-            count *= axis
+        if len(shape) > MOST_AXES or any(not 0 <= axis < 2**48 for axis in shape):
+            raise ValueError("a tensor's shape is none")
+        count = math.prod(shape)
         if first < 0 or last < first or (kind in WIDTHS and last - first != count * WIDTHS[kind]):
             raise ValueError("a tensor's size does not fit its shape")
         return Entry(kind, shape, start + first, last - first)
