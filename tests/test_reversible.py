@@ -433,7 +433,7 @@ def test_checkpointing_has_nothing_to_do() -> None:
         torch.manual_seed(3)
         model(ids, labels=ids).loss.backward()
         found.append(gradients(model))
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     for key, gradient in found[0].items():
         assert torch.equal(gradient, found[1][key])
 

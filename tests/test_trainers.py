@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -14,6 +15,10 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from sparsecli.model import (
@@ -48,9 +53,9 @@ def build(kind: type[PreTrainedModel]) -> PreTrainedModel:
     return kind(CLASSES[kind](**SIZES))
 
 
-def examples(model: PreTrainedModel, count: int = 5) -> list[dict[str, Tensor]]:
+def examples(model: PreTrainedModel, count: int = 5) -> list[dict[str, list[int]]]:
     """Texts of nine tokens; or sources of seven to nine, with a target of five each."""
-    ids = torch.randint(2, VOCABULARY, (count, 14), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(2, VOCABULARY, (count, 14), generator=torch.Generator().manual_seed(1)).tolist()
     if not model.config.is_encoder_decoder:
         return [{"input_ids": row[:9], "labels": row[:9]} for row in ids]
     return [{"input_ids": row[: 7 + i % 3], "labels": row[9:]} for i, row in enumerate(ids)]
@@ -128,3 +133,29 @@ def test_seq2seq_trainer_writes_what_generate_writes(kind: type[PreTrainedModel]
     batch = Padding().pad(examples(model, 2))
     alone = model.eval().generate(**batch, max_length=6, num_beams=2)
     assert written[:, : alone.shape[1]].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_labels_are_smoothed_against_the_tokens_they_belong_to(
+    kind: type[PreTrainedModel], tmp_path: Path
+) -> None:
+    """The Trainer shifts labels for models that it knows as causal, by the name of their class."""
+    model = build(kind)
+    given = TrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.1, eval_strategy="no"))
+    trainer = Trainer(model, given, data_collator=collator(model), train_dataset=examples(model))
+    batch = next(iter(trainer.get_eval_dataloader(examples(model, 2))))
+    labels = batch["labels"]
+    logits = model.eval()(**batch).logits
+    if not model.config.is_encoder_decoder:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_models_kind_can_be_looked_up_by_name(kind: type[PreTrainedModel]) -> None:
+    """As evaluation harnesses do."""
+    causal, with_encoder = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    names, others = (with_encoder, causal) if kind in WITH_ENCODER else (causal, with_encoder)
+    assert names[CLASSES[kind].model_type] == kind.__name__
+    assert CLASSES[kind].model_type not in others

@@ -177,17 +177,17 @@ class ScalingTransformerBlock(Units, GradientCheckpointingLayer):
         valid: Tensor | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
         source: Source | None = None,
-        past_key_values: Any = None,
+        memory: Any = None,
     ) -> Tensor:
-        """x (B, T, d) -> (B, T, d); `past_key_values` is this block's layer of the cache."""
-        start = past_key_values.get_seq_length() if past_key_values is not None else 0
-        y = self.attention(self.attention_norm(x), mask, valid, angles, past_key_values)
+        """x (B, T, d) -> (B, T, d); `memory` is this block's layer of the cache."""
+        start = memory.get_seq_length() if memory is not None else 0
+        y = self.attention(self.attention_norm(x), mask, valid, angles, memory)
         y = x + shared_dropout(y, self.dropout, self.training, (-2,))
         if self.cross_attention is not None:
             assert source is not None
-            read = self.cross_attention(self.cross_attention_norm(y), source, valid, past_key_values)
+            read = self.cross_attention(self.cross_attention_norm(y), source, valid, memory)
             y = y + shared_dropout(read, self.dropout, self.training, (-2,))
-        return y + self.units(x if self.parallel else y, valid, past_key_values, start)
+        return y + self.units(x if self.parallel else y, valid, memory, start)
 
 
 class EncoderBlock(Units, GradientCheckpointingLayer):

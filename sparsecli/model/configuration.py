@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from sparsecli.model.architecture import DEFAULT, END, PADDING, START, ModelSpec
@@ -23,7 +22,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "d_model",
         "num_hidden_layers": "layers",
@@ -143,5 +142,3 @@ CONFIGS: dict[str, type[ScalingTransformerConfig]] = {
     config.model_type: config
     for config in (ScalingTransformerConfig, ScalingTransformerEncoderDecoderConfig, TerraformerConfig)
 }
-for _name, _config in CONFIGS.items():
-    AutoConfig.register(_name, _config, exist_ok=True)

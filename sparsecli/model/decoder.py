@@ -6,6 +6,7 @@ import itertools
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -18,7 +19,7 @@ from sparsecli.model.blocks import (
     build_positions,
     merged,
 )
-from sparsecli.model.cache import DecodeCache
+from sparsecli.model.cache import CACHE, DecodeCache
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import causal_mask
 from sparsecli.model.layers.cross_attention import Source
@@ -29,6 +30,7 @@ from sparsecli.model.layers.positions import rotary_angles
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.parts import MultiplicativeVocabularySpec
 from sparsecli.model.rotary import rotary_frequencies
+from sparsecli.model.versions import check_transformers
 
 Sight = tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]
 """What attention is told of its tokens: mask, valid and angles, see `Attention`."""
@@ -41,8 +43,13 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["ScalingTransformerBlock", "EncoderBlock", "ReversibleBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
     _supports_sdpa = True
+
+    def __init__(self, config: ScalingTransformerConfig) -> None:
+        """Raises Failure: a version of transformers that was never tried."""
+        check_transformers(transformers.__version__)
+        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,19 +122,22 @@ class Decoder(ScalingTransformerPreTrainedModel):
             x = x + self.position_embedding(position_ids.expand(x.shape[:2])).to(x.dtype)
         return shared_dropout(x, self.dropout, self.training, (-2,))
 
-    def open_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> DecodeCache | None:
-        """The cache that was given, or a new one with `use_cache`.
+    def open_cache(
+        self, past_key_values: Cache | None, cache: Cache | None, use_cache: bool | None
+    ) -> DecodeCache | None:
+        """The cache that was given, under one of its two names, or a new one with `use_cache`.
 
         Raises:
-            ValueError: a cache of another kind.
+            ValueError: two caches, or one of another kind.
         """
-        if past_key_values is None:
+        if past_key_values is not None and cache is not None:
+            raise ValueError("past_key_values and cache are two names for one cache; pass one of them")
+        given = past_key_values if cache is None else cache
+        if given is None:
             return DecodeCache.for_model(self.config.spec) if use_cache else None
-        if not isinstance(past_key_values, DecodeCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; this model keeps a DecodeCache"
-            )
-        return past_key_values
+        if not isinstance(given, DecodeCache):
+            raise ValueError(f"the cache is a {type(given).__name__}; this model keeps a DecodeCache")
+        return given
 
     def run(
         self,
@@ -170,7 +180,7 @@ class Decoder(ScalingTransformerPreTrainedModel):
             if keep_streams:
                 kept.append(x)
             memory = None if memories is None else memories[index]
-            x = block(x, *sight, source=source, past_key_values=memory)
+            x = block(x, *sight, source=source, memory=memory)
         return x, kept
 
     def _two_streams(
@@ -268,6 +278,6 @@ class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Give `generate` our preallocated cache instead of the stock one, which copies itself at every token."""
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             capacity = self.held_before(model_kwargs) + max_cache_length
-            model_kwargs["past_key_values"] = DecodeCache.for_model(self.config.spec, capacity)
+            model_kwargs[CACHE] = DecodeCache.for_model(self.config.spec, capacity)

@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForSeq2SeqLM
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from sparsecli.model.architecture import IGNORED
-from sparsecli.model.cache import DecodeCache
+from sparsecli.model.cache import CACHE, DecodeCache
 from sparsecli.model.configuration import (
     ScalingTransformerConfig,
     ScalingTransformerEncoderDecoderConfig,
@@ -65,6 +64,7 @@ class EncoderDecoder(Decoder):
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqModelOutput:
         """Hidden states (B, T, d) of the target decoder_input_ids (B, T) after the source input_ids (B, S).
@@ -73,7 +73,8 @@ class EncoderDecoder(Decoder):
             attention_mask: (B, S), 0 at the source's padding.
             decoder_attention_mask: (B, target positions held + T), 0 at the target's padding.
             encoder_outputs: what `encode` returned, in place of input_ids.
-            past_key_values: earlier positions, a `DecodeCache`; with `use_cache` one is made where it is None.
+            past_key_values, cache: two names for earlier positions, a `DecodeCache`; with `use_cache` one is made where
+                there is none.
             output_hidden_states: also return the decoder's stream before each block and after the norm.
         Raises:
             ValueError: see `encode`; also no target, one past max_positions, or a cache of another kind.
@@ -86,20 +87,20 @@ class EncoderDecoder(Decoder):
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds)
         rows = encoder_outputs[0]
-        cache = self.open_cache(past_key_values, use_cache)
+        memory = self.open_cache(past_key_values, cache, use_cache)
         x, streams = self.decode(
             self.embed(decoder_input_ids, decoder_inputs_embeds),
             Source(rows, _valid_source(attention_mask, rows)),
             valid_positions(decoder_attention_mask),
-            cache,
+            memory,
             bool(output_hidden_states),
         )
         x = self.finish(x)
         return Seq2SeqModelOutput(
             last_hidden_state=x,
-            past_key_values=cache,
             decoder_hidden_states=(*streams, x) if output_hidden_states else None,
             encoder_last_hidden_state=rows,
+            **{CACHE: memory},
         )
 
     @staticmethod
@@ -173,6 +174,7 @@ class ConditionalGeneration(LanguageModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """Logits (B, T, V) of the target, and the mean cross-entropy in nats where `labels` are given.
@@ -201,6 +203,7 @@ class ConditionalGeneration(LanguageModel):
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cache=cache,
             return_dict=True,
         )
         logits = self.logits(output.last_hidden_state, logits_to_keep)
@@ -216,9 +219,9 @@ class ConditionalGeneration(LanguageModel):
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             decoder_hidden_states=output.decoder_hidden_states,
             encoder_last_hidden_state=output.encoder_last_hidden_state,
+            **{CACHE: output.get(CACHE)},
         )
 
     def _counted(self, labels: Tensor) -> Tensor:
@@ -252,11 +255,3 @@ class ScalingTransformerForConditionalGeneration(ConditionalGeneration):
 
     config_class = ScalingTransformerEncoderDecoderConfig
     model_class = ScalingTransformerEncoderDecoderModel
-
-
-AutoModel.register(
-    ScalingTransformerEncoderDecoderConfig, ScalingTransformerEncoderDecoderModel, exist_ok=True
-)
-AutoModelForSeq2SeqLM.register(
-    ScalingTransformerEncoderDecoderConfig, ScalingTransformerForConditionalGeneration, exist_ok=True
-)

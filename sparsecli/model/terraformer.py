@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from sparsecli.model.cache import DecodeCache
 from sparsecli.model.configuration import TerraformerConfig
@@ -71,7 +70,3 @@ class TerraformerForConditionalGeneration(ConditionalGeneration):
 
     config_class = TerraformerConfig
     model_class = TerraformerModel
-
-
-AutoModel.register(TerraformerConfig, TerraformerModel, exist_ok=True)
-AutoModelForSeq2SeqLM.register(TerraformerConfig, TerraformerForConditionalGeneration, exist_ok=True)
