@@ -112,7 +112,7 @@ class NativeBackend:
             from sparsecli.decode.handover import remembered
 
             logits, cache = self.reader.start(prompt, capacity=1), self.reader.cache
-            layers = remembered(self.spec, cache.layers, cache.get_seq_length())
+            layers = remembered(self.spec, cache.layers, cache.held)
             self.engine.go_on(self.sequence, layers, source)
             return logits
         if self.encoder:

@@ -142,8 +142,24 @@ class DecodeCache(Cache):
 
     def __init__(self, layers: int, capacity: int = 256) -> None:
         super().__init__(layers=[DecodeLayer(capacity) for _ in range(layers)])
+        self.source = 0
+        """How many of the positions are a source's, in front of the target's."""
 
     @classmethod
     def for_model(cls, spec: ModelSpec, capacity: int = 256) -> DecodeCache:
         """The cache of the decoder of `spec`, block by block."""
         return cls(spec.layers * spec.attention_layers, capacity)
+
+    @property
+    def held(self) -> int:
+        """Positions held: those of a source that comes first, and those that transformers counts."""
+        return self.layers[0].get_seq_length()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Target positions held: `generate` goes on behind so many of its tokens."""
+        return self.held - self.source
+
+    def reset(self) -> None:
+        """See `DecodeLayer.reset`."""
+        super().reset()
+        self.source = 0

@@ -49,7 +49,7 @@ class ScalingTransformerModel(Decoder):
         """
         x = self.embed(input_ids, inputs_embeds)
         memory = self.open_cache(past_key_values, cache, use_cache)
-        held = memory.get_seq_length() if memory is not None else 0
+        held = memory.held if memory is not None else 0
         valid = valid_positions(attention_mask)
         if position_ids is None:
             position_ids = count_positions(valid, held, x.shape[1], x.device)

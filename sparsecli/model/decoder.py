@@ -160,7 +160,7 @@ class Decoder(ScalingTransformerPreTrainedModel):
             (B, T, d), or (B, T, 2 d) where streams are merged side by side, and the streams that were asked for.
         """
         new = streams[0].shape[1]
-        held = cache.get_seq_length() if cache is not None else 0
+        held = cache.held if cache is not None else 0
         angles = rotary_angles(position_ids, self.rotary) if self.rotary else None
         # None is plainly causal: one new token sees everything, a first pass is a triangle. Hashing needs no mask.
         mask = None

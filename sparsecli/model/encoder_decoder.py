@@ -147,7 +147,7 @@ class ScalingTransformerEncoderDecoderModel(EncoderDecoder):
         keep_streams: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """See `EncoderDecoder.decode`."""
-        held = cache.get_seq_length() if cache is not None else 0
+        held = cache.held if cache is not None else 0
         position_ids = count_positions(valid, held, x.shape[1], x.device)
         x = self.place(x, position_ids, held)
         return self.run((x, x), valid, position_ids, cache, source, keep_streams)

@@ -35,10 +35,20 @@ class TerraformerModel(EncoderDecoder):
         cache: DecodeCache | None,
         keep_streams: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """See `EncoderDecoder.decode`."""
+        """See `EncoderDecoder.decode`.
+
+        Raises:
+            ValueError: a cache that was filled behind a source of another length.
+        """
         length, new = source.rows.shape[1], x.shape[1]
-        held = cache.get_seq_length() if cache is not None else 0
-        earlier = max(0, held - length)  # target positions
+        held = cache.held if cache is not None else 0
+        earlier = 0 if cache is None else cache.get_seq_length()
+        if cache is not None:
+            if held and cache.source != length:
+                raise ValueError(
+                    f"the cache goes on behind a source of {cache.source} tokens, not of {length}"
+                )
+            cache.source = length
         x = self.place(x, count_positions(valid, earlier, new, x.device), earlier)  # they count from 0 again
 
         streams = (x, x)
