@@ -27,6 +27,7 @@ from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.low_bit import linear
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.layers.positions import rotary_angles
+from sparsecli.model.layers.recording import recording
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.parts import MultiplicativeVocabularySpec
 from sparsecli.model.rotary import rotary_frequencies
@@ -213,7 +214,7 @@ class Decoder(ScalingTransformerPreTrainedModel):
 
 
 def valid_positions(attention_mask: Tensor | None) -> Tensor | None:
-    """Bool (B, positions), or None where nothing is padding (looked up outside of compilation only).
+    """Bool (B, positions), or None where nothing is padding (looked up only where no program is made of it).
 
     Raises:
         ValueError: a mask of another shape.
@@ -223,7 +224,7 @@ def valid_positions(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask.ndim != 2:
         raise ValueError(f"attention_mask has {attention_mask.ndim} axes; expected (batch, positions)")
     valid = attention_mask.bool()
-    if not torch.compiler.is_compiling() and bool(valid.all()):
+    if not (torch.compiler.is_compiling() or recording()) and bool(valid.all()):
         return None
     return valid
 

@@ -71,7 +71,9 @@ def align_right(source: Source) -> Tensor:
     """The rows (B, S, ...) of the source in their order, but with all padding in front of them."""
     if source.valid is None:
         return source.rows
-    order = source.valid.long().argsort(dim=-1, stable=True)
+    length = source.valid.shape[1]
+    place = torch.arange(length, device=source.valid.device)
+    order = (source.valid * length + place).argsort(dim=-1)  # no two are equal: ONNX has no stable sort
     return source.rows.gather(1, order.unsqueeze(-1).expand_as(source.rows))
 
 
