@@ -42,7 +42,7 @@ class ScalingTransformerModel(Decoder):
             past_key_values, cache: two names for earlier positions, a `DecodeCache`; with `use_cache` one is made where
                 there is none.
             output_hidden_states: also return the stream before each block (of two streams the mean) and what comes
-                after the norm.
+                after the norm; by default the configuration decides.
         Raises:
             ValueError: not exactly one of input_ids and inputs_embeds, a sequence past max_positions, or a cache
                 of another kind.
@@ -54,11 +54,12 @@ class ScalingTransformerModel(Decoder):
         if position_ids is None:
             position_ids = count_positions(valid, held, x.shape[1], x.device)
         x = self.place(x, position_ids, held)
-        x, streams = self.run((x, x), valid, position_ids, memory, keep_streams=bool(output_hidden_states))
+        keep = self.keeps_streams(output_hidden_states)
+        x, streams = self.run((x, x), valid, position_ids, memory, keep_streams=keep)
         x = self.finish(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            hidden_states=(*streams, x) if output_hidden_states else None,
+            hidden_states=(*streams, x) if keep else None,
             **{CACHE: memory},
         )
 

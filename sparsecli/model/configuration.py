@@ -94,6 +94,16 @@ class ScalingTransformerConfig(PreTrainedConfig):
         self.vocabulary = {**(self.vocabulary or {}), "size": size}
 
     @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values, the name transformers looks for."""
+        return (self.attention or {}).get("key_value_heads") or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head, the name transformers looks for."""
+        return self.head_width or self.d_model // self.heads
+
+    @property
     def intermediate_size(self) -> int:
         """Units of a feed-forward layer, the name transformers looks for."""
         return (self.feed_forward or {})["d_ff"]

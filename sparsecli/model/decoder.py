@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +17,7 @@ from sparsecli.model.blocks import (
     build_norm,
     build_positions,
     merged,
+    run_halves,
 )
 from sparsecli.model.cache import CACHE, DecodeCache
 from sparsecli.model.configuration import ScalingTransformerConfig
@@ -38,12 +38,20 @@ Sight = tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]
 
 
 class ScalingTransformerPreTrainedModel(PreTrainedModel):
-    """What transformers asks of every model: its configuration class and its initialisers."""
+    """What transformers asks of every model: its configuration class and its initialisers.
+
+    Three things that other models have cannot be had:
+
+    - Attention weights (`output_attentions`): they are never formed, and hashed attention has none of most pairs.
+    - A cache of transformers' own form: a `DecodeCache` is preallocated, has room for more positions than it holds, and
+      keeps what convolutions and recurrent units look back at.
+    - Gradients of the hidden states between reversible blocks: those are means of two streams, which the next block
+      does not read. Such blocks store no activations, so that there is nothing to checkpoint either.
+    """
 
     config_class = ScalingTransformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["ScalingTransformerBlock", "EncoderBlock", "ReversibleBlock"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
     _supports_sdpa = True
 
@@ -51,6 +59,12 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
         """Raises Failure: a version of transformers that was never tried."""
         check_transformers(transformers.__version__)
         super().__init__(config)
+        # Reversible blocks store no activations, and have no forward that could be wrapped or checkpointed.
+        self.supports_gradient_checkpointing = config.residual != "reversible"
+        blocks = (
+            ["ScalingTransformerBlock", "EncoderBlock"] if config.encoder else ["ScalingTransformerBlock"]
+        )
+        self._no_split_modules = blocks if self.supports_gradient_checkpointing else []
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -128,17 +142,31 @@ class Decoder(ScalingTransformerPreTrainedModel):
     ) -> DecodeCache | None:
         """The cache that was given, under one of its two names, or a new one with `use_cache`.
 
+        Where that is None the configuration decides, in evaluation; training makes none. Blocks that are computed again
+        in the backward pass cannot extend one.
+
         Raises:
             ValueError: two caches, or one of another kind.
         """
+        recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
         if past_key_values is not None and cache is not None:
             raise ValueError("past_key_values and cache are two names for one cache; pass one of them")
         given = past_key_values if cache is None else cache
         if given is None:
-            return DecodeCache.for_model(self.config.spec) if use_cache else None
+            layers = len(self.blocks) * self.attention_layers
+            return DecodeCache(layers) if use_cache and not recomputed else None
+        if recomputed:
+            raise ValueError("a cache cannot be extended by blocks that the backward pass computes again")
         if not isinstance(given, DecodeCache):
             raise ValueError(f"the cache is a {type(given).__name__}; this model keeps a DecodeCache")
         return given
+
+    def keeps_streams(self, output_hidden_states: bool | None) -> bool:
+        """Whether hidden states are to be returned: as asked, else as the configuration has it."""
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return bool(asked)
 
     def run(
         self,
@@ -177,33 +205,26 @@ class Decoder(ScalingTransformerPreTrainedModel):
         self, x: Tensor, sight: Sight, memories: list[Any] | None, source: Source | None, keep_streams: bool
     ) -> tuple[Tensor, list[Tensor]]:
         kept = []
+        read = () if source is None else (source.rows, source.valid)
         for index, block in enumerate(self.blocks):
             if keep_streams:
                 kept.append(x)
             memory = None if memories is None else memories[index]
-            x = block(x, *sight, source=source, memory=memory)
+            x = block(x, *sight, *read, memory=memory)
         return x, kept
 
     def _two_streams(
         self, streams: tuple[Tensor, Tensor], sight: Sight, memories: list[Any] | None, keep_streams: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """All halves are one stack, unless streams in between are wanted."""
         halves: list[list[Half]] = []
         for index, block in enumerate(self.blocks):
             assert isinstance(block, ReversibleBlock)
             first, last = index * self.attention_layers, (index + 1) * self.attention_layers
             halves.append(block.halves(*sight, None if memories is None else memories[first:last]))
-        stacks = halves if keep_streams else [list(itertools.chain(*halves))]
         # What extends a cache cannot be computed twice.
         run = reversible_stack if memories is None else plain_stack
-        a, b = streams
-        dtype = a.dtype
-        kept = []
-        for stack in stacks:
-            if keep_streams:
-                kept.append(merged(a, b, "mean").to(dtype))
-            a, b = run(stack, a, b)
-        return merged(a, b, self.merge).to(dtype), kept
+        (a, b), kept = run_halves(halves, streams, run, keep_streams)
+        return merged(a, b, self.merge).to(streams[0].dtype), kept
 
     def finish(self, x: Tensor) -> Tensor:
         """What the logits read of the output of `run`."""

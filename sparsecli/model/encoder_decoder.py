@@ -36,20 +36,25 @@ class EncoderDecoder(Decoder):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
         """What the encoder makes of sources (B, S): (B, S, d), or (B, S, 2 d) with its two streams side by side.
 
         Args:
             attention_mask: (B, S), 0 at padding.
+            output_hidden_states: also return the stream before each block (of two the mean) and what is returned at
+                the end.
         Raises:
             ValueError: a source without tokens, or with more than the encoder has positions for; a mask of another
                 length.
         """
         x = self.embed(input_ids, inputs_embeds)
         valid = _valid_source(attention_mask, x)
-        streams = self.encoder(x, valid, count_positions(valid, 0, x.shape[1], x.device))
-        return BaseModelOutput(last_hidden_state=torch.cat(streams, dim=-1))
+        keep = self.keeps_streams(output_hidden_states)
+        streams, kept = self.encoder(x, valid, count_positions(valid, 0, x.shape[1], x.device), keep)
+        rows = torch.cat(streams, dim=-1) if len(streams) > 1 else streams[0]
+        return BaseModelOutput(last_hidden_state=rows, hidden_states=(*kept, rows) if keep else None)
 
     @can_return_tuple
     def forward(
@@ -75,7 +80,8 @@ class EncoderDecoder(Decoder):
             encoder_outputs: what `encode` returned, in place of input_ids.
             past_key_values, cache: two names for earlier positions, a `DecodeCache`; with `use_cache` one is made where
                 there is none.
-            output_hidden_states: also return the decoder's stream before each block and after the norm.
+            output_hidden_states: also return the streams of encoder and decoder before each block (of two the mean) and
+                in the end; by default the configuration decides.
         Raises:
             ValueError: see `encode`; also no target, one past max_positions, or a cache of another kind.
         """
@@ -85,21 +91,23 @@ class EncoderDecoder(Decoder):
                 "or labels to a model with a loss; `generate` needs none and writes it"
             )
         if encoder_outputs is None:
-            encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds)
+            encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds, output_hidden_states)
         rows = encoder_outputs[0]
+        keep = self.keeps_streams(output_hidden_states)
         memory = self.open_cache(past_key_values, cache, use_cache)
         x, streams = self.decode(
             self.embed(decoder_input_ids, decoder_inputs_embeds),
             Source(rows, _valid_source(attention_mask, rows)),
             valid_positions(decoder_attention_mask),
             memory,
-            bool(output_hidden_states),
+            keep,
         )
         x = self.finish(x)
         return Seq2SeqModelOutput(
             last_hidden_state=x,
-            decoder_hidden_states=(*streams, x) if output_hidden_states else None,
+            decoder_hidden_states=(*streams, x) if keep else None,
             encoder_last_hidden_state=rows,
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             **{CACHE: memory},
         )
 
@@ -221,6 +229,7 @@ class ConditionalGeneration(LanguageModel):
             logits=logits,
             decoder_hidden_states=output.decoder_hidden_states,
             encoder_last_hidden_state=output.encoder_last_hidden_state,
+            encoder_hidden_states=output.encoder_hidden_states,
             **{CACHE: output.get(CACHE)},
         )
 
@@ -242,7 +251,11 @@ class ConditionalGeneration(LanguageModel):
     ) -> dict[str, Any]:
         """Run the encoder once before `generate`; alone it could not, since it shares the decoder's embedding."""
         sources = {model_input_name or self.main_input_name: inputs_tensor}
-        encoded = self.model.encode(**sources, attention_mask=model_kwargs.get("attention_mask"))
+        encoded = self.model.encode(
+            **sources,
+            attention_mask=model_kwargs.get("attention_mask"),
+            output_hidden_states=generation_config.output_hidden_states,
+        )
         return {**model_kwargs, "encoder_outputs": encoded}
 
     def held_before(self, model_kwargs: dict[str, Any]) -> int:

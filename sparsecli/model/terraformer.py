@@ -21,6 +21,7 @@ class TerraformerModel(EncoderDecoder):
     """
 
     config_class = TerraformerConfig
+    supports_gradient_checkpointing = False
 
     @staticmethod
     def held_source(length: int) -> int:
@@ -64,16 +65,16 @@ class TerraformerModel(EncoderDecoder):
             joined = torch.cat((read, written if valid is None else valid), dim=1)
         position_ids = count_positions(joined, held, streams[0].shape[1], x.device)
         y, kept = self.run(streams, joined, position_ids, cache, keep_streams=keep_streams)
-        return y[:, -new:], [stream[:, -new:] for stream in kept]
+        return y[:, -new:], [x, *(stream[:, -new:] for stream in kept[1:])] if keep_streams else []
 
 
 def align_right(source: Source) -> Tensor:
     """The rows (B, S, ...) of the source in their order, but with all padding in front of them."""
     if source.valid is None:
         return source.rows
-    length = source.valid.shape[1]
-    place = torch.arange(length, device=source.valid.device)
-    order = (source.valid * length + place).argsort(dim=-1)  # no two are equal: ONNX has no stable sort
+    place = torch.arange(source.valid.shape[1], device=source.valid.device)
+    # No two are equal: ONNX has no stable sort.
+    order = torch.where(source.valid, place, place - 2**32).argsort(dim=-1)
     return source.rows.gather(1, order.unsqueeze(-1).expand_as(source.rows))
 
 
@@ -81,4 +82,5 @@ class TerraformerForConditionalGeneration(ConditionalGeneration):
     """Terraformer and its logits."""
 
     config_class = TerraformerConfig
+    supports_gradient_checkpointing = False
     model_class = TerraformerModel

@@ -298,6 +298,9 @@ def _train(
             batch_size=train.per_device_eval_batch_size,
             folder=output,
         )
+    if arguments.activation_checkpointing and not model.supports_gradient_checkpointing:
+        say("train.gradient_checkpointing: reversible blocks store no activations; there is nothing to do")
+        arguments.activation_checkpointing = False
     bf16 = train.bf16 and has_bfloat16(arguments.device.type)
     if train.bf16 and not bf16:
         say(
