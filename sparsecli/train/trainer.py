@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -103,6 +104,8 @@ def run(
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if first:
+        _say_what_accelerate_changes(os.environ)
     arguments = training_arguments(recipe.train, recipe.seed, output / run_directory.CHECKPOINTS)
     with arguments.main_process_first(desc="preparing the text"):  # the others then find it in the cache
         prepared = prepare(recipe.data)
@@ -119,6 +122,18 @@ def run(
         if result.rouge:
             _print_samples(output)
     return result
+
+
+def _say_what_accelerate_changes(environment: Mapping[str, str]) -> None:
+    """`accelerate launch` leaves its options in the environment, where they come before the recipe's."""
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        say(
+            f"accelerate launch --mixed_precision {precision} comes before train.bf16; leave it out for the recipe's"
+        )
+    several = "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
+    if several and environment.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        say("accelerate launch --cpu starts one process, whatever --num_processes; torchrun starts several")
 
 
 def _resolved(loaded: LoadedRecipe) -> Recipe:
@@ -270,6 +285,10 @@ def _train(
             f"train.per_device_train_batch_size"
         )
 
+    spec = recipe.model
+    assert spec
+    longest = spec.encoder.max_positions if spec.encoder else spec.max_positions
+    prepared.tokenizer.model_max_length = longest  # of what is read, for those who ask it to cut texts
     set_seed(recipe.seed)
     model = _model(recipe, prepared.tokenizer, checkpoint)
     model.generation_config.repetition_penalty = recipe.generate.repetition_penalty
