@@ -112,7 +112,7 @@ class NativeBackend:
             from sparsecli.decode.kv_state import kv_states
 
             logits, cache = self.reader.start(prompt, capacity=1), self.reader.cache
-            layers = kv_states(self.spec, cache.layers, cache.get_seq_length())
+            layers = kv_states(self.spec, cache.layers, cache.held)
             self.engine.import_kv(self.sequence, layers, source)
             return logits
         if self.encoder:

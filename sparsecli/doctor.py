@@ -17,6 +17,7 @@ from sparsecli.bench import engine_share, machine, roofline
 from sparsecli.bench.yardsticks import LEAST_SHARE
 from sparsecli.decode.engine import processors
 from sparsecli.decode.native import binding
+from sparsecli.model.versions import never_tried
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
@@ -118,7 +119,7 @@ def _native() -> Backend:
 def rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
     """The lines of the table: what, found, note."""
     result = [
-        (package, found or "not installed", "" if found else f"pip install {package}")
+        (package, found or "not installed", _note(package, found))
         for package, found in diagnosis.versions.items()
     ]
     cores = "unknown" if diagnosis.cores is None else str(diagnosis.cores)
@@ -141,6 +142,13 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
     for backend in diagnosis.backends:
         result.append((f"decode: {backend.name}", "yes" if backend.usable else "no", backend.reason))
     return result
+
+
+def _note(package: str, found: str | None) -> str:
+    """What is to be done about a package; empty where nothing is."""
+    if found is None:
+        return f"pip install {package}"
+    return (package == "transformers" and never_tried(found)) or ""
 
 
 def _version(package: str) -> str | None:

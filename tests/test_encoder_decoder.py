@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM
 from sparsecli.console import Failure
 from sparsecli.model import DecodeCache, decoder, encoder
 from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.cache import CACHE
 from sparsecli.model.checkpoint import load_network
 from sparsecli.model.layers.reversible import plain_stack, reversible_stack
 from sparsecli.model.networks import Network, build_network
@@ -158,6 +159,38 @@ def test_beam_search_equals_search_without_a_cache(name: str) -> None:
     assert torch.equal(
         model.generate(**given, **settings), model.generate(**given, use_cache=False, **settings)
     )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_text_goes_on_from_the_cache_of_what_was_written(name: str) -> None:
+    model, given = build(name), sources(11, 3)
+    settings = {
+        "do_sample": False,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    whole = model.generate(**given, max_new_tokens=9, **settings)
+    first = model.generate(**given, max_new_tokens=4, **settings)
+    assert first[CACHE].get_seq_length() == 4  # the start token and all written ones but the last
+    going_on = {
+        "decoder_input_ids": first.sequences,
+        "decoder_attention_mask": torch.ones_like(
+            first.sequences
+        ),  # tells generate that these are all tokens
+        CACHE: first[CACHE],
+    }
+    rest = model.generate(**given, **going_on, max_new_tokens=5, **settings)
+    assert torch.equal(rest.sequences, whole.sequences)
+    assert_same(torch.stack(rest.logits), torch.stack(whole.logits[4:]))
+
+
+def test_a_cache_behind_another_source_is_refused() -> None:
+    model, ids = build("Terraformer"), targets(1, 2)
+    cache = model(**sources(9), decoder_input_ids=ids, use_cache=True)[CACHE]
+    with pytest.raises(ValueError, match="behind a source of 9 tokens, not of 8"):
+        model(**sources(8), decoder_input_ids=ids, past_key_values=cache)
 
 
 @pytest.mark.parametrize("name", MODELS)

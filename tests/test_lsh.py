@@ -389,7 +389,6 @@ def test_gradients_through_a_reversible_stack() -> None:
         torch.testing.assert_close(reversible, plain, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning")
 def test_training_in_bfloat16_and_with_blocks_computed_again() -> None:
     model = language_model(LSH | SHARED, dropout=0.1).train()
     ids = torch.randint(0, 11, (2, 50))
@@ -397,7 +396,7 @@ def test_training_in_bfloat16_and_with_blocks_computed_again() -> None:
         model(ids, labels=ids).loss.backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
     gradients = []
-    for change in (model.gradient_checkpointing_enable, model.gradient_checkpointing_disable):
+    for change in (model.activation_checkpointing_enable, model.activation_checkpointing_disable):
         change()
         model.zero_grad()
         torch.manual_seed(0)

@@ -131,14 +131,13 @@ WAYS: dict[str, dict] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method has a newer name
 @pytest.mark.parametrize("way", WAYS)
 def test_the_models_gradient_is_that_of_the_sum(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However activations come back in the backward pass."""
     ids = torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(1))
     model = build(**WAYS[way])
     if way == "recomputed":
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     trained = torch.compile(model, backend="aot_eager") if way == "compiled" else model
     loss = trained(ids, labels=ids).loss
     loss.backward()

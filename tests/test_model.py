@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import re
+import sys
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
+from sparsecli import cli
+from sparsecli.console import Failure
 from sparsecli.model import DecodeCache, ScalingTransformerConfig, ScalingTransformerForCausalLM
+from sparsecli.model.cache import CACHE
 from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.memory import move_to_huge_pages
@@ -336,10 +343,33 @@ def test_what_other_models_return_too() -> None:
     assert_same(model.head(output.hidden_states[-1]), output.logits)
     assert isinstance(model(ids, return_dict=False), tuple)
     assert model(ids).hidden_states is None
-    with pytest.raises(ValueError, match="DynamicCache; this model keeps a DecodeCache"):
+    with pytest.raises(ValueError, match="the cache is a DynamicCache; this model keeps a DecodeCache"):
         model(ids, past_key_values=DynamicCache(), use_cache=True)
     model.resize_token_embeddings(VOCABULARY + 4)
     assert model(ids).logits.shape[-1] == model.config.vocab_size == VOCABULARY + 4
+
+
+@torch.no_grad()
+def test_a_cache_has_the_names_of_every_version_of_transformers() -> None:
+    model, ids = build(), prompt()
+    whole, first = model(ids).logits, model(ids[:, :-1], use_cache=True)
+    assert_same(model(ids[:, -1:], cache=copy.deepcopy(first[CACHE])).logits, whole[:, -1:])
+    assert_same(model(ids[:, -1:], past_key_values=first[CACHE]).logits, whole[:, -1:])
+    with pytest.raises(ValueError, match="two names for one cache"):
+        model(ids, past_key_values=first[CACHE], cache=first[CACHE])
+
+
+def test_a_version_of_transformers_that_was_never_tried_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.25.0")
+    message = "transformers 5.25.0 was never tried, only 5.23 and 5.24: pip install 'transformers==5.24.*'"
+    with pytest.raises(Failure, match=re.escape(message)):
+        build()
+    monkeypatch.setattr(sys, "argv", ["sparsecli", "train", "quickstart", "--dry-run"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -424,18 +424,11 @@ def test_chunks_train_compiled() -> None:
         assert_same(found[1][key], gradient)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method has a newer name
-def test_checkpointing_has_nothing_to_do() -> None:
-    """Whoever asks for it, a recipe for instance, gets the gradients that there were."""
-    model, ids = build("Terraformer's decoder").train(), prompt()
-    found = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        model(ids, labels=ids).loss.backward()
-        found.append(gradients(model))
-        model.gradient_checkpointing_enable()
-    for key, gradient in found[0].items():
-        assert torch.equal(gradient, found[1][key])
+def test_there_is_nothing_to_checkpoint() -> None:
+    model = build("Terraformer's decoder")
+    assert not model.supports_gradient_checkpointing
+    with pytest.raises(ValueError, match="does not support"):
+        model.activation_checkpointing_enable()
 
 
 def test_hidden_states_of_two_streams() -> None:

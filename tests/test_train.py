@@ -13,6 +13,7 @@ import pytest
 import torch
 from small_runs import assert_same_run, files_up_to, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 
 from sparsecli.console import Failure, RecipeError
 from sparsecli.data.packing import pack
@@ -116,6 +117,37 @@ def test_result_is_on_stdout_and_talk_is_not(
     assert str(tmp_path / "run" / "model") in captured.out
     assert "training: 1/1" in captured.err
     assert "train_runtime" not in captured.out + captured.err
+
+
+def test_saved_tokenizer_knows_the_longest_text(finished: tuple[Path, Result], tiny: LoadedRecipe) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(finished[0] / "model")
+    assert tokenizer.model_max_length == tiny.recipe.model.max_positions
+    ids = tokenizer("def f(x): return x " * 500, truncation=True)["input_ids"]
+    assert len(ids) == tiny.recipe.model.max_positions
+
+
+def test_what_accelerate_launch_changes_is_said(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_USE_CPU": "True",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    run(load(str(recipe_file), ["train.max_steps=1"]), output=tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "accelerate launch --mixed_precision bf16 comes before train.bf16" in said
+    assert "accelerate launch --cpu starts one process" in said
+
+
+def test_reversible_blocks_have_nothing_to_recompute(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["model.residual=reversible", "train.gradient_checkpointing=true", "train.max_steps=1"]
+    assert run(load(str(recipe_file), asked), output=tmp_path / "run") is not None
+    assert "train.gradient_checkpointing: reversible blocks store no activations" in capsys.readouterr().err
 
 
 def test_bfloat16_and_recomputation_train(recipe_file: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import gc
 import multiprocessing
 import os
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -97,8 +96,7 @@ def measure(kind: str, shape: Shape, layers: int, device: str) -> Step:
         target = torch.randint(2, VOCABULARY, (1, shape.tokens))
         read = torch.randint(2, VOCABULARY, (1, shape.source)) if shape.source else target
     if kind == "checkpointed":
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the method has a newer name
-            model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
 
     def step() -> None:
         model.zero_grad()

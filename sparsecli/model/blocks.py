@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -176,18 +177,25 @@ class ScalingTransformerBlock(Units, GradientCheckpointingLayer):
         mask: Tensor | None = None,
         valid: Tensor | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
-        source: Source | None = None,
-        past_key_values: Any = None,
+        source: Tensor | None = None,
+        source_valid: Tensor | None = None,
+        memory: Any = None,
     ) -> Tensor:
-        """x (B, T, d) -> (B, T, d); `past_key_values` is this block's layer of the cache."""
-        start = past_key_values.get_seq_length() if past_key_values is not None else 0
-        y = self.attention(self.attention_norm(x), mask, valid, angles, past_key_values)
+        """x (B, T, d) -> (B, T, d); `memory` is this block's layer of the cache.
+
+        `source` and `source_valid` are a `Source`'s, as tensors of their own: a reentrant checkpoint takes gradients of
+        no other arguments.
+        """
+        start = memory.get_seq_length() if memory is not None else 0
+        y = self.attention(self.attention_norm(x), mask, valid, angles, memory)
         y = x + shared_dropout(y, self.dropout, self.training, (-2,))
         if self.cross_attention is not None:
             assert source is not None
-            read = self.cross_attention(self.cross_attention_norm(y), source, valid, past_key_values)
+            read = self.cross_attention(
+                self.cross_attention_norm(y), Source(source, source_valid), valid, memory
+            )
             y = y + shared_dropout(read, self.dropout, self.training, (-2,))
-        return y + self.units(x if self.parallel else y, valid, past_key_values, start)
+        return y + self.units(x if self.parallel else y, valid, memory, start)
 
 
 class EncoderBlock(Units, GradientCheckpointingLayer):
@@ -284,6 +292,25 @@ class ReversibleBlock(Units):
     ) -> Tensor:
         y = attention(norm(x), mask, valid, angles, memory)
         return shared_dropout(y, self.dropout, self.training, (-2,))
+
+
+def run_halves(
+    halves: Sequence[Sequence[Half]],
+    streams: tuple[Tensor, Tensor],
+    run: Callable[[Sequence[Half], Tensor, Tensor], tuple[Tensor, Tensor]],
+    keep_streams: bool,
+) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """What the halves of each block make of two streams (B, T, d), by `run`, and the mean before each block.
+
+    All halves are one stack, unless streams in between are wanted.
+    """
+    kept, (a, b) = [], streams
+    for stack in halves if keep_streams else [list(chain(*halves))]:
+        if keep_streams:
+            # One stream taken twice is itself, not a mean of two: so it has a gradient.
+            kept.append(a if a is b else merged(a, b, "mean").to(streams[0].dtype))
+        a, b = run(stack, a, b)
+    return (a, b), kept
 
 
 def merged(a: Tensor, b: Tensor, how: str) -> Tensor:

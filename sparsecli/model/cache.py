@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sparsecli.model.architecture import ModelSpec
+
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+"""What the installed transformers calls a cache, in arguments and outputs: 5.24 gave it a new name."""
 
 
 class DecodeLayer(CacheLayerMixin):
@@ -137,8 +142,24 @@ class DecodeCache(Cache):
 
     def __init__(self, layers: int, capacity: int = 256) -> None:
         super().__init__(layers=[DecodeLayer(capacity) for _ in range(layers)])
+        self.source = 0
+        """How many of the positions are a source's, in front of the target's."""
 
     @classmethod
     def for_model(cls, spec: ModelSpec, capacity: int = 256) -> DecodeCache:
         """The cache of the decoder of `spec`, block by block."""
         return cls(spec.layers * spec.attention_layers, capacity)
+
+    @property
+    def held(self) -> int:
+        """Positions held: those of a source that comes first, and those that transformers counts."""
+        return self.layers[0].get_seq_length()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Target positions held: `generate` goes on behind so many of its tokens."""
+        return self.held - self.source
+
+    def reset(self) -> None:
+        """See `DecodeLayer.reset`."""
+        super().reset()
+        self.source = 0

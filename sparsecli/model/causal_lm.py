@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from sparsecli.model.cache import CACHE
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.decoder import Decoder, LanguageModel, count_positions, valid_positions
 
@@ -31,6 +31,7 @@ class ScalingTransformerModel(Decoder):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, d) of input_ids (B, T).
@@ -38,26 +39,28 @@ class ScalingTransformerModel(Decoder):
         Args:
             attention_mask: (B, positions held + T), 0 at padding, which must be on the left when decoding.
             position_ids: (B, T); by default positions count the tokens that are not padding.
-            past_key_values: earlier positions, a `DecodeCache`; with `use_cache` one is made where it is None.
+            past_key_values, cache: two names for earlier positions, a `DecodeCache`; with `use_cache` one is made where
+                there is none.
             output_hidden_states: also return the stream before each block (of two streams the mean) and what comes
-                after the norm.
+                after the norm; by default the configuration decides.
         Raises:
             ValueError: not exactly one of input_ids and inputs_embeds, a sequence past max_positions, or a cache
                 of another kind.
         """
         x = self.embed(input_ids, inputs_embeds)
-        cache = self.open_cache(past_key_values, use_cache)
-        held = cache.get_seq_length() if cache is not None else 0
+        memory = self.open_cache(past_key_values, cache, use_cache)
+        held = memory.held if memory is not None else 0
         valid = valid_positions(attention_mask)
         if position_ids is None:
             position_ids = count_positions(valid, held, x.shape[1], x.device)
         x = self.place(x, position_ids, held)
-        x, streams = self.run((x, x), valid, position_ids, cache, keep_streams=bool(output_hidden_states))
+        keep = self.keeps_streams(output_hidden_states)
+        x, streams = self.run((x, x), valid, position_ids, memory, keep_streams=keep)
         x = self.finish(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=cache,
-            hidden_states=(*streams, x) if output_hidden_states else None,
+            hidden_states=(*streams, x) if keep else None,
+            **{CACHE: memory},
         )
 
 
@@ -78,6 +81,7 @@ class ScalingTransformerForCausalLM(LanguageModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V) of input_ids (B, T), and the mean cross-entropy in nats where `labels` are given.
@@ -95,6 +99,7 @@ class ScalingTransformerForCausalLM(LanguageModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cache=cache,
             return_dict=True,
         )
         logits = self.logits(output.last_hidden_state, logits_to_keep)
@@ -106,10 +111,6 @@ class ScalingTransformerForCausalLM(LanguageModel):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
+            **{CACHE: output.get(CACHE)},
         )
-
-
-AutoModel.register(ScalingTransformerConfig, ScalingTransformerModel, exist_ok=True)
-AutoModelForCausalLM.register(ScalingTransformerConfig, ScalingTransformerForCausalLM, exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from sparsecli.model.architecture import DEFAULT, END, PADDING, START, ModelSpec
@@ -23,7 +22,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "d_model",
         "num_hidden_layers": "layers",
@@ -95,6 +94,16 @@ class ScalingTransformerConfig(PreTrainedConfig):
         self.vocabulary = {**(self.vocabulary or {}), "size": size}
 
     @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values, the name transformers looks for."""
+        return (self.attention or {}).get("key_value_heads") or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head, the name transformers looks for."""
+        return self.head_width or self.d_model // self.heads
+
+    @property
     def intermediate_size(self) -> int:
         """Units of a feed-forward layer, the name transformers looks for."""
         return (self.feed_forward or {})["d_ff"]
@@ -142,5 +151,3 @@ CONFIGS: dict[str, type[ScalingTransformerConfig]] = {
     config.model_type: config
     for config in (ScalingTransformerConfig, ScalingTransformerEncoderDecoderConfig, TerraformerConfig)
 }
-for _name, _config in CONFIGS.items():
-    AutoConfig.register(_name, _config, exist_ok=True)

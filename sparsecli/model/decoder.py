@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -17,8 +17,9 @@ from sparsecli.model.blocks import (
     build_norm,
     build_positions,
     merged,
+    run_halves,
 )
-from sparsecli.model.cache import DecodeCache
+from sparsecli.model.cache import CACHE, DecodeCache
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import causal_mask
 from sparsecli.model.layers.cross_attention import Source
@@ -26,23 +27,44 @@ from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.low_bit import linear
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.layers.positions import rotary_angles
+from sparsecli.model.layers.recording import recording
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.parts import MultiplicativeVocabularySpec
 from sparsecli.model.rotary import rotary_frequencies
+from sparsecli.model.versions import check_transformers
 
 Sight = tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]
 """What attention is told of its tokens: mask, valid and angles, see `Attention`."""
 
 
 class ScalingTransformerPreTrainedModel(PreTrainedModel):
-    """What transformers asks of every model: its configuration class and its initialisers."""
+    """What transformers asks of every model: its configuration class and its initialisers.
+
+    Three things that other models have cannot be had:
+
+    - Attention weights (`output_attentions`): they are never formed, and hashed attention has none of most pairs.
+    - A cache of transformers' own form: a `DecodeCache` is preallocated, has room for more positions than it holds, and
+      keeps what convolutions and recurrent units look back at.
+    - Gradients of the hidden states between reversible blocks: those are means of two streams, which the next block
+      does not read. Such blocks store no activations, so that there is nothing to checkpoint either.
+    """
 
     config_class = ScalingTransformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["ScalingTransformerBlock", "EncoderBlock", "ReversibleBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
     _supports_sdpa = True
+
+    def __init__(self, config: ScalingTransformerConfig) -> None:
+        """Raises Failure: a version of transformers that was never tried."""
+        check_transformers(transformers.__version__)
+        super().__init__(config)
+        # Reversible blocks store no activations, and have no forward that could be wrapped or checkpointed.
+        self.supports_gradient_checkpointing = config.residual != "reversible"
+        blocks = (
+            ["ScalingTransformerBlock", "EncoderBlock"] if config.encoder else ["ScalingTransformerBlock"]
+        )
+        self._no_split_modules = blocks if self.supports_gradient_checkpointing else []
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,19 +137,36 @@ class Decoder(ScalingTransformerPreTrainedModel):
             x = x + self.position_embedding(position_ids.expand(x.shape[:2])).to(x.dtype)
         return shared_dropout(x, self.dropout, self.training, (-2,))
 
-    def open_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> DecodeCache | None:
-        """The cache that was given, or a new one with `use_cache`.
+    def open_cache(
+        self, past_key_values: Cache | None, cache: Cache | None, use_cache: bool | None
+    ) -> DecodeCache | None:
+        """The cache that was given, under one of its two names, or a new one with `use_cache`.
+
+        Where that is None the configuration decides, in evaluation; training makes none. Blocks that are computed again
+        in the backward pass cannot extend one.
 
         Raises:
-            ValueError: a cache of another kind.
+            ValueError: two caches, or one of another kind.
         """
-        if past_key_values is None:
-            return DecodeCache.for_model(self.config.spec) if use_cache else None
-        if not isinstance(past_key_values, DecodeCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; this model keeps a DecodeCache"
-            )
-        return past_key_values
+        recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if past_key_values is not None and cache is not None:
+            raise ValueError("past_key_values and cache are two names for one cache; pass one of them")
+        given = past_key_values if cache is None else cache
+        if given is None:
+            layers = len(self.blocks) * self.attention_layers
+            return DecodeCache(layers) if use_cache and not recomputed else None
+        if recomputed:
+            raise ValueError("a cache cannot be extended by blocks that the backward pass computes again")
+        if not isinstance(given, DecodeCache):
+            raise ValueError(f"the cache is a {type(given).__name__}; this model keeps a DecodeCache")
+        return given
+
+    def keeps_streams(self, output_hidden_states: bool | None) -> bool:
+        """Whether hidden states are to be returned: as asked, else as the configuration has it."""
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return bool(asked)
 
     def run(
         self,
@@ -150,7 +189,7 @@ class Decoder(ScalingTransformerPreTrainedModel):
             (B, T, d), or (B, T, 2 d) where streams are merged side by side, and the streams that were asked for.
         """
         new = streams[0].shape[1]
-        held = cache.get_seq_length() if cache is not None else 0
+        held = cache.held if cache is not None else 0
         angles = rotary_angles(position_ids, self.rotary) if self.rotary else None
         # None is plainly causal: one new token sees everything, a first pass is a triangle. Hashing needs no mask.
         mask = None
@@ -166,33 +205,26 @@ class Decoder(ScalingTransformerPreTrainedModel):
         self, x: Tensor, sight: Sight, memories: list[Any] | None, source: Source | None, keep_streams: bool
     ) -> tuple[Tensor, list[Tensor]]:
         kept = []
+        read = () if source is None else (source.rows, source.valid)
         for index, block in enumerate(self.blocks):
             if keep_streams:
                 kept.append(x)
             memory = None if memories is None else memories[index]
-            x = block(x, *sight, source=source, past_key_values=memory)
+            x = block(x, *sight, *read, memory=memory)
         return x, kept
 
     def _two_streams(
         self, streams: tuple[Tensor, Tensor], sight: Sight, memories: list[Any] | None, keep_streams: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """All halves are one stack, unless streams in between are wanted."""
         halves: list[list[Half]] = []
         for index, block in enumerate(self.blocks):
             assert isinstance(block, ReversibleBlock)
             first, last = index * self.attention_layers, (index + 1) * self.attention_layers
             halves.append(block.halves(*sight, None if memories is None else memories[first:last]))
-        stacks = halves if keep_streams else [list(itertools.chain(*halves))]
         # What extends a cache cannot be computed twice.
         run = reversible_stack if memories is None else plain_stack
-        a, b = streams
-        dtype = a.dtype
-        kept = []
-        for stack in stacks:
-            if keep_streams:
-                kept.append(merged(a, b, "mean").to(dtype))
-            a, b = run(stack, a, b)
-        return merged(a, b, self.merge).to(dtype), kept
+        (a, b), kept = run_halves(halves, streams, run, keep_streams)
+        return merged(a, b, self.merge).to(streams[0].dtype), kept
 
     def finish(self, x: Tensor) -> Tensor:
         """What the logits read of the output of `run`."""
@@ -203,7 +235,7 @@ class Decoder(ScalingTransformerPreTrainedModel):
 
 
 def valid_positions(attention_mask: Tensor | None) -> Tensor | None:
-    """Bool (B, positions), or None where nothing is padding (looked up outside of compilation only).
+    """Bool (B, positions), or None where nothing is padding (looked up only where no program is made of it).
 
     Raises:
         ValueError: a mask of another shape.
@@ -213,7 +245,7 @@ def valid_positions(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask.ndim != 2:
         raise ValueError(f"attention_mask has {attention_mask.ndim} axes; expected (batch, positions)")
     valid = attention_mask.bool()
-    if not torch.compiler.is_compiling() and bool(valid.all()):
+    if not (torch.compiler.is_compiling() or recording()) and bool(valid.all()):
         return None
     return valid
 
@@ -268,6 +300,6 @@ class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Give `generate` our preallocated cache instead of the stock one, which copies itself at every token."""
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             capacity = self.held_before(model_kwargs) + max_cache_length
-            model_kwargs["past_key_values"] = DecodeCache.for_model(self.config.spec, capacity)
+            model_kwargs[CACHE] = DecodeCache.for_model(self.config.spec, capacity)

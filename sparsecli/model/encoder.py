@@ -5,7 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.blocks import EncoderBlock, ReversibleBlock, build_norm, build_positions, merged
+from sparsecli.model.blocks import (
+    EncoderBlock,
+    ReversibleBlock,
+    build_norm,
+    build_positions,
+    merged,
+    run_halves,
+)
 from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.positions import rotary_angles
 from sparsecli.model.layers.reversible import Half, reversible_stack
@@ -36,12 +43,15 @@ class Encoder(nn.Module):
         self.merge = nn.Linear(spec.d_model, spec.d_model) if self.reversible and self.streams == 1 else None
         self.norm = build_norm(spec) if self.streams == 1 else None
 
-    def forward(self, x: Tensor, valid: Tensor | None, position_ids: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, valid: Tensor | None, position_ids: Tensor, keep_streams: bool = False
+    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """Embedded tokens x (B, S, d) -> one or two streams (B, S, d); rows of padding mean nothing.
 
         Args:
             valid: bool (B, S), false at padding; None where there is none.
             position_ids: (B or 1, S).
+            keep_streams: also return the stream before each block (of two the mean).
         Raises:
             ValueError: no tokens at all, or more than the encoder has positions for.
         """
@@ -60,16 +70,19 @@ class Encoder(nn.Module):
         if valid is not None:
             # A row without any token looks at its padding: what it sees means nothing, but it is finite.
             mask = (valid | ~valid.any(dim=-1, keepdim=True))[:, None, None, :]  # (B, 1, 1, S)
+        kept: list[Tensor] = []
         if not self.reversible:
             for block in self.blocks:
+                if keep_streams:
+                    kept.append(x)
                 x = block(x, mask, valid, angles)
             assert self.norm is not None
-            return (self.norm(x),)
-        halves: list[Half] = []
+            return (self.norm(x),), kept
+        halves: list[list[Half]] = []
         for block in self.blocks:
             assert isinstance(block, ReversibleBlock)
-            halves += block.halves(mask, valid, angles)
-        a, b = reversible_stack(halves, x, x)
+            halves.append(block.halves(mask, valid, angles))
+        (a, b), kept = run_halves(halves, (x, x), reversible_stack, keep_streams)
         if self.merge is None or self.norm is None:
-            return a.to(x.dtype), b.to(x.dtype)
-        return (self.norm(self.merge(merged(a, b, "mean").to(x.dtype))),)
+            return (a.to(x.dtype), b.to(x.dtype)), kept
+        return (self.norm(self.merge(merged(a, b, "mean").to(x.dtype))),), kept

@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForSeq2SeqLM
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from sparsecli.model.architecture import IGNORED
-from sparsecli.model.cache import DecodeCache
+from sparsecli.model.cache import CACHE, DecodeCache
 from sparsecli.model.configuration import (
     ScalingTransformerConfig,
     ScalingTransformerEncoderDecoderConfig,
@@ -37,20 +36,25 @@ class EncoderDecoder(Decoder):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
         """What the encoder makes of sources (B, S): (B, S, d), or (B, S, 2 d) with its two streams side by side.
 
         Args:
             attention_mask: (B, S), 0 at padding.
+            output_hidden_states: also return the stream before each block (of two the mean) and what is returned at
+                the end.
         Raises:
             ValueError: a source without tokens, or with more than the encoder has positions for; a mask of another
                 length.
         """
         x = self.embed(input_ids, inputs_embeds)
         valid = _valid_source(attention_mask, x)
-        streams = self.encoder(x, valid, count_positions(valid, 0, x.shape[1], x.device))
-        return BaseModelOutput(last_hidden_state=torch.cat(streams, dim=-1))
+        keep = self.keeps_streams(output_hidden_states)
+        streams, kept = self.encoder(x, valid, count_positions(valid, 0, x.shape[1], x.device), keep)
+        rows = torch.cat(streams, dim=-1) if len(streams) > 1 else streams[0]
+        return BaseModelOutput(last_hidden_state=rows, hidden_states=(*kept, rows) if keep else None)
 
     @can_return_tuple
     def forward(
@@ -65,6 +69,7 @@ class EncoderDecoder(Decoder):
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqModelOutput:
         """Hidden states (B, T, d) of the target decoder_input_ids (B, T) after the source input_ids (B, S).
@@ -73,8 +78,10 @@ class EncoderDecoder(Decoder):
             attention_mask: (B, S), 0 at the source's padding.
             decoder_attention_mask: (B, target positions held + T), 0 at the target's padding.
             encoder_outputs: what `encode` returned, in place of input_ids.
-            past_key_values: earlier positions, a `DecodeCache`; with `use_cache` one is made where it is None.
-            output_hidden_states: also return the decoder's stream before each block and after the norm.
+            past_key_values, cache: two names for earlier positions, a `DecodeCache`; with `use_cache` one is made where
+                there is none.
+            output_hidden_states: also return the streams of encoder and decoder before each block (of two the mean) and
+                in the end; by default the configuration decides.
         Raises:
             ValueError: see `encode`; also no target, one past max_positions, or a cache of another kind.
         """
@@ -84,22 +91,24 @@ class EncoderDecoder(Decoder):
                 "or labels to a model with a loss; `generate` needs none and writes it"
             )
         if encoder_outputs is None:
-            encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds)
+            encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds, output_hidden_states)
         rows = encoder_outputs[0]
-        cache = self.open_cache(past_key_values, use_cache)
+        keep = self.keeps_streams(output_hidden_states)
+        memory = self.open_cache(past_key_values, cache, use_cache)
         x, streams = self.decode(
             self.embed(decoder_input_ids, decoder_inputs_embeds),
             Source(rows, _valid_source(attention_mask, rows)),
             valid_positions(decoder_attention_mask),
-            cache,
-            bool(output_hidden_states),
+            memory,
+            keep,
         )
         x = self.finish(x)
         return Seq2SeqModelOutput(
             last_hidden_state=x,
-            past_key_values=cache,
-            decoder_hidden_states=(*streams, x) if output_hidden_states else None,
+            decoder_hidden_states=(*streams, x) if keep else None,
             encoder_last_hidden_state=rows,
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            **{CACHE: memory},
         )
 
     @staticmethod
@@ -146,7 +155,7 @@ class ScalingTransformerEncoderDecoderModel(EncoderDecoder):
         keep_streams: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """See `EncoderDecoder.decode`."""
-        held = cache.get_seq_length() if cache is not None else 0
+        held = cache.held if cache is not None else 0
         position_ids = count_positions(valid, held, x.shape[1], x.device)
         x = self.place(x, position_ids, held)
         return self.run((x, x), valid, position_ids, cache, source, keep_streams)
@@ -173,6 +182,7 @@ class ConditionalGeneration(LanguageModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """Logits (B, T, V) of the target, and the mean cross-entropy in nats where `labels` are given.
@@ -201,6 +211,7 @@ class ConditionalGeneration(LanguageModel):
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cache=cache,
             return_dict=True,
         )
         logits = self.logits(output.last_hidden_state, logits_to_keep)
@@ -216,9 +227,10 @@ class ConditionalGeneration(LanguageModel):
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             decoder_hidden_states=output.decoder_hidden_states,
             encoder_last_hidden_state=output.encoder_last_hidden_state,
+            encoder_hidden_states=output.encoder_hidden_states,
+            **{CACHE: output.get(CACHE)},
         )
 
     def _counted(self, labels: Tensor) -> Tensor:
@@ -239,7 +251,11 @@ class ConditionalGeneration(LanguageModel):
     ) -> dict[str, Any]:
         """Run the encoder once before `generate`; alone it could not, since it shares the decoder's embedding."""
         sources = {model_input_name or self.main_input_name: inputs_tensor}
-        encoded = self.model.encode(**sources, attention_mask=model_kwargs.get("attention_mask"))
+        encoded = self.model.encode(
+            **sources,
+            attention_mask=model_kwargs.get("attention_mask"),
+            output_hidden_states=generation_config.output_hidden_states,
+        )
         return {**model_kwargs, "encoder_outputs": encoded}
 
     def held_before(self, model_kwargs: dict[str, Any]) -> int:
@@ -252,11 +268,3 @@ class ScalingTransformerForConditionalGeneration(ConditionalGeneration):
 
     config_class = ScalingTransformerEncoderDecoderConfig
     model_class = ScalingTransformerEncoderDecoderModel
-
-
-AutoModel.register(
-    ScalingTransformerEncoderDecoderConfig, ScalingTransformerEncoderDecoderModel, exist_ok=True
-)
-AutoModelForSeq2SeqLM.register(
-    ScalingTransformerEncoderDecoderConfig, ScalingTransformerForConditionalGeneration, exist_ok=True
-)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from sparsecli.model.cache import DecodeCache
 from sparsecli.model.configuration import TerraformerConfig
@@ -22,6 +21,7 @@ class TerraformerModel(EncoderDecoder):
     """
 
     config_class = TerraformerConfig
+    supports_gradient_checkpointing = False
 
     @staticmethod
     def held_source(length: int) -> int:
@@ -36,10 +36,20 @@ class TerraformerModel(EncoderDecoder):
         cache: DecodeCache | None,
         keep_streams: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """See `EncoderDecoder.decode`."""
+        """See `EncoderDecoder.decode`.
+
+        Raises:
+            ValueError: a cache that was filled behind a source of another length.
+        """
         length, new = source.rows.shape[1], x.shape[1]
-        held = cache.get_seq_length() if cache is not None else 0
-        earlier = max(0, held - length)  # target positions
+        held = cache.held if cache is not None else 0
+        earlier = 0 if cache is None else cache.get_seq_length()
+        if cache is not None:
+            if held and cache.source != length:
+                raise ValueError(
+                    f"the cache goes on behind a source of {cache.source} tokens, not of {length}"
+                )
+            cache.source = length
         x = self.place(x, count_positions(valid, earlier, new, x.device), earlier)  # they count from 0 again
 
         streams = (x, x)
@@ -55,14 +65,16 @@ class TerraformerModel(EncoderDecoder):
             joined = torch.cat((read, written if valid is None else valid), dim=1)
         position_ids = count_positions(joined, held, streams[0].shape[1], x.device)
         y, kept = self.run(streams, joined, position_ids, cache, keep_streams=keep_streams)
-        return y[:, -new:], [stream[:, -new:] for stream in kept]
+        return y[:, -new:], [x, *(stream[:, -new:] for stream in kept[1:])] if keep_streams else []
 
 
 def align_right(source: Source) -> Tensor:
     """The rows (B, S, ...) of the source in their order, but with all padding in front of them."""
     if source.valid is None:
         return source.rows
-    order = source.valid.long().argsort(dim=-1, stable=True)
+    place = torch.arange(source.valid.shape[1], device=source.valid.device)
+    # No two are equal: ONNX has no stable sort.
+    order = torch.where(source.valid, place, place - 2**32).argsort(dim=-1)
     return source.rows.gather(1, order.unsqueeze(-1).expand_as(source.rows))
 
 
@@ -70,8 +82,5 @@ class TerraformerForConditionalGeneration(ConditionalGeneration):
     """Terraformer and its logits."""
 
     config_class = TerraformerConfig
+    supports_gradient_checkpointing = False
     model_class = TerraformerModel
-
-
-AutoModel.register(TerraformerConfig, TerraformerModel, exist_ok=True)
-AutoModelForSeq2SeqLM.register(TerraformerConfig, TerraformerForConditionalGeneration, exist_ok=True)

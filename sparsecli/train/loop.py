@@ -48,11 +48,6 @@ def training_arguments(
     """A recipe's `train` block in transformers' words, which are nearly the same."""
     ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit", "gradient_checkpointing"}
     ours |= {"init_from", "distillation", "bf16", "optim", "eval_samples"}
-    # Releases of transformers 5 differ in this one name.
-    names = TrainingArguments.__dataclass_fields__
-    recompute = (
-        "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    )
     schedule: dict[str, Any] = {"lr_scheduler_type": train.lr_scheduler_type}
     if train.lr_scheduler_type == "cosine":
         schedule = {
@@ -65,7 +60,7 @@ def training_arguments(
         **schedule,
         # One pass over the weights in place of a dozen: five times faster on a CPU.
         optim="adamw_torch_fused" if train.optim == "adamw_torch" else train.optim,
-        **{recompute: train.gradient_checkpointing},
+        activation_checkpointing=train.gradient_checkpointing,
         eval_strategy="steps" if evaluations else "no",
         save_strategy="steps",
         seed=seed,

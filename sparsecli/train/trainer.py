@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -104,6 +105,8 @@ def run(
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if first:
+        _say_what_accelerate_changes(os.environ)
     arguments = training_arguments(recipe.train, recipe.seed, output / run_directory.CHECKPOINTS)
     with arguments.main_process_first(desc="preparing the text"):  # the others then find it in the cache
         prepared = prepare(recipe.data)
@@ -135,6 +138,18 @@ def _known_result(output: Path) -> Result | None:
     except TypeError:
         place = output / run_directory.FACTS
         raise Failure(f"{place}: its result is not that of a run; delete it to go on without it") from None
+
+
+def _say_what_accelerate_changes(environment: Mapping[str, str]) -> None:
+    """`accelerate launch` leaves its options in the environment, where they come before the recipe's."""
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        say(
+            f"accelerate launch --mixed_precision {precision} comes before train.bf16; leave it out for the recipe's"
+        )
+    several = "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
+    if several and environment.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        say("accelerate launch --cpu starts one process, whatever --num_processes; torchrun starts several")
 
 
 def _resolved(loaded: LoadedRecipe) -> Recipe:
@@ -291,6 +306,10 @@ def _train(
             f"train.per_device_train_batch_size"
         )
 
+    spec = recipe.model
+    assert spec
+    longest = spec.encoder.max_positions if spec.encoder else spec.max_positions
+    prepared.tokenizer.model_max_length = longest  # of what is read, for those who ask it to cut texts
     set_seed(recipe.seed)
     model = _model(recipe, prepared.tokenizer, checkpoint)
     model.generation_config.repetition_penalty = recipe.generate.repetition_penalty
@@ -319,6 +338,9 @@ def _train(
             batch_size=train.per_device_eval_batch_size,
             folder=output,
         )
+    if arguments.activation_checkpointing and not model.supports_gradient_checkpointing:
+        say("train.gradient_checkpointing: reversible blocks store no activations; there is nothing to do")
+        arguments.activation_checkpointing = False
     bf16 = train.bf16 and has_bfloat16(arguments.device.type)
     if train.bf16 and not bf16:
         say(

@@ -66,7 +66,7 @@ class Step(nn.Module):
             x = x + model.position_embedding(position).to(x.dtype)
         angles = rotary_angles(position.unsqueeze(0), model.rotary) if model.rotary else None
         for block, memory in zip(model.blocks, memories, strict=True):
-            x = block(x, mask, None, angles, past_key_values=memory)
+            x = block(x, mask, None, angles, memory=memory)
         return self.causal_lm.head(model.norm(x)).argmax(-1)
 
 

@@ -192,13 +192,18 @@ class Attention(nn.Module):
             return self.hashing(q, k, v, valid, dropout, memory)
         if self.shared:
             return attend_shared(q, k, v, mask, self.causal, dropout)
+        plainly_causal = False
+        if (
+            self.causal and mask is None and q.shape[2] == k.shape[2]
+        ):  # a new token behind others sees them all
+            plainly_causal = True  # and no comparison, which would be a symbol where lengths are
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=self.causal and mask is None and q.shape[2] > 1,
+            is_causal=plainly_causal,
             enable_gqa=self.heads != self.key_value_heads,
         )
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecli.model.layers.recording import recording
+
 
 class MultiplicativeDense(nn.Module):
     """y[s, m] = sum_i x[i] D[s, i] E[m, i] (paper section 3.2): a d_in x d_out map with d_in (S + d_out / S) weights.
@@ -55,7 +57,7 @@ class MultiplicativeDense(nn.Module):
             y = F.linear(x.unsqueeze(-2) * self.D, self.E)  # (..., S, M)
             y = (y.unsqueeze(-2) @ self.modular).flatten(-3)
             return y + self.bias
-        if tokens > width:
+        if recording() or tokens > width:
             # With many tokens, writing it out once is cheaper than a d_in-vector for every token and module.
             return F.linear(x, self.matrix, self.bias)
         return F.linear(x.unsqueeze(-2) * self.D, self.E).flatten(-2) + self.bias
@@ -162,7 +164,9 @@ class ConvolutionProjection(nn.Module):
             values = torch.cat((m, x), dim=-1)
         elif self.value_concat == "whole":
             values = rows.unflatten(-1, (self.modules_count, -1))
-        if rows.shape[1] == self.kernel:  # one new position: a small product beats a convolution's set-up
+        if (
+            rows.shape[1] == self.kernel and not recording()
+        ):  # one new position: a small product beats a convolution's set-up
             windows = module_windows(m, 3)
             q = self.query.step(windows).flatten(-2).unsqueeze(1)
             k = q if self.key is None else self.key.step(windows).flatten(-2).unsqueeze(1)

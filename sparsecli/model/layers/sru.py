@@ -9,9 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from sparsecli.model.layers.attention import Memory
 from sparsecli.model.layers.normalization import normalization
+from sparsecli.model.layers.recording import recording
+
+LONGEST = 2**16
+"""Positions that a recorded program can scan, in 16 passes."""
 
 
 class StateMemory(Memory, Protocol):
@@ -31,6 +36,16 @@ def scan(keep: Tensor, add: Tensor) -> Tensor:
         near = keep[:, reach:]
         add = torch.cat((add[:, :reach], add[:, reach:] + near * add[:, :-reach]), dim=1)
         keep = torch.cat((keep[:, :reach], near * keep[:, :-reach]), dim=1)
+        reach *= 2
+    return add
+
+
+def scan_of_any_length(keep: Tensor, add: Tensor) -> Tensor:
+    """The same as `scan` for up to LONGEST positions, by passes whose number does not depend on how many there are."""
+    reach, length = 1, keep.shape[1]
+    while reach < LONGEST:
+        earlier_keep, earlier_add = (F.pad(x, (0, 0, reach, 0))[:, :length] for x in (keep, add))
+        add, keep = add + keep * earlier_add, keep * earlier_keep
         reach *= 2
     return add
 
@@ -99,7 +114,7 @@ class SRU(nn.Module):
             f, add = f.masked_fill(padding, 1), add.masked_fill(padding, 0)
         if state is not None:
             add = torch.cat((add[:, :1] + f[:, :1] * state.unsqueeze(1), add[:, 1:]), dim=1)
-        c = _Recurrence.apply(f, add)
+        c = scan_of_any_length(f, add) if recording() else _Recurrence.apply(f, add)
         out = c if self.activation is None else self.activation(c)
         return (out * r + math.sqrt(3) * (1 - r) * x).to(mapped.dtype), c
 
