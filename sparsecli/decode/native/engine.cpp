@@ -63,7 +63,8 @@ void in_passes(const std::vector<Token>& tokens, const sparsecli_shape& shape, c
     }
 }
 
-// Bounds for which no product of sizes that is computed anywhere leaves 64 bits: a tensor then has less than 2^61 bytes.
+// Bounds for which no product of sizes that is computed anywhere leaves 64 bits: a tensor then has less than 2^61
+// bytes.
 std::string check(const sparsecli_shape& s) {
     const auto wrong = [](const char* what) { return std::string(what) + " is out of range"; };
     const auto outside = [](int64_t value, int64_t first, int64_t last) { return value < first || value > last; };

@@ -56,8 +56,8 @@ struct sparsecli_sequence;
 sparsecli_engine* sparsecli_create(const sparsecli_shape* shape, int64_t threads, int64_t pin, char* error);
 void sparsecli_destroy(sparsecli_engine* engine);
 
-// Hands over packed tensors, of which the caller has made sure that they are those of the shape, of types that their ops
-// compute with, and as long as their layout says (decode/packed/). Their memory stays the caller's.
+// Hands over packed tensors, of which the caller has made sure that they are those of the shape, of types that their
+// ops compute with, and as long as their layout says (decode/packed/). Their memory stays the caller's.
 struct sparsecli_tensor {
     const char* name;  // within its layer
     const void* data;
@@ -68,9 +68,9 @@ struct sparsecli_tensor {
 int64_t sparsecli_bind(sparsecli_engine* engine, const sparsecli_tensor* tensors, int64_t count, char* error);
 
 // The rotations that an attention layer hashes keys with, in a text of 2^(level - 1) + 1 to 2^level positions: (heads,
-// head_width, columns). Columns of a round are side by side, those of its first factor first, half as many of each as the
-// factor; zeros fill them up to a multiple of 16. `cache_idx` numbers attention layers in order. Rotations have to be
-// bound before sequences that may grow so long are made. Their memory stays the caller's.
+// head_width, columns). Columns of a round are side by side, those of its first factor first, half as many of each as
+// the factor; zeros fill them up to a multiple of 16. `cache_idx` numbers attention layers in order. Rotations have to
+// be bound before sequences that may grow so long are made. Their memory stays the caller's.
 int64_t sparsecli_bind_rotations(sparsecli_engine* engine, int64_t cache_idx, int64_t level, const int64_t* factors,
                                  int64_t count, const float* rotations, int64_t elements, char* error);
 
@@ -90,8 +90,8 @@ int64_t sparsecli_read_encoder(sparsecli_engine* engine, sparsecli_sequence* seq
 
 // Empties a sequence and fills one attention layer's caches with what another implementation computed for the first
 // `positions`: keys and values (positions, heads, head_width) and, where the layer has them,
-//   conv_inputs         of the projection's convolutions (positions, d_model), or with a value's second input beside them
-//                       (positions, 2 d_model)
+//   conv_inputs         of the projection's convolutions (positions, d_model), or with values' second input beside
+//                       them (positions, 2 d_model)
 //   output_conv_inputs  of the output's convolution (positions, d_model)
 //   recurrent_states    after each position (recurrent_layers, positions, recurrent_width), with a block's first layer
 // Once all layers are imported, sparsecli_import_done sets the length and how many positions are an encoder's prefix.
@@ -107,8 +107,8 @@ int64_t sparsecli_import_done(sparsecli_engine* engine, sparsecli_sequence* sequ
 int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* sequences, const int64_t* ids,
                           int64_t count, int64_t all_logits, float* logits, char* error);
 
-// Units of every layer that were computed in full since the last call, and the tokens that were added meanwhile, rows of
-// a prefix among them.
+// Units of every layer that were computed in full since the last call, and the tokens that were added meanwhile, rows
+// of a prefix among them.
 void sparsecli_active_units(sparsecli_engine* engine, int64_t* units, int64_t* tokens);
 
 // Nanoseconds that the blocks of the last sparsecli_forward took, and seconds by part since the last call.

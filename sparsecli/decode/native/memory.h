@@ -23,8 +23,8 @@ struct Buffer {
 
     T* row(int64_t index) const { return data + index * stride; }
 
-    // Zeros; with `poison`, everything that a computation has to write before it is read is NaN. Large buffers come
-    // from the system directly, which clears their pages when they are first used.
+    // Zeros, or NaN with `poison`: for tests, in buffers that a computation writes before it reads. Large buffers come
+    // from the system directly, which clears pages when they are first used.
     void bytes(int64_t size, bool poison) {
         release();
         if (size == 0) return;
@@ -43,7 +43,7 @@ struct Buffer {
         if (!mapped_ || poison) std::memset((void*)data, poison ? 0xff : 0, size_t(size));
     }
 
-    // `count` rows of `width` values, `step` apart; what lies between stays zero.
+    // `count` rows of `width` values, `step` apart; the padding between them stays zero.
     void rows(int64_t count, int64_t width, int64_t step, bool poison) {
         bytes(count * step * int64_t(sizeof(T)), false);
         stride = step;

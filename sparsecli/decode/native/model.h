@@ -36,12 +36,12 @@ struct Convolution {
 struct AttentionLayer {
     Norm norm;
     Linear query, key, value, shared, output;
-    Linear query_first, key_first;  // of two maps the first; the second is `query` or `key`
-    Norm query_norm, key_norm;      // of every head
+    Linear query_first, key_first;  // low rank: the first of two maps; the second is `query` or `key`
+    Norm query_norm, key_norm;      // over each head
     Convolution query_convolution, key_convolution, value_convolution, output_convolution;
 };
 
-// Simple recurrent units on a narrow path beside the feed-forward layer.
+// Simple recurrent units on a narrow branch beside the feed-forward layer.
 struct Recurrence {
     Norm norm;
     Linear enter, leave;
@@ -60,14 +60,14 @@ struct Block {
     Linear bypass_first, bypass_second;
 };
 
-// What keys of an attention layer are hashed on in texts of some length.
+// The random rotations that an attention layer hashes keys with, in texts of some length.
 struct LshRotations {
-    std::vector<int64_t> factors;  // of the number of buckets
+    std::vector<int64_t> factors;  // their product is the number of buckets
     int64_t buckets = 0, columns = 0;
     const float* data = nullptr;  // [head][width][columns]
 };
 
-// The number of buckets goes with the length of a text, rounded up to a power of two.
+// The number of buckets depends on the length of a text, rounded up to a power of two.
 constexpr int64_t LEVELS = 32;
 inline int64_t level_of(int64_t position) { return int64_t(std::bit_width(uint64_t(position))); }
 
@@ -104,7 +104,7 @@ struct Model {
 
     int64_t inward() const { return parts() - 1; }  // rows of a unit that meet its input
     int64_t padded_units() const { return round_up(shape.d_ff, LANES); }
-    // Units of whole blocks that fill panels.
+    // The smallest number of units that is whole blocks and whole panels.
     int64_t whole_blocks() const {
         int64_t units = shape.block_size;
         while (units % LANES) units += shape.block_size;
@@ -116,12 +116,12 @@ struct Model {
     // k of a layer: units of a block, or experts a token.
     int64_t chosen_in_block(int64_t layer) const { return chosen_in_blocks[size_t(layer)]; }
 
-    // Whether a layer with blocks has to choose: where all units are used, nothing is computed for it.
+    // Whether a layer with blocks has to choose units; not where it uses all of them.
     bool chooses(int64_t layer) const {
         return shape.positive || shape.probability_gate || chosen_in_block(layer) < shape.block_size;
     }
 
-    // Units of a layer that a token uses, as the layer lists them: at most, where it is up to the token.
+    // Units of a layer that a token uses; at most, where their number depends on the token.
     int64_t chosen_units(int64_t layer) const {
         if (shape.feed_forward == DENSE_UNITS || shape.positive) return shape.d_ff;
         if (shape.feed_forward == MIXTURE_UNITS) return shape.block_size * chosen_in_block(layer);

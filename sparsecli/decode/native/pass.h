@@ -1,8 +1,9 @@
-// What the layers of one pass share: tokens, residual stream, activations, worker threads, and the time that parts take.
+// What the layers of one pass share: tokens, residual stream, activations, worker threads, and the time that parts
+// take.
 //
 // A pass takes up to CHUNK tokens of one or more sequences through all blocks. Every worker thread runs the same code
-// with a `Pass` of its own; workers meet at barriers. With a single token they share out each layer's outputs. With many
-// they share out tokens where weights are small and outputs where weights are large. Results depend on neither.
+// with a `Pass` of its own; workers meet at barriers. With a single token they share out each layer's outputs. With
+// many they share out tokens where weights are small and outputs where weights are large. Results depend on neither.
 //
 // Shapes: T tokens of the pass, d = d_model. A buffer with `own` in its name has one row for each worker.
 #pragma once
@@ -175,8 +176,8 @@ class Pass {
 
     // -- activations -----------------------------------------------------------------------------------------
 
-    // The stream's normalised tokens, for a layer to read. With one token every worker computes them for itself, which is
-    // cheaper than a barrier.
+    // The stream's normalised tokens, for a layer to read. With one token every worker computes them for itself, which
+    // is cheaper than a barrier.
     Activations normalized(const Norm& norm);
 
     // The same in two steps, for a layer that reads them after the stream has changed.

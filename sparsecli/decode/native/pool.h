@@ -1,14 +1,14 @@
 // Threads that live as long as an engine and meet at barriers inside one call.
 //
-// Who waits spins briefly, then yields its processor (a neighbour that shares it would otherwise delay the very
-// thread that is waited for), and between calls sleeps after a while.
+// A waiting thread spins briefly, then yields its processor, since the thread it waits for may need it. Between calls
+// threads sleep after a while.
 //
-// Where other programs keep the processors busy, threads that wait for one another hundreds of times a token lose a time
-// slice each time. A thread that got much less processor time than passed tells; the caller then works alone for some
-// calls before all try again.
+// Where other programs keep the processors busy, threads lose a time slice at each of the hundreds of barriers of a
+// token. When a thread gets much less processor time than has passed, the caller works alone for some calls before all
+// threads try again.
 //
-// A token of a small model takes so little that one thread may be faster than several that wait for one another: the first
-// short jobs are timed both ways. Results do not depend on any of this.
+// For a token of a small model one thread may be faster than several with barriers: the first short jobs are timed both
+// ways. Results do not depend on any of this.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -62,7 +62,7 @@ class Pool {
     ~Pool() {
         stop();
 #if defined(__linux__)
-        if (pin_) pthread_setaffinity_np(caller_, sizeof allowed_, &allowed_);  // as it was
+        if (pin_) pthread_setaffinity_np(caller_, sizeof allowed_, &allowed_);  // restores the caller's processors
 #endif
     }
 
@@ -85,7 +85,7 @@ class Pool {
         single_ = false;
     }
 
-    // Everybody waits for everybody.
+    // Every active thread waits for all others.
     void barrier() {
         if (active() == 1) return;
         const uint32_t round = round_.load(std::memory_order_relaxed);
@@ -116,7 +116,7 @@ class Pool {
         if (yielding_) judge();
     }
 
-    // After a timed job. Long ones gain by every thread and are not tried alone.
+    // After a timed job. Long jobs gain from every thread and are not tried alone.
     void compare(double passed) {
         double& best = single_ ? fastest_alone_ : fastest_together_;
         best = std::min(best, passed);
@@ -124,9 +124,10 @@ class Pool {
     }
 
     static constexpr int SPINS = 256;
-    static constexpr double SHORTEST = 2e-4, LEAST_SHARE = 0.75;  // seconds of a job that tells something
-    static constexpr int64_t TRIALS = 8;                          // timed jobs of either way
-    static constexpr double SHORT_JOB = 2e-3;                     // seconds
+    static constexpr double SHORTEST = 2e-4,
+                            LEAST_SHARE = 0.75;  // shortest job that is judged (seconds), least share of a processor
+    static constexpr int64_t TRIALS = 8;         // timed jobs of either way
+    static constexpr double SHORT_JOB = 2e-3;    // seconds
     static constexpr int64_t SHORTEST_PAUSE = 16, LONGEST_PAUSE = 512, CALM = 16;  // jobs
     static constexpr std::chrono::microseconds AWAKE{500};                         // until a thread without work sleeps
 
@@ -149,7 +150,7 @@ class Pool {
         }
     }
 
-    // The job, and whether this thread got its processor for most of it.
+    // Runs the job, and notes whether this thread had its processor for most of it.
     void watched(int64_t worker) {
         const double begin = seconds(CLOCK_MONOTONIC), used = seconds(CLOCK_THREAD_CPUTIME_ID);
         (*job_)(worker);
@@ -215,7 +216,7 @@ class Pool {
     bool pin_;
 #if defined(__linux__)
     pthread_t caller_;
-    cpu_set_t allowed_;  // processors of whoever made the pool
+    cpu_set_t allowed_;  // processors of the thread that made the pool
 #endif
     std::vector<std::thread> workers_;
     const std::function<void(int64_t)>* job_ = nullptr;

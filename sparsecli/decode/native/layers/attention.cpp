@@ -83,8 +83,8 @@ void Attention::project_dense(Pass& pass, const AttentionLayer& layer, const Act
     pass.linear(layer.value, x, heads_.values);
 }
 
-// Queries and keys by two products each. With many tokens their integers are kept in one place: keys wait until queries
-// are computed.
+// Queries and keys by two products each. With many tokens the integers of both use the same buffer: keys wait until
+// queries are computed.
 void Attention::project_low_rank(Pass& pass, const AttentionLayer& layer, const Activations& x) {
     pass.linear(layer.query_first, x, low_rank_query_);
     pass.linear(layer.key_first, x, low_rank_key_);

@@ -4,8 +4,8 @@
 
 namespace sparsecli {
 
-// Self-attention of a block: projections (dense, low-rank, multiplicative or convolved), keys and values appended to the
-// cache, attention over it, and the output's projection, which is added to the residual stream.
+// Self-attention of a block: projections (dense, low-rank, multiplicative or convolved), keys and values appended to
+// the cache, attention over it, and the output's projection, which is added to the residual stream.
 class Attention {
   public:
     explicit Attention(Workspace& space);

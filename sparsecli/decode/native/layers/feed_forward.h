@@ -5,11 +5,11 @@
 
 namespace sparsecli {
 
-// The feed-forward layer of a block, in two halves: first the units' activations of x, then their sum, which is added to
-// the residual stream. Each half ends with a barrier; a recurrent branch adds its output between them.
+// The feed-forward layer of a block, in two halves: first the units' activations of x, then their sum, which is added
+// to the residual stream. Each half ends with a barrier; a recurrent branch adds its output between them.
 //
-// A new kind is a class like these in files of its own, a line in `make_feed_forward` (forward.cpp), a `FeedForwardKind`
-// and its tensors (model.h).
+// A new kind is a class like these in files of its own, a line in `make_feed_forward` (forward.cpp), a
+// `FeedForwardKind` and its tensors (model.h).
 class FeedForward {
   public:
     virtual ~FeedForward() = default;

@@ -16,7 +16,8 @@ struct HeadRows {
     // Writes the key and value of a token's head to a cache.
     void append(const Pass& pass, const KeyValues& cache, int64_t cache_idx, int64_t t, int64_t head) const;
 
-    // Hands over what a head of a token attended to: to the residual stream where there is no output map, else to `mixed`.
+    // Hands over what a head of a token attended to: to the residual stream where there is no output map, else to
+    // `mixed`.
     void deliver(const Pass& pass, const float* y, int64_t t, int64_t head, bool to_residual) const;
 
     // Adds the output's projection of `mixed` to the residual stream.
@@ -27,12 +28,12 @@ struct HeadRows {
 // part by the angles of the token's position.
 void prepare_head(const Pass& pass, const Norm& norm, float* head, int64_t t);
 
-// How many keys of a cache a token's queries see. With keys that are their own queries, a token sees itself only when it
-// is alone.
+// How many keys of a cache a token's queries see. With keys that are their own queries, a token sees itself only when
+// it is alone.
 int64_t visible_keys(const Pass& pass, const Token& token, KeyValues Sequence::* cache);
 
-// Softmax attention of all queries over a cache: y = softmax(scale q K^T) V, delivered head by head. Queries are prepared
-// first where `query_norm` is given.
+// Softmax attention of all queries over a cache: y = softmax(scale q K^T) V, delivered head by head. Queries are
+// prepared first where `query_norm` is given.
 void attend(Pass& pass, const HeadRows& heads, KeyValues Sequence::* cache, int64_t cache_idx, const Norm* query_norm,
             float scale, bool to_residual);
 

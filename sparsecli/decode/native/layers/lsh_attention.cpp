@@ -44,8 +44,8 @@ void LshAttention::hash_key(Pass& pass, int64_t cache_idx, int64_t t, int64_t he
     }
 }
 
-// The keys that a token's head reads, in order; returns how many. Those that share a bucket with its own key come first,
-// then the most recent ones. The token's own key counts among them, but is read only when it is alone.
+// The keys that a token's head reads, in order; returns how many. Those that share a bucket with its own key come
+// first, then the most recent ones. The token's own key counts among them, but is read only when it is alone.
 int64_t LshAttention::choose_keys(const Pass& pass, const Token& token, int64_t cache_idx, int64_t head,
                                   int32_t* chosen) const {
     const int64_t position = token.position, most = pass.shape.most_keys - 1;

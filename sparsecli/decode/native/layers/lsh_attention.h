@@ -6,8 +6,8 @@ namespace sparsecli {
 constexpr int64_t MAX_ROTATIONS = 1 << 17;  // columns of an attention layer's, for all rounds
 constexpr int64_t MAX_BUCKETS = 1 << 30;    // kept as 32-bit numbers
 
-// Attention among keys that share a bucket (locality-sensitive hashing): a token reads at most `most_keys` keys and values,
-// however long the text is.
+// Attention among keys that share a bucket (locality-sensitive hashing): a token reads at most `most_keys` keys and
+// values, however long the text is.
 class LshAttention {
   public:
     explicit LshAttention(Workspace& space);

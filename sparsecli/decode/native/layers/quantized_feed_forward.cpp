@@ -100,7 +100,7 @@ void SelectorFeedForward::activate_best(Pass& pass, const Block& block, int64_t 
     pass.count_units(layer_idx, pass.count() * (end - begin));
 }
 
-// A worker lists what it finds from its first unit's place on.
+// A worker's list of what it finds begins at the index of its first unit.
 void SelectorFeedForward::activate_positive(Pass& pass, const Block& block, int64_t layer_idx, const Activations& x) {
     const float* threshold = values(block.threshold);
     const Range units = Sketch::my_units(pass, pass.worker);

@@ -4,8 +4,8 @@
 namespace sparsecli {
 
 // A narrow branch of simple recurrent units beside the feed-forward layer: y = leave(cells(enter(norm(x)))).
-// It reads the residual stream before the feed-forward layer adds to it, and adds its output in the middle of that layer,
-// so that both share their barriers.
+// It reads the residual stream before the feed-forward layer adds to it, and adds its output in the middle of that
+// layer, so that both share their barriers.
 class Sru {
   public:
     explicit Sru(Workspace& space);

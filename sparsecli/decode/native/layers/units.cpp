@@ -47,8 +47,8 @@ void add_bias(const Pass& pass, const Block& block, int64_t t, Range columns) {
     for (int64_t c = columns.begin; c < columns.end; ++c) x[c] += bias[c];
 }
 
-// All rows are asked for at once, since the system would otherwise wait for the disk row by row. They are then mapped in
-// long pieces, which costs less than a page fault for every 4 KiB.
+// All rows are asked for at once, since the system would otherwise wait for the disk row by row. They are then mapped
+// in long pieces, which costs less than a page fault for every 4 KiB.
 void ChosenUnits::read_ahead([[maybe_unused]] const Pass& pass, [[maybe_unused]] const Block& block,
                              [[maybe_unused]] int64_t t, [[maybe_unused]] int64_t begin,
                              [[maybe_unused]] int64_t end) const {

@@ -21,15 +21,15 @@ class ChosenUnits {
     // Adds entries [begin, end) of a token's list to columns of its residual.
     void add(const Pass& pass, const Block& block, int64_t t, int64_t begin, int64_t end, Range columns) const;
 
-    // Adds the whole lists, K entries each, and the layer's bias. Many tokens that chose the same units share one reading
-    // of `step` entries.
+    // Adds the whole lists, K entries each, and the layer's bias. Many tokens that chose the same units share one
+    // reading of `step` entries.
     void add_all(const Pass& pass, const Block& block, int64_t count, int64_t step) const;
 
     // Asks the system to read the rows of entries [begin, end) from disk.
     void read_ahead(const Pass& pass, const Block& block, int64_t t, int64_t begin, int64_t end) const;
 };
 
-// Adds a layer's bias to this worker's columns of a single token, or to all of a token's.
+// Adds columns of a layer's bias to a token's residual.
 void add_bias(const Pass& pass, const Block& block, int64_t t, Range columns);
 
 }  // namespace sparsecli

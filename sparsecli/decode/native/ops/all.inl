@@ -1,7 +1,7 @@
 // The ops, written once and compiled once for each instruction set, which `SPARSECLI_AVX512` or
 // `SPARSECLI_AVX2` names; with neither, plain C++ that any compiler vectorises for its target.
 //
-// Everything lives in an unnamed namespace, so that the linker never takes one set's code for another's.
+// Everything is in an unnamed namespace, so that the linker does not mix up the code of two sets.
 #include "ops/ops.h"
 
 namespace sparsecli {

@@ -1,6 +1,6 @@
 // The controller's second factor and the choice of units. Part of all.inl, inside its namespaces.
 
-// RANKS ranks of WIDTH (of four ranks, twice as many) units, and what they are summed up in.
+// RANKS ranks of WIDTH units (with four ranks of twice as many), and their sums.
 #if defined(SPARSECLI_DOTPROD)  // two pairs side by side are a quad; the last pair may be alone
 constexpr int64_t RANKS = 4;
 using RankSums = Sums;
@@ -29,7 +29,7 @@ inline Ints units_of(const Sums& sums) { return total_of(sums); }
 constexpr int64_t RANKS = 2;
 inline Shorts ranks_of(const int8_t* from, int64_t, bool) { return shorts_of(from); }
 #if defined(SPARSECLI_NEON)
-struct RankSums {  // products of the first and of the last four numbers, neighbours not yet added up
+struct RankSums {  // products of the first and of the last four numbers, before neighbours are added
     Ints first, last;
 };
 
@@ -131,7 +131,7 @@ inline void all_logits(const Matrix& w, int64_t block, int64_t width, int64_t ra
     for (; unit < width; unit += LANES) block_logits<T, 1>(w, block, width, rank, unit, z, token, logits);
 }
 
-// The first unit with the largest logit. A NaN never is; all NaN gives unit 0, which is at least a unit.
+// The first unit with the largest logit. NaN is never the largest; if all are NaN, unit 0.
 inline int64_t largest(const float* logits, int64_t width) {
     Vector top = fill(-INFINITY);
     for (int64_t u = 0; u < width; u += LANES) top = larger(load(logits + u), top);

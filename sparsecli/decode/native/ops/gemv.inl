@@ -1,6 +1,6 @@
-// Rows of weights with vectors of activations. Part of all.inl, inside its namespaces.
+// Products of weight rows with activations. Part of all.inl, inside its namespaces.
 
-// -- forms of activations ------------------------------------------------------------------------------------
+// -- quantised activations -----------------------------------------------------------------------------------
 
 inline float largest_magnitude(const float* values, int64_t count) {
     Vector top = fill(0);
@@ -32,8 +32,8 @@ float quantise(const float* values, int64_t count, int16_t* integers, int32_t* s
 
 // -- dot products --------------------------------------------------------------------------------------------
 
-// What weights W are multiplied with, STEP at a time, and how products are summed: floats as floats; 8-bit integers with
-// 16-bit ones exactly, in 32-bit lanes that hold LONGEST products of any size.
+// How weights W are multiplied, STEP at a time, and summed: floats with floats; 8-bit integers with 16-bit ones,
+// exactly, in 32-bit lanes that cannot overflow within LONGEST products.
 template <class W>
 struct Dot {
     using Input = float;
@@ -83,13 +83,13 @@ static_assert(SPAN <= LONGEST);
 
 constexpr int DOT_ROWS = 4;  // of a product with few tokens: what is loaded of the vectors serves them all
 
-// What is asked for while R rows are read: nothing, R rows that lie elsewhere, or what follows in memory. Several rows that
-// are read side by side look to the processor like as many streams, which memory serves at half its speed: so what comes
-// is asked for in the order in which it lies there.
+// What is asked for while R rows are read: nothing, R rows that lie elsewhere, or what follows in memory. Several rows
+// that are read side by side look to the processor like as many streams, which memory serves at half its speed: so
+// memory is prefetched in the order of its addresses.
 enum Prefetch { NOTHING_AHEAD, ROWS_AHEAD, STREAM_AHEAD };
 
-// out[t][r] = w[r] . x[t]: every product has a running sum of its own, whatever R and T are, so that a result depends
-// neither on the rows nor on the tokens that it was computed with. `next` are the R rows of ROWS_AHEAD.
+// out[t][r] = w[r] . x[t]. Every product has its own running sum, so that a result does not depend on the rows and
+// tokens that it is computed together with. `next` are the R rows of ROWS_AHEAD.
 template <int R, int T, Prefetch AHEAD, class W>
 inline void dot(const W* const* w, const typename Dot<W>::Input* x, int64_t x_stride, int64_t count,
                 const W* const* next, float (*out)[R]) {
@@ -153,7 +153,7 @@ inline void span_matmul(const Matrix& w, const W* span, int64_t width, int64_t c
     for (; row < end; ++row) rows.template operator()<1>(row);
 }
 
-// The tokens that are left over by tiles of T + 1.
+// The at most T tokens that are left over by tiles.
 template <int T, class W>
 inline void rest_matmul(const Matrix& w, const W* span, int64_t width, int64_t column, int64_t begin, int64_t end,
                         const Activations& x, int64_t token, int64_t tokens, float* out, int64_t out_stride) {
@@ -169,7 +169,7 @@ void typed_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations
                   int64_t out_stride) {
     constexpr int TOKENS = Dot<W>::TOKENS;
     const int64_t stride = round_up(w.cols, PAD);
-    const int64_t step = tokens == 1 ? end - begin : 64;  // rows that stay cached while all tokens meet them
+    const int64_t step = tokens == 1 ? end - begin : 64;  // rows that stay cached for all tokens
     for (int64_t column = 0; column < stride; column += SPAN) {
         const int64_t width = column + SPAN < stride ? SPAN : stride - column;
         const W* span = (const W*)w.data + column * w.rows;

@@ -1,4 +1,4 @@
-// Attention among keys that hash alike. Part of all.inl, inside its namespaces.
+// LSH attention: hashing keys, finding those in a bucket, attention to them. Part of all.inl, inside its namespaces.
 
 void hash(const float* key, int64_t width, const float* rotations, int64_t columns, const int64_t* factors,
           int64_t count, int64_t rounds, float* rotated, int32_t* buckets, int64_t stride) {
@@ -32,7 +32,7 @@ void hash(const float* key, int64_t width, const float* rotations, int64_t colum
 
 int64_t find_same_bucket(const int32_t* buckets, int64_t stride, int64_t rounds, int64_t position, int32_t* found) {
     int64_t count = 0;
-    for (int64_t start = 0; start < position; start += LANES) {  // rows are whole blocks of positions
+    for (int64_t start = 0; start < position; start += LANES) {  // rows are padded to whole blocks of positions
         int32_t same[LANES] = {}, any = 0;
         for (int64_t round = 0; round < rounds; ++round) {
             const int32_t* row = buckets + round * stride;
@@ -48,7 +48,7 @@ int64_t find_same_bucket(const int32_t* buckets, int64_t stride, int64_t rounds,
     return count;
 }
 
-// Rows that are far apart take long to come: the values' are asked for while keys are read.
+// Rows are far apart in memory: those of values are prefetched while keys are read.
 template <class W>
 void attend_to(const float* query, const int32_t* chosen, int64_t count, int64_t width, const HeadCache& cache,
                int64_t value_stride, float* scores, float* out) {

@@ -42,7 +42,7 @@ bool has_avx512_vnni() { return false; }
 bool has_avx512_bf16() { return false; }
 #endif
 
-// Arm: the kernel tells. Every 64-bit processor has NEON.
+// Arm: the operating system says. Every 64-bit processor has NEON.
 #if defined(__aarch64__) && defined(__linux__)
 bool has_neon() { return true; }
 bool has_neon_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }  // HWCAP_ASIMDDP

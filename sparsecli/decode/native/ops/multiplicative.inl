@@ -27,7 +27,7 @@ inline void tile(const float* a, int64_t a_stride, const float* panel, int64_t w
         for (int n = 0; n < N; ++n) *(FloatsAt*)(c + r * c_stride + n * WIDTH) = sums[r][n];
 }
 
-// The same from pairs of bfloat16; `a` are such numbers, too, as they are or written out as floats.
+// The same with a panel of pairs of bfloat16; `a` holds bfloat16, too, or the same numbers as floats.
 template <int R, int V, class A>
 inline void tile(const A* a, int64_t a_stride, const uint16_t* panel, int64_t width, int64_t inputs, float* c,
                  int64_t c_stride) {
@@ -73,9 +73,10 @@ inline void tile(const A* a, int64_t a_stride, const uint16_t* panel, int64_t wi
         for (int n = 0; n < N; ++n) *(FloatsAt*)(c + r * c_stride + n * WIDTH) = sums[r][n];
 }
 
-// Eight-bit products of one group of inputs; `a` is quantised with scale[r] and has row sums total[r]. Panels hold
-// weights + 128, since processors multiply unsigned with signed bytes. Those of x86 that have no such instruction multiply 16-bit
-// integers: `a` holds each four as 0 2 1 3, and the even and the odd bytes of four weights meet either half.
+// Eight-bit products of one group of inputs; `a` is quantised with a_scale[r] and has row sums total[r]. Panels
+// hold weights + 128, since processors multiply unsigned with signed bytes. x86 without such an instruction multiplies
+// 16-bit integers: `a` holds each four in the order 0 2 1 3, to be multiplied with the even and the odd bytes of
+// weights.
 #if defined(SPARSECLI_QUADS)
 using Narrow = int8_t;
 #else
@@ -177,7 +178,7 @@ inline void tiles(int64_t rows, int64_t columns, const F& call) {
     tile_columns<W, tile_vectors<W>()>(rows, columns / LANES, 0, call);
 }
 
-// Lines of memory that arrive while so many products of vectors are computed, about.
+// About how many cache lines arrive from memory while so many products of vectors are computed.
 inline int64_t lines_of(int64_t products) { return products / 24; }
 
 // c[rows][columns] += a . panel, for float32 and bfloat16 weights.
@@ -194,8 +195,9 @@ inline void add_tiles(const A* a, int64_t a_stride, const W* panel, int64_t rows
 
 // -- the multiplicative layer --------------------------------------------------------------------------------
 
-constexpr int64_t SCRATCH = 96 * 1024;  // bytes of products at a time: they stay in the second-level cache
-constexpr int64_t MODULE_TILE = 64;     // modules at a time
+constexpr int64_t SCRATCH =
+    96 * 1024;  // bytes of products that are computed at a time: they stay in the second-level cache
+constexpr int64_t MODULE_TILE = 64;  // modules at a time
 
 // x[i] D[s, i] for `count` inputs; returns the largest magnitude.
 template <class W>
@@ -209,7 +211,7 @@ inline float products(const W* D, const float* x, int64_t count, float* out) {
     return sizeof(W) == 1 ? maximum(top) : 0;
 }
 
-// Each four of them as 0 2 1 3.
+// Each four integers in the order 0 2 1 3.
 inline Ints middle_swapped(Ints v) {
 #if defined(SPARSECLI_AVX512)
     return (Ints)_mm512_shuffle_epi32((__m512i)v, _MM_PERM_DBCA);
@@ -235,8 +237,8 @@ inline int32_t narrow(const float* values, int64_t count, float inverse, Narrow*
     return all;
 }
 
-// How products with E's weights W are kept: float32 as they are; for bfloat16 rounded to it; for int8 in groups of inputs
-// with a scale, each module's total beside it.
+// The type of products x D, by the type of weights: float32; bfloat16, rounded; for int8 integers with a scale and a
+// sum for each module and GROUP of inputs.
 template <class W>
 struct Kept {
     using Type = W;
@@ -252,7 +254,7 @@ struct Kept<int8_t> {
     using Type = Narrow;
 };
 
-// bfloat16 roundings, as such or written out.
+// Stores values rounded to bfloat16, as bfloat16 or as float.
 inline void keep_rounded(const Vector& values, uint16_t* out) { store(out, values); }
 inline void keep_rounded(const Vector& values, float* out) {
 #pragma GCC unroll 4
@@ -269,7 +271,8 @@ void typed_multiplicative(const Matrix& D, const Matrix& E, const float* bias, c
     const int64_t column_begin = panel_begin * PANEL;
     const int64_t column_end = panel_end * PANEL < padded ? panel_end * PANEL : padded;
     if (column_begin >= column_end) return;
-    // Each chunk of inputs has a sum of its own: its size follows from the layer, not from this thread's share of it.
+    // Chunks of inputs are summed up one after the other. Their size depends on the layer alone, not on the thread's
+    // share.
     const int64_t most = D.rows < MODULE_TILE ? D.rows : MODULE_TILE;
     int64_t chunk = SCRATCH / (most * int64_t(sizeof(Product))) / GROUP * GROUP;
     chunk = chunk < GROUP ? GROUP : chunk > inputs ? inputs : chunk;
@@ -339,8 +342,8 @@ void multiplicative(const Matrix& D, const Matrix& E, const float* bias, const f
     typed(D, E, bias, x, module_begin, module_end, panel_begin, panel_end, out, (char*)scratch, ahead);
 }
 
-// Windows of bfloat16 with a kernel's panel. Where such products are computed as floats the windows, which overlap, are
-// written out first, if they are not too many.
+// Windows of bfloat16 with a kernel's panel. Without instructions for bfloat16 the inputs, which windows share, are
+// converted to floats first, unless they are too many.
 inline void add_windows(const uint16_t* windows, int64_t stride, const uint16_t* panel, int64_t modules,
                         int64_t columns, int64_t inputs, float* sums, ReadAhead* ahead) {
 #if !defined(SPARSECLI_BF16)

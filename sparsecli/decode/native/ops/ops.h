@@ -1,18 +1,19 @@
-// What the ops compute on: packed weights, activations, and one table of functions for each instruction set.
+// The types that ops compute with: packed weights, activations, caches, and a table of ops for each instruction set.
 //
-// Padding spares every kernel its tails: rows are PAD elements or a multiple long, panels and blocks are multiples
-// of LANES wide, and what fills them is zero. Sums run over LANES fixed lanes, so that a result depends neither on
-// the number of threads nor on who computes what.
+// Padding saves kernels from handling tails: rows are multiples of PAD elements long, panels and blocks multiples of
+// LANES wide, filled with zeros. Sums run over LANES fixed lanes, so that results do not depend on how threads share
+// the work.
 #pragma once
 #include <cstdint>
 
 namespace sparsecli {
 
-constexpr int64_t LANES = 16;   // floats that are computed side by side
-constexpr int64_t PAD = 64;     // elements that a row's length is rounded up to
-constexpr int64_t PANEL = 64;   // columns of a panel
-constexpr int64_t SPAN = 2048;  // columns at a time of a long row: as many activations stay in the first-level cache
-constexpr int64_t GROUP = 256;  // inputs that share a scale when products are quantised
+constexpr int64_t LANES = 16;  // floats that are computed together
+constexpr int64_t PAD = 64;    // elements that a row's length is rounded up to
+constexpr int64_t PANEL = 64;  // columns of a panel
+constexpr int64_t SPAN =
+    2048;  // columns of a long row that are read at a time: their activations stay in the first-level cache
+constexpr int64_t GROUP = 256;       // inputs that share a scale when products are quantised
 constexpr int64_t QUANT_GROUP = 64;  // inputs that share a scale and a zero where weights have 3 or 4 bits
 constexpr int64_t MAX_BLOCK = 4096;  // units of a block
 constexpr int64_t QUERIES = 4;       // queries that share one reading of keys and values
@@ -24,7 +25,7 @@ inline int64_t type_bytes(int64_t type) { return type == FLOAT32 ? 4 : type == B
 
 inline int64_t groups_of(int64_t cols) { return (cols + QUANT_GROUP - 1) / QUANT_GROUP; }
 
-// Bytes of LANES rows in few bits, and of a row and a unit of residuals.
+// Bytes of LANES quantized rows, and of a row and a unit of residuals.
 inline int64_t quantized_panel(int64_t cols, int64_t bits) {
     return round_up(groups_of(cols) * LANES * (bits * QUANT_GROUP / 8 + 3), 64);
 }
@@ -34,12 +35,12 @@ inline int64_t residual_unit(int64_t cols, int64_t parts) { return round_up(part
 // Weights in one of these layouts (packed/layouts.py writes them):
 //   rows      (rows, cols) with cols rounded up to PAD; int8 has a scale for each row
 //   spans     the same, but rows longer than SPAN are cut: first the first SPAN columns of all rows, then the next
-//   panels    a map cols -> rows stored for outer products: panels of PANEL outputs, each [cols / p][outputs][p]
+//   panels    a linear map cols -> rows stored for outer products: panels of PANEL outputs, each [cols / p][outputs][p]
 //             where p = 1, 2, 4 for float32, bfloat16, int8 (stored with 128 added); int8 has a scale for each output
 //   blocks    the controller's second factor: [block][rank / 2][unit][2], float32 [block][rank][unit]
 //   units     rows of chosen units: [unit][gate, up, down], each PAD-rounded; int8 has a scale for each row
-//   low bit   panels of LANES rows in 3 or 4 bits: the codes of every group of QUANT_GROUP columns (quantized.inl), then
-//             scales (bfloat16) and zeros (bytes, in sixteenths) as [group][row]; INT4 and INT3 dense maps
+//   quantized dense maps in INT4 or INT3: panels of LANES rows, of each the codes of every group of QUANT_GROUP columns
+//             (quantized.inl), then scales (bfloat16) and zeros (bytes, in sixteenths) as [group][row]
 //   residual  [unit][gate, up, down]: a row's codes in 4 bits, columns j and j + 32 of a group in one byte, then its
 //             scales (bfloat16); value = scale * (code - 8)
 struct Matrix {
@@ -48,9 +49,9 @@ struct Matrix {
     int64_t type = FLOAT32, rows = 0, cols = 0;
 };
 
-// Row vectors, `stride` elements apart and zero beyond their length, in the forms that weights are multiplied with:
-// `values` with float weights; `integers` and `scales` where weights are int8 or fewer bits, with the `sums` of every
-// QUANT_GROUP integers. How integers lie is between `quantise` and the ops that take them.
+// Rows of activations, `stride` elements apart and padded with zeros: `values` for float weights; `integers` and
+// `scales` for int8 and quantized weights, with `sums` of every QUANT_GROUP integers for the latter. The order of
+// integers is private to `quantise` and the ops that take them (see Ops::bytes).
 struct Activations {
     const float* values;
     const int16_t* integers;
@@ -61,20 +62,20 @@ struct Activations {
 
 // Keys and values of one layer and one head of one sequence.
 struct HeadCache {
-    const void* keys;           // [position / LANES][width][LANES], or as values
+    const void* keys;           // [position / LANES][width][LANES], or by_rows
     const void* values;         // [position][value_stride]
     const float* key_scales;    // [position], int8 only
     const float* value_scales;  // [position], int8 only
-    bool by_rows;               // keys lie as values do, filled up with zeros
+    bool by_rows;               // keys are laid out as values, padded with zeros
 };
 
-// One controller block's choices.
+// What `choose` chooses from a controller's block.
 struct Choice {
     int64_t block_size, units_per_block, rank, padded_block;
 };
 
-// Memory that is read soon, in the order in which it will be: ops that compute more than they read ask for some of it now
-// and then, so that it is on its way meanwhile. What has been asked for is dropped from the list.
+// Memory that will be read soon, in order. Ops that compute more than they read prefetch some of it now and then; what
+// was prefetched is dropped from the list.
 struct ReadAhead {
     struct Piece {
         const char *next, *end;
@@ -101,13 +102,13 @@ enum Activation : int64_t { RELU = 0, GELU = 1, SILU = 2, GELU_TANH = 3 };
 struct Ops {
     const char* name;
 
-    bool bytes;  // `integers` lie as the low bytes of sixteen, then their high ones: 256 high + low, both signed
+    bool bytes;  // sixteen integers are stored as their low bytes, then their high bytes: 256 high + low, both signed
 
-    // values -> integers; returns the scale. `count` is a multiple of PAD. Where `sums` is given, it gets theirs.
+    // values -> integers and, unless null, their sums; returns the scale. `count` is a multiple of PAD.
     float (*quantise)(const float* values, int64_t count, int16_t* integers, int32_t* sums);
 
-    // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens; w is `spans`, or `low bit`: then
-    // `begin` is a multiple of LANES.
+    // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens; w is `spans`, or
+    // `quantized` with `begin` a multiple of LANES.
     void (*matmul)(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
                    int64_t out_stride);
 
@@ -118,19 +119,19 @@ struct Ops {
                            ReadAhead* ahead);
 
     // out[s * width_out + c] = bias[c] + sum over taps of window(s) . kernel[tap][c], modules [begin, end).
-    // rows[tap] points at module 0 of a history row; a window starts `lead` elements before its module.
+    // rows[tap] points to module 0 of the input at that position; a window starts `lead` elements before its module.
     void (*convolve)(const Matrix& kernel, const float* bias, int64_t taps, const void* const* rows, int64_t stride,
                      int64_t lead, int64_t begin, int64_t end, float* out, ReadAhead* ahead);
 
     // Choices of blocks [begin, end) for every token: units[t * unit_stride + block * k + j], best first; with
-    // `probabilities` (laid out alike) also each chosen unit's softmax probability. For a single token the rows of
-    // chosen units are fetched meanwhile: a random row takes long to come, and the blocks stream in.
+    // `probabilities` (the same layout) also each chosen unit's softmax probability. For a single token `rows` of
+    // chosen units are prefetched while further blocks stream in.
     void (*choose)(const Matrix& second, const float* bias, const Choice& choice, int64_t begin, int64_t end,
                    const Activations& z, int64_t tokens, int32_t* units, float* probabilities, int64_t unit_stride,
                    const Matrix& rows, int64_t parts);
 
-    // h[i] = activation(first[u_i] . x + unit_bias[u_i]) (times up[u_i] . x when gated), units[begin..end). `far`: the
-    // rows are not cached, as they are where many tokens share them.
+    // h[i] = activation(first[u_i] . x + unit_bias[u_i]) (times up[u_i] . x when gated) for chosen units [begin, end).
+    // `far`: rows come from memory and are prefetched; otherwise they are cached, since many tokens share them.
     void (*unit_dots)(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,
                       const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, bool far, float* h);
 
@@ -138,14 +139,14 @@ struct Ops {
     void (*unit_sums)(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
                       int64_t begin, int64_t end, float* y);
 
-    // out[i * (parts - 1) + r] = r-th row of chosen[i]'s residual . x, and y[c] += sum_i h[chosen[i]] * its last row over
-    // columns [begin, end), `begin` a multiple of LANES.
+    // out[i * (parts - 1) + r] = r-th row of chosen[i]'s residual . x, and y[c] += sum_i h[chosen[i]] * its last row
+    // over columns [begin, end), `begin` a multiple of LANES.
     void (*residual_dots)(const Matrix& residual, int64_t parts, const int32_t* chosen, int64_t count,
                           const Activations& x, float* out);
     void (*residual_sums)(const Matrix& residual, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
                           int64_t begin, int64_t end, float* y);
 
-    // Asks for memory that is read soon.
+    // Prefetches memory into the second-level cache.
     void (*prefetch)(const void* from, int64_t bytes);
 
     void (*activate)(int64_t activation, const float* gate, float* h, int64_t count);
@@ -163,23 +164,23 @@ struct Ops {
                    const HeadCache& cache, int64_t value_stride, float scale, float* scores, int64_t score_stride,
                    float* const* out);
 
-    // buckets[r * stride] = where a key falls in round r: the nearest of the rotations (width, columns) of each factor and of
-    // their opposites, which count after them; the first factor is the least significant digit. `rotated` is room for
-    // `columns` numbers.
+    // buckets[r * stride] = the bucket of a key in round r. Each factor's digit is the index of the largest number
+    // among `rotated` = key . rotations (width, columns) and its negatives, which are counted behind it; the first
+    // factor is the least significant digit. `rotated` is scratch of `columns` floats.
     void (*hash)(const float* key, int64_t width, const float* rotations, int64_t columns, const int64_t* factors,
                  int64_t count, int64_t rounds, float* rotated, int32_t* buckets, int64_t stride);
 
-    // Positions before `position` that share its bucket in any round, in order; returns how many.
+    // Positions before `position` that share a bucket with it in any round, in order; returns how many.
     int64_t (*find_same_bucket)(const int32_t* buckets, int64_t stride, int64_t rounds, int64_t position,
                                 int32_t* found);
 
-    // out = softmax(q K^T) V over `count` chosen positions of a cache whose keys lie by rows.
+    // out = softmax(q K^T) V over `count` chosen positions of a cache with keys by_rows.
     void (*attend_chosen)(const float* query, const int32_t* chosen, int64_t count, int64_t type, int64_t width,
                           const HeadCache& cache, int64_t value_stride, float* scores, float* out);
 };
 
-// An instruction set that ops are compiled for: its name, whether this processor has it, and the ops; null where they are
-// not built for this architecture. Ops run only where `available` says so.
+// An instruction set: its name, whether this processor has it, and its ops, null where they are not built for this
+// architecture. Ops must not be called unless `available`.
 struct InstructionSet {
     const char* name;
     bool (*available)();

@@ -1,9 +1,10 @@
-// Weights in 3 or 4 bits, in panels: sixteen outputs are computed side by side, a group of inputs at a time.
+// Weights in 3 or 4 bits, in panels: sixteen outputs are computed together, a group of inputs at a time.
 // Part of all.inl, inside its namespaces.
 //
-// Every 32-bit lane belongs to one output. What is multiplied are pairs of 16-bit numbers: codes of two inputs that
-// lie next to each other, with the two activations; on Arm with dot products of bytes, quads of codes in bytes. Codes are used where they lie in their 16 bits, times 1, 2, 16, 32
-// or 256, as long as sums fit into 32 bits: masks are cheaper than shifts. Each such factor has a sum of its own.
+// Every 32-bit lane belongs to one output. Pairs of 16-bit numbers are multiplied: the codes of two neighbouring inputs
+// with their activations; on Arm with dot products of bytes, quads of codes in bytes. Codes are masked but not shifted,
+// which is cheaper: they are multiplied by 1, 2, 16, 32 or 256 as they stand in their 16 bits, as long as sums fit into
+// 32 bits. Each such factor has its own sum.
 
 typedef uint32_t Lanes __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t LanesAt __attribute__((vector_size(WIDTH * 4), aligned(1), may_alias));
@@ -18,7 +19,7 @@ inline Codes load_codes(const uint8_t* from) {
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) c.part[p] = *(const LanesAt*)(from + 4 * WIDTH * p);
 #if defined(SPARSECLI_AVX512)
-    asm("" : "+v"(c.part[0]));  // once: compilers load it again for each use, and loads are what is scarce
+    asm("" : "+v"(c.part[0]));  // keeps it in a register: compilers load it again for each use
 #endif
     return c;
 }
@@ -89,7 +90,7 @@ inline void add_pairs(Codes& sums, const Codes& codes, const int16_t* x) {
     for (int p = 0; p < PARTS; ++p) {
         Lanes total = (Lanes)add_pairs((Ints)sums.part[p], (Shorts)codes.part[p], pair);
 #if defined(SPARSECLI_AVX2) || defined(SPARSECLI_AVX512)
-        asm("" : "+v"(total));  // compilers would add products up in another order, for which they store them all
+        asm("" : "+v"(total));  // compilers would add products in another order, for which they store all of them
 #endif
         sums.part[p] = total;
     }
@@ -105,13 +106,15 @@ constexpr int QUANT_TOKENS = 4;
 #endif
 constexpr int FACTORS = 4;  // sums that a group has
 
-// How the codes of a group lie in memory (layout.py): calls use(i, factor, codes) for every pair i of inputs, in order,
-// with codes that are multiplied by 2^power[factor]; `total` is what sixteen times the unmultiplied sums are.
+// The layout of a group's codes (packed/quantized_layouts.py). `visit` calls use(i, factor, codes) for every pair i of
+// inputs, in order, with codes multiplied by 2^power[factor]; `total` returns sixteen times the sum without the
+// factors.
 template <int BITS>
 struct Planes;
 
 #if !defined(SPARSECLI_DOTPROD)
-// Eight vectors; lane r of the i-th has inputs 8 i .. 8 i + 7 of output r, as four pairs: one code of each in either half.
+// Eight vectors; lane r of the i-th has inputs 8 i .. 8 i + 7 of output r, as four pairs: one code of each in either
+// half.
 template <>
 struct Planes<4> {
     static constexpr int64_t BYTES = 512;
@@ -139,8 +142,8 @@ struct Planes<4> {
     }
 };
 
-// Four vectors with two bits of every code, in fields f = 0 .. 7 of either half, and two with the third: for fields with
-// an even f the code's highest bit, above the other two, for those with an odd f its lowest, below them.
+// Four vectors with two bits of every code, in fields f = 0 .. 7 of either half, and two with the third: for fields
+// with an even f the code's highest bit, above the other two, for those with an odd f its lowest, below them.
 template <>
 struct Planes<3> {
     static constexpr int64_t BYTES = 384;
@@ -222,15 +225,15 @@ struct Planes<3> {
 };
 #endif
 
-// Calls use(i, codes) for every pair (or quad) i of a group, with codes that no factor has multiplied.
+// Calls use(i, codes) for every pair (or quad) i of a group, with codes shifted down to their values.
 template <int BITS, class F>
-inline void visit_apart(const uint8_t* from, const F& use) {
+inline void visit_shifted(const uint8_t* from, const F& use) {
     Planes<BITS>::visit(from, [&](int i, int factor, const Codes& codes) {
         use(i, halves_shifted(codes, Planes<BITS>::power[factor]));
     });
 }
 
-// Sixteen activations, what codes that are apart do with them, and the sums that come of it.
+// Sixteen activations, to be multiplied with shifted codes, and the sums of the products.
 #if defined(SPARSECLI_DOTPROD)
 constexpr int TOGETHER = 4;
 struct PanelSums {
@@ -286,7 +289,7 @@ struct Sixteen {
 #else
 constexpr int TOGETHER = 2;
 #if defined(SPARSECLI_NEON)
-struct PanelSums {  // products of the first and of the last four 16-bit numbers, neighbours not yet added up
+struct PanelSums {  // products of the first and of the last four 16-bit numbers, before neighbours are added
     Codes first, last;
 };
 
@@ -340,7 +343,7 @@ struct Panel {
           scale((const uint16_t*)(from + groups * Planes<BITS>::BYTES)),
           zero((const uint8_t*)(scale + groups * LANES)) {}
 
-    // y += scale * (sixteen times the sums of codes with x - zero * the sum of x), all exact but for the last product.
+    // y += scale * (16 * sum(code * x) - zero * sum(x)), exact but for the last product.
     void add_group(Vector& y, int64_t g, const Codes& sixteen_times, int32_t sum_of_x) const {
         const Codes zeros = bytes_widened(zero + g * LANES);
         Vector sums;
@@ -352,7 +355,7 @@ struct Panel {
     }
 };
 
-// Sixteen outputs of one token, sixteenfold and without the scale of its activations.
+// Sixteen outputs of one token, times 16 and without the scale of its activations.
 template <int BITS>
 inline Vector panel_of_one(const Panel<BITS>& panel, int64_t groups, const int16_t* x, const int32_t* sums_of_x) {
     Vector y = fill(0);
@@ -362,11 +365,11 @@ inline Vector panel_of_one(const Panel<BITS>& panel, int64_t groups, const int16
         for (int64_t line = 0; line < Planes<BITS>::BYTES; line += 64)
             __builtin_prefetch(codes + STREAM_DISTANCE + line, 0, 2);
         const int16_t* group = x + g * QUANT_GROUP;
-#if defined(SPARSECLI_NEON)  // few registers, and each output has two sums anyway
+#if defined(SPARSECLI_NEON)  // few registers, and each output has two sums already
         PanelSums sums = {};
         const Sixteen<BITS> all[] = {Sixteen<BITS>(group), Sixteen<BITS>(group + 16), Sixteen<BITS>(group + 32),
                                      Sixteen<BITS>(group + 48)};
-        visit_apart<BITS>(codes, [&](int i, const Codes& codes) { all[i / STEPS].add_to(sums, codes, i % STEPS); });
+        visit_shifted<BITS>(codes, [&](int i, const Codes& codes) { all[i / STEPS].add_to(sums, codes, i % STEPS); });
         panel.add_group(y, g, sixteen_times(total_of(sums)), sums_of_x[g]);
 #else
         Codes sums[FACTORS] = {};
@@ -378,23 +381,23 @@ inline Vector panel_of_one(const Panel<BITS>& panel, int64_t groups, const int16
     return y;
 }
 
-// Groups whose codes are taken apart at a time, for many tokens: they stay in the first-level cache.
+// Groups whose codes are unpacked at a time, for many tokens: they stay in the first-level cache.
 constexpr int64_t GROUPS_AT_ONCE = 4;
 constexpr int64_t TOKENS_AT_ONCE = 128;
 
-struct ApartGroup {
+struct UnpackedGroup {
     Codes codes[QUANT_GROUP / TOGETHER];
 };
 
-// The same of T tokens, of some groups whose codes were taken apart; added to y, a vector of LANES for each token.
+// The same for T tokens and some groups whose codes were unpacked; added to y (T, LANES).
 template <int BITS, int T>
-inline void add_groups(const Panel<BITS>& panel, const ApartGroup* apart, int64_t first, int64_t last, const int16_t* x,
-                       const int32_t* sums_of_x, int64_t stride, float* y) {
+inline void add_groups(const Panel<BITS>& panel, const UnpackedGroup* unpacked, int64_t first, int64_t last,
+                       const int16_t* x, const int32_t* sums_of_x, int64_t stride, float* y) {
     for (int64_t g = first; g < last; ++g) {
         PanelSums sums[T] = {};
         for (int64_t at = 0; at < QUANT_GROUP; at += 16) {
             const int16_t* group = x + g * QUANT_GROUP + at;
-            const Codes* codes = apart[g - first].codes + at / TOGETHER;
+            const Codes* codes = unpacked[g - first].codes + at / TOGETHER;
 #if defined(SPARSECLI_NEON)
             asm("" : "+r"(codes) : : "memory");  // read where they are used: registers are few
 #endif
@@ -417,19 +420,19 @@ inline void add_groups(const Panel<BITS>& panel, const ApartGroup* apart, int64_
     }
 }
 
-// Sixteen outputs of many tokens into y (tokens, LANES): codes are taken apart once for all of them.
+// Sixteen outputs of many tokens in y (tokens, LANES): codes are unpacked once for all of them.
 template <int BITS>
 inline void panel_of_many(const Panel<BITS>& panel, int64_t groups, const int16_t* x, const int32_t* sums_of_x,
                           int64_t stride, int64_t tokens, float* y) {
-    ApartGroup apart[GROUPS_AT_ONCE];
+    UnpackedGroup unpacked[GROUPS_AT_ONCE];
     std::memset(y, 0, size_t(tokens * LANES) * sizeof(float));
     for (int64_t first = 0; first < groups; first += GROUPS_AT_ONCE) {
         const int64_t last = first + GROUPS_AT_ONCE < groups ? first + GROUPS_AT_ONCE : groups;
         for (int64_t g = first; g < last; ++g)
-            visit_apart<BITS>(panel.codes + g * Planes<BITS>::BYTES,
-                              [&](int i, const Codes& codes) { apart[g - first].codes[i] = codes; });
+            visit_shifted<BITS>(panel.codes + g * Planes<BITS>::BYTES,
+                                [&](int i, const Codes& codes) { unpacked[g - first].codes[i] = codes; });
         for (int64_t t = 0; t < tokens; t += QUANT_TOKENS)
-            add_groups<BITS, QUANT_TOKENS>(panel, apart, first, last, x + t * stride,
+            add_groups<BITS, QUANT_TOKENS>(panel, unpacked, first, last, x + t * stride,
                                            sums_of_x + t * (stride / QUANT_GROUP), stride, y + t * LANES);
     }
 }
@@ -442,7 +445,8 @@ void quantized_matmul(const Matrix& w, int64_t begin, int64_t end, const Activat
     alignas(64) float y[TOKENS_AT_ONCE * LANES];
     for (int64_t row = begin; row < end; row += LANES) {
         const Panel<BITS> panel((const uint8_t*)w.data + row / LANES * bytes, groups);
-        // The next panel's scales and zeros: a second stream, which processors do not foresee beside that of the codes.
+        // The next panel's scales and zeros are a second stream, which processors do not prefetch beside that of the
+        // codes.
         if (row + LANES < end) prefetch(panel.codes + bytes + groups * Planes<BITS>::BYTES, groups * LANES * 3);
         const auto keep = [&](int64_t t, const Vector& of_token) {
             float lane[LANES];
@@ -461,7 +465,7 @@ void quantized_matmul(const Matrix& w, int64_t begin, int64_t end, const Activat
 
 // -- residuals of units --------------------------------------------------------------------------------------
 
-// Sixteen codes, the low nibbles of as many bytes or (shift 4) the high ones, less 8.
+// Sixteen codes minus 8: the low nibbles of as many bytes, or with SHIFT = 4 the high ones.
 template <int SHIFT>
 inline Vector residual_values(const uint8_t* from) {
 #if defined(SPARSECLI_NEON)
@@ -483,7 +487,7 @@ inline Vector residual_values(const uint8_t* from) {
 #endif
 }
 
-// One row with one token's integers, without their scale. Sums of a group are exact.
+// A row times one token's integers, without their scale. Sums of a group are exact.
 inline float residual_dot(const uint8_t* codes, const uint16_t* scale, int64_t groups, const int16_t* x) {
     constexpr int64_t HALF = QUANT_GROUP / 2;
     Floats total = Floats{};
@@ -501,7 +505,7 @@ inline float residual_dot(const uint8_t* codes, const uint16_t* scale, int64_t g
     return sum(total);
 }
 
-// Where a row of a unit's residual and its scales lie.
+// The codes and scales of a row of a unit's residual.
 struct Residual {
     const uint8_t* codes;
     const uint16_t* scale;
@@ -523,7 +527,8 @@ void residual_dots(const Matrix& residual, int64_t parts, const int32_t* chosen,
         }
 }
 
-// y[0 .. 32) += factor[i] * columns [column, column + 32) of row i: the low nibbles of a group's bytes, or the high ones.
+// y[0 .. 32) += factor[i] * columns [column, column + 32) of row i: the low nibbles of a group's bytes, or the high
+// ones.
 template <int SHIFT>
 inline void add_half_group(const Residual* rows, const float* factor, int64_t count, int64_t column, float* y) {
     const int64_t group = column / QUANT_GROUP;

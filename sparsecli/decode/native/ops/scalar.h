@@ -1,6 +1,5 @@
-// The twins of the ops: what each computes, element by element and in double, from the layouts that ops.h describes.
-// Slow and plain on purpose; the harness (tests/ops.cpp) compares every instruction set with them. They are not part of the
-// library.
+// Plain twins of the ops: element by element, in double, from the layouts that ops.h describes. The harness
+// (tests/ops.cpp) compares every instruction set with them. They are not part of the library.
 //
 // A twin that returns `Sum`s also gives the sum of magnitudes, on which rounding errors depend.
 #pragma once
@@ -33,34 +32,34 @@ inline uint16_t bfloat16_of(float value) {  // to nearest, ties to even
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// -- where an element lies -----------------------------------------------------------------------------------
+// -- offsets of elements -------------------------------------------------------------------------------------
 
-inline int64_t rows_place(const Matrix& w, int64_t row, int64_t col) { return row * round_up(w.cols, PAD) + col; }
+inline int64_t rows_offset(const Matrix& w, int64_t row, int64_t col) { return row * round_up(w.cols, PAD) + col; }
 
-inline int64_t spans_place(const Matrix& w, int64_t row, int64_t col) {
+inline int64_t spans_offset(const Matrix& w, int64_t row, int64_t col) {
     const int64_t first = col / SPAN * SPAN, width = std::min(SPAN, round_up(w.cols, PAD) - first);
     return first * w.rows + row * width + col - first;
 }
 
 // `inputs` of a panel in memory: of E all, of a convolution those of one tap.
-inline int64_t panels_place(int64_t type, int64_t outputs, int64_t inputs, int64_t output, int64_t input) {
+inline int64_t panels_offset(int64_t type, int64_t outputs, int64_t inputs, int64_t output, int64_t input) {
     const int64_t first = output / PANEL * PANEL, width = std::min(PANEL, round_up(outputs, LANES) - first);
     const int64_t pack = 4 / type_bytes(type);
     return first * inputs + input / pack * pack * width + (output - first) * pack + input % pack;
 }
 
-inline int64_t blocks_place(int64_t type, const Choice& c, int64_t block, int64_t rank, int64_t unit) {
+inline int64_t blocks_offset(int64_t type, const Choice& c, int64_t block, int64_t rank, int64_t unit) {
     const int64_t first = block * c.padded_block * c.rank, pack = type == FLOAT32 ? 1 : 2;
     return first + rank / pack * pack * c.padded_block + unit * pack + rank % pack;
 }
 
-inline double stored(const void* data, int64_t type, int64_t place) {
-    if (type == FLOAT32) return ((const float*)data)[place];
-    if (type == BFLOAT16) return bfloat16_value(((const uint16_t*)data)[place]);
-    return ((const int8_t*)data)[place];
+inline double stored(const void* data, int64_t type, int64_t offset) {
+    if (type == FLOAT32) return ((const float*)data)[offset];
+    if (type == BFLOAT16) return bfloat16_value(((const uint16_t*)data)[offset]);
+    return ((const int8_t*)data)[offset];
 }
 
-// Codes, scales and zeros of a matrix in few bits.
+// Codes, scales and zeros of a quantized matrix.
 struct Quantized {
     const uint8_t* panel;
     int64_t groups, bits, lane;
@@ -80,10 +79,10 @@ struct Quantized {
     int64_t code(int64_t col) const {
         const int64_t group = col / QUANT_GROUP, i = col % QUANT_GROUP, half = 16 * (i % 2);
         if (bits == 4) return word(group, i / 8) >> (i % 8 / 2 * 4 + half) & 15;
-        const int64_t index = i / 16, field = i % 16 / 2, place = 2 * field + half;
+        const int64_t index = i / 16, field = i % 16 / 2, offset = 2 * field + half;
         const bool odd = field % 2;
-        const int64_t two = word(group, index) >> place & 3;
-        const int64_t one = word(group, 4 + index / 2) >> ((place + (odd ? -1 : 2) + 2 * (index % 2)) % 32) & 1;
+        const int64_t two = word(group, index) >> offset & 3;
+        const int64_t one = word(group, 4 + index / 2) >> ((offset + (odd ? -1 : 2) + 2 * (index % 2)) % 32) & 1;
         return odd ? two << 1 | one : two | one << 2;
     }
 
@@ -100,14 +99,14 @@ struct Quantized {
     double value(int64_t col) const { return scale(col / QUANT_GROUP) * (code(col) - zero(col / QUANT_GROUP)); }
 };
 
-// An activation's integer, which may lie as bytes.
+// An activation's integer; `bytes`: see Ops.
 inline int16_t integer(bool bytes, const int16_t* integers, int64_t i) {
     if (!bytes) return integers[i];
     const int8_t* sixteen = (const int8_t*)(integers + i / 16 * 16);
     return int16_t(sixteen[16 + i % 16] * 256 + sixteen[i % 16]);
 }
 
-// What a weight meets: a float, or a 16-bit integer times its row's scale.
+// The activation that a weight is multiplied with: a float, or a 16-bit integer times its row's scale.
 inline double input(const Activations& x, int64_t type, int64_t token, int64_t col) {
     if (type <= BFLOAT16) return x.values[token * x.stride + col];
     return double(x.integers[token * x.stride + col]) * x.scales[token];
@@ -120,16 +119,17 @@ inline Sum matmul(const Matrix& w, int64_t row, const Activations& x, int64_t to
     for (int64_t col = 0; col < w.cols; ++col) {
         const double weight =
             w.type >= INT4 ? Quantized(w, row).value(col)
-                           : stored(w.data, w.type, spans_place(w, row, col)) * (w.type == INT8 ? w.scale[row] : 1);
+                           : stored(w.data, w.type, spans_offset(w, row, col)) * (w.type == INT8 ? w.scale[row] : 1);
         sum.add(weight * input(x, w.type, token, col));
     }
     return sum;
 }
 
-// Products of a module as they are kept: as floats, as bfloat16, or for each GROUP of inputs as 8-bit integers and a scale.
+// Products of a module as they are rounded: as floats, as bfloat16, or for each GROUP of inputs as 8-bit integers and a
+// scale.
 inline std::vector<double> products(const Matrix& D, int64_t type, const float* x, int64_t module) {
     std::vector<float> all;
-    for (int64_t i = 0; i < D.cols; ++i) all.push_back(x[i] * float(stored(D.data, D.type, rows_place(D, module, i))));
+    for (int64_t i = 0; i < D.cols; ++i) all.push_back(x[i] * float(stored(D.data, D.type, rows_offset(D, module, i))));
     std::vector<double> kept;
     for (int64_t first = 0; first < D.cols; first += GROUP) {
         const int64_t last = std::min(first + GROUP, D.cols);
@@ -149,9 +149,9 @@ inline Sum multiplicative(const Matrix& D, const Matrix& E, const std::vector<do
                           int64_t output) {
     Sum sum;
     for (int64_t i = 0; i < E.cols; ++i) {
-        const int64_t place = panels_place(E.type, E.rows, round_up(E.cols, PAD), output, i);
-        const double weight = E.type == INT8 ? (((const uint8_t*)E.data)[place] - 128) * double(E.scale[output])
-                                             : stored(E.data, E.type, place);
+        const int64_t offset = panels_offset(E.type, E.rows, round_up(E.cols, PAD), output, i);
+        const double weight = E.type == INT8 ? (((const uint8_t*)E.data)[offset] - 128) * double(E.scale[output])
+                                             : stored(E.data, E.type, offset);
         sum.add(products[size_t(i)] * weight * (D.type == INT8 ? D.scale[module] : 1));
     }
     return sum;
@@ -163,10 +163,10 @@ inline Sum convolve(const Matrix& kernel, int64_t taps, const void* const* rows,
     Sum sum;
     for (int64_t tap = 0; tap < taps; ++tap)
         for (int64_t i = 0; i < inputs; ++i) {
-            const int64_t place =
-                tap * padded * round_up(kernel.rows, LANES) + panels_place(kernel.type, kernel.rows, padded, output, i);
+            const int64_t offset = tap * padded * round_up(kernel.rows, LANES) +
+                                   panels_offset(kernel.type, kernel.rows, padded, output, i);
             sum.add(stored(rows[tap], kernel.type, module * stride - lead + i) *
-                    stored(kernel.data, kernel.type, place));
+                    stored(kernel.data, kernel.type, offset));
         }
     return sum;
 }
@@ -175,7 +175,7 @@ inline Sum controller_logit(const Matrix& second, const Choice& c, const Activat
                             int64_t unit) {
     Sum sum;
     for (int64_t i = 0; i < c.rank; ++i)
-        sum.add(stored(second.data, second.type, blocks_place(second.type, c, block, i, unit)) *
+        sum.add(stored(second.data, second.type, blocks_offset(second.type, c, block, i, unit)) *
                 input(z, second.type, token, i) *
                 (second.type == INT8 ? second.scale[block * c.padded_block + unit] : 1));
     return sum;
@@ -193,14 +193,14 @@ inline Sum unit_dot(const Matrix& units, int64_t parts, int64_t unit, int64_t pa
     const int64_t row = unit * parts + part;
     Sum sum;
     for (int64_t col = 0; col < units.cols; ++col)
-        sum.add(stored(units.data, units.type, rows_place(units, row, col)) * input(x, units.type, 0, col) *
+        sum.add(stored(units.data, units.type, rows_offset(units, row, col)) * input(x, units.type, 0, col) *
                 (units.type == INT8 ? units.scale[row] : 1));
     return sum;
 }
 
 inline double unit_value(const Matrix& units, int64_t parts, int64_t unit, int64_t col) {
     const int64_t row = unit * parts + parts - 1;
-    return stored(units.data, units.type, rows_place(units, row, col)) * (units.type == INT8 ? units.scale[row] : 1);
+    return stored(units.data, units.type, rows_offset(units, row, col)) * (units.type == INT8 ? units.scale[row] : 1);
 }
 
 inline double residual_value(const Matrix& residual, int64_t parts, int64_t unit, int64_t row, int64_t col) {
@@ -213,14 +213,14 @@ inline double residual_value(const Matrix& residual, int64_t parts, int64_t unit
     return ((i < half ? both & 15 : both >> 4) - 8) * double(bfloat16_value(scale));
 }
 
-inline double cached(const void* data, const float* scales, int64_t type, int64_t position, int64_t place) {
-    return stored(data, type, place) * (type == INT8 ? scales[position] : 1);
+inline double cached(const void* data, const float* scales, int64_t type, int64_t position, int64_t offset) {
+    return stored(data, type, offset) * (type == INT8 ? scales[position] : 1);
 }
 
 inline double key_at(const HeadCache& cache, int64_t type, int64_t width, int64_t stride, int64_t position, int64_t i) {
-    const int64_t place =
+    const int64_t offset =
         cache.by_rows ? position * stride + i : position / LANES * width * LANES + i * LANES + position % LANES;
-    return cached(cache.keys, cache.key_scales, type, position, place);
+    return cached(cache.keys, cache.key_scales, type, position, offset);
 }
 
 // Attention of one query to some positions: `width` numbers, and how large scores are.

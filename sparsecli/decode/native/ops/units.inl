@@ -1,6 +1,7 @@
-// The rows of chosen units: with x, and summed into the residual. Part of all.inl, inside its namespaces.
+// Rows of chosen units: their products with x, and their sum for the residual stream. Part of all.inl, inside its
+// namespaces.
 
-// out[r] = row[r] . x; int8 rows are long enough to need their sums in pieces.
+// out[r] = row[r] . x. Sums of long int8 rows are computed in pieces, so that they fit into 32 bits.
 template <int R, bool FAR, class W>
 inline void whole_rows(const Matrix& w, const int64_t* row, const int64_t* next, const Activations& x, float* out) {
     const int64_t stride = round_up(w.cols, PAD), piece = sizeof(W) == 1 ? LONGEST : stride;
@@ -19,14 +20,14 @@ inline void whole_rows(const Matrix& w, const int64_t* row, const int64_t* next,
     for (int r = 0; sizeof(W) == 1 && r < R; ++r) out[r] *= w.scale[row[r]] * x.scales[0];
 }
 
-// The chosen units' rows that meet x. With FAR they come from far away: rows to come are fetched meanwhile, and the
-// row that leaves a unit as soon as it is known to be needed.
+// Activations of chosen units. With FAR their rows come from memory: those of the next units are prefetched, and a
+// unit's down row as soon as its activation is not zero.
 template <bool FAR, class W>
 inline void dots_of_units(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,
                           const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, float* h) {
     const int64_t bytes = round_up(units.cols, PAD) * type_bytes(units.type);
     const int64_t inward = parts - 1;             // gate and up, or up alone
-    constexpr int64_t AT_ONCE = 4, DISTANCE = 4;  // units that are computed together, and that are in flight
+    constexpr int64_t AT_ONCE = 4, DISTANCE = 4;  // units that are computed together, and that are prefetched
     const auto finish = [&](int64_t i, float gate, float up) {
         if (unit_bias) gate += unit_bias[chosen[i]];
         h[i] = activation_of(activation, gate) * (inward == 2 ? up : 1);
@@ -67,7 +68,7 @@ void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const flo
     dots(units, parts, activation, unit_bias, chosen, begin, end, x, far, h);
 }
 
-constexpr int64_t PREFETCHED = 1 << 18;  // bytes that are on their way at most
+constexpr int64_t PREFETCHED = 1 << 18;  // bytes that are prefetched at most
 
 // y += sum of R rows, each times its factor.
 template <int R, class W>
@@ -99,7 +100,7 @@ void sum_units(const Matrix& units, int64_t parts, const int32_t* chosen, const 
     const int64_t stride = round_up(units.cols, PAD), bytes = (end - begin) * int64_t(sizeof(W));
     const W* data = (const W*)units.data + begin;
     const auto row_of = [&](int64_t i) { return data + (int64_t(chosen[i]) * parts + parts - 1) * stride; };
-    // Rows are asked for long before they are used, as many as the cache holds.
+    // Rows are prefetched long before they are used, as many as the cache holds.
     const int64_t distance = PREFETCHED / (bytes + 1);  // a thread may have no columns at all
     int64_t asked = 0;
     const W* rows[AT_ONCE];

@@ -1,4 +1,4 @@
-// Sixteen floats, weights as floats, and exponentials: what the ops are written in.
+// The vectors that ops are written with: sixteen floats, weights as floats, exponentials, integers.
 // Part of all.inl, inside its namespaces.
 
 // -- sixteen floats ------------------------------------------------------------------------------------------
@@ -12,7 +12,8 @@ constexpr int WIDTH = 4;
 #endif
 constexpr int PARTS = LANES / WIDTH;
 
-// Sums over four neighbouring products of bytes: of unsigned with signed ones, or on Arm without I8MM of signed ones.
+// There are instructions for sums of four products of bytes: unsigned with signed, on Arm without I8MM signed with
+// signed.
 #if defined(SPARSECLI_VNNI) || defined(SPARSECLI_NEON)
 #define SPARSECLI_QUADS 1
 #endif
@@ -20,8 +21,8 @@ constexpr int PARTS = LANES / WIDTH;
 typedef float Floats __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
 typedef int16_t Shorts __attribute__((vector_size(WIDTH * 4)));  // twice as many
-// The same at any address. Whole vectors are always read and written through these: what memcpy fills, or a struct that is
-// copied as bytes, compilers keep in memory, and then every product is a load and a store.
+// The same at any address. Vectors are always read and written through these: compilers keep in memory what is filled
+// by memcpy or copied as bytes, and then every product is a load and a store.
 typedef float FloatsAt __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef int32_t IntsAt __attribute__((vector_size(WIDTH * 4), aligned(1), may_alias));
 
@@ -43,7 +44,7 @@ inline void store(float* to, const Vector& v) {
     for (int p = 0; p < PARTS; ++p) *(FloatsAt*)(to + p * WIDTH) = v.part[p];
 }
 
-// sum + a * b, fused wherever the processor can.
+// sum + a * b, fused where the processor can.
 inline Floats fused(Floats sum, Floats a, Floats b) {
 #if defined(SPARSECLI_AVX512)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
@@ -138,12 +139,11 @@ inline float maximum(const Vector& v) {
 #endif
 }
 
-constexpr int64_t STREAM_DISTANCE = 16 * 1024;  // bytes from what is read to what is asked for meanwhile
+constexpr int64_t STREAM_DISTANCE = 16 * 1024;  // bytes between what is read and what is prefetched
 
 inline void prefetch_line(const void* address) { __builtin_prefetch(address, 0, 3); }
 
-// A piece of memory into the second-level cache: what comes from here and there arrives much faster when it is asked
-// for all at once.
+// Prefetches memory into the second-level cache. Scattered rows arrive much faster when all are requested at once.
 inline void prefetch(const void* from, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char*)from + line, 0, 2);
 }
@@ -199,7 +199,7 @@ inline Vector load(const W* from) {
     return v;
 }
 
-#if defined(SPARSECLI_NEON)  // more of them at a time
+#if defined(SPARSECLI_NEON)  // whole vectors at a time
 inline Vector floats_of(int8x16_t bytes) {
     const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
     Vector v;
@@ -223,7 +223,7 @@ inline Vector load(const uint16_t* from) {
 }
 #endif
 
-// Pairs of bfloat16 that lie in 32 bits each: the first and the second of every pair.
+// Pairs of bfloat16 in 32 bits each: the first and the second of every pair, as floats.
 inline Floats first_of(Ints pairs) { return (Floats)(pairs << 16); }
 inline Floats second_of(Ints pairs) { return (Floats)(pairs & int32_t(0xffff0000)); }
 
@@ -374,7 +374,7 @@ void normalize(const float* x, const float* weight, const float* bias, int64_t c
     for (int64_t i = whole; i < count; ++i) out[i] = (x[i] - mean) * inverse * weight[i] + (bias ? bias[i] : 0);
 }
 
-constexpr float NOTHING = 1e-30f;  // a vector of such small numbers counts as zero: 1 / its scale would not be finite
+constexpr float NOTHING = 1e-30f;  // vectors without a larger number count as zero: 1 / scale would not be finite
 
 // -- integers ------------------------------------------------------------------------------------------------
 
@@ -387,10 +387,11 @@ inline Ints rounded(Floats values, Floats inverse) {
 #elif defined(SPARSECLI_NEON)
     return (Ints)vcvtnq_s32_f32((float32x4_t)(values * inverse));
 #else
-    const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it loses its fraction
+    const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: a sum with it has no fraction
     Floats product = values * inverse;
 #if defined(__aarch64__)
-    asm("" : "+w"(product));  // a sum of its own: fused with the product it would round some ties differently
+    asm(""
+        : "+w"(product));  // keeps the sum from being fused with the product, which would round some ties differently
 #endif
     return (Ints)(product + magic) - (Ints)magic;
 #endif
@@ -412,8 +413,8 @@ inline Shorts shorts_of(const int8_t* from) {
 
 inline Shorts shorts_of(const int16_t* from) { return (Shorts)(*(const IntsAt*)from); }
 
-// total + the sums of two neighbouring products of 16-bit integers. As assembly where it is one instruction: compilers
-// copy the intrinsics' sums from register to register.
+// total + the sums of two neighbouring products of 16-bit integers. Assembly where it is one instruction: with
+// intrinsics compilers copy the sums from register to register.
 inline Ints add_pairs(Ints total, Shorts a, Shorts b) {
 #if defined(SPARSECLI_VNNI) && defined(SPARSECLI_AVX512)
     asm("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
@@ -431,7 +432,7 @@ inline Ints add_pairs(Ints total, Shorts a, Shorts b) {
 #endif
 }
 
-// Four bytes in every 32 bits, straight from memory.
+// The same four bytes in every 32 bits.
 inline Ints pair_everywhere(const void* from) {
 #if defined(SPARSECLI_AVX512)
     Ints four;
@@ -443,7 +444,7 @@ inline Ints pair_everywhere(const void* from) {
 #endif
 }
 
-// Bytes of a panel, which holds them with 128 added; PANEL_ZERO is what they still have too much here.
+// Bytes of a panel, which holds weights + 128; PANEL_ZERO is what is still added to them after loading.
 #if defined(SPARSECLI_NEON) && !defined(SPARSECLI_I8MM)
 constexpr int32_t PANEL_ZERO = 0;
 inline Ints panel_bytes(const void* from) { return *(const IntsAt*)from ^ int32_t(0x80808080); }
@@ -453,7 +454,7 @@ inline Ints panel_bytes(const void* from) { return *(const IntsAt*)from; }
 #endif
 
 #if defined(SPARSECLI_QUADS)
-// Four neighbours each: bytes of a panel and signed ones.
+// total + sums of four neighbouring products: bytes of a panel with signed bytes.
 inline Ints add_quads(Ints total, Ints bytes, Ints signed_bytes) {
 #if defined(SPARSECLI_AVX512)
     asm("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(bytes), "v"(signed_bytes));
@@ -488,10 +489,10 @@ inline Floats add_pairs(Floats total, Ints a, Ints b) {  // bfloat16 with bfloat
 
 // -- 8-bit weights with 16-bit activations ------------------------------------------------------------------
 
-// INTEGERS of each at a time, every product in some lane. Activations are integers of at most LARGEST, and Sums what is
-// summed up in registers.
+// INTEGERS of each at a time. Activations are integers of at most LARGEST in magnitude; Sums are running sums in
+// registers.
 #if defined(SPARSECLI_DOTPROD)
-// Sixteen activations are their sixteen low bytes, then their sixteen high ones, all signed: 256 high + low.
+// Sixteen activations are stored as their low bytes, then their high bytes, all signed: 256 high + low.
 constexpr int64_t INTEGERS = 4 * WIDTH;
 constexpr int32_t LARGEST = 127 * 256 + 127;
 typedef int8_t Bytes __attribute__((vector_size(WIDTH * 4)));
@@ -514,7 +515,7 @@ inline Sums add_products(const Sums& total, Bytes w, const Integers& x) {
 }
 inline Ints total_of(const Sums& sums) { return sums.low + (sums.high << 8); }
 
-// `count` integers, a multiple of INTEGERS, from 16 bits each to their bytes.
+// Splits `count` 16-bit integers, a multiple of INTEGERS, into their bytes.
 inline void arrange(int16_t* integers, int64_t count) {
     for (int64_t i = 0; i < count; i += INTEGERS) {
         const Shorts a = shorts_of(integers + i), b = shorts_of(integers + i + 2 * WIDTH);
@@ -567,7 +568,7 @@ inline void sum_four(Floats a, Floats b, Floats c, Floats d, float* out) {
 #endif
 }
 
-// The same of R vectors, a row of sums each; all in the same order, however many there are.
+// The same for R vectors, in an order of additions that does not depend on R.
 template <int R>
 inline void sum_each(const Floats* v, float* out) {
     float four[4];

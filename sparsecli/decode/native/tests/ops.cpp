@@ -4,8 +4,8 @@
 //   ops [--isa NAME] [--op NAME] [--seed N] [--quick] [--list]
 //   ops perf [--isa NAME] [--op NAME] [--threads N]
 //
-// What may differ is rounding: a sum of n float products in at least four lanes goes through n / 4 + 8 additions, each of
-// which rounds by 2^-24 of what has been summed up, at most the sum of magnitudes. Integer sums are exact.
+// Results may differ by rounding: a sum of n float products in at least four lanes goes through n / 4 + 8 additions,
+// each of which rounds by 2^-24 of the sum so far, at most the sum of magnitudes. Integer sums are exact.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -30,7 +30,7 @@ struct Options {
     bool quick = false, list = false, perf = false;
 };
 
-// Memory on a cache line of its own, and some lines behind it that ops may ask for.
+// Memory that begins on a cache line, with some lines behind it that ops may prefetch.
 template <class T>
 struct Memory {
     std::unique_ptr<char[]> held;
@@ -54,7 +54,7 @@ class Harness {
     int64_t whole(int64_t least, int64_t most) { return least + int64_t(random_() % uint64_t(most - least + 1)); }
     float number() { return float(int64_t(random_() % 4001) - 2000) / 1000; }
 
-    // A case begins: what follows is said of it where it fails.
+    // Begins a case, whose name is printed where it fails.
     void begin(const std::string& text) { case_ = text, wrong_ = false, ++passed; }
 
     void same(double got, double expected, double tolerance, const char* what, int64_t at) {
@@ -72,14 +72,14 @@ class Harness {
         same(got, expected.value, double(terms / 4 + 8) * EPSILON * (expected.magnitude + 1e-30), what, at);
     }
 
-    // A weight of some type at its place; what is between them stays zero.
-    void put(void* data, int64_t type, int64_t place) {
-        if (type == FLOAT32) ((float*)data)[place] = number();
-        if (type == BFLOAT16) ((uint16_t*)data)[place] = scalar::bfloat16_of(number());
-        if (type == INT8) ((int8_t*)data)[place] = int8_t(whole(-127, 127));
+    // Writes a random weight of some type; padding stays zero.
+    void put(void* data, int64_t type, int64_t offset) {
+        if (type == FLOAT32) ((float*)data)[offset] = number();
+        if (type == BFLOAT16) ((uint16_t*)data)[offset] = scalar::bfloat16_of(number());
+        if (type == INT8) ((int8_t*)data)[offset] = int8_t(whole(-127, 127));
     }
 
-    // Activations with zeros behind their ends, in every form; `plain`, for the twins, with integers as such.
+    // Random activations, padded with zeros; `plain` holds integers in order, for the twins.
     struct Forms {
         Memory<float> values;
         Memory<int16_t> integers, whole;
@@ -105,7 +105,7 @@ class Harness {
         }
     };
 
-    // A matrix of some layout: memory for so many bytes, and scales.
+    // Memory for a matrix of `bytes`, with random scales.
     struct Weights {
         Memory<char> memory;
         Memory<float> scales;
@@ -121,7 +121,7 @@ class Harness {
     Weights rows(int64_t type, int64_t count, int64_t cols) {
         Weights w(*this, count * round_up(cols, PAD) * type_bytes(type), count, type, count, cols);
         for (int64_t r = 0; r < count; ++r)
-            for (int64_t c = 0; c < cols; ++c) put(w.memory.data, type, scalar::rows_place(w.matrix, r, c));
+            for (int64_t c = 0; c < cols; ++c) put(w.memory.data, type, scalar::rows_offset(w.matrix, r, c));
         return w;
     }
 
@@ -129,7 +129,7 @@ class Harness {
         if (type >= INT4) return quantized(type, count, cols);
         Weights w(*this, count * round_up(cols, PAD) * type_bytes(type), count, type, count, cols);
         for (int64_t r = 0; r < count; ++r)
-            for (int64_t c = 0; c < cols; ++c) put(w.memory.data, type, scalar::spans_place(w.matrix, r, c));
+            for (int64_t c = 0; c < cols; ++c) put(w.memory.data, type, scalar::spans_offset(w.matrix, r, c));
         return w;
     }
 
@@ -155,9 +155,9 @@ class Harness {
         for (int64_t tap = 0; tap < taps; ++tap)
             for (int64_t o = 0; o < outputs; ++o)
                 for (int64_t i = 0; i < inputs; ++i) {
-                    const int64_t place = tap * padded * wide + scalar::panels_place(type, outputs, padded, o, i);
-                    put(w.memory.data, type, place);
-                    if (type == INT8) w.memory[place] = char(w.memory[place] + 128);
+                    const int64_t offset = tap * padded * wide + scalar::panels_offset(type, outputs, padded, o, i);
+                    put(w.memory.data, type, offset);
+                    if (type == INT8) w.memory[offset] = char(w.memory[offset] + 128);
                 }
         return w;
     }
@@ -266,10 +266,10 @@ void test_convolve(Harness& h) {
             for (const int64_t taps : {1, 3}) {
                 const int64_t modules = h.whole(1, 20), inputs = 3 * width, lead = width;
                 const auto kernel = h.panels(type, width, inputs, taps, 4);
-                Memory<char> history(taps * (modules + 3) * width * 4 + 256);
+                Memory<char> inputs_of_taps(taps * (modules + 3) * width * 4 + 256);
                 std::vector<const void*> rows;
                 for (int64_t tap = 0; tap < taps; ++tap) {
-                    char* row = history.data + tap * (modules + 3) * width * type_bytes(type);
+                    char* row = inputs_of_taps.data + tap * (modules + 3) * width * type_bytes(type);
                     for (int64_t i = 0; i < modules * width; ++i) h.put(row, type, lead + i);
                     rows.push_back(row + lead * type_bytes(type));
                 }
@@ -301,7 +301,7 @@ void test_choose(Harness& h) {
                     for (int64_t u = 0; u < c.padded_block; ++u) {
                         bias[b * c.padded_block + u] = u >= size ? -INFINITY : tie ? 0 : h.number() / 8;
                         for (int64_t i = 0; i < rank && u < size && !tie; ++i)
-                            h.put(w.memory.data, type, scalar::blocks_place(type, c, b, i, u));
+                            h.put(w.memory.data, type, scalar::blocks_offset(type, c, b, i, u));
                     }
                 const Harness::Forms z(h, tokens, rank);
                 Memory<int32_t> units(tokens * blocks * k);
