@@ -8,11 +8,10 @@
 
 namespace sparsecli {
 
-constexpr int64_t LANES = 16;  // floats that are computed together
-constexpr int64_t PAD = 64;    // elements that a row's length is rounded up to
-constexpr int64_t PANEL = 64;  // columns of a panel
-constexpr int64_t SPAN =
-    2048;  // columns of a long row that are read at a time: their activations stay in the first-level cache
+constexpr int64_t LANES = 16;        // floats that are computed together
+constexpr int64_t PAD = 64;          // elements that a row's length is rounded up to
+constexpr int64_t PANEL = 64;        // columns of a panel
+constexpr int64_t SPAN = 2048;       // columns of a long row that are read at a time: activations stay in the L1 cache
 constexpr int64_t GROUP = 256;       // inputs that share a scale when products are quantised
 constexpr int64_t QUANT_GROUP = 64;  // inputs that share a scale and a zero where weights have 3 or 4 bits
 constexpr int64_t MAX_BLOCK = 4096;  // units of a block
