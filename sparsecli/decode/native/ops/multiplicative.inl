@@ -195,9 +195,8 @@ inline void add_tiles(const A* a, int64_t a_stride, const W* panel, int64_t rows
 
 // -- the multiplicative layer --------------------------------------------------------------------------------
 
-constexpr int64_t SCRATCH =
-    96 * 1024;  // bytes of products that are computed at a time: they stay in the second-level cache
-constexpr int64_t MODULE_TILE = 64;  // modules at a time
+constexpr int64_t SCRATCH = 96 * 1024;  // bytes of products at a time: they stay in the second-level cache
+constexpr int64_t MODULE_TILE = 64;     // modules at a time
 
 // x[i] D[s, i] for `count` inputs; returns the largest magnitude.
 template <class W>
