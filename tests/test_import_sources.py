@@ -207,10 +207,12 @@ def test_a_special_token_that_was_added_later(
     assert "has '<pad>' beyond the model's 270 tokens; a text with such a token" in capsys.readouterr().err
     ours = read_tokenizer(tmp_path / "ours", 270)
     assert ours.encode("read") == tokenizer("read")["input_ids"]
+    assert max(ours.encode("a <pad>")) < 270  # a prompt is text
+    ours.template = "{{ messages[0].content }}"
     with pytest.raises(
         Failure, match="the text has the token '<pad>', which the model has not; leave it out"
     ):
-        ours.encode("a <pad>")
+        ours.encode_chat("a <pad>")
     load_model(tmp_path / "ours")
     tokenizer.add_tokens(["plain"])
     tokenizer.save_pretrained(theirs)

@@ -14,7 +14,7 @@ def test_an_earlier_build_does_not_hide_that_there_is_no_compiler(tmp_path: Path
     sources = tmp_path / "sparsecli/decode/native"
     sources.mkdir(parents=True)
     (sources / "engine.cpp").write_text("int engine() { return 1; }")
-    stale = tmp_path / "lib/sparsecli/decode/_native.so"
+    stale = tmp_path / "lib/sparsecli/decode/native/_native.so"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of another machine")
     command = [sys.executable, str(SETUP), "-q", "build_ext", "--build-lib", "lib"]

@@ -76,7 +76,10 @@ class Tokenizer:
         Raises:
             Failure: the text is no Unicode, or has a token that the model does not have.
         """
-        self.backend.encode_special_tokens = True
+        return self._ids(text, special, names_are_text=True)
+
+    def _ids(self, text: str, special: bool, names_are_text: bool) -> list[int]:
+        self.backend.encode_special_tokens = names_are_text
         try:
             encoded = self.backend.encode(text, add_special_tokens=special)
         except TypeError as error:  # halves of characters, which stand for bytes on the command line
@@ -93,13 +96,12 @@ class Tokenizer:
         As in transformers, names of special tokens are the tokens, wherever they stand.
 
         Raises:
-            Failure: the tokenizer has no chat template, or the template does not work.
+            Failure: the tokenizer has no chat template, the template does not work, or `encode` would refuse its text.
         """
         if self.template is None:
             raise Failure("the tokenizer has no chat template")
         text = render(self.template, [{"role": "user", "content": message}], self.named)
-        self.backend.encode_special_tokens = False
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        return self._ids(text, special=False, names_are_text=False)
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """Turns tokens that follow `prompt` into text, one at a time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sparsecli.console import Failure
 
 TRIED = ("5.23", "5.24")
-"""Versions with which the whole test suite passes."""
+"""Versions with which the tests of the models pass."""
 
 
 def never_tried(found: str) -> str | None:
