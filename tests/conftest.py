@@ -1,6 +1,7 @@
 """Small models run fastest on one thread, and the same on every machine; tests run beside one another."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for programs in the background
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from sparsecli import cli
 from sparsecli.console import Failure
-from sparsecli.model import DecodeCache, ScalingTransformerConfig, ScalingTransformerForCausalLM
+from sparsecli.model import DecodeCache, ScalingTransformerConfig, ScalingTransformerForCausalLM, versions
 from sparsecli.model.cache import CACHE
 from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
@@ -362,8 +362,9 @@ def test_a_cache_has_the_names_of_every_version_of_transformers() -> None:
 def test_a_version_of_transformers_that_was_never_tried_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.25.0")
-    message = "transformers 5.25.0 was never tried, only 5.23 and 5.24: pip install 'transformers==5.24.*'"
+    monkeypatch.setattr(versions, "TRIED", ("5.0", "5.1"))
+    found, advice = transformers.__version__, "pip install 'transformers==5.1.*'"
+    message = f"transformers {found} was never tried, only 5.0 and 5.1: {advice}"
     with pytest.raises(Failure, match=re.escape(message)):
         build()
     monkeypatch.setattr(sys, "argv", ["sparsecli", "train", "quickstart", "--dry-run"])
