@@ -77,6 +77,13 @@ def test_the_fastest_dense_peer_of_as_many_bits(
     assert both.speedup_over_peer == pytest.approx(expected)
 
 
+def test_a_peer_with_a_large_vocabulary_is_dense() -> None:
+    """A token reads one row of the table of tokens, which may be an eighth of a dense model."""
+    whole = row("Llama-shaped", 40, group="peer", backend="llama.cpp").parameters
+    peer = row("Llama-shaped", 40, group="peer", backend="llama.cpp", active_parameters=whole * 7 // 8)
+    assert rated(sparse(), peer)[0].speedup_over_peer == pytest.approx(4)
+
+
 def test_no_peer_no_figure() -> None:
     assert rated(sparse())[0].speedup_over_peer is None
 

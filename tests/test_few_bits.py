@@ -138,10 +138,8 @@ def test_plain_models_in_four_bits(name: str, instruction_set: str) -> None:
     assert_twins(engine.logits(engine.sequence(COUNT), tokens), wanted)
 
 
-@needs_the_engine
-def test_sums_that_all_point_one_way(instruction_set: str) -> None:
-    """The largest codes, zeros and activations: sums of a group that nearly fill 32 bits."""
-    spec = ModelSpec.model_validate(
+def quantized_head() -> ModelSpec:
+    return ModelSpec.model_validate(
         {
             "d_model": 192,
             "layers": 1,
@@ -154,6 +152,24 @@ def test_sums_that_all_point_one_way(instruction_set: str) -> None:
             "low_bit": {"head": 4},
         }
     )
+
+
+@needs_the_engine
+def test_a_head_that_is_stored_in_few_bits_has_nothing_more_exact() -> None:
+    spec = quantized_head()
+    weights = weights_of_zeros(spec)
+    plain, rescored = (
+        start(pack(spec, weights, Precision.of("int8", head_rescoring=rescoring)))
+        for rescoring in (False, True)
+    )
+    assert "head.exact" not in rescored.model.tensors
+    np.testing.assert_array_equal(stepped(rescored, [1, 2]), stepped(plain, [1, 2]))
+
+
+@needs_the_engine
+def test_sums_that_all_point_one_way(instruction_set: str) -> None:
+    """The largest codes, zeros and activations: sums of a group that nearly fill 32 bits."""
+    spec = quantized_head()
     for zero in (0, 255):
         weights = weights_of_zeros(spec)
         weights["model.embedding.weight"][:] = 1

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import sparsecli.decode.native
-from sparsecli.decode import engine
 from sparsecli.decode.native import shape
 from sparsecli.decode.packed import layouts
 from sparsecli.decode.reference import ops, step
@@ -54,7 +53,7 @@ def test_constants(name: str, value: int) -> None:
 
 def test_type_codes() -> None:
     types = enumeration("Type")
-    codes = shape.TYPE_CODES | {f"int{bits}": code for bits, code in engine.QUANTIZED_TYPES.items()}
+    codes = shape.TYPE_CODES | {f"int{bits}": code for bits, code in shape.QUANTIZED_TYPES.items()}
     assert codes == {name.lower(): code for name, code in types.items()}
 
 

@@ -6,7 +6,6 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Mapping
 from collections.abc import Sequence as Many
 
 import numpy as np
@@ -15,17 +14,15 @@ from sparsecli.console import Failure
 from sparsecli.decode.kv_state import KVState
 from sparsecli.decode.native import binding
 from sparsecli.decode.native.binding import ERROR_BYTES
-from sparsecli.decode.native.shape import TYPE_CODES, shape_of, units_per_block
-from sparsecli.decode.packed.layouts import LANES, Slot, padded
-from sparsecli.decode.packed.pack import LINE, PackedModel
+from sparsecli.decode.native.shape import bound_tensor, shape_of, units_per_block
+from sparsecli.decode.packed.layouts import LANES, padded
+from sparsecli.decode.packed.pack import PackedModel
 from sparsecli.decode.packed.precision import plan
-from sparsecli.decode.packed.tensor_file import WIDTHS
 from sparsecli.decode.packed.tensors import convolves, joins
 from sparsecli.model.architecture import ModelSpec
 
 MAX_THREADS = 256
 INVALID = -2  # of sparsecli_forward: a token that does not exist
-QUANTIZED_TYPES = {4: 3, 3: 4}  # native/ops/ops.h, by bits of a weight
 
 
 class Engine:
@@ -91,7 +88,9 @@ class Engine:
         tensors = self.model.tensors
         planned = plan(self.model.spec, self.model.precision)
         found = [
-            _bound(slot, kind, tensors) for slot, kind in planned if not slot.optional or slot.key in tensors
+            bound_tensor(slot, kind, tensors)
+            for slot, kind in planned
+            if not slot.optional or slot.key in tensors
         ]
         bound = (binding.BoundTensor * len(found))(*found)
         if self._library.sparsecli_bind(self.handle, bound, len(found), self._error) < 0:
@@ -334,33 +333,6 @@ class Sequence:
             if not 0 <= length <= self.length:
                 raise ValueError(f"length: {length} is not between 0 and {self.length}")
             self.engine._library.sparsecli_sequence_truncate(self.handle, length)
-
-
-def _bound(slot: Slot, kind: str, tensors: Mapping[str, np.ndarray]) -> binding.BoundTensor:
-    """A tensor as the library takes it. The library believes what it says: whatever lies in memory is compared with the
-    plan here, in whole numbers of any size."""
-    if slot.key not in tensors:
-        raise ValueError(f"{slot.key} is missing from the packed model")
-    tensor, scale = tensors[slot.key], tensors.get(f"{slot.key}.scale")
-    if tensor.itemsize != WIDTHS[kind]:
-        raise ValueError(f"{slot.key}: is {tensor.dtype}, expected {kind}")
-    if not slot.elements <= tensor.size < slot.elements + LINE // tensor.itemsize:  # whole cache lines
-        raise ValueError(f"{slot.key}: has {tensor.size} elements, expected {slot.elements}")
-    if kind != "int8":
-        scale = None
-    elif scale is None:
-        raise ValueError(f"{slot.key}.scale is missing from the packed model")
-    elif scale.dtype != np.float32 or scale.size < slot.scales:
-        raise ValueError(f"{slot.key}.scale: is {scale.size} {scale.dtype}, expected {slot.scales} float32")
-    return binding.BoundTensor(
-        name=slot.name.encode(),
-        data=tensor.ctypes.data,
-        scale=None if scale is None else scale.ctypes.data,
-        layer=slot.layer,
-        type=QUANTIZED_TYPES[slot.bits] if slot.bits else TYPE_CODES[kind],
-        rows=slot.rows,
-        cols=slot.cols,
-    )
 
 
 def processors() -> int:

@@ -1,12 +1,19 @@
-"""A model as the native engine is told of it: the fields of `sparsecli_shape` (native/engine.h)."""
+"""A model as the native engine takes it: `sparsecli_shape` and its tensors (native/engine.h)."""
 
 from __future__ import annotations
 
-from sparsecli.decode.native.binding import Shape
-from sparsecli.decode.packed.pack import PackedModel
+from collections.abc import Mapping
+
+import numpy as np
+
+from sparsecli.decode.native.binding import BoundTensor, Shape
+from sparsecli.decode.packed.layouts import Slot
+from sparsecli.decode.packed.pack import LINE, PackedModel
+from sparsecli.decode.packed.tensor_file import WIDTHS
 from sparsecli.decode.packed.tensors import crosses, joins, modules_of, query_modules_of
 from sparsecli.model.architecture import ModelSpec
 
+QUANTIZED_TYPES = {4: 3, 3: 4}  # native/ops/ops.h, by bits of a weight
 TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh")
 FEED_FORWARDS = ("dense", "sparse", "mixture", "selector", "precision")
@@ -93,3 +100,35 @@ def units_per_block(spec: ModelSpec) -> list[int]:
     if feed_forward.kind == "mixture":
         return [feed_forward.experts_per_token] * spec.layers
     return [spec.units_per_block(layer) for layer in range(spec.layers)]
+
+
+def bound_tensor(slot: Slot, kind: str, tensors: Mapping[str, np.ndarray]) -> BoundTensor:
+    """A tensor as the library takes it, compared with the plan.
+
+    The library does not check lengths. Python's integers have no limit, so that no product of sizes can wrap here.
+
+    Raises:
+        ValueError: it is missing, or has another type or length.
+    """
+    if slot.key not in tensors:
+        raise ValueError(f"{slot.key} is missing from the packed model")
+    tensor, scale = tensors[slot.key], tensors.get(f"{slot.key}.scale")
+    if tensor.itemsize != WIDTHS[kind]:
+        raise ValueError(f"{slot.key}: is {tensor.dtype}, expected {kind}")
+    if not slot.elements <= tensor.size < slot.elements + LINE // tensor.itemsize:  # whole cache lines
+        raise ValueError(f"{slot.key}: has {tensor.size} elements, expected {slot.elements}")
+    if kind != "int8":
+        scale = None
+    elif scale is None:
+        raise ValueError(f"{slot.key}.scale is missing from the packed model")
+    elif scale.dtype != np.float32 or scale.size < slot.scales:
+        raise ValueError(f"{slot.key}.scale: is {scale.size} {scale.dtype}, expected {slot.scales} float32")
+    return BoundTensor(
+        name=slot.name.encode(),
+        data=tensor.ctypes.data,
+        scale=None if scale is None else scale.ctypes.data,
+        layer=slot.layer,
+        type=QUANTIZED_TYPES[slot.bits] if slot.bits else TYPE_CODES[kind],
+        rows=slot.rows,
+        cols=slot.cols,
+    )
