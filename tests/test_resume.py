@@ -80,6 +80,23 @@ def test_a_line_of_the_log_is_the_mean_of_as_many_steps(recipe_file: Path, tmp_p
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_checkpoint_of_an_earlier_version_has_no_sums(
+    finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 6, crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, output=output)
+    newest = output / "checkpoints" / "checkpoint-4"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    del manifest[loop.SUMS]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    (newest / loop.SUMS).unlink()
+    run(tiny, output=output, resume="auto")
+    assert_same_run(output, finished[0])
+
+
 def test_what_a_kill_left_in_the_last_checkpoint_goes(
     finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
 ) -> None:

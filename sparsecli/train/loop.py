@@ -198,9 +198,13 @@ class LanguageModelTrainer(Trainer):
         }
 
     def restore_sums(self, checkpoint: Path) -> None:
-        """Go on with the sums that were saved with a checkpoint."""
-        saved = json.loads((checkpoint / SUMS).read_text())
-        self.logged_step, self.sums = saved["logged_step"], saved["sums"]
+        """Go on with the sums that were saved with a checkpoint.
+
+        Earlier versions saved none: the next line of the log is then the mean of the steps after the checkpoint.
+        """
+        path = checkpoint / SUMS
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        self.logged_step, self.sums = saved.get("logged_step", step_of(checkpoint)), saved.get("sums", {})
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         lengths = self.examples.lengths()
