@@ -113,13 +113,15 @@ def measure(kind: str, shape: Shape, layers: int, device: str) -> Step:
     else:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         step()
-        peak, left = _resident("VmHWM"), _resident("VmRSS")
+        # both from one reading, which takes memory itself: so the peak is never below what is left
+        status = Path("/proc/self/status").read_text()
+        peak, left = _resident(status, "VmHWM"), _resident(status, "VmRSS")
     return Step(peak - left, peak, time.perf_counter() - start)
 
 
-def _resident(name: str) -> int:
-    """Bytes of this process that Linux calls `name`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _resident(status: str, name: str) -> int:
+    """Bytes that Linux calls `name` in `status`, the text of /proc/self/status."""
+    for line in status.splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise console.Failure(f"/proc/self/status: has no {name}")
