@@ -58,7 +58,7 @@ build/ops-arm/%.o: $(NATIVE)/%.cpp $(HEADERS)
 	@mkdir -p $(@D)
 	aarch64-linux-gnu-g++ $(CXXFLAGS) -c $< -o $@
 
-# Undefined behaviour ends the process at once; Python's own leaks are none of ours.
+# Undefined behaviour ends the process at once; Python's own leaks are none of ours. `--jobs 2` halves the build.
 SANITIZED := build/sanitized/_native.so
 SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer
 
@@ -68,13 +68,15 @@ sanitize: $(READY) $(SANITIZED) build/sanitized/ops  ## ops and engine under add
 	ASAN_OPTIONS=detect_leaks=0 SPARSECLI_NATIVE_LIBRARY=$(SANITIZED) \
 	$(BIN)/python -m pytest -s tests/test_kernels.py tests/test_few_bits.py tests/test_decode.py tests/test_decode_source.py tests/test_decode_hashed.py tests/test_packing.py
 
-$(SANITIZED): $(wildcard $(NATIVE)/*.cpp $(NATIVE)/layers/*.cpp $(NATIVE)/ops/*.cpp) $(HEADERS)
-	mkdir -p $(@D)
-	$(CXX) -std=c++20 -g -O1 -w -shared -fPIC -pthread -I $(NATIVE) $(SANITIZERS) $(filter %.cpp,$^) -o $@
+$(SANITIZED): $(patsubst $(NATIVE)/%.cpp,build/sanitized/%.o,$(wildcard $(NATIVE)/*.cpp $(NATIVE)/*/*.cpp))
+	$(CXX) -shared $(SANITIZERS) $(filter-out %tests/ops.o,$^) -o $@ -pthread
 
-build/sanitized/ops: $(wildcard $(NATIVE)/ops/*.cpp) $(NATIVE)/tests/ops.cpp $(HEADERS)
-	mkdir -p $(@D)
-	$(CXX) -std=c++20 -g -O1 -w -pthread -I $(NATIVE) $(SANITIZERS) $(filter %.cpp,$^) -o $@
+build/sanitized/ops: $(addprefix build/sanitized/,$(OPS))
+	$(CXX) $(SANITIZERS) $^ -o $@ -pthread
+
+build/sanitized/%.o: $(NATIVE)/%.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -g -O1 -w -fPIC -pthread -I $(NATIVE) $(SANITIZERS) -c $< -o $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

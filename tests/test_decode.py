@@ -318,20 +318,21 @@ def large_vocabulary(**head: object) -> PackedModel:
     return pack(spec, weights, Precision.of("float32", **head))
 
 
-def test_a_rescored_head_chooses_as_the_exact_one() -> None:
+@pytest.mark.parametrize(("coarse", "fine"), [("int8", "bfloat16"), ("int4", "int8")])
+def test_a_rescored_head_chooses_as_the_finer_one(coarse: str, fine: str) -> None:
     tokens = some_tokens(3001, 400)
     exact, rescored, plain = (
         np.concatenate([engine.logits(engine.sequence(100), tokens[i : i + 100]) for i in range(0, 400, 100)])
         for engine in (
-            Engine(large_vocabulary(head="bfloat16"), 1),
-            Engine(large_vocabulary(head="int8", head_rescoring=True), 2),
-            Engine(large_vocabulary(head="int8"), 1),
+            Engine(large_vocabulary(head=fine), 1),
+            Engine(large_vocabulary(head=coarse, head_rescoring=True), 2),
+            Engine(large_vocabulary(head=coarse), 1),
         )
     )
     best = exact.argmax(-1)
     np.testing.assert_array_equal(rescored.argmax(-1), best)
     np.testing.assert_allclose(rescored.max(-1), exact.max(-1), atol=1e-5)
-    assert (plain.argmax(-1) != best).any(), "int8 alone would have done"
+    assert (plain.argmax(-1) != best).any(), f"{coarse} alone would have done"
 
 
 # -- what can go wrong ---------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ class PrecisionChanges(Block):
     cache: Dtype | None = None
     """Keys and values."""
     head_rescoring: bool | None = None
-    """Score the likeliest tokens of an int8 head again with bfloat16 weights."""
+    """Score the likeliest tokens again: those of an int8 head with bfloat16 weights, of an int4 head with int8."""
 
 
 class Variant(Block):

@@ -12,6 +12,7 @@ from sparsecli.model.architecture import ModelSpec
 INT8_RANK = 512  # the longest rank that is computed with in int8
 WORDS = ("float32", "bfloat16", "int8", "int4")
 INT4_PARTS = ("units", "projection", "head")
+RESCORED_BY = {"int8": "bfloat16", "int4": "int8"}  # a head's type, and that of the weights that score again
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Precision:
     cache: str
     """Keys and values."""
     head_rescoring: bool = False
-    """Score the likeliest tokens again with the head's exact weights; they are kept beside the int8 ones."""
+    """Score the likeliest tokens again with finer weights of the head, which are kept too: bfloat16 ones for an int8
+    head, int8 ones for an int4 head."""
 
     @classmethod
     def of(cls, name: str, **changes: Any) -> Precision:
@@ -61,8 +63,8 @@ class Precision:
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(words)}")
         if self.convolution == "int8":
             raise ValueError("convolution: int8 kernels are not computed with; use bfloat16")
-        if self.head_rescoring and self.head != "int8":
-            raise ValueError("head_rescoring: needs an int8 head")
+        if self.head_rescoring and self.head not in RESCORED_BY:
+            raise ValueError("head_rescoring: needs an int8 or int4 head")
 
 
 def plan(spec: ModelSpec, precision: Precision) -> list[tuple[Slot, str]]:
@@ -70,7 +72,8 @@ def plan(spec: ModelSpec, precision: Precision) -> list[tuple[Slot, str]]:
     found = [_typed(slot, precision) for slot in slots(spec)]
     if precision.head_rescoring and spec.vocabulary.kind == "dense" and spec.low_bit.head is None:
         head = next(slot for slot, _ in found if slot.name == "head.weight")
-        found.append((replace(head, name="head.exact"), "bfloat16"))
+        exact = replace(head, name="head.exact", layout="spans", bits=0)
+        found.append((exact, RESCORED_BY[precision.head]))
     return found
 
 

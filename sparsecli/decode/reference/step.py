@@ -383,8 +383,10 @@ class Reference:
         if "head.bias" in self.weights:
             exact = exact + self.weights["head.bias"].values[0]
         size = len(logits)
+        panels = -(-size // LANES)
         for part in range(HEAD_PARTS):
-            start, end = size * part // HEAD_PARTS, size * (part + 1) // HEAD_PARTS
+            start, end = panels * part // HEAD_PARTS * LANES, panels * (part + 1) // HEAD_PARTS * LANES
+            end = min(end, size)
             best = start + logits[start:end].topk(min(CANDIDATES, end - start)).indices
             logits[best] = exact[best]
         return logits

@@ -65,7 +65,7 @@ void Head::dense(Pass& pass, const Activations& x, float* out) {
     if (!pass.model.exact_head.data) return logits_of(pass.mine(vocabulary, LANES));
     const Range lanes = pass.mine(HEAD_LANES, 1);
     for (int64_t lane = lanes.begin; lane < lanes.end; ++lane) {
-        const Range rows = share(vocabulary, 1, lane, HEAD_LANES);
+        const Range rows = share(vocabulary, LANES, lane, HEAD_LANES);
         logits_of(rows);
         rescore(pass, x, rows, out);
     }

@@ -3,7 +3,7 @@
 
 namespace sparsecli {
 
-constexpr int64_t HEAD_LANES = 16;  // equal parts of the vocabulary, each with its own best candidates
+constexpr int64_t HEAD_LANES = 16;  // parts of the vocabulary, of whole panels, each with its own best candidates
 constexpr int64_t CANDIDATES = 4;   // of each part, scored again with exact weights
 
 // Logits of the tokens that ask for them: the merged streams, normalised, times a dense or a multiplicative matrix.
