@@ -83,6 +83,7 @@ struct Model {
     std::vector<LshRotations> rotations;  // [cache][level], null where no sequence needs them
     bool quantized = false;               // some weights are multiplied with integer activations
     bool group_sums = false;              // some of them need sums of these, see Activations
+    bool bytes = false;                   // some weights are multiplied with activations in bytes
 
     int64_t attention_width() const { return shape.head_width * shape.heads; }
     int64_t key_width() const { return shape.head_width * shape.key_value_heads; }

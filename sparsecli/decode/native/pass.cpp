@@ -25,6 +25,12 @@ void Workspace::allocate_activations() {
     for_workers(own_sums, groups, false);
     scales.rows(1, CHUNK, CHUNK, false);
     for_workers(own_scale, 1, false);
+    for_tokens(bytes, activation_width_, false);
+    for_workers(own_bytes, activation_width_, false);
+    for_tokens(byte_scales, activation_width_ / BYTE_GROUP, false);
+    for_workers(own_byte_scales, activation_width_ / BYTE_GROUP, false);
+    for_tokens(byte_sums, activation_width_ / LANES, false);
+    for_workers(own_byte_sums, activation_width_ / LANES, false);
 }
 
 void Workspace::reserve(int64_t positions) {
@@ -63,21 +69,34 @@ void Pass::save_norm(const Norm& norm) { normalize(norm, space.saved_norm, space
 Activations Pass::readable(const Buffer<float>& from, int64_t held) {
     const int64_t stride = from.stride;
     if (held == 1) return quantized(from.row(0), stride);
+    const Activations all = {from.row(0),     space.integers.data, space.scales.row(0),    stride,
+                             space.sums.data, space.bytes.data,    space.byte_scales.data, space.byte_sums.data};
     const Range rows = mine(held, 1);
-    for (int64_t t = rows.begin; t < rows.end && model.quantized; ++t)
-        space.scales.row(0)[t] =
-            ops.quantise(from.row(t), stride, space.integers.data + t * stride,
-                         model.group_sums ? space.sums.data + t * (stride / QUANT_GROUP) : nullptr);
+    for (int64_t t = rows.begin; t < rows.end; ++t) quantise(row_of(all, t));
     barrier(OTHER);
-    return {from.row(0), space.integers.data, space.scales.row(0), stride, space.sums.data};
+    return all;
 }
 
 Activations Pass::quantized(const float* row, int64_t stride) {
-    int16_t* integers = space.own_integers.row(worker);
-    int32_t* sums = space.own_sums.row(worker);
-    float* scale = space.own_scale.row(worker);
-    if (model.quantized) *scale = ops.quantise(row, stride, integers, model.group_sums ? sums : nullptr);
-    return {row, integers, scale, stride, sums};
+    const Activations x = {row,
+                           space.own_integers.row(worker),
+                           space.own_scale.row(worker),
+                           stride,
+                           space.own_sums.row(worker),
+                           space.own_bytes.row(worker),
+                           space.own_byte_scales.row(worker),
+                           space.own_byte_sums.row(worker)};
+    quantise(x);
+    return x;
+}
+
+// Fills in the forms of a row's values that the model's weights need.
+void Pass::quantise(const Activations& x) const {
+    if (model.quantized)
+        *(float*)x.scales =
+            ops.quantise(x.values, x.stride, (int16_t*)x.integers, model.group_sums ? (int32_t*)x.sums : nullptr);
+    if (model.bytes)
+        ops.quantise_bytes(x.values, x.stride, (int8_t*)x.bytes, (float*)x.byte_scales, (float*)x.byte_sums);
 }
 
 void Pass::linear(const Matrix& weight, const float* bias, Range rows, const Activations& x, int64_t tokens, float* out,

@@ -77,6 +77,9 @@ struct Workspace {
     Buffer<int16_t> integers, own_integers;
     Buffer<int32_t> sums, own_sums;
     Buffer<float> scales, own_scale;
+    // The same as bytes.
+    Buffer<int8_t> bytes, own_bytes;
+    Buffer<float> byte_scales, own_byte_scales, byte_sums, own_byte_sums;
 
     Buffer<float> own_scores;  // (workers, QUERIES * score_stride): attention scores of some queries
     int64_t score_stride = 0;
@@ -193,8 +196,14 @@ class Pass {
     Activations quantized(const Buffer<float>& own) { return quantized(own.row(worker), own.stride); }
 
     static Activations row_of(const Activations& x, int64_t t) {
-        return {x.values + t * x.stride, x.integers + t * x.stride, x.scales + t, x.stride,
-                x.sums + t * (x.stride / QUANT_GROUP)};
+        return {x.values + t * x.stride,
+                x.integers + t * x.stride,
+                x.scales + t,
+                x.stride,
+                x.sums + t * (x.stride / QUANT_GROUP),
+                x.bytes + t * x.stride,
+                x.byte_scales + t * (x.stride / BYTE_GROUP),
+                x.byte_sums + t * (x.stride / LANES)};
     }
 
     // -- linear and multiplicative maps ----------------------------------------------------------------------
@@ -222,6 +231,7 @@ class Pass {
   private:
     using Clock = std::chrono::steady_clock;
 
+    void quantise(const Activations& x) const;
     void normalize(const Norm& norm, int64_t t, float* out) const;
     void normalize(const Norm& norm, const Buffer<float>& shared, const Buffer<float>& own) const;
 

@@ -5,6 +5,7 @@ namespace sparsecli {
 namespace {
 
 void read_row(const Pass& pass, const Matrix& table, int64_t row, float* out) {
+    if (of_gguf(table.type)) return pass.ops.read_gguf(table, row, out);
     const int64_t stride = round_up(table.cols, PAD) * type_bytes(table.type);
     pass.ops.widen((const char*)table.data + row * stride, table.scale ? table.scale + row : nullptr, table.type,
                    table.cols, out);

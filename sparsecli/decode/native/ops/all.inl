@@ -9,6 +9,7 @@ namespace {
 
 #include "ops/vectors.inl"
 #include "ops/quantized.inl"
+#include "ops/gguf.inl"
 #include "ops/gemv.inl"
 #include "ops/units.inl"
 #include "ops/multiplicative.inl"
@@ -20,6 +21,8 @@ constexpr Ops make_table(const char* name) {
     return {.name = name,
             .bytes = LARGEST < 32767,
             .quantise = quantise,
+            .quantise_bytes = quantise_bytes,
+            .read_gguf = read_gguf,
             .matmul = matmul,
             .multiplicative = multiplicative,
             .convolve = convolve,

@@ -197,7 +197,8 @@ void matmul(const Matrix& w, int64_t begin, int64_t end, const Activations& x, i
             return typed_matmul<int8_t>(w, begin, end, x, tokens, out, out_stride);
         case INT4:
             return quantized_matmul<4>(w, begin, end, x, tokens, out, out_stride);
-        default:
+        case INT3:
             return quantized_matmul<3>(w, begin, end, x, tokens, out, out_stride);
     }
+    with_gguf_type(w.type, [&]<int64_t TYPE>() { gguf_matmul<TYPE>(w, begin, end, x, tokens, out, out_stride); });
 }

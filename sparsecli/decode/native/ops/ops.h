@@ -14,15 +14,40 @@ constexpr int64_t PANEL = 64;        // columns of a panel
 constexpr int64_t SPAN = 2048;       // columns of a long row that are read at a time: activations stay in the L1 cache
 constexpr int64_t GROUP = 256;       // inputs that share a scale when products are quantised
 constexpr int64_t QUANT_GROUP = 64;  // inputs that share a scale and a zero where weights have 3 or 4 bits
+constexpr int64_t BYTE_GROUP = 32;   // activations that share a scale where these are bytes, as GGUF's types need them
 constexpr int64_t MAX_BLOCK = 4096;  // units of a block
 constexpr int64_t QUERIES = 4;       // queries that share one reading of keys and values
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, INT3 = 4 };
+enum Type : int64_t {
+    FLOAT32 = 0,
+    BFLOAT16 = 1,
+    INT8 = 2,
+    INT4 = 3,
+    INT3 = 4,
+    Q4_0 = 5,  // GGUF's own, see gguf.inl
+    Q4_1 = 6,
+    Q5_0 = 7,
+    Q5_1 = 8,
+    Q8_0 = 9,
+    Q4_K = 10,
+    Q5_K = 11,
+    Q6_K = 12
+};
 inline int64_t type_bytes(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
 
 inline int64_t groups_of(int64_t cols) { return (cols + QUANT_GROUP - 1) / QUANT_GROUP; }
+
+// Whether a type is one of GGUF's, which are multiplied with bytes.
+inline bool of_gguf(int64_t type) { return type >= Q4_0; }
+
+// Columns of a block of such a type, and bytes of LANES rows of one.
+inline int64_t gguf_block(int64_t type) { return type >= Q4_K ? 256 : 64; }
+constexpr int64_t GGUF_BLOCK_BYTES[] = {576, 640, 704, 768, 1088, 2368, 2880, 3392};  // by type - Q4_0
+inline int64_t gguf_panel(int64_t cols, int64_t type) {
+    return (cols + gguf_block(type) - 1) / gguf_block(type) * GGUF_BLOCK_BYTES[type - Q4_0];
+}
 
 // Bytes of LANES quantized rows, and of a row and a unit of residuals.
 inline int64_t quantized_panel(int64_t cols, int64_t bits) {
@@ -40,6 +65,7 @@ inline int64_t residual_unit(int64_t cols, int64_t parts) { return round_up(part
 //   units     rows of chosen units: [unit][gate, up, down], each PAD-rounded; int8 has a scale for each row
 //   quantized dense maps in INT4 or INT3: panels of LANES rows, of each the codes of every group of QUANT_GROUP columns
 //             (quantized.inl), then scales (bfloat16) and zeros (bytes, in sixteenths) as [group][row]
+//   gguf      dense maps in GGUF's types: panels of LANES rows (gguf.inl); those from Q4_K on have whole blocks
 //   residual  [unit][gate, up, down]: a row's codes in 4 bits, columns j and j + 32 of a group in one byte, then its
 //             scales (bfloat16); value = scale * (code - 8)
 struct Matrix {
@@ -50,13 +76,16 @@ struct Matrix {
 
 // Rows of activations, `stride` elements apart and padded with zeros: `values` for float weights; `integers` and
 // `scales` for int8 and quantized weights, with `sums` of every QUANT_GROUP integers for the latter. The order of
-// integers is private to `quantise` and the ops that take them (see Ops::bytes).
+// integers is private to `quantise` and the ops that take them (see Ops::bytes). GGUF's types are multiplied with
+// `bytes`, which have a scale for every BYTE_GROUP, with the sums of every LANES bytes.
 struct Activations {
     const float* values;
     const int16_t* integers;
     const float* scales;
     int64_t stride;
     const int32_t* sums;
+    const int8_t* bytes = nullptr;
+    const float *byte_scales = nullptr, *byte_sums = nullptr;
 };
 
 // Keys and values of one layer and one head of one sequence.
@@ -106,8 +135,14 @@ struct Ops {
     // values -> integers and, unless null, their sums; returns the scale. `count` is a multiple of PAD.
     float (*quantise)(const float* values, int64_t count, int16_t* integers, int32_t* sums);
 
-    // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens; w is `spans`, or
-    // `quantized` with `begin` a multiple of LANES.
+    // The same for GGUF's types: values -> bytes, scales and sums.
+    void (*quantise_bytes)(const float* values, int64_t count, int8_t* bytes, float* scales, float* sums);
+
+    // out = row of w as floats; w is `gguf`.
+    void (*read_gguf)(const Matrix& w, int64_t row, float* out);
+
+    // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens; w is `spans`, or `quantized` or
+    // `gguf` with `begin` a multiple of LANES.
     void (*matmul)(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
                    int64_t out_stride);
 

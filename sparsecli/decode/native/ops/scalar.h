@@ -99,6 +99,48 @@ struct Quantized {
     double value(int64_t col) const { return scale(col / QUANT_GROUP) * (code(col) - zero(col / QUANT_GROUP)); }
 };
 
+// Weights of a row in one of GGUF's types, from its panel.
+struct GgufRow {
+    const uint8_t* panel;
+    int64_t type, lane;
+
+    GgufRow(const Matrix& w, int64_t row)
+        : panel((const uint8_t*)w.data + row / LANES * gguf_panel(w.cols, w.type)), type(w.type), lane(row % LANES) {}
+
+    static double half(const uint8_t* from) {
+        const int bits = from[0] | from[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
+        const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+        return bits >> 15 ? -size : size;
+    }
+
+    double value(int64_t col) const {
+        const bool super = type >= Q4_K, minima = type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K;
+        const int64_t bits = type == Q8_0 ? 8 : type == Q6_K ? 6 : type == Q5_0 || type == Q5_1 || type == Q5_K ? 5 : 4;
+        const int64_t block = gguf_block(type), in_block = col % block, size = type == Q6_K ? 16 : 32;
+        const uint8_t* at = panel + col / block * GGUF_BLOCK_BYTES[type - Q4_0];
+        // Codes: of every 32 columns, [word][row][4].
+        const uint8_t* codes = at + in_block / 32 * 64 * bits + 4 * lane + col % 4;
+        const int64_t quad = in_block % 32 / 4;
+        int64_t code = bits == 8 ? int8_t(codes[64 * quad]) : codes[64 * (quad % 4)] >> 4 * (quad / 4) & 15;
+        if (bits == 5) code += (codes[256] >> quad & 1) * 16;
+        if (bits == 6) code += (codes[256 + 64 * (quad / 4)] >> 2 * (quad % 4) & 3) * 16;
+        if (type == Q4_0) code -= 8;
+        if (type == Q5_0) code -= 16;
+        if (type == Q6_K) code -= 32;
+        const uint8_t* scales = at + block / 32 * 64 * bits;
+        const int64_t group = in_block / size, groups = block / size;
+        if (!super) {
+            const double minimum = minima ? half(scales + 2 * ((groups + group) * LANES + lane)) : 0;
+            return half(scales + 2 * (group * LANES + lane)) * double(code) + minimum;
+        }
+        const uint8_t* of_block = scales + (minima ? 2 : 1) * groups * LANES;
+        const int64_t byte = scales[group * LANES + lane];
+        const double scale = half(of_block + 2 * lane) * double(minima ? byte : int8_t(byte));
+        if (!minima) return scale * double(code);
+        return scale * double(code) - half(of_block + 2 * (LANES + lane)) * scales[(groups + group) * LANES + lane];
+    }
+};
+
 // An activation's integer; `bytes`: see Ops.
 inline int16_t integer(bool bytes, const int16_t* integers, int64_t i) {
     if (!bytes) return integers[i];
@@ -109,6 +151,8 @@ inline int16_t integer(bool bytes, const int16_t* integers, int64_t i) {
 // The activation that a weight is multiplied with: a float, or a 16-bit integer times its row's scale.
 inline double input(const Activations& x, int64_t type, int64_t token, int64_t col) {
     if (type <= BFLOAT16) return x.values[token * x.stride + col];
+    if (of_gguf(type))
+        return double(x.bytes[token * x.stride + col]) * x.byte_scales[(token * x.stride + col) / BYTE_GROUP];
     return double(x.integers[token * x.stride + col]) * x.scales[token];
 }
 
@@ -118,8 +162,9 @@ inline Sum matmul(const Matrix& w, int64_t row, const Activations& x, int64_t to
     Sum sum;
     for (int64_t col = 0; col < w.cols; ++col) {
         const double weight =
-            w.type >= INT4 ? Quantized(w, row).value(col)
-                           : stored(w.data, w.type, spans_offset(w, row, col)) * (w.type == INT8 ? w.scale[row] : 1);
+            of_gguf(w.type)  ? GgufRow(w, row).value(col)
+            : w.type >= INT4 ? Quantized(w, row).value(col)
+                             : stored(w.data, w.type, spans_offset(w, row, col)) * (w.type == INT8 ? w.scale[row] : 1);
         sum.add(weight * input(x, w.type, token, col));
     }
     return sum;

@@ -21,7 +21,8 @@ using namespace sparsecli;
 namespace {
 
 constexpr double EPSILON = 1.0 / (1 << 24);
-const char* TYPE_NAMES[] = {"float32", "bfloat16", "int8", "int4", "int3"};
+const char* TYPE_NAMES[] = {"float32", "bfloat16", "int8", "int4", "int3", "q4_0", "q4_1",
+                            "q5_0",    "q5_1",     "q8_0", "q4_k", "q5_k", "q6_k"};
 
 struct Options {
     std::string isa, op;
@@ -85,6 +86,8 @@ class Harness {
         Memory<int16_t> integers, whole;
         Memory<float> scales;
         Memory<int32_t> sums;
+        Memory<int8_t> bytes;
+        Memory<float> byte_scales, byte_sums;
         Activations all, plain;
 
         Forms(Harness& h, int64_t tokens, int64_t cols)
@@ -92,15 +95,21 @@ class Harness {
               integers(values.size),
               whole(values.size),
               scales(tokens),
-              sums(values.size / QUANT_GROUP) {
+              sums(values.size / QUANT_GROUP),
+              bytes(values.size),
+              byte_scales(values.size / BYTE_GROUP),
+              byte_sums(values.size / LANES) {
             const int64_t stride = round_up(cols, PAD);
             for (int64_t t = 0; t < tokens; ++t) {
                 for (int64_t i = 0; i < cols; ++i) values[t * stride + i] = h.number();
                 scales[t] = h.k.quantise(values.data + t * stride, stride, integers.data + t * stride,
                                          sums.data + t * (stride / QUANT_GROUP));
+                h.k.quantise_bytes(values.data + t * stride, stride, bytes.data + t * stride,
+                                   byte_scales.data + t * (stride / BYTE_GROUP), byte_sums.data + t * (stride / LANES));
             }
             for (int64_t i = 0; i < whole.size; ++i) whole[i] = scalar::integer(h.k.bytes, integers.data, i);
-            all = plain = {values.data, integers.data, scales.data, stride, sums.data};
+            all = plain = {values.data, integers.data, scales.data,      stride,
+                           sums.data,   bytes.data,    byte_scales.data, byte_sums.data};
             plain.integers = whole.data;
         }
     };
@@ -126,6 +135,7 @@ class Harness {
     }
 
     Weights spans(int64_t type, int64_t count, int64_t cols) {
+        if (of_gguf(type)) return gguf(type, count, cols);
         if (type >= INT4) return quantized(type, count, cols);
         Weights w(*this, count * round_up(cols, PAD) * type_bytes(type), count, type, count, cols);
         for (int64_t r = 0; r < count; ++r)
@@ -145,6 +155,20 @@ class Harness {
             at += groups * LANES * 2;
             for (int64_t i = 0; i < groups * LANES; ++i) at[i] = char(whole(0, 240));
         }
+        return w;
+    }
+
+    // Random codes and byte scales; float16 scales of 2^-8 to 2^-5.
+    Weights gguf(int64_t type, int64_t count, int64_t cols) {
+        Weights w(*this, round_up(count, LANES) / LANES * gguf_panel(cols, type), 0, type, count, cols);
+        for (int64_t i = 0; i < w.memory.size; ++i) w.memory[i] = char(random_());
+        const bool minima = type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K;
+        const int64_t halves = (type >= Q4_K ? 1 : 2) * (minima ? 2 : 1) * LANES, bytes = GGUF_BLOCK_BYTES[type - Q4_0];
+        const int64_t end = type == Q6_K ? bytes - 32 : bytes;  // behind the last of them
+        for (int64_t block = 0; block < w.memory.size; block += bytes)
+            for (int64_t i = 0; i < halves; ++i)
+                ((uint16_t*)(w.memory.data + block + end))[i - halves] =
+                    uint16_t(whole(0, 1) << 15 | whole(7, 9) << 10 | whole(0, 1023));
         return w;
     }
 
@@ -178,10 +202,11 @@ std::string text(const char* format, auto... values) {
 // -- one function for each op --------------------------------------------------------------------------------
 
 void test_matmul(Harness& h) {
-    for (int64_t type = FLOAT32; type <= INT3; ++type)
-        for (const int64_t cols : {1, 63, 64, 100, 129, 1000, 2048, 2112, 5000})
+    for (int64_t type = FLOAT32; type <= Q6_K; ++type)
+        for (const int64_t given : {1, 63, 64, 100, 129, 1000, 2048, 2112, 5000})
             for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 9, 17}) {
-                if (h.quick() && (cols > 2112 || tokens > 7)) continue;
+                const int64_t cols = type >= Q4_K ? round_up(given, gguf_block(type)) : given;  // as these have them
+                if (h.quick() && (cols > 2304 || tokens > 7)) continue;
                 const int64_t count = h.whole(1, 90);
                 const auto w = h.spans(type, count, cols);
                 const Harness::Forms x(h, tokens, cols);
@@ -201,6 +226,38 @@ void test_matmul(Harness& h) {
                             h.same(out[t * count + r], NAN, 0, "untouched out", t * count + r);
                     }
             }
+}
+
+void test_read_gguf(Harness& h) {
+    for (int64_t type = Q4_0; type <= Q6_K; ++type)
+        for (const int64_t cols : {1, 63, 256, 300, 1024}) {
+            const int64_t count = h.whole(1, 40), row = h.whole(0, count - 1);
+            const auto w = h.spans(type, count, cols);
+            Memory<float> out(cols);
+            h.begin(text("read_gguf %s cols %ld row %ld of %ld", TYPE_NAMES[type], long(cols), long(row), long(count)));
+            h.k.read_gguf(w.matrix, row, out.data);
+            for (int64_t c = 0; c < cols; ++c) {
+                const double expected = scalar::GgufRow(w.matrix, row).value(c);
+                h.same(out[c], expected, 1e-6 * (std::fabs(expected) + 100), "out", c);
+            }
+        }
+}
+
+void test_quantise_bytes(Harness& h) {
+    for (const int64_t count : {64, 128, 1024}) {
+        const Harness::Forms x(h, 1, count);
+        h.begin(text("quantise_bytes %ld", long(count)));
+        for (int64_t i = 0; i < count; ++i) {
+            double top = 0, sum = 0;
+            for (int64_t j = 0; j < BYTE_GROUP; ++j)
+                top = std::max(top, std::fabs(double(x.values.data[i / BYTE_GROUP * BYTE_GROUP + j])));
+            for (int64_t j = 0; j < LANES; ++j) sum += x.bytes.data[i / LANES * LANES + j];
+            const double scale = x.byte_scales.data[i / BYTE_GROUP];
+            h.same(scale, top / 127, 1e-6 * top, "scale", i);
+            h.same(x.bytes.data[i] * scale, x.values.data[i], 0.503 * scale, "value", i);
+            h.same(x.byte_sums.data[i / LANES], sum, 0, "sum", i);
+        }
+    }
 }
 
 void test_quantise(Harness& h) {
@@ -581,6 +638,8 @@ struct Op {
 };
 constexpr Op OPS[] = {{"matmul", test_matmul},
                       {"quantise", test_quantise},
+                      {"quantise_bytes", test_quantise_bytes},
+                      {"read_gguf", test_read_gguf},
                       {"multiplicative", test_multiplicative},
                       {"convolve", test_convolve},
                       {"choose", test_choose},
@@ -659,12 +718,14 @@ void perf(const Ops& ops, const Options& options) {
     const double bandwidth = probe(large, threads);
     std::printf("%s, memory reads %.1f GB/s with %d threads; cached rows with one\n", ops.name, bandwidth, threads);
     const auto selected = [&](const char* name) { return options.op.empty() || options.op == name; };
-    for (int64_t type = FLOAT32; selected("matmul") && type <= INT3; ++type)
+    for (int64_t type = FLOAT32; selected("matmul") && type <= Q6_K; ++type)
         for (const bool cached : {false, true})
             for (const int64_t tokens : {1, 4, 16, 128}) {
                 if (!cached && tokens > 16) continue;
                 const int64_t cols = 2048, bits = type == INT4 ? 4 : 3;
-                const int64_t row = type >= INT4 ? quantized_panel(cols, bits) / LANES : cols * type_bytes(type);
+                const int64_t row = of_gguf(type)  ? gguf_panel(cols, type) / LANES
+                                    : type >= INT4 ? quantized_panel(cols, bits) / LANES
+                                                   : cols * type_bytes(type);
                 const int64_t rows = (cached ? 1 << 20 : large.size / (tokens > 1 ? 4 : 1)) / row / 128 * 128;
                 Memory<float> scales(rows), out(rows * tokens);
                 const Matrix w{large.data, scales.data, type, rows, cols};

@@ -1,0 +1,426 @@
+// Weights in GGUF's types, with their own codes and scales, in panels: sixteen outputs are computed together.
+// Part of all.inl, inside its namespaces.
+//
+// Every 32-bit lane belongs to one output and holds the codes of four neighbouring inputs, one in each byte, which are
+// multiplied with four bytes of activations. Integer sums of a group of inputs are exact; then they are multiplied with
+// the group's scale in float32.
+
+// How a type's weights are made of codes. A panel is a sequence of blocks of BLOCK columns, each of which holds
+//   codes   of every group of 32 columns: the lower four bits of all, then the upper ones (see visit_quads)
+//   scales  simple: float16 [group][row], with MIN also minima of the same form
+//           super:  bytes [group of GROUP][row], with MIN also minima; then one float16 [row] for the scales of the
+//                   whole block, with MIN another one for the minima
+// and is filled up to whole cache lines. A weight is scale * (code - ZERO), with MIN scale * code + minimum, where a
+// minimum of super blocks counts negative.
+template <int64_t TYPE>
+struct Gguf;
+
+template <int BITS_, int64_t BLOCK_, int GROUP_, bool SUPER_, bool MIN_, int ZERO_>
+struct GgufType {
+    static constexpr int BITS = BITS_, GROUP = GROUP_, ZERO = ZERO_;
+    static constexpr int64_t BLOCK = BLOCK_, PARTS_OF_32 = 32 / GROUP, CODES = 64 * BITS;  // bytes of 32 columns
+    static constexpr bool SUPER = SUPER_, MIN = MIN_;
+    static constexpr int64_t GROUPS = BLOCK / GROUP;
+    static constexpr int64_t SCALES = BLOCK / 32 * CODES;  // offset in a block
+    static constexpr int64_t MINIMA = SCALES + GROUPS * LANES * (SUPER ? 1 : 2);
+    static constexpr int64_t OF_SCALES = SCALES + (1 + MIN) * GROUPS * LANES, OF_MINIMA = OF_SCALES + 2 * LANES;
+    static constexpr int64_t BYTES =
+        (SUPER ? OF_SCALES + (1 + MIN) * 2 * LANES : SCALES + (1 + MIN) * (MINIMA - SCALES)) + 63 & ~63;
+};
+
+template <>
+struct Gguf<Q4_0> : GgufType<4, 64, 32, false, false, 8> {};
+template <>
+struct Gguf<Q4_1> : GgufType<4, 64, 32, false, true, 0> {};
+template <>
+struct Gguf<Q5_0> : GgufType<5, 64, 32, false, false, 16> {};
+template <>
+struct Gguf<Q5_1> : GgufType<5, 64, 32, false, true, 0> {};
+template <>
+struct Gguf<Q8_0> : GgufType<8, 64, 32, false, false, 0> {};
+template <>
+struct Gguf<Q4_K> : GgufType<4, 256, 32, true, true, 0> {};
+template <>
+struct Gguf<Q5_K> : GgufType<5, 256, 32, true, true, 0> {};
+template <>
+struct Gguf<Q6_K> : GgufType<6, 256, 16, true, false, 32> {};
+
+// -- conversions ---------------------------------------------------------------------------------------------
+
+inline float half_to_float(uint16_t bits) {
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+    uint32_t wide = sign | (exponent + 112) << 23 | fraction << 13;
+    if (exponent == 31) wide = sign | 0x7f800000 | fraction << 13;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    if (exponent) return value;
+    value = float(fraction) / 16777216.0f;
+    return sign ? -value : value;
+}
+
+// Sixteen float16.
+inline Vector load_halves(const uint8_t* from) {
+    Vector v;
+#if defined(SPARSECLI_AVX512)
+    v.part[0] = (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(SPARSECLI_AVX2)
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p)
+        v.part[p] = (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + 2 * WIDTH * p)));
+#elif defined(SPARSECLI_NEON)
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p)
+        v.part[p] = (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)from + WIDTH * p)));
+#else
+    for (int i = 0; i < LANES; ++i) v.part[i / WIDTH][i % WIDTH] = half_to_float(((const uint16_t*)from)[i]);
+#endif
+    return v;
+}
+
+inline Vector floats_of(const Codes& integers) {
+    Vector v;
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) v.part[p] = __builtin_convertvector((Ints)integers.part[p], Floats);
+    return v;
+}
+
+// Scales of one byte, which is signed where there are no minima.
+template <class T>
+inline Vector load_byte_scales(const uint8_t* from) {
+    if constexpr (T::MIN) return floats_of(bytes_widened(from));
+    return load((const int8_t*)from);
+}
+
+// -- codes ---------------------------------------------------------------------------------------------------
+
+// Codes of eight bits are signed; instructions that take unsigned ones read them with 128 added.
+#if defined(SPARSECLI_QUADS)
+constexpr int SIGNED_ZERO = PANEL_ZERO;
+#else
+constexpr int SIGNED_ZERO = 0;
+#endif
+template <class T>
+constexpr float ZERO_OF = T::BITS == 8 ? SIGNED_ZERO : T::ZERO;
+
+template <int BITS>
+inline Codes upper_bits(const Codes& word, int quad) {
+    constexpr uint32_t MASK = BITS == 5 ? 0x10101010 : 0x30303030;
+    const int shift = BITS == 5 ? 4 - quad : 4 - 2 * (quad % 4);  // to the left
+    Codes c = word;
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) c.part[p] = (shift > 0 ? c.part[p] << shift : c.part[p] >> -shift) & MASK;
+    return c;
+}
+
+inline Codes operator|(Codes a, const Codes& b) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) a.part[p] |= b.part[p];
+    return a;
+}
+
+// Calls use(quad, codes) for the eight quads of 32 columns. Lane r of the i-th 64 bytes has the lower four bits of
+// quads i and i + 4 of row r. Then follow, with five bits, the fifth of all quads: bit q of a byte is that of quad q;
+// with six, the others of quads 0 to 3, two bits each, then of quads 4 to 7. With eight, quads follow one another.
+template <int BITS, class F>
+inline void visit_quads(const uint8_t* from, const F& use) {
+    if constexpr (BITS == 8) {
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; ++q) {
+            Codes c = load_codes(from + 64 * q);
+            if constexpr (SIGNED_ZERO) {
+#pragma GCC unroll 4
+                for (int p = 0; p < PARTS; ++p) c.part[p] ^= 0x80808080;
+            }
+            use(q, c);
+        }
+    } else {
+        constexpr int WORDS = BITS == 6 ? 2 : 1;
+        Codes words[WORDS];
+#pragma GCC unroll 2
+        for (int w = 0; w < WORDS && BITS > 4; ++w) words[w] = load_codes(from + 256 + 64 * w);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            const Codes c = load_codes(from + 64 * v);
+            Codes low = c & 0x0f0f0f0f, high = halves_shifted(c, 4) & 0x0f0f0f0f;
+            if constexpr (BITS > 4) {
+                low = low | upper_bits<BITS>(words[0], v);
+                high = high | upper_bits<BITS>(words[WORDS - 1], v + 4);
+            }
+            use(v, low);
+            use(v + 4, high);
+        }
+    }
+}
+
+// Sums of products of quads of codes with quads of activations.
+template <int BITS>
+struct QuadSums {
+    Codes total = {};
+#if !defined(SPARSECLI_QUADS) && (defined(SPARSECLI_AVX2) || defined(SPARSECLI_AVX512))
+    Codes narrow = {};  // pairs of 16 bits
+    int held = 0;       // quads in them
+    static constexpr int MOST = BITS == 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
+    static_assert(MOST * 2 * 127 * (BITS == 8 ? 128 : (1 << BITS) - 1) < 1 << 15);
+
+    void widen() {
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; ++p) {
+#if defined(SPARSECLI_AVX512)
+            total.part[p] += (Lanes)_mm512_madd_epi16((__m512i)narrow.part[p], _mm512_set1_epi16(1));
+#else
+            total.part[p] += (Lanes)_mm256_madd_epi16((__m256i)narrow.part[p], _mm256_set1_epi16(1));
+#endif
+        }
+        narrow = Codes{};
+        held = 0;
+    }
+#endif
+
+    void add(const Codes& codes, Ints x) {
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; ++p) {
+#if defined(SPARSECLI_QUADS)
+            total.part[p] = (Lanes)add_quads((Ints)total.part[p], (Ints)codes.part[p], x);
+#elif defined(SPARSECLI_AVX512)
+            __m512i c = (__m512i)codes.part[p], y = (__m512i)x;
+            if constexpr (BITS == 8) {
+                y = _mm512_mask_sub_epi8(y, _mm512_movepi8_mask(c), _mm512_setzero_si512(), y);
+                c = _mm512_abs_epi8(c);
+            }
+            narrow.part[p] = (Lanes)((Halves)narrow.part[p] + (Halves)_mm512_maddubs_epi16(c, y));
+#elif defined(SPARSECLI_AVX2)
+            __m256i c = (__m256i)codes.part[p], y = (__m256i)x;
+            if constexpr (BITS == 8) y = _mm256_sign_epi8(y, c), c = _mm256_abs_epi8(c);
+            narrow.part[p] = (Lanes)((Halves)narrow.part[p] + (Halves)_mm256_maddubs_epi16(c, y));
+#else
+            const Ints c = (Ints)codes.part[p];
+            Ints sum = (Ints)total.part[p];
+            sum += (c << 24 >> 24) * (x << 24 >> 24) + (c << 16 >> 24) * (x << 16 >> 24);
+            total.part[p] = (Lanes)(sum + (c << 8 >> 24) * (x << 8 >> 24) + (c >> 24) * (x >> 24));
+#endif
+        }
+#if !defined(SPARSECLI_QUADS) && (defined(SPARSECLI_AVX2) || defined(SPARSECLI_AVX512))
+        if (++held == MOST) widen();
+#endif
+    }
+
+    Vector floats() const { return floats_of(total); }
+};
+
+// -- activations ---------------------------------------------------------------------------------------------
+
+// Bytes of -127 to 127, with the scale of every 32 of them, and the sum of every 16.
+void quantise_bytes(const float* values, int64_t count, int8_t* bytes, float* scales, float* sums) {
+    for (int64_t group = 0; group < count; group += BYTE_GROUP) {
+        const Vector a = load(values + group), b = load(values + group + LANES);
+        const float limit = maximum(larger(magnitude(a), magnitude(b)));
+        const Floats inverse = broadcast(limit > NOTHING ? 127 / limit : 0);
+        const float scale = limit > NOTHING ? limit / 127 : 0;
+        scales[group / BYTE_GROUP] = scale;
+        for (int half = 0; half < 2; ++half) {
+            int32_t whole[LANES], sum = 0;
+#pragma GCC unroll 4
+            for (int p = 0; p < PARTS; ++p) *(IntsAt*)(whole + p * WIDTH) = rounded((half ? b : a).part[p], inverse);
+            for (int i = 0; i < LANES; ++i) {
+                bytes[group + half * LANES + i] = int8_t(whole[i]);
+                sum += whole[i];
+            }
+            sums[group / LANES + half] = float(sum);
+        }
+    }
+}
+
+// -- products ------------------------------------------------------------------------------------------------
+
+// The scales of a group of columns of sixteen rows, and their minima.
+template <class T>
+inline Vector scales_of(const uint8_t* block, int64_t group) {
+    if constexpr (T::SUPER)
+        return load_halves(block + T::OF_SCALES) * load_byte_scales<T>(block + T::SCALES + group * LANES);
+    return load_halves(block + T::SCALES + group * 2 * LANES);
+}
+
+template <class T>
+inline Vector minima_of(const uint8_t* block, int64_t group) {
+    if constexpr (T::SUPER)
+        return fill(0) - load_halves(block + T::OF_MINIMA) * load_byte_scales<T>(block + T::MINIMA + group * LANES);
+    return load_halves(block + T::MINIMA + group * 2 * LANES);
+}
+
+// y += scales * (the sum of codes * bytes - ZERO * the sum of bytes) * scale of the bytes, and minima times their sum.
+template <class T>
+inline void add_group(Vector& y, const Vector& scales, const Vector& minima, const Vector& sums, float scale,
+                      float sum_of_x) {
+    const Vector centred = ZERO_OF<T> != 0 ? sums - fill(ZERO_OF<T> * sum_of_x) : sums;  // exact
+    add_product(y, scales, centred * fill(scale));
+    if constexpr (T::MIN) add_product(y, minima, fill(scale * sum_of_x));
+}
+
+template <class T>
+inline float sum_of_group(const float* sums) {
+    return T::GROUP == LANES ? sums[0] : sums[0] + sums[1];
+}
+
+// Sixteen outputs of one token.
+template <class T>
+inline Vector gguf_panel_of_one(const uint8_t* panel, int64_t blocks, const int8_t* x, const float* scales,
+                                const float* sums_of_x) {
+    Vector y = fill(0);
+    for (int64_t b = 0; b < blocks; ++b) {
+        const uint8_t* block = panel + b * T::BYTES;
+#pragma GCC unroll 4
+        for (int64_t line = 0; line < T::BYTES; line += 64) __builtin_prefetch(block + STREAM_DISTANCE + line, 0, 2);
+        for (int64_t i = 0; i < T::BLOCK / 32; ++i) {
+            const int64_t column = b * T::BLOCK + 32 * i;
+            QuadSums<T::BITS> sums[T::PARTS_OF_32];
+            visit_quads<T::BITS>(block + i * T::CODES, [&](int quad, const Codes& codes) {
+                sums[quad * T::PARTS_OF_32 / 8].add(codes, pair_everywhere(x + column + 4 * quad));
+            });
+#pragma GCC unroll 2
+            for (int part = 0; part < T::PARTS_OF_32; ++part) {
+                const int64_t group = i * T::PARTS_OF_32 + part;
+                Vector minima;
+                if constexpr (T::MIN) minima = minima_of<T>(block, group);
+                add_group<T>(y, scales_of<T>(block, group), minima, sums[part].floats(), scales[column / 32],
+                             sum_of_group<T>(sums_of_x + column / LANES + part));
+            }
+        }
+    }
+    return y;
+}
+
+// A block's codes, one in each byte, and its groups' scales and minima: unpacked once for many tokens.
+template <class T>
+struct UnpackedBlock {
+    Codes codes[T::BLOCK / 4];
+    Vector scales[T::GROUPS], minima[T::MIN ? T::GROUPS : 1];
+
+    explicit UnpackedBlock(const uint8_t* block) {
+        for (int64_t i = 0; i < T::BLOCK / 32; ++i)
+            visit_quads<T::BITS>(block + i * T::CODES,
+                                 [&](int quad, const Codes& unpacked) { codes[8 * i + quad] = unpacked; });
+        for (int64_t group = 0; group < T::GROUPS; ++group) {
+            scales[group] = scales_of<T>(block, group);
+            if constexpr (T::MIN) minima[group] = minima_of<T>(block, group);
+        }
+    }
+};
+
+// y (N, LANES) += the products of an unpacked block with N tokens' activations from `column` on.
+template <class T, int N>
+inline void add_gguf_block(const UnpackedBlock<T>& block, const Activations& x, int64_t token, int64_t column,
+                           float* y) {
+    constexpr int QUADS = T::GROUP / 4;
+    for (int64_t group = 0; group < T::GROUPS; ++group) {
+        const int64_t first = column + group * T::GROUP;
+        QuadSums<T::BITS> sums[N];
+#pragma GCC unroll 8
+        for (int q = 0; q < QUADS; ++q) {
+            const Codes& codes = block.codes[group * QUADS + q];
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n)
+                sums[n].add(codes, pair_everywhere(x.bytes + (token + n) * x.stride + first + 4 * q));
+        }
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            const float scale = x.byte_scales[(token + n) * (x.stride / BYTE_GROUP) + first / BYTE_GROUP];
+            const float* of_x = x.byte_sums + (token + n) * (x.stride / LANES) + first / LANES;
+            Vector total = load(y + n * LANES);
+            add_group<T>(total, block.scales[group], block.minima[T::MIN ? group : 0], sums[n].floats(), scale,
+                         sum_of_group<T>(of_x));
+            store(y + n * LANES, total);
+        }
+    }
+}
+
+template <int64_t TYPE>
+void gguf_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations& x, int64_t tokens, float* out,
+                 int64_t out_stride) {
+    using T = Gguf<TYPE>;
+    static_assert(T::BYTES == GGUF_BLOCK_BYTES[TYPE - Q4_0]);
+    constexpr int TILE = QUANT_TOKENS;
+    const int64_t blocks = (w.cols + T::BLOCK - 1) / T::BLOCK, bytes = blocks * T::BYTES;
+    const int64_t tiled = tokens / TILE * TILE;
+    alignas(64) float y[TOKENS_AT_ONCE * LANES];
+    for (int64_t row = begin; row < end; row += LANES) {
+        const uint8_t* panel = (const uint8_t*)w.data + row / LANES * bytes;
+        const auto keep = [&](int64_t t, const Vector& of_token) {
+            float lane[LANES];
+            store(lane, of_token);
+            std::memcpy(out + t * out_stride + row, lane, size_t(row + LANES <= end ? LANES : end - row) * 4);
+        };
+        for (int64_t t = 0; t < tiled; t += TOKENS_AT_ONCE) {
+            const int64_t held = t + TOKENS_AT_ONCE < tiled ? TOKENS_AT_ONCE : tiled - t;
+            std::memset(y, 0, size_t(held * LANES) * sizeof(float));
+            for (int64_t b = 0; b < blocks; ++b) {
+                const UnpackedBlock<T> block(panel + b * T::BYTES);
+                for (int64_t u = 0; u < held; u += TILE)
+                    add_gguf_block<T, TILE>(block, x, t + u, b * T::BLOCK, y + u * LANES);
+            }
+            for (int64_t u = 0; u < held; ++u) keep(t + u, load(y + u * LANES));
+        }
+        for (int64_t t = tiled; t < tokens; ++t)
+            keep(t, gguf_panel_of_one<T>(panel, blocks, x.bytes + t * x.stride,
+                                         x.byte_scales + t * (x.stride / BYTE_GROUP),
+                                         x.byte_sums + t * (x.stride / LANES)));
+    }
+}
+
+// One row's weights, as an embedding needs them: value by value.
+template <int64_t TYPE>
+void gguf_row(const Matrix& w, int64_t row, float* out) {
+    using T = Gguf<TYPE>;
+    const int64_t blocks = (w.cols + T::BLOCK - 1) / T::BLOCK, lane = row % LANES;
+    const uint8_t* panel = (const uint8_t*)w.data + row / LANES * blocks * T::BYTES;
+    const auto half = [&](const uint8_t* from) { return half_to_float(((const uint16_t*)from)[lane]); };
+    for (int64_t b = 0; b < blocks; ++b, panel += T::BYTES)
+        for (int64_t group = 0; group < T::GROUPS; ++group) {
+            float scale, minimum = 0;
+            if constexpr (T::SUPER) {
+                const uint8_t byte = panel[T::SCALES + group * LANES + lane];
+                scale = half(panel + T::OF_SCALES) * float(T::MIN ? int(byte) : int(int8_t(byte)));
+                if constexpr (T::MIN)
+                    minimum = -half(panel + T::OF_MINIMA) * float(panel[T::MINIMA + group * LANES + lane]);
+            } else {
+                scale = half(panel + T::SCALES + group * 2 * LANES);
+                if constexpr (T::MIN) minimum = half(panel + T::MINIMA + group * 2 * LANES);
+            }
+            for (int i = 0; i < T::GROUP; ++i) {
+                const int64_t column = group * T::GROUP + i, at = column % 32, quad = at / 4;
+                const uint8_t* codes = panel + column / 32 * T::CODES + 4 * lane + at % 4;
+                int code = codes[64 * (T::BITS == 8 ? quad : quad % 4)];
+                if constexpr (T::BITS == 8) code = int8_t(code);
+                if constexpr (T::BITS < 8) code = code >> 4 * (quad / 4) & 15;
+                if constexpr (T::BITS == 5) code |= (codes[256] >> quad & 1) << 4;
+                if constexpr (T::BITS == 6) code |= (codes[256 + 64 * (quad / 4)] >> 2 * (quad % 4) & 3) << 4;
+                if (b * T::BLOCK + column < w.cols)
+                    out[b * T::BLOCK + column] = scale * float(code - T::ZERO) + minimum;
+            }
+        }
+}
+
+template <class F>
+inline void with_gguf_type(int64_t type, const F& use) {
+    switch (type) {
+        case Q4_0:
+            return use.template operator()<Q4_0>();
+        case Q4_1:
+            return use.template operator()<Q4_1>();
+        case Q5_0:
+            return use.template operator()<Q5_0>();
+        case Q5_1:
+            return use.template operator()<Q5_1>();
+        case Q8_0:
+            return use.template operator()<Q8_0>();
+        case Q4_K:
+            return use.template operator()<Q4_K>();
+        case Q5_K:
+            return use.template operator()<Q5_K>();
+        default:
+            return use.template operator()<Q6_K>();
+    }
+}
+
+void read_gguf(const Matrix& w, int64_t row, float* out) {
+    with_gguf_type(w.type, [&]<int64_t TYPE>() { gguf_row<TYPE>(w, row, out); });
+}

@@ -1,0 +1,303 @@
+"""GGUF's own weight types: their blocks taken apart, laid out in the engine's panels, and as float32.
+
+A row of a matrix is a sequence of blocks of 32 or 256 weights (`GgufType.block`). We keep every code and every scale, in
+an order of our own: panels of 16 rows, so that a vector lane of the engine is a row. native/ops/gguf.inl describes them.
+A panel holds, for every 64 columns (256 of the K types), the codes, then the scales, and is as long as the original
+within 3 %.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+LANES = 16
+LINE = 64
+CHUNK = 1 << 21  # weights that are laid out at a time: they stay in the cache
+
+
+@dataclass(frozen=True)
+class GgufType:
+    """One type.
+
+    Attributes:
+        number: what GGUF calls it.
+        block, block_bytes: weights of one of its blocks, and bytes.
+        bits: of a code.
+        zero: the code of 0; codes of 8 bits are signed.
+        minimum: whether a group has a minimum beside its scale.
+    """
+
+    name: str
+    number: int
+    block: int
+    block_bytes: int
+    bits: int
+    zero: int = 0
+    minimum: bool = False
+
+    @property
+    def nested(self) -> bool:
+        """Whether scales are bytes with a float16 scale of their own (the K types)."""
+        return self.block == 256
+
+    @property
+    def group(self) -> int:
+        """Weights that share a scale."""
+        return 16 if self.bits == 6 else 32
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block in a panel."""
+        return 256 if self.nested else 64
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales and minima of a panel's block."""
+        tables = 2 if self.minimum else 1
+        if self.nested:
+            return tables * LANES * (self.columns // self.group + 2)
+        return tables * LANES * self.columns // self.group * 2
+
+    @property
+    def panel_block_bytes(self) -> int:
+        """Bytes of a panel's block: whole cache lines."""
+        return -(-(self.columns * LANES * self.bits // 8 + self.scale_bytes) // LINE) * LINE
+
+    def panel_bytes(self, cols: int) -> int:
+        """Bytes of 16 rows."""
+        return -(-cols // self.columns) * self.panel_block_bytes
+
+
+TYPES = {
+    kind.name: kind
+    for kind in (
+        GgufType("Q4_0", 2, 32, 18, 4, zero=8),
+        GgufType("Q4_1", 3, 32, 20, 4, minimum=True),
+        GgufType("Q5_0", 6, 32, 22, 5, zero=16),
+        GgufType("Q5_1", 7, 32, 24, 5, minimum=True),
+        GgufType("Q8_0", 8, 32, 34, 8),
+        GgufType("Q4_K", 12, 256, 144, 4, minimum=True),
+        GgufType("Q5_K", 13, 256, 176, 5, minimum=True),
+        GgufType("Q6_K", 14, 256, 210, 6, zero=32),
+    )
+}
+"""By their names in GGUF."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Some rows, taken apart.
+
+    Attributes:
+        codes: (R, cols) uint8, int8 with 8 bits.
+        scales: (R, groups): float16; uint8 or int8 of K types.
+        minima: the same; None where the type has none.
+        outer: (R, blocks, 1 or 2) float16 of K types: the scale of a block's scales and that of its minima.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    minima: np.ndarray | None = None
+    outer: np.ndarray | None = None
+
+
+def take_apart(kind: GgufType, raw: np.ndarray) -> Parts:
+    """`raw` (R, bytes of a row) uint8, as in a GGUF file."""
+    rows = raw.shape[0]
+    blocks = raw.reshape(rows, -1, kind.block_bytes)
+    if kind.name == "Q6_K":
+        return _take_q6_k_apart(blocks)
+    if kind.nested:
+        return _take_k_apart(kind, blocks)
+    at = 2
+    scales, minima = _halves(blocks[..., :2])[..., 0], None
+    if kind.minimum:
+        minima, at = _halves(blocks[..., 2:4])[..., 0], 4
+    if kind.bits == 8:
+        return Parts(np.ascontiguousarray(blocks[..., at:]).view(np.int8).reshape(rows, -1), scales)
+    fifth = None
+    if kind.bits == 5:
+        fifth = np.unpackbits(blocks[..., at : at + 4], axis=-1, bitorder="little")
+        at += 4
+    codes = _nibbles(blocks[..., at:])  # (R, blocks, 2, 16)
+    if fifth is not None:
+        codes |= fifth.reshape(codes.shape) << 4
+    return Parts(codes.reshape(rows, -1), scales, minima)
+
+
+def _take_k_apart(kind: GgufType, blocks: np.ndarray) -> Parts:
+    """Q4_K and Q5_K: eight groups of 32 with 6-bit scales and minima, which share 12 bytes."""
+    rows = blocks.shape[0]
+    outer = _halves(blocks[..., :4])
+    packed = blocks[..., 4:16]
+    first, second, rest = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = np.concatenate((first & 63, rest & 15 | first >> 6 << 4), axis=-1)
+    minima = np.concatenate((second & 63, rest >> 4 | second >> 6 << 4), axis=-1)
+    codes = _nibbles(blocks[..., -128:].reshape(*blocks.shape[:2], 4, 32))  # (R, blocks, 4, 2, 32)
+    if kind.bits == 5:
+        upper = blocks[..., 16:48, None] >> np.arange(8, dtype=np.uint8) & 1  # (R, blocks, 32, 8)
+        codes |= upper.transpose(0, 1, 3, 2).reshape(codes.shape) << 4
+    return Parts(codes.reshape(rows, -1), scales.reshape(rows, -1), minima.reshape(rows, -1), outer)
+
+
+def _take_q6_k_apart(blocks: np.ndarray) -> Parts:
+    """Two halves of 128: lower four bits of quarters 0 and 2, then of 1 and 3, in 64 bytes; the others in 32."""
+    rows = blocks.shape[0]
+    low = _nibbles(blocks[..., :128].reshape(*blocks.shape[:2], 2, 64))  # (R, blocks, halves, 2, 64)
+    upper = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32)
+    upper = upper >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3  # (R, blocks, halves, quarters, 32)
+    codes = low.reshape(upper.shape) | upper << 4
+    scales = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
+    return Parts(codes.reshape(rows, -1), scales.reshape(rows, -1), None, _halves(blocks[..., 208:]))
+
+
+def _halves(raw: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(raw).view("<f2")
+
+
+def _nibbles(raw: np.ndarray) -> np.ndarray:
+    """(..., n) -> (..., 2, n): the lower four bits, then the upper ones."""
+    return np.stack((raw & 15, raw >> 4), axis=-2)
+
+
+# -- panels ----------------------------------------------------------------------------------------------------
+
+
+def arrange(kind: GgufType, raw: np.ndarray, cols: int) -> np.ndarray:
+    """`raw` (R, bytes of a row) uint8, as in a GGUF file, as panels (ceil(R / 16), bytes)."""
+    rows = raw.shape[0]
+    panels = np.zeros((-(-rows // LANES), kind.panel_bytes(cols)), np.uint8)
+
+    def fill(first: int) -> None:
+        some = raw[first * LANES : (first + step) * LANES]
+        if short := -len(some) % LANES:
+            some = np.pad(some, ((0, short), (0, 0)))
+        _write_panels(kind, take_apart(kind, some), panels[first : first + step])
+
+    step = max(1, CHUNK // (LANES * cols))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fill, range(0, len(panels), step)))
+    return panels
+
+
+def _write_panels(kind: GgufType, parts: Parts, panels: np.ndarray) -> None:
+    count = len(panels)
+    blocks = panels.reshape(count, -1, kind.panel_block_bytes)
+    code_bytes = kind.columns * LANES * kind.bits // 8
+    codes = _whole(parts.codes, kind.columns).reshape(count, LANES, -1, 8, 4)  # (P, lane, 32 columns, quad, 4)
+    words = _words(kind, codes)  # (P, 32 columns, word, lane, 4)
+    blocks[..., :code_bytes] = words.reshape(count, blocks.shape[1], code_bytes)
+    at = code_bytes
+    tables = [parts.scales] + ([] if parts.minima is None else [parts.minima])
+    per_block = kind.columns // kind.group
+    for table in tables:
+        by_lane = _whole(table, per_block).reshape(count, LANES, -1, per_block)
+        flat = np.ascontiguousarray(by_lane.transpose(0, 2, 3, 1)).view(np.uint8)
+        size = flat.size // (count * blocks.shape[1])
+        blocks[..., at : at + size] = flat.reshape(count, -1, size)
+        at += size
+    if parts.outer is not None:
+        outer = parts.outer.reshape(count, LANES, -1, parts.outer.shape[-1])
+        flat = np.ascontiguousarray(outer.transpose(0, 2, 3, 1)).view(np.uint8)
+        size = flat.size // (count * blocks.shape[1])
+        blocks[..., at : at + size] = flat.reshape(count, -1, size)
+
+
+def _whole(table: np.ndarray, step: int) -> np.ndarray:
+    """Filled up with zeros to a multiple of `step` columns."""
+    short = -table.shape[1] % step
+    return np.pad(table, ((0, 0), (0, short))) if short else table
+
+
+def _words(kind: GgufType, codes: np.ndarray) -> np.ndarray:
+    """codes (P, lane, G, quad, 4) -> bytes (P, G, word, lane, 4)."""
+    if kind.bits == 8:
+        return codes.view(np.uint8).transpose(0, 2, 3, 1, 4)
+    low = codes & 15
+    words = low[..., :4, :] | low[..., 4:, :] << 4
+    if kind.bits == 5:
+        quads = np.arange(8, dtype=np.uint8)[:, None]
+        fifth = np.bitwise_or.reduce(codes >> 4 << quads, axis=-2, keepdims=True)
+        words = np.concatenate((words, fifth), axis=-2)
+    elif kind.bits == 6:
+        fields = 2 * np.arange(4, dtype=np.uint8)[:, None]
+        upper = (codes >> 4).reshape(*codes.shape[:3], 2, 4, 4)
+        words = np.concatenate((words, np.bitwise_or.reduce(upper << fields, axis=-2)), axis=-2)
+    return words.transpose(0, 2, 3, 1, 4)
+
+
+# -- values ----------------------------------------------------------------------------------------------------
+
+
+def values(kind: GgufType, panels: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """Panels as float32 weights (rows, cols), those that the package `gguf` gives."""
+    result = np.empty((len(panels) * LANES, cols), np.float32)
+    step = max(1, CHUNK // (LANES * cols))
+
+    def fill(first: int) -> None:
+        some = panels[first : first + step]
+        result[first * LANES : first * LANES + len(some) * LANES] = _weights(kind, read_parts(kind, some, cols))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fill, range(0, len(panels), step)))
+    return result[:rows]
+
+
+def read_parts(kind: GgufType, panels: np.ndarray, cols: int) -> Parts:
+    """The inverse of `arrange` and `take_apart`: the parts of all rows of some panels."""
+    count = len(panels)
+    blocks = panels.reshape(count, -1, kind.panel_block_bytes)
+    code_bytes, per_block = kind.columns * LANES * kind.bits // 8, kind.columns // kind.group
+    words = blocks[..., :code_bytes].reshape(count, -1, kind.bits, LANES, 4)  # (P, G, word, lane, 4)
+    codes = _codes(kind, words).transpose(0, 3, 1, 2, 4).reshape(count * LANES, -1)[:, :cols]
+
+    def table(at: int, groups: int, dtype: str) -> np.ndarray:
+        size = groups * LANES * np.dtype(dtype).itemsize
+        found = np.ascontiguousarray(blocks[..., at : at + size]).view(dtype)
+        by_lane = found.reshape(count, -1, groups, LANES).transpose(0, 3, 1, 2)
+        return by_lane.reshape(count * LANES, -1)
+
+    of_groups = -(-cols // kind.group)
+    if not kind.nested:
+        size = per_block * LANES * 2
+        minima = table(code_bytes + size, per_block, "<f2")[:, :of_groups] if kind.minimum else None
+        return Parts(codes, table(code_bytes, per_block, "<f2")[:, :of_groups], minima)
+    size, tables = per_block * LANES, 2 if kind.minimum else 1
+    minima = table(code_bytes + size, per_block, "u1") if kind.minimum else None
+    outer = table(code_bytes + tables * size, tables, "<f2").reshape(count * LANES, -1, tables)
+    return Parts(codes, table(code_bytes, per_block, "u1" if kind.minimum else "i1"), minima, outer)
+
+
+def _codes(kind: GgufType, words: np.ndarray) -> np.ndarray:
+    """bytes (P, G, word, lane, 4) -> codes (P, G, quad, lane, 4)."""
+    if kind.bits == 8:
+        return words.view(np.int8)
+    low = words[:, :, :4]
+    codes = np.concatenate((low & 15, low >> 4), axis=2)
+    if kind.bits == 5:
+        codes |= (words[:, :, 4:5] >> np.arange(8, dtype=np.uint8)[:, None, None] & 1) << 4
+    elif kind.bits == 6:
+        upper = words[:, :, 4:, None] >> 2 * np.arange(4, dtype=np.uint8)[:, None, None] & 3
+        codes |= upper.reshape(codes.shape) << 4
+    return codes
+
+
+def _weights(kind: GgufType, parts: Parts) -> np.ndarray:
+    """float32 (R, cols), in the order of operations of the package `gguf`."""
+    rows, cols = parts.codes.shape
+    codes = parts.codes.reshape(rows, -1, kind.group).astype(np.float32)
+    scales = parts.scales.astype(np.float32)
+    if kind.zero:
+        codes -= kind.zero
+    minima = None if parts.minima is None else parts.minima.astype(np.float32)
+    if parts.outer is not None:
+        outer = parts.outer.astype(np.float32).repeat(256 // kind.group, axis=1)
+        scales = outer[..., 0] * scales
+        minima = None if minima is None else -(outer[..., 1] * minima)
+    codes *= scales[..., None]
+    if minima is not None:
+        codes += minima[..., None]
+    return codes.reshape(rows, cols)
