@@ -13,7 +13,7 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
-INTERFACE_VERSION = 8  # of native/engine.h
+INTERFACE_VERSION = 9  # of native/engine.h
 INSTRUCTION_SETS = (
     "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_i8mm_bf16", "neon_dotprod", "neon", "portable",
 )  # fmt: skip
@@ -144,6 +144,7 @@ def library() -> ctypes.CDLL:
         "block_stack_ns": (c_int64, [engine]),
         "profile": (None, [engine, c_void_p]),
         "profile_part": (c_char_p, [c_int64]),
+        "arrange_gguf": (c_int64, [c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, f"sparsecli_{name}")

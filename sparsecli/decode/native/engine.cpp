@@ -144,7 +144,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 8 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 9 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* name, char* error) {
     const Ops* found = find_ops(name);

@@ -115,6 +115,10 @@ void sparsecli_active_units(sparsecli_engine* engine, int64_t* units, int64_t* t
 int64_t sparsecli_block_stack_ns(const sparsecli_engine* engine);
 void sparsecli_profile(sparsecli_engine* engine, double* seconds);
 const char* sparsecli_profile_part(int64_t index);  // null after the last
+
+// Rows of a GGUF file, of one of its types (ops.h), as panels, which were zero. -1: no such type, or broken blocks.
+int64_t sparsecli_arrange_gguf(int64_t type, const uint8_t* raw, int64_t rows, int64_t cols, uint8_t* panels,
+                               int64_t threads);
 }
 #if defined(__GNUC__)
 #pragma GCC visibility pop
