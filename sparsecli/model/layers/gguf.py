@@ -1,0 +1,57 @@
+"""Linear layers and embeddings whose weights keep the codes of a GGUF file."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsecli.model.gguf_types import LANES, TYPES, GgufType, values
+
+
+class GgufWeight(nn.Module):
+    """A matrix (rows, cols) in one of GGUF's types: `codes` (panels, bytes) uint8, see gguf_types.py. It is not trained.
+
+    Args:
+        kind: the name of the type, such as `Q4_K`.
+    """
+
+    codes: Tensor
+
+    def __init__(self, rows: int, cols: int, kind: str) -> None:
+        super().__init__()
+        self.rows, self.cols, self.kind = rows, cols, TYPES[kind]
+        self.register_buffer("codes", torch.zeros(code_shape(rows, cols, self.kind), dtype=torch.uint8))
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 (rows, cols), dequantised when it is asked for."""
+        return torch.from_numpy(values(self.kind, self.codes.cpu().numpy(), self.rows, self.cols)).to(self.codes.device)
+
+
+class GgufLinear(GgufWeight):
+    """x (..., cols) -> (..., rows)."""
+
+    def __init__(self, rows: int, cols: int, kind: str, bias: bool) -> None:
+        super().__init__(rows, cols, kind)
+        self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., cols) -> (..., rows)."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class GgufEmbedding(GgufWeight):
+    """Token ids (...) -> (..., cols) float32."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., cols)."""
+        panels, place = torch.unique(ids.flatten() // LANES, return_inverse=True)
+        found = values(self.kind, self.codes[panels].cpu().numpy(), len(panels) * LANES, self.cols)
+        rows = place * LANES + ids.flatten() % LANES
+        return torch.from_numpy(found).to(ids.device)[rows].view(*ids.shape, self.cols)
+
+
+def code_shape(rows: int, cols: int, kind: GgufType) -> tuple[int, int]:
+    """Of `codes`."""
+    return -(-rows // LANES), kind.panel_bytes(cols)
