@@ -138,7 +138,9 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
     ]
     for kind, share in (diagnosis.engine_share or {}).items():
         note = "" if share >= LEAST_SHARE else "slow: speed-ups over such dense rows mean little"
-        result.append((f"engine: {kind}", f"{share:.0%}", note or "share of the bandwidth, one token at a time"))
+        result.append(
+            (f"engine: {kind}", f"{share:.0%}", note or "share of the bandwidth, one token at a time")
+        )
     for backend in diagnosis.backends:
         result.append((f"decode: {backend.name}", "yes" if backend.usable else "no", backend.reason))
     return result

@@ -1,4 +1,4 @@
-"""The `pack` command: write a model's weights in the layout of the native engine, which saves packing at every start."""
+"""The `pack` command: write a model's weights in the layout of the native engine, so that it starts faster."""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ app = typer.Typer()
 
 @app.command()
 def doctor(
-    format: Annotated[Literal["table", "json"], typer.Option(help="Format of the result on stdout.")] = "table",
+    format: Annotated[
+        Literal["table", "json"], typer.Option(help="Format of the result on stdout.")
+    ] = "table",
     json: AsJson = False,
 ) -> None:
     """Show what this machine and this installation can do."""

@@ -24,9 +24,10 @@ EXPECTED = {
 FORMS = (
     (r"Missing (?:argument|option) '(.+?)'.*", r"\1: missing"),
     (r"No such command '(.+)'", r"\1: no such command"),
-    (r"No such option: (\S+)(.*)", r"\1: no such option\2"),
+    (r"No such option: (\S+) \(Possible options: (.+)\)", r"\1: no such option, did you mean \2?"),
+    (r"No such option: (\S+)", r"\1: no such option"),
     (r"Option '(.+)' requires an argument", r"\1: expected a value"),
-    (r"Got unexpected extra arguments? \((.+)\)", r"\1: unexpected argument"),
+    (r"Got unexpected extra argument\(s\) \((.+)\)", r"\1: unexpected argument"),
 )
 """Typer's messages about the command line, and our form of them."""
 

@@ -46,17 +46,21 @@ def generate(
         typer.Option(metavar="DIR", help="A run, or a model folder.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Stop after N new tokens; default 128.", show_default=False)
+        int | None,
+        typer.Option(metavar="N", help="Stop after N new tokens; default 128.", show_default=False),
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(metavar="X", help="Sampling temperature; 0 is greedy; default 0.8.")
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(metavar="N", help="Sample from the N likeliest tokens; default 0, which is all.")
+        int | None,
+        typer.Option(metavar="N", help="Sample from the N likeliest tokens; default 0, which is all."),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Sample from the likeliest tokens with total probability X; default 0.95."),
+        typer.Option(
+            metavar="X", help="Sample from the likeliest tokens with total probability X; default 0.95."
+        ),
     ] = None,
     min_p: Annotated[
         float | None,

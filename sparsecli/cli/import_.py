@@ -11,9 +11,7 @@ from sparsecli.cli.options import DryRun, RequiredOutput
 app = typer.Typer()
 
 
-@app.command(
-    "import", epilog="Example: sparsecli import openai-community/gpt2 --output runs/gpt2"
-)
+@app.command("import", epilog="Example: sparsecli import openai-community/gpt2 --output runs/gpt2")
 def import_(
     source: Annotated[
         str,

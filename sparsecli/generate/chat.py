@@ -38,7 +38,7 @@ def _environment() -> jinja2.Environment:
             return source.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Namespace(utils.Namespace):
-        """The template's own variables. Names that begin with an underscore are refused: Python gives them a meaning."""
+        """The template's own variables. Names with a leading underscore are refused: Python uses them."""
 
         def __init__(*positional: Any, **given: Any) -> None:
             self, *rest = positional
