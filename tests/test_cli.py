@@ -345,11 +345,11 @@ def test_usage_errors(arguments, run, calls, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["bench", "--rounds", "0"], "--rounds: expected a number of at least 1, got '0'"),
-        (["bench", "--rounds", "x"], "--rounds: expected a whole number, got 'x'"),
+        (["generate", "--threads", "0"], "--threads: expected a whole number of at least 1, got 0"),
+        (["generate", "--threads", "x"], "--threads: expected a whole number, got 'x'"),
         (["bench", "--threads", "0"], "--threads: expected whole numbers above 0 such as 1,2, got '0'"),
         (["bench", "--fail-above", "x"], "--fail-above: expected a share such as 5% or 0.05, got 'x'"),
-        (["generate", "--threads", "257"], "--threads: expected a number of at most 256, got '257'"),
+        (["generate", "--threads", "257"], "--threads: expected a whole number of at most 256, got 257"),
         (["generate", "--top-p", "x"], "--top-p: expected a number, got 'x'"),
         (["pack", "--dtype", "x"], "--dtype: expected one of float32, bfloat16, int8, int4, got 'x'"),
         (["train"], "RECIPE: missing; see sparsecli train --help"),

@@ -14,12 +14,12 @@ from sparsecli import console
 from sparsecli.console import Failure
 
 EXPECTED = {
-    "int_parsing": "a whole number",
-    "float_parsing": "a number",
-    "greater_than_equal": "a number of at least {ge}",
-    "less_than_equal": "a number of at most {le}",
+    "int_parsing": "expected a whole number, got {input!r}",
+    "float_parsing": "expected a number, got {input!r}",
+    "greater_than_equal": "expected a whole number of at least {ge}, got {input}",
+    "less_than_equal": "expected a whole number of at most {le}, got {input}",
 }
-"""Expected values by the type of a Pydantic error: Typer checks values with Pydantic."""
+"""Messages by the type of a Pydantic error: Typer checks values with Pydantic, and only whole numbers have limits."""
 
 FORMS = (
     (r"Missing (?:argument|option) '(.+?)'.*", r"\1: missing"),
@@ -85,7 +85,7 @@ def _wrong_value(error: TyperException, message: str) -> str:
     """What was expected, and what was found in its place."""
     if choice := re.search(r"('.*') is not one of (.+?)\.?$", message):
         return f"expected one of {choice[2].replace(chr(39), '')}, got {choice[1]}"
-    problems = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
+    problems = getattr(error.__cause__, "errors", list)()
     if problems and (expected := EXPECTED.get(problems[0]["type"])):
-        return f"expected {expected.format(**problems[0].get('ctx', {}))}, got {problems[0]['input']!r}"
+        return expected.format(input=problems[0]["input"], **problems[0].get("ctx", {}))
     return message
