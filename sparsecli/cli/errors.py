@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from contextlib import suppress
+from typing import Any
 
 from typer.exceptions import TyperException
 
@@ -85,7 +86,7 @@ def _wrong_value(error: TyperException, message: str) -> str:
     """What was expected, and what was found in its place."""
     if choice := re.search(r"('.*') is not one of (.+?)\.?$", message):
         return f"expected one of {choice[2].replace(chr(39), '')}, got {choice[1]}"
-    problems = getattr(error.__cause__, "errors", list)()
+    problems: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
     if problems and (expected := EXPECTED.get(problems[0]["type"])):
         return expected.format(input=problems[0]["input"], **problems[0].get("ctx", {}))
     return message
