@@ -1,4 +1,4 @@
-"""`python -m sparsecli`, which `torchrun -m` needs."""
+"""The program as a module, for `python -m` and `torchrun -m`."""
 
 from sparsecli.cli import main
 

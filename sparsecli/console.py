@@ -1,6 +1,6 @@
-"""The one place that prints (results on stdout, talk on stderr), and the expected errors with exit codes.
+"""Output and errors: results go to stdout, messages to stderr. No other module prints.
 
-rich is imported on first use, so that a module which only needs an error class stays quick to import.
+rich is imported on first use, so that modules which need only an error class import fast.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _NUMBER = re.compile(r"[-+]?[\d.,]+ ?[%x]?|—|")
 
 
 class Failure(Exception):
-    """An expected error: one clear line that says what was wrong, where, and what to do.
+    """An expected error: one clear line that says where, what was wrong, and what to do.
 
-    Raised anywhere, shown without a traceback by the command line, which then exits with `exit_code`.
+    Any module may raise it. The command line shows it without a traceback and exits with `exit_code`.
     """
 
     exit_code = 1
@@ -46,7 +46,7 @@ class Failure(Exception):
 
 
 class RecipeError(Failure):
-    """The recipe or an override is wrong; `message` has one line for every problem."""
+    """The recipe or an override is wrong; `message` has one line for each problem."""
 
     exit_code = 2
 
@@ -58,13 +58,13 @@ class Regression(Failure):
 
 
 class Mismatch(Failure):
-    """A verification found outputs that should agree and do not."""
+    """Outputs that should agree differ."""
 
     exit_code = 4
 
 
 class Stopped(Failure):
-    """Stopped by a signal after saving everything needed to go on."""
+    """A signal stopped the command after it had saved everything that resuming needs."""
 
     exit_code = 75
 
@@ -75,7 +75,7 @@ def _stdout() -> Console:
 
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = 240  # a file or a pipe has no width to fit into; never fold a row
+        console.width = 240  # a file or a pipe has no width; rows are never folded
     return console
 
 
@@ -87,18 +87,18 @@ def _stderr() -> Console:
 
 
 def out(text: str = "", end: str = "\n") -> None:
-    """Write data to stdout, at once and as it is; a terminal is shown control characters, and not driven by them."""
+    """Write data to stdout at once. On a terminal, control characters are shown as escapes."""
     sys.stdout.write((text.translate(_UNPRINTABLE) if sys.stdout.isatty() else text) + end)
     sys.stdout.flush()
 
 
 def first_process() -> bool:
-    """Whether this is the process that talks: of the many that `torchrun` starts, the first."""
+    """Whether this is the first of the processes that `torchrun` starts; the others write no messages."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Talk to the person, on stderr; silent in all processes but the first."""
+    """Write a message to stderr, in the first process only."""
     if first_process():
         _write(text, style)
 
@@ -108,18 +108,18 @@ def _write(text: str, style: str | None) -> None:
 
 
 def warn(text: str) -> None:
-    """Say that something is not as it might be expected, on stderr."""
+    """Write a warning to stderr."""
     say(f"warning: {text}", style="yellow")
 
 
 @cache
 def warn_once(text: str) -> None:
-    """The same of something that several steps of a command come upon."""
+    """Write a warning to stderr, unless the same one was written before."""
     warn(text)
 
 
 def fail(failure: Failure) -> None:
-    """Show an expected error on stderr, every line of it marked as such; any process may have one."""
+    """Write an expected error to stderr, each line marked as an error, in every process."""
     if isinstance(failure, Stopped):
         say(failure.message)
         return
@@ -128,7 +128,7 @@ def fail(failure: Failure) -> None:
 
 
 def table(table: Table) -> None:
-    """A rich table, to stdout; control characters as in `out`."""
+    """Write a rich table to stdout, with control characters as in `out`."""
     from rich.segment import Segment, Segments
 
     console = _stdout()
@@ -140,7 +140,7 @@ def table(table: Table) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
-    """A table of plain values to stdout: columns of numbers to the right, None as a dash."""
+    """Write a table of plain values to stdout: columns of numbers are right-aligned, None is a dash."""
     from rich import box
     from rich.table import Table
 
@@ -155,15 +155,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
 
 
 def json_out(value: Any) -> None:
-    """One JSON document to stdout. NaN and infinity are refused (ValueError): JSON has neither."""
+    """Write one JSON document to stdout.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not have.
+    """
     out(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 class Progress(Protocol):
-    """What `progress` hands out."""
+    """The progress of a loop, as `progress` shows it."""
 
     def advance(self, steps: int = 1, **fields: object) -> None:
-        """`steps` more are done; `fields` (a loss, a speed) are shown beside the count."""
+        """Count `steps` more; `fields` such as a loss or a speed are shown beside the count."""
 
 
 def _describe(fields: dict[str, object]) -> str:
@@ -172,7 +176,7 @@ def _describe(fields: dict[str, object]) -> str:
 
 
 class _Bar:
-    """A bar on a terminal."""
+    """A progress bar on a terminal."""
 
     def __init__(self, bar: Any, task: Any) -> None:
         self.bar, self.task = bar, task
@@ -183,7 +187,7 @@ class _Bar:
 
 
 class _Lines:
-    """A line now and then, for logs; the last step always gets one."""
+    """A line every few seconds, for logs, and one for the last step."""
 
     def __init__(self, description: str, total: int | None) -> None:
         self.description, self.total, self.done = description, total, 0
@@ -206,7 +210,7 @@ class _Lines:
 
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Progress]:
-    """Show how far a loop is: a bar on a terminal, else a plain line every ten seconds; on stderr."""
+    """Show the progress of a loop on stderr: a bar on a terminal, else a plain line every ten seconds."""
     if not (_stderr().is_terminal and first_process()):
         yield _Lines(description, total)
         return

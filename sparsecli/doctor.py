@@ -1,4 +1,4 @@
-"""`sparsecli doctor`: what this machine and this installation can do, as far as decoding speed depends on it."""
+"""The `doctor` command: the facts about machine and installation that decide the speed of decoding."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ INSTRUCTIONS = {
     "avx512f": "16 float32 at once",
     "avx512_bf16": "bfloat16 products",
     "avx512_vnni": "int8 products",
-    "amx_tile": "matrix unit: batches and prompts, not single tokens",
+    "amx_tile": "matrix products: batches and prompts, not single tokens",
 }
-"""Flags of /proc/cpuinfo and what decoding gains from them."""
+"""Flags of /proc/cpuinfo and their use in decoding."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to decode, and why it can or cannot be used here."""
+    """A backend, and the reason why it is usable here or not."""
 
     name: str
     usable: bool
@@ -43,7 +43,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that `doctor` shows; a figure that cannot be found out is None."""
+    """Everything that `doctor` shows; None for a figure that the system does not give."""
 
     versions: dict[str, str | None]
     cpu: str
@@ -57,23 +57,23 @@ class Diagnosis:
     memory_gb: float
     available_gb: float
     bandwidth_gb_s: float
-    """Reading memory with all of torch's threads."""
+    """Bandwidth of reading memory with all of torch's threads."""
     engine_share: dict[str, float] | None
-    """Share of that bandwidth that the native engine's matrix-vector product reaches, by weight type."""
+    """Share of that bandwidth that the native engine's gemv reaches, by weight type."""
     backends: list[Backend]
 
 
 def run(format: Literal["table", "json"]) -> None:
-    """Examine the machine (a few seconds) and show the result on stdout."""
+    """Examine the machine, which takes a few seconds, and show the result on stdout."""
     diagnosis = examine()
     if format == "json":
         console.json_out(asdict(diagnosis))
     else:
-        console.print_table(["what", "found", "note"], rows(diagnosis))
+        console.print_table(["item", "value", "note"], rows(diagnosis))
 
 
 def examine(cpuinfo: Path = machine.CPUINFO) -> Diagnosis:
-    """Look at this machine; the bandwidth is measured."""
+    """Examine this machine and measure its memory bandwidth."""
     name, flags = machine.processor(cpuinfo)
     memory, bandwidth = psutil.virtual_memory(), roofline.bandwidth()
     backend = _native()
@@ -104,20 +104,20 @@ def examine(cpuinfo: Path = machine.CPUINFO) -> Diagnosis:
 
 
 def _native() -> Backend:
-    """The native engine: what it was built for and this processor has, or why it cannot be used."""
+    """The native engine with its instruction set, or the reason why it is not usable."""
     try:
         reason = binding.available()
-    except console.Failure as failure:  # an environment variable asks for what does not exist
+    except console.Failure as failure:  # a wrong environment variable
         reason = failure.message
     if reason is not None:
         return Backend("native", False, reason)
     others = [name for name in binding.instruction_sets() if name != binding.isa()]
-    also = f"; SPARSECLI_ISA chooses another: {', '.join(others)}" if others else ""
+    also = f"; SPARSECLI_ISA selects another: {', '.join(others)}" if others else ""
     return Backend("native", True, f"{binding.isa()} with {processors()} threads{also}")
 
 
 def rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
-    """The lines of the table: what, found, note."""
+    """Rows of the table: item, value, note."""
     result = [
         (package, found or "not installed", _note(package, found))
         for package, found in diagnosis.versions.items()
@@ -133,19 +133,21 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
         result.append((flag, {None: "unknown", True: "yes", False: "no"}[have], meaning))
     limit = diagnosis.bandwidth_gb_s
     result += [
-        ("memory", f"{diagnosis.memory_gb:.1f} GB", f"{diagnosis.available_gb:.1f} GB free"),
+        ("memory", f"{diagnosis.memory_gb:.1f} GB", f"{diagnosis.available_gb:.1f} GB available"),
         ("bandwidth", f"{limit:.1f} GB/s", f"1 GB of weights per token: at best {limit:.1f} tokens/s"),
     ]
     for kind, share in (diagnosis.engine_share or {}).items():
-        note = "" if share >= LEAST_SHARE else "slow: speed-ups against such dense rows say little"
-        result.append((f"engine: {kind}", f"{share:.0%}", note or "of the bandwidth, one token's products"))
+        note = "" if share >= LEAST_SHARE else "slow: speed-ups over such dense rows mean little"
+        result.append(
+            (f"engine: {kind}", f"{share:.0%}", note or "share of the bandwidth, one token at a time")
+        )
     for backend in diagnosis.backends:
         result.append((f"decode: {backend.name}", "yes" if backend.usable else "no", backend.reason))
     return result
 
 
 def _note(package: str, found: str | None) -> str:
-    """What is to be done about a package; empty where nothing is."""
+    """What to do about a package; empty if nothing."""
     if found is None:
         return f"pip install {package}"
     return (package == "transformers" and never_tried(found)) or ""

@@ -1,4 +1,4 @@
-"""`sparsecli pack`: a model with its weights in the order of the native engine, made once and not at every start."""
+"""The `pack` command: write a model's weights in the layout of the native engine, so that it starts faster."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from sparsecli.model.tokenizer import FILES, read_tokenizer
 
 
 def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = False) -> None:
-    """The `pack` command: a model folder with packed weights of one type, beside the one it was made from.
+    """Write a model folder with packed weights of one type, by default beside the original.
 
     Raises:
-        Failure: no model or a damaged one, one with an encoder, or the output is there already or cannot be written.
+        Failure: there is no model, it is damaged or has an encoder, or the output exists or cannot be written.
     """
     source = find_model(model)
     spec = read_description(source).spec
     if spec.encoder:
         raise Failure(
-            f"{source}: its encoder runs in PyTorch, from the model's own files; only decoders are packed"
+            f"{source}: a model with an encoder cannot be packed; its encoder runs in PyTorch from these files"
         )
     read_tokenizer(source, spec.vocabulary.size)
     check_weights(source, spec)
@@ -39,7 +39,7 @@ def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = F
         named = source if source.name else source.absolute()
         output = named.with_name(f"{named.name}-{dtype}")
     if output.exists():
-        raise Failure(f"{output}: is there already; choose another --output")
+        raise Failure(f"{output}: exists already; choose another --output")
     copied = [name for name in (CONFIG, *FILES) if (source / name).is_file()]
     if dry_run:
         console.print_table(

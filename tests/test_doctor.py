@@ -94,7 +94,7 @@ def test_the_native_engine_and_why_it_cannot_be_used(monkeypatch):
     found = native_backend()
     assert found.usable
     assert found.reason.startswith("avx2 with ")
-    assert found.reason.endswith("SPARSECLI_ISA chooses another: portable")
+    assert found.reason.endswith("SPARSECLI_ISA selects another: portable")
 
 
 def test_a_wrong_environment_is_a_reason_and_no_error(monkeypatch):

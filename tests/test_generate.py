@@ -20,12 +20,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers
 
-from sparsecli import generate, pack
+from sparsecli import pack
 from sparsecli.console import Failure
 from sparsecli.data.copying import symbol_tokenizer
 from sparsecli.data.tokenization import PAIR_TOKENS, encode, load_or_train, train_byte_pairs
 from sparsecli.decode.native import binding
-from sparsecli.generate import StopFilter
+from sparsecli.generate import text
+from sparsecli.generate.command import generate
+from sparsecli.generate.decoder import DecoderOptions
+from sparsecli.generate.prompt import encode_input, encode_prompt
+from sparsecli.generate.text import StopFilter, generate_text
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.folder import check_weights, find_model, read_description
@@ -71,8 +75,11 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 def run(folder: Path, prompt: str = "def read", **options: object) -> None:
-    fields = {key: options.pop(key) for key in list(options) if key in GenerateSpec.model_fields}
-    generate.run(None, model=str(folder), prompt=prompt, options=GenerateSpec(**fields), **options)
+    sampling = {key: options.pop(key) for key in list(options) if key in GenerateSpec.model_fields}
+    names = ("backend", "dtype", "cache_dtype", "threads")
+    decoder = DecoderOptions(**{key: options.pop(key) for key in names if key in options})
+    model = find_model(str(folder))
+    generate(model, prompt=prompt, options=GenerateSpec(**sampling), decoder=decoder, **options)
 
 
 # -- what is written -----------------------------------------------------------------------------------------
@@ -111,9 +118,9 @@ def test_seed_decides(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class Silent:
-    """A backend whose logits say nothing: what follows is the sampler's to decide."""
+    """A decoder with constant logits: the sampler alone decides."""
 
-    def start(self, prompt: list[int], capacity: int) -> np.ndarray:
+    def prefill(self, prompt: list[int], capacity: int) -> np.ndarray:
         return np.zeros(300, np.float32)
 
     def step(self, token: int) -> np.ndarray:
@@ -129,8 +136,8 @@ def test_a_character_of_several_tokens_is_written_whole(
     ids = tokenizer.encode("🦄 kůň 🐎")
     wanted = iter([*ids, *model.end_tokens])
     pieces: list[str] = []
-    monkeypatch.setattr(generate, "make_sampler", lambda options, seed: lambda ids, logits: next(wanted))
-    result = generate.write(Silent(), model, tokenizer, [5], GenerateSpec(), 0, pieces.append)
+    monkeypatch.setattr(text, "make_sampler", lambda options, seed: lambda ids, logits: next(wanted))
+    result = generate_text(Silent(), model, tokenizer, [5], GenerateSpec(), 0, pieces.append)
     assert "".join(pieces) == result.text == "🦄 kůň 🐎"
     assert "�" not in "".join(pieces)
     assert len(ids) > len(pieces)
@@ -165,9 +172,9 @@ def test_stop_strings_may_name_special_tokens(folder: Path, monkeypatch: pytest.
 
     def written(*stop: str) -> tuple[str, str]:
         wanted = iter(tokens)
-        monkeypatch.setattr(generate, "make_sampler", lambda options, seed: lambda ids, logits: next(wanted))
+        monkeypatch.setattr(text, "make_sampler", lambda options, seed: lambda ids, logits: next(wanted))
         options = GenerateSpec(stop=list(stop), max_new_tokens=len(tokens))
-        result = generate.write(
+        result = generate_text(
             Silent(), read_description(folder), tokenizer, [5], options, 0, lambda text: None
         )
         return result.text, result.finish
@@ -208,22 +215,22 @@ def test_prompts_and_inputs_are_text(folder: Path, tmp_path: Path) -> None:
     paired.save_pretrained(tmp_path)
     source = "a</s>b <pad> c"
     (trained,) = encode(paired, [source])
-    assert generate.encode_input(read_tokenizer(tmp_path, 300), source, 64) == [*trained, paired.eos_token_id]
+    assert encode_input(read_tokenizer(tmp_path, 300), source, 64) == [*trained, paired.eos_token_id]
     tokenizer = read_tokenizer(folder, 300)
-    ids = generate.encode_prompt(tokenizer, "a<|endoftext|>b", 48)
+    ids = encode_prompt(tokenizer, "a<|endoftext|>b", 48)
     assert not tokenizer.end & {*ids}
     assert tokenizer.backend.decode(ids) == "a<|endoftext|>b"
     symbol_tokenizer(5).save_pretrained(tmp_path / "symbols")
     with pytest.raises(Failure, match="words that the tokenizer does not know: </s> <pad> x;"):
-        generate.encode_input(read_tokenizer(tmp_path / "symbols", 7), "1 </s> 2 <pad> x", 64)
+        encode_input(read_tokenizer(tmp_path / "symbols", 7), "1 </s> 2 <pad> x", 64)
 
 
 def test_chat_template_is_used_where_there_is_one(folder: Path) -> None:
     tokenizer = read_tokenizer(folder, 300)
-    assert tokenizer.backend.decode(generate.encode_prompt(tokenizer, "hi", 48)) == "hi"
+    assert tokenizer.backend.decode(encode_prompt(tokenizer, "hi", 48)) == "hi"
     tokenizer.template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}:"
-    assert tokenizer.backend.decode(generate.encode_prompt(tokenizer, "hi", 48)) == "<user>hi:"
-    assert tokenizer.backend.decode(generate.encode_prompt(tokenizer, "hi", 48, chat=False)) == "hi"
+    assert tokenizer.backend.decode(encode_prompt(tokenizer, "hi", 48)) == "<user>hi:"
+    assert tokenizer.backend.decode(encode_prompt(tokenizer, "hi", 48, chat=False)) == "hi"
 
 
 def test_a_word_that_follows_the_prompt_keeps_its_space(
@@ -233,12 +240,10 @@ def test_a_word_that_follows_the_prompt_keeps_its_space(
     words = tokenizers.Tokenizer(models.WordLevel({"▁hello": 0, "▁world": 1}, unk_token="▁hello"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = Tokenizer(words)
-    monkeypatch.setattr(generate, "make_sampler", lambda options, seed: lambda ids, logits: 1)
-    ids = generate.encode_prompt(tokenizer, "hello", 48)
+    monkeypatch.setattr(text, "make_sampler", lambda options, seed: lambda ids, logits: 1)
+    ids = encode_prompt(tokenizer, "hello", 48)
     options = GenerateSpec(max_new_tokens=2)
-    written = generate.write(
-        Silent(), read_description(folder), tokenizer, ids, options, 0, lambda text: None
-    )
+    written = generate_text(Silent(), read_description(folder), tokenizer, ids, options, 0, lambda text: None)
     assert written.text == " world world"
 
 
@@ -294,7 +299,7 @@ def test_a_packed_model_is_for_the_native_engine_as_it_is(folder: Path, tmp_path
         Failure, match=r"model.safetensors: no such file \(model.spk is packed for the native"
     ):
         run(packed, backend="torch")
-    with pytest.raises(Failure, match="is there already; choose another --output"):
+    with pytest.raises(Failure, match="exists already; choose another --output"):
         pack.run(model=str(folder), output=packed, dtype="bfloat16")
     whole = (packed / "model.spk").read_bytes()
     (packed / "model.spk").write_bytes(whole[: len(whole) // 2])
@@ -315,7 +320,7 @@ def test_files_that_do_not_belong_together(folder: Path, copy: Path, tmp_path: P
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(Failure, match=r"model: tensor model\.norm\.weight holds a NaN"):
         run(copy, backend="native")
-    with pytest.raises(Failure, match="computes no numbers"):
+    with pytest.raises(Failure, match="logits are NaN or infinite"):
         run(copy, backend="torch")
 
 
@@ -357,7 +362,7 @@ def test_the_native_engine_starts_without_torch(folder: Path) -> None:
 # -- what is refused -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("prompt", "message"), [("", "empty"), ("x" * 400, "the model's context is 48")])
+@pytest.mark.parametrize(("prompt", "message"), [("", "empty"), ("x" * 400, "the model's context of 48")])
 def test_prompts_that_do_not_fit(folder: Path, prompt: str, message: str) -> None:
     with pytest.raises(Failure, match=message):
         run(folder, prompt)

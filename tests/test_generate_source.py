@@ -12,10 +12,12 @@ import torch
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sparsecli import generate, pack
-from sparsecli.backends import Choices, open_backend
+from sparsecli import pack
 from sparsecli.console import Failure
 from sparsecli.decode.native import binding
+from sparsecli.generate.backend import open_decoder
+from sparsecli.generate.command import generate
+from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.folder import read_description
@@ -71,9 +73,7 @@ def test_greedy_text_equals_that_of_transformers(
 ) -> None:
     folder = saved(tmp_path / "model", MODELS[name])
     options = GenerateSpec(temperature=0, max_new_tokens=12)
-    generate.run(
-        None, model=str(folder), prompt=SOURCE, options=options, json=True, backend=backend, threads=1
-    )
+    generate(folder, prompt=SOURCE, options=options, decoder=DecoderOptions(backend, threads=1), json=True)
     written = json.loads(capsys.readouterr().out)
     model, tokenizer = load_model(folder)
     given = tokenizer(SOURCE, return_tensors="pt")
@@ -87,7 +87,7 @@ def test_greedy_text_equals_that_of_transformers(
 
 def test_models_with_an_encoder_are_not_packed(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", MODELS["terraformer"])
-    with pytest.raises(Failure, match="its encoder runs in PyTorch"):
+    with pytest.raises(Failure, match="a model with an encoder cannot be packed"):
         pack.run(model=str(folder), output=None, dtype="int8")
 
 
@@ -97,10 +97,10 @@ def test_hashed_attention_goes_on_from_a_prompt_as_in_pytorch(length: int, tmp_p
     folder = saved(tmp_path / "model", {"attention": HASHED, "max_positions": 60})
     described = read_description(folder)
     ours, theirs = (
-        open_backend(folder, described, Choices(backend, threads=1)) for backend in ("native", "torch")
+        open_decoder(folder, described, DecoderOptions(backend, threads=1)) for backend in ("native", "torch")
     )
     prompt = [2 + index * index % 11 for index in range(length)]
-    rows = [(backend.start(prompt, capacity=50), backend) for backend in (ours, theirs)]
+    rows = [(backend.prefill(prompt, capacity=50), backend) for backend in (ours, theirs)]
     for _ in range(30):
         np.testing.assert_allclose(rows[0][0], rows[1][0], atol=1e-5, rtol=1e-5)
         token = int(rows[1][0].argmax())
@@ -114,11 +114,11 @@ def test_a_packed_model_reads_a_long_prompt_of_hashed_attention_itself(
     folder = saved(tmp_path / "model", {"attention": HASHED, "max_positions": 60})
     pack.run(model=str(folder), output=tmp_path / "packed", dtype="float32")
     ids = list(range(2, 12))
-    alone = open_backend(tmp_path / "packed", read_description(tmp_path / "packed"), Choices())
-    after = alone.start(ids, capacity=11)
-    assert "reading the prompt token by token" in capsys.readouterr().err
-    whole = open_backend(folder, read_description(folder), Choices())
-    whole.start(ids[:2], capacity=11)
+    alone = open_decoder(tmp_path / "packed", read_description(tmp_path / "packed"), DecoderOptions())
+    after = alone.prefill(ids, capacity=11)
+    assert "the prompt is read token by token" in capsys.readouterr().err
+    whole = open_decoder(folder, read_description(folder), DecoderOptions())
+    whole.prefill(ids[:2], capacity=11)
     for token in ids[2:]:
         wanted = whole.step(token)
     np.testing.assert_allclose(after, wanted, atol=1e-5, rtol=1e-5)
@@ -127,4 +127,4 @@ def test_a_packed_model_reads_a_long_prompt_of_hashed_attention_itself(
 def test_words_outside_of_the_vocabulary_are_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", MODELS["encoder-decoder"])
     with pytest.raises(Failure, match=r"words that the tokenizer does not know: \? !; leave"):
-        generate.run(None, model=str(folder), prompt="a ? b !", options=GenerateSpec())
+        generate(folder, prompt="a ? b !", options=GenerateSpec(), decoder=DecoderOptions())

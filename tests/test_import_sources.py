@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsecli.console import Failure
-from sparsecli.generate import encode_prompt
+from sparsecli.generate.prompt import encode_chat, encode_prompt
 from sparsecli.interchange import exporting, importing
 from sparsecli.interchange.sources import ForeignModel, open_source
 from sparsecli.model.checkpoint import load_model, load_network, read_config
@@ -212,7 +212,7 @@ def test_a_special_token_that_was_added_later(
     with pytest.raises(
         Failure, match="the text has the token '<pad>', which the model has not; leave it out"
     ):
-        ours.encode_chat("a <pad>")
+        encode_chat(ours, "a <pad>")
     load_model(tmp_path / "ours")
     tokenizer.add_tokens(["plain"])
     tokenizer.save_pretrained(theirs)

@@ -69,33 +69,28 @@ LAYERS |= {
         *("sparsecli.decode.reference", "sparsecli.decode.packed"),
         *("sparsecli.decode.kv_state", "sparsecli.decode.lsh_rotations", "sparsecli.model.low_bit"),
     },
-    "sparsecli.sampling": {"sparsecli.console", "sparsecli.recipe"},
-    "sparsecli.backends": {"sparsecli.console", "sparsecli.model", "sparsecli.decode"},
     "sparsecli.train": BELOW_COMMANDS | {"sparsecli.train"},
-    "sparsecli.generate": BELOW_COMMANDS
-    | {"sparsecli.generate", "sparsecli.backends", "sparsecli.sampling", "sparsecli.decode"},
+    "sparsecli.generate": BELOW_COMMANDS | {"sparsecli.generate", "sparsecli.decode"},
+    "sparsecli.generate.decoder": set(),
+    "sparsecli.generate.chat": {"sparsecli.console"},  # it runs in a process of its own
+    "sparsecli.generate.sampling": {"sparsecli.console", "sparsecli.recipe"},
     "sparsecli.pack": {"sparsecli.console", "sparsecli.model", "sparsecli.decode"},
     "sparsecli.interchange": {"sparsecli.interchange", "sparsecli.console", "sparsecli.model"},
-    "sparsecli.bench": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.train", "sparsecli.decode"},
+    "sparsecli.bench": BELOW_COMMANDS
+    | {"sparsecli.bench", "sparsecli.train", "sparsecli.decode", "sparsecli.generate.decoder"},
     "sparsecli.convert": BELOW_COMMANDS
     | {f"sparsecli.{name}" for name in ("convert", "train", "bench", "decode", "interchange")},
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},
-    "sparsecli.arguments": {"sparsecli.recipe"},
-    "sparsecli.prompt": {"sparsecli.console"},
-    "sparsecli.recipe_cli": {"sparsecli.arguments", "sparsecli.recipe"},
-    "sparsecli.cli": BELOW_COMMANDS
+    "sparsecli.cli": {"sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.recipe"}
     | {
         f"sparsecli.{name}"
-        for name in (
-            *("train", "generate", "pack", "bench", "convert", "doctor", "interchange"),
-            *("arguments", "prompt", "recipe_cli"),
-        )
+        for name in ("train", "generate", "pack", "bench", "convert", "doctor", "interchange")
     },
     "sparsecli.__main__": {"sparsecli.cli"},
 }
 
-LIGHT = ["sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.model", "sparsecli.model.architecture"]
-LIGHT += [name for name in MODULES if name.startswith("sparsecli.recipe")]
+LIGHT = ["sparsecli", "sparsecli.console", "sparsecli.model", "sparsecli.model.architecture"]
+LIGHT += [name for name in MODULES if name.startswith(("sparsecli.cli", "sparsecli.recipe"))]
 HEAVY = {"torch", "transformers", "numpy", "datasets", "tokenizers", "safetensors", "accelerate"}
 
 
@@ -187,7 +182,7 @@ def test_importing_sparsecli_is_light():
 
 def test_decoding_and_generating_import_neither_torch_nor_transformers():
     heavy = python(
-        "import sys, sparsecli.decode.engine, sparsecli.generate, sparsecli.pack\n"
+        "import sys, sparsecli.decode.engine, sparsecli.generate.command, sparsecli.pack\n"
         "print({'torch', 'transformers', 'jinja2', 'rich'} & set(sys.modules))"
     )
     assert heavy == "set()\n"

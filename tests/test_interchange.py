@@ -15,9 +15,10 @@ from foreign_models import LLAMA, MODELS, TEMPLATE, VOCABULARY, build, greedy, p
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sparsecli.backends import Choices, open_backend
 from sparsecli.data.tokenization import beginning, encode
 from sparsecli.decode.native import binding
+from sparsecli.generate.backend import open_decoder
+from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.interchange import exporting, importing, shards
 from sparsecli.interchange.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, Pieces, read_pieces
 from sparsecli.interchange.pieces import build as build_pieces
@@ -39,8 +40,10 @@ def imported(model: PreTrainedModel, tmp_path: Path, **options: object) -> Path:
 
 def by_the_engine(folder: Path, start: list[int], tokens: int) -> list[int]:
     """What the native engine writes greedily, with `start` in front."""
-    with closing(open_backend(folder, read_description(folder), Choices("native", threads=1))) as engine:
-        text = [*start, int(engine.start(start, len(start) + tokens).argmax())]
+    with closing(
+        open_decoder(folder, read_description(folder), DecoderOptions("native", threads=1))
+    ) as engine:
+        text = [*start, int(engine.prefill(start, len(start) + tokens).argmax())]
         while len(text) < len(start) + tokens:
             text.append(int(engine.step(text[-1]).argmax()))
     return text

@@ -17,8 +17,8 @@ from transformers.generation.logits_process import (
 )
 
 from sparsecli.console import Failure
+from sparsecli.generate.sampling import distribution, make_sampler
 from sparsecli.recipe.schema import GenerateSpec
-from sparsecli.sampling import distribution, make_sampler
 
 OPTIONS = st.builds(
     GenerateSpec,
@@ -100,5 +100,5 @@ def test_tokens_are_as_frequent_as_likely(options: dict[str, object], expected: 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 3}, {"min_p": 0.1}])
 def test_logits_that_are_no_numbers_get_one_clear_line(value: float, options: dict[str, object]) -> None:
     logits = np.array([0, value, 1], np.float32)
-    with pytest.raises(Failure, match="NaN or infinity"):
+    with pytest.raises(Failure, match="NaN or infinite"):
         make_sampler(GenerateSpec(**options), seed=0)([1], logits)

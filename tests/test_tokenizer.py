@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sparsecli.console import Failure
 from sparsecli.data.tokenization import train_byte_pairs
-from sparsecli.model import chat
-from sparsecli.model.chat import render
+from sparsecli.generate import chat
+from sparsecli.generate.chat import render
+from sparsecli.generate.prompt import encode_chat
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 
 TEXT = "def read_file(path):\n    return open(path).read()\n\nnaïve = 'žluťoučký kůň 🐎'\n"
@@ -72,7 +73,7 @@ def test_chats(tmp_path: Path, template: str) -> None:
     for prompt in ("hello <|user|>", " {{ x }} <b> 'é' "):
         chat = [{"role": "user", "content": prompt}]
         ids = expected.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert read_tokenizer(tmp_path, 1000).encode_chat(prompt) == ids
+        assert encode_chat(read_tokenizer(tmp_path, 1000), prompt) == ids
 
 
 def test_of_several_templates_the_default_counts(tmp_path: Path) -> None:
@@ -105,9 +106,7 @@ def test_of_several_templates_the_default_counts(tmp_path: Path) -> None:
     ],
 )
 def test_templates_that_do_not_work_or_reach_out(template: str) -> None:
-    with pytest.raises(
-        Failure, match=r"the chat template does not work: .*; --no-chat leaves it out"
-    ) as caught:
+    with pytest.raises(Failure, match=r"the chat template fails: .*; --no-chat leaves it out") as caught:
         render(template, [{"role": "user", "content": "x"}], {})
     assert len(caught.value.message.splitlines()) == 1
 
@@ -122,8 +121,8 @@ GROWING = "{% set ns = namespace(x='xx') %}{% for i in range(40) %}{% set ns.x =
         (LONG, "it takes longer than 1 s"),
         (GROWING, "it needs more than 1024 MiB of memory"),
         ("{{ 'x' * 10 ** 12 }}", "it needs more than 1024 MiB of memory"),
-        ("{{ 'x' * 5000000 }}", "it makes 5000000 characters, more than 4194304"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it calls itself without end"),
+        ("{{ 'x' * 5000000 }}", "its text has 5000000 characters, more than 4194304"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "its recursion is too deep"),
         ("{{ '\ud800' }}\ud800", None),
     ],
 )
@@ -132,7 +131,7 @@ def test_templates_without_end(template: str, message: str | None, monkeypatch: 
     if message is None:
         assert render(template, [], {}) == "\ud800\ud800"
         return
-    with pytest.raises(Failure, match=f"the chat template does not work: {message}; --no-chat leaves it out"):
+    with pytest.raises(Failure, match=f"the chat template fails: {message}; --no-chat leaves it out"):
         render(template, [{"role": "user", "content": "x"}], {})
 
 

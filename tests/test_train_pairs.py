@@ -416,9 +416,9 @@ def test_long_inputs_are_cut_with_a_warning_and_empty_ones_refused(
     assert program(*words, str(tmp_path / "long.py")) == 0
     assert re.search(r"the input has \d+ tokens; the model reads the first 40", capsys.readouterr().err)
     assert program(*words, str(tmp_path / "empty.py")) == 1
-    assert "error: the input is empty; give some text to read\n" in capsys.readouterr().err
+    assert "error: the input is empty; give a text to read\n" in capsys.readouterr().err
     assert program(*words, os.devnull, "--prompt", "x") == 2
-    assert "--prompt and --input: give one of them" in capsys.readouterr().err
+    assert "--prompt, --input: cannot be combined; give one of them" in capsys.readouterr().err
 
 
 def test_targets_end_with_the_positions(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,9 +51,8 @@ DIGIT_BASES, DIGITS = (11, 13, 14, 15), 8
 class Block(BaseModel):
     """A frozen block of a recipe: unknown keys are errors, every field's docstring is its documentation."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    # A validator is built on first use: a command reads few of the blocks.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 def fault(field: str, message: str) -> PydanticCustomError:

@@ -11,7 +11,6 @@ from typing import Any
 import tokenizers
 
 from sparsecli.console import Failure, warn_once
-from sparsecli.model.chat import render
 from sparsecli.model.folder import last_line, read_json
 
 TOKENIZER = "tokenizer.json"
@@ -67,18 +66,17 @@ class Tokenizer:
         token = self.backend.token_to_id(self.named.get("eos_token", ""))
         return set() if token is None else {token}
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of `text` as it stands: nothing is put before or behind it, as with the training text.
+    def encode(self, text: str, special: bool = False, names_are_text: bool = True) -> list[int]:
+        """Token ids of `text`.
 
-        The name of a special token that occurs in it is text. With `special` the tokenizer adds what it has for that,
-        such as Llama's first token.
+        Args:
+            text: as it stands; nothing is put before or behind it, as with the training text.
+            special: add the tokens that the tokenizer puts around a text, such as Llama's first token.
+            names_are_text: the name of a special token within the text is text, not that token.
 
         Raises:
-            Failure: the text is no Unicode, or has a token that the model does not have.
+            Failure: the text is not Unicode, or has a token that the model does not have.
         """
-        return self._ids(text, special, names_are_text=True)
-
-    def _ids(self, text: str, special: bool, names_are_text: bool) -> list[int]:
         self.backend.encode_special_tokens = names_are_text
         try:
             encoded = self.backend.encode(text, add_special_tokens=special)
@@ -89,19 +87,6 @@ class Tokenizer:
                 if token >= self.vocabulary:
                     raise Failure(f"the text has the token {name!a}, which the model has not; leave it out")
         return list(encoded.ids)
-
-    def encode_chat(self, message: str) -> list[int]:
-        """Token ids of a chat in which the user has said `message` and the answer begins.
-
-        As in transformers, names of special tokens are the tokens, wherever they stand.
-
-        Raises:
-            Failure: the tokenizer has no chat template, the template does not work, or `encode` would refuse its text.
-        """
-        if self.template is None:
-            raise Failure("the tokenizer has no chat template")
-        text = render(self.template, [{"role": "user", "content": message}], self.named)
-        return self._ids(text, special=False, names_are_text=False)
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """Turns tokens that follow `prompt` into text, one at a time."""

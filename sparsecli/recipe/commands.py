@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsecli import console
 from sparsecli.console import RecipeError
+from sparsecli.model.parts import Block
 from sparsecli.recipe.loader import load, shipped
 from sparsecli.recipe.schema import Recipe
 
@@ -86,4 +91,27 @@ def sizes(recipe: Recipe) -> list[tuple[str, Sizes]]:
 def schema() -> None:
     """The JSON schema of a recipe, to stdout; editors complete and check recipes with it."""
     document = Recipe.model_json_schema()
+    described = {block.__name__: _docstrings(block) for block in _subclasses(Block)}
+    for name, block in {Recipe.__name__: document, **document["$defs"]}.items():
+        for key, value in block.get("properties", {}).items():
+            if key in described.get(name, {}):
+                value["description"] = described[name][key]
     console.json_out({"$schema": "https://json-schema.org/draft/2020-12/schema", **document})
+
+
+def _docstrings(block: type[Block]) -> dict[str, str]:
+    """The docstring of each field. Pydantic can read them too, but at every start of the program."""
+    found: dict[str, str] = {}
+    for owner in reversed(block.__mro__[: block.__mro__.index(Block)]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in pairwise(definition.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(text.value))
+    return found
+
+
+def _subclasses(block: type[Block]) -> Iterator[type[Block]]:
+    for subclass in block.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

@@ -1,4 +1,4 @@
-"""The next token from logits, on numpy alone: the same options, in the same order, as transformers."""
+"""Sampling: the next token from logits, in numpy. Options and their order are those of transformers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 Logits = np.ndarray
 """(V,) float32."""
 Sampler = Callable[[Sequence[int], Logits], int]
-"""From all tokens so far and the logits after them to the next token."""
+"""Maps all tokens so far and the logits after them to the next token."""
 
 
 def make_sampler(options: GenerateSpec, seed: int) -> Sampler:
     """A sampler by `options`; all randomness comes from `seed`.
 
-    The sampler raises Failure where the logits are no numbers, as those of a damaged model.
+    The sampler raises Failure for logits that are NaN or infinite.
     """
     generator = np.random.default_rng(seed)
 
     def greedy(tokens: Sequence[int], logits: Logits) -> int:
         scores = penalized(logits, tokens, options.repetition_penalty)
-        best = int(scores.argmax())  # of a NaN, where there is one
+        best = int(scores.argmax())  # the index of a NaN, if there is one
         _check(scores[best])
         return best
 
@@ -35,17 +35,17 @@ def make_sampler(options: GenerateSpec, seed: int) -> Sampler:
         probabilities = distribution(tokens, logits, options)
         candidates = np.flatnonzero(probabilities)
         cumulative = np.cumsum(probabilities[candidates], dtype=np.float64)
-        place = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
-        return int(candidates[place])
+        index = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
+        return int(candidates[index])
 
     return greedy if options.temperature == 0 else sample
 
 
 def distribution(tokens: Sequence[int], logits: Logits, options: GenerateSpec) -> np.ndarray:
-    """Probabilities (V,) float32 of the next token, where the temperature is not 0; zero for what is left out."""
+    """Probabilities (V,) float32 of the next token, for a temperature above 0. Excluded tokens have zero."""
     scores = penalized(logits, tokens, options.repetition_penalty)
-    # From the largest down, so that no temperature is too low for float32; the distribution is the same.
-    best = scores.max()  # NaN, where there is one
+    # Relative to the largest, so that float32 stands every low temperature; the distribution stays the same.
+    best = scores.max()  # NaN, if there is one
     _check(best)
     with np.errstate(over="ignore"):
         scores = (scores - best) / max(options.temperature, float(np.finfo(np.float32).tiny))
@@ -60,7 +60,7 @@ def distribution(tokens: Sequence[int], logits: Logits, options: GenerateSpec) -
 
 
 def penalized(logits: Logits, tokens: Sequence[int], penalty: float) -> Logits:
-    """Logits with those of used tokens divided by `penalty`, or multiplied where they are negative."""
+    """Logits with the repetition penalty: those of used tokens are divided by it, negative ones multiplied."""
     if penalty == 1:
         return logits
     used = np.asarray(tokens)
@@ -70,18 +70,18 @@ def penalized(logits: Logits, tokens: Sequence[int], penalty: float) -> Logits:
 
 
 def keep_top_k(weights: np.ndarray, count: int) -> np.ndarray:
-    """The `count` largest weights and whatever equals the last of them; zero for the others."""
+    """The `count` largest weights, with ties; zero for the others."""
     if count >= weights.size:
         return weights
     return np.where(weights < np.partition(weights, -count)[-count], 0, weights)
 
 
 def keep_top_p(weights: np.ndarray, share: float) -> np.ndarray:
-    """The fewest largest weights that hold `share` of the sum, and whatever equals the last of them."""
+    """The fewest largest weights that hold `share` of the sum, with ties; zero for the others."""
     total = weights.sum(dtype=np.float64)
-    # All weights below this hold less than 1 - share together: they are nearly all, and need no sorting.
+    # All weights below this threshold hold less than 1 - share together. They are nearly all, and need no sorting.
     descending = np.sort(weights[weights >= (1 - share) * total / weights.size])[::-1]
-    before = np.cumsum(descending[:-1], dtype=np.float64)  # what is held without the second, the third, ...
+    before = np.cumsum(descending[:-1], dtype=np.float64)  # the sum before the second, the third, ...
     last = np.searchsorted(before, share * total, side="left")
     return np.where(weights < descending[last], 0, weights)
 
@@ -93,4 +93,4 @@ def keep_min_p(weights: np.ndarray, share: float) -> np.ndarray:
 
 def _check(value: np.floating) -> None:
     if not np.isfinite(value):
-        raise Failure("the model computes no numbers (NaN or infinity); its weights are damaged")
+        raise Failure("the model's logits are NaN or infinite; its weights are damaged")

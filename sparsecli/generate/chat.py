@@ -1,7 +1,7 @@
-"""Chat templates: programs that come with a model. Each runs in a sandbox, in a process of its own with little time and
-memory, since no sandbox of Jinja's keeps a template from looping or growing.
+"""Chat templates, which are programs that come with a model. Each runs in a sandbox, in its own process.
 
-This file is also what that process runs: above `render` it needs nothing of ours.
+The process has limits of time and memory, because Jinja's sandbox does not stop a template that loops or grows. The
+process runs this file, so the code above `render` imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SECONDS = 10.0
 MEMORY = 1 << 30
-"""Bytes of address space, of which Python with Jinja takes a tenth."""
+"""Bytes of address space. Python with Jinja takes a tenth of it."""
 LONGEST = 1 << 22
 """Characters of a chat."""
 
@@ -29,7 +29,7 @@ def _environment() -> jinja2.Environment:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Answer(ext.Extension):
-        """`{% generation %}` marks, in templates made for training, what an assistant says; here it changes nothing."""
+        """`{% generation %}` marks the assistant's part in templates for training. Here it changes nothing."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -38,7 +38,7 @@ def _environment() -> jinja2.Environment:
             return source.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Namespace(utils.Namespace):
-        """The template's own variables; names that Python gives a meaning to are none."""
+        """The template's own variables. Names with a leading underscore are refused: Python uses them."""
 
         def __init__(*positional: Any, **given: Any) -> None:
             self, *rest = positional
@@ -81,7 +81,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _answer(asked: Mapping[str, Any]) -> dict[str, str]:
-    """The `text` of a chat, or the `error` that kept the template from making it."""
+    """The `text` of the chat, or the template's `error`."""
     from jinja2 import TemplateError
 
     try:
@@ -89,11 +89,11 @@ def _answer(asked: Mapping[str, Any]) -> dict[str, str]:
     except MemoryError:
         return {"error": f"it needs more than {MEMORY >> 20} MiB of memory"}
     except RecursionError:
-        return {"error": "it calls itself without end"}
+        return {"error": "its recursion is too deep"}
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         return {"error": (str(error).strip() or type(error).__name__).splitlines()[-1].strip()}
     if len(text) > LONGEST:
-        return {"error": f"it makes {len(text)} characters, more than {LONGEST}"}
+        return {"error": f"its text has {len(text)} characters, more than {LONGEST}"}
     return {"text": text}
 
 
@@ -108,17 +108,17 @@ def _main() -> None:
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], named: Mapping[str, str]) -> str:
-    """The text of a chat, up to where the answer begins, as transformers renders it.
+    """The text of a chat up to the start of the answer, as transformers renders it.
 
     Raises:
-        Failure: the template is damaged, refuses the messages, does what the sandbox forbids, or takes too long or too
-            much memory.
+        Failure: the template is damaged, refuses the messages, breaks a rule of the sandbox, or exceeds a limit of
+            time or memory.
     """
     from sparsecli.console import Failure
 
     fixed = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
     asked = json.dumps({"template": template, "variables": {**fixed, **named}})
-    # Without the folder of this file on the path, in which some names are those of other packages.
+    # -P keeps this folder off the path: some of its names could hide other packages.
     command = [sys.executable, "-P", __file__]
     try:
         done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=SECONDS)
@@ -128,7 +128,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], named: Mapping[
     except ValueError:
         answer = {"error": f"the process that runs it ended with {done.returncode}"}
     if "text" not in answer:
-        raise Failure(f"the chat template does not work: {answer['error']}; --no-chat leaves it out")
+        raise Failure(f"the chat template fails: {answer['error']}; --no-chat leaves it out")
     return str(answer["text"])
 
 

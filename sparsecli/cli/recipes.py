@@ -1,4 +1,4 @@
-"""The command line of `sparsecli recipes`."""
+"""`sparsecli recipes`."""
 
 from __future__ import annotations
 
@@ -7,42 +7,45 @@ from typing import Annotated
 
 import typer
 
-from sparsecli.arguments import RECIPE_HELP, RecipeArgument, shipped_names
+from sparsecli.cli.options import RECIPE_HELP, RecipeArgument, shipped_names
 
-recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, copy and check recipes.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, copy and check recipes.")
 
 
-@recipes.command("ls")
-def recipes_list() -> None:
+@app.command("ls")
+def list_recipes() -> None:
     """List the shipped recipes."""
     from sparsecli.recipe import commands
 
     commands.list_shipped()
 
 
-@recipes.command("show")
-def recipes_show(recipe: RecipeArgument) -> None:
+@app.command()
+def show(recipe: RecipeArgument) -> None:
     """Print a recipe."""
     from sparsecli.recipe import commands
 
     commands.show(recipe)
 
 
-@recipes.command("cp", epilog="Example: sparsecli recipes cp quickstart mine.yaml")
-def recipes_copy(
+@app.command("cp", epilog="Example: sparsecli recipes cp quickstart mine.yaml")
+def copy(
     recipe: RecipeArgument,
     destination: Annotated[
-        Path | None, typer.Argument(help="File or folder; here by default.", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="DESTINATION", help="File or folder; default: the current folder.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Copy a recipe, to change it; never overwrites."""
+    """Copy a recipe to change it. Existing files are never overwritten."""
     from sparsecli.recipe import commands
 
     commands.copy(recipe, destination)
 
 
-@recipes.command("check")
-def recipes_check(
+@app.command()
+def check(
     recipe: Annotated[
         list[str], typer.Argument(metavar="RECIPE...", help=RECIPE_HELP, autocompletion=shipped_names)
     ],
@@ -53,8 +56,8 @@ def recipes_check(
     commands.check(recipe)
 
 
-@recipes.command("schema")
-def recipes_schema() -> None:
+@app.command()
+def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     from sparsecli.recipe import commands
 

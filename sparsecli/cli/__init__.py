@@ -1,0 +1,54 @@
+"""The command line: one file a command with its arguments. The module that a command imports does the work."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sparsecli import __version__, console
+from sparsecli.cli import bench, convert, doctor, errors, export, generate, import_, pack, recipes, train
+
+app = typer.Typer(
+    name="sparsecli",
+    help="Train, convert, run and measure sparse Transformers on plain CPUs.",
+    epilog="Start with: sparsecli train quickstart",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (train, convert, generate, import_, export, pack, bench, doctor):
+    app.add_typer(command.app)
+app.add_typer(recipes.app, name="recipes")
+
+debug = False
+"""Whether errors show their traceback; set by `--debug`."""
+
+
+def main() -> None:
+    """Entry point: every error ends as one clear line and an exit code."""
+    code = None
+    try:
+        code = app(prog_name="sparsecli", standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:
+        errors.end(error, debug)
+    sys.exit(code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.out(f"sparsecli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    show_traceback: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    global debug
+    debug = show_traceback

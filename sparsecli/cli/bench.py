@@ -1,0 +1,155 @@
+"""`sparsecli bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsecli.cli.options import (
+    AsJson,
+    DryRun,
+    Format,
+    OptionalRecipe,
+    Overrides,
+    Seed,
+    load_recipe,
+    numbers,
+    percent,
+    shift,
+)
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog="Example: sparsecli bench bench-800m --dtype bfloat16 --against base.json --fail-above 5%"
+)
+def bench(
+    recipe: OptionalRecipe = None,
+    overrides: Overrides = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Only dense variants.")] = False,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Only sparse variants; with --dense, both.")
+    ] = False,
+    mixture: Annotated[
+        bool, typer.Option("--mixture", help="Only mixtures of experts; without these three, all.")
+    ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIR", help="A trained run in place of random weights; may be repeated."),
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this variant; may be repeated.", show_default=False),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="native or torch; may be repeated.", show_default=False),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Another program beside ours; may be repeated.", show_default=False
+        ),
+    ] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BACKEND:TYPE",
+            help="Also the speed-up over that dense row: torch:bfloat16.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TYPE", help="float32, bfloat16, int8 or int4; may be repeated.", show_default=False
+        ),
+    ] = None,
+    threads: Annotated[
+        Any, typer.Option(parser=numbers, metavar="N,...", help="CPU threads.", show_default=False)
+    ] = None,
+    context: Annotated[
+        Any,
+        typer.Option(
+            parser=numbers, metavar="N,...", help="Tokens in the cache at the start.", show_default=False
+        ),
+    ] = None,
+    batch: Annotated[
+        Any, typer.Option(parser=numbers, metavar="N,...", help="Sequences at once.", show_default=False)
+    ] = None,
+    prefill: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Also read a prompt of N tokens.", show_default=False),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Time the parts of a token.")] = False,
+    from_disk: Annotated[
+        bool, typer.Option("--from-disk", help="Read sparse units from a file, cold.")
+    ] = False,
+    disk_folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where that file lies for the time.", show_default=False),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Turns of every variant.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Measured tokens of a turn.")] = None,
+    seed: Seed = None,
+    format: Annotated[Format, typer.Option(help="Of the result on stdout.")] = "table",
+    json: AsJson = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write the result here: .csv, .md, else JSON.", show_default=False
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="An earlier result (JSON) to compare with.", show_default=False),
+    ] = None,
+    fail_above: Annotated[
+        Any,
+        typer.Option(
+            parser=percent, metavar="PERCENT", help="Exit 3 when slower than that.", show_default=False
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure decoding, dense against sparse.
+
+    Without a recipe: the paper's Table 1 at 800M parameters, one token at a time, random weights.
+    """
+    recipe, overrides = shift(recipe, overrides)
+    loaded = load_recipe(recipe or "bench-800m", overrides, seed)
+    from sparsecli.bench import command
+    from sparsecli.recipe.loader import check_unread
+
+    if model:
+        check_unread(overrides, "bench --model", {"model", "data", "train", "convert"})
+
+    command.run(
+        loaded,
+        dense=dense,
+        sparse=sparse,
+        mixture=mixture,
+        names=variant or None,
+        backends=backend or None,
+        peers=peer or None,
+        over=over,
+        dtypes=dtype or None,
+        threads=threads,
+        context=context,
+        batch=batch,
+        prefill=prefill,
+        profile=profile,
+        from_disk=from_disk,
+        disk_folder=disk_folder,
+        rounds=rounds,
+        tokens=tokens,
+        format="json" if json else format,
+        against=against,
+        fail_above=fail_above,
+        output=output,
+        dry_run=dry_run,
+        models=model or [],
+    )

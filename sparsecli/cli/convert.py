@@ -1,0 +1,64 @@
+"""`sparsecli sparsify-convert`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sparsecli.cli.options import (
+    AsJson,
+    DryRun,
+    Format,
+    Output,
+    Overrides,
+    RecipeArgument,
+    Seed,
+    load_recipe,
+)
+
+app = typer.Typer()
+
+
+@app.command("sparsify-convert", epilog="Example: sparsecli sparsify-convert quickstart-convert --dry-run")
+def sparsify_convert(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A run, a model folder, a name on the Hugging Face hub, or a GGUF file.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Output = None,
+    seed: Seed = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="llama.cpp: also measure the dense model there.", show_default=False
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    format: Annotated[Format, typer.Option(help="Format of the report on stdout.")] = "table",
+    json: AsJson = False,
+) -> None:
+    """Make a dense model cheaper to decode.
+
+    The result has quantized weights or sparse feed-forward layers, and the loss in quality is measured. The recipe
+    needs a convert block. Without a data block, the text is that of the dense run, else Python's standard library.
+    """
+    loaded = load_recipe(recipe, overrides, seed)
+    from sparsecli.convert import command
+    from sparsecli.recipe.loader import check_unread
+
+    check_unread(overrides or (), "sparsify-convert", {"model", "train"})
+    command.run(
+        loaded,
+        model=model,
+        output=output or loaded.output,
+        peers=peer or None,
+        dry_run=dry_run,
+        format="json" if json else format,
+    )

@@ -1,0 +1,24 @@
+"""`sparsecli doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from sparsecli.cli.options import AsJson
+
+app = typer.Typer()
+
+
+@app.command()
+def doctor(
+    format: Annotated[
+        Literal["table", "json"], typer.Option(help="Format of the result on stdout.")
+    ] = "table",
+    json: AsJson = False,
+) -> None:
+    """Show what this machine and this installation can do."""
+    from sparsecli import doctor as implementation
+
+    implementation.run("json" if json else format)

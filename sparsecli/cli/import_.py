@@ -1,0 +1,38 @@
+"""`sparsecli import`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sparsecli.cli.options import DryRun, RequiredOutput
+
+app = typer.Typer()
+
+
+@app.command("import", epilog="Example: sparsecli import openai-community/gpt2 --output runs/gpt2")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A Hugging Face folder, a name on the hub, or a GGUF file.",
+            show_default=False,
+        ),
+    ],
+    output: RequiredOutput,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.", show_default=False),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Import a dense model of another architecture.
+
+    The architectures are Llama, Mistral, Qwen 2 and 3, Gemma, GPT-2, OPT and GPT-NeoX. The result computes exactly
+    the same function as the original.
+    """
+    from sparsecli.interchange import importing
+
+    importing.run(source=source, output=output, revision=revision, dry_run=dry_run)

@@ -1,0 +1,97 @@
+"""Arguments and options that commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from sparsecli.console import RecipeError
+
+if TYPE_CHECKING:
+    from sparsecli.recipe.loader import LoadedRecipe
+
+
+def shipped_names(incomplete: str) -> list[str]:
+    """Names of shipped recipes that begin with `incomplete`, for the shell's completion."""
+    from sparsecli.recipe.loader import shipped
+
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
+RECIPE_HELP = "A recipe file, or the name of a shipped recipe."
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help=RECIPE_HELP, autocompletion=shipped_names, show_default=False)
+]
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Argument(metavar="RECIPE", help=RECIPE_HELP, autocompletion=shipped_names, show_default=False),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Changes to the recipe.", show_default=False),
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Override the recipe's seed.", show_default=False)
+]
+Output = Annotated[Path | None, typer.Option(metavar="DIR", help="Write to this folder.", show_default=False)]
+RequiredOutput = Annotated[
+    Path, typer.Option("--output", metavar="DIR", help="Write to this folder.", show_default=False)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, and do nothing.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=256, metavar="N", help="CPU threads.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
+Format = Literal["table", "json", "csv", "markdown"]
+CacheDtype = Literal["float32", "bfloat16", "int8"]
+WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
+
+
+def percent(text: str) -> float:
+    """`5%` or `0.05` as 0.05."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"expected a share such as 5% or 0.05, got {text!r}")
+    return value
+
+
+def numbers(text: str) -> list[int]:
+    """`64,2048` as [64, 2048]."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise typer.BadParameter(f"expected whole numbers above 0 such as 1,2, got {text!r}")
+    return values
+
+
+def load_recipe(reference: str, overrides: list[str] | None, seed: int | None = None) -> LoadedRecipe:
+    """The recipe with its overrides and `--seed`. Raises RecipeError with every problem."""
+    from sparsecli.recipe.loader import load
+
+    return load(reference, [*(overrides or []), *([] if seed is None else [f"seed={seed}"])])
+
+
+def load_optional_recipe(
+    reference: str | None, overrides: list[str] | None, seed: int | None
+) -> LoadedRecipe | None:
+    """The same where the recipe may be left out; then no override is allowed."""
+    reference, overrides = shift(reference, overrides)
+    if reference:
+        return load_recipe(reference, overrides, seed)
+    if overrides:
+        raise RecipeError(f"{overrides[0]}: no recipe to change; name a recipe before the override")
+    return None
+
+
+def shift(reference: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """Where the recipe is left out, the first override stands in its place."""
+    if reference and "=" in reference and not Path(reference).exists():
+        return None, [reference, *(overrides or [])]
+    return reference, overrides or []

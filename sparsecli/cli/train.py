@@ -1,0 +1,33 @@
+"""`sparsecli train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sparsecli.cli.options import DryRun, Output, Overrides, RecipeArgument, Seed, load_recipe
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: sparsecli train quickstart train.max_steps=200 --output runs/short")
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="auto", help="auto: resume from the newest checkpoint.", show_default=False),
+    ] = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a model.
+
+    The recipe needs model, data and train blocks. The command also runs under torchrun and accelerate launch.
+    """
+    loaded = load_recipe(recipe, overrides, seed)
+    from sparsecli.train import trainer
+
+    trainer.run(loaded, output=output or loaded.output, resume=resume, dry_run=dry_run)

@@ -1,0 +1,1 @@
+"""The `generate` command: prompt, decoder, sampling, text."""

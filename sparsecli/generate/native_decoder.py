@@ -1,0 +1,116 @@
+"""Decoding in the native engine, from packed weights or from safetensors files that are packed at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparsecli import console
+from sparsecli.console import Failure
+from sparsecli.decode.engine import Engine
+from sparsecli.decode.native import binding
+from sparsecli.decode.packed.file import open_packed
+from sparsecli.decode.packed.folder import pack_folder
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.packed.tensors import crosses
+from sparsecli.generate.decoder import DEFAULT_DTYPE, DecoderOptions
+from sparsecli.generate.torch_decoder import TorchDecoder, TorchEncoder
+from sparsecli.model.folder import CONFIG, INDEX, PACKED, WEIGHTS, Description
+
+if TYPE_CHECKING:
+    from sparsecli.decode.engine import Sequence as EngineSequence
+    from sparsecli.decode.packed.pack import PackedModel
+
+
+class NativeDecoder:
+    """The engine over packed weights: see `Decoder`.
+
+    PyTorch runs the encoder, once for each prompt. With LSH attention PyTorch also runs the prefill, because a pass
+    over several chunks gives other values than the same tokens one by one. The engine then continues from PyTorch's
+    cache.
+
+    Raises:
+        Failure: the weights do not load, or the packed file belongs to another model.
+    """
+
+    name = "native"
+
+    def __init__(self, folder: Path, model: Description, options: DecoderOptions) -> None:
+        packed = packed_weights(folder, model, options.dtype)
+        if options.cache_dtype is not None:
+            packed = replace(packed, precision=replace(packed.precision, cache=options.cache_dtype))
+        self.dtype, self.cache_dtype = packed.precision.units, packed.precision.cache
+        self.isa = binding.isa()
+        try:
+            self.engine = Engine(packed, threads=options.threads)
+        except ValueError as error:  # a packed file that is whole, but not of this model
+            raise Failure(f"{folder}: {error}") from error
+        self.threads = self.engine.threads
+        self.spec = model.spec
+        self.prefiller: TorchDecoder | None = None
+        self.encoder: TorchEncoder | None = None
+        if self._hashes_prompts() and has_weights(folder):
+            self.prefiller = TorchDecoder(folder, DecoderOptions(threads=self.threads))
+        elif model.spec.encoder:
+            self.encoder = TorchEncoder(folder, self.threads)
+        self.sequence: EngineSequence | None = None
+
+    def prefill(self, prompt: Sequence[int], capacity: int) -> np.ndarray:
+        source = len(prompt) if self.spec.encoder else 0
+        self.sequence = self.engine.sequence(capacity, source)
+        if self.prefiller:
+            from sparsecli.decode.kv_state import kv_states
+
+            logits, cache = self.prefiller.prefill(prompt, capacity=1), self.prefiller.cache
+            layers = kv_states(self.spec, cache.layers, cache.held)
+            self.engine.import_kv(self.sequence, layers, source)
+            return logits
+        if self.encoder:
+            self.engine.read_source(self.sequence, self.encoder.encode(prompt))
+            return self.engine.step(self.sequence, self.encoder.start_token)
+        hashing = self.spec.attention.hashing
+        if hashing and len(prompt) > hashing.chunk_length:
+            console.say("the prompt is read token by token: one pass needs PyTorch and the original weights")
+        return self.engine.prefill(self.sequence, prompt)
+
+    def _hashes_prompts(self) -> bool:
+        """Whether the decoder's prefill may hash. With cross-attention the prefill is one token, and never hashes."""
+        return self.spec.attention.hashing is not None and not crosses(self.spec)
+
+    def step(self, token: int) -> np.ndarray:
+        assert self.sequence
+        return self.engine.step(self.sequence, token)
+
+    def close(self) -> None:
+        if self.sequence:
+            self.sequence.close()
+        self.engine.close()
+
+
+def packed_weights(folder: Path, model: Description, dtype: str | None) -> PackedModel:
+    """The weights in `folder` for the native engine: the packed file, unless `dtype` asks for another type.
+
+    Raises:
+        Failure: the weights do not load, or they are packed as another type without the original files.
+    """
+    if (folder / PACKED).is_file():
+        packed = open_packed(folder / PACKED)
+        if packed.spec != model.spec:
+            raise Failure(f"{folder}: {PACKED} and {CONFIG} do not belong together; pack the model again")
+        held = packed.precision.units
+        if dtype in (None, held):
+            return packed
+        if not has_weights(folder):
+            raise Failure(
+                f"{folder / PACKED}: was packed as {held}; leave out --dtype {dtype}, or pack the model again with it"
+            )
+    return pack_folder(folder, model.spec, Precision.of(dtype or DEFAULT_DTYPE))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` holds safetensors files, not only packed weights."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))

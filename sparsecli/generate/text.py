@@ -1,0 +1,155 @@
+"""Text from a decoder, token by token: characters are shown whole, and stop strings end it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any
+
+from sparsecli.generate.decoder import Decoder
+from sparsecli.generate.sampling import Sampler, make_sampler
+from sparsecli.model.architecture import START
+from sparsecli.model.folder import Description
+from sparsecli.model.tokenizer import Tokenizer
+from sparsecli.recipe.schema import GenerateSpec
+
+
+class StopFilter:
+    """Passes text on, but holds back an end that may begin a stop string.
+
+    Special tokens are not shown, but a stop string may name them.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = [stop for stop in stops if stop]
+        self.held = ""
+        self.visible: list[bool] = []
+
+    def feed(self, text: str, special: bool = False) -> tuple[str, bool]:
+        """Return text that is safe to show, and whether a stop string was found. Text from there on is dropped.
+
+        With `special`, `text` is the name of a special token. It counts only where a stop string contains it.
+        """
+        if not special or any(text in stop for stop in self.stops):
+            self.held += text
+            self.visible += [not special] * len(text)
+        found = [position for stop in self.stops if (position := self.held.find(stop)) >= 0]
+        if found:
+            shown = self._release(min(found))
+            self._release(len(self.held))
+            return shown, True
+        longest = max((self._overlap(stop) for stop in self.stops), default=0)
+        return self._release(len(self.held) - longest), False
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins `stop`."""
+        sizes = range(min(len(stop), len(self.held)), 0, -1)
+        return next((size for size in sizes if self.held.endswith(stop[:size])), 0)
+
+    def flush(self) -> str:
+        """The text that was held back, once no more text comes."""
+        return self._release(len(self.held))
+
+    def _release(self, size: int) -> str:
+        shown = "".join(compress(self.held[:size], self.visible))
+        self.held, self.visible = self.held[size:], self.visible[size:]
+        return shown
+
+
+@dataclass
+class Generation:
+    """The new tokens, their text, and the time they took."""
+
+    prompt_tokens: int
+    """Tokens of the prompt, or of the encoder's input."""
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: str = "length"  # length | context | end | stop
+    prefill_seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of `--stats` and `--json`; None where nothing was measured."""
+        steps = sorted(self.step_seconds)
+        median = steps[len(steps) // 2] if steps else None
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.tokens),
+            "prefill_ms": 1e3 * self.prefill_seconds,
+            "prefill_tokens_per_second": self.prompt_tokens / self.prefill_seconds,
+            "decode_ms_per_token": 1e3 * median if median else None,
+            "decode_tokens_per_second": 1 / median if median else None,
+        }
+
+
+def decode(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    prefix: Sequence[int],
+    sampler: Sampler,
+    limit: int,
+    result: Generation,
+) -> Iterator[int]:
+    """Yield up to `limit` (at least 1) new tokens after `prefix`; timings go to `result`.
+
+    The prefix is the prompt, or the start token where an encoder reads the prompt.
+    """
+    tokens = list(prefix)
+    started = time.perf_counter()
+    tokens.append(sampler(tokens, decoder.prefill(prompt, capacity=len(prefix) + limit)))
+    result.prefill_seconds = time.perf_counter() - started
+    yield tokens[-1]
+    for _ in range(limit - 1):
+        started = time.perf_counter()
+        tokens.append(sampler(tokens, decoder.step(tokens[-1])))
+        result.step_seconds.append(time.perf_counter() - started)
+        yield tokens[-1]
+
+
+def generate_text(
+    decoder: Decoder,
+    model: Description,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    options: GenerateSpec,
+    seed: int,
+    show: Callable[[str], None],
+) -> Generation:
+    """Generate after the token ids `prompt`, and pass text to `show` as soon as its characters are whole.
+
+    A model with an encoder encodes the prompt and generates from the start token. A character that is unfinished at
+    the end is not shown.
+    """
+    result = Generation(prompt_tokens=len(prompt))
+    prefix = [START] if model.spec.encoder else list(prompt)
+    room = model.spec.max_positions - len(prefix)
+    limit = min(options.max_new_tokens, room)
+    stream = tokenizer.stream(prefix)
+    stops = StopFilter(options.stop)
+    stopped = False
+
+    def emit(text: str) -> None:
+        result.text += text
+        if text:
+            show(text)
+
+    for token in decode(decoder, prompt, prefix, make_sampler(options, seed), limit, result):
+        if token in model.end_tokens:
+            result.finish = "end"
+            break
+        result.tokens.append(token)
+        special = tokenizer.special.get(token)
+        text, stopped = stops.feed(special, special=True) if special else stops.feed(stream.feed(token))
+        emit(text)
+        if stopped:
+            result.finish = "stop"
+            break
+    if not stopped:
+        text, stopped = stops.feed(stream.flush())
+        emit(text + stops.flush())
+        result.finish = "stop" if stopped else result.finish
+    if result.finish == "length" and room < options.max_new_tokens:
+        result.finish = "context"
+    return result
