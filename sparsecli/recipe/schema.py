@@ -208,7 +208,7 @@ class PrecisionChanges(Block):
     """Score the likeliest tokens of an int8 head again with bfloat16 weights."""
 
 
-class Variant(Block):
+class VariantSpec(Block):
     """One row of the table."""
 
     name: str
@@ -235,8 +235,8 @@ class Variant(Block):
 class BenchSpec(Block):
     """Single-token decoding, variants interleaved."""
 
-    variants: Annotated[list[Variant], Field(min_length=1)]
-    """Rows of the table; the first of group `dense` is the baseline."""
+    variants: Annotated[list[VariantSpec], Field(min_length=1)] = Field(default=[])
+    """Rows of the table; the first of group `dense` is the baseline. Trained runs (`--model`) need none."""
     equal_sizes: bool = True
     """All variants should have the same number of parameters, within 1 %; the paper's own do not."""
     backends: Annotated[list[Literal["native", "torch"]], Field(min_length=1)] | None = None

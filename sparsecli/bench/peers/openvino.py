@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecli.bench.peers.step import GrowingStep
+from sparsecli.bench.peers.decode_step import GrowingStep
 from sparsecli.model.architecture import ModelSpec
 
 # Importing OpenVINO reports the import to its makers where this package is found; without it a stub takes over.

@@ -1,10 +1,10 @@
-"""Bytes that a decode step has to read: its active weights in their packed types, and cached keys and values."""
+"""Bytes that a decode step reads: its active weights in their packed types, and cached keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparsecli.bench.weights import planned
+from sparsecli.bench.random_weights import planned
 from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensor_file import WIDTHS

@@ -1,7 +1,8 @@
-"""The result of a bench: the pydantic models below are the JSON format; `compare` reads earlier results with them."""
+"""The result of a bench, whose pydantic models are the JSON format; `compare` reads earlier results with them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -107,17 +108,8 @@ class Times(Spread):
     """In order, turn after turn."""
 
 
-def in_words(
-    threads: int | None, context: int | None, batch: int, prefill: int | None, from_disk: bool
-) -> str:
-    """What a row was measured at: `2 threads, context 64`."""
-    words = [f"{threads} thread{'' if threads == 1 else 's'}"]
-    words.append(f"prompt {prefill}" if prefill else f"context {context}")
-    return ", ".join(words + [f"batch {batch}"] * (batch > 1) + ["from disk"] * from_disk)
-
-
-class Key(NamedTuple):
-    """See `Subject.key`."""
+class RowKey(NamedTuple):
+    """What makes a row the same row in another result."""
 
     variant: str
     backend: str
@@ -128,20 +120,22 @@ class Key(NamedTuple):
     prefill: int | None
     from_disk: bool
 
+    @property
+    def sizes(self) -> str:
+        """What the row is measured at, in words: `2 threads, context 64`."""
+        words = [f"{self.threads} thread{'' if self.threads == 1 else 's'}"]
+        words.append(f"prompt {self.prefill}" if self.prefill else f"context {self.context}")
+        words += [f"batch {self.batch}"] * (self.batch > 1)
+        return ", ".join(words + ["from disk"] * self.from_disk)
 
-class Subject(_Record):
-    """One variant on one backend in one weight type: all of a row that is known before measuring."""
 
+class _Keyed(_Record):
     variant: str
     """The variant's name in the recipe, or the name of the trained run."""
-    group: Literal["dense", "sparse", "mixture", "peer"]
-    """What it is compared as; `peer` is another program."""
     backend: str
     """Who computed it."""
     dtype: str
     """Weight type."""
-    precision: dict[str, str | bool] | None = None
-    """Weight type of each part, on the native backend."""
     threads: Counted | None = None
     """Threads of one step."""
     context: Counted | None = None
@@ -152,6 +146,20 @@ class Subject(_Record):
     """Tokens of the prompt whose reading was measured, times are over them; null: decoding was measured."""
     from_disk: bool = False
     """The units of sparse layers were read from disk."""
+
+    @property
+    def key(self) -> RowKey:
+        """What makes it the same row in another result."""
+        return RowKey(**{name: getattr(self, name) for name in RowKey._fields})
+
+
+class Row(_Keyed):
+    """What was measured of one case. A figure that was not measured is null."""
+
+    group: Literal["dense", "sparse", "mixture", "peer"]
+    """What it is compared as; `peer` is another program."""
+    precision: dict[str, str | bool] | None = None
+    """Weight type of each part, on the native backend."""
     parameters: Counted
     """All parameters."""
     active_parameters: Counted
@@ -160,45 +168,6 @@ class Subject(_Record):
     """Bytes of weights and of key-value cache that one token reads."""
     projected: bool = False
     """Only some of the blocks are built; their time is multiplied out."""
-
-    @property
-    def key(self) -> Key:
-        """What makes a row the same row in another result."""
-        return Key(
-            self.variant,
-            self.backend,
-            self.dtype,
-            self.threads,
-            self.context,
-            self.batch,
-            self.prefill,
-            self.from_disk,
-        )
-
-    @property
-    def sizes(self) -> str:
-        """What the row is measured at, in words."""
-        return in_words(*self.key[3:])
-
-    @property
-    def changed_parts(self) -> str:
-        """The parts of another type than the row's, in words: `int8 head`; empty where there are none."""
-        if self.precision is None:
-            return ""
-        usual = vars(Precision.of(self.dtype))
-        parts: dict[str, list[str]] = {}
-        for name, kind in self.precision.items():
-            if kind != usual[name]:
-                parts.setdefault(str(kind), []).append(name)
-        words = [
-            f"{kind} {', '.join(names)}" for kind, names in parts.items() if kind not in ("True", "False")
-        ]
-        return " + ".join(words + (["rescoring"] if self.precision["head_rescoring"] else []))
-
-
-class Row(Subject):
-    """A subject and its figures. A figure that was not measured is null."""
-
     ms_per_token: Times
     """Milliseconds a token: embedding, blocks, logits and the choice of the next token."""
     ms_per_block: Spread | None
@@ -234,18 +203,15 @@ class Row(Subject):
     peer_settings: str | None = None
     """Another program's version and what it was told."""
 
+    @property
+    def weights(self) -> str:
+        """Its weight type, and the parts of other types: `bfloat16, int8 head`."""
+        return weight_types(self.dtype, self.precision)
 
-class Change(_Record):
+
+class Change(_Keyed):
     """One row against the same row of an earlier result."""
 
-    variant: str
-    backend: str
-    dtype: str
-    threads: Counted | None = None
-    context: Counted | None = None
-    batch: Counted = 1
-    prefill: Counted | None = None
-    from_disk: bool = False
     before_ms: float
     """Earlier median."""
     now_ms: float
@@ -259,13 +225,8 @@ class Change(_Record):
     verdict: Literal["slower", "faster", "same"]
     """`slower` and `faster` only beyond the threshold and beyond the noise."""
 
-    @property
-    def sizes(self) -> str:
-        """What a row was measured at, in words."""
-        return in_words(self.threads, self.context, self.batch, self.prefill, self.from_disk)
 
-
-class Result(_Record):
+class BenchResult(_Record):
     """A whole bench."""
 
     version: Literal[1] = Field(default=1, alias="schema")
@@ -300,9 +261,23 @@ class Result(_Record):
             return values  # made from records, or damaged, which validation tells
 
     @model_validator(mode="after")
-    def _check(self) -> Result:
+    def _check(self) -> BenchResult:
         for row in self.rows:
             expected = self.settings.rounds * (1 if row.prefill else self.settings.tokens_per_round)
             if len(row.ms_per_token.samples) != expected:
                 raise ValueError(f"{row.variant} has {len(row.ms_per_token.samples)} samples, not {expected}")
         return self
+
+
+def weight_types(dtype: str, precision: Mapping[str, str | bool] | None) -> str:
+    """A row's weight type, and the parts that have another one: `bfloat16, int8 head`."""
+    if precision is None:
+        return dtype
+    usual = vars(Precision.of(dtype))
+    parts: dict[str, list[str]] = {}
+    for name, kind in precision.items():
+        if kind != usual[name]:
+            parts.setdefault(str(kind), []).append(name)
+    words = [f"{kind} {', '.join(names)}" for kind, names in parts.items() if kind not in ("True", "False")]
+    changed = " + ".join(words + (["rescoring"] if precision["head_rescoring"] else []))
+    return f"{dtype}, {changed}" if changed else dtype
