@@ -58,19 +58,11 @@ def test_percentiles() -> None:
 
 
 def test_the_recipe_of_a_result_is_what_was_run() -> None:
-    measured = command.run(
-        loaded(dtypes=["bfloat16"], context=[5], rounds=1, tokens_per_round=2, threads=[1]),
-        sparse=True,
-        format="json",
-    )
+    chosen = {"dtypes": ["bfloat16"], "context": [5], "rounds": 1, "tokens_per_round": 2}
+    measured = command.run(loaded(**chosen), sparse=True, format="json")
     recipe = Recipe.model_validate_json(json.dumps(measured.recipe))
     assert recipe.model == loaded().recipe.model
-    assert (
-        recipe.bench
-        == loaded(
-            variants=VARIANTS[1:], dtypes=["bfloat16"], context=5, rounds=1, tokens_per_round=2
-        ).recipe.bench
-    )
+    assert recipe.bench == loaded(variants=VARIANTS[1:], **chosen).recipe.bench
 
 
 # -- formats -------------------------------------------------------------------------------------------------

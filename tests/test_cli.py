@@ -142,7 +142,7 @@ def test_options_of_bench_are_keys_of_the_recipe(run, calls):
     assert (bench.prefill, bench.rounds, bench.tokens_per_round, bench.source) == (9, 2, 3, 2)
     assert (bench.profile, bench.from_disk, recipe.seed) == (True, True, 5)
     assert run("bench", "quickstart", "--rounds", "3", "--model", "runs/a") == 0  # it has no bench block
-    assert (calls.loaded.recipe.bench.rounds, calls.loaded.recipe.bench.variants) == (3, [])
+    assert (calls.loaded.recipe.bench.rounds, calls.loaded.recipe.bench.variants) == (3, None)
 
 
 @pytest.mark.parametrize("numbers", ["0", "1,", "a", "1,-2", ""])

@@ -244,7 +244,7 @@ def _as_run(loaded: LoadedRecipe, bench: BenchSpec, plan: Plan) -> dict[str, Any
     if any(variant.run for variant in plan.variants):
         return None
     names = {variant.name for variant in plan.variants}
-    measured = {"variants": [variant for variant in bench.variants if variant.name in names]}
+    measured = {"variants": [variant for variant in bench.variants or () if variant.name in names]}
     recipe = loaded.recipe.model_copy(update={"bench": bench.model_copy(update=measured)})
     return recipe.model_dump(mode="json", exclude_none=True)
 

@@ -45,7 +45,9 @@ class Variant:
 
 def from_recipe(model: ModelSpec, bench: BenchSpec) -> list[Variant]:
     """The recipe's variants: its model with the blocks that each variant replaces."""
-    return [_from_spec(variant, variant.apply(model), bench.measured_layers) for variant in bench.variants]
+    return [
+        _from_spec(variant, variant.apply(model), bench.measured_layers) for variant in bench.variants or ()
+    ]
 
 
 def _from_spec(variant: VariantSpec, spec: ModelSpec, measured_layers: int | None) -> Variant:
