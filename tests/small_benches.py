@@ -68,7 +68,7 @@ def made_up(milliseconds: dict[str, np.ndarray], bandwidth: float = 40.0, **mach
                 "cpu": "a",
                 "isa": "AVX2",
                 "threads": 2,
-                "bandwidth_gb_s": Bandwidth(before=bandwidth, after=bandwidth),
+                "bandwidth_gb_s": Bandwidth(before=bandwidth, after=bandwidth, best=bandwidth),
                 "memory_gb": 8.0,
                 **machine,
             }

@@ -6,7 +6,7 @@ import pytest
 from small_benches import made_up, noisy
 
 from sparsecli.bench import figures, host, render
-from sparsecli.bench.result import Bandwidth, Row
+from sparsecli.bench.result import Row
 
 CACHE = 32 * 2**20
 
@@ -26,25 +26,25 @@ def sparse(milliseconds: float = 10, **facts: object) -> Row:
 
 def test_a_speedup_over_a_slow_dense_row_is_marked() -> None:
     slow, both = rated(row("dense", 50, bandwidth_fraction=0.24), sparse())
-    assert (slow.speedup_rests_on, both.speedup_rests_on) == (None, 0.24)
+    assert (slow.baseline_bandwidth_fraction, both.baseline_bandwidth_fraction) == (None, 0.24)
     (line,) = figures.warnings([slow, both])
     assert "dense float32 row (native) reaches 24% of the memory's speed" in line
 
 
 def test_a_good_dense_row_is_not() -> None:
     rows = rated(row("dense", 50, bandwidth_fraction=0.7), sparse())
-    assert [each.speedup_rests_on for each in rows] == [None, None]
+    assert [each.baseline_bandwidth_fraction for each in rows] == [None, None]
     assert figures.warnings(rows) == []
 
 
 def test_weights_that_fit_into_the_cache_are_not_judged_by_the_memory() -> None:
     rows = rated(row("dense", 1, bandwidth_fraction=0.1, bytes_per_token=CACHE), sparse())
-    assert rows[1].speedup_rests_on is None
+    assert rows[1].baseline_bandwidth_fraction is None
 
 
 def test_other_sizes_have_their_own_dense_row() -> None:
     rows = rated(row("dense", 50, bandwidth_fraction=0.24), sparse(batch=2))
-    assert rows[1].speedup_rests_on is None
+    assert rows[1].baseline_bandwidth_fraction is None
 
 
 def test_the_mark_is_in_the_table_and_its_caption() -> None:
@@ -86,11 +86,6 @@ def test_a_peer_with_a_large_vocabulary_is_dense() -> None:
 
 def test_no_peer_no_figure() -> None:
     assert rated(sparse())[0].speedup_over_peer is None
-
-
-def test_the_limit_is_the_best_probe() -> None:
-    assert Bandwidth(before=20, after=25, best=31).limit == 31
-    assert Bandwidth(before=20, after=25).limit == 25  # an older result
 
 
 def test_the_cache_as_the_system_says_it(tmp_path: Path) -> None:

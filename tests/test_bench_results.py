@@ -213,18 +213,6 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
     assert caught.value.exit_code == 1
 
 
-def test_results_from_before_there_were_sizes_compare(result: BenchResult, tmp_path: Path) -> None:
-    record = json.loads(render.as_json(result))
-    for row in record["rows"]:
-        for name in ("precision", "threads", "context", "batch", "prefill", "from_disk", "parts"):
-            del row[name]
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps(record), encoding="utf-8")
-    earlier = compare.read(path)
-    assert {row.key for row in earlier.rows} == {row.key for row in result.rows}
-    assert len(compare.compare(result, earlier, 0.05)) == len(result.rows)
-
-
 @needs_native
 def test_another_precision_does_not_compare(tmp_path: Path) -> None:
     path = tmp_path / "old.json"

@@ -20,7 +20,7 @@ from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.schema import BenchSpec
 
 TORCH_DTYPES = ("float32", "bfloat16")
-PROMPT_RIVAL = "bfloat16"  # PyTorch reads a prompt fastest in this type
+PROMPT_DTYPE = "bfloat16"  # PyTorch reads a prompt fastest in this type
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,8 +167,8 @@ def _own_cases(
         (backend, dtype): [each for each in chosen if _computes(backend, dtype, each, from_disk)]
         for backend, dtype in pairs
     }
-    wanted = [pair for pair in pairs for each in chosen if pair[1] in (each.dtypes or dtypes)]
-    if len(wanted) > sum(map(len, fits.values())):
+    asked = [pair for pair in pairs for each in chosen if pair[1] in (each.dtypes or dtypes)]
+    if len(asked) > sum(map(len, fits.values())):
         if not any(fits.values()):
             raise console.Failure(_nothing_left(backends, from_disk), exit_code=2)
         console.say(f"rows left out: {_nothing_left(backends, from_disk)}")
@@ -217,8 +217,8 @@ def _torch_prompt(
     if dense is None or not dense.whole or dense.spec.encoder:
         return
     there = {(each.variant.name, each.backend, each.dtype) for each in cases if each.prefill}
-    if (dense.name, "torch", PROMPT_RIVAL) not in there:
-        yield Case(dense, "torch", PROMPT_RIVAL, threads, 0, settings, prefill=prefill)
+    if (dense.name, "torch", PROMPT_DTYPE) not in there:
+        yield Case(dense, "torch", PROMPT_DTYPE, threads, 0, settings, prefill=prefill)
 
 
 def _peer_cases(

@@ -26,7 +26,6 @@ from sparsecli.decode.native import binding
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
 
-RIVALS = ("dense", "peer")  # groups that `over` may name
 BETWEEN_ROUNDS = 0.05  # seconds of a probe of the memory
 
 
@@ -142,7 +141,9 @@ def _default_backends() -> list[Literal["native", "torch"]]:
 
 def _check_over(over: str | None, plan: Plan) -> None:
     """Before an expensive measurement: is there such a row?"""
-    there = {f"{case.backend}:{case.dtype}": None for case in plan.cases if case.facts["group"] in RIVALS}
+    there = {
+        f"{case.backend}:{case.dtype}": None for case in plan.cases if case.facts["group"] in figures.COMPARED
+    }
     if over is not None and over not in there:
         raise console.Failure(
             f"--over: no dense or peer row is {over!r} (there are: {', '.join(there) or 'none'})", exit_code=2
@@ -221,7 +222,7 @@ def _measure(
             f"memory bandwidth went from {bandwidths.before:.1f} to {bandwidths.after:.1f} GB/s meanwhile: the "
             "machine was busy or changed; trust ratios more than milliseconds, or measure again"
         )
-    rows = figures.rows(list(zip(plan.cases, timings, strict=True)), bandwidths.limit, over)
+    rows = figures.rows(list(zip(plan.cases, timings, strict=True)), bandwidths.best, over)
     rows = figures.rated(rows, host.last_level_cache())
     for line in [*figures.warnings(rows), *figures.warm(rows)]:
         console.warn(line)

@@ -60,10 +60,9 @@ def check_comparable(processor: Processor, cases: Sequence[Case], before: BenchR
     common = [case for case in cases if case.key in rows]
     for case in common:
         earlier, facts = rows[case.key], case.facts
-        fields = ["parameters", "active_parameters", "bytes_per_token", "projected"]
-        fields += ["precision"] if earlier.precision else []  # results from before it was written
         pairs += [
-            (f"{field} of {case.variant.name}", getattr(earlier, field), facts[field]) for field in fields
+            (f"{field} of {case.variant.name}", getattr(earlier, field), facts[field])
+            for field in ("parameters", "active_parameters", "bytes_per_token", "projected", "precision")
         ]
     for name, theirs, ours in pairs:
         if theirs != ours:

@@ -27,6 +27,9 @@ DENSE_SHARE = 0.5  # of its parameters that a dense model uses for a token: all 
 MEASURED_PARTS = ("units", "projection", "controller", "multiplicative", "head")
 COLD_SHARE = 0.9  # of the bytes of chosen units that have to come from the disk
 
+COMPARED = ("dense", "peer")
+"""Groups whose rows `over` may name."""
+
 Measured = tuple[Case, Timing]
 
 
@@ -36,21 +39,21 @@ def rows(measured: Sequence[Measured], gb_per_second: float, over: str | None) -
     `over` names the backend and dtype of another row that they are compared with, `torch:bfloat16`.
     """
     baselines: dict[tuple[object, ...], Measured] = {}
-    rivals: dict[tuple[object, ...], Measured] = {}
+    named: dict[tuple[object, ...], Measured] = {}
     for case, timing in measured:
         group = case.facts["group"]
         if group == "dense":
             baselines.setdefault(case.key[1:], (case, timing))
-        if group in ("dense", "peer") and over == f"{case.backend}:{case.dtype}":
-            rivals.setdefault(case.key[3:], (case, timing))
+        if group in COMPARED and over == f"{case.backend}:{case.dtype}":
+            named.setdefault(case.key[3:], (case, timing))
     return [
-        _row(case, timing, baselines.get(case.key[1:]), rivals.get(case.key[3:]), gb_per_second)
+        _row(case, timing, baselines.get(case.key[1:]), named.get(case.key[3:]), gb_per_second)
         for case, timing in measured
     ]
 
 
 def _row(
-    case: Case, timing: Timing, baseline: Measured | None, rival: Measured | None, gb_per_second: float
+    case: Case, timing: Timing, baseline: Measured | None, over_row: Measured | None, gb_per_second: float
 ) -> Row:
     variant = case.variant
     token, block_ms, parts = times(timing.token_ms), timing.block_ms, timing.parts
@@ -68,7 +71,7 @@ def _row(
         ms_per_block=None if block_ms is None else spread(block_ms),
         tokens_per_second=round(1e3 / token.p50, 3),
         speedup=_speedup(baseline, token.p50),
-        speedup_over=_speedup(rival, token.p50),
+        speedup_over=_speedup(over_row, token.p50),
         bandwidth_fraction=round(share, 4) if limited else None,
         held_out_nats=variant.held_out_nats,
         paper=paper,
@@ -92,7 +95,7 @@ def _speedup(baseline: Measured | None, milliseconds: float) -> float | None:
 
 
 def rated(rows: Sequence[Row], cache_bytes: int) -> list[Row]:
-    """The rows with `speedup_rests_on` and `speedup_over_peer`.
+    """The rows with `baseline_bandwidth_fraction` and `speedup_over_peer`.
 
     A dense row whose bytes fit into the last-level cache (`cache_bytes`) is not measured by the memory's speed.
     """
@@ -100,7 +103,7 @@ def rated(rows: Sequence[Row], cache_bytes: int) -> list[Row]:
     return [
         row.model_copy(
             update={
-                "speedup_rests_on": _weak_share(baselines.get(row.key[1:]), row, cache_bytes),
+                "baseline_bandwidth_fraction": _weak_share(baselines.get(row.key[1:]), row, cache_bytes),
                 "speedup_over_peer": _over_peer(row, rows),
             }
         )
@@ -110,7 +113,11 @@ def rated(rows: Sequence[Row], cache_bytes: int) -> list[Row]:
 
 def warnings(rows: Sequence[Row]) -> list[str]:
     """A line for every kind of weights whose dense row is too slow to be compared with."""
-    weak = {(row.backend, row.dtype): row.speedup_rests_on for row in rows if row.speedup_rests_on}
+    weak = {
+        (row.backend, row.dtype): row.baseline_bandwidth_fraction
+        for row in rows
+        if row.baseline_bandwidth_fraction
+    }
     return [
         f"the dense {dtype} row ({backend}) reaches {share:.0%} of the memory's speed, less than {LEAST_SHARE:.0%}: "
         "speed-ups against it (marked ~) are larger than against a good dense row"

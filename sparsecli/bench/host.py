@@ -150,7 +150,7 @@ def file_system(folder: Path) -> str:
 
 
 def disk_speed(path: Path) -> Disk:
-    """Read a file past the system's cache, in large pieces one after the other and in small ones here and there."""
+    """Read a file past the system's cache, in large pieces one after the other and in small ones at random."""
     size = path.stat().st_size
     at = np.random.default_rng(0).integers(max(size - RANDOM_BYTES, 1), size=1 << 16)
     random = [int(offset) // ALIGNMENT * ALIGNMENT for offset in at]

@@ -72,7 +72,7 @@ def _packed_bytes(cases: Sequence[Case], *, units: bool = True) -> int:
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Bytes of the files that hold packed models for the time."""
+    """Bytes of the files that hold packed models while they are measured."""
     return sum(_packed_bytes(cases) for cases in plan.models if cases[0].from_disk)
 
 

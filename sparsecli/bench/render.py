@@ -25,7 +25,7 @@ def milliseconds(value: float) -> str:
 
 
 def count(value: int) -> str:
-    """A number of parameters as people say it: 819M, 16.9B, 12.3k."""
+    """A number of parameters with a unit: 819M, 16.9B, 12.3k."""
     for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if value >= limit:
             return f"{value / limit:.3g}{unit}" if value < 999.5 * limit else f"{value / limit:.0f}{unit}"
@@ -39,11 +39,11 @@ def megabytes(value: int) -> str:
 
 @dataclass(frozen=True)
 class ResultColumn:
-    """A column: two-line title, cells, and rank in being left out (the highest goes first; 0 stays)."""
+    """A column: two-line title, cells, and the rank in which it is left out (the highest first; 0 stays)."""
 
     title: str
     cell: Callable[[Row], str | None]
-    sacrifice: int = 0
+    drop_rank: int = 0
     left: bool = False
 
     @property
@@ -60,19 +60,19 @@ COLUMNS = (
     ResultColumn("context\n", lambda row: str(row.context)),
     ResultColumn("batch\n", lambda row: str(row.batch)),
     ResultColumn("prompt\n", lambda row: str(row.prefill) if row.prefill else None),
-    ResultColumn("para-\nmeters", lambda row: count(row.parameters), sacrifice=3),
-    ResultColumn("active /\ntoken", lambda row: count(row.active_parameters), sacrifice=4),
+    ResultColumn("para-\nmeters", lambda row: count(row.parameters), drop_rank=3),
+    ResultColumn("active /\ntoken", lambda row: count(row.active_parameters), drop_rank=4),
     ResultColumn("MB /\ntoken", lambda row: megabytes(row.bytes_per_token)),
     ResultColumn("ms /\ntoken", lambda row: milliseconds(row.ms_per_token.p50)),
     ResultColumn(
         "\np10..p90",
         lambda row: f"{milliseconds(row.ms_per_token.p10)}..{milliseconds(row.ms_per_token.p90)}",
-        sacrifice=5,
+        drop_rank=5,
     ),
     ResultColumn(
         "ms /\nblock",
         lambda row: milliseconds(row.ms_per_block.p50) if row.ms_per_block else None,
-        sacrifice=2,
+        drop_rank=2,
     ),
     ResultColumn(
         "disk MB\n/ token",
@@ -91,30 +91,30 @@ COLUMNS = (
         lambda row: f"{row.bandwidth_fraction:.0%}" if row.bandwidth_fraction is not None else None,
     ),
     ResultColumn(
-        "held-out\nnats", lambda row: f"{row.held_out_nats:.3f}" if row.held_out_nats is not None else None
+        "held-out\nloss", lambda row: f"{row.held_out_nats:.3f}" if row.held_out_nats is not None else None
     ),
     ResultColumn(
-        "paper\nms", lambda row: milliseconds(row.paper.ms_per_token) if row.paper else None, sacrifice=6
+        "paper\nms", lambda row: milliseconds(row.paper.ms_per_token) if row.paper else None, drop_rank=6
     ),
     ResultColumn(
-        "paper\nspeed-up", lambda row: f"{row.paper_speedup:.2f}x" if row.paper_speedup else None, sacrifice=1
+        "paper\nspeed-up", lambda row: f"{row.paper_speedup:.2f}x" if row.paper_speedup else None, drop_rank=1
     ),
 )
 
 
 NAMING = 7  # columns that say which row it is
 SAID_BELOW = ("backend\n", "threads\n", "context\n", "batch\n")
-"""Columns that are left out when all their cells are alike: the caption says it once."""
+"""Columns that are left out when all their cells are alike: the caption has it once."""
 
 
 def _speedup(row: Row) -> str | None:
     if row.speedup is None:
         return None
-    return f"{'~' if row.speedup_rests_on else ''}{row.speedup:.2f}x"
+    return f"{'~' if row.baseline_bandwidth_fraction else ''}{row.speedup:.2f}x"
 
 
 def _filled(result: BenchResult) -> list[tuple[ResultColumn, list[str]]]:
-    """The columns that say something, with their cells; a missing figure is a dash."""
+    """The columns that have figures, with their cells; a missing figure is a dash."""
     columns = []
     for column in COLUMNS:
         cells = [column.cell(row) for row in result.rows]
@@ -134,12 +134,12 @@ def table(result: BenchResult, width: int) -> Table:
     """The rows as a table that fits `width` cells: columns that matter less are left out until it does."""
     columns, left_out = _filled(result), []
     while _width(columns) > width:
-        dispensable = [column for column, _ in columns if column.sacrifice]
+        dispensable = [column for column, _ in columns if column.drop_rank]
         if not dispensable:
             break
-        victim = max(dispensable, key=lambda column: column.sacrifice)
-        columns = [column for column in columns if column[0] is not victim]
-        left_out.append(victim.name)
+        dropped = max(dispensable, key=lambda column: column.drop_rank)
+        columns = [column for column in columns if column[0] is not dropped]
+        left_out.append(dropped.name)
     below = caption(result)
     if left_out:
         below += f" Left out, for {width} characters: {', '.join(left_out)}; --format csv has all."
@@ -166,7 +166,7 @@ def caption(result: BenchResult) -> str:
         text += f"{threads[0]} thread{'s' if threads[0] > 1 else ''}, "
     text += (
         f"backend {backends}; memory reads {machine.bandwidth_gb_s.before:.1f} GB/s before, "
-        f"{machine.bandwidth_gb_s.after:.1f} after, {machine.bandwidth_gb_s.limit:.1f} at best; "
+        f"{machine.bandwidth_gb_s.after:.1f} after, {machine.bandwidth_gb_s.best:.1f} at best; "
     )
     if len(contexts) == 1:
         text += f"context {contexts[0]}, "
@@ -191,8 +191,8 @@ def caption(result: BenchResult) -> str:
         text += "".join(f" ~ {line}." for line in weak)
     if any(row.projected for row in result.rows):
         text += " * projected: some blocks were measured and their time multiplied out."
-    for backend, told in {row.backend: row.peer_settings for row in result.rows if row.peer_settings}.items():
-        text += f" {backend}: {told}."
+    for backend, used in {row.backend: row.peer_settings for row in result.rows if row.peer_settings}.items():
+        text += f" {backend}: {used}."
     return text
 
 

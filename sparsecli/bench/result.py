@@ -11,8 +11,7 @@ from sparsecli.decode.packed.precision import Precision
 from sparsecli.recipe.schema import PaperFigures
 
 Counted = Annotated[int, Field(ge=0, lt=2**63)]
-Taken = Annotated[float, Field(gt=0)]
-"""Milliseconds."""
+Milliseconds = Annotated[float, Field(gt=0)]
 
 
 class _Record(BaseModel):
@@ -28,18 +27,13 @@ class Bandwidth(_Record):
     """GB/s before the first round."""
     after: Annotated[float, Field(gt=0)]
     """GB/s after the last round."""
-    best: float | None = None
-    """GB/s of the best of several probes over the whole run; null in older results."""
+    best: float
+    """GB/s of the best of several probes over the whole run: what the memory limit is computed with."""
 
     @property
     def mean(self) -> float:
         """GB/s before and after, for the comparison of two results."""
         return (self.before + self.after) / 2
-
-    @property
-    def limit(self) -> float:
-        """GB/s that the memory limit is computed with."""
-        return max(self.best or 0.0, self.before, self.after)
 
 
 class Processor(_Record):
@@ -59,7 +53,7 @@ class Disk(_Record):
     sequential_mb_s: float
     """MB/s in pieces of 1 MiB, one after the other."""
     random_mb_s: float
-    """MB/s in pieces of `random_kb`, here and there."""
+    """MB/s in pieces of `random_kb` at random offsets."""
     random_kb: Counted
     """KiB of one such piece."""
 
@@ -95,7 +89,7 @@ class Spread(_Record):
 
     p10: float
     """Nine in ten were slower."""
-    p50: Taken
+    p50: Milliseconds
     """The median."""
     p90: float
     """Nine in ten were faster."""
@@ -104,7 +98,7 @@ class Spread(_Record):
 class Times(Spread):
     """Percentiles and every measured token, in milliseconds."""
 
-    samples: list[Taken]
+    samples: list[Milliseconds]
     """In order, turn after turn."""
 
 
@@ -114,8 +108,8 @@ class RowKey(NamedTuple):
     variant: str
     backend: str
     dtype: str
-    threads: int | None
-    context: int | None
+    threads: int
+    context: int
     batch: int
     prefill: int | None
     from_disk: bool
@@ -130,15 +124,17 @@ class RowKey(NamedTuple):
 
 
 class _Keyed(_Record):
+    """The fields that make up a row's key."""
+
     variant: str
     """The variant's name in the recipe, or the name of the trained run."""
     backend: str
     """Who computed it."""
     dtype: str
     """Weight type."""
-    threads: Counted | None = None
+    threads: Counted
     """Threads of one step."""
-    context: Counted | None = None
+    context: Counted
     """Tokens in the cache at the start of a turn."""
     batch: Counted = 1
     """Sequences that a step decodes; times are over them."""
@@ -178,7 +174,7 @@ class Row(_Keyed):
     """Median of the dense row of the same backend, dtype and sizes over this median."""
     speedup_over: float | None = None
     """The same over the row that `--over` names."""
-    speedup_rests_on: float | None = None
+    baseline_bandwidth_fraction: float | None = None
     """Share of the memory limit of the dense row that `speedup` is over, where it is less than 70 %; else null."""
     speedup_over_peer: float | None = None
     """Over the fastest dense row of another program with as many bits or more (`--peer`)."""
@@ -201,7 +197,7 @@ class Row(_Keyed):
     disk_mb_s: float | None = None
     """Those bytes over the token's time."""
     peer_settings: str | None = None
-    """Another program's version and what it was told."""
+    """Version and settings of another program."""
 
     @property
     def weights(self) -> str:
@@ -249,16 +245,6 @@ class BenchResult(_Record):
     """The most memory that the process held at once."""
     comparison: list[Change] | None = None
     """Against an earlier result (`--against`)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, values: Any) -> Any:
-        """Rows of older results have the threads and the context that all rows had."""
-        try:
-            usual = {"threads": values["machine"]["threads"], "context": values["settings"]["context"]}
-            return {**values, "rows": [{**usual, **row} for row in values["rows"]]}
-        except (KeyError, TypeError):
-            return values  # made from records, or damaged, which validation tells
 
     @model_validator(mode="after")
     def _check(self) -> BenchResult:

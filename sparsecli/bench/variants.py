@@ -74,7 +74,7 @@ def from_runs(references: Sequence[str]) -> list[Variant]:
 
 
 def _from_run(name: str, run: Path, folder: Path) -> Variant:
-    weight_files(folder)  # a packed model has none: better told before anything is built
+    weight_files(folder)  # a packed model has none: better reported before anything is built
     spec = read_config(folder).spec
     result = read_facts(run).get("result")
     nats = result.get("held_out_nats") if isinstance(result, dict) else None
@@ -115,7 +115,7 @@ def choose(
     mixture: bool = False,
     names: Sequence[str] | None = None,
 ) -> list[Variant]:
-    """Those of the wanted groups and names; no flag means all groups.
+    """Those of the chosen groups and names; no flag means all groups.
 
     Raises `Failure` when none is left, or for a name that none has.
     """
@@ -125,7 +125,7 @@ def choose(
             raise console.Failure(f"--variant: there is no {name!r} (there are: {known})", exit_code=2)
     variants = [variant for variant in variants if not names or variant.name in names]
     flags: dict[Group, bool] = {"dense": dense, "sparse": sparse, "mixture": mixture}
-    groups = [group for group, wanted in flags.items() if wanted]
+    groups = [group for group, given in flags.items() if given]
     chosen = [variant for variant in variants if not groups or variant.group in groups]
     if not chosen:
         options = " ".join(f"--{group}" for group in groups)

@@ -25,7 +25,7 @@ class PeerDecoder(Protocol):
     """A `TimedDecoder` of another program; the time of its blocks alone is not known."""
 
     settings: str
-    """The program's version and what it was told, in words; final once something was decoded."""
+    """The program's version and settings, in words; final once something was decoded."""
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Start the sequence with these tokens."""
@@ -150,7 +150,7 @@ def choose(
     dtypes: Sequence[str],
     own_variants: Sequence[str] | None = None,
 ) -> list[PeerModel]:
-    """The models of the peers called `names`, in their order; whatever cannot be measured is told on stderr.
+    """The models of the peers called `names`, in their order; what cannot be measured is reported on stderr.
 
     `own_variants` are those that peers without a model of their own run; by default the first dense one, and the last
     sparse one with the same vocabulary layer.

@@ -1,4 +1,4 @@
-"""Attention among tokens that hash alike beside full attention: time by length, decoding, and what it finds.
+"""LSH attention beside full attention: time by length, decoding, and the share of attention that it finds.
 
     python -m sparsecli.bench.studies.long_attention time --lengths 1024 4096 16384 65536
     python -m sparsecli.bench.studies.long_attention decode --lengths 16384
@@ -7,7 +7,7 @@
 
 `time` and `decode` compare with torch's fused attention on random vectors, one layer and one sequence, in float32;
 hashing, sorting and unit-length keys count. `model` decodes with a whole model of random weights in the native engine,
-after so many tokens (of a joined source, where there is an encoder), and says what a token takes of time and memory.
+after so many tokens (of a prefix, where there is an encoder), and says what a token takes of time and memory.
 `mass` reads text with a trained model and says what share of full attention's weights (queries as keys, a token's own
 weight left out) falls on keys that hashing brings together.
 """

@@ -1,4 +1,4 @@
-"""Whole models that go on from a long text, with full and with hashed attention: time and memory of a token."""
+"""Decoding of whole models after a long text, with full and with hashed attention: time and memory of a token."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ TOKENS, WARM_UP = 8, 4
 
 @dataclass(frozen=True)
 class Decoding:
-    """A token after `length` others, or after a joined source of so many."""
+    """A token after `length` others, or after a prefix of so many."""
 
     length: int
     attention: str
     ms_per_token: Spread
     cache_bytes: int
-    """Of the sequence: keys, values, buckets, what convolutions and recurrent units remember."""
+    """Of the sequence: keys, values, buckets, state of convolutions and recurrent units."""
     bytes_per_token: int
     bytes_of_cache: int
     """Of those, what is read of keys, values and buckets, and to hash."""
@@ -71,11 +71,11 @@ def random_memories(spec: ModelSpec, length: int) -> list[KVState]:
     heads = spec.attention.key_value_heads or spec.heads
     keys = normal(length, heads, spec.width_of_head)
     keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
-    joined = 1 if spec.attention.value_concat == "none" else 2
+    streams = 1 if spec.attention.value_concat == "none" else 2
     memory = KVState(
         keys,
         normal(length, heads, spec.width_of_head),
-        normal(length, joined * spec.d_model) if convolves(spec) else None,
+        normal(length, streams * spec.d_model) if convolves(spec) else None,
         normal(length, spec.d_model) if spec.attention.output == "multiplicative_conv" else None,
     )
     states = normal(spec.sru.layers, length, spec.sru.width) if spec.sru else None
