@@ -157,12 +157,8 @@ def plan(chosen: Sequence[Variant], bench: BenchSpec) -> Plan:
 def _own_cases(
     chosen: Sequence[Variant], bench: BenchSpec, settings: Settings, threads: Sequence[int]
 ) -> list[Case]:
-    backends, dtypes, from_disk = (
-        bench.backends or ["native"],
-        list(dict.fromkeys(bench.dtypes)),
-        bench.from_disk,
-    )
-    pairs = list(product(dict.fromkeys(backends), dtypes))
+    backends, dtypes, from_disk = bench.backends or ["native"], bench.dtypes, bench.from_disk
+    pairs = list(product(dict.fromkeys(backends), dict.fromkeys(dtypes)))
     fits = {
         (backend, dtype): [each for each in chosen if _computes(backend, dtype, each, from_disk)]
         for backend, dtype in pairs

@@ -81,7 +81,7 @@ COLUMNS = (
     ResultColumn("disk\nMB / s", lambda row: f"{row.disk_mb_s:.0f}" if row.disk_mb_s is not None else None),
     ResultColumn("tokens\n/ s", lambda row: f"{row.tokens_per_second:.1f}"),
     ResultColumn("speed-\nup", lambda row: _speedup(row)),
-    ResultColumn("over\nthat", lambda row: f"{row.speedup_over:.2f}x" if row.speedup_over else None),
+    ResultColumn("over\n--over", lambda row: f"{row.speedup_over:.2f}x" if row.speedup_over else None),
     ResultColumn(
         "over best\ndense peer",
         lambda row: f"{row.speedup_over_peer:.2f}x" if row.speedup_over_peer else None,
@@ -186,7 +186,7 @@ def caption(result: BenchResult) -> str:
     if any(row.batch > 1 for row in result.rows):
         text += " Times of a batch are over its sequences."
     if result.over:
-        text += f" Over that: over the first dense or peer row of {result.over}, at the same sizes."
+        text += f" --over: speed-up over the first dense or peer row of {result.over}, at the same sizes."
     if weak := figures.warnings(result.rows):
         text += "".join(f" ~ {line}." for line in weak)
     if any(row.projected for row in result.rows):

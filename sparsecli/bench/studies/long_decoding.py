@@ -71,11 +71,11 @@ def random_memories(spec: ModelSpec, length: int) -> list[KVState]:
     heads = spec.attention.key_value_heads or spec.heads
     keys = normal(length, heads, spec.width_of_head)
     keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
-    streams = 1 if spec.attention.value_concat == "none" else 2
+    inputs = 1 if spec.attention.value_concat == "none" else 2
     memory = KVState(
         keys,
         normal(length, heads, spec.width_of_head),
-        normal(length, streams * spec.d_model) if convolves(spec) else None,
+        normal(length, inputs * spec.d_model) if convolves(spec) else None,
         normal(length, spec.d_model) if spec.attention.output == "multiplicative_conv" else None,
     )
     states = normal(spec.sru.layers, length, spec.sru.width) if spec.sru else None
