@@ -134,11 +134,11 @@ def load(plan: Plan, folder: Path) -> tuple[list[Timing], Disk | None]:
     for cases in plan.models:
         model: _LoadedModel
         if cases[0].peer:
-            model = _PeerModel(cases, pools)
+            model = _LoadedPeer(cases, pools)
         elif cases[0].backend == "torch":
-            model = _TorchModel(cases, pools, plan.profile)
+            model = _LoadedTorch(cases, pools, plan.profile)
         else:
-            model = _NativeModel(cases, pools, plan.profile, folder, probed=speed is None)
+            model = _LoadedNative(cases, pools, plan.profile, folder, probed=speed is None)
             speed = speed or model.speed
         for case in cases:
             timings[case] = _timing(case, model.spec.layers, model.decoder(case), plan.profile)
@@ -155,7 +155,7 @@ class _LoadedModel(ABC):
     def decoder(self, case: Case) -> TimedDecoder: ...
 
 
-class _NativeModel(_LoadedModel):
+class _LoadedNative(_LoadedModel):
     speed: Disk | None = None
 
     def __init__(
@@ -192,7 +192,7 @@ def _mapped(model: PackedModel, folder: Path, *, probed: bool) -> tuple[PackedMo
         return mapped, os.open(path, os.O_RDONLY), host.disk_speed(path) if probed else None
 
 
-class _TorchModel(_LoadedModel):
+class _LoadedTorch(_LoadedModel):
     def __init__(self, cases: Sequence[Case], pools: Pools, profile: bool) -> None:
         super().__init__(cases, pools)
         run, dtype = self.case.variant.run, self.case.dtype
@@ -205,7 +205,7 @@ class _TorchModel(_LoadedModel):
         return TorchDecoder(self.network, case.threads, case.capacity, case.batch)
 
 
-class _PeerModel(_LoadedModel):
+class _LoadedPeer(_LoadedModel):
     loaded: PeerDecoder | None = None
 
     def decoder(self, case: Case) -> TimedDecoder:
