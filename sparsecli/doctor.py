@@ -13,8 +13,8 @@ import psutil
 import torch
 
 from sparsecli import __version__, console
-from sparsecli.bench import engine_share, machine, roofline
-from sparsecli.bench.yardsticks import LEAST_SHARE
+from sparsecli.bench import host
+from sparsecli.bench.figures import LEAST_SHARE
 from sparsecli.decode.engine import processors
 from sparsecli.decode.native import binding
 from sparsecli.model.versions import never_tried
@@ -72,10 +72,10 @@ def run(format: Literal["table", "json"]) -> None:
         console.print_table(["item", "value", "note"], rows(diagnosis))
 
 
-def examine(cpuinfo: Path = machine.CPUINFO) -> Diagnosis:
+def examine(cpuinfo: Path = host.CPUINFO) -> Diagnosis:
     """Examine this machine and measure its memory bandwidth."""
-    name, flags = machine.processor(cpuinfo)
-    memory, bandwidth = psutil.virtual_memory(), roofline.bandwidth()
+    name, flags = host.processor(cpuinfo)
+    memory, bandwidth = psutil.virtual_memory(), host.bandwidth()
     backend = _native()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Diagnosis(
@@ -93,7 +93,7 @@ def examine(cpuinfo: Path = machine.CPUINFO) -> Diagnosis:
         memory_gb=round(memory.total / 1e9, 1),
         available_gb=round(memory.available / 1e9, 1),
         bandwidth_gb_s=round(bandwidth, 2),
-        engine_share=engine_share.shares(bandwidth) if backend.usable else None,
+        engine_share=host.engine_shares(bandwidth) if backend.usable else None,
         backends=[
             Backend(
                 "torch", True, f"torch {torch.__version__} with {torch.backends.cpu.get_cpu_capability()}"

@@ -25,10 +25,10 @@ def one_processor() -> Iterator[None]:
 @pytest.fixture
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks that neither measure the machine's memory nor wait to see whether it is busy."""
-    from sparsecli.bench import machine, roofline
+    from sparsecli.bench import host
 
-    monkeypatch.setattr(roofline, "bandwidth", lambda **_: 20.0)
-    monkeypatch.setattr(machine, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(host, "bandwidth", lambda **_: 20.0)
+    monkeypatch.setattr(host, "BUSY_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -42,11 +42,11 @@ def result() -> object:
     """One real run of the tiny benchmark."""
     from small_benches import loaded
 
-    from sparsecli.bench import command, roofline
+    from sparsecli.bench import command, host
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "bandwidth", lambda **_: 20.0)
-        return command.run(loaded(), format="json", threads=[1])
+        patch.setattr(host, "bandwidth", lambda **_: 20.0)
+        return command.run(loaded(threads=[1]), format="json")
 
 
 @pytest.fixture(scope="session")

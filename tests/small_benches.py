@@ -7,12 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsecli.bench import (
-    measure,
-    weights,
-)
-from sparsecli.bench.report import Bandwidth, Machine, Result, Row, Settings
-from sparsecli.bench.torch_decoder import TorchModel
+from sparsecli.bench import random_weights, timing
+from sparsecli.bench.decoders.torch import TorchModel
+from sparsecli.bench.result import Bandwidth, BenchResult, Machine, Row, Settings
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
@@ -58,10 +55,10 @@ def loaded(**bench: object) -> LoadedRecipe:
     return LoadedRecipe(recipe=recipe, name="tiny", path=Path("tiny.yaml"))
 
 
-def made_up(milliseconds: dict[str, np.ndarray], bandwidth: float = 40.0, **machine: object) -> Result:
+def made_up(milliseconds: dict[str, np.ndarray], bandwidth: float = 40.0, **machine: object) -> BenchResult:
     """A result with these samples, (rounds, tokens) for each variant."""
     rounds, tokens = next(iter(milliseconds.values())).shape
-    return Result(
+    return BenchResult(
         command="sparsecli bench",
         recipe={},
         settings=Settings(context=64, rounds=rounds, tokens_per_round=tokens, warmup_tokens=2),
@@ -71,7 +68,7 @@ def made_up(milliseconds: dict[str, np.ndarray], bandwidth: float = 40.0, **mach
                 "cpu": "a",
                 "isa": "AVX2",
                 "threads": 2,
-                "bandwidth_gb_s": Bandwidth(before=bandwidth, after=bandwidth),
+                "bandwidth_gb_s": Bandwidth(before=bandwidth, after=bandwidth, best=bandwidth),
                 "memory_gb": 8.0,
                 **machine,
             }
@@ -87,8 +84,8 @@ def made_up(milliseconds: dict[str, np.ndarray], bandwidth: float = 40.0, **mach
                 parameters=820_000_000,
                 active_parameters=788_000_000,
                 bytes_per_token=3_166_000_000,
-                ms_per_token=measure.times(samples.flatten()),
-                ms_per_block=measure.spread(samples.flatten() / 24),
+                ms_per_token=timing.times(samples.flatten()),
+                ms_per_block=timing.spread(samples.flatten() / 24),
                 tokens_per_second=10.0,
                 speedup=1.0,
                 bandwidth_fraction=0.5,
@@ -106,11 +103,11 @@ def noisy(median: float, seed: int, noise: float = 0.02, rounds: int = 6) -> np.
 
 
 def torch_model(spec: ModelSpec, profile: bool = False) -> TorchModel:
-    pools = weights.Pools.of(weights.torch_elements(spec, "float32"))
-    return TorchModel(spec, weights.torch_weights(spec, "float32", pools), profile)
+    pools = random_weights.Pools.of(random_weights.torch_elements(spec, "float32"))
+    return TorchModel(spec, random_weights.torch_weights(spec, "float32", pools), profile)
 
 
 def engine(spec: ModelSpec, kind: str = "float32", profile: bool = False) -> Engine:
     precision = Precision.of(kind)
-    pools = weights.Pools.of(weights.packed_elements(spec, precision))
-    return Engine(weights.packed_model(spec, precision, pools), threads=1, profile=profile)
+    pools = random_weights.Pools.of(random_weights.packed_elements(spec, precision))
+    return Engine(random_weights.packed_model(spec, precision, pools), threads=1, profile=profile)

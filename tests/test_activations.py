@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsecli.bench import activations
-from sparsecli.bench.activations import Shape, Step, measure
+from sparsecli.bench.studies import activations
+from sparsecli.bench.studies.activations import TrainedShape, TrainingStep, measure
 from sparsecli.model.networks import build_network
 
 
 def stored_bytes(kind: str, layers: int, attention: str) -> int:
     """Bytes that wait for the backward pass, without weights."""
-    model = build_network(Shape(64, attention, tokens=192).spec(kind, layers)).train()
+    model = build_network(TrainedShape(64, attention, tokens=192).spec(kind, layers)).train()
     held = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     found: dict[int, int] = {}
 
@@ -43,7 +43,7 @@ def test_depth_stores_nothing_in_reversible_blocks(attention: str) -> None:
 @pytest.mark.parametrize("kind", activations.KINDS)
 @pytest.mark.parametrize("source", [0, 160])
 def test_a_step_is_measured(kind: str, source: int) -> None:
-    step = measure(kind, Shape(64, chunk=128, tokens=96, source=source), 2, "cpu")
+    step = measure(kind, TrainedShape(64, chunk=128, tokens=96, source=source), 2, "cpu")
     assert 0 <= step.activations < step.peak
     assert step.seconds > 0
 
@@ -51,12 +51,12 @@ def test_a_step_is_measured(kind: str, source: int) -> None:
 def test_the_table_says_what_a_layer_adds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def pretend(kind: str, shape: Shape, layers: int, *rest: object) -> Step:
+    def pretend(kind: str, shape: TrainedShape, layers: int, *rest: object) -> TrainingStep:
         per_layer = 1 if kind == "reversible" else 100
-        return Step((10 + per_layer * layers) * activations.MIB, 0, 0.002 * layers)
+        return TrainingStep((10 + per_layer * layers) * activations.MIB, 0, 0.002 * layers)
 
     monkeypatch.setattr(activations, "in_a_process", pretend)
-    activations.run(Shape(), [4, 8, 16], ["stored", "reversible"], "cpu", 1)
+    activations.run(TrainedShape(), [4, 8, 16], ["stored", "reversible"], "cpu", 1)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["stored", "410", "810", "1,610", "100.0", "2"] in rows
     assert ["reversible", "14", "18", "26", "1.0", "2"] in rows

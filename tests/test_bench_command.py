@@ -16,18 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from sparsecli import cli, console
-from sparsecli.bench import (
-    command,
-    machine,
-    table,
-    variants,
-    weights,
-)
-from sparsecli.bench.report import Result
+from sparsecli.bench import command, host, models, random_weights, render, variants
+from sparsecli.bench.result import BenchResult
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.loader import LoadedRecipe
-from sparsecli.recipe.schema import Recipe
+from sparsecli.recipe.schema import BenchSpec, Recipe
 from sparsecli.train import run_directory
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
@@ -37,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
 def test_a_regression_is_raised_after_the_result_is_written(
-    result: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    result: BenchResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = json.loads(table.as_json(result))
+    record = json.loads(render.as_json(result))
     for row in record["rows"]:
         row["ms_per_token"] = {
             name: [value / 100 for value in values] if name == "samples" else values / 100
@@ -48,7 +42,7 @@ def test_a_regression_is_raised_after_the_result_is_written(
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(console.Regression) as caught:
-        command.run(loaded(), against=old, fail_above=0.05, output=new, format="json", threads=[1])
+        command.run(loaded(threads=[1]), against=old, fail_above=0.05, output=new, format="json")
     assert caught.value.exit_code == 3
     shown = json.loads(capsys.readouterr().out)
     assert {change["verdict"] for change in shown["comparison"]} == {"slower"}
@@ -57,40 +51,38 @@ def test_a_regression_is_raised_after_the_result_is_written(
 
 
 @pytest.mark.parametrize(
-    ("options", "message", "code"),
+    ("bench", "options", "message", "code"),
     [
-        ({"models": ["RUN"], "context": [100]}, "use a smaller --context", 1),
-        ({"dtypes": ["float16"]}, "float16", 2),
-        ({"rounds": 0}, "--rounds: 0 should be at least 1", 2),
-        ({"batch": [1, 0]}, "--batch: 0 should be at least 1", 2),
-        ({"prefill": 24, "models": ["RUN"], "threads": [1, 257]}, "--threads: 257 is more than 256", 2),
-        ({"models": ["RUN"], "prefill": 100}, "use a smaller --prefill", 1),
-        ({"fail_above": 0.05}, "--against", 2),
-        ({"output": Path("/nowhere/at/all.json")}, "does not exist", 1),
-        ({"against": Path("/nowhere.json")}, "cannot read", 1),
-        ({"models": ["nowhere"]}, "nowhere", 1),
+        ({"context": [100]}, {"runs": ["RUN"]}, "use a smaller --context", 1),
+        ({"prefill": 24, "threads": [1, 257]}, {"runs": ["RUN"]}, "--threads: 257 is more than 256", 2),
+        ({"prefill": 100}, {"runs": ["RUN"]}, "use a smaller --prefill", 1),
+        ({}, {"fail_above": 0.05}, "--against", 2),
+        ({}, {"output": Path("/nowhere/at/all.json")}, "does not exist", 1),
+        ({}, {"against": Path("/nowhere.json")}, "cannot read", 1),
+        ({}, {"runs": ["nowhere"]}, "nowhere", 1),
     ],
 )
 def test_bad_input_is_one_clear_line(
-    tmp_path: Path, options: dict[str, object], message: str, code: int
+    tmp_path: Path, bench: dict[str, object], options: dict[str, object], message: str, code: int
 ) -> None:
-    if options.get("models") == ["RUN"]:
-        options = {**options, "models": [str(trained(tmp_path / "run"))]}
+    if options.get("runs") == ["RUN"]:
+        options = {**options, "runs": [str(trained(tmp_path / "run"))]}
     with pytest.raises(console.Failure, match=message) as caught:
-        command.run(loaded(), **options)
+        command.run(loaded(**bench), **options)
     assert caught.value.exit_code == code
     assert len(caught.value.message.splitlines()) == 1
 
 
-def test_a_recipe_without_a_bench_block_is_told() -> None:
-    recipe = Recipe.model_validate({"model": MODEL})
-    with pytest.raises(console.RecipeError, match="`bench:` block"):
+@pytest.mark.parametrize("bench", [None, {"rounds": 3}])
+def test_a_recipe_without_variants_is_told(bench: dict[str, object] | None) -> None:
+    recipe = Recipe.model_validate({"model": MODEL, "bench": bench})
+    with pytest.raises(console.RecipeError, match="`bench:` block with variants"):
         command.run(LoadedRecipe(recipe=recipe, name="tiny", path=Path("tiny.yaml")))
 
 
 def test_too_little_memory_is_told_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
-    monkeypatch.setattr(weights.Pools, "of", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(random_weights.Pools, "of", lambda *_: pytest.fail("built"))
     with pytest.raises(console.Failure, match="GB are available"):
         command.run(loaded())
 
@@ -99,17 +91,17 @@ def test_too_little_memory_is_told_before_anything_is_built(monkeypatch: pytest.
 def test_a_busy_machine_is_told(
     percent: float, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 2)
-    monkeypatch.setattr(machine.psutil, "cpu_percent", lambda interval: percent)
+    monkeypatch.setattr(host.psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(host.psutil, "cpu_percent", lambda interval: percent)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    machine.warn_if_busy()
+    host.warn_if_busy()
     assert ("other processes use 1.5 of 2" in capsys.readouterr().err) is told
 
 
 def test_a_dry_run_builds_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(weights.Pools, "of", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(random_weights.Pools, "of", lambda *_: pytest.fail("built"))
     assert command.run(loaded(), dry_run=True) is None
     shown = capsys.readouterr()
     assert "MB / token" in shown.out
@@ -125,7 +117,7 @@ def test_a_dry_run_builds_nothing(
 
 @pytest.mark.parametrize(("suffix", "start"), [(".csv", "variant,"), (".md", "| variant"), (".json", "{")])
 def test_output_follows_the_suffix_as_the_help_says(
-    result: Result, tmp_path: Path, suffix: str, start: str
+    result: BenchResult, tmp_path: Path, suffix: str, start: str
 ) -> None:
     path = tmp_path / f"result{suffix}"
     command._write(result, path)
@@ -150,15 +142,15 @@ def trained(run: Path, **blocks: object) -> Path:
 
 def test_a_trained_run_brings_its_held_out_loss(tmp_path: Path) -> None:
     run = trained(tmp_path / "my-run", feed_forward=SPARSE)
-    [candidate] = variants.from_runs([str(run)])
-    assert (candidate.name, candidate.group, candidate.held_out_nats) == ("my-run", "sparse", 3.25)
-    weights = variants.trained_weights(candidate.run, torch.bfloat16)
+    [variant] = variants.from_runs([str(run)])
+    assert (variant.name, variant.group, variant.held_out_nats) == ("my-run", "sparse", 3.25)
+    weights = models.trained_weights(variant.run, torch.bfloat16)
     assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
-    measured = command.run(loaded(), models=[str(run)], dtypes=["float32"], format="json", threads=[1])
+    measured = command.run(loaded(dtypes=["float32"], threads=[1]), runs=[str(run)], format="json")
     [row] = measured.rows
     assert (row.variant, row.held_out_nats, row.speedup) == ("my-run", 3.25, None)
     assert measured.recipe is None
-    assert Result.model_validate_json(table.as_json(measured)) == measured
+    assert BenchResult.model_validate_json(render.as_json(measured)) == measured
 
 
 @pytest.mark.parametrize(("positions", "context"), [(24, 18), (400, 64)])
@@ -169,13 +161,14 @@ def test_the_default_context_is_what_a_trained_run_has_positions_for(
     run = trained(tmp_path / "run", max_positions=positions)
     recipe = loaded()
     plain = recipe.recipe.model_copy(update={"bench": None})
-    command.run(replace(recipe, recipe=plain), models=[str(run)], dry_run=True, format="json")
+    command.run(replace(recipe, recipe=plain), runs=[str(run)], dry_run=True, format="json")
     assert {row["context"] for row in json.loads(capsys.readouterr().out)["rows"]} == {context}
     if positions < 64:
+        plain = plain.model_copy(update={"bench": BenchSpec(context=[64])})
         with pytest.raises(
             console.Failure, match=r"70 positions are needed .* has 24; use a smaller --context"
         ):
-            command.run(replace(recipe, recipe=plain), models=[str(run)], context=[64], dry_run=True)
+            command.run(replace(recipe, recipe=plain), runs=[str(run)], dry_run=True)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +184,8 @@ def test_the_default_context_is_what_a_trained_run_has_positions_for(
     ],
 )
 def test_a_trained_run_is_grouped_by_its_layers(tmp_path: Path, blocks: dict, group: str) -> None:
-    [candidate] = variants.from_runs([str(trained(tmp_path / "run", **blocks))])
-    assert candidate.group == group
+    [variant] = variants.from_runs([str(trained(tmp_path / "run", **blocks))])
+    assert variant.group == group
 
 
 def test_runs_in_folders_of_the_same_name_are_told_apart(
@@ -201,5 +194,5 @@ def test_runs_in_folders_of_the_same_name_are_told_apart(
     runs = [str(trained(tmp_path / name)) for name in ("a/runs/quick", "b/runs/quick", "b/runs/slow")]
     monkeypatch.chdir(runs[0])
     again = [*runs, ".", f"{runs[1]}/model"]  # the same models once more
-    names = [candidate.name for candidate in variants.from_runs(again)]
+    names = [variant.name for variant in variants.from_runs(again)]
     assert names == ["a/runs/quick", "b/runs/quick", "slow"]

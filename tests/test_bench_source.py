@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sparsecli.bench import command, table, traffic, variants
+from sparsecli.bench import bytes_read, command, render, variants
 from sparsecli.console import Failure
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
@@ -70,10 +70,9 @@ pytestmark = pytest.mark.usefixtures("quick_probe")
 @pytest.mark.parametrize("name", PAPER)
 def test_the_paper_s_models_have_its_parameters(name: str) -> None:
     recipe = load(name).recipe
-    candidates = variants.from_recipe(recipe.model, recipe.bench)
-    found = [round(candidate.sizes.total / 1e6, 1) for candidate in candidates]
-    assert found == PAPER[name]
-    names = [candidate.name for candidate in candidates]
+    found = variants.from_recipe(recipe.model, recipe.bench)
+    assert [round(variant.sizes.total / 1e6, 1) for variant in found] == PAPER[name]
+    names = [variant.name for variant in found]
     assert names[:4] == ["dense", "+ Sparse FF", "+ Sparse QKV", "+ Sparse FF + QKV"]
     assert "Terraformer" in names
 
@@ -82,10 +81,10 @@ def test_the_paper_s_models_have_its_parameters(name: str) -> None:
 def test_bytes_of_one_type_are_those_of_the_active_parameters(name: str) -> None:
     """What the encoder and the source alone need is not read with a token; the source's keys and values are."""
     recipe = load(name).recipe
-    for candidate in variants.from_recipe(recipe.model, recipe.bench):
-        sizes: Sizes = candidate.sizes
-        counted = traffic.bytes_per_token(
-            candidate.spec, Precision.of("bfloat16"), 8, vectors="bfloat16", source=16
+    for variant in variants.from_recipe(recipe.model, recipe.bench):
+        sizes: Sizes = variant.sizes
+        counted = bytes_read.bytes_per_token(
+            variant.spec, Precision.of("bfloat16"), 8, vectors="bfloat16", source=16
         )
         assert counted == sizes.bytes_per_token("bfloat16", 8, 16)
 
@@ -97,7 +96,7 @@ def test_hashed_attention_reads_the_keys_that_it_chooses_and_the_buckets_of_all(
     full = ModelSpec.model_validate({**shape, "attention": {"share_query_key": True}})
 
     def counted(spec: ModelSpec, context: int) -> int:
-        return traffic.bytes_per_token(spec, Precision.of("float32"), context, source=3)
+        return bytes_read.bytes_per_token(spec, Precision.of("float32"), context, source=3)
 
     assert counted(spec, 12) == counted(full, 12)  # itself the 16th
     layers, width = 4, 32
@@ -116,7 +115,7 @@ def test_decoders_with_a_source_are_measured(batch: int) -> None:
     assert [row.paper_speedup for row in result.rows] == ([1.0, None, 4.0] if batch == 1 else [None] * 3)
     assert all(row.ms_per_token.p50 > 0 and row.speedup for row in result.rows)
     screen = Console(width=200, record=True)
-    screen.print(table.table(result, 200))
+    screen.print(render.table(result, 200))
     assert "source of 5 tokens" in " ".join(screen.export_text().split())
     assert Recipe.model_validate(result.recipe).bench.source == 5
 
@@ -128,11 +127,7 @@ def test_other_backends_have_no_such_decoders() -> None:
 
 def test_a_result_without_sources_says_nothing_of_them() -> None:
     plain = {**MODEL, "encoder": None}
-    recipe = Recipe.model_validate({"model": plain, "bench": {**BENCH, "variants": VARIANTS[:1]}})
-    measured = command.run(
-        LoadedRecipe(recipe=recipe, name="tiny", path=Path("tiny.yaml")),
-        format="json",
-        backends=["torch"],
-        dtypes=["float32"],
-    )
+    bench = {**BENCH, "variants": VARIANTS[:1], "backends": ["torch"], "dtypes": ["float32"]}
+    recipe = Recipe.model_validate({"model": plain, "bench": bench})
+    measured = command.run(LoadedRecipe(recipe=recipe, name="tiny", path=Path("tiny.yaml")), format="json")
     assert measured.settings.source is None

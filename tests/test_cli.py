@@ -119,12 +119,14 @@ def test_bench(run, calls):
     assert run("bench", "--dense", "--sparse", "--dtype", "float32", "--fail-above", "5%") == 0
     assert calls.first.name == "bench-800m"
     options = calls.options
-    assert (options["dense"], options["sparse"], options["dtypes"]) == (True, True, ["float32"])
+    assert (options["dense"], options["sparse"], options["mixture"]) == (True, True, False)
     assert options["fail_above"] == 0.05
-    assert (options["format"], options["models"], options["threads"]) == ("table", [], None)
+    assert (options["format"], options["runs"]) == ("table", [])
+    bench = calls.first.recipe.bench
+    assert (bench.dtypes, bench.threads, bench.profile) == (["float32"], None, False)
     assert run("bench", "bench-17b", "--fail-above", "0.1", "--model", "a", "--model", "b") == 0
     assert calls.first.name == "bench-17b"
-    assert (calls.options["fail_above"], calls.options["models"]) == (0.1, ["a", "b"])
+    assert (calls.options["fail_above"], calls.options["runs"]) == (0.1, ["a", "b"])
 
 
 def test_a_first_override_is_no_recipe(run, calls):
@@ -133,13 +135,19 @@ def test_a_first_override_is_no_recipe(run, calls):
     assert (calls.first.recipe.bench.rounds, calls.first.recipe.bench.context) == (9, [3])
 
 
-def test_bench_takes_lists_of_numbers(run, calls):
-    assert (
-        run("bench", "--threads", "1,2", "--context", "64", "--batch", "1,4,16", "--backend", "native") == 0
-    )
-    options = calls.options
-    assert (options["threads"], options["context"], options["batch"]) == ([1, 2], [64], [1, 4, 16])
-    assert options["backends"] == ["native"]
+def test_options_of_bench_are_keys_of_the_recipe(run, calls):
+    lists = ["--threads", "1,2", "--context", "64", "--batch", "1,4,16", "--backend", "native"]
+    others = ["--dtype", "int8", "--dtype", "int4", "--peer", "openvino", "--prefill", "9", "--rounds", "2"]
+    flags = ["--tokens", "3", "--seed", "5", "--profile", "--from-disk", "bench.rounds=7", "bench.source=2"]
+    assert run("bench", *lists, *others, *flags) == 0
+    recipe = calls.first.recipe
+    bench = recipe.bench
+    assert (bench.threads, bench.context, bench.batch) == ([1, 2], [64], [1, 4, 16])
+    assert (bench.backends, bench.dtypes, bench.peers) == (["native"], ["int8", "int4"], ["openvino"])
+    assert (bench.prefill, bench.rounds, bench.tokens_per_round, bench.source) == (9, 2, 3, 2)
+    assert (bench.profile, bench.from_disk, recipe.seed) == (True, True, 5)
+    assert run("bench", "quickstart", "--rounds", "3", "--model", "runs/a") == 0  # it has no bench block
+    assert (calls.first.recipe.bench.rounds, calls.first.recipe.bench.variants) == (3, None)
 
 
 @pytest.mark.parametrize("numbers", ["0", "1,", "a", "1,-2", ""])
@@ -360,6 +368,19 @@ def test_usage_errors(arguments, run, calls, capsys):
         (
             ["train", "--outptu", "x"],
             "--outptu: no such option, did you mean --output?; see sparsecli train --help",
+        ),
+        (["bench", "--rounds", "0"], "--rounds: bench.rounds: expected a whole number above 0, got 0"),
+        (
+            ["bench", "--backend", "cuda"],
+            "--backend: bench.backends[0]: expected one of native, torch, got 'cuda'",
+        ),
+        (
+            ["bench", "--dtype", "int8", "--dtype", "int2"],
+            "--dtype: bench.dtypes[1]: expected one of float32, bfloat16, int8, int4, got 'int2', did you mean int8?",
+        ),
+        (
+            ["bench", "--peer", "gpt"],
+            "--peer: bench.peers[0]: expected one of llama.cpp, openvino, ctranslate2, torch.compile, got 'gpt'",
         ),
         (["generate", "--top-k"], "--top-k: expected a value"),
     ],

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparsecli.bench import peers as bench_peers
-from sparsecli.bench.variants import empty_model
+from sparsecli.bench.random_weights import empty_model
 from sparsecli.console import Failure
 from sparsecli.convert import command, conversion
 from sparsecli.convert.evaluation import Loss

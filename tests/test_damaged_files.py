@@ -18,8 +18,8 @@ import yaml
 from foreign_models import LLAMA, build, save
 from test_interchange import write_gguf
 
-from sparsecli.bench import compare, table
-from sparsecli.bench.report import Result
+from sparsecli.bench import compare, render
+from sparsecli.bench.result import BenchResult
 from sparsecli.console import Failure
 from sparsecli.decode.packed.file import open_packed
 from sparsecli.decode.packed.file import save as save_packed
@@ -227,10 +227,10 @@ def test_settings_of_a_tokenizer(folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def test_results(result: Result, tmp_path: Path) -> None:
+def test_results(result: BenchResult, tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     refused = 0
-    for content in variants(table.as_json(result).encode(), 4000, 150):
+    for content in variants(render.as_json(result).encode(), 4000, 150):
         path.write_bytes(content)
         if check(lambda: compare.read(path), content):
             refused += 1

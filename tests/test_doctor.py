@@ -13,8 +13,8 @@ from sparsecli.decode.native import binding
 
 @pytest.fixture(autouse=True)
 def _known_bandwidth(monkeypatch):
-    monkeypatch.setattr(doctor.roofline, "bandwidth", lambda **_: 12.5)
-    monkeypatch.setattr(doctor.engine_share, "WEIGHT_BYTES", 2**22)
+    monkeypatch.setattr(doctor.host, "bandwidth", lambda **_: 12.5)
+    monkeypatch.setattr(doctor.host, "ENGINE_BYTES", 2**22)
 
 
 def test_json_holds_the_figures(capsys):

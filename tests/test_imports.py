@@ -78,6 +78,15 @@ LAYERS |= {
     "sparsecli.interchange": {"sparsecli.interchange", "sparsecli.console", "sparsecli.model"},
     "sparsecli.bench": BELOW_COMMANDS
     | {"sparsecli.bench", "sparsecli.train", "sparsecli.decode", "sparsecli.generate.decoder"},
+    "sparsecli.bench.result": {"sparsecli.decode.packed", "sparsecli.recipe"},
+    "sparsecli.bench.decoders": {
+        *("sparsecli.bench.decoders", "sparsecli.bench.random_weights"),
+        *("sparsecli.model", "sparsecli.decode"),
+    },
+    "sparsecli.bench.peers": {
+        *("sparsecli.bench.peers", "sparsecli.bench.variants", "sparsecli.bench.random_weights"),
+        *("sparsecli.console", "sparsecli.model"),
+    },
     "sparsecli.convert": BELOW_COMMANDS
     | {f"sparsecli.{name}" for name in ("convert", "train", "bench", "decode", "interchange")},
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},

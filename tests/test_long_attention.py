@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecli.bench import long_attention
-from sparsecli.bench.long_attention import brought_together, mass_found, mass_of_model
+from sparsecli.bench.studies import long_attention
+from sparsecli.bench.studies.long_attention import brought_together, mass_found, mass_of_model
 from sparsecli.console import Failure
 from sparsecli.data.tokenization import train_byte_pairs
 from sparsecli.decode.native import binding

@@ -29,7 +29,7 @@ from small_models import (
     weights_of,
 )
 
-from sparsecli.bench.weights import Pools, packed_elements, packed_model
+from sparsecli.bench.random_weights import Pools, packed_elements, packed_model
 from sparsecli.console import Failure
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed import tensor_file

@@ -13,10 +13,11 @@ import torch
 from pydantic import ValidationError
 
 from sparsecli.bench import peers, variants
-from sparsecli.bench.peers import PEERS, PeerRow, llama_shape
+from sparsecli.bench.peers import PEERS, PeerModel, llama_shape
+from sparsecli.bench.peers.decode_step import FixedStep, GrowingStep
 from sparsecli.bench.peers.llama_shape import llama_shaped
-from sparsecli.bench.peers.step import FixedStep, GrowingStep
-from sparsecli.bench.variants import Candidate, empty_model
+from sparsecli.bench.random_weights import empty_model
+from sparsecli.bench.variants import Variant
 from sparsecli.console import Failure
 from sparsecli.model import DecodeCache
 from sparsecli.model.architecture import ModelSpec
@@ -39,16 +40,16 @@ LOSS = {"vocabulary": {"kind": "multiplicative", "size": 50, "modules": 2}}
 PROMPT = [3, 14, 15, 9, 2]
 
 
-def candidate(name: str = "dense", group: str = "dense", **blocks: object) -> Candidate:
+def variant(name: str = "dense", group: str = "dense", **blocks: object) -> Variant:
     spec = ModelSpec.model_validate({**MODEL, **blocks})
-    return Candidate(name, group, spec, count_parameters(spec))
+    return Variant(name, group, spec, count_parameters(spec))
 
 
-CANDIDATES = [
-    candidate(),
-    candidate("ff", "sparse", feed_forward=SPARSE),
-    candidate("both", "sparse", feed_forward=SPARSE, attention=CONVOLVED),
-    candidate("loss", "sparse", feed_forward=SPARSE, **LOSS),
+VARIANTS = [
+    variant(),
+    variant("ff", "sparse", feed_forward=SPARSE),
+    variant("both", "sparse", feed_forward=SPARSE, attention=CONVOLVED),
+    variant("loss", "sparse", feed_forward=SPARSE, **LOSS),
 ]
 KINDS = {
     "dense": {},
@@ -119,7 +120,7 @@ def test_a_peer_that_is_not_installed_is_one_line_that_names_its_extra(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda package: None)
-    assert peers.choose([name, name], CANDIDATES, ["float32", "int8"]) == []
+    assert peers.choose([name, name], VARIANTS, ["float32", "int8"]) == []
     told = " ".join(capsys.readouterr().err.split())
     assert told.count("is not measured") == 1
     assert (
@@ -131,7 +132,7 @@ def test_without_a_compiler_torch_compile_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert peers.choose(["torch.compile"], CANDIDATES, ["float32"]) == []
+    assert peers.choose(["torch.compile"], VARIANTS, ["float32"]) == []
     assert "needs a C++ compiler" in " ".join(capsys.readouterr().err.split())
 
 
@@ -141,16 +142,10 @@ def test_every_extra_is_declared() -> None:
         assert peer.extra is None or f"{peer.extra} = [" in text
 
 
-def test_an_unknown_peer_is_a_usage_error() -> None:
-    with pytest.raises(Failure, match=r"--peer: 'pytorch' is not one of llama\.cpp") as caught:
-        peers.choose(["pytorch"], CANDIDATES, ["float32"])
-    assert caught.value.exit_code == 2
-
-
 @pytest.mark.usefixtures("installed")
 def test_each_peer_brings_its_rows_beside_ours() -> None:
-    rows = peers.choose(list(PEERS), CANDIDATES, ["float32", "bfloat16", "int8", "int4"])
-    brought = {name: [(r.model.name, r.dtype) for r in rows if r.peer.name == name] for name in PEERS}
+    rows = peers.choose(list(PEERS), VARIANTS, ["float32", "bfloat16", "int8", "int4"])
+    brought = {name: [(r.variant.name, r.dtype) for r in rows if r.peer.name == name] for name in PEERS}
     own = "dense, Llama-shaped"
     assert brought["llama.cpp"] == [(own, "float32"), (own, "bfloat16"), (own, "q8_0"), (own, "q4_0")]
     assert brought["ctranslate2"] == [(own, "float32"), (own, "bfloat16"), (own, "int8")]
@@ -161,14 +156,14 @@ def test_each_peer_brings_its_rows_beside_ours() -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_named_variants_are_run_in_place_of_the_default_ones() -> None:
-    rows = peers.choose(["openvino"], CANDIDATES, ["float32"], ["ff", "loss"])
-    assert [row.model.name for row in rows] == ["ff", "loss"]
-    assert [row.model.name for row in peers.choose(["openvino"], CANDIDATES[3:], ["float32"])] == ["loss"]
+    rows = peers.choose(["openvino"], VARIANTS, ["float32"], ["ff", "loss"])
+    assert [row.variant.name for row in rows] == ["ff", "loss"]
+    assert [row.variant.name for row in peers.choose(["openvino"], VARIANTS[3:], ["float32"])] == ["loss"]
 
 
 @pytest.mark.usefixtures("installed")
 def test_models_built_in_part_have_no_peers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert peers.choose(["openvino"], [replace(CANDIDATES[0], measured_layers=1)], ["float32"]) == []
+    assert peers.choose(["openvino"], [replace(VARIANTS[0], measured_layers=1)], ["float32"]) == []
     assert "peers run whole models" in " ".join(capsys.readouterr().err.split())
 
 
@@ -181,7 +176,7 @@ def test_what_a_peer_refuses_is_told(
 
     monkeypatch.setattr(peers.Peer, "missing", lambda self: None)
     monkeypatch.setattr(peers.Peer, "load_module", lambda self: Unwilling())
-    rows = peers.choose(["openvino"], CANDIDATES, ["float32", "bfloat16"])
+    rows = peers.choose(["openvino"], VARIANTS, ["float32", "bfloat16"])
     assert {row.dtype for row in rows} == {"bfloat16"}
     told = " ".join(capsys.readouterr().err.split())
     assert told.count("openvino in float32 is not measured: no such kernel") == 1
@@ -189,26 +184,23 @@ def test_what_a_peer_refuses_is_told(
 
 @pytest.mark.usefixtures("installed")
 def test_there_is_nothing_like_two_streams_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
-    spec = CANDIDATES[0].spec.model_copy(update={"residual": "reversible"})
-    assert peers.choose(["openvino"], [replace(CANDIDATES[0], spec=spec)], ["float32"]) == []
+    spec = VARIANTS[0].spec.model_copy(update={"residual": "reversible"})
+    assert peers.choose(["openvino"], [replace(VARIANTS[0], spec=spec)], ["float32"]) == []
     assert "peers run decoders of one stream" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.usefixtures("installed")
-def test_bytes_of_a_row_are_those_of_its_own_types() -> None:
-    rows = {row.dtype: row for row in peers.choose(["llama.cpp"], CANDIDATES, ["float32", "int8"])}
-    sizes = rows["float32"].model.sizes
+def test_bytes_of_a_peer_are_those_of_its_own_types() -> None:
+    rows = {row.dtype: row for row in peers.choose(["llama.cpp"], VARIANTS, ["float32", "int8"])}
+    sizes = rows["float32"].variant.sizes
     cached = 2 * 10 * sizes.cached_per_position  # llama.cpp's cache is float16 whatever the weights are
-    assert rows["float32"].figures(10)["bytes_per_token"] == 4 * sizes.active + cached
-    assert rows["q8_0"].figures(10)["bytes_per_token"] == sizes.active * 34 // 32 + cached
-    assert rows["q4_0"].figures(0)["bytes_per_token"] == sizes.active * 18 // 32
-    assert rows["q4_0"].figures(0)["group"] == "peer"
-    prompt = rows["q8_0"].figures(0, prefill=17)
-    assert prompt["prefill"] == 17
-    assert prompt["bytes_per_token"] == round(sizes.active / 16)
-    [dense, sparse] = peers.choose(["openvino"], CANDIDATES, ["bfloat16"])
-    assert sparse.figures(10)["bytes_per_token"] == CANDIDATES[2].sizes.bytes_per_token("bfloat16", 10)
-    assert dense.needed_bytes(0) == 2 * CANDIDATES[0].sizes.total
+    assert rows["float32"].bytes_per_token(10) == 4 * sizes.active + cached
+    assert rows["q8_0"].bytes_per_token(10) == sizes.active * 34 // 32 + cached
+    assert rows["q4_0"].bytes_per_token(0) == sizes.active * 18 // 32
+    assert rows["q8_0"].bytes_per_token(0, prefill=17) == round(sizes.active / 16)
+    [dense, sparse] = peers.choose(["openvino"], VARIANTS, ["bfloat16"])
+    assert sparse.bytes_per_token(10) == VARIANTS[2].sizes.bytes_per_token("bfloat16", 10)
+    assert dense.needed_bytes(0) == 2 * VARIANTS[0].sizes.total
 
 
 # -- models --------------------------------------------------------------------------------------------------
@@ -227,7 +219,7 @@ def test_the_llama_shaped_model_is_as_large_as_ours(name: str) -> None:
 
 
 def test_matrices_and_norms_are_all_of_the_llama_shaped_model() -> None:
-    spec = llama_shaped(CANDIDATES[0].spec, CANDIDATES[0].sizes.total)
+    spec = llama_shaped(VARIANTS[0].spec, VARIANTS[0].sizes.total)
     elements = sum(rows * width for rows, width in llama_shape.matrices(spec).values())
     assert elements + (2 * spec.layers + 1) * spec.d_model == count_parameters(spec).total
 
@@ -259,7 +251,7 @@ def test_a_step_with_explicit_caches_decodes_as_the_model_does(kind: str, layout
 # -- the programs themselves ---------------------------------------------------------------------------------
 
 
-def row(name: str, dtype: str, beside: Candidate) -> PeerRow:
+def row(name: str, dtype: str, beside: Variant) -> PeerModel:
     """The row of a peer in this type; the test is skipped where the peer is not there or refuses."""
     lack = PEERS[name].missing()
     if lack:
@@ -283,7 +275,7 @@ def temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [(name, dtype) for name in ("llama.cpp", "ctranslate2") for dtype in sorted(PEERS[name].cache_bytes)],
 )
 def test_a_peer_with_its_own_model_decodes(name: str, dtype: str, temporary_files: Path) -> None:
-    chosen = row(name, dtype, CANDIDATES[0])
+    chosen = row(name, dtype, VARIANTS[0])
     decoder = chosen.load({}, 40, 1)
     assert list(temporary_files.iterdir()) == []
     decoder.prefill(PROMPT)
@@ -304,7 +296,7 @@ def test_a_peer_with_its_own_model_decodes(name: str, dtype: str, temporary_file
     [("openvino", "dense"), ("openvino", "sparse")],
 )
 def test_a_peer_decodes_as_our_model_does(name: str, kind: str) -> None:
-    beside = candidate(**KINDS[kind])
+    beside = variant(**KINDS[kind])
     weights = weights_of(beside.spec)
     decoder = row(name, "float32", beside).load(weights, 40, 1)
     assert_decodes(decoder, greedy(beside.spec, weights, 7, 8))
@@ -312,7 +304,7 @@ def test_a_peer_decodes_as_our_model_does(name: str, kind: str) -> None:
 
 def test_compiled_models_decode_as_ours_and_do_not_undo_one_another() -> None:
     """One test of torch.compile, because compiling takes its time."""
-    beside = candidate(**KINDS["sparse"])
+    beside = variant(**KINDS["sparse"])
     weights = weights_of(beside.spec)
     chosen = row("torch.compile", "float32", beside)
     torch._dynamo.utils.counters.clear()
@@ -351,7 +343,7 @@ def decodes_the_same_after_rewinding(decoder: peers.PeerDecoder) -> bool:
 def test_a_full_disk_is_told_before_anything_is_written(
     name: str, temporary_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = row(name, "float32", CANDIDATES[0])
+    chosen = row(name, "float32", VARIANTS[0])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(Failure, match="set TMPDIR"):
         chosen.load({}, 40, 1)
@@ -363,7 +355,7 @@ def test_the_gguf_file_says_what_the_model_is(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     from sparsecli.bench.peers.llama_file import write_random
 
-    spec = llama_shaped(CANDIDATES[0].spec, CANDIDATES[0].sizes.total)
+    spec = llama_shaped(VARIANTS[0].spec, VARIANTS[0].sizes.total)
     write_random(tmp_path / "model.gguf", spec, "q4_0")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}

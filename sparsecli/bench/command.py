@@ -1,4 +1,4 @@
-"""`sparsecli bench`: choose the rows, measure them, say what came out."""
+"""The command `bench`: choose the cases, measure them, show the result."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ import psutil
 import torch
 
 from sparsecli import console
-from sparsecli.bench import compare, disk, entries, machine, plan, roofline, table, variants, yardsticks
-from sparsecli.bench.measure import measure
-from sparsecli.bench.plan import Plan
-from sparsecli.bench.report import Bandwidth, Machine, Processor, Result, Settings
-from sparsecli.bench.variants import Candidate
-from sparsecli.decode.engine import MAX_THREADS, processors
+from sparsecli.bench import cases, compare, figures, host, models, render, variants
+from sparsecli.bench.cases import Plan
+from sparsecli.bench.result import Bandwidth, BenchResult, Machine, Processor, weight_types
+from sparsecli.bench.timing import measure
+from sparsecli.bench.variants import Variant
+from sparsecli.decode.engine import MAX_THREADS
 from sparsecli.decode.native import binding
-from sparsecli.decode.packed.precision import WORDS
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
 
-BACKENDS = ("native", "torch")
 BETWEEN_ROUNDS = 0.05  # seconds of a probe of the memory
 
 
@@ -38,32 +36,20 @@ def run(
     sparse: bool = False,
     mixture: bool = False,
     names: Sequence[str] | None = None,
-    backends: Sequence[str] | None = None,
-    peers: Sequence[str] | None = None,
     over: str | None = None,
-    dtypes: Sequence[str] | None = None,
-    threads: Sequence[int] | None = None,
-    context: Sequence[int] | None = None,
-    batch: Sequence[int] | None = None,
-    prefill: int | None = None,
-    profile: bool = False,
-    from_disk: bool = False,
     disk_folder: Path | None = None,
-    rounds: int | None = None,
-    tokens: int | None = None,
     format: Literal["table", "json", "csv", "markdown"] = "table",
     against: Path | None = None,
     fail_above: float | None = None,
     output: Path | None = None,
     dry_run: bool = False,
-    models: Sequence[str] = (),
-) -> Result | None:
-    """Measure decoding and show it in `format`; the result, or None for a dry run.
+    runs: Sequence[str] = (),
+) -> BenchResult | None:
+    """Measure what the recipe's `bench:` block says, and show it in `format`; the result, or None for a dry run.
 
     `over` names a backend and a weight type, `torch:bfloat16`, with whose dense row all rows are compared.
-    `models` are trained runs to measure in place of the recipe's variants; `names` chooses some of either. What is
-    given goes before the recipe's `bench:` block; of `threads`, `context` and `batch` every combination is measured.
-    `from_disk` writes packed models to `disk_folder` (the working directory) for as long as it takes. `fail_above`
+    `runs` are trained models to measure in place of the recipe's variants; `names` chooses some of either. Packed
+    models to read from disk are in `disk_folder` (the working directory) for as long as it takes. `fail_above`
     is a fraction (0.05: five per cent).
     Raises `Failure` for anything that cannot be measured or compared, `Regression` when a row is slower than
     in `against` by more than `fail_above`.
@@ -73,50 +59,35 @@ def run(
     earlier = compare.read(against) if against else None
     if output:
         _check_writable(output)
-    given = {
-        "backends": _names("--backend", backends, BACKENDS),
-        "peers": list(peers) if peers else None,
-        "dtypes": _names("--dtype", dtypes, WORDS),
-        "threads": _positive("--threads", threads),
-        "context": _positive("--context", context),
-        "batch": _positive("--batch", batch),
-        "prefill": _one("--prefill", prefill),
-        "profile": profile or None,
-        "from_disk": from_disk or None,
-        "rounds": _one("--rounds", rounds),
-        "tokens_per_round": _one("--tokens", tokens),
-    }
-    chosen = {name: value for name, value in given.items() if value is not None}
-    bench = (loaded.recipe.bench or BenchSpec.model_construct(variants=[])).model_copy(update=chosen)
     folder = disk_folder or Path()
-    groups = {"dense": dense, "sparse": sparse, "mixture": mixture}
-    candidates = variants.choose(_candidates(loaded, models), **groups, names=names)
-    if "context" not in bench.model_fields_set:
-        bench = bench.model_copy(update={"context": [_context(bench, candidates)]})
-    what = _plan(bench, candidates, models)
-    processor = Processor(
-        cpu=machine.processor()[0],
-        isa=_isa(what),
-        threads=max(model.threads for model in what.models),
+    chosen = variants.choose(
+        _variants(loaded, runs), dense=dense, sparse=sparse, mixture=mixture, names=names
     )
-    _check_over(over, what)
-    plan.check_positions(what)
-    if what.from_disk:
-        disk.check_supported(folder)
-        plan.check_disk(what, folder)
+    bench = _resolved(loaded.recipe.bench or BenchSpec(), chosen, bool(runs))
+    plan = cases.plan(chosen, bench)
+    processor = Processor(
+        cpu=host.processor()[0],
+        isa=_isa(plan),
+        threads=max(case.threads for case in plan.cases),
+    )
+    _check_over(over, plan)
+    cases.check_positions(plan.cases)
+    if plan.from_disk:
+        host.check_evictable(folder)
+        models.check_disk(plan, folder)
     if earlier and against:
-        compare.check_comparable(processor, what.subjects(), earlier, against)
-    compared = bench.equal_sizes or bool(models)
-    if compared and what.candidates and (warning := variants.check_same_size(what.candidates)):
+        compare.check_comparable(processor, plan.cases, earlier, against)
+    compared = bench.equal_sizes or bool(runs)
+    if compared and plan.variants and (warning := variants.check_same_size(plan.variants)):
         console.warn(warning)
     if dry_run:
-        _show_plan(what, output, folder, format)
+        _show_plan(plan, output, folder, format)
         return None
-    plan.check_memory(what)
+    models.check_memory(plan)
 
-    with machine.threads(processor.threads):
-        machine.warn_if_busy()
-        result = _measure(loaded, bench, what, processor, folder, over)
+    with host.threads(processor.threads):
+        host.warn_if_busy()
+        result = _measure(loaded, bench, plan, processor, folder, over)
     if earlier:
         changes = compare.compare(result, earlier, fail_above or 0.0)
         result = result.model_copy(update={"comparison": changes})
@@ -131,64 +102,33 @@ def run(
 # -- what to measure -----------------------------------------------------------------------------------------
 
 
-def _candidates(loaded: LoadedRecipe, models: Sequence[str]) -> list[Candidate]:
+def _variants(loaded: LoadedRecipe, runs: Sequence[str]) -> list[Variant]:
     recipe = loaded.recipe
-    if models:
-        return variants.from_runs(models)
-    if recipe.model is None or recipe.bench is None:
-        block = "model" if recipe.model is None else "bench"
+    if runs:
+        return variants.from_runs(runs)
+    if recipe.model is None or recipe.bench is None or not recipe.bench.variants:
+        block = "`model:` block" if recipe.model is None else "`bench:` block with variants"
         raise console.RecipeError(
-            f"{loaded.path}: bench needs a `{block}:` block, or trained runs by --model DIR; "
+            f"{loaded.path}: bench needs a {block}, or trained runs by --model DIR; "
             "`sparsecli bench bench-800m` measures the paper's shapes"
         )
     return variants.from_recipe(recipe.model, recipe.bench)
 
 
-def _context(bench: BenchSpec, candidates: Sequence[Candidate]) -> int:
-    """The default context, or the longest that the trained models have positions for."""
-    positions = [candidate.spec.max_positions for candidate in candidates if candidate.run]
-    [default] = BenchSpec.model_fields["context"].default
-    longest = min(positions, default=default) - bench.warmup_tokens - bench.tokens_per_round
-    return max(1, min(default, longest)) if positions else default
-
-
-def _plan(bench: BenchSpec, candidates: Sequence[Candidate], models: Sequence[str]) -> Plan:
+def _resolved(bench: BenchSpec, chosen: Sequence[Variant], trained: bool) -> BenchSpec:
+    """`bench` with its backends, and with a context that trained models have positions for where it has none."""
     backends = bench.backends or _default_backends()
     if "native" in backends and (reason := binding.available()):
         raise console.Failure(f"--backend native: {reason}")
-    if models and bench.peers:
+    if trained and bench.peers:
         raise console.Failure("--peer: other programs have random weights; leave out --model", exit_code=2)
-    threads = bench.threads or [processors()]
-    if max(threads) > MAX_THREADS:
-        raise console.Failure(f"--threads: {max(threads)} is more than {MAX_THREADS}", exit_code=2)
-    settings = Settings(
-        context=bench.context[0],
-        source=bench.source if any(candidate.spec.encoder for candidate in candidates) else None,
-        rounds=bench.rounds,
-        tokens_per_round=bench.tokens_per_round,
-        warmup_tokens=bench.warmup_tokens,
-    )
-    cases = plan.rows(
-        candidates,
-        backends=backends,
-        dtypes=bench.dtypes,
-        threads=threads,
-        contexts=bench.context,
-        batches=bench.batch,
-        prefill=bench.prefill,
-        from_disk=bench.from_disk,
-    )
-    cases += plan.peer_rows(
-        bench.peers,
-        candidates,
-        dtypes=bench.dtypes,
-        threads=threads,
-        contexts=bench.context,
-        positions=max(max(bench.context) + bench.warmup_tokens + bench.tokens_per_round, bench.prefill or 0),
-        prefill=bench.prefill,
-        variants_named=bench.peer_variants,
-    )
-    return Plan(cases, settings, profile=bench.profile, from_disk=bench.from_disk)
+    if bench.threads and max(bench.threads) > MAX_THREADS:
+        raise console.Failure(f"--threads: {max(bench.threads)} is more than {MAX_THREADS}", exit_code=2)
+    context = bench.context
+    if trained and "context" not in bench.model_fields_set:
+        positions = min(variant.spec.max_positions for variant in chosen)
+        context = [max(1, min(*context, positions - bench.warmup_tokens - bench.tokens_per_round))]
+    return bench.model_copy(update={"backends": backends, "context": context})
 
 
 def _default_backends() -> list[Literal["native", "torch"]]:
@@ -199,50 +139,32 @@ def _default_backends() -> list[Literal["native", "torch"]]:
     return ["torch"]
 
 
-def _check_over(over: str | None, what: Plan) -> None:
+def _check_over(over: str | None, plan: Plan) -> None:
     """Before an expensive measurement: is there such a row?"""
-    subjects = [subject for subject in what.subjects() if subject.group in ("dense", "peer")]
-    there = list(dict.fromkeys(f"{subject.backend}:{subject.dtype}" for subject in subjects))
+    there = {
+        f"{case.backend}:{case.dtype}": None for case in plan.cases if case.facts["group"] in figures.COMPARED
+    }
     if over is not None and over not in there:
         raise console.Failure(
             f"--over: no dense or peer row is {over!r} (there are: {', '.join(there) or 'none'})", exit_code=2
         )
 
 
-def _isa(what: Plan) -> str:
-    if any(model.backend == "native" for model in what.models):
+def _isa(plan: Plan) -> str:
+    if any(case.backend == "native" for case in plan.cases):
         return binding.isa()
     return torch.backends.cpu.get_cpu_capability()
 
 
-def _names(option: str, names: Sequence[str] | None, known: Sequence[str]) -> list[str] | None:
-    for name in names or ():
-        if name not in known:
-            raise console.Failure(f"{option}: {name!r} is not one of {', '.join(known)}", exit_code=2)
-    return list(dict.fromkeys(names)) if names else None
-
-
-def _one(option: str, value: int | None) -> int | None:
-    _positive(option, None if value is None else [value])
-    return value
-
-
-def _positive(option: str, values: Sequence[int] | None) -> list[int] | None:
-    for value in values or ():
-        if value < 1:
-            raise console.Failure(f"{option}: {value} should be at least 1", exit_code=2)
-    return list(dict.fromkeys(values)) if values else None
-
-
-def _show_plan(what: Plan, output: Path | None, folder: Path, format: str) -> None:
+def _show_plan(plan: Plan, output: Path | None, folder: Path, format: str) -> None:
     """The rows without their figures, memory, disk and files; in `format`, what is not JSON as a table."""
-    disk_bytes = sum(plan.packed_bytes(what, model) for model in what.models) if what.from_disk else None
+    disk_bytes = models.disk_bytes(plan) if plan.from_disk else None
     if format == "json":
         console.json_out(
             {
                 "dry_run": True,
-                "rows": [subject.model_dump(mode="json") for subject in what.subjects()],
-                "memory_bytes": plan.needed_bytes(what),
+                "rows": [case.facts for case in plan.cases],
+                "memory_bytes": models.memory_bytes(plan),
                 "disk_bytes": disk_bytes,
                 "output": str(output) if output else None,
             }
@@ -250,29 +172,22 @@ def _show_plan(what: Plan, output: Path | None, folder: Path, format: str) -> No
         return
     rows = [
         (
-            subject.variant + (" *" if subject.projected else ""),
-            subject.backend,
-            subject.dtype + (f", {subject.changed_parts}" if subject.changed_parts else ""),
-            subject.sizes,
-            table.count(subject.parameters),
-            table.count(subject.active_parameters),
-            table.megabytes(subject.bytes_per_token),
+            facts["variant"] + (" *" if facts["projected"] else ""),
+            facts["backend"],
+            weight_types(facts["dtype"], facts["precision"]),
+            case.key.sizes,
+            render.count(facts["parameters"]),
+            render.count(facts["active_parameters"]),
+            render.megabytes(facts["bytes_per_token"]),
         )
-        for subject in what.subjects()
+        for case in plan.cases
+        for facts in [case.facts]
     ]
-    columns = (
-        "variant",
-        "backend",
-        "weights",
-        "sizes",
-        "parameters",
-        "active",
-        "MB / token",
-    )
+    columns = ("variant", "backend", "weights", "sizes", "parameters", "active", "MB / token")
     console.print_table(columns, rows, title="dry run: nothing is measured")
-    if any(subject.projected for subject in what.subjects()):
+    if any(case.facts["projected"] for case in plan.cases):
         console.say("* projected: some of its blocks would be measured and their time multiplied out")
-    console.say(f"memory needed: about {plan.needed_bytes(what) / 1e9:.1f} GB")
+    console.say(f"memory needed: about {models.memory_bytes(plan) / 1e9:.1f} GB")
     if disk_bytes is not None:
         console.say(f"disk needed meanwhile: {disk_bytes / 1e9:.1f} GB in {folder.absolute()}")
     console.say(f"files to be written: {output or 'none'}")
@@ -284,77 +199,74 @@ def _show_plan(what: Plan, output: Path | None, folder: Path, format: str) -> No
 def _measure(
     loaded: LoadedRecipe,
     bench: BenchSpec,
-    what: Plan,
+    plan: Plan,
     processor: Processor,
     folder: Path,
     over: str | None,
-) -> Result:
-    console.say(f"building {len(what.models)} model{'s' if len(what.models) > 1 else ''}")
-    found, disk_speed = entries.load(what, folder)
-    probes = [roofline.bandwidth()]
+) -> BenchResult:
+    console.say(f"building {len(plan.models)} model{'s' if len(plan.models) > 1 else ''}")
+    timings, disk_speed = models.load(plan, folder)
+    probes = [host.bandwidth()]
 
     def probe() -> None:  # the memory of a virtual machine has several speeds within a minute
         torch.set_num_threads(processor.threads)
-        probes.append(roofline.bandwidth(seconds=BETWEEN_ROUNDS))
+        probes.append(host.bandwidth(seconds=BETWEEN_ROUNDS))
 
-    with console.progress("measuring", len(found) * (what.settings.rounds + 1)) as progress:
-        measure([entry.turn for entry in found], what.settings.rounds, loaded.recipe.seed, progress, probe)
+    with console.progress("measuring", len(timings) * (plan.settings.rounds + 1)) as progress:
+        measure(timings, plan.settings.rounds, loaded.recipe.seed, progress, probe)
     torch.set_num_threads(processor.threads)
-    probes.append(roofline.bandwidth())
+    probes.append(host.bandwidth())
     bandwidths = Bandwidth(before=round(probes[0], 2), after=round(probes[-1], 2), best=round(max(probes), 2))
-    if roofline.drifted(bandwidths.before, bandwidths.after):
+    if host.drifted(bandwidths.before, bandwidths.after):
         console.warn(
             f"memory bandwidth went from {bandwidths.before:.1f} to {bandwidths.after:.1f} GB/s meanwhile: the "
             "machine was busy or changed; trust ratios more than milliseconds, or measure again"
         )
-    rows = yardsticks.rated(entries.rows(found, bandwidths.limit, over), yardsticks.last_level_cache())
-    for line in [*yardsticks.warnings(rows), *yardsticks.warm(rows)]:
+    rows = figures.rows(list(zip(plan.cases, timings, strict=True)), bandwidths.best, over)
+    rows = figures.rated(rows, host.last_level_cache())
+    for line in [*figures.warnings(rows), *figures.warm(rows)]:
         console.warn(line)
     memory_gb = round(psutil.virtual_memory().total / 1e9, 1)
-    return Result(
+    return BenchResult(
         command=shlex.join(["sparsecli", *sys.argv[1:]]),
-        recipe=_as_run(loaded, bench, what),
-        settings=what.settings,
+        recipe=_as_run(loaded, bench, plan),
+        settings=plan.settings,
         versions={name: version(name) for name in ("sparsecli", "torch", "transformers")}
         | {"python": platform.python_version()},
         machine=Machine(**dict(processor), bandwidth_gb_s=bandwidths, memory_gb=memory_gb, disk=disk_speed),
         rows=rows,
         over=over,
-        peak_memory_gb=machine.peak_memory_gb(),
+        peak_memory_gb=host.peak_memory_gb(),
     )
 
 
-def _as_run(loaded: LoadedRecipe, bench: BenchSpec, what: Plan) -> dict[str, Any] | None:
-    """The recipe with the command line's options in it, or None for trained runs: it does not describe them."""
-    if loaded.recipe.bench is None or any(candidate.run for candidate in what.candidates):
+def _as_run(loaded: LoadedRecipe, bench: BenchSpec, plan: Plan) -> dict[str, Any] | None:
+    """The recipe with the variants that were chosen, or None for trained runs: it does not describe them."""
+    if any(variant.run for variant in plan.variants):
         return None
-    names = {candidate.name for candidate in what.candidates}
-    ours = [name for name in BACKENDS if any(model.backend == name for model in what.models)]
-    chosen = {
-        "backends": bench.backends or ours,
-        "variants": [variant for variant in bench.variants if variant.name in names],
-    }
-    recipe = loaded.recipe.model_copy(update={"bench": bench.model_copy(update=chosen)})
+    names = {variant.name for variant in plan.variants}
+    measured = {"variants": [variant for variant in bench.variants or () if variant.name in names]}
+    recipe = loaded.recipe.model_copy(update={"bench": bench.model_copy(update=measured)})
     return recipe.model_dump(mode="json", exclude_none=True)
 
 
 # -- saying it -----------------------------------------------------------------------------------------------
 
 
-def _show(result: Result, format: str) -> None:
+def _show(result: BenchResult, format: str) -> None:
     if format != "table":
         console.out(_text(result, format))
         return
     width = shutil.get_terminal_size((240, 24)).columns if sys.stdout.isatty() else 240
-    console.table(table.table(result, width))
-    if parts := table.parts_table(result):
+    console.table(render.table(result, width))
+    if parts := render.parts_table(result):
         console.table(parts)
     if result.comparison:
-        console.table(table.changes_table(result.comparison))
+        console.table(render.changes_table(result.comparison))
 
 
-def _text(result: Result, format: str) -> str:
-    formats = {"json": table.as_json, "csv": table.as_csv, "markdown": table.as_markdown}
+def _text(result: BenchResult, format: str) -> str:
+    formats = {"json": render.as_json, "csv": render.as_csv, "markdown": render.as_markdown}
     return formats[format](result)
 
 
@@ -368,7 +280,7 @@ def _check_writable(output: Path) -> None:
         raise console.Failure(f"{output}: cannot be written; choose another --output")
 
 
-def _write(result: Result, output: Path) -> None:
+def _write(result: BenchResult, output: Path) -> None:
     """The format follows the suffix: .csv, .md, else JSON. Written beside, then renamed."""
     format = {".csv": "csv", ".md": "markdown"}.get(output.suffix, "json")
     beside = output.with_name(output.name + ".tmp")
@@ -381,10 +293,10 @@ def _write(result: Result, output: Path) -> None:
     console.say(f"wrote {output}")
 
 
-def _judge(result: Result, earlier: Result, fail_above: float | None) -> None:
+def _judge(result: BenchResult, earlier: BenchResult, fail_above: float | None) -> None:
     """Raise `Regression` for slower rows when a threshold was given."""
     before, now = earlier.machine.bandwidth_gb_s.mean, result.machine.bandwidth_gb_s.mean
-    if roofline.drifted(before, now):
+    if host.drifted(before, now):
         console.warn(
             f"memory reads {now:.1f} GB/s, {before:.1f} in the earlier result; the comparison allows for it"
         )
@@ -392,7 +304,7 @@ def _judge(result: Result, earlier: Result, fail_above: float | None) -> None:
     if fail_above is None or not slower:
         return
     rows = ", ".join(
-        f"{change.variant} ({change.backend}, {change.dtype}, {change.sizes}) {change.ratio - 1:+.1%}"
+        f"{change.variant} ({change.backend}, {change.dtype}, {change.key.sizes}) {change.ratio - 1:+.1%}"
         for change in slower
     )
     raise console.Regression(f"slower than before by more than {fail_above:.1%}: {rows}")

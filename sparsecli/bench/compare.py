@@ -1,4 +1,4 @@
-"""Is this bench slower than an earlier one, beyond the threshold and beyond the noise?"""
+"""Comparison with an earlier bench: what is slower beyond the threshold and beyond the noise."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from sparsecli import console
-from sparsecli.bench.report import Change, Processor, Result, Row, Subject, in_words
-from sparsecli.bench.roofline import drifted
+from sparsecli.bench.cases import Case
+from sparsecli.bench.host import drifted
+from sparsecli.bench.result import BenchResult, Change, Processor, Row
 
 LARGEST = 64 << 20
 """Bytes of an earlier result; each of its samples takes some twenty."""
@@ -22,7 +23,7 @@ AT_ONCE = 2**22
 INTERVAL = (2.5, 97.5)  # percentiles of the resampled ratios
 
 
-def read(path: Path) -> Result:
+def read(path: Path) -> BenchResult:
     """An earlier result. Raises `Failure` when the file is missing or is not a result of this format."""
     try:
         if path.stat().st_size > LARGEST:
@@ -32,7 +33,7 @@ def read(path: Path) -> Result:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise console.Failure(f"{path}: cannot read the earlier result: {reason}") from error
     try:
-        result = Result.model_validate_json(text)
+        result = BenchResult.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
@@ -46,7 +47,7 @@ def read(path: Path) -> Result:
     return result
 
 
-def check_comparable(processor: Processor, subjects: Sequence[Subject], before: Result, path: Path) -> None:
+def check_comparable(processor: Processor, cases: Sequence[Case], before: BenchResult, path: Path) -> None:
     """Raise `Failure` unless what is to be measured is what `before`, read from `path`, measured.
 
     All of this is known before measuring. The memory's bandwidth is not: `compare` allows for it.
@@ -56,38 +57,36 @@ def check_comparable(processor: Processor, subjects: Sequence[Subject], before: 
         ("machine.isa", before.machine.isa, processor.isa),
     ]
     rows = {row.key: row for row in before.rows}
-    common = [subject for subject in subjects if subject.key in rows]
-    for subject in common:
-        earlier = rows[subject.key]
-        fields = ["parameters", "active_parameters", "bytes_per_token", "projected"]
-        fields += ["precision"] if earlier.precision else []  # results from before it was written
+    common = [case for case in cases if case.key in rows]
+    for case in common:
+        earlier, facts = rows[case.key], case.facts
         pairs += [
-            (f"{field} of {subject.variant}", getattr(earlier, field), getattr(subject, field))
-            for field in fields
+            (f"{field} of {case.variant.name}", getattr(earlier, field), facts[field])
+            for field in ("parameters", "active_parameters", "bytes_per_token", "projected", "precision")
         ]
     for name, theirs, ours in pairs:
         if theirs != ours:
             raise console.Failure(f"{path}: cannot be compared: {name} was {theirs!r}, is {ours!r}")
     if not common:
-        raise console.Failure(f"{path}: has no row of {_difference(subjects, before)}")
+        raise console.Failure(f"{path}: has no row of {_difference(cases, before)}")
 
 
-def _difference(subjects: Sequence[Subject], before: Result) -> str:
+def _difference(cases: Sequence[Case], before: BenchResult) -> str:
     """What keeps two results from having a row in common."""
-    for subject in subjects:
+    for case in cases:
         for row in before.rows:
-            if row.key[:3] == subject.key[:3]:
-                theirs, ours = (in_words(*each.key[3:]) for each in (row, subject))
+            if row.key[:3] == case.key[:3]:
+                theirs, ours = row.key.sizes, case.key.sizes
                 return f"the same sizes as this bench: {row.variant} was measured at {theirs}, is at {ours}"
     return "the same variant, backend and dtype as this bench"
 
 
-def compare(now: Result, before: Result, threshold: float) -> list[Change]:
+def compare(now: BenchResult, before: BenchResult, threshold: float) -> list[Change]:
     """Every row that both results have. `threshold` is a fraction: 0.05 lets a row be 5 % slower.
 
     A row is `slower` when the ratio of the medians exceeds 1 + threshold and even the lower end of its 95 %
     interval exceeds 1. When the probes say that the machine's memory itself has become slower by more than
-    `roofline.DRIFT`, so much slowness is explained and is taken off first.
+    `host.DRIFT`, so much slowness is explained and is taken off first.
     """
     bandwidths = before.machine.bandwidth_gb_s.mean, now.machine.bandwidth_gb_s.mean
     explained = bandwidths[0] / bandwidths[1] if drifted(*bandwidths) else 1.0

@@ -1,23 +1,20 @@
-"""What is measured: the variants of a recipe with random weights, or trained runs."""
+"""Variants: the models that are measured, those of a recipe with random weights or trained runs."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from sparsecli import console
 from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.checkpoint import load_model, read_config
+from sparsecli.model.checkpoint import read_config
 from sparsecli.model.folder import find_model, weight_files
-from sparsecli.model.networks import Network, build_network
 from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
-from sparsecli.recipe.schema import BenchSpec, PaperFigures, PrecisionChanges, Variant
+from sparsecli.recipe.schema import BenchSpec, PaperFigures, PrecisionChanges, VariantSpec
 from sparsecli.train.run_directory import read_facts
 
 Group = Literal["dense", "sparse", "mixture"]
@@ -26,8 +23,8 @@ UNCHANGED = PrecisionChanges()
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A model to measure."""
+class Variant:
+    """A model to measure: what a recipe's variant or `--model` names."""
 
     name: str
     group: Group
@@ -46,17 +43,16 @@ class Candidate:
         return self.measured_layers is None or self.measured_layers >= self.spec.layers
 
 
-# -- choosing ------------------------------------------------------------------------------------------------
-
-
-def from_recipe(model: ModelSpec, bench: BenchSpec) -> list[Candidate]:
+def from_recipe(model: ModelSpec, bench: BenchSpec) -> list[Variant]:
     """The recipe's variants: its model with the blocks that each variant replaces."""
-    return [_from_variant(variant, variant.apply(model), bench.measured_layers) for variant in bench.variants]
+    return [
+        _from_spec(variant, variant.apply(model), bench.measured_layers) for variant in bench.variants or ()
+    ]
 
 
-def _from_variant(variant: Variant, spec: ModelSpec, measured_layers: int | None) -> Candidate:
+def _from_spec(variant: VariantSpec, spec: ModelSpec, measured_layers: int | None) -> Variant:
     limits = [limit for limit in (variant.measured_layers, measured_layers) if limit is not None]
-    return Candidate(
+    return Variant(
         variant.name,
         variant.group,
         spec,
@@ -68,7 +64,7 @@ def _from_variant(variant: Variant, spec: ModelSpec, measured_layers: int | None
     )
 
 
-def from_runs(references: Sequence[str]) -> list[Candidate]:
+def from_runs(references: Sequence[str]) -> list[Variant]:
     """Trained models: run directories (with their held-out loss) or Hugging Face folders."""
     # The absolute path tells models apart and names them; messages keep to the path as it was given.
     folders = {Path(os.path.abspath(folder)): folder for folder in map(find_model, references)}
@@ -77,13 +73,13 @@ def from_runs(references: Sequence[str]) -> list[Candidate]:
     return [_from_run(name, run, folder) for name, run, folder in named]
 
 
-def _from_run(name: str, run: Path, folder: Path) -> Candidate:
-    weight_files(folder)  # a packed model has none: better told before anything is built
+def _from_run(name: str, run: Path, folder: Path) -> Variant:
+    weight_files(folder)  # a packed model has none: better reported before anything is built
     spec = read_config(folder).spec
     result = read_facts(run).get("result")
     nats = result.get("held_out_nats") if isinstance(result, dict) else None
     nats = float(nats) if isinstance(nats, int | float) and math.isfinite(nats) else None
-    return Candidate(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_nats=nats)
+    return Variant(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_nats=nats)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -112,25 +108,25 @@ def _group(spec: ModelSpec) -> Group:
 
 
 def choose(
-    candidates: Sequence[Candidate],
+    variants: Sequence[Variant],
     *,
     dense: bool = False,
     sparse: bool = False,
     mixture: bool = False,
     names: Sequence[str] | None = None,
-) -> list[Candidate]:
-    """Those of the wanted groups and names; no flag means all groups.
+) -> list[Variant]:
+    """Those of the chosen groups and names; no flag means all groups.
 
     Raises `Failure` when none is left, or for a name that none has.
     """
-    known = ", ".join(candidate.name for candidate in candidates)
+    known = ", ".join(variant.name for variant in variants)
     for name in names or ():
-        if all(candidate.name != name for candidate in candidates):
+        if all(variant.name != name for variant in variants):
             raise console.Failure(f"--variant: there is no {name!r} (there are: {known})", exit_code=2)
-    candidates = [candidate for candidate in candidates if not names or candidate.name in names]
+    variants = [variant for variant in variants if not names or variant.name in names]
     flags: dict[Group, bool] = {"dense": dense, "sparse": sparse, "mixture": mixture}
-    groups = [group for group, wanted in flags.items() if wanted]
-    chosen = [candidate for candidate in candidates if not groups or candidate.group in groups]
+    groups = [group for group, given in flags.items() if given]
+    chosen = [variant for variant in variants if not groups or variant.group in groups]
     if not chosen:
         options = " ".join(f"--{group}" for group in groups)
         raise console.Failure(
@@ -139,11 +135,11 @@ def choose(
     return chosen
 
 
-def check_same_size(candidates: Sequence[Candidate]) -> str | None:
+def check_same_size(variants: Sequence[Variant]) -> str | None:
     """A sentence when the parameter counts differ by more than `TOLERANCE`, else None."""
-    smallest = min(candidates, key=lambda candidate: candidate.sizes.total)
-    largest = max(candidates, key=lambda candidate: candidate.sizes.total)
-    if disagreement([candidate.sizes for candidate in candidates]) <= TOLERANCE:
+    smallest = min(variants, key=lambda variant: variant.sizes.total)
+    largest = max(variants, key=lambda variant: variant.sizes.total)
+    if disagreement([variant.sizes for variant in variants]) <= TOLERANCE:
         return None
     return (
         f"the models differ in size: {smallest.name} has {smallest.sizes.total:,} parameters, "
@@ -166,18 +162,3 @@ def with_positions(spec: ModelSpec, positions: int) -> ModelSpec:
         shape = [max(first, -(-positions // math.prod(others))), *others]
         changed["axial"] = spec.axial.model_copy(update={"shape": shape})
     return spec.model_copy(update=changed)
-
-
-# -- building ------------------------------------------------------------------------------------------------
-
-
-def empty_model(spec: ModelSpec) -> Network:
-    """The model without storage: nothing but its parameters is ever stored, so that they are all it lacks."""
-    with torch.device("meta"):
-        return build_network(spec)
-
-
-def trained_weights(folder: Path, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
-    """A trained model's parameters by name."""
-    model, _ = load_model(folder, dtype)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}

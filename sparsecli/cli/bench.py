@@ -14,7 +14,6 @@ from sparsecli.cli.options import (
     OptionalRecipe,
     Overrides,
     Seed,
-    load_recipe,
     numbers,
     percent,
     shift,
@@ -82,7 +81,7 @@ def bench(
     ] = None,
     prefill: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Also read a prompt of N tokens.", show_default=False),
+        typer.Option(metavar="N", help="Also read a prompt of N tokens.", show_default=False),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Time the parts of a token.")] = False,
     from_disk: Annotated[
@@ -92,8 +91,8 @@ def bench(
         Path | None,
         typer.Option(metavar="DIR", help="Where that file lies for the time.", show_default=False),
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Turns of every variant.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Measured tokens of a turn.")] = None,
+    rounds: Annotated[int | None, typer.Option(metavar="N", help="Turns of every variant.")] = None,
+    tokens: Annotated[int | None, typer.Option(metavar="N", help="Measured tokens of a turn.")] = None,
     seed: Seed = None,
     format: Annotated[Format, typer.Option(help="Of the result on stdout.")] = "table",
     json: AsJson = False,
@@ -120,36 +119,38 @@ def bench(
     Without a recipe: the paper's Table 1 at 800M parameters, one token at a time, random weights.
     """
     recipe, overrides = shift(recipe, overrides)
-    loaded = load_recipe(recipe or "bench-800m", overrides, seed)
     from sparsecli.bench import command
-    from sparsecli.recipe.loader import check_unread
+    from sparsecli.recipe.loader import check_unread, load
 
+    options = {
+        "--backend": ("bench.backends", backend or None),
+        "--peer": ("bench.peers", peer or None),
+        "--dtype": ("bench.dtypes", dtype or None),
+        "--threads": ("bench.threads", threads),
+        "--context": ("bench.context", context),
+        "--batch": ("bench.batch", batch),
+        "--prefill": ("bench.prefill", prefill),
+        "--profile": ("bench.profile", profile or None),
+        "--from-disk": ("bench.from_disk", from_disk or None),
+        "--rounds": ("bench.rounds", rounds),
+        "--tokens": ("bench.tokens_per_round", tokens),
+        "--seed": ("seed", seed),
+    }
+    loaded = load(recipe or "bench-800m", overrides, options)
     if model:
         check_unread(overrides, "bench --model", {"model", "data", "train", "convert"})
-
     command.run(
         loaded,
         dense=dense,
         sparse=sparse,
         mixture=mixture,
         names=variant or None,
-        backends=backend or None,
-        peers=peer or None,
         over=over,
-        dtypes=dtype or None,
-        threads=threads,
-        context=context,
-        batch=batch,
-        prefill=prefill,
-        profile=profile,
-        from_disk=from_disk,
         disk_folder=disk_folder,
-        rounds=rounds,
-        tokens=tokens,
         format="json" if json else format,
         against=against,
         fail_above=fail_above,
         output=output,
         dry_run=dry_run,
-        models=model or [],
+        runs=model or [],
     )

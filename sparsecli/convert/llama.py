@@ -12,7 +12,7 @@ from pathlib import Path
 import gguf
 
 from sparsecli import console
-from sparsecli.bench.measure import Decoder
+from sparsecli.bench.decoders import TimedDecoder
 from sparsecli.bench.peers.llama_cpp import (
     FILE_TYPES,
     LlamaDecoder,
@@ -58,7 +58,7 @@ class LlamaContender:
             return Decoded(prompt_losses(sequence.logits, windows, bar), None)
 
     @contextmanager
-    def loaded(self, positions: int, prompt: int) -> Iterator[tuple[Decoder, Decoder]]:
+    def loaded(self, positions: int, prompt: int) -> Iterator[tuple[TimedDecoder, TimedDecoder]]:
         """What decodes `positions` tokens, and what reads prompts of `prompt` tokens."""
         model = self._load()
         yield LlamaDecoder(model, positions), LlamaReader(model, prompt)

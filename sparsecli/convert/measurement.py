@@ -10,11 +10,12 @@ from typing import Protocol
 
 import numpy as np
 
-from sparsecli.bench.measure import Decoder, PromptReader, Turn, measure, spread
-from sparsecli.bench.native_decoder import NativeDecoder
-from sparsecli.bench.report import Spread
-from sparsecli.bench.roofline import bandwidth
-from sparsecli.bench.traffic import bytes_per_token
+from sparsecli.bench.bytes_read import bytes_per_token
+from sparsecli.bench.decoders import PromptReader, TimedDecoder
+from sparsecli.bench.decoders.native import NativeDecoder
+from sparsecli.bench.host import bandwidth
+from sparsecli.bench.result import Spread
+from sparsecli.bench.timing import Timing, measure, spread
 from sparsecli.console import progress
 from sparsecli.convert.evaluation import engine_losses
 from sparsecli.data.packing import Windows
@@ -67,7 +68,9 @@ class Contender(Protocol):
     def decode(self, windows: Windows) -> Decoded:
         """Losses of every window and counted units."""
 
-    def loaded(self, positions: int, prompt: int) -> AbstractContextManager[tuple[Decoder, Decoder]]:
+    def loaded(
+        self, positions: int, prompt: int
+    ) -> AbstractContextManager[tuple[TimedDecoder, TimedDecoder]]:
         """What decodes `positions` tokens, and what reads prompts of `prompt` tokens, until the context ends."""
 
 
@@ -102,7 +105,7 @@ class OwnContender:
             return Decoded(losses, kept)
 
     @contextmanager
-    def loaded(self, positions: int, prompt: int) -> Iterator[tuple[Decoder, Decoder]]:
+    def loaded(self, positions: int, prompt: int) -> Iterator[tuple[TimedDecoder, TimedDecoder]]:
         """What decodes `positions` tokens, and what reads prompts of `prompt` tokens."""
         with closing(Engine(self.pack())) as engine:
             yield NativeDecoder(engine, positions), NativeDecoder(engine, prompt)
@@ -119,9 +122,9 @@ def speeds(contenders: Sequence[Contender], rounds: int, seed: int) -> tuple[lis
             length = min(PROMPT, spec.max_positions)
             context, warmup, steps = _tokens(spec.max_positions)
             decoder, reader = stack.enter_context(contender.loaded(context + warmup + steps, length))
-            decoding.append(Turn(decoder, vocabulary, layers, layers, context, steps, warmup))
+            decoding.append(Timing(decoder, vocabulary, layers, layers, context, steps, warmup))
             prompt = PromptReader(reader, vocabulary)
-            reading.append(Turn(prompt, vocabulary, layers, layers, length, 1, 0, tokens=length))
+            reading.append(Timing(prompt, vocabulary, layers, layers, length, 1, 0, tokens=length))
             loading.advance()
         with progress("measuring speed", len(contenders) * (rounds + 1) + len(contenders) * 4) as bar:
             measure(decoding, rounds, seed, bar)

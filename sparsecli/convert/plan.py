@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sparsecli.bench.traffic import bytes_per_token
+from sparsecli.bench.bytes_read import bytes_per_token
 from sparsecli.console import Mismatch
 from sparsecli.convert.methods import METHODS
 from sparsecli.decode.packed.precision import Precision

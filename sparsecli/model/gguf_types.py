@@ -1,8 +1,8 @@
 """GGUF's own weight types: their blocks taken apart, laid out in the engine's panels, and as float32.
 
-A row of a matrix is a sequence of blocks of 32 or 256 weights (`GgufType.block`). We keep every code and every scale, in
-an order of our own: panels of 16 rows, so that a vector lane of the engine is a row. native/ops/gguf.inl describes them.
-A panel holds, for every 64 columns (256 of the K types), the codes, then the scales, and is as long as the original
+A row of a matrix is a sequence of blocks of 32 or 256 weights (`GgufType.block`). Every code and every scale is kept, in
+another order: panels of 16 rows, so that a vector lane of the engine is a row (native/ops/gguf.inl describes them). A
+panel holds, for every 64 columns (256 of the K types), the codes, then the scales, and is as long as the original
 within 3 %.
 """
 
@@ -187,7 +187,9 @@ def _write_panels(kind: GgufType, parts: Parts, panels: np.ndarray) -> None:
     count = len(panels)
     blocks = panels.reshape(count, -1, kind.panel_block_bytes)
     code_bytes = kind.columns * LANES * kind.bits // 8
-    codes = _whole(parts.codes, kind.columns).reshape(count, LANES, -1, 8, 4)  # (P, lane, 32 columns, quad, 4)
+    codes = _whole(parts.codes, kind.columns).reshape(
+        count, LANES, -1, 8, 4
+    )  # (P, lane, 32 columns, quad, 4)
     words = _words(kind, codes)  # (P, 32 columns, word, lane, 4)
     blocks[..., :code_bytes] = words.reshape(count, blocks.shape[1], code_bytes)
     at = code_bytes
@@ -239,7 +241,9 @@ def values(kind: GgufType, panels: np.ndarray, rows: int, cols: int) -> np.ndarr
 
     def fill(first: int) -> None:
         some = panels[first : first + step]
-        result[first * LANES : first * LANES + len(some) * LANES] = _weights(kind, read_parts(kind, some, cols))
+        result[first * LANES : first * LANES + len(some) * LANES] = _weights(
+            kind, read_parts(kind, some, cols)
+        )
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(fill, range(0, len(panels), step)))

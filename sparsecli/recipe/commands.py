@@ -83,7 +83,7 @@ def sizes(recipe: Recipe) -> list[tuple[str, Sizes]]:
     from sparsecli.model.sizes import count_parameters  # torch
 
     specs = [("", recipe.model)]
-    if recipe.bench:
+    if recipe.bench and recipe.bench.variants:
         specs = [(variant.name, variant.apply(recipe.model)) for variant in recipe.bench.variants]
     return [(label, count_parameters(spec)) for label, spec in specs]
 

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 from pydantic import ValidationError
@@ -38,19 +39,29 @@ class LoadedRecipe:
         return Path(self.recipe.output or f"runs/{self.name}")
 
 
-def load(reference: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load(
+    reference: str,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, tuple[str, object]] = MappingProxyType({}),
+) -> LoadedRecipe:
     """Read the recipe at a path, or the shipped one of that name, with `key.path=value` overrides on top.
 
-    Raises RecipeError with every problem, one line each.
+    `options` of the command line go on top of both: by the option's name, with which its errors begin, the key that it
+    sets and its value, None where it is not given. Raises RecipeError with every problem, one line each.
     """
     path = _find(reference)
     text = _read(path)
-    recipe = parse(text, str(path), overrides)
+    recipe = parse(text, str(path), overrides, options)
     return LoadedRecipe(recipe=recipe, name=path.stem, path=path)
 
 
-def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that `text` holds; `name` is what its errors call it. Raises RecipeError."""
+def parse(
+    text: str,
+    name: str,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, tuple[str, object]] = MappingProxyType({}),
+) -> Recipe:
+    """The recipe that `text` holds; `name` is what its errors call it. See `load`. Raises RecipeError."""
     read = read_document(text, name)
     if not read.problems:
         if read.data is None:
@@ -62,6 +73,9 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
             )
         for number, override in enumerate(overrides, start=1):
             _apply(read, override, number)
+        for number, (option, (key, value)) in enumerate(options.items(), start=len(overrides) + 1):
+            if value is not None:
+                _put(read, key.split("."), Document(value, {(): Place(number, 0, 0, option)}))
     more = 0
     try:
         recipe = Recipe.model_validate(read.data) if not read.problems else None
@@ -189,7 +203,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _apply(read: Document, override: str, number: int) -> None:
-    """Put one `key.path=value` into the data, and its place over the places of what it replaces."""
+    """Put one `key.path=value` into the data."""
     key, equals, value = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
@@ -199,10 +213,15 @@ def _apply(read: Document, override: str, number: int) -> None:
         )
         return
     given = read_document(value, key, override=number)
-    place = given.place(())
     if given.problems:
         read.problems += given.problems
         return
+    _put(read, parts, given)
+
+
+def _put(read: Document, parts: Sequence[str], given: Document) -> None:
+    """Put a value into the data at the path of `parts`, and its places over the places of what it replaces."""
+    place = given.place(())
     train = read.data.get("train")
     start = train.get("init_from") if isinstance(train, dict) else None
     if parts[0] == "model" and parts[1:] and read.data.get("model") is None and start:

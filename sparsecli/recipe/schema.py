@@ -208,7 +208,7 @@ class PrecisionChanges(Block):
     """Score the likeliest tokens again: those of an int8 head with bfloat16 weights, of an int4 head with int8."""
 
 
-class Variant(Block):
+class VariantSpec(Block):
     """One row of the table."""
 
     name: str
@@ -235,8 +235,8 @@ class Variant(Block):
 class BenchSpec(Block):
     """Single-token decoding, variants interleaved."""
 
-    variants: Annotated[list[Variant], Field(min_length=1)]
-    """Rows of the table; the first of group `dense` is the baseline."""
+    variants: Annotated[list[VariantSpec], Field(min_length=1)] | None = None
+    """Rows of the table; the first of group `dense` is the baseline. Trained runs (`--model`) need none."""
     equal_sizes: bool = True
     """All variants should have the same number of parameters, within 1 %; the paper's own do not."""
     backends: Annotated[list[Literal["native", "torch"]], Field(min_length=1)] | None = None
@@ -272,7 +272,7 @@ class BenchSpec(Block):
 
     @model_validator(mode="after")
     def _check(self) -> BenchSpec:
-        known = [variant.name for variant in self.variants]
+        known = [variant.name for variant in self.variants or ()]
         for name in self.peer_variants or ():
             if name not in known:
                 raise fault("peer_variants", f"{name!r} is not one of {', '.join(known)}")
@@ -309,7 +309,7 @@ class Recipe(Block):
         if self.data:
             self._check_data(self.data)
         if self.bench and self.model:
-            for index, variant in enumerate(self.bench.variants):
+            for index, variant in enumerate(self.bench.variants or ()):
                 try:
                     variant.apply(self.model)
                 except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Other programs as rows of the bench: which rows they bring, what they need, and how they are loaded."""
+"""Peers, other programs that are measured beside ours: which models they run, what they need, how they are loaded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from torch import Tensor
 
 from sparsecli import console
 from sparsecli.bench.peers.llama_shape import llama_shaped
-from sparsecli.bench.variants import Candidate
+from sparsecli.bench.variants import Variant
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.sizes import count_parameters
 
@@ -22,10 +22,10 @@ WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "q8_0": 34 / 32, "
 
 
 class PeerDecoder(Protocol):
-    """A `measure.Decoder` of another program; the time of its blocks alone is not known."""
+    """A `TimedDecoder` of another program; the time of its blocks alone is not known."""
 
     settings: str
-    """The program's version and what it was told, in words; final once something was decoded."""
+    """The program's version and settings, in words; final once something was decoded."""
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Start the sequence with these tokens."""
@@ -113,36 +113,27 @@ PEERS = {
 
 
 @dataclass(frozen=True)
-class PeerRow:
-    """A row that a peer brings."""
+class PeerModel:
+    """A model that a peer runs, in one of its weight types."""
 
     peer: Peer
-    beside: Candidate  # ours, whose weights `load` takes
-    model: Candidate  # what the peer runs: `beside`, or a dense Llama-shaped model
-    our_dtype: str  # type of the weights that `load` takes, and beside which the row is measured
+    beside: Variant  # ours, whose weights `load` takes
+    variant: Variant  # what the peer runs: `beside`, or a dense Llama-shaped model
+    our_dtype: str  # type of the weights that `load` takes, and beside which it is measured
     dtype: str  # the peer's
 
-    def figures(self, context: int, prefill: int = 0) -> dict[str, Any]:
-        """What a `report.Subject` says of the row itself, by field; of reading a prompt where there is `prefill`."""
-        sizes = self.model.sizes
-        weights = sizes.active * WEIGHT_BYTES[self.dtype]
-        cached = context * sizes.cached_per_position * self.peer.cache_bytes[self.dtype]
-        return {
-            "variant": self.model.name,
-            "group": "peer",
-            "backend": self.peer.name,
-            "dtype": self.dtype,
-            "parameters": sizes.total,
-            "active_parameters": sizes.active,
-            "bytes_per_token": round(weights / max(prefill, 1) + cached),
-            "prefill": prefill or None,
-        }
+    def bytes_per_token(self, context: int, prefill: int = 0) -> int:
+        """Bytes that a token reads after `context` others, or as one of a prompt of `prefill` tokens."""
+        weights = self.variant.sizes.active * WEIGHT_BYTES[self.dtype]
+        return round(weights / max(prefill, 1) + self._cached_bytes(context))
 
     def needed_bytes(self, positions: int) -> int:
         """Memory that it takes beside our weights, about: each peer holds its own copy."""
-        sizes = self.model.sizes
-        cached = positions * sizes.cached_per_position * self.peer.cache_bytes[self.dtype]
-        return round(sizes.total * WEIGHT_BYTES[self.dtype] + cached)
+        weights = self.variant.sizes.total * WEIGHT_BYTES[self.dtype]
+        return round(weights + self._cached_bytes(positions))
+
+    def _cached_bytes(self, positions: int) -> int:
+        return positions * self.variant.sizes.cached_per_position * self.peer.cache_bytes[self.dtype]
 
     def load(self, weights: Mapping[str, Tensor], capacity: int, threads: int) -> PeerDecoder:
         """A decoder; `weights` are those of `beside` in `our_dtype`, ignored where the peer has its own model.
@@ -150,25 +141,23 @@ class PeerRow:
         Raises `Failure` when there is no room on the disk, or the program refuses the model.
         """
         module = self.peer.load_module()
-        return module.load(self.model.spec, weights, self.dtype, capacity, threads)
+        return module.load(self.variant.spec, weights, self.dtype, capacity, threads)
 
 
 def choose(
     names: Sequence[str],
-    candidates: Sequence[Candidate],
+    variants: Sequence[Variant],
     dtypes: Sequence[str],
-    variants: Sequence[str] | None = None,
-) -> list[PeerRow]:
-    """The rows of the peers called `names`, in their order; whatever cannot be measured is told on stderr.
+    own_variants: Sequence[str] | None = None,
+) -> list[PeerModel]:
+    """The models of the peers called `names`, in their order; what cannot be measured is reported on stderr.
 
-    `variants` are those that peers without a model of their own run; by default the first dense one, and the last
-    sparse one with the same vocabulary layer. Raises `Failure` for a name that is no peer.
+    `own_variants` are those that peers without a model of their own run; by default the first dense one, and the last
+    sparse one with the same vocabulary layer.
     """
-    whole = [candidate for candidate in candidates if candidate.measured_layers is None]
-    rows = []
+    whole = [variant for variant in variants if variant.measured_layers is None]
+    found = []
     for name in dict.fromkeys(names):
-        if name not in PEERS:
-            raise console.Failure(f"--peer: {name!r} is not one of {', '.join(PEERS)}", exit_code=2)
         peer = PEERS[name]
         lack = peer.missing()
         if lack or not whole:
@@ -176,32 +165,30 @@ def choose(
                 f"{name} is not measured: {lack or 'peers run whole models, these are built in part'}"
             )
             continue
-        models = _own(whole[0]) if peer.own_model else _same(whole, variants)
-        rows += list(_rows(peer, models, dtypes))
-    return rows
+        pairs = _llama_shaped(whole[0]) if peer.own_model else _ours(whole, own_variants)
+        found += list(_models(peer, pairs, dtypes))
+    return found
 
 
-def _own(candidate: Candidate) -> list[tuple[Candidate, Candidate]]:
-    spec = llama_shaped(candidate.spec, candidate.sizes.total)
-    return [(candidate, Candidate("dense, Llama-shaped", "dense", spec, count_parameters(spec)))]
+def _llama_shaped(variant: Variant) -> list[tuple[Variant, Variant]]:
+    spec = llama_shaped(variant.spec, variant.sizes.total)
+    return [(variant, Variant("dense, Llama-shaped", "dense", spec, count_parameters(spec)))]
 
 
-def _same(
-    candidates: Sequence[Candidate], variants: Sequence[str] | None
-) -> list[tuple[Candidate, Candidate]]:
-    if variants is None:
-        dense = [candidate for candidate in candidates if candidate.group == "dense"][:1]
-        sparse = [candidate for candidate in candidates if candidate.group == "sparse"]
+def _ours(variants: Sequence[Variant], names: Sequence[str] | None) -> list[tuple[Variant, Variant]]:
+    if names is None:
+        dense = [variant for variant in variants if variant.group == "dense"][:1]
+        sparse = [variant for variant in variants if variant.group == "sparse"]
         alike = [each for each in sparse if dense and each.spec.vocabulary == dense[0].spec.vocabulary]
         chosen = dense + (alike or sparse)[-1:]
     else:
-        chosen = [candidate for candidate in candidates if candidate.name in variants]
-    return [(candidate, candidate) for candidate in chosen]
+        chosen = [variant for variant in variants if variant.name in names]
+    return [(variant, variant) for variant in chosen]
 
 
-def _rows(
-    peer: Peer, models: Sequence[tuple[Candidate, Candidate]], dtypes: Sequence[str]
-) -> Iterator[PeerRow]:
+def _models(
+    peer: Peer, pairs: Sequence[tuple[Variant, Variant]], dtypes: Sequence[str]
+) -> Iterator[PeerModel]:
     module = peer.load_module()
     found = set()
     for our_dtype in dtypes:
@@ -209,11 +196,11 @@ def _rows(
             if dtype in found:  # beside a type of ours with more bits
                 continue
             found.add(dtype)
-            for beside, model in models:
-                if reason := _unknown_parts(beside.spec) or module.refusal(model.spec, dtype):
+            for beside, variant in pairs:
+                if reason := _unknown_parts(beside.spec) or module.refusal(variant.spec, dtype):
                     console.warn(f"{peer.name} in {dtype} is not measured: {reason}")
                     break
-                yield PeerRow(peer, beside, model, our_dtype, dtype)
+                yield PeerModel(peer, beside, variant, our_dtype, dtype)
 
 
 def _unknown_parts(spec: ModelSpec) -> str | None:

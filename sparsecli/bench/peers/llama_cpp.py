@@ -211,7 +211,7 @@ class LlamaDecoder:
 
 
 class LlamaReader:
-    """A `measure.Decoder` whose prefill only reads the prompt, with the attention that was faster in a trial."""
+    """A `TimedDecoder` whose prefill only reads the prompt, with the attention that was faster in a trial."""
 
     def __init__(self, model: LlamaModel, length: int) -> None:
         self.vocabulary = model.vocabulary
@@ -228,7 +228,7 @@ class LlamaReader:
         self.rewind()
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """See `Decoder.prefill`."""
+        """See `TimedDecoder.prefill`."""
         self.rewind()
         self.sequence.add(tokens)
 
@@ -237,5 +237,5 @@ class LlamaReader:
         self.sequence.truncate(0)
 
     def step(self, token: int) -> tuple[int, None]:
-        """See `Decoder.step`."""
+        """See `TimedDecoder.step`."""
         return self.sequence.add([token]), None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecli.bench.peers.step import GrowingStep
+from sparsecli.bench.peers.decode_step import GrowingStep
 from sparsecli.model.architecture import ModelSpec
 
 # Importing OpenVINO reports the import to its makers where this package is found; without it a stub takes over.
@@ -121,8 +121,8 @@ class OpenVinoDecoder:
     """See `PeerDecoder`."""
 
     def __init__(self, compiled: Any, options: Mapping[str, Any]) -> None:
-        told = ", ".join(f"{name}={value}" for name, value in options.items())
-        self.settings = f"openvino {openvino.__version__.split('-')[0]}, stateful, {told}"
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        self.settings = f"openvino {openvino.__version__.split('-')[0]}, stateful, {given}"
         self.request = compiled.create_infer_request()
         self.states = self.request.query_state()
         self.prompt: list[Any] = []

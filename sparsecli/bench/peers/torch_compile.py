@@ -9,7 +9,7 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor
 
-from sparsecli.bench.peers.step import FixedStep
+from sparsecli.bench.peers.decode_step import FixedStep
 from sparsecli.model.architecture import ModelSpec
 
 

@@ -10,7 +10,7 @@ from sparsecli.model.gguf_types import LANES, TYPES, GgufType, values
 
 
 class GgufWeight(nn.Module):
-    """A matrix (rows, cols) in one of GGUF's types: `codes` (panels, bytes) uint8, see gguf_types.py. It is not trained.
+    """A matrix (rows, cols) in one of GGUF's types, not trained: `codes` (panels, bytes) uint8, see gguf_types.py.
 
     Args:
         kind: the name of the type, such as `Q4_K`.
@@ -26,7 +26,9 @@ class GgufWeight(nn.Module):
     @property
     def weight(self) -> Tensor:
         """float32 (rows, cols), dequantised when it is asked for."""
-        return torch.from_numpy(values(self.kind, self.codes.cpu().numpy(), self.rows, self.cols)).to(self.codes.device)
+        return torch.from_numpy(values(self.kind, self.codes.cpu().numpy(), self.rows, self.cols)).to(
+            self.codes.device
+        )
 
 
 class GgufLinear(GgufWeight):

@@ -1,7 +1,8 @@
-"""The result of a bench: the pydantic models below are the JSON format; `compare` reads earlier results with them."""
+"""The result of a bench, whose pydantic models are the JSON format; `compare` reads earlier results with them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,8 +11,7 @@ from sparsecli.decode.packed.precision import Precision
 from sparsecli.recipe.schema import PaperFigures
 
 Counted = Annotated[int, Field(ge=0, lt=2**63)]
-Taken = Annotated[float, Field(gt=0)]
-"""Milliseconds."""
+Milliseconds = Annotated[float, Field(gt=0)]
 
 
 class _Record(BaseModel):
@@ -27,18 +27,13 @@ class Bandwidth(_Record):
     """GB/s before the first round."""
     after: Annotated[float, Field(gt=0)]
     """GB/s after the last round."""
-    best: float | None = None
-    """GB/s of the best of several probes over the whole run; null in older results."""
+    best: float
+    """GB/s of the best of several probes over the whole run: what the memory limit is computed with."""
 
     @property
     def mean(self) -> float:
         """GB/s before and after, for the comparison of two results."""
         return (self.before + self.after) / 2
-
-    @property
-    def limit(self) -> float:
-        """GB/s that the memory limit is computed with."""
-        return max(self.best or 0.0, self.before, self.after)
 
 
 class Processor(_Record):
@@ -58,7 +53,7 @@ class Disk(_Record):
     sequential_mb_s: float
     """MB/s in pieces of 1 MiB, one after the other."""
     random_mb_s: float
-    """MB/s in pieces of `random_kb`, here and there."""
+    """MB/s in pieces of `random_kb` at random offsets."""
     random_kb: Counted
     """KiB of one such piece."""
 
@@ -94,7 +89,7 @@ class Spread(_Record):
 
     p10: float
     """Nine in ten were slower."""
-    p50: Taken
+    p50: Milliseconds
     """The median."""
     p90: float
     """Nine in ten were faster."""
@@ -103,48 +98,43 @@ class Spread(_Record):
 class Times(Spread):
     """Percentiles and every measured token, in milliseconds."""
 
-    samples: list[Taken]
+    samples: list[Milliseconds]
     """In order, turn after turn."""
 
 
-def in_words(
-    threads: int | None, context: int | None, batch: int, prefill: int | None, from_disk: bool
-) -> str:
-    """What a row was measured at: `2 threads, context 64`."""
-    words = [f"{threads} thread{'' if threads == 1 else 's'}"]
-    words.append(f"prompt {prefill}" if prefill else f"context {context}")
-    return ", ".join(words + [f"batch {batch}"] * (batch > 1) + ["from disk"] * from_disk)
-
-
-class Key(NamedTuple):
-    """See `Subject.key`."""
+class RowKey(NamedTuple):
+    """What makes a row the same row in another result."""
 
     variant: str
     backend: str
     dtype: str
-    threads: int | None
-    context: int | None
+    threads: int
+    context: int
     batch: int
     prefill: int | None
     from_disk: bool
 
+    @property
+    def sizes(self) -> str:
+        """What the row is measured at, in words: `2 threads, context 64`."""
+        words = [f"{self.threads} thread{'' if self.threads == 1 else 's'}"]
+        words.append(f"prompt {self.prefill}" if self.prefill else f"context {self.context}")
+        words += [f"batch {self.batch}"] * (self.batch > 1)
+        return ", ".join(words + ["from disk"] * self.from_disk)
 
-class Subject(_Record):
-    """One variant on one backend in one weight type: all of a row that is known before measuring."""
+
+class _Keyed(_Record):
+    """The fields that make up a row's key."""
 
     variant: str
     """The variant's name in the recipe, or the name of the trained run."""
-    group: Literal["dense", "sparse", "mixture", "peer"]
-    """What it is compared as; `peer` is another program."""
     backend: str
     """Who computed it."""
     dtype: str
     """Weight type."""
-    precision: dict[str, str | bool] | None = None
-    """Weight type of each part, on the native backend."""
-    threads: Counted | None = None
+    threads: Counted
     """Threads of one step."""
-    context: Counted | None = None
+    context: Counted
     """Tokens in the cache at the start of a turn."""
     batch: Counted = 1
     """Sequences that a step decodes; times are over them."""
@@ -152,6 +142,20 @@ class Subject(_Record):
     """Tokens of the prompt whose reading was measured, times are over them; null: decoding was measured."""
     from_disk: bool = False
     """The units of sparse layers were read from disk."""
+
+    @property
+    def key(self) -> RowKey:
+        """What makes it the same row in another result."""
+        return RowKey(**{name: getattr(self, name) for name in RowKey._fields})
+
+
+class Row(_Keyed):
+    """What was measured of one case. A figure that was not measured is null."""
+
+    group: Literal["dense", "sparse", "mixture", "peer"]
+    """What it is compared as; `peer` is another program."""
+    precision: dict[str, str | bool] | None = None
+    """Weight type of each part, on the native backend."""
     parameters: Counted
     """All parameters."""
     active_parameters: Counted
@@ -160,45 +164,6 @@ class Subject(_Record):
     """Bytes of weights and of key-value cache that one token reads."""
     projected: bool = False
     """Only some of the blocks are built; their time is multiplied out."""
-
-    @property
-    def key(self) -> Key:
-        """What makes a row the same row in another result."""
-        return Key(
-            self.variant,
-            self.backend,
-            self.dtype,
-            self.threads,
-            self.context,
-            self.batch,
-            self.prefill,
-            self.from_disk,
-        )
-
-    @property
-    def sizes(self) -> str:
-        """What the row is measured at, in words."""
-        return in_words(*self.key[3:])
-
-    @property
-    def changed_parts(self) -> str:
-        """The parts of another type than the row's, in words: `int8 head`; empty where there are none."""
-        if self.precision is None:
-            return ""
-        usual = vars(Precision.of(self.dtype))
-        parts: dict[str, list[str]] = {}
-        for name, kind in self.precision.items():
-            if kind != usual[name]:
-                parts.setdefault(str(kind), []).append(name)
-        words = [
-            f"{kind} {', '.join(names)}" for kind, names in parts.items() if kind not in ("True", "False")
-        ]
-        return " + ".join(words + (["rescoring"] if self.precision["head_rescoring"] else []))
-
-
-class Row(Subject):
-    """A subject and its figures. A figure that was not measured is null."""
-
     ms_per_token: Times
     """Milliseconds a token: embedding, blocks, logits and the choice of the next token."""
     ms_per_block: Spread | None
@@ -209,7 +174,7 @@ class Row(Subject):
     """Median of the dense row of the same backend, dtype and sizes over this median."""
     speedup_over: float | None = None
     """The same over the row that `--over` names."""
-    speedup_rests_on: float | None = None
+    baseline_bandwidth_fraction: float | None = None
     """Share of the memory limit of the dense row that `speedup` is over, where it is less than 70 %; else null."""
     speedup_over_peer: float | None = None
     """Over the fastest dense row of another program with as many bits or more (`--peer`)."""
@@ -232,20 +197,17 @@ class Row(Subject):
     disk_mb_s: float | None = None
     """Those bytes over the token's time."""
     peer_settings: str | None = None
-    """Another program's version and what it was told."""
+    """Version and settings of another program."""
+
+    @property
+    def weights(self) -> str:
+        """Its weight type, and the parts of other types: `bfloat16, int8 head`."""
+        return weight_types(self.dtype, self.precision)
 
 
-class Change(_Record):
+class Change(_Keyed):
     """One row against the same row of an earlier result."""
 
-    variant: str
-    backend: str
-    dtype: str
-    threads: Counted | None = None
-    context: Counted | None = None
-    batch: Counted = 1
-    prefill: Counted | None = None
-    from_disk: bool = False
     before_ms: float
     """Earlier median."""
     now_ms: float
@@ -259,13 +221,8 @@ class Change(_Record):
     verdict: Literal["slower", "faster", "same"]
     """`slower` and `faster` only beyond the threshold and beyond the noise."""
 
-    @property
-    def sizes(self) -> str:
-        """What a row was measured at, in words."""
-        return in_words(self.threads, self.context, self.batch, self.prefill, self.from_disk)
 
-
-class Result(_Record):
+class BenchResult(_Record):
     """A whole bench."""
 
     version: Literal[1] = Field(default=1, alias="schema")
@@ -289,20 +246,24 @@ class Result(_Record):
     comparison: list[Change] | None = None
     """Against an earlier result (`--against`)."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, values: Any) -> Any:
-        """Rows of older results have the threads and the context that all rows had."""
-        try:
-            usual = {"threads": values["machine"]["threads"], "context": values["settings"]["context"]}
-            return {**values, "rows": [{**usual, **row} for row in values["rows"]]}
-        except (KeyError, TypeError):
-            return values  # made from records, or damaged, which validation tells
-
     @model_validator(mode="after")
-    def _check(self) -> Result:
+    def _check(self) -> BenchResult:
         for row in self.rows:
             expected = self.settings.rounds * (1 if row.prefill else self.settings.tokens_per_round)
             if len(row.ms_per_token.samples) != expected:
                 raise ValueError(f"{row.variant} has {len(row.ms_per_token.samples)} samples, not {expected}")
         return self
+
+
+def weight_types(dtype: str, precision: Mapping[str, str | bool] | None) -> str:
+    """A row's weight type, and the parts that have another one: `bfloat16, int8 head`."""
+    if precision is None:
+        return dtype
+    usual = vars(Precision.of(dtype))
+    parts: dict[str, list[str]] = {}
+    for name, kind in precision.items():
+        if kind != usual[name]:
+            parts.setdefault(str(kind), []).append(name)
+    words = [f"{kind} {', '.join(names)}" for kind, names in parts.items() if kind not in ("True", "False")]
+    changed = " + ".join(words + (["rescoring"] if precision["head_rescoring"] else []))
+    return f"{dtype}, {changed}" if changed else dtype

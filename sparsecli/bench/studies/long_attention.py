@@ -1,13 +1,13 @@
-"""Attention among tokens that hash alike beside full attention: time by length, decoding, and what it finds.
+"""LSH attention beside full attention: time by length, decoding, and the share of attention that it finds.
 
-    python -m sparsecli.bench.long_attention time --lengths 1024 4096 16384 65536
-    python -m sparsecli.bench.long_attention decode --lengths 16384
-    python -m sparsecli.bench.long_attention model terraformer-arxiv --lengths 4096 16384
-    python -m sparsecli.bench.long_attention mass runs/my-model TEXT
+    python -m sparsecli.bench.studies.long_attention time --lengths 1024 4096 16384 65536
+    python -m sparsecli.bench.studies.long_attention decode --lengths 16384
+    python -m sparsecli.bench.studies.long_attention model terraformer-arxiv --lengths 4096 16384
+    python -m sparsecli.bench.studies.long_attention mass runs/my-model TEXT
 
 `time` and `decode` compare with torch's fused attention on random vectors, one layer and one sequence, in float32;
 hashing, sorting and unit-length keys count. `model` decodes with a whole model of random weights in the native engine,
-after so many tokens (of a joined source, where there is an encoder), and says what a token takes of time and memory.
+after so many tokens (of a prefix, where there is an encoder), and says what a token takes of time and memory.
 `mass` reads text with a trained model and says what share of full attention's weights (queries as keys, a token's own
 weight left out) falls on keys that hashing brings together.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecli import console
-from sparsecli.bench import long_decoding
+from sparsecli.bench.studies import long_decoding
 from sparsecli.model.cache import DecodeLayer
 from sparsecli.model.checkpoint import load_network, load_tokenizer, read_config
 from sparsecli.model.folder import find_model
@@ -171,7 +171,7 @@ def mass_of_model(folder: Path, text: Path, length: int, rounds: Sequence[int]) 
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m sparsecli.bench.long_attention", description=__doc__)
+    parser = argparse.ArgumentParser("python -m sparsecli.bench.studies.long_attention", description=__doc__)
     what = parser.add_subparsers(dest="what", required=True)
     for name, lengths in (("time", [1024, 4096, 16384, 65536]), ("decode", [4096, 16384, 65536])):
         timed = what.add_parser(name)

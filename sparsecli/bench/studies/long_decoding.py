@@ -1,4 +1,4 @@
-"""Whole models that go on from a long text, with full and with hashed attention: time and memory of a token."""
+"""Decoding of whole models after a long text, with full and with hashed attention: time and memory of a token."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsecli import console
-from sparsecli.bench import traffic, variants
-from sparsecli.bench.measure import Turn, measure, others, spread
-from sparsecli.bench.report import Spread
-from sparsecli.bench.weights import Pools, largest, packed_elements, packed_model
+from sparsecli.bench import bytes_read, variants
+from sparsecli.bench.decoders import others
+from sparsecli.bench.random_weights import Pools, largest, packed_elements, packed_model
+from sparsecli.bench.result import Spread
+from sparsecli.bench.timing import Timing, measure, spread
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.kv_state import KVState
 from sparsecli.decode.packed.precision import Precision
@@ -25,20 +26,20 @@ TOKENS, WARM_UP = 8, 4
 
 @dataclass(frozen=True)
 class Decoding:
-    """A token after `length` others, or after a joined source of so many."""
+    """A token after `length` others, or after a prefix of so many."""
 
     length: int
     attention: str
     ms_per_token: Spread
     cache_bytes: int
-    """Of the sequence: keys, values, buckets, what convolutions and recurrent units remember."""
+    """Of the sequence: keys, values, buckets, state of convolutions and recurrent units."""
     bytes_per_token: int
     bytes_of_cache: int
     """Of those, what is read of keys, values and buckets, and to hash."""
 
 
 class LongDecoder:
-    """A sequence that begins with random memories instead of a text: see `measure.Decoder`."""
+    """A sequence that begins with random memories instead of a text: see `TimedDecoder`."""
 
     def __init__(self, engine: Engine, layers: Sequence[KVState]) -> None:
         spec, held = engine.model.spec, layers[0].positions
@@ -48,14 +49,14 @@ class LongDecoder:
         engine.import_kv(self.text, layers, source)
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """See `Decoder.prefill`; it has happened."""
+        """See `TimedDecoder.prefill`; it has happened."""
 
     def rewind(self) -> None:
-        """See `Decoder.rewind`."""
+        """See `TimedDecoder.rewind`."""
         self.text.truncate(self.begun)
 
     def step(self, token: int) -> tuple[int, int]:
-        """See `Decoder.step`. Random weights repeat one token, which always hashes alike: the next one is another."""
+        """See `TimedDecoder.step`. Random weights repeat one token, which hashes alike: the next one is another."""
         best = int(self.engine.step(self.text, token).argmax())
         return others(best, self.text.length, self.engine.vocabulary), self.engine.block_stack_ns
 
@@ -70,11 +71,11 @@ def random_memories(spec: ModelSpec, length: int) -> list[KVState]:
     heads = spec.attention.key_value_heads or spec.heads
     keys = normal(length, heads, spec.width_of_head)
     keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
-    joined = 1 if spec.attention.value_concat == "none" else 2
+    inputs = 1 if spec.attention.value_concat == "none" else 2
     memory = KVState(
         keys,
         normal(length, heads, spec.width_of_head),
-        normal(length, joined * spec.d_model) if convolves(spec) else None,
+        normal(length, inputs * spec.d_model) if convolves(spec) else None,
         normal(length, spec.d_model) if spec.attention.output == "multiplicative_conv" else None,
     )
     states = normal(spec.sru.layers, length, spec.sru.width) if spec.sru else None
@@ -103,18 +104,20 @@ def compare(
         for length in lengths:
             memories = random_memories(spec, length)
             decoders = {name: LongDecoder(engine, memories) for name, engine in engines.items()}
-            turns = {
-                name: Turn(each, spec.vocabulary.size, spec.layers, spec.layers, steps=TOKENS, warmup=WARM_UP)
+            timings = {
+                name: Timing(
+                    each, spec.vocabulary.size, spec.layers, spec.layers, steps=TOKENS, warmup=WARM_UP
+                )
                 for name, each in decoders.items()
             }
-            with console.progress(f"after {length:,} tokens", len(turns) * (1 + rounds)) as progress:
-                measure(list(turns.values()), rounds, 0, progress)
-            for name, turn in turns.items():
+            with console.progress(f"after {length:,} tokens", len(timings) * (1 + rounds)) as progress:
+                measure(list(timings.values()), rounds, 0, progress)
+            for name, timing in timings.items():
                 source, context = (length, 0) if joins(spec) else (0, length)
-                read = traffic.bytes_per_token(both[name], precision, context, source=source)
-                weights = traffic.bytes_per_token(both[name], precision, context=0)
+                read = bytes_read.bytes_per_token(both[name], precision, context, source=source)
+                weights = bytes_read.bytes_per_token(both[name], precision, context=0)
                 text = decoders[name].text
-                yield Decoding(length, name, spread(turn.token_ms), text.nbytes, read, read - weights)
+                yield Decoding(length, name, spread(timing.token_ms), text.nbytes, read, read - weights)
                 text.close()
 
 

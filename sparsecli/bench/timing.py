@@ -1,4 +1,4 @@
-"""Timing: turns of all rows, interleaved."""
+"""Timing of decoders: they take turns, round after round, so that a disturbance hits all alike."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
-from sparsecli.bench.report import Spread, Times
+from sparsecli.bench.decoders import EvictingDecoder, ProfiledDecoder, TimedDecoder
+from sparsecli.bench.result import Spread, Times
 from sparsecli.console import Progress
 
 PERCENTILES = (10, 50, 90)
@@ -18,66 +18,11 @@ SETTLE_SECONDS = 0.01  # other programs' threads go on spinning for milliseconds
 NEVER_REPEATED = ("head",)  # parts outside of the blocks
 
 
-class Decoder(Protocol):
-    """A loaded model with its cache, for one sequence."""
-
-    def prefill(self, tokens: Sequence[int]) -> None:
-        """Start the sequence with these tokens."""
-
-    def rewind(self) -> None:
-        """Forget every token after the prefill."""
-
-    def step(self, token: int) -> tuple[int, int | None]:
-        """Add one token; the greedy next one, and the nanoseconds that the block stack took, where that is known."""
-
-
-class Profiled(Decoder, Protocol):
-    """A decoder that times the parts of its steps."""
-
-    def profile(self) -> dict[str, float]:
-        """Seconds by part since the last call."""
-
-
-class FromDisk(Decoder, Protocol):
-    """A decoder that leaves weights in a file."""
-
-    def evict(self) -> None:
-        """Make the file's weights leave the memory."""
-
-    def bytes_read(self) -> int:
-        """Bytes that the process has read from disk so far."""
-
-
-class PromptReader:
-    """Reading a whole prompt, as the step of a `Decoder`."""
-
-    def __init__(self, decoder: Decoder, vocabulary: int) -> None:
-        self.decoder, self.vocabulary = decoder, vocabulary
-        self.tokens: Sequence[int] = ()
-
-    def prefill(self, tokens: Sequence[int]) -> None:
-        """The prompt."""
-        self.tokens = tokens
-
-    def rewind(self) -> None:
-        """See `Decoder.rewind`; every step starts anew."""
-
-    def step(self, token: int) -> tuple[int, None]:
-        """Read the prompt, shifted by `token` so that no two rounds read the same one."""
-        self.decoder.prefill([(each + token) % self.vocabulary for each in self.tokens])
-        return 0, None
-
-
-def others(token: int, index: int, vocabulary: int) -> int:
-    """A token for sequence `index` of a batch whose first sequence has `token`: theirs should differ."""
-    return (token + 7919 * index) % vocabulary
-
-
 @dataclass
-class Turn:
-    """A row while it is measured; `samples` fill up round after round."""
+class Timing:
+    """A decoder and the times of its steps, which fill up round after round."""
 
-    decoder: Decoder
+    decoder: TimedDecoder
     vocabulary: int
     layers: int  # of the whole model
     measured_layers: int  # that the decoder has
@@ -85,8 +30,8 @@ class Turn:
     steps: int = 1  # measured in a round
     warmup: int = 0  # steps before them
     tokens: int = 1  # of one step: sequences of a batch, or the length of a prompt
-    profiled: Profiled | None = None  # the decoder, where its parts are timed
-    from_disk: FromDisk | None = None  # the decoder, where weights stay on disk
+    profiled: ProfiledDecoder | None = None  # the decoder, where its parts are timed
+    evicting: EvictingDecoder | None = None  # the decoder, where weights stay on disk
     token_ns: list[int] = field(default_factory=list)  # of a step
     block_stack_ns: list[int | None] = field(default_factory=list)
     part_seconds: dict[str, float] = field(default_factory=dict)
@@ -126,23 +71,23 @@ class Turn:
 
 
 def measure(
-    turns: Sequence[Turn],
+    timings: Sequence[Timing],
     rounds: int,
     seed: int,
     progress: Progress,
     between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Give every row its turn, `rounds` times over, so that a disturbance hits all rows alike.
+    """Give every decoder its turn, `rounds` times over, so that a disturbance hits all of them alike.
 
     A turn starts from the same cached context every time, with a token that is new in every round: greedy
     decoding from the same token would read the same units in every round. `between` is called between rounds.
     """
     random = np.random.default_rng(seed)
-    # Tokens as fractions of the vocabulary, whose size may differ from row to row.
+    # Tokens as fractions of the vocabulary, whose size may differ between models.
     starts = random.random(rounds)
-    prompt = random.random(max(turn.context for turn in turns))
-    for turn in turns:
-        turn.decoder.prefill([int(fraction * turn.vocabulary) for fraction in prompt[: turn.context]])
+    prompt = random.random(max(timing.context for timing in timings))
+    for timing in timings:
+        timing.decoder.prefill([int(fraction * timing.vocabulary) for fraction in prompt[: timing.context]])
         progress.advance()
     gc.collect()
     gc.freeze()  # what is there stays: to look through it again in every turn would take longer than many a turn
@@ -150,38 +95,38 @@ def measure(
         for index, start in enumerate(starts):
             if index:
                 between()
-            for turn in turns:
-                _take(turn, int(start * turn.vocabulary))
+            for timing in timings:
+                _take_turn(timing, int(start * timing.vocabulary))
                 progress.advance()
     finally:
         gc.unfreeze()
 
 
-def _take(turn: Turn, token: int) -> None:
+def _take_turn(timing: Timing, token: int) -> None:
     """Warm up, then time every step; the garbage collector waits meanwhile."""
-    decoder, disk = turn.decoder, turn.from_disk
+    decoder, evicting = timing.decoder, timing.evicting
     decoder.rewind()
     gc.collect()
     time.sleep(SETTLE_SECONDS)
     gc.disable()
     try:
-        for _ in range(turn.warmup):
+        for _ in range(timing.warmup):
             token, _ = decoder.step(token)
-        if turn.profiled:
-            turn.profiled.profile()
-        for _ in range(turn.steps):
-            if disk:
-                disk.evict()
-                turn.bytes_read.append(-disk.bytes_read())
+        if timing.profiled:
+            timing.profiled.profile()
+        for _ in range(timing.steps):
+            if evicting:
+                evicting.evict()
+                timing.bytes_read.append(-evicting.bytes_read())
             start = time.perf_counter_ns()
             token, stack = decoder.step(token)
-            turn.token_ns.append(time.perf_counter_ns() - start)
-            turn.block_stack_ns.append(stack)
-            if disk:
-                turn.bytes_read[-1] += disk.bytes_read()
-        if turn.profiled:
-            for name, seconds in turn.profiled.profile().items():
-                turn.part_seconds[name] = turn.part_seconds.get(name, 0.0) + seconds
+            timing.token_ns.append(time.perf_counter_ns() - start)
+            timing.block_stack_ns.append(stack)
+            if evicting:
+                timing.bytes_read[-1] += evicting.bytes_read()
+        if timing.profiled:
+            for name, seconds in timing.profiled.profile().items():
+                timing.part_seconds[name] = timing.part_seconds.get(name, 0.0) + seconds
     finally:
         gc.enable()
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sparsecli.bench.variants import empty_model
+from sparsecli.bench.random_weights import empty_model
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.layers.attention import Memory
 from sparsecli.model.layers.positions import rotary_angles
 
 
-class Step(nn.Module):
+class DecodeStep(nn.Module):
     """token (1, 1), position (1,) and the caches -> the greedy next token (1, 1), and the caches as they are then.
 
     A block's caches are keys and values (1, H, positions, d_head) and, for each of its convolutions over positions,
@@ -70,8 +70,8 @@ class Step(nn.Module):
         return self.causal_lm.head(model.norm(x)).argmax(-1)
 
 
-class FixedStep(Step):
-    """A `Step` whose keys and values have room for a whole sequence; all caches are written in place."""
+class FixedStep(DecodeStep):
+    """A `DecodeStep` whose keys and values have room for a whole sequence; all caches are written in place."""
 
     def forward(self, token: Tensor, position: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         memories = [FixedMemory(position, *block) for block in self._by_block(caches)]
@@ -79,8 +79,8 @@ class FixedStep(Step):
         return self._next(token, position, mask, memories), *caches
 
 
-class GrowingStep(Step):
-    """A `Step` that returns keys and values one position longer, as stateful graphs of language models do."""
+class GrowingStep(DecodeStep):
+    """A `DecodeStep` that returns keys and values one position longer, as stateful graphs of language models do."""
 
     def forward(self, token: Tensor, position: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         memories = [GrowingMemory(*block) for block in self._by_block(caches)]
@@ -90,7 +90,7 @@ class GrowingStep(Step):
         )
 
 
-class _Rows:
+class _ConvolutionState:
     """The convolutions' side of `attention.Memory`: the last rows, and nothing before them."""
 
     rows: dict[str, Tensor]
@@ -110,7 +110,7 @@ class _Rows:
         self.rows[name] = rows
 
 
-class FixedMemory(_Rows):
+class FixedMemory(_ConvolutionState):
     """What one layer keeps between calls, in tensors that are written in place at `position` (1,)."""
 
     def __init__(self, position: Tensor, keys: Tensor, values: Tensor, rows: dict[str, Tensor]) -> None:
@@ -124,11 +124,11 @@ class FixedMemory(_Rows):
         return self.keys, self.values
 
     def keep(self, name: str, rows: Tensor) -> None:
-        """See `_Rows.keep`."""
+        """See `_ConvolutionState.keep`."""
         self.rows[name].copy_(rows)
 
 
-class GrowingMemory(_Rows):
+class GrowingMemory(_ConvolutionState):
     """What one layer keeps between calls, in new tensors."""
 
     def __init__(self, keys: Tensor, values: Tensor, rows: dict[str, Tensor]) -> None:

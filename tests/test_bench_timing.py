@@ -10,17 +10,10 @@ from small_benches import MODEL, SPARSE, engine, loaded, torch_model
 from small_models import ALONE, FAMILIES, spec_of
 
 from sparsecli import console
-from sparsecli.bench import (
-    command,
-    entries,
-    measure,
-    plan,
-    table,
-    traffic,
-    variants,
-)
-from sparsecli.bench.native_decoder import NativeDecoder
-from sparsecli.bench.torch_decoder import TorchDecoder
+from sparsecli.bench import bytes_read, cases, command, figures, render, timing, variants
+from sparsecli.bench.decoders import PromptReader, others
+from sparsecli.bench.decoders.native import NativeDecoder
+from sparsecli.bench.decoders.torch import TorchDecoder
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.architecture import ModelSpec
@@ -36,15 +29,15 @@ pytestmark = pytest.mark.usefixtures("quick_probe")
 @pytest.mark.parametrize("name", ["bench-800m", "bench-17b"])
 def test_bytes_of_one_type_are_those_of_the_active_parameters(name: str) -> None:
     recipe = load(name).recipe
-    for candidate in variants.from_recipe(recipe.model, recipe.bench):
-        counted = traffic.bytes_per_token(candidate.spec, Precision.of("bfloat16"), 64, vectors="bfloat16")
-        assert counted == candidate.sizes.bytes_per_token("bfloat16", 64)
+    for variant in variants.from_recipe(recipe.model, recipe.bench):
+        counted = bytes_read.bytes_per_token(variant.spec, Precision.of("bfloat16"), 64, vectors="bfloat16")
+        assert counted == variant.sizes.bytes_per_token("bfloat16", 64)
 
 
 @pytest.mark.parametrize("name", FAMILIES | ALONE)
 def test_bytes_of_foreign_models(name: str) -> None:
     spec = spec_of(name)
-    counted = traffic.bytes_per_token(spec, Precision.of("bfloat16"), 64, vectors="bfloat16")
+    counted = bytes_read.bytes_per_token(spec, Precision.of("bfloat16"), 64, vectors="bfloat16")
     again = spec.tied * spec.d_model * 2  # the token's row of a table that the logits read whole
     assert counted == count_parameters(spec).bytes_per_token("bfloat16", 64) + again
 
@@ -63,10 +56,10 @@ def test_bytes_follow_the_packed_types() -> None:
     }
     row = d + 4
     precision = Precision.of("float32", units="int8", controller="int8", head="int8", cache="int8")
-    assert traffic.bytes_per_token(spec, precision, 10) == sum(shared.values()) + 2 * 2 * units / 8 * row
+    assert bytes_read.bytes_per_token(spec, precision, 10) == sum(shared.values()) + 2 * 2 * units / 8 * row
     chosen = 2 * 2 * units * (1 - (7 / 8) ** 3) * row
     fixed = sum(shared.values()) + 2 * shared["embedding"] + 2 * shared["cache"]
-    assert traffic.bytes_per_token(spec, precision, 10, batch=3) == round((fixed + chosen) / 3)
+    assert bytes_read.bytes_per_token(spec, precision, 10, batch=3) == round((fixed + chosen) / 3)
 
 
 # -- measuring -----------------------------------------------------------------------------------------------
@@ -89,14 +82,14 @@ def test_turns_interleave_and_start_from_the_same_context() -> None:
             log.append((self.name, "step"))
             return 1, 10
 
-    turns = [measure.Turn(Recorder(name), 50, 2, 2, context=5, warmup=1) for name in "ab"]
+    timings = [timing.Timing(Recorder(name), 50, 2, 2, context=5, warmup=1) for name in "ab"]
     with console.progress("test", None) as progress:
-        measure.measure(turns, 2, 0, progress)
+        timing.measure(timings, 2, 0, progress)
     turn = ["rewind", "step", "step"]
     expected = [("a", "prefill 5"), ("b", "prefill 5")]
     expected += [(name, what) for _ in range(2) for name in "ab" for what in turn]
     assert log == expected
-    assert [len(turn.token_ns) for turn in turns] == [2, 2]
+    assert [len(each.token_ns) for each in timings] == [2, 2]
 
 
 CONV = {**MODEL, "attention": {"projection": "multiplicative_conv"}}
@@ -134,33 +127,33 @@ def test_a_batch_decodes_different_texts() -> None:
         together.step(7)
         expected = []
         for index in range(3):
-            alone.prefill([measure.others(token, index, 50) for token in [1, 2, 3, 4]])
-            expected.append(alone.step(measure.others(7, index, 50))[0])
+            alone.prefill([others(token, index, 50) for token in [1, 2, 3, 4]])
+            expected.append(alone.step(others(7, index, 50))[0])
         assert together.next == expected
 
 
 def test_a_profile_accounts_for_the_time() -> None:
     for decoder in decoders():
-        turn = measure.Turn(decoder, 50, 2, 2, context=4, steps=3, profiled=decoder)
+        timed = timing.Timing(decoder, 50, 2, 2, context=4, steps=3, profiled=decoder)
         with console.progress("test", None) as progress:
-            measure.measure([turn], 2, 0, progress)
-        assert sum(turn.parts.values()) == pytest.approx(turn.token_ms.mean(), rel=0.01)
-        assert {"attention", "head", "rest"} <= set(turn.parts)
-        assert set(turn.parts) & set(entries.FEED_FORWARD_PARTS)
+            timing.measure([timed], 2, 0, progress)
+        assert sum(timed.parts.values()) == pytest.approx(timed.token_ms.mean(), rel=0.01)
+        assert {"attention", "head", "rest"} <= set(timed.parts)
+        assert set(timed.parts) & set(figures.FEED_FORWARD_PARTS)
 
 
 def test_both_attention_layers_of_a_block_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ModelSpec.model_validate({**MODEL, "residual": "reversible", "attention_layers": 2})
     model = torch_model(spec, profile=True)
     clock = SimpleNamespace(perf_counter_ns=itertools.count().__next__)
-    monkeypatch.setattr("sparsecli.bench.torch_decoder.time", clock)
+    monkeypatch.setattr("sparsecli.bench.decoders.torch.time", clock)
     TorchDecoder(model, 1, 16).prefill([1, 2, 3])
     assert model.parts["attention"].read() == 2 * spec.layers
 
 
 def test_a_prompt_is_read_anew_at_every_step() -> None:
     read: list[list[int]] = []
-    reader = measure.PromptReader(SimpleNamespace(prefill=read.append), vocabulary=10)
+    reader = PromptReader(SimpleNamespace(prefill=read.append), vocabulary=10)
     reader.prefill([1, 2, 9])
     assert reader.step(3) == (0, None)
     assert reader.step(0) == (0, None)
@@ -168,7 +161,7 @@ def test_a_prompt_is_read_anew_at_every_step() -> None:
 
 
 def test_prompts_are_rows_of_their_own_beside_torch_as_bfloat16() -> None:
-    measured = command.run(loaded(prefill=24), dtypes=["float32"], format="json")
+    measured = command.run(loaded(prefill=24, dtypes=["float32"]), format="json")
     prompts = [row for row in measured.rows if row.prefill]
     assert [(row.variant, row.dtype) for row in prompts] == [
         ("dense", "float32"),
@@ -184,37 +177,35 @@ def test_prompts_are_rows_of_their_own_beside_torch_as_bfloat16() -> None:
 
 
 def test_part_of_a_model_reads_no_prompts(capsys: pytest.CaptureFixture[str]) -> None:
-    measured = command.run(loaded(measured_layers=1), dtypes=["float32"], prefill=24, format="json")
+    measured = command.run(loaded(measured_layers=1, dtypes=["float32"], prefill=24), format="json")
     assert [row.prefill for row in measured.rows] == [None, None]
     assert "prompts are read by whole models" in capsys.readouterr().err
 
 
 def test_every_combination_is_a_row_with_a_key_of_its_own() -> None:
     measured = command.run(
-        loaded(), dtypes=["float32"], threads=[1], context=[4, 40], batch=[1, 2], format="json"
+        loaded(dtypes=["float32"], threads=[1], context=[4, 40], batch=[1, 2]), format="json"
     )
     assert len({row.key for row in measured.rows}) == len(measured.rows) == 2 * 2 * 2
     assert {(row.context, row.batch) for row in measured.rows} == set(itertools.product([4, 40], [1, 2]))
     assert all(row.parameters == measured.rows[0].parameters for row in measured.rows[::2])
-    shown = table.as_markdown(measured)
+    shown = render.as_markdown(measured)
     assert "| context | batch |" in shown
     assert "| threads |" not in shown
     assert "over its sequences" in shown
 
 
-def test_threads_are_a_row_each() -> None:
-    candidates = variants.from_recipe(loaded().recipe.model, loaded().recipe.bench)
-    cases = plan.rows(
-        candidates,
-        backends=["torch"],
-        dtypes=["float32"],
-        threads=[1, 2],
-        contexts=[4],
-        batches=[1],
-        prefill=9,
-    )
-    found = [(case.model.candidate.name, case.model.threads, case.prefill) for case in cases if case.model]
+def test_threads_are_a_case_each() -> None:
+    recipe = loaded(dtypes=["float32"], threads=[1, 2], context=[4], prefill=9).recipe
+    found = cases.plan(variants.from_recipe(recipe.model, recipe.bench), recipe.bench).cases
     names = ["dense", "both"]
-    assert found[:4] == [(name, 1, prefill) for prefill in (0, 9) for name in names]
-    assert found[4:8] == [(name, 2, prefill) for prefill in (0, 9) for name in names]
-    assert (cases[-1].model.dtype, cases[-1].prefill) == ("bfloat16", 9)
+    described = [(case.variant.name, case.threads, case.prefill) for case in found]
+    assert described[:4] == [(name, 1, prefill) for prefill in (0, 9) for name in names]
+    assert described[4:8] == [(name, 2, prefill) for prefill in (0, 9) for name in names]
+    assert (found[-1].dtype, found[-1].prefill) == ("bfloat16", 9)
+
+
+def test_a_value_that_is_named_twice_is_one_case() -> None:
+    recipe = loaded(dtypes=["float32"] * 2, backends=["torch"] * 2, threads=[1, 1], context=[4, 4]).recipe
+    found = cases.plan(variants.from_recipe(recipe.model, recipe.bench), recipe.bench).cases
+    assert [case.variant.name for case in found] == ["dense", "both"]

@@ -1,6 +1,6 @@
 """Peak memory of a training step against depth: stored activations, checkpointed blocks, reversible blocks.
 
-    python -m sparsecli.bench.activations --depths 4 8 16 32 --tokens 2048
+    python -m sparsecli.bench.studies.activations --depths 4 8 16 32 --tokens 2048
 
 Every figure is measured, in a process of its own, in the second of two steps: the peak over the step above what is
 left behind it, which is the weights and their gradients. On a GPU torch counts; elsewhere Linux does (the largest
@@ -31,7 +31,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Shape:
+class TrainedShape:
     """A model, and the sequence that it trains on."""
 
     d_model: int = 256
@@ -78,7 +78,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """What one training step needed."""
 
     activations: int
@@ -88,7 +88,7 @@ class Step:
     seconds: float
 
 
-def measure(kind: str, shape: Shape, layers: int, device: str) -> Step:
+def measure(kind: str, shape: TrainedShape, layers: int, device: str) -> TrainingStep:
     """Train on one sequence of random tokens, twice; the second step's figures."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -116,7 +116,7 @@ def measure(kind: str, shape: Shape, layers: int, device: str) -> Step:
         # both from one reading, which takes memory itself: so the peak is never below what is left
         status = Path("/proc/self/status").read_text()
         peak, left = _resident(status, "VmHWM"), _resident(status, "VmRSS")
-    return Step(peak - left, peak, time.perf_counter() - start)
+    return TrainingStep(peak - left, peak, time.perf_counter() - start)
 
 
 def _resident(status: str, name: str) -> int:
@@ -127,7 +127,7 @@ def _resident(status: str, name: str) -> int:
     raise console.Failure(f"/proc/self/status: has no {name}")
 
 
-def in_a_process(kind: str, shape: Shape, layers: int, device: str, threads: int) -> Step:
+def in_a_process(kind: str, shape: TrainedShape, layers: int, device: str, threads: int) -> TrainingStep:
     """`measure`, in a new process that gives memory back at once."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(
         MIB
@@ -138,12 +138,12 @@ def in_a_process(kind: str, shape: Shape, layers: int, device: str, threads: int
 
 
 def run(
-    shape: Shape, depths: Sequence[int], kinds: Sequence[str], device: str, threads: int
-) -> dict[str, list[Step]]:
+    shape: TrainedShape, depths: Sequence[int], kinds: Sequence[str], device: str, threads: int
+) -> dict[str, list[TrainingStep]]:
     """Measure every kind at every depth and show it; the steps by kind, in the order of `depths`."""
     if torch.device(device).type != "cuda" and not Path("/proc/self/clear_refs").exists():
         raise console.Failure("peak memory: needs a GPU or Linux, which can forget a peak; use --device cuda")
-    found: dict[str, list[Step]] = {}
+    found: dict[str, list[TrainingStep]] = {}
     for kind in kinds:
         found[kind] = []
         for layers in depths:
@@ -165,7 +165,7 @@ def run(
     return found
 
 
-def _slopes(depths: Sequence[int], steps: Sequence[Step]) -> tuple[str | None, str | None]:
+def _slopes(depths: Sequence[int], steps: Sequence[TrainingStep]) -> tuple[str | None, str | None]:
     """What a layer adds, from the first depth to the last; None where there is one."""
     layers = depths[-1] - depths[0]
     if not layers:
@@ -176,18 +176,22 @@ def _slopes(depths: Sequence[int], steps: Sequence[Step]) -> tuple[str | None, s
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m sparsecli.bench.activations")
+    parser = argparse.ArgumentParser("python -m sparsecli.bench.studies.activations")
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32], help="numbers of blocks")
-    parser.add_argument("--tokens", type=int, default=Shape.tokens, help="of the sequence, or of the target")
-    parser.add_argument("--source", type=int, default=Shape.source, help="tokens of a source; 0: no encoder")
-    parser.add_argument("--d-model", type=int, default=Shape.d_model)
-    parser.add_argument("--attention", choices=("full", "lsh"), default=Shape.attention)
+    parser.add_argument(
+        "--tokens", type=int, default=TrainedShape.tokens, help="of the sequence, or of the target"
+    )
+    parser.add_argument(
+        "--source", type=int, default=TrainedShape.source, help="tokens of a source; 0: no encoder"
+    )
+    parser.add_argument("--d-model", type=int, default=TrainedShape.d_model)
+    parser.add_argument("--attention", choices=("full", "lsh"), default=TrainedShape.attention)
     parser.add_argument("--chunk", type=int, help="tokens that a feed-forward layer computes at once")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
-    shape = Shape(given.d_model, given.attention, given.chunk, given.tokens, given.source)
+    shape = TrainedShape(given.d_model, given.attention, given.chunk, given.tokens, given.source)
     run(shape, given.depths, given.kinds, given.device, given.threads)
 
 

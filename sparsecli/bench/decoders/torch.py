@@ -1,4 +1,4 @@
-"""The PyTorch backend: the model as `transformers` runs it, eager, with the preallocated cache."""
+"""The PyTorch decoder: the model as `transformers` runs it, eager, with the preallocated cache."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from sparsecli.bench.measure import others
-from sparsecli.bench.variants import empty_model
+from sparsecli.bench.decoders import others
+from sparsecli.bench.random_weights import empty_model
 from sparsecli.model import DecodeCache
 from sparsecli.model.architecture import ModelSpec
 
@@ -62,7 +62,7 @@ class _Stopwatch:
 
 
 class TorchDecoder:
-    """One sequence, or a batch of them that start alike: see `Decoder`."""
+    """One sequence, or a batch of them that start alike: see `TimedDecoder`."""
 
     def __init__(self, model: TorchModel, threads: int, capacity: int, batch: int = 1) -> None:
         self.model, self.threads, self.batch = model, threads, batch
@@ -71,7 +71,7 @@ class TorchDecoder:
         self.next: list[int] = []
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """See `Decoder.prefill`; every sequence of a batch has other tokens."""
+        """See `TimedDecoder.prefill`; every sequence of a batch has other tokens."""
         torch.set_num_threads(self.threads)
         self.cache.reset()
         size = self.model.spec.vocabulary.size
@@ -79,13 +79,13 @@ class TorchDecoder:
         self.context = len(tokens)
 
     def rewind(self) -> None:
-        """See `Decoder.rewind`."""
+        """See `TimedDecoder.rewind`."""
         torch.set_num_threads(self.threads)
         self.cache.crop(self.context - self.cache.get_seq_length())
         self.next = []
 
     def step(self, token: int) -> tuple[int, int]:
-        """See `Decoder.step`; the other sequences of a batch go on with their own greedy tokens."""
+        """See `TimedDecoder.step`; the other sequences of a batch go on with their own greedy tokens."""
         size = self.model.spec.vocabulary.size
         added = self.next or [others(token, index, size) for index in range(self.batch)]
         self.model.stack.read()

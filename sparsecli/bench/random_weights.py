@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sparsecli.bench.variants import empty_model
 from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.decode.packed.pack import PackedModel, frequencies, huge_pages
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import to_bfloat16
+from sparsecli.model.networks import Network, build_network
 from sparsecli.model.tensors import tensor_shapes
 
 TILE = 4_194_301  # prime, so that no two matrices start at the same phase of the repeated tile
@@ -144,6 +144,12 @@ def _fill_vector(slot: Slot, array: np.ndarray, spec: ModelSpec) -> None:
 
 
 # -- for PyTorch ---------------------------------------------------------------------------------------------
+
+
+def empty_model(spec: ModelSpec) -> Network:
+    """The model without storage: nothing but its parameters is ever stored, so that they are all it lacks."""
+    with torch.device("meta"):
+        return build_network(spec)
 
 
 def torch_elements(spec: ModelSpec, dtype: str) -> dict[str, int]:

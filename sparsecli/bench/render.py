@@ -1,4 +1,4 @@
-"""A result as text: tables for people, Markdown, CSV and JSON."""
+"""Rendering of a result: tables for people, Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich import box
 from rich.cells import cell_len
 from rich.table import Table
 
-from sparsecli.bench import yardsticks
-from sparsecli.bench.report import Change, Result, Row
+from sparsecli.bench import figures
+from sparsecli.bench.result import BenchResult, Change, Row
 
 # -- figures as text -----------------------------------------------------------------------------------------
 
@@ -25,7 +25,7 @@ def milliseconds(value: float) -> str:
 
 
 def count(value: int) -> str:
-    """A number of parameters as people say it: 819M, 16.9B, 12.3k."""
+    """A number of parameters with a unit: 819M, 16.9B, 12.3k."""
     for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if value >= limit:
             return f"{value / limit:.3g}{unit}" if value < 999.5 * limit else f"{value / limit:.0f}{unit}"
@@ -38,12 +38,12 @@ def megabytes(value: int) -> str:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column: two-line title, cells, and rank in being left out (the highest goes first; 0 stays)."""
+class ResultColumn:
+    """A column: two-line title, cells, and the rank in which it is left out (the highest first; 0 stays)."""
 
     title: str
     cell: Callable[[Row], str | None]
-    sacrifice: int = 0
+    drop_rank: int = 0
     left: bool = False
 
     @property
@@ -53,70 +53,68 @@ class Column:
 
 
 COLUMNS = (
-    Column("variant\n", lambda row: row.variant + (" *" if row.projected else ""), left=True),
-    Column("backend\n", lambda row: row.backend, left=True),
-    Column("weights\n", lambda row: _weights(row), left=True),
-    Column("threads\n", lambda row: str(row.threads)),
-    Column("context\n", lambda row: str(row.context)),
-    Column("batch\n", lambda row: str(row.batch)),
-    Column("prompt\n", lambda row: str(row.prefill) if row.prefill else None),
-    Column("para-\nmeters", lambda row: count(row.parameters), sacrifice=3),
-    Column("active /\ntoken", lambda row: count(row.active_parameters), sacrifice=4),
-    Column("MB /\ntoken", lambda row: megabytes(row.bytes_per_token)),
-    Column("ms /\ntoken", lambda row: milliseconds(row.ms_per_token.p50)),
-    Column(
+    ResultColumn("variant\n", lambda row: row.variant + (" *" if row.projected else ""), left=True),
+    ResultColumn("backend\n", lambda row: row.backend, left=True),
+    ResultColumn("weights\n", lambda row: row.weights, left=True),
+    ResultColumn("threads\n", lambda row: str(row.threads)),
+    ResultColumn("context\n", lambda row: str(row.context)),
+    ResultColumn("batch\n", lambda row: str(row.batch)),
+    ResultColumn("prompt\n", lambda row: str(row.prefill) if row.prefill else None),
+    ResultColumn("para-\nmeters", lambda row: count(row.parameters), drop_rank=3),
+    ResultColumn("active /\ntoken", lambda row: count(row.active_parameters), drop_rank=4),
+    ResultColumn("MB /\ntoken", lambda row: megabytes(row.bytes_per_token)),
+    ResultColumn("ms /\ntoken", lambda row: milliseconds(row.ms_per_token.p50)),
+    ResultColumn(
         "\np10..p90",
         lambda row: f"{milliseconds(row.ms_per_token.p10)}..{milliseconds(row.ms_per_token.p90)}",
-        sacrifice=5,
+        drop_rank=5,
     ),
-    Column(
+    ResultColumn(
         "ms /\nblock",
         lambda row: milliseconds(row.ms_per_block.p50) if row.ms_per_block else None,
-        sacrifice=2,
+        drop_rank=2,
     ),
-    Column(
+    ResultColumn(
         "disk MB\n/ token",
         lambda row: megabytes(row.disk_bytes_per_token) if row.disk_bytes_per_token is not None else None,
     ),
-    Column("disk\nMB / s", lambda row: f"{row.disk_mb_s:.0f}" if row.disk_mb_s is not None else None),
-    Column("tokens\n/ s", lambda row: f"{row.tokens_per_second:.1f}"),
-    Column("speed-\nup", lambda row: _speedup(row)),
-    Column("over\nthat", lambda row: f"{row.speedup_over:.2f}x" if row.speedup_over else None),
-    Column(
+    ResultColumn("disk\nMB / s", lambda row: f"{row.disk_mb_s:.0f}" if row.disk_mb_s is not None else None),
+    ResultColumn("tokens\n/ s", lambda row: f"{row.tokens_per_second:.1f}"),
+    ResultColumn("speed-\nup", lambda row: _speedup(row)),
+    ResultColumn("over\n--over", lambda row: f"{row.speedup_over:.2f}x" if row.speedup_over else None),
+    ResultColumn(
         "over best\ndense peer",
         lambda row: f"{row.speedup_over_peer:.2f}x" if row.speedup_over_peer else None,
     ),
-    Column(
+    ResultColumn(
         "of memory\nlimit",
         lambda row: f"{row.bandwidth_fraction:.0%}" if row.bandwidth_fraction is not None else None,
     ),
-    Column(
-        "held-out\nnats", lambda row: f"{row.held_out_nats:.3f}" if row.held_out_nats is not None else None
+    ResultColumn(
+        "held-out\nloss", lambda row: f"{row.held_out_nats:.3f}" if row.held_out_nats is not None else None
     ),
-    Column("paper\nms", lambda row: milliseconds(row.paper.ms_per_token) if row.paper else None, sacrifice=6),
-    Column(
-        "paper\nspeed-up", lambda row: f"{row.paper_speedup:.2f}x" if row.paper_speedup else None, sacrifice=1
+    ResultColumn(
+        "paper\nms", lambda row: milliseconds(row.paper.ms_per_token) if row.paper else None, drop_rank=6
+    ),
+    ResultColumn(
+        "paper\nspeed-up", lambda row: f"{row.paper_speedup:.2f}x" if row.paper_speedup else None, drop_rank=1
     ),
 )
 
 
 NAMING = 7  # columns that say which row it is
 SAID_BELOW = ("backend\n", "threads\n", "context\n", "batch\n")
-"""Columns that are left out when all their cells are alike: the caption says it once."""
+"""Columns that are left out when all their cells are alike: the caption has it once."""
 
 
 def _speedup(row: Row) -> str | None:
     if row.speedup is None:
         return None
-    return f"{'~' if row.speedup_rests_on else ''}{row.speedup:.2f}x"
+    return f"{'~' if row.baseline_bandwidth_fraction else ''}{row.speedup:.2f}x"
 
 
-def _weights(row: Row) -> str:
-    return row.dtype + (f", {row.changed_parts}" if row.changed_parts else "")
-
-
-def _filled(result: Result) -> list[tuple[Column, list[str]]]:
-    """The columns that say something, with their cells; a missing figure is a dash."""
+def _filled(result: BenchResult) -> list[tuple[ResultColumn, list[str]]]:
+    """The columns that have figures, with their cells; a missing figure is a dash."""
     columns = []
     for column in COLUMNS:
         cells = [column.cell(row) for row in result.rows]
@@ -127,21 +125,21 @@ def _filled(result: Result) -> list[tuple[Column, list[str]]]:
     return columns
 
 
-def _width(columns: Sequence[tuple[Column, list[str]]]) -> int:
+def _width(columns: Sequence[tuple[ResultColumn, list[str]]]) -> int:
     lines = [[*column.title.split("\n"), *cells] for column, cells in columns]
     return sum(max(map(cell_len, texts)) + 2 for texts in lines) + 1
 
 
-def table(result: Result, width: int) -> Table:
+def table(result: BenchResult, width: int) -> Table:
     """The rows as a table that fits `width` cells: columns that matter less are left out until it does."""
     columns, left_out = _filled(result), []
     while _width(columns) > width:
-        dispensable = [column for column, _ in columns if column.sacrifice]
+        dispensable = [column for column, _ in columns if column.drop_rank]
         if not dispensable:
             break
-        victim = max(dispensable, key=lambda column: column.sacrifice)
-        columns = [entry for entry in columns if entry[0] is not victim]
-        left_out.append(victim.name)
+        dropped = max(dispensable, key=lambda column: column.drop_rank)
+        columns = [column for column in columns if column[0] is not dropped]
+        left_out.append(dropped.name)
     below = caption(result)
     if left_out:
         below += f" Left out, for {width} characters: {', '.join(left_out)}; --format csv has all."
@@ -156,7 +154,7 @@ def table(result: Result, width: int) -> Table:
     return shown
 
 
-def caption(result: Result) -> str:
+def caption(result: BenchResult) -> str:
     """What the figures were measured with, in plain sentences."""
     machine, settings = result.machine, result.settings
     threads, contexts, batches = (
@@ -168,7 +166,7 @@ def caption(result: Result) -> str:
         text += f"{threads[0]} thread{'s' if threads[0] > 1 else ''}, "
     text += (
         f"backend {backends}; memory reads {machine.bandwidth_gb_s.before:.1f} GB/s before, "
-        f"{machine.bandwidth_gb_s.after:.1f} after, {machine.bandwidth_gb_s.limit:.1f} at best; "
+        f"{machine.bandwidth_gb_s.after:.1f} after, {machine.bandwidth_gb_s.best:.1f} at best; "
     )
     if len(contexts) == 1:
         text += f"context {contexts[0]}, "
@@ -181,27 +179,27 @@ def caption(result: Result) -> str:
         text += f" Peak memory {result.peak_memory_gb:.1f} GB."
     if machine.disk:
         text += (
-            f" Units are read from disk{'' if yardsticks.warm(result.rows) else ', cold'}; "
+            f" Units are read from disk{'' if figures.warm(result.rows) else ', cold'}; "
             f"it reads {machine.disk.sequential_mb_s:.0f} MB/s, "
             f"{machine.disk.random_mb_s:.0f} in random pieces of {machine.disk.random_kb} KiB."
         )
     if any(row.batch > 1 for row in result.rows):
         text += " Times of a batch are over its sequences."
     if result.over:
-        text += f" Over that: over the first dense or peer row of {result.over}, at the same sizes."
-    if weak := yardsticks.warnings(result.rows):
+        text += f" --over: speed-up over the first dense or peer row of {result.over}, at the same sizes."
+    if weak := figures.warnings(result.rows):
         text += "".join(f" ~ {line}." for line in weak)
     if any(row.projected for row in result.rows):
         text += " * projected: some blocks were measured and their time multiplied out."
-    for backend, told in {row.backend: row.peer_settings for row in result.rows if row.peer_settings}.items():
-        text += f" {backend}: {told}."
+    for backend, used in {row.backend: row.peer_settings for row in result.rows if row.peer_settings}.items():
+        text += f" {backend}: {used}."
     return text
 
 
 LEAST_SHARE = 0.005
 
 
-def parts_table(result: Result) -> Table | None:
+def parts_table(result: BenchResult) -> Table | None:
     """Where a token's time goes, one line for each part, the largest first; None where it was not timed.
 
     Parts of less than half a per cent are left to the JSON.
@@ -233,7 +231,7 @@ def parts_table(result: Result) -> Table | None:
     return shown
 
 
-def _varies(column: Column, rows: Sequence[Row]) -> bool:
+def _varies(column: ResultColumn, rows: Sequence[Row]) -> bool:
     return len({column.cell(row) for row in rows}) > 1
 
 
@@ -251,7 +249,7 @@ def changes_table(changes: Sequence[Change]) -> Table:
             change.variant,
             change.backend,
             change.dtype,
-            change.sizes,
+            change.key.sizes,
             milliseconds(change.before_ms),
             milliseconds(change.now_ms),
             f"{change.ratio:.3f}",
@@ -264,12 +262,12 @@ def changes_table(changes: Sequence[Change]) -> Table:
 # -- text formats --------------------------------------------------------------------------------------------
 
 
-def as_json(result: Result) -> str:
+def as_json(result: BenchResult) -> str:
     """The whole record, samples included."""
     return result.model_dump_json(by_alias=True, indent=2)
 
 
-def as_csv(result: Result) -> str:
+def as_csv(result: BenchResult) -> str:
     """One line a row; nested figures as `ms_per_token_p50`; samples only in JSON; an empty cell is null."""
     lines = []
     for row in result.rows:
@@ -296,7 +294,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def as_markdown(result: Result) -> str:
+def as_markdown(result: BenchResult) -> str:
     """All columns as a Markdown table, the caption below it."""
     columns = _filled(result)
     titles = [column.name for column, _ in columns]

@@ -1,4 +1,4 @@
-"""The native backend: an engine over packed weights, in memory or with the units of sparse layers in a file."""
+"""The native decoder: the engine over packed weights, in memory or with the units of sparse layers in a file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsecli.bench.measure import others
+from sparsecli.bench.decoders import others
 from sparsecli.decode.engine import Engine, source_streams
 
 INPUT_OUTPUT = Path("/proc/self/io")
 
 
 class NativeDecoder:
-    """One sequence, or a batch of them: see `Decoder`. What an encoder made of `source` tokens is random."""
+    """One sequence, or a batch of them: see `TimedDecoder`. What an encoder made of `source` tokens is random."""
 
     def __init__(self, engine: Engine, capacity: int, batch: int = 1, source: int = 0) -> None:
         self.engine = engine
@@ -29,20 +29,20 @@ class NativeDecoder:
         self.next: list[int] = []
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """See `Decoder.prefill`; every sequence of a batch has other tokens."""
+        """See `TimedDecoder.prefill`; every sequence of a batch has other tokens."""
         for index, text in enumerate(self.texts):
             text.truncate(0)
             self.engine.prefill(text, [others(token, index, self.engine.vocabulary) for token in tokens])
         self.context = len(tokens)
 
     def rewind(self) -> None:
-        """See `Decoder.rewind`."""
+        """See `TimedDecoder.rewind`."""
         for text in self.texts:
             text.truncate(self.context)
         self.next = []
 
     def step(self, token: int) -> tuple[int, int]:
-        """See `Decoder.step`; the other sequences of a batch go on with their own greedy tokens."""
+        """See `TimedDecoder.step`; the other sequences of a batch go on with their own greedy tokens."""
         if len(self.texts) == 1:
             return int(self.engine.step(self.texts[0], token).argmax()), self.engine.block_stack_ns
         added = self.next or [
@@ -57,7 +57,7 @@ class NativeDecoder:
 
 
 class DiskDecoder(NativeDecoder):
-    """A decoder whose units are mapped from an open `file`, and can be made to leave the memory: see `FromDisk`."""
+    """A decoder whose units are mapped from an open `file`, and can leave the memory: see `EvictingDecoder`."""
 
     def __init__(self, engine: Engine, capacity: int, batch: int, source: int, file: int) -> None:
         super().__init__(engine, capacity, batch, source)

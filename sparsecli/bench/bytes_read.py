@@ -1,10 +1,10 @@
-"""Bytes that a decode step has to read: its active weights in their packed types, and cached keys and values."""
+"""Bytes that a decode step reads: its active weights in their packed types, and cached keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparsecli.bench.weights import planned
+from sparsecli.bench.random_weights import planned
 from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensor_file import WIDTHS
@@ -14,7 +14,7 @@ from sparsecli.model.low_bit import GROUP
 
 SCALE_BYTES = 4
 BUCKET_BYTES = 4
-GROUP_BYTES = {"quantized": 3, "residual": 2}  # the scale of a group of few bits, and its zero
+GROUP_BYTES = {"quantized": 3, "residual": 2}  # the scale of a group of quantized weights, and its zero
 RESCORED = 64  # rows of the exact head: native/forward.h, HEAD_LANES * CANDIDATES
 
 
@@ -31,7 +31,7 @@ def bytes_per_token(
 
     Weights are read once for all sequences. Of a sparse layer only chosen units count: k/N of them for one token,
     for a batch as many different ones as independent choices make on average. `vectors` is the type of biases and
-    normalisation weights. Padding, activations and what a convolution remembers do not count. Hashed attention reads
+    normalisation weights. Padding, activations and the state of convolutions do not count. Hashed attention reads
     the keys and values that it chooses, and what it chooses them by.
 
     Args:
@@ -45,9 +45,9 @@ def bytes_per_token(
         _read(slot, kind if slot.part or slot.bits else vectors, spec, batch, shares)
         for slot, kind in tensors
     )
-    axes, cached = _remembered(spec, precision, context + source * joins(spec))
+    rotations, cached = _cache_read(spec, precision, context + source * joins(spec))
     attended = source * source_bytes(spec, precision) if crosses(spec) else 0
-    return round((weights + axes + batch * (cached + attended)) / batch)
+    return round((weights + rotations + batch * (cached + attended)) / batch)
 
 
 def chosen_unit_bytes(spec: ModelSpec, precision: Precision, batch: int = 1) -> int:
@@ -57,8 +57,8 @@ def chosen_unit_bytes(spec: ModelSpec, precision: Precision, batch: int = 1) -> 
     return round(sum(_read(slot, kind, spec, batch, shares) for slot, kind in units) / batch)
 
 
-def _remembered(spec: ModelSpec, precision: Precision, held: int) -> tuple[int, int]:
-    """Bytes of the axes that keys are hashed on, and of what is read of `held` positions: keys and values, of all or
+def _cache_read(spec: ModelSpec, precision: Precision, held: int) -> tuple[int, int]:
+    """Bytes of the LSH rotations, and of what is read of `held` positions: keys and values, of all or
     of some, then with the buckets of all."""
     hashing = spec.attention.hashing
     if hashing is None:
@@ -69,8 +69,8 @@ def _remembered(spec: ModelSpec, precision: Precision, held: int) -> tuple[int, 
     from sparsecli.decode.lsh_rotations import factors_at  # PyTorch's rotations
 
     columns = hashing.rounds * sum(factors_at(spec, held.bit_length())) // 2
-    axes = spec.layers * spec.attention_layers * spec.attention_width * columns * WIDTHS["float32"]
-    return axes, read + held * bucket_bytes(spec)
+    rotations = spec.layers * spec.attention_layers * spec.attention_width * columns * WIDTHS["float32"]
+    return rotations, read + held * bucket_bytes(spec)
 
 
 def cached_bytes(spec: ModelSpec, precision: Precision) -> int:

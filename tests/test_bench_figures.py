@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from small_benches import made_up, noisy
 
-from sparsecli.bench import table, yardsticks
-from sparsecli.bench.report import Bandwidth, Row
+from sparsecli.bench import figures, host, render
+from sparsecli.bench.result import Row
 
 CACHE = 32 * 2**20
 
@@ -17,7 +17,7 @@ def row(variant: str, milliseconds: float, **facts: object) -> Row:
 
 
 def rated(*rows: Row) -> list[Row]:
-    return yardsticks.rated(rows, CACHE)
+    return figures.rated(rows, CACHE)
 
 
 def sparse(milliseconds: float = 10, **facts: object) -> Row:
@@ -26,33 +26,33 @@ def sparse(milliseconds: float = 10, **facts: object) -> Row:
 
 def test_a_speedup_over_a_slow_dense_row_is_marked() -> None:
     slow, both = rated(row("dense", 50, bandwidth_fraction=0.24), sparse())
-    assert (slow.speedup_rests_on, both.speedup_rests_on) == (None, 0.24)
-    (line,) = yardsticks.warnings([slow, both])
+    assert (slow.baseline_bandwidth_fraction, both.baseline_bandwidth_fraction) == (None, 0.24)
+    (line,) = figures.warnings([slow, both])
     assert "dense float32 row (native) reaches 24% of the memory's speed" in line
 
 
 def test_a_good_dense_row_is_not() -> None:
     rows = rated(row("dense", 50, bandwidth_fraction=0.7), sparse())
-    assert [each.speedup_rests_on for each in rows] == [None, None]
-    assert yardsticks.warnings(rows) == []
+    assert [each.baseline_bandwidth_fraction for each in rows] == [None, None]
+    assert figures.warnings(rows) == []
 
 
 def test_weights_that_fit_into_the_cache_are_not_judged_by_the_memory() -> None:
     rows = rated(row("dense", 1, bandwidth_fraction=0.1, bytes_per_token=CACHE), sparse())
-    assert rows[1].speedup_rests_on is None
+    assert rows[1].baseline_bandwidth_fraction is None
 
 
 def test_other_sizes_have_their_own_dense_row() -> None:
     rows = rated(row("dense", 50, bandwidth_fraction=0.24), sparse(batch=2))
-    assert rows[1].speedup_rests_on is None
+    assert rows[1].baseline_bandwidth_fraction is None
 
 
 def test_the_mark_is_in_the_table_and_its_caption() -> None:
     result = made_up({"dense": noisy(50, 0), "both": noisy(10, 1)})
     weak = result.model_copy(update={"rows": rated(row("dense", 50, bandwidth_fraction=0.24), sparse())})
-    assert "~5.00x" in table.as_markdown(weak)
-    assert "marked ~" in table.caption(weak)
-    assert "~" not in table.as_markdown(result)
+    assert "~5.00x" in render.as_markdown(weak)
+    assert "marked ~" in render.caption(weak)
+    assert "~" not in render.as_markdown(result)
 
 
 @pytest.mark.parametrize(
@@ -88,23 +88,18 @@ def test_no_peer_no_figure() -> None:
     assert rated(sparse())[0].speedup_over_peer is None
 
 
-def test_the_limit_is_the_best_probe() -> None:
-    assert Bandwidth(before=20, after=25, best=31).limit == 31
-    assert Bandwidth(before=20, after=25).limit == 25  # an older result
-
-
 def test_the_cache_as_the_system_says_it(tmp_path: Path) -> None:
     size = tmp_path / "size"
     size.write_text("32768K\n")
-    assert yardsticks.last_level_cache(size) == CACHE
+    assert host.last_level_cache(size) == CACHE
     size.write_text("?")
-    assert yardsticks.last_level_cache(size) == yardsticks.last_level_cache(tmp_path / "none") == 0
+    assert host.last_level_cache(size) == host.last_level_cache(tmp_path / "none") == 0
 
 
 def test_units_that_did_not_come_from_the_disk_are_told() -> None:
     cold = sparse(disk_bytes_per_token=91, disk_bytes_expected=100)
     warm = sparse(disk_bytes_per_token=89_000_000, disk_bytes_expected=100_000_000)
-    assert yardsticks.warm([cold, sparse()]) == []
-    assert yardsticks.warm([warm]) == [
+    assert figures.warm([cold, sparse()]) == []
+    assert figures.warm([warm]) == [
         "both (float32): 89.0 MB a token came from the disk, its units have 100.0: they were not cold"
     ]

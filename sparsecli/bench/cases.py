@@ -1,0 +1,274 @@
+"""Cases: what is measured, every variant in each weight type on each decoder and at each size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+from sparsecli import console
+from sparsecli.bench import peers, variants
+from sparsecli.bench.bytes_read import bytes_per_token
+from sparsecli.bench.peers import PeerModel
+from sparsecli.bench.result import RowKey, Settings
+from sparsecli.bench.variants import UNCHANGED, Variant
+from sparsecli.decode.engine import processors
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.model.architecture import ModelSpec
+from sparsecli.recipe.schema import BenchSpec
+
+TORCH_DTYPES = ("float32", "bfloat16")
+PROMPT_DTYPE = "bfloat16"  # PyTorch reads a prompt fastest in this type
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One thing to be measured: a variant in a weight type on a decoder, at one size."""
+
+    variant: Variant
+    backend: str  # native, torch, or the name of a peer
+    dtype: str
+    threads: int
+    context: int
+    settings: Settings
+    batch: int = 1
+    prefill: int = 0  # tokens of the prompt whose reading is measured; 0: decoding is
+    from_disk: bool = False
+    peer: PeerModel | None = None
+
+    @property
+    def model(self) -> tuple[object, ...]:
+        """Equal for cases that one model in memory serves."""
+        return id(self.variant), self.backend, self.dtype, self.threads
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache has to hold."""
+        return self.prefill or self.context + self.settings.warmup_tokens + self.settings.tokens_per_round
+
+    @property
+    def source(self) -> int:
+        """Tokens of the source that the decoder has; 0 without an encoder."""
+        return self.settings.source or 0 if self.variant.spec.encoder else 0
+
+    @property
+    def precision(self) -> Precision:
+        """The types of the model's parts, where it is ours."""
+        changes = {name: value for name, value in self.variant.precision if value is not None}
+        return Precision.of(self.dtype, **changes)
+
+    @property
+    def key(self) -> RowKey:
+        """That of its row."""
+        return RowKey(
+            self.variant.name,
+            self.backend,
+            self.dtype,
+            self.threads,
+            self.context,
+            self.batch,
+            self.prefill or None,
+            self.from_disk,
+        )
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The fields of its `Row` that are known before it is measured."""
+        sizes, native = self.variant.sizes, self.backend == "native"
+        return {
+            **self.key._asdict(),
+            "group": "peer" if self.peer else self.variant.group,
+            "precision": vars(self.precision) if native else None,
+            "parameters": sizes.total,
+            "active_parameters": sizes.active,
+            "bytes_per_token": self.peer.bytes_per_token(self.context, self.prefill)
+            if self.peer
+            else bytes_per_token(
+                self.variant.spec,
+                self.precision,
+                self.context,
+                self.batch * max(self.prefill, 1),
+                vectors="float32" if native else self.dtype,
+                source=self.source,
+            ),
+            "projected": not self.variant.whole,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cases, in order, and how they are measured."""
+
+    cases: Sequence[Case]
+    settings: Settings
+    profile: bool = False
+
+    @cached_property
+    def models(self) -> list[list[Case]]:
+        """The models in memory that the cases need, each as the cases that it serves, in order."""
+        served: dict[tuple[object, ...], list[Case]] = {}
+        for case in self.cases:
+            served.setdefault(case.model, []).append(case)
+        return list(served.values())
+
+    @property
+    def variants(self) -> list[Variant]:
+        """Those that our own backends measure."""
+        return list({id(case.variant): case.variant for case in self.cases if not case.peer}.values())
+
+    @property
+    def from_disk(self) -> bool:
+        """Whether weights are read from a file."""
+        return any(case.from_disk for case in self.cases)
+
+
+def built(cases: Sequence[Case]) -> ModelSpec:
+    """The part of a model that is built to serve `cases`. Random positions are made up for a long context."""
+    variant = cases[0].variant
+    spec = variants.part(variant.spec, variant.measured_layers)
+    if variant.run or cases[0].peer:
+        return spec
+    return variants.with_positions(spec, max(case.capacity for case in cases))
+
+
+# -- choosing ------------------------------------------------------------------------------------------------
+
+
+def plan(chosen: Sequence[Variant], bench: BenchSpec) -> Plan:
+    """Every combination that a backend can compute, then those of peers; one line says what was left out.
+
+    With `bench.prefill`, each whole model reads a prompt too, and so does the first dense one in PyTorch as bfloat16.
+    Raises `Failure` when nothing is left.
+    """
+    settings = Settings(
+        context=bench.context[0],
+        source=bench.source if any(variant.spec.encoder for variant in chosen) else None,
+        rounds=bench.rounds,
+        tokens_per_round=bench.tokens_per_round,
+        warmup_tokens=bench.warmup_tokens,
+    )
+    threads = list(dict.fromkeys(bench.threads or [processors()]))
+    cases = _own_cases(chosen, bench, settings, threads) + _peer_cases(chosen, bench, settings, threads)
+    return Plan(cases, settings, profile=bench.profile)
+
+
+def _own_cases(
+    chosen: Sequence[Variant], bench: BenchSpec, settings: Settings, threads: Sequence[int]
+) -> list[Case]:
+    backends, dtypes, from_disk = bench.backends or ["native"], bench.dtypes, bench.from_disk
+    pairs = list(product(dict.fromkeys(backends), dict.fromkeys(dtypes)))
+    fits = {
+        (backend, dtype): [each for each in chosen if _computes(backend, dtype, each, from_disk)]
+        for backend, dtype in pairs
+    }
+    asked = [pair for pair in pairs for each in chosen if pair[1] in (each.dtypes or dtypes)]
+    if len(asked) > sum(map(len, fits.values())):
+        if not any(fits.values()):
+            raise console.Failure(_nothing_left(backends, from_disk), exit_code=2)
+        console.say(f"rows left out: {_nothing_left(backends, from_disk)}")
+    sizes = list(product(dict.fromkeys(bench.context), dict.fromkeys(bench.batch)))
+    cases: list[Case] = []
+    for ((backend, dtype), fitting), count in product(fits.items(), threads):
+        cases += [
+            Case(variant, backend, dtype, count, context, settings, batch, from_disk=from_disk)
+            for context, batch in sizes
+            for variant in fitting
+        ]
+        if bench.prefill:
+            cases += [
+                Case(variant, backend, dtype, count, 0, settings, prefill=bench.prefill, from_disk=from_disk)
+                for variant in fitting
+                if variant.whole
+            ]
+    if bench.prefill and not all(variant.whole for variant in chosen):
+        console.say("rows left out: prompts are read by whole models, not by some of their blocks")
+    if bench.prefill and not from_disk:
+        cases += _torch_prompt(cases, chosen, bench.prefill, settings, max(threads))
+    return cases
+
+
+def _computes(backend: str, dtype: str, variant: Variant, from_disk: bool) -> bool:
+    if variant.dtypes is not None and dtype not in variant.dtypes:
+        return False
+    if from_disk and variant.spec.feed_forward.kind == "dense":
+        return False
+    special = variant.precision != UNCHANGED or variant.spec.encoder is not None
+    return backend == "native" or (dtype in TORCH_DTYPES and not special and not from_disk)
+
+
+def _nothing_left(backends: Sequence[str], from_disk: bool) -> str:
+    if from_disk:
+        return "--from-disk is for sparse layers on the native backend"
+    if "native" in backends:
+        return "in PyTorch, int8, int4, what has a precision of its own, and decoders of an encoder's output"
+    return "int8, int4, what has a precision of its own, and decoders of an encoder's output need the native backend"
+
+
+def _torch_prompt(
+    cases: Sequence[Case], chosen: Sequence[Variant], prefill: int, settings: Settings, threads: int
+) -> Iterator[Case]:
+    dense = next((variant for variant in chosen if variant.group == "dense"), None)
+    if dense is None or not dense.whole or dense.spec.encoder:
+        return
+    there = {(each.variant.name, each.backend, each.dtype) for each in cases if each.prefill}
+    if (dense.name, "torch", PROMPT_DTYPE) not in there:
+        yield Case(dense, "torch", PROMPT_DTYPE, threads, 0, settings, prefill=prefill)
+
+
+def _peer_cases(
+    chosen: Sequence[Variant], bench: BenchSpec, settings: Settings, threads: Sequence[int]
+) -> list[Case]:
+    """Peers decode one sequence with whole models, and some of them read a prompt; `peers.choose` has the rules."""
+    positions = max(bench.context) + bench.warmup_tokens + bench.tokens_per_round
+    ours = [
+        replace(each, spec=variants.with_positions(each.spec, max(positions, bench.prefill or 0)))
+        for each in chosen
+        if each.precision == UNCHANGED and each.spec.encoder is None
+    ]
+    if not (bench.peers and ours):
+        return []
+    models = peers.choose(bench.peers, ours, bench.dtypes, bench.peer_variants)
+    cases: list[Case] = []
+    for count in threads:
+        decoding = [
+            Case(model.variant, model.peer.name, model.dtype, count, context, settings, peer=model)
+            for context in dict.fromkeys(bench.context)
+            for model in models
+        ]
+        reading = [
+            Case(
+                model.variant,
+                model.peer.name,
+                model.dtype,
+                count,
+                0,
+                settings,
+                prefill=bench.prefill,
+                peer=model,
+            )
+            for model in models
+            if bench.prefill and model.peer.reads_prompts
+        ]
+        cases += decoding + reading
+    return cases
+
+
+def check_positions(cases: Sequence[Case]) -> None:
+    """Raise `Failure` when a trained model has fewer positions than a case needs."""
+    for case in cases:
+        spec, needed = case.variant.spec, case.capacity
+        if not case.variant.run or spec.max_positions >= needed:
+            continue
+        reason, option = f"a prompt of {case.prefill} tokens", "--prefill"
+        if not case.prefill:
+            settings, option = case.settings, "--context"
+            reason = (
+                f"context {case.context} + {settings.warmup_tokens} warm-up + "
+                f"{settings.tokens_per_round} measured tokens"
+            )
+        raise console.Failure(
+            f"{case.variant.name}: {needed} positions are needed ({reason}), the model has "
+            f"{spec.max_positions}; use a smaller {option}"
+        )

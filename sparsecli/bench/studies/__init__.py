@@ -1,0 +1,1 @@
+"""Studies: programs that measure what `bench` does not, each run by `python -m`."""
