@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from sparsecli import console
 from sparsecli.backends import Backend, Choices, open_backend
 from sparsecli.console import Failure
-from sparsecli.model.architecture import END, PADDING, START
 from sparsecli.model.folder import Description, find_model, read_description
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.schema import GenerateSpec
 from sparsecli.sampling import Sampler, make_sampler
+from sparsecli.spec.vocabulary import END, PADDING, START
 
 if TYPE_CHECKING:
     from sparsecli.recipe.loader import LoadedRecipe

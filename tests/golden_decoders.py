@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from test_golden import load
 
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 SPARSE = {"kind": "sparse", "d_ff": 32, "block_size": 8, "rank": 5}
 TERRAFORMER = {

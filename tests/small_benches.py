@@ -16,9 +16,9 @@ from sparsecli.bench.torch_decoder import TorchModel
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import PaperFigures, Recipe
+from sparsecli.spec.model import ModelSpec
 
 LOSS = {"kind": "multiplicative", "size": 50, "modules": 2}
 DENSE = {"kind": "dense", "d_ff": 64}

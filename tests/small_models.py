@@ -15,8 +15,8 @@ from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.reference.step import Reference
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.tensors import tensor_shapes
+from sparsecli.spec.model import ModelSpec
 
 INSTRUCTION_SETS = binding.instruction_sets() if binding.available() is None else []
 

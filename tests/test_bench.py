@@ -27,8 +27,8 @@ from sparsecli.bench.native_decoder import DiskDecoder
 from sparsecli.bench.report import Result
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.loader import load, shipped
+from sparsecli.spec.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 

@@ -25,9 +25,9 @@ from sparsecli.bench import (
 )
 from sparsecli.bench.report import Result
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import Recipe
+from sparsecli.spec.model import ModelSpec
 from sparsecli.train import run_directory
 
 pytestmark = pytest.mark.usefixtures("quick_probe")

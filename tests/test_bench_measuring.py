@@ -23,9 +23,9 @@ from sparsecli.bench.native_decoder import NativeDecoder
 from sparsecli.bench.torch_decoder import TorchDecoder
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import load
+from sparsecli.spec.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 

@@ -18,11 +18,11 @@ from sparsecli.convert.conversion import check_written
 from sparsecli.convert.text import Text
 from sparsecli.data.tokenization import END_OF_TEXT
 from sparsecli.decode.native import binding
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import LowRank
 from sparsecli.recipe.loader import LoadedRecipe, load
+from sparsecli.spec.model import ModelSpec
 
 pytestmark = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not there")
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from sparsecli.convert.attention import fit_map, low_rank, output_error, repeated
 from sparsecli.convert.plan import with_attention
 from sparsecli.convert.rounding import second_moment
-from sparsecli.model.architecture import DEFAULT, ModelSpec
 from sparsecli.model.layers.attention import LowRank
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
-from sparsecli.model.parts import AttentionSpec
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.schema import LowRankAttention, MultiplicativeAttention
+from sparsecli.spec.attention import AttentionSpec
+from sparsecli.spec.model import DEFAULT, ModelSpec
 
 WIDTH = 32
 

@@ -19,13 +19,13 @@ from sparsecli.convert.methods import METHODS, Options, copy_units
 from sparsecli.convert.plan import candidates, eligible, predicted, rounded_up, with_low_bit
 from sparsecli.convert.refit import low_rank, refit
 from sparsecli.convert.rounding import round_to, second_moment
-from sparsecli.model.architecture import DEFAULT, LowBitSpec, ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward, SparseFeedForward
 from sparsecli.model.layers.low_bit import LowBitMatrix, PrecisionFeedForward, SelectorFeedForward
-from sparsecli.model.parts import DenseFeedForwardSpec
 from sparsecli.recipe.budget import Budget, parse_budget
+from sparsecli.spec.feed_forward import DenseFeedForwardSpec
+from sparsecli.spec.model import DEFAULT, LowBitSpec, ModelSpec
 from sparsecli.train.controllers import unit_scores
 
 WIDTH, UNITS = 24, 64

@@ -21,10 +21,10 @@ from sparsecli.convert.peers import NAMES, check_names, usable
 from sparsecli.convert.report import Report, Row
 from sparsecli.data.packing import Windows
 from sparsecli.decode.native import binding
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.schema import ConvertSpec
+from sparsecli.spec.model import ModelSpec
 from sparsecli.train import trainer
 
 needs_llama = pytest.mark.skipif(

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from sparsecli.console import Failure, RecipeError, Stopped
 from sparsecli.data.packing import PackedCorpus, pack
 from sparsecli.data.tokenization import train_byte_pairs
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_network
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.loader import load, parse
 from sparsecli.recipe.training import Objective, RecoverySpec
+from sparsecli.spec.model import ModelSpec
 from sparsecli.train import loop, run_directory, trainer
 from sparsecli.train.controllers import controller_loss, unit_scores
 from sparsecli.train.distillation import Teacher, choosing_as_decoding, distil

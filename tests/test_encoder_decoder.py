@@ -11,13 +11,13 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from sparsecli.console import Failure
 from sparsecli.model import DecodeCache, decoder, encoder
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.cache import CACHE
 from sparsecli.model.checkpoint import load_network
 from sparsecli.model.layers.reversible import plain_stack, reversible_stack
 from sparsecli.model.networks import Network, build_network
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tensors import tensor_shapes
+from sparsecli.spec.model import ModelSpec
 
 VOCABULARY = 96
 SPARSE = {"kind": "sparse", "d_ff": 64, "block_size": 8, "rank": 6}

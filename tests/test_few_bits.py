@@ -33,7 +33,6 @@ from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.quantized_layouts import arrange_panels, arrange_residual
 from sparsecli.decode.reference.step import Reference
 from sparsecli.decode.reference.weights import unpack_quantized, unpack_residual
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import (
     dequantise_groups,
     dequantise_residual,
@@ -41,6 +40,7 @@ from sparsecli.model.low_bit import (
     quantise_groups,
     quantise_residual,
 )
+from sparsecli.spec.model import ModelSpec
 
 needs_the_engine = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"

@@ -16,11 +16,11 @@ from sparsecli import generate, pack
 from sparsecli.backends import Choices, open_backend
 from sparsecli.console import Failure
 from sparsecli.decode.native import binding
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model
 from sparsecli.model.folder import read_description
 from sparsecli.model.networks import build_network
 from sparsecli.recipe.schema import GenerateSpec
+from sparsecli.spec.model import ModelSpec
 
 needs_native = pytest.mark.skipif(binding.available() is not None, reason=str(binding.available()))
 ENCODER = {"layers": 1, "max_positions": 20}

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsecli.model.layers.attention import Attention, build_attention
 from sparsecli.model.layers.lsh import HashedAttention, hash_buckets
 from sparsecli.model.layers.shared_query_key import unit_keys
-from sparsecli.model.parts import LshSpec
+from sparsecli.spec.attention import LshSpec
 
 
 def attention(projection: str, output: str, bias: bool, **kwargs: object) -> Attention:

@@ -17,11 +17,11 @@ from test_golden import (
 )
 from torch import Tensor, nn
 
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.blocks import ReversibleBlock
 from sparsecli.model.layers.positions import DigitPositions
 from sparsecli.model.layers.reversible import plain_stack, reversible_stack
 from sparsecli.model.layers.sru import SRU
+from sparsecli.spec.model import ModelSpec
 
 Take = Callable[[], Tensor]
 """The next of the weights, in the order in which the original stores them."""

@@ -22,48 +22,42 @@ MODULES = {
 LAYERS = {
     "sparsecli": set(),
     "sparsecli.console": set(),
-    "sparsecli.model.parts": set(),
-    "sparsecli.model.architecture": {"sparsecli.model.parts"},
-    "sparsecli.model.layers": {
-        *("sparsecli.model.layers", "sparsecli.model.parts", "sparsecli.model.low_bit"),
-    },
+    "sparsecli.spec": {"sparsecli.spec"},
+    "sparsecli.model.layers": {"sparsecli.model.layers", "sparsecli.model.low_bit", "sparsecli.spec"},
     "sparsecli.model.low_bit": set(),
-    "sparsecli.model": {"sparsecli.model", "sparsecli.console"},
-    "sparsecli.recipe": {
-        *("sparsecli.recipe", "sparsecli.console"),
-        *("sparsecli.model.architecture", "sparsecli.model.parts"),
-    },
+    "sparsecli.model": {"sparsecli.model", "sparsecli.spec", "sparsecli.console"},
+    "sparsecli.recipe": {"sparsecli.recipe", "sparsecli.spec", "sparsecli.console"},
     "sparsecli.recipe.commands": {"sparsecli.recipe", "sparsecli.console", "sparsecli.model"},
     "sparsecli.data": {
         *("sparsecli.data", "sparsecli.console", "sparsecli.recipe"),
-        "sparsecli.model.architecture",  # token ids
+        "sparsecli.spec.vocabulary",  # token ids
     },
 }
 BELOW_COMMANDS = {
     "sparsecli",  # its version
     "sparsecli.console",
     "sparsecli.recipe",
+    "sparsecli.spec",
     "sparsecli.model",
     "sparsecli.data",
 }
 LAYERS |= {
-    "sparsecli.decode": {*("sparsecli.decode", "sparsecli.console"), "sparsecli.model.architecture"},
+    "sparsecli.decode": {"sparsecli.decode", "sparsecli.console", "sparsecli.spec"},
     "sparsecli.decode.packed": {
-        *("sparsecli.decode.packed", "sparsecli.console"),
-        *("sparsecli.model.architecture", "sparsecli.model.parts"),
+        *("sparsecli.decode.packed", "sparsecli.console", "sparsecli.spec"),
         *("sparsecli.model.low_bit", "sparsecli.model.rotary"),
     },
     "sparsecli.decode.packed.folder": {
         *("sparsecli.decode.packed", "sparsecli.console"),
-        *("sparsecli.model.architecture", "sparsecli.model.folder"),
+        *("sparsecli.spec", "sparsecli.model.folder"),
     },
     "sparsecli.decode.native.binding": {"sparsecli.console"},
     "sparsecli.decode.native.shape": {
         *("sparsecli.decode.native", "sparsecli.decode.packed"),
-        "sparsecli.model.architecture",
+        "sparsecli.spec",
     },
     "sparsecli.decode.lsh_rotations": {
-        *("sparsecli.model.architecture", "sparsecli.model.layers.lsh"),  # rotations are PyTorch's
+        *("sparsecli.spec", "sparsecli.model.layers.lsh"),  # rotations are PyTorch's
     },
     "sparsecli.decode.reference": {
         *("sparsecli.decode.reference", "sparsecli.decode.packed"),
@@ -75,7 +69,10 @@ LAYERS |= {
     "sparsecli.generate": BELOW_COMMANDS
     | {"sparsecli.generate", "sparsecli.backends", "sparsecli.sampling", "sparsecli.decode"},
     "sparsecli.pack": {"sparsecli.console", "sparsecli.model", "sparsecli.decode"},
-    "sparsecli.interchange": {"sparsecli.interchange", "sparsecli.console", "sparsecli.model"},
+    "sparsecli.interchange": {
+        *("sparsecli.interchange", "sparsecli.console"),
+        *("sparsecli.model", "sparsecli.spec"),
+    },
     "sparsecli.bench": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.train", "sparsecli.decode"},
     "sparsecli.convert": BELOW_COMMANDS
     | {f"sparsecli.{name}" for name in ("convert", "train", "bench", "decode", "interchange")},
@@ -94,8 +91,8 @@ LAYERS |= {
     "sparsecli.__main__": {"sparsecli.cli"},
 }
 
-LIGHT = ["sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.model", "sparsecli.model.architecture"]
-LIGHT += [name for name in MODULES if name.startswith("sparsecli.recipe")]
+LIGHT = ["sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.model"]
+LIGHT += [name for name in MODULES if name.startswith(("sparsecli.recipe", "sparsecli.spec"))]
 HEAVY = {"torch", "transformers", "numpy", "datasets", "tokenizers", "safetensors", "accelerate"}
 
 

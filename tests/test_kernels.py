@@ -18,9 +18,9 @@ from sparsecli.decode.packed.pack import pack, quantise_rows
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensors import slots
 from sparsecli.decode.reference.step import Reference
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import from_bfloat16, to_bfloat16
 from sparsecli.model.tensors import tensor_shapes
+from sparsecli.spec.model import ModelSpec
 
 needs_the_engine = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -413,7 +413,7 @@ import numpy as np
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.pack import pack
-from sparsecli.model.architecture import (DEFAULT)
+from sparsecli.spec.model import DEFAULT
 from sparsecli.model.tensors import tensor_shapes
 
 weights = {name: np.ones(shape, np.float32) for name, shape in tensor_shapes(DEFAULT).items()}

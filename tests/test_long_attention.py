@@ -17,7 +17,7 @@ from sparsecli.decode.native import binding
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.configuration import TerraformerConfig
 from sparsecli.model.layers.lsh import HashedAttention
-from sparsecli.model.parts import LshSpec
+from sparsecli.spec.attention import LshSpec
 
 
 def test_windows_of_all_rounds_are_brought_together() -> None:

@@ -21,9 +21,9 @@ from sparsecli.model.layers.chunks import attend_chunks
 from sparsecli.model.layers.lsh import HashedAttention, attend_alike, default_buckets
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.layers.shared_query_key import attend_shared, unit_keys
-from sparsecli.model.parts import LshSpec
 from sparsecli.model.terraformer import TerraformerForConditionalGeneration
 from sparsecli.recipe.loader import load
+from sparsecli.spec.attention import LshSpec
 from sparsecli.train.trainer import run
 
 HEADS, WIDTH = 2, 8

@@ -19,10 +19,10 @@ from sparsecli.bench.peers.step import FixedStep, GrowingStep
 from sparsecli.bench.variants import Candidate, empty_model
 from sparsecli.console import Failure
 from sparsecli.model import DecodeCache
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.schema import BenchSpec
+from sparsecli.spec.model import ModelSpec
 
 DENSE = {"kind": "dense", "d_ff": 64}
 SPARSE = {"kind": "sparse", "d_ff": 64, "block_size": 8, "rank": 4}

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sparsecli.data.packing import TokenStream
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.recipe.loader import LoadedRecipe
+from sparsecli.spec.model import ModelSpec
 from sparsecli.train import checkpoint, loop
 from sparsecli.train.evaluation import evaluate
 

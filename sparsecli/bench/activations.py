@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from sparsecli import console
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.networks import build_network
+from sparsecli.spec.model import ModelSpec
 
 KINDS = ("stored", "checkpointed", "reversible")
 VOCABULARY = 256  # logits are no activations of blocks: as few as may be

@@ -8,7 +8,7 @@ from sparsecli.bench.weights import Pools, packed_elements, packed_model
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensor_file import WIDTHS
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 TYPES = ("float32", "bfloat16", "int8", "int4")
 WEIGHT_BYTES = 128 * 2**20  # several times the last-level cache of most processors

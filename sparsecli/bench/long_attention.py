@@ -33,8 +33,8 @@ from sparsecli.model.checkpoint import load_network, load_tokenizer, read_config
 from sparsecli.model.folder import find_model
 from sparsecli.model.layers.lsh import HashedAttention
 from sparsecli.model.layers.shared_query_key import unit_keys
-from sparsecli.model.parts import LshSpec
 from sparsecli.recipe.loader import load
+from sparsecli.spec.attention import LshSpec
 
 WIDTH = 64
 

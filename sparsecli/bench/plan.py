@@ -19,7 +19,7 @@ from sparsecli.bench.variants import UNCHANGED, Candidate
 from sparsecli.bench.weights import largest, packed_elements, planned, torch_elements
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensor_file import WIDTHS
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 WORKSPACE_BYTES = 2**30  # the interpreter, activations and the bandwidth probe's buffer
 TORCH_DTYPES = ("float32", "bfloat16")

@@ -11,7 +11,7 @@ from torch import nn
 from sparsecli.bench.measure import others
 from sparsecli.bench.variants import empty_model
 from sparsecli.model import DecodeCache
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 
 class TorchModel:

@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 
 from sparsecli import console
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model, read_config
 from sparsecli.model.folder import find_model, weight_files
 from sparsecli.model.networks import Network, build_network
 from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
 from sparsecli.recipe.schema import BenchSpec, PaperFigures, PrecisionChanges, Variant
+from sparsecli.spec.model import ModelSpec
 from sparsecli.train.run_directory import read_facts
 
 Group = Literal["dense", "sparse", "mixture"]

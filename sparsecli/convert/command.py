@@ -28,13 +28,13 @@ from sparsecli.convert.work import fingerprint, place_of, tidy, work_folder
 from sparsecli.decode.native import binding
 from sparsecli.interchange.importing import check_tokenizer, model_folder
 from sparsecli.interchange.sources import OwnModel, open_source
-from sparsecli.model.architecture import LowBitSpec, ModelSpec
 from sparsecli.model.checkpoint import load_model
-from sparsecli.model.parts import DenseFeedForwardSpec
 from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.loader import LoadedRecipe, require
 from sparsecli.recipe.schema import ConvertedFeedForward, ConvertSpec, Recipe
+from sparsecli.spec.feed_forward import DenseFeedForwardSpec
+from sparsecli.spec.model import LowBitSpec, ModelSpec
 from sparsecli.train import run_directory
 
 

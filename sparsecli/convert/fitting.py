@@ -13,13 +13,13 @@ from sparsecli.convert.calibration import Streams, blockwise, inputs_of
 from sparsecli.convert.methods import METHODS, Options, method_of
 from sparsecli.convert.refit import refit as refit_layer
 from sparsecli.convert.rounding import round_to, second_moment
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.blocks import ScalingTransformerBlock
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import Attention
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward
 from sparsecli.model.layers.low_bit import LowBitLinear
+from sparsecli.spec.model import ModelSpec
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "origin")
 

@@ -19,7 +19,7 @@ from sparsecli.model.layers.low_bit import (
     SelectorFeedForward,
     unit_values,
 )
-from sparsecli.model.parts import (
+from sparsecli.spec.feed_forward import (
     DenseFeedForwardSpec,
     FeedForwardSpec,
     PrecisionFeedForwardSpec,

@@ -11,10 +11,12 @@ from sparsecli.bench.traffic import bytes_per_token
 from sparsecli.console import Mismatch
 from sparsecli.convert.methods import METHODS
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import LowBitSpec, ModelSpec
-from sparsecli.model.parts import AttentionSpec, DenseFeedForwardSpec, DenseVocabularySpec
 from sparsecli.recipe.budget import Budget
 from sparsecli.recipe.schema import ConvertedAttention
+from sparsecli.spec.attention import AttentionSpec
+from sparsecli.spec.feed_forward import DenseFeedForwardSpec
+from sparsecli.spec.model import LowBitSpec, ModelSpec
+from sparsecli.spec.vocabulary import DenseVocabularySpec
 
 RECOVERED = 0.5
 """Share of a method's loss that refit and some ten thousand tokens of distillation make up for, or more: see

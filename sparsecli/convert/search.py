@@ -12,9 +12,9 @@ from sparsecli.convert.fitting import fit, start
 from sparsecli.convert.methods import BLOCK, METHODS, Options
 from sparsecli.convert.plan import BITS, Candidate, predicted, with_low_bit
 from sparsecli.convert.text import Text
-from sparsecli.model.architecture import LowBitSpec, ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.parts import DenseFeedForwardSpec
+from sparsecli.spec.feed_forward import DenseFeedForwardSpec
+from sparsecli.spec.model import LowBitSpec, ModelSpec
 
 Once = Callable[[str, Callable[[], Any]], Any]
 """See `Work.once`."""

@@ -19,7 +19,7 @@ from sparsecli.decode.packed.layouts import LANES, padded
 from sparsecli.decode.packed.pack import PackedModel
 from sparsecli.decode.packed.precision import plan
 from sparsecli.decode.packed.tensors import convolves, joins
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 MAX_THREADS = 256
 INVALID = -2  # of sparsecli_forward: a token that does not exist

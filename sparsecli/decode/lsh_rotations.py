@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.layers.lsh import factors_of, fixed_rotations
+from sparsecli.spec.model import ModelSpec
 
 
 def levels(spec: ModelSpec, positions: int) -> range:

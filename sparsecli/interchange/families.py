@@ -30,8 +30,8 @@ from sparsecli.interchange.forms import (
     TRANSPOSED_THREE,
     Form,
 )
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.tensors import Shape, tensor_shapes
+from sparsecli.spec.model import ModelSpec
 
 # Tables of constants that old files carry.
 BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sparsecli.model.architecture import CrossAttentionSpec, ModelSpec
 from sparsecli.model.layers.attention import Attention, build_attention
 from sparsecli.model.layers.chunking import in_chunks
 from sparsecli.model.layers.cross_attention import CrossAttention, Source
@@ -28,7 +27,9 @@ from sparsecli.model.layers.positions import (
 )
 from sparsecli.model.layers.reversible import Half
 from sparsecli.model.layers.sru import RecurrentBranch, StateMemory
-from sparsecli.model.parts import AttentionSpec, FeedForwardSpec
+from sparsecli.spec.attention import AttentionSpec, CrossAttentionSpec
+from sparsecli.spec.feed_forward import FeedForwardSpec
+from sparsecli.spec.model import ModelSpec
 
 FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
     "dense": DenseFeedForward,

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 """What the installed transformers calls a cache, in arguments and outputs: 5.24 gave it a new name."""

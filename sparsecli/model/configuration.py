@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from sparsecli.model.architecture import DEFAULT, END, PADDING, START, ModelSpec
 from sparsecli.model.folder import ENCODER_DECODER_TYPE, MODEL_TYPE, TERRAFORMER_TYPE, model_type
+from sparsecli.spec.model import DEFAULT, ModelSpec
+from sparsecli.spec.vocabulary import END, PADDING, START
 
 
 @strict

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.blocks import (
     ReversibleBlock,
     ScalingTransformerBlock,
@@ -29,9 +28,10 @@ from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.layers.positions import rotary_angles
 from sparsecli.model.layers.recording import recording
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
-from sparsecli.model.parts import MultiplicativeVocabularySpec
 from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.model.versions import check_transformers
+from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vocabulary import MultiplicativeVocabularySpec
 
 Sight = tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]
 """What attention is told of its tokens: mask, valid and angles, see `Attention`."""

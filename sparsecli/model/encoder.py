@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.blocks import (
     EncoderBlock,
     ReversibleBlock,
@@ -17,6 +16,7 @@ from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.positions import rotary_angles
 from sparsecli.model.layers.reversible import Half, reversible_stack
 from sparsecli.model.rotary import rotary_frequencies
+from sparsecli.spec.model import ModelSpec
 
 
 class Encoder(nn.Module):

@@ -12,7 +12,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from sparsecli.model.architecture import IGNORED
 from sparsecli.model.cache import CACHE, DecodeCache
 from sparsecli.model.configuration import (
     ScalingTransformerConfig,
@@ -21,6 +20,7 @@ from sparsecli.model.configuration import (
 from sparsecli.model.decoder import Decoder, LanguageModel, count_positions, valid_positions
 from sparsecli.model.encoder import Encoder
 from sparsecli.model.layers.cross_attention import Source
+from sparsecli.spec.vocabulary import IGNORED
 
 
 class EncoderDecoder(Decoder):

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsecli.console import Failure, warn_once
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.tensors import Shape, tensor_shapes
+from sparsecli.spec.model import ModelSpec
 
 RUNS = Path("runs")
 MODEL_TYPE = "scaling_transformer"

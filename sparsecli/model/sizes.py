@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.encoder_decoder import EncoderDecoder
 from sparsecli.model.layers.cross_attention import CrossAttention
 from sparsecli.model.layers.feed_forward import ChosenUnits, MixtureFeedForward
 from sparsecli.model.layers.low_bit import LowBitMatrix, Selector
 from sparsecli.model.networks import Network, build_network
+from sparsecli.spec.model import ModelSpec
 
 BYTES = {"float32": 4, "bfloat16": 2}
 TOLERANCE = 0.01

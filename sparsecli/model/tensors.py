@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.low_bit import GROUP
-from sparsecli.model.parts import (
-    DIGIT_BASES,
-    DIGITS,
-    AttentionSpec,
-    FeedForwardSpec,
-    MultiplicativeVocabularySpec,
-    PrecisionFeedForwardSpec,
-)
+from sparsecli.spec.attention import AttentionSpec
+from sparsecli.spec.feed_forward import FeedForwardSpec, PrecisionFeedForwardSpec
+from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.positions import DIGIT_BASES, DIGITS
+from sparsecli.spec.vocabulary import MultiplicativeVocabularySpec
 
 Shape = tuple[int, ...]
 

@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsecli.console import Failure
 from sparsecli.data.packing import PackedCorpus
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.checkpoint import load_network
 from sparsecli.model.layers.feed_forward import SparseFeedForward
 from sparsecli.model.products import has_bfloat16
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.training import Objective, TrainSpec
+from sparsecli.spec.model import ModelSpec
 from sparsecli.train.checkpoint import newest_sound, step_of
 from sparsecli.train.controllers import controller_loss, unit_scores
 from sparsecli.train.divergence import divergence

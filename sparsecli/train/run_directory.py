@@ -17,10 +17,10 @@ import torch
 from sparsecli.console import Failure, warn
 from sparsecli.data.cache import why_unwritten
 from sparsecli.model.folder import RECIPE, read_json
-from sparsecli.model.parts import Block
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.messages import found_as
 from sparsecli.recipe.schema import Recipe
+from sparsecli.spec.base import Spec
 from sparsecli.train.checkpoint import newest_sound
 
 FACTS = "run.json"
@@ -127,9 +127,7 @@ def _compare(stored: Path, recipe: Recipe) -> None:
         )
 
 
-def differences(
-    one: Block, other: Block, include: dict[str, Any] | None = None
-) -> list[tuple[str, str, str]]:
+def differences(one: Spec, other: Spec, include: dict[str, Any] | None = None) -> list[tuple[str, str, str]]:
     """The keys in which two blocks of recipes differ, and both values in plain words.
 
     Of a block that is there once, or is of two kinds, it is the block's own key or its kind.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sparsecli import console
 from sparsecli.bench.peers.llama_shape import matrices, random_tile, repeated
-from sparsecli.model.architecture import LowBitSpec, ModelSpec
 from sparsecli.model.rotary import rotary_frequencies
+from sparsecli.spec.model import LowBitSpec, ModelSpec
 
 TYPES = {
     "float32": gguf.GGMLQuantizationType.F32,

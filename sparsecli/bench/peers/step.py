@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsecli.bench.variants import empty_model
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.layers.attention import Memory
 from sparsecli.model.layers.positions import rotary_angles
+from sparsecli.spec.model import ModelSpec
 
 
 class Step(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsecli.decode.packed.layouts import Slot
 from sparsecli.decode.packed.tensors import slots
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 INT8_RANK = 512  # the longest rank that is computed with in int8
 WORDS = ("float32", "bfloat16", "int8", "int4")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sparsecli.decode.packed.layouts import LANES, Slot, padded
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 
 def slots(spec: ModelSpec) -> list[Slot]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sparsecli.model.layers.chunks import attend_chunks
 from sparsecli.model.layers.decisions import decided
 from sparsecli.model.layers.shared_query_key import HIDDEN, ITSELF, attend_shared
-from sparsecli.model.parts import LshSpec
+from sparsecli.spec.attention import LshSpec
 
 SEED = 20210713
 """Of the rotations in evaluation, together with the number of the layer."""

@@ -1,7 +1,6 @@
-"""The whole of a model, as inert data.
+"""The whole architecture of a model as data: `ModelSpec`.
 
-These field types are shared by the recipe schema and by the Hugging Face configuration, so that a word means
-the same in YAML, in `config.json` and in Python. Importing this module imports neither torch nor transformers.
+The same field names serve in a recipe (YAML), in `config.json` and in Python.
 """
 
 from __future__ import annotations
@@ -12,28 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from sparsecli.model.parts import (
-    AttentionSpec,
-    Block,
-    Depth,
-    FeedForwardSpec,
-    RotaryScaling,
-    Size,
-    VocabularySpec,
-    Width,
-    check_multiple,
-    fault,
-)
-
-PADDING, END = 0, 1
-"""Token ids of every model with an encoder, as in T5."""
-START = PADDING
-"""The token that every target begins with."""
-IGNORED = -100
-"""Label of what is not predicted."""
+from sparsecli.spec.attention import AttentionSpec, CrossAttentionSpec, JoinedSpec
+from sparsecli.spec.base import Depth, Size, Spec, Width, check_multiple, fault
+from sparsecli.spec.feed_forward import FeedForwardSpec
+from sparsecli.spec.positions import AxialSpec, RotaryScaling
+from sparsecli.spec.vocabulary import VocabularySpec
 
 
-class LowBitSpec(Block):
+class LowBitSpec(Spec):
     """Dense maps that are stored in few bits, in groups of 64 inputs that share a scale."""
 
     projection: Literal[3, 4] | None = None
@@ -42,7 +27,7 @@ class LowBitSpec(Block):
     """Bits of the dense logits."""
 
 
-class SruSpec(Block):
+class SruSpec(Spec):
     """A recurrent branch beside every feed-forward layer: narrow, with a norm of its own (Terraformer)."""
 
     layers: Depth = 1
@@ -51,33 +36,7 @@ class SruSpec(Block):
     """Numbers that each carries from token to token."""
 
 
-class AxialSpec(Block):
-    """Positions as coordinates: a trained vector for each, side by side."""
-
-    shape: Annotated[list[Size], Field(min_length=1)]
-    """Positions along each axis, the last one fastest; their product is at least max_positions."""
-    widths: Annotated[list[Width], Field(min_length=1)]
-    """Width of each axis' vectors; their sum is d_model."""
-
-
-class CrossAttentionSpec(Block):
-    """Dense attention of every decoder block to the encoder's output."""
-
-    kind: Literal["cross_attention"] = "cross_attention"
-    query_modules: Width | None = None
-    """Make queries by a multiplicative layer and a convolution with so many modules, and leave the output projection
-    out; by default both are dense."""
-
-
-class JoinedSpec(Block):
-    """The target follows the encoder's output in one sequence, and needs no cross-attention (Terraformer)."""
-
-    kind: Literal["joined"] = "joined"
-    streams: Literal[1, 2] = 2
-    """Streams of the reversible encoder that the decoder goes on with: both, or their mean after a dense map."""
-
-
-class EncoderSpec(Block):
+class EncoderSpec(Spec):
     """What reads the source, in both directions, before the decoder writes; of the decoder's width and heads."""
 
     layers: Depth
@@ -104,7 +63,7 @@ class EncoderSpec(Block):
         return self
 
 
-class ModelSpec(Block):
+class ModelSpec(Spec):
     """A Scaling Transformer: pre-norm residual blocks of attention and feed-forward, with or without an encoder."""
 
     d_model: Width
