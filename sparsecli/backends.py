@@ -13,7 +13,7 @@ from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.tensors import crosses
-from sparsecli.model.folder import CONFIG, INDEX, PACKED, WEIGHTS, Description
+from sparsecli.model.files import CONFIG, INDEX, PACKED, WEIGHTS, Description
 
 if TYPE_CHECKING:
     from sparsecli.decode.engine import Sequence as EngineSequence
@@ -146,7 +146,7 @@ class TorchEncoder:
         import torch
         from transformers.utils import logging
 
-        from sparsecli.model.checkpoint import load_network
+        from sparsecli.model.loading import load_network
 
         torch.set_num_threads(threads)
         logging.set_verbosity_error()
@@ -205,7 +205,7 @@ class TorchBackend:
         import torch
         from transformers.utils import logging
 
-        from sparsecli.model.checkpoint import load_network
+        from sparsecli.model.loading import load_network
 
         if choices.threads is not None:
             torch.set_num_threads(choices.threads)

@@ -308,7 +308,7 @@ def generate(
 
 def _find(model: str | None) -> Path | None:
     """The folder of the model that speaks; None where there is none, which is said once all options are right."""
-    from sparsecli.model.folder import find_model
+    from sparsecli.model.files import find_model
 
     try:
         return find_model(model)
@@ -318,7 +318,7 @@ def _find(model: str | None) -> Path | None:
 
 def _options_of(folder: Path | None) -> GenerateSpec:
     """The `generate:` block of the run that speaks, without its prompt; the defaults where it is none of our runs."""
-    from sparsecli.model.folder import recipe_of
+    from sparsecli.model.files import recipe_of
     from sparsecli.recipe.loader import load
     from sparsecli.recipe.schema import GenerateSpec
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sparsecli import console
 from sparsecli.backends import Backend, Choices, open_backend
 from sparsecli.console import Failure
-from sparsecli.model.folder import Description, find_model, read_description
+from sparsecli.model.files import Description, find_model, read_description
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.schema import GenerateSpec
 from sparsecli.sampling import Sampler, make_sampler

@@ -19,8 +19,8 @@ from sparsecli.decode.engine import Engine
 from sparsecli.decode.packed.pack import pack
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.model import ScalingTransformerConfig
-from sparsecli.model.checkpoint import load_network, read_config
-from sparsecli.model.networks import Network, build_network
+from sparsecli.model.auto import Network, build_network
+from sparsecli.model.loading import load_network, read_config
 from sparsecli.model.tensors import tensor_shapes
 from sparsecli.recipe import loader
 from sparsecli.spec.model import ModelSpec

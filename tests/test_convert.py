@@ -18,9 +18,9 @@ from sparsecli.convert.conversion import check_written
 from sparsecli.convert.text import Text
 from sparsecli.data.tokenization import END_OF_TEXT
 from sparsecli.decode.native import binding
-from sparsecli.model.checkpoint import load_model
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import LowRank
+from sparsecli.model.loading import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.spec.model import ModelSpec
 

@@ -22,7 +22,7 @@ from sparsecli.convert.rounding import round_to, second_moment
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward, SparseFeedForward
-from sparsecli.model.layers.low_bit import LowBitMatrix, PrecisionFeedForward, SelectorFeedForward
+from sparsecli.model.layers.quantized import LowBitMatrix, PrecisionFeedForward, SelectorFeedForward
 from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.spec.feed_forward import DenseFeedForwardSpec
 from sparsecli.spec.model import DEFAULT, LowBitSpec, ModelSpec

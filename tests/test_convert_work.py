@@ -20,7 +20,7 @@ from sparsecli.convert import work as working
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.work import fingerprint, place_of, work_folder
 from sparsecli.decode.native import binding
-from sparsecli.model.checkpoint import load_model
+from sparsecli.model.loading import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.schema import Recipe
 

@@ -38,7 +38,7 @@ from sparsecli.decode.native.shape import shape_of
 from sparsecli.decode.packed.folder import read_weights
 from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.folder import read_description
+from sparsecli.model.files import read_description
 from sparsecli.recipe.loader import load as load_recipe
 from sparsecli.spec.model import ModelSpec
 from sparsecli.train import trainer

@@ -29,8 +29,8 @@ from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.reference.state import import_kv
 from sparsecli.decode.reference.step import Reference
+from sparsecli.model.auto import build_network
 from sparsecli.model.cache import DecodeCache
-from sparsecli.model.networks import build_network
 from sparsecli.spec.model import ModelSpec
 
 needs_native = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from sparsecli.decode.native import binding
 from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.reference.step import Reference
-from sparsecli.model.networks import build_network
+from sparsecli.model.auto import build_network
 from sparsecli.spec.model import ModelSpec
 
 needs_native = pytest.mark.skipif(

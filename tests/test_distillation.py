@@ -21,8 +21,8 @@ from sparsecli.console import Failure, RecipeError, Stopped
 from sparsecli.data.packing import PackedCorpus, pack
 from sparsecli.data.tokenization import train_byte_pairs
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.checkpoint import load_network
 from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.loading import load_network
 from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.loader import load, parse
 from sparsecli.recipe.training import Objective, RecoverySpec

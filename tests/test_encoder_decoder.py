@@ -11,10 +11,10 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from sparsecli.console import Failure
 from sparsecli.model import DecodeCache, decoder, encoder
+from sparsecli.model.auto import Network, build_network
 from sparsecli.model.cache import CACHE
-from sparsecli.model.checkpoint import load_network
 from sparsecli.model.layers.reversible import plain_stack, reversible_stack
-from sparsecli.model.networks import Network, build_network
+from sparsecli.model.loading import load_network
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tensors import tensor_shapes
 from sparsecli.spec.model import ModelSpec

@@ -33,7 +33,7 @@ from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.quantized_layouts import arrange_panels, arrange_residual
 from sparsecli.decode.reference.step import Reference
 from sparsecli.decode.reference.weights import unpack_quantized, unpack_residual
-from sparsecli.model.low_bit import (
+from sparsecli.model.quantization import (
     dequantise_groups,
     dequantise_residual,
     pack_nibbles,

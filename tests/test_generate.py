@@ -27,8 +27,8 @@ from sparsecli.data.tokenization import PAIR_TOKENS, encode, load_or_train, trai
 from sparsecli.decode.native import binding
 from sparsecli.generate import StopFilter
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
-from sparsecli.model.checkpoint import load_model
-from sparsecli.model.folder import check_weights, find_model, read_description
+from sparsecli.model.files import check_weights, find_model, read_description
+from sparsecli.model.loading import load_model
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.schema import GenerateSpec

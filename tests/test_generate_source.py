@@ -16,9 +16,9 @@ from sparsecli import generate, pack
 from sparsecli.backends import Choices, open_backend
 from sparsecli.console import Failure
 from sparsecli.decode.native import binding
-from sparsecli.model.checkpoint import load_model
-from sparsecli.model.folder import read_description
-from sparsecli.model.networks import build_network
+from sparsecli.model.auto import build_network
+from sparsecli.model.files import read_description
+from sparsecli.model.loading import load_model
 from sparsecli.recipe.schema import GenerateSpec
 from sparsecli.spec.model import ModelSpec
 

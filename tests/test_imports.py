@@ -23,8 +23,8 @@ LAYERS = {
     "sparsecli": set(),
     "sparsecli.console": set(),
     "sparsecli.spec": {"sparsecli.spec"},
-    "sparsecli.model.layers": {"sparsecli.model.layers", "sparsecli.model.low_bit", "sparsecli.spec"},
-    "sparsecli.model.low_bit": set(),
+    "sparsecli.model.layers": {"sparsecli.model.layers", "sparsecli.model.quantization", "sparsecli.spec"},
+    "sparsecli.model.quantization": set(),
     "sparsecli.model": {"sparsecli.model", "sparsecli.spec", "sparsecli.console"},
     "sparsecli.recipe": {"sparsecli.recipe", "sparsecli.spec", "sparsecli.console"},
     "sparsecli.recipe.commands": {"sparsecli.recipe", "sparsecli.console", "sparsecli.model"},
@@ -45,11 +45,11 @@ LAYERS |= {
     "sparsecli.decode": {"sparsecli.decode", "sparsecli.console", "sparsecli.spec"},
     "sparsecli.decode.packed": {
         *("sparsecli.decode.packed", "sparsecli.console", "sparsecli.spec"),
-        *("sparsecli.model.low_bit", "sparsecli.model.rotary"),
+        *("sparsecli.model.quantization", "sparsecli.model.rotary"),
     },
     "sparsecli.decode.packed.folder": {
         *("sparsecli.decode.packed", "sparsecli.console"),
-        *("sparsecli.spec", "sparsecli.model.folder"),
+        *("sparsecli.spec", "sparsecli.model.files"),
     },
     "sparsecli.decode.native.binding": {"sparsecli.console"},
     "sparsecli.decode.native.shape": {
@@ -61,7 +61,7 @@ LAYERS |= {
     },
     "sparsecli.decode.reference": {
         *("sparsecli.decode.reference", "sparsecli.decode.packed"),
-        *("sparsecli.decode.kv_state", "sparsecli.decode.lsh_rotations", "sparsecli.model.low_bit"),
+        *("sparsecli.decode.kv_state", "sparsecli.decode.lsh_rotations", "sparsecli.model.quantization"),
     },
     "sparsecli.sampling": {"sparsecli.console", "sparsecli.recipe"},
     "sparsecli.backends": {"sparsecli.console", "sparsecli.model", "sparsecli.decode"},
@@ -191,8 +191,8 @@ def test_decoding_and_generating_import_neither_torch_nor_transformers():
 
 
 ORDERS = [
-    "import sparsecli.model.networks; from transformers import AutoConfig, AutoModelForCausalLM",
-    "from transformers import AutoConfig, AutoModelForCausalLM; import sparsecli.model.networks",
+    "import sparsecli.model.auto; from transformers import AutoConfig, AutoModelForCausalLM",
+    "from transformers import AutoConfig, AutoModelForCausalLM; import sparsecli.model.auto",
     "from sparsecli.model import TerraformerConfig; from transformers import AutoConfig, AutoModelForCausalLM",
 ]
 

@@ -22,9 +22,9 @@ from sparsecli.interchange import exporting, importing, shards
 from sparsecli.interchange.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, Pieces, read_pieces
 from sparsecli.interchange.pieces import build as build_pieces
 from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source, read_family
-from sparsecli.model.checkpoint import load_model, load_network
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.folder import read_description, weight_files
+from sparsecli.model.files import read_description, weight_files
+from sparsecli.model.loading import load_model, load_network
 from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.model.tokenizer import read_tokenizer
 

@@ -18,7 +18,7 @@ from sparsecli.decode.packed.pack import pack, quantise_rows
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensors import slots
 from sparsecli.decode.reference.step import Reference
-from sparsecli.model.low_bit import from_bfloat16, to_bfloat16
+from sparsecli.model.quantization import from_bfloat16, to_bfloat16
 from sparsecli.model.tensors import tensor_shapes
 from sparsecli.spec.model import ModelSpec
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from sparsecli.console import Failure, RecipeError
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.cache import DecodeLayer
-from sparsecli.model.checkpoint import load_network
 from sparsecli.model.configuration import TerraformerConfig
-from sparsecli.model.folder import read_description
+from sparsecli.model.files import read_description
 from sparsecli.model.layers.chunks import attend_chunks
 from sparsecli.model.layers.lsh import HashedAttention, attend_alike, default_buckets
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.layers.shared_query_key import attend_shared, unit_keys
+from sparsecli.model.loading import load_network
 from sparsecli.model.terraformer import TerraformerForConditionalGeneration
 from sparsecli.recipe.loader import load
 from sparsecli.spec.attention import LshSpec

@@ -39,7 +39,7 @@ from sparsecli.decode.packed.pack import PackedModel, huge_pages, pack
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.tensor_file import TensorFile
 from sparsecli.decode.reference.step import Reference
-from sparsecli.model.low_bit import from_bfloat16
+from sparsecli.model.quantization import from_bfloat16
 
 needs_the_engine = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"

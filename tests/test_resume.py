@@ -26,7 +26,7 @@ from sparsecli.console import Failure, Stopped
 from sparsecli.data import preparation
 from sparsecli.data.ordering import SimilarLengths
 from sparsecli.data.packing import pack
-from sparsecli.model.checkpoint import load_model
+from sparsecli.model.loading import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.training import TrainSpec
 from sparsecli.train import checkpoint, loop, run_directory, trainer

@@ -13,7 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from sparsecli.data.copying import symbol_tokenizer
 from sparsecli.data.examples import PairExamples
-from sparsecli.model.networks import build_network
+from sparsecli.model.auto import build_network
 from sparsecli.spec.model import ModelSpec
 from sparsecli.train.evaluation import evaluate
 from sparsecli.train.samples import Samples, rouge, sentences, write_greedily

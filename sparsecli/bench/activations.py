@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from sparsecli import console
-from sparsecli.model.networks import build_network
+from sparsecli.model.auto import build_network
 from sparsecli.spec.model import ModelSpec
 
 KINDS = ("stored", "checkpointed", "reversible")

@@ -29,10 +29,10 @@ from torch.nn import functional as F
 from sparsecli import console
 from sparsecli.bench import long_decoding
 from sparsecli.model.cache import DecodeLayer
-from sparsecli.model.checkpoint import load_network, load_tokenizer, read_config
-from sparsecli.model.folder import find_model
+from sparsecli.model.files import find_model
 from sparsecli.model.layers.lsh import HashedAttention
 from sparsecli.model.layers.shared_query_key import unit_keys
+from sparsecli.model.loading import load_network, load_tokenizer, read_config
 from sparsecli.recipe.loader import load
 from sparsecli.spec.attention import LshSpec
 

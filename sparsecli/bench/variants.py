@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 
 from sparsecli import console
-from sparsecli.model.checkpoint import load_model, read_config
-from sparsecli.model.folder import find_model, weight_files
-from sparsecli.model.networks import Network, build_network
+from sparsecli.model.auto import Network, build_network
+from sparsecli.model.files import find_model, weight_files
+from sparsecli.model.loading import load_model, read_config
 from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
 from sparsecli.recipe.schema import BenchSpec, PaperFigures, PrecisionChanges, Variant
 from sparsecli.spec.model import ModelSpec

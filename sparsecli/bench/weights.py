@@ -13,7 +13,7 @@ from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.decode.packed.pack import PackedModel, frequencies, huge_pages
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
-from sparsecli.model.low_bit import to_bfloat16
+from sparsecli.model.quantization import to_bfloat16
 from sparsecli.model.tensors import tensor_shapes
 from sparsecli.spec.model import ModelSpec
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from sparsecli.convert.rounding import round_to
 from sparsecli.model.layers.attention import LowRank
-from sparsecli.model.layers.low_bit import LowBitLinear
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
+from sparsecli.model.layers.quantized import LowBitLinear
 
 ROUNDS = 30  # of least squares for D, then E; the error of real layers hardly changes after 20
 DAMPING = 1e-6  # of the mean diagonal: inputs may lie in a subspace

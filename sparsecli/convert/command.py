@@ -28,7 +28,7 @@ from sparsecli.convert.work import fingerprint, place_of, tidy, work_folder
 from sparsecli.decode.native import binding
 from sparsecli.interchange.importing import check_tokenizer, model_folder
 from sparsecli.interchange.sources import OwnModel, open_source
-from sparsecli.model.checkpoint import load_model
+from sparsecli.model.loading import load_model
 from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.loader import LoadedRecipe, require

@@ -28,8 +28,8 @@ from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import processors
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.checkpoint import load_network
-from sparsecli.model.folder import RECIPE, share
+from sparsecli.model.files import RECIPE, share
+from sparsecli.model.loading import load_network
 from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.recipe.loader import dump
 from sparsecli.recipe.schema import ConvertSpec, Recipe

@@ -18,7 +18,7 @@ from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import Attention
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward
-from sparsecli.model.layers.low_bit import LowBitLinear
+from sparsecli.model.layers.quantized import LowBitLinear
 from sparsecli.spec.model import ModelSpec
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "origin")

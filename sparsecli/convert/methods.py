@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sparsecli.convert.controller import fit_controller
 from sparsecli.convert.rounding import round_to, second_moment
 from sparsecli.model.layers.feed_forward import ACTIVATIONS, ChosenUnits, DenseFeedForward, SparseFeedForward
-from sparsecli.model.layers.low_bit import (
+from sparsecli.model.layers.quantized import (
     LowBitMatrix,
     PrecisionFeedForward,
     SelectorFeedForward,

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecli.model.layers.low_bit import LowBitMatrix
-from sparsecli.model.low_bit import GROUP, STEPS, from_bfloat16, quantise_groups
+from sparsecli.model.layers.quantized import LowBitMatrix
+from sparsecli.model.quantization import GROUP, STEPS, from_bfloat16, quantise_groups
 
 DAMPING, NEAR_DAMPING = 0.001, 0.01  # of the mean diagonal: inputs may lie in a subspace
 

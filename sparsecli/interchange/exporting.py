@@ -15,7 +15,7 @@ from sparsecli.console import Failure
 from sparsecli.interchange.families import Family, Part
 from sparsecli.interchange.shards import StoredTensors, check_finite, write_shards
 from sparsecli.interchange.sources import DESCRIPTIONS, read_family
-from sparsecli.model.folder import (
+from sparsecli.model.files import (
     CONFIG,
     check_weights,
     find_model,

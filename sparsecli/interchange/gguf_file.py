@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsecli.console import Failure
 from sparsecli.interchange.families import NO_TOKENS, family_of
 from sparsecli.interchange.pieces import Pieces
-from sparsecli.model.folder import last_line
+from sparsecli.model.files import last_line
 from sparsecli.spec.base import MOST_LAYERS
 
 SPECIAL = {

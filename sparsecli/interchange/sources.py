@@ -12,7 +12,7 @@ from sparsecli.console import Failure
 from sparsecli.interchange.families import NO_TOKENS, Family, family_of
 from sparsecli.interchange.pieces import ADDED, MODEL, convert, write_pieces
 from sparsecli.interchange.shards import StoredTensors, Tensors
-from sparsecli.model.folder import (
+from sparsecli.model.files import (
     CONFIG,
     MODEL_TYPES,
     PACKED,

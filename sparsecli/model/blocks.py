@@ -16,7 +16,6 @@ from sparsecli.model.layers.chunking import in_chunks
 from sparsecli.model.layers.cross_attention import CrossAttention, Source
 from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.feed_forward import DenseFeedForward, MixtureFeedForward, SparseFeedForward
-from sparsecli.model.layers.low_bit import PrecisionFeedForward, SelectorFeedForward
 from sparsecli.model.layers.lsh import HashedAttention
 from sparsecli.model.layers.normalization import normalization
 from sparsecli.model.layers.positions import (
@@ -25,6 +24,7 @@ from sparsecli.model.layers.positions import (
     LearnedPositions,
     SinusoidalPositions,
 )
+from sparsecli.model.layers.quantized import PrecisionFeedForward, SelectorFeedForward
 from sparsecli.model.layers.reversible import Half
 from sparsecli.model.layers.sru import RecurrentBranch, StateMemory
 from sparsecli.spec.attention import AttentionSpec, CrossAttentionSpec

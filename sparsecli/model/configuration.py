@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from sparsecli.model.folder import ENCODER_DECODER_TYPE, MODEL_TYPE, TERRAFORMER_TYPE, model_type
+from sparsecli.model.files import ENCODER_DECODER_TYPE, MODEL_TYPE, TERRAFORMER_TYPE, model_type
 from sparsecli.spec.model import DEFAULT, ModelSpec
 from sparsecli.spec.vocabulary import END, PADDING, START
 

@@ -23,9 +23,9 @@ from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import causal_mask
 from sparsecli.model.layers.cross_attention import Source
 from sparsecli.model.layers.dropout import shared_dropout
-from sparsecli.model.layers.low_bit import linear
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.layers.positions import rotary_angles
+from sparsecli.model.layers.quantized import linear
 from sparsecli.model.layers.recording import recording
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.rotary import rotary_frequencies

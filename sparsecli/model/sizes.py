@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sparsecli.model.auto import Network, build_network
 from sparsecli.model.encoder_decoder import EncoderDecoder
 from sparsecli.model.layers.cross_attention import CrossAttention
 from sparsecli.model.layers.feed_forward import ChosenUnits, MixtureFeedForward
-from sparsecli.model.layers.low_bit import LowBitMatrix, Selector
-from sparsecli.model.networks import Network, build_network
+from sparsecli.model.layers.quantized import LowBitMatrix, Selector
 from sparsecli.spec.model import ModelSpec
 
 BYTES = {"float32": 4, "bfloat16": 2}

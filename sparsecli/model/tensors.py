@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sparsecli.model.low_bit import GROUP
+from sparsecli.model.quantization import GROUP
 from sparsecli.spec.attention import AttentionSpec
 from sparsecli.spec.feed_forward import FeedForwardSpec, PrecisionFeedForwardSpec
 from sparsecli.spec.model import ModelSpec

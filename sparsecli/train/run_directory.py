@@ -16,7 +16,7 @@ import torch
 
 from sparsecli.console import Failure, warn
 from sparsecli.data.cache import why_unwritten
-from sparsecli.model.folder import RECIPE, read_json
+from sparsecli.model.files import RECIPE, read_json
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.messages import found_as
 from sparsecli.recipe.schema import Recipe

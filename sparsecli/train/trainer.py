@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from sparsecli.console import Failure, RecipeError, first_process, print_table, say
 from sparsecli.data.examples import Prepared
 from sparsecli.data.preparation import prepare
-from sparsecli.model.checkpoint import load_network, load_tokenizer
-from sparsecli.model.folder import RECIPE, find_model, read_description, share
-from sparsecli.model.networks import Network, build_network
+from sparsecli.model.auto import Network, build_network
+from sparsecli.model.files import RECIPE, find_model, read_description, share
+from sparsecli.model.loading import load_network, load_tokenizer
 from sparsecli.model.products import has_bfloat16
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tokenizer import beyond

@@ -15,7 +15,7 @@ from sparsecli.decode.packed.position_tables import position_table
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.quantized_layouts import arrange_panels, arrange_residual
 from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
-from sparsecli.model.low_bit import GROUP, from_bfloat16, quantise_groups, to_bfloat16, unpack_nibbles
+from sparsecli.model.quantization import GROUP, from_bfloat16, quantise_groups, to_bfloat16, unpack_nibbles
 from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.spec.model import ModelSpec
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsecli.model.low_bit import GROUP
+from sparsecli.model.quantization import GROUP
 
 LANES = 16
 LINE = 64

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecli.model.layers.low_bit import linear
 from sparsecli.model.layers.lsh import BucketMemory, HashedAttention
 from sparsecli.model.layers.multiplicative import (
     ConvolutionProjection,
@@ -16,6 +15,7 @@ from sparsecli.model.layers.multiplicative import (
     MultiplicativeDense,
 )
 from sparsecli.model.layers.positions import rotate
+from sparsecli.model.layers.quantized import linear
 from sparsecli.model.layers.shared_query_key import attend_shared, unit_keys
 
 

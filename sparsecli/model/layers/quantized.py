@@ -1,7 +1,7 @@
 """Weights in few bits, and the feed-forward layers that use them: `selector` and `precision`.
 
 Codes have 3 or 4 bits; 64 inputs of a row, a group, share a scale and a zero. How they lie in bytes is said in
-`sparsecli.model.low_bit`. A low-bit copy of the weights finds a token's units better than a low-rank controller of
+`sparsecli.model.quantization`. A low-bit copy of the weights finds a token's units better than a low-rank controller of
 the same size, and knows both branches of a gated unit.
 """
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.feed_forward import ACTIVATIONS, ChosenUnits, choose
-from sparsecli.model.low_bit import (
+from sparsecli.model.quantization import (
     GROUP,
     MIDDLE,
     STEPS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparsecli.model.low_bit import (
+from sparsecli.model.quantization import (
     GROUP,
     dequantise_groups,
     dequantise_residual,
