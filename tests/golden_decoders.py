@@ -21,7 +21,7 @@ TERRAFORMER = {
     "residual": "reversible",
     "attention_layers": 2,
     "sru": {"layers": 1, "width": 4},
-    "encoder": {"layers": 2, "max_positions": 64, "read_by": {"kind": "joined"}},
+    "encoder": {"layers": 2, "max_positions": 64, "read_by": {"kind": "prefix"}},
 }
 FIRST_DECODER_WEIGHT = {"terraformer_sparse_rev": "w_7.", "terraformer_sparse_nonrev_enc": "w_8."}
 
@@ -29,7 +29,7 @@ FIRST_DECODER_WEIGHT = {"terraformer_sparse_rev": "w_7.", "terraformer_sparse_no
 def terraformer(name: str) -> tuple[ModelSpec, dict[str, np.ndarray]]:
     """The model of a golden file without its encoder."""
     streams = 2 if name.endswith("_rev") else 1
-    read_by = {"kind": "joined", "streams": streams}
+    read_by = {"kind": "prefix", "streams": streams}
     encoder = {**TERRAFORMER["encoder"], "read_by": read_by}
     spec = ModelSpec.model_validate({**TERRAFORMER, "encoder": encoder})
     g = {key: value.numpy() for key, value in load(name).items()}

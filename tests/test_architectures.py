@@ -186,7 +186,7 @@ class Drawn(random.Random):
             embedding_scale=[1.5],
             sru=[{"layers": 2, "width": 3}],
             feed_forward_chunk=[3],
-            low_bit=[{"projection": 3}, {"head": 4}],
+            quantization=[{"projection": 3}, {"head": 4}],
             dropout=[0.1],
             initialization=["paper"],
         )
@@ -198,7 +198,7 @@ class Drawn(random.Random):
                 **self.fields(0.4, merge=["concatenate"], attention_layers=[2]),
             }
         if self.random() < 0.5:
-            read_by = {"kind": "joined", **self.fields(0.5, streams=[1])}
+            read_by = {"kind": "prefix", **self.fields(0.5, streams=[1])}
             if not reversible:
                 read_by = {"kind": "cross_attention", **self.fields(0.5, query_modules=[3, 4])}
             layers = self.choice([1, 3])

@@ -35,7 +35,7 @@ TERRAFORMER = {
     "residual": "reversible",
     "attention_layers": 2,
     "sru": {"width": 8},
-    "encoder": {**ENCODER, "read_by": {"kind": "joined"}},
+    "encoder": {**ENCODER, "read_by": {"kind": "prefix"}},
 }
 VARIANTS = [
     {"name": "dense", "group": "dense", "paper": {"ms_per_token": 160.0}},

@@ -221,7 +221,7 @@ def test_units_that_exact_skips_are_counted(
     dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None
 ) -> None:
     loaded, dense = dense_run
-    changed = search(loaded, "perplexity +3 %", "convert.methods=[exact]", "convert.low_bit={}")
+    changed = search(loaded, "perplexity +3 %", "convert.methods=[exact]", "convert.quantization={}")
     report = command.run(changed, model=str(dense), output=tmp_path / "found")
     assert report
     assert report.kept_fraction_by_layer
@@ -244,7 +244,7 @@ def test_an_output_without_a_name(dense_run: tuple[LoadedRecipe, Path]) -> None:
         ("convert.feed_forward.rank=33", "rank: 33 is more than the model's width 32"),
         ("convert.feed_forward.units_per_block=[1,2,3]", "3 numbers for 2 blocks"),
         (
-            "convert.low_bit.projection=4 model=null convert.feed_forward.units_per_block=[1]",
+            "convert.quantization.projection=4 model=null convert.feed_forward.units_per_block=[1]",
             "1 numbers for 2",
         ),
         (
@@ -267,7 +267,11 @@ def test_layers_that_do_not_fit(
     ("units", "overrides", "message"),
     [
         (40, [], "40 units are no whole blocks of 16"),
-        (64, ["convert.low_bit={head: 4, projection: 3}"], "convert.low_bit: needs dense projections"),
+        (
+            64,
+            ["convert.quantization={head: 4, projection: 3}"],
+            "convert.quantization: needs dense projections",
+        ),
         (64, ["convert.budget=kept 1/0"], r"convert\.budget.*keeps inf of the units"),
         (64, ["convert.budget=quick"], "'quick' is no budget; expected `loss"),
     ],
@@ -308,8 +312,8 @@ def test_two_streams_are_not_converted(dense_run: tuple[LoadedRecipe, Path], tmp
             "convert.attention: a rank of 33 is more than the 32 of a whole map",
         ),
         (
-            ["convert.attention.kind=multiplicative", "convert.low_bit.projection=4"],
-            "convert.low_bit: needs dense projections",
+            ["convert.attention.kind=multiplicative", "convert.quantization.projection=4"],
+            "convert.quantization: needs dense projections",
         ),
     ],
 )

@@ -65,7 +65,7 @@ def test_inputs_decide_what_low_rank_keeps() -> None:
 
 
 @torch.no_grad()
-def test_low_rank_in_few_bits_is_nearly_as_good() -> None:
+def test_quantized_low_rank_is_nearly_as_good() -> None:
     x, dense = inputs(), linear(24)
     exact, rounded = (LowRank(WIDTH, 24, 12, bias=True, bits=bits) for bits in (None, 4))
     best = fit_map(exact, dense, second_moment(x))

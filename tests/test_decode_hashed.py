@@ -76,7 +76,7 @@ MODELS: dict[str, dict] = {
         "attention": hashed(
             2, 8, projection="multiplicative_conv", value_concat="whole", share_query_key=True
         ),
-        "encoder": {**ENCODER, "read_by": {"kind": "joined"}},
+        "encoder": {**ENCODER, "read_by": {"kind": "prefix"}},
         "sru": {"layers": 2, "width": 18},
         "positions": "digits",
     },

@@ -55,12 +55,12 @@ MODELS: dict[str, dict] = {
         "residual": "reversible",
         "attention_layers": 2,
         "sru": {"width": 8},
-        "encoder": {"layers": 2, "max_positions": 24, "read_by": {"kind": "joined"}},
+        "encoder": {"layers": 2, "max_positions": 24, "read_by": {"kind": "prefix"}},
     },
     "Terraformer, one stream, digits": {
         "residual": "reversible",
         "sru": {"width": 8, "layers": 2},
-        "encoder": {"layers": 1, "max_positions": 24, "read_by": {"kind": "joined", "streams": 1}},
+        "encoder": {"layers": 1, "max_positions": 24, "read_by": {"kind": "prefix", "streams": 1}},
         "positions": "digits",
         "feed_forward": {"kind": "dense", "d_ff": 64},
         "vocabulary": {"kind": "dense", "size": VOCABULARY, "tied": True},
@@ -68,7 +68,7 @@ MODELS: dict[str, dict] = {
     "Terraformer, one swap, rotary, side by side": {
         "residual": "reversible",
         "merge": "concatenate",
-        "encoder": {"layers": 3, "max_positions": 24, "read_by": {"kind": "joined"}, "two_swaps": False},
+        "encoder": {"layers": 3, "max_positions": 24, "read_by": {"kind": "prefix"}, "two_swaps": False},
         "attention": {"projection": "dense", "share_query_key": True},
         "positions": "rotary",
         "vocabulary": {"kind": "dense", "size": VOCABULARY},
@@ -351,7 +351,7 @@ def hashed(chunk_length: int, **fields: object) -> Network:
         "layers": 2,
         "max_positions": 64,
         "attention": {**attention, "lsh": {**lsh, "chunks_after": 1}},
-        "read_by": {"kind": "joined"},
+        "read_by": {"kind": "prefix"},
     }
     fields |= {"encoder": encoder, "attention": {**COMMON["attention"], **attention}, "max_positions": 64}
     return build("Terraformer", **fields)
@@ -477,7 +477,7 @@ def test_the_papers_terraformer_has_its_size() -> None:
         "residual": "reversible",
         "attention_layers": 2,
         "sru": {"width": 32},
-        "encoder": {"layers": 24, "max_positions": 32768, "read_by": {"kind": "joined"}},
+        "encoder": {"layers": 24, "max_positions": 32768, "read_by": {"kind": "prefix"}},
     }
 
     def parameters(**fields: object) -> int:

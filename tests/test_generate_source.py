@@ -28,7 +28,7 @@ TERRAFORMER = {
     "residual": "reversible",
     "attention_layers": 2,
     "sru": {"width": 6},
-    "encoder": {**ENCODER, "read_by": {"kind": "joined"}},
+    "encoder": {**ENCODER, "read_by": {"kind": "prefix"}},
 }
 HASHED = {"kind": "lsh", "lsh": {"rounds": 2, "chunk_length": 2}}  # 8 keys
 MODELS = {

@@ -157,11 +157,11 @@ def test_encoder_decoder_decodes_step_by_step(kind: str) -> None:
 PER_HEAD = {"projection": "dense", "bias": False}
 TERRAFORMERS: dict[str, dict] = {
     "sparse_rev": {},
-    "sparse_nonrev_enc": {"encoder": {"read_by": {"kind": "joined", "streams": 1}}},
+    "sparse_nonrev_enc": {"encoder": {"read_by": {"kind": "prefix", "streams": 1}}},
     "selfattn_dense": {
         **PARTS["dense"],
         "attention": PER_HEAD,
-        "encoder": {"attention": PER_HEAD, "read_by": {"kind": "joined", "streams": 1}},
+        "encoder": {"attention": PER_HEAD, "read_by": {"kind": "prefix", "streams": 1}},
         "attention_layers": 1,
         "positions": "digits",
         "sru": None,
@@ -174,7 +174,7 @@ def fill_terraformer(name: str, values: Iterator[Tensor]) -> TerraformerForCondi
     """A model of the file's shape with `values`, which are in the order of its weights."""
     given = {**SIZES, **PARTS["sparse"], "max_positions": 64, "attention_layers": 2, "sru": {"width": 4}}
     given |= TERRAFORMERS[name]
-    encoder = {"layers": 2, "max_positions": 64, "read_by": {"kind": "joined"}}
+    encoder = {"layers": 2, "max_positions": 64, "read_by": {"kind": "prefix"}}
     given["encoder"] = encoder | TERRAFORMERS[name].get("encoder", {})
     whole = TerraformerForConditionalGeneration(TerraformerConfig(**given)).eval()
     model, weights = whole.model, Weights(values)

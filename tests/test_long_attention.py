@@ -71,11 +71,11 @@ model: {d_model: 32, layers: 2, heads: 2, max_positions: 16, feed_forward: {kind
         attention: {kind: lsh, lsh: {chunk_length: 8}, projection: multiplicative_conv, value_concat: whole},
         residual: reversible, vocabulary: {kind: dense, size: 40}, sru: {width: 4}}
 """
-JOINED = ["model.encoder={layers: 1, max_positions: 16, read_by: {kind: joined}}", "model.attention_layers=2"]
+PREFIX = ["model.encoder={layers: 1, max_positions: 16, read_by: {kind: prefix}}", "model.attention_layers=2"]
 
 
 @pytest.mark.skipif(binding.available() is not None, reason=str(binding.available()))
-@pytest.mark.parametrize("overrides", [[], JOINED], ids=["alone", "joined"])
+@pytest.mark.parametrize("overrides", [[], PREFIX], ids=["alone", "prefix"])
 def test_whole_models_decode_after_long_texts(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

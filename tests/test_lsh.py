@@ -299,7 +299,7 @@ def test_hashing_a_trained_models_projections_needs_no_new_weights() -> None:
 def terraformer(chunk_length: int) -> TerraformerForConditionalGeneration:
     torch.manual_seed(0)
     lsh = {"kind": "lsh", "lsh": {"rounds": 2, "chunk_length": chunk_length, "chunks_after": 1}}
-    encoder = {"layers": 2, "max_positions": 64, "attention": lsh, "read_by": {"kind": "joined"}}
+    encoder = {"layers": 2, "max_positions": 64, "attention": lsh, "read_by": {"kind": "prefix"}}
     decoder = {"attention": lsh | {"projection": "multiplicative_conv"}, "attention_layers": 2, "sru": {}}
     fields = MODEL | decoder | {"encoder": encoder, "residual": "reversible", "positions": "digits"}
     return TerraformerForConditionalGeneration(TerraformerConfig(**fields)).eval()

@@ -41,7 +41,7 @@ TERRAFORMER = {
     "attention_layers": 2,
     "sru": {"width": 4},
     "attention": {"projection": "multiplicative_conv"},
-    "encoder": {"layers": 1, "max_positions": 40, "read_by": {"kind": "joined"}},
+    "encoder": {"layers": 1, "max_positions": 40, "read_by": {"kind": "prefix"}},
 }
 HASHED = {
     **TERRAFORMER,

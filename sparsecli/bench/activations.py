@@ -51,7 +51,7 @@ class Shape:
                 "layers": layers // 2,
                 "max_positions": self.source,
                 "attention": {"kind": self.attention},
-                "read_by": {"kind": "joined" if reversible else "cross_attention"},
+                "read_by": {"kind": "prefix" if reversible else "cross_attention"},
             }
         feed_forward = {
             "kind": "sparse",

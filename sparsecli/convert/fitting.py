@@ -18,7 +18,7 @@ from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import Attention
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward
-from sparsecli.model.layers.quantized import LowBitLinear
+from sparsecli.model.layers.quantized import QuantizedLinear
 from sparsecli.spec.model import ModelSpec
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "origin")
@@ -60,7 +60,7 @@ def fit(
     method = METHODS[name] if name else None
     changed = spec.attention != dense.config.spec.attention
     errors: list[dict[str, float]] = []
-    rounds_head = isinstance(model.head, LowBitLinear) and not keep
+    rounds_head = isinstance(model.head, QuantizedLinear) and not keep
     with progress("refitting layers" if keep else "fitting layers", spec.layers + rounds_head) as bar:
 
         def block(
@@ -69,7 +69,7 @@ def fit(
             streams: Streams,
             wanted: list[Tensor],
         ) -> None:
-            if (changed or spec.low_bit.projection) and not keep:
+            if (changed or spec.quantization.projection) and not keep:
                 errors.append(_fit_attention(theirs, ours, streams))
             if method is not None:
                 layer = ours.feed_forward
@@ -94,7 +94,7 @@ def fit(
 
 def _fit_head(dense: ScalingTransformerForCausalLM, model: ScalingTransformerForCausalLM, x: Tensor) -> None:
     """Round the logits' map on what it reads, x (tokens, d)."""
-    assert isinstance(model.head, LowBitLinear)
+    assert isinstance(model.head, QuantizedLinear)
     weights = dense.model.embedding if dense.config.spec.tied else dense.head
     assert isinstance(weights, nn.Embedding | nn.Linear)
     round_to(model.head, weights.weight, second_moment(x))

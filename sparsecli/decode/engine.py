@@ -345,7 +345,7 @@ def processors() -> int:
 def source_streams(spec: ModelSpec) -> int:
     """Streams of an encoder's output that `read_source` takes."""
     read_by = spec.encoder.read_by if spec.encoder else None
-    return 2 if read_by and read_by.kind == "joined" and read_by.streams == 2 else 1
+    return 2 if read_by and read_by.kind == "prefix" and read_by.streams == 2 else 1
 
 
 def _available_memory() -> int:

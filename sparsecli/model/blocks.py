@@ -83,7 +83,7 @@ def build_attention_layer(
         head_width=spec.head_width,
         output_bias=attention.output_bias,
         query_key_norm=spec.normalization_epsilon if attention.query_key_norm else None,
-        bits=spec.low_bit.projection,
+        bits=spec.quantization.projection,
         ranks=(spec.query_rank, spec.key_rank)
         if attention.query_key_rank and spec.query_rank and spec.key_rank
         else None,

@@ -54,7 +54,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     sru: dict | None = None
     feed_forward_chunk: int | None = DEFAULT.feed_forward_chunk
     encoder: dict | None = None
-    low_bit: dict | None = None
+    quantization: dict | None = None
     dropout: float = DEFAULT.dropout
     initialization: str = DEFAULT.initialization
     use_cache: bool = True
@@ -64,7 +64,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     origin: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for block in ("feed_forward", "attention", "vocabulary", "low_bit"):
+        for block in ("feed_forward", "attention", "vocabulary", "quantization"):
             if getattr(self, block) is None:
                 setattr(self, block, getattr(DEFAULT, block).model_dump())
         self.tie_word_embeddings = bool((self.vocabulary or {}).get("tied", False))
@@ -145,7 +145,7 @@ class TerraformerConfig(ScalingTransformerEncoderDecoderConfig):
     residual: str = "reversible"
     attention_layers: int = 2
 
-    default_reading: ClassVar[dict[str, Any]] = {"kind": "joined"}
+    default_reading: ClassVar[dict[str, Any]] = {"kind": "prefix"}
 
 
 CONFIGS: dict[str, type[ScalingTransformerConfig]] = {

@@ -262,7 +262,7 @@ def build_head(spec: ModelSpec) -> nn.Module:
     vocabulary = spec.vocabulary
     if isinstance(vocabulary, MultiplicativeVocabularySpec):
         return MultiplicativeDense(spec.merged_width, vocabulary.size, vocabulary.modules)
-    return linear(spec.merged_width, vocabulary.size, vocabulary.bias, spec.low_bit.head)
+    return linear(spec.merged_width, vocabulary.size, vocabulary.bias, spec.quantization.head)
 
 
 class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):

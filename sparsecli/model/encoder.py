@@ -22,8 +22,8 @@ from sparsecli.spec.model import ModelSpec
 class Encoder(nn.Module):
     """Positions, blocks, and what makes their output ready for the decoder of `spec`.
 
-    That is a norm for cross-attention. A reversible encoder has two streams: a joined decoder goes on with both as
-    they are, or with one, which is a dense map of their mean and a norm.
+    For cross-attention that is a norm. A reversible encoder has two streams: as a prefix the decoder reads both, or
+    one, which is a linear layer of their mean and a norm.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
             for layer in range(spec.encoder.layers)
         )
         read_by = spec.encoder.read_by
-        self.streams = read_by.streams if read_by.kind == "joined" else 1
+        self.streams = read_by.streams if read_by.kind == "prefix" else 1
         self.merge = nn.Linear(spec.d_model, spec.d_model) if self.reversible and self.streams == 1 else None
         self.norm = build_norm(spec) if self.streams == 1 else None
 

@@ -56,15 +56,15 @@ class TerraformerModel(EncoderDecoder):
         if not held:
             rows = align_right(source).split(x.shape[-1], dim=-1)  # of one stream or two
             streams = torch.cat((rows[0], x), dim=1), torch.cat((rows[-1], x), dim=1)  # (B, S + T, d)
-        joined = None
+        all_valid = None
         if source.valid is not None or valid is not None:
             everywhere = x.new_ones(x.shape[0], length + earlier + new, dtype=torch.bool)
             read, written = everywhere.split((length, earlier + new), dim=1)
             if source.valid is not None:  # as aligned
                 read = read.cumsum(dim=-1) > (~source.valid).sum(dim=-1, keepdim=True)
-            joined = torch.cat((read, written if valid is None else valid), dim=1)
-        position_ids = count_positions(joined, held, streams[0].shape[1], x.device)
-        y, kept = self.run(streams, joined, position_ids, cache, keep_streams=keep_streams)
+            all_valid = torch.cat((read, written if valid is None else valid), dim=1)
+        position_ids = count_positions(all_valid, held, streams[0].shape[1], x.device)
+        y, kept = self.run(streams, all_valid, position_ids, cache, keep_streams=keep_streams)
         return y[:, -new:], [x, *(stream[:, -new:] for stream in kept[1:])] if keep_streams else []
 
 

@@ -20,7 +20,7 @@ from sparsecli.spec.feed_forward import (
     SelectorFeedForwardSpec,
     SparseFeedForwardSpec,
 )
-from sparsecli.spec.model import EncoderSpec, LowBitSpec, ModelSpec, SruSpec
+from sparsecli.spec.model import EncoderSpec, ModelSpec, QuantizationSpec, SruSpec
 from sparsecli.spec.vocabulary import VocabularySpec
 
 Dtype = Literal["float32", "bfloat16", "int8"]
@@ -94,7 +94,7 @@ class ConvertSpec(Spec):
     """What the search tries; by default every method that fits the model's activation."""
     rank: Width = 128
     """Rank of the controllers that the search tries."""
-    low_bit: LowBitSpec | None = None
+    quantization: QuantizationSpec | None = None
     """Bits of attention and logits; by default the search decides, and given layers leave them as they are."""
     decode_dtype: Dtype = "int8"
     """Weight type of what has no bits of its own, as the result is measured and checked."""

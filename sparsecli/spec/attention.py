@@ -135,9 +135,9 @@ class CrossAttentionSpec(Spec):
     out; by default both are dense."""
 
 
-class JoinedSpec(Spec):
-    """The target follows the encoder's output in one sequence, and needs no cross-attention (Terraformer)."""
+class PrefixSpec(Spec):
+    """The encoder's output is a prefix of the decoder's sequence; there is no cross-attention (Terraformer)."""
 
-    kind: Literal["joined"] = "joined"
+    kind: Literal["prefix"] = "prefix"
     streams: Literal[1, 2] = 2
-    """Streams of the reversible encoder that the decoder goes on with: both, or their mean after a dense map."""
+    """Streams of the reversible encoder that the decoder continues with: both, or their mean after a linear layer."""

@@ -10,7 +10,7 @@ from sparsecli.spec.base import WIDE, Probability, Size, Spec, Units, Whole, Wid
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 UnitsPerBlock = Size | Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)]
-"""One number, or a list with one for every block of the model, from the first to the last."""
+"""One number, or a list with one for every layer of the model, from the first to the last."""
 
 
 class ChoosingSpec(Protocol):
@@ -79,7 +79,7 @@ class SparseFeedForwardSpec(Spec):
 
 
 class SelectorFeedForwardSpec(Spec):
-    """Units chosen by a low-bit copy of their own weights, which every token reads; the rest as for Sparse FF."""
+    """Units chosen by a low-bit sketch of their own weights, which every token reads; the rest as for Sparse FF."""
 
     kind: Literal["selector"]
     d_ff: Units
@@ -91,7 +91,7 @@ class SelectorFeedForwardSpec(Spec):
     choice: Literal["top", "positive"] = "top"
     """`top` takes the k units that add most; `positive` those whose activation is not predicted to be zero (ReLU)."""
     bits: Literal[3, 4] = 3
-    """Bits of a weight of the copy, in groups of 64 inputs that share a scale."""
+    """Bits of a weight of the sketch, in groups of 64 inputs that share a scale."""
     activation: Activation = "relu"
     """Non-linearity of a unit."""
     gated: bool = False
@@ -110,9 +110,9 @@ class SelectorFeedForwardSpec(Spec):
 
 
 class PrecisionFeedForwardSpec(Spec):
-    """Every unit in few bits; the chosen ones are read again with the bits that were left out.
+    """Every unit quantized; the chosen ones are refined with the rounding error of their weights.
 
-    The low-bit pass is the selector. No unit is dropped: a choice adds precision.
+    The quantized pass also selects. No unit is dropped: a choice adds precision.
     """
 
     kind: Literal["precision"]
@@ -121,7 +121,7 @@ class PrecisionFeedForwardSpec(Spec):
     block_size: Annotated[Whole, Field(ge=2)] = 16
     """N: units that compete for more bits."""
     units_per_block: Annotated[Whole, Field(ge=0)] | list[Annotated[Whole, Field(ge=0)]] = 1
-    """k: units of each block that are read in full; 0 is plain low-bit weights. One number, or one for every block
+    """k: units of each block that are refined; 0 is plain quantized weights. One number, or one for every layer
     of the model."""
     bits: Literal[3, 4] = 4
     """Bits of a weight that every token reads, in groups of 64 inputs that share a scale."""

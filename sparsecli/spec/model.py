@@ -11,18 +11,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from sparsecli.spec.attention import AttentionSpec, CrossAttentionSpec, JoinedSpec
+from sparsecli.spec.attention import AttentionSpec, CrossAttentionSpec, PrefixSpec
 from sparsecli.spec.base import Depth, Size, Spec, Width, check_multiple, fault
 from sparsecli.spec.feed_forward import FeedForwardSpec
 from sparsecli.spec.positions import AxialSpec, RotaryScaling
 from sparsecli.spec.vocabulary import VocabularySpec
 
 
-class LowBitSpec(Spec):
-    """Dense maps that are stored in few bits, in groups of 64 inputs that share a scale."""
+class QuantizationSpec(Spec):
+    """Dense projections and logits that are quantized, in groups of 64 inputs that share a scale."""
 
     projection: Literal[3, 4] | None = None
-    """Bits of attention's dense maps but that of the values, which loses most by rounding and is often small."""
+    """Bits of attention's dense projections except the values', which lose most by rounding and are often small."""
     head: Literal[3, 4] | None = None
     """Bits of the dense logits."""
 
@@ -47,7 +47,7 @@ class EncoderSpec(Spec):
     """The feed-forward layer of every block; by default the decoder's."""
     attention: AttentionSpec = AttentionSpec()
     """The attention layer of every block; the paper's are dense."""
-    read_by: Annotated[CrossAttentionSpec | JoinedSpec, Field(discriminator="kind")] = CrossAttentionSpec()
+    read_by: Annotated[CrossAttentionSpec | PrefixSpec, Field(discriminator="kind")] = CrossAttentionSpec()
     """How the decoder reads it."""
     two_swaps: bool = True
     """Of reversible blocks: swap the streams after the feed-forward layer too."""
@@ -113,8 +113,8 @@ class ModelSpec(Spec):
     """Tokens that a feed-forward layer computes at once, to save memory; by default all."""
     encoder: EncoderSpec | None = None
     """Reads a source first; by default there is none."""
-    low_bit: LowBitSpec = LowBitSpec()
-    """Maps outside of the feed-forward layers that are stored in few bits."""
+    quantization: QuantizationSpec = QuantizationSpec()
+    """Quantized layers other than the feed-forward ones."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of embeddings, attention and feed-forward outputs."""
     initialization: Literal["fan", "paper"] = "fan"
@@ -141,10 +141,10 @@ class ModelSpec(Spec):
             self._check_chunk()
         if self.positions == "axial":
             self._check_axial()
-        if self.low_bit.projection and not self.attention.dense:
-            raise fault("low_bit.projection", "needs dense projections")
-        if self.low_bit.head and (self.vocabulary.kind != "dense" or self.vocabulary.tied):
-            raise fault("low_bit.head", "needs dense logits that are not tied to the embedding")
+        if self.quantization.projection and not self.attention.dense:
+            raise fault("quantization.projection", "needs dense projections")
+        if self.quantization.head and (self.vocabulary.kind != "dense" or self.vocabulary.tied):
+            raise fault("quantization.head", "needs dense logits that are not tied to the embedding")
         return self
 
     def _check_attention(self, place: str, attention: AttentionSpec) -> None:
@@ -192,8 +192,8 @@ class ModelSpec(Spec):
             ):
                 if value != default:
                     raise fault(field, f"{value} needs residual: reversible")
-            if self.encoder and self.encoder.read_by.kind == "joined":
-                raise fault("encoder.read_by.kind", "joined needs residual: reversible")
+            if self.encoder and self.encoder.read_by.kind == "prefix":
+                raise fault("encoder.read_by.kind", "prefix needs residual: reversible")
             return
         if self.encoder and self.encoder.read_by.kind == "cross_attention":
             raise fault("encoder.read_by.kind", "cross_attention needs residual: single")

@@ -68,7 +68,7 @@ class Precision:
 def plan(spec: ModelSpec, precision: Precision) -> list[tuple[Slot, str]]:
     """Every tensor and its type."""
     found = [_typed(slot, precision) for slot in slots(spec)]
-    if precision.head_rescoring and spec.vocabulary.kind == "dense" and spec.low_bit.head is None:
+    if precision.head_rescoring and spec.vocabulary.kind == "dense" and spec.quantization.head is None:
         head = next(slot for slot, _ in found if slot.name == "head.weight")
         found.append((replace(head, name="head.exact"), "bfloat16"))
     return found

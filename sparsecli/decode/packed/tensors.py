@@ -33,7 +33,7 @@ def crosses(spec: ModelSpec) -> bool:
 
 def joins(spec: ModelSpec) -> bool:
     """Whether what an encoder made comes before the tokens, in one sequence."""
-    return spec.encoder is not None and spec.encoder.read_by.kind == "joined"
+    return spec.encoder is not None and spec.encoder.read_by.kind == "prefix"
 
 
 def query_modules_of(spec: ModelSpec) -> int | None:
@@ -108,7 +108,7 @@ def _own(spec: ModelSpec) -> Iterator[Slot]:
         yield Slot(-1, "positions", "rows", spec.max_positions, d_model, "embedding", names)
     width, modules = spec.merged_width, vocabulary.modules if vocabulary.kind == "multiplicative" else None
     yield from _norm(spec, -1, "norm", "model.norm", width)
-    for slot in _map(-1, "head", "head", size, width, "head", modules, spec.low_bit.head):
+    for slot in _map(-1, "head", "head", size, width, "head", modules, spec.quantization.head):
         weight = slot.name == "head.weight"
         yield (
             slot
@@ -154,7 +154,7 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
         ):
             if name == without:
                 continue
-            bits = None if name == "value" else spec.low_bit.projection
+            bits = None if name == "value" else spec.quantization.projection
             place, at, cols = f"{source}.{name}", f"{prefix}{name}", d_model
             if rank:
                 yield from _map(layer, f"{at}.first", f"{place}.first", rank, cols, "projection", bits=bits)
@@ -166,7 +166,7 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
     kind, at = attention.output, f"{prefix}output"
     source = f"{block}.{module}.output"
     if kind == "dense":
-        width, bits = spec.attention_width, spec.low_bit.projection
+        width, bits = spec.attention_width, spec.quantization.projection
         yield from _map(layer, at, source, d_model, width, "projection", bits=bits)
     elif kind == "multiplicative":
         yield from _map(layer, at, source, d_model, d_model, "projection", modules)
@@ -269,7 +269,7 @@ def _copy(spec: ModelSpec, layer: int, source: str, names: list[str]) -> Iterato
     feed_forward, d_model = spec.feed_forward, spec.d_model
     assert feed_forward.kind in ("selector", "precision")
     units = feed_forward.d_ff
-    place = "base" if feed_forward.kind == "precision" else "selector"
+    place = "base" if feed_forward.kind == "precision" else "sketch"
     if place == "base" or chooses(spec, layer):
         sources = tuple(f"{source}.{place}.{name}" for name in names)
         yield _low_bit(layer, "sketch", sources, units, d_model, feed_forward.bits)
