@@ -112,7 +112,7 @@ class NativeBackend:
             from sparsecli.decode.kv_state import kv_states
 
             logits, cache = self.reader.start(prompt, capacity=1), self.reader.cache
-            layers = kv_states(self.spec, cache.layers, cache.held)
+            layers = kv_states(self.spec, cache.layers, cache.length)
             self.engine.import_kv(self.sequence, layers, source)
             return logits
         if self.encoder:
@@ -153,7 +153,7 @@ class TorchEncoder:
         network: Any = load_network(folder)
         self.start_token: int = network.config.decoder_start_token_id
         self.model = network.model
-        self.model.blocks = torch.nn.ModuleList()
+        self.model.layers = torch.nn.ModuleList()
 
     def read(self, source: Sequence[int]) -> np.ndarray:
         """What it makes of the tokens of a source: streams (1 or 2, L, d)."""
@@ -226,7 +226,7 @@ class TorchBackend:
         if spec.encoder:
             with torch.inference_mode():
                 self.encoded = model.encode(torch.tensor([list(prompt)]))
-            capacity += model.held_source(len(prompt))
+            capacity += model.prefix_length(len(prompt))
             prompt = [self.network.config.decoder_start_token_id]
         self.cache = DecodeCache.for_model(spec, capacity)
         return self._logits(prompt)

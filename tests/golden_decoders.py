@@ -41,7 +41,7 @@ def terraformer(name: str) -> tuple[ModelSpec, dict[str, np.ndarray]]:
         "model.position_embedding.weight": g[keys[2]],
     }
     for layer in range(spec.layers):
-        block = f"model.blocks.{layer}"
+        block = f"model.layers.{layer}"
         for attention in ("attention", "second_attention"):
             weights |= _norm(f"{block}.{attention}_norm", rest)
             weights |= _sparse_attention(f"{block}.{attention}.projection", rest)

@@ -182,7 +182,7 @@ def test_low_rank_attention_alone(
     told = capsys.readouterr().err
     assert "attention, squared errors of outputs: blocks 0-0: query " in told
     model, _ = load_model(tmp_path / "low" / "model")
-    assert isinstance(model.model.blocks[0].attention.projection.query, LowRank)
+    assert isinstance(model.model.layers[0].attention.projection.query, LowRank)
     with pytest.raises(RecipeError, match="not made by dense maps any more"):
         command.run(changed, model=str(tmp_path / "low"), output=tmp_path / "again")
 

@@ -290,8 +290,8 @@ def test_streams_are_those_of_the_model(parallel: bool) -> None:
         wanted = model.model(ids, output_hidden_states=True).hidden_states
         streams = Streams(model, list(ids.split(1)))
         torch.testing.assert_close(torch.cat(streams.x), wanted[0])
-        with inputs_of(model.model.blocks[0].feed_forward) as seen:
-            streams.x = streams.through(model.model.blocks[0])
+        with inputs_of(model.model.layers[0].feed_forward) as seen:
+            streams.x = streams.through(model.model.layers[0])
     torch.testing.assert_close(torch.cat(streams.x), wanted[1], atol=0.02, rtol=0.02)
     assert torch.cat(seen).shape == (32, 32)
 

@@ -181,7 +181,7 @@ def test_a_bfloat16_teacher_shares_all_but_its_matrices() -> None:
 
 
 def test_controllers_learn_without_moving_anything_else() -> None:
-    layer = network(SPARSE).model.blocks[0].feed_forward
+    layer = network(SPARSE).model.layers[0].feed_forward
     x = torch.randn(64, 16)
     controller_loss(layer, x, unit_scores(layer, x)).backward()
     moved = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}
@@ -193,7 +193,7 @@ def test_controllers_learn_without_moving_anything_else() -> None:
 
 def test_stages_halve_until_each_layer_has_its_own_units() -> None:
     model = network({**SPARSE, "block_size": 16, "units_per_block": [1, 4]}).train()
-    layers = [block.feed_forward for block in model.model.blocks]
+    layers = [block.feed_forward for block in model.model.layers]
     seen = []
     for step in range(0, 16):
         with choosing_as_decoding(model, 16, step, 16):
@@ -210,7 +210,7 @@ def test_stages_of_a_layer_whose_own_k_is_none() -> None:
     seen = []
     for step in range(10):
         with choosing_as_decoding(model, 2, step, 10):
-            seen.append(model.model.blocks[0].feed_forward.units_per_block)
+            seen.append(model.model.layers[0].feed_forward.units_per_block)
     assert seen == [2, 2, 2, 1, 1, 0, 0, 0, 0, 0]
 
 

@@ -189,7 +189,7 @@ def test_a_text_goes_on_from_the_cache_of_what_was_written(name: str) -> None:
 def test_a_cache_behind_another_source_is_refused() -> None:
     model, ids = build("Terraformer"), targets(1, 2)
     cache = model(**sources(9), decoder_input_ids=ids, use_cache=True)[CACHE]
-    with pytest.raises(ValueError, match="behind a source of 9 tokens, not of 8"):
+    with pytest.raises(ValueError, match="has a prefix of 9 tokens, not of 8"):
         model(**sources(8), decoder_input_ids=ids, past_key_values=cache)
 
 
@@ -313,11 +313,11 @@ def test_cache_makes_keys_and_values_of_the_source_once() -> None:
     model, given, ids = build("cross-attention"), sources(9, 4), targets(2, 2)
     cache = DecodeCache.for_model(model.config.spec)
     model(**given, decoder_input_ids=ids, past_key_values=cache)
-    made = cache.layers[0].kept["source"][0]
+    made = cache.layers[0].fixed["cross_attention"][0]
     model(**given, decoder_input_ids=ids, past_key_values=cache)
-    assert cache.layers[0].kept["source"][0] is made
+    assert cache.layers[0].fixed["cross_attention"][0] is made
     cache.reset()
-    assert cache.layers[0].kept == {}
+    assert cache.layers[0].fixed == {}
 
 
 @torch.no_grad()

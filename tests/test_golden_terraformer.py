@@ -114,14 +114,14 @@ def encoder_decoder(kind: str, g: dict[str, Tensor]) -> ScalingTransformerForCon
     model, weights = whole.model, Weights(iter([value for key, value in g.items() if key.startswith("w_")]))
     fill(model.embedding.weight, weights.take())
     fill(model.encoder.position_embedding.weight, weights.take())
-    for block in model.encoder.blocks:
+    for block in model.encoder.layers:
         weights.norm(block.attention_norm)
         weights.attention(block.attention)
         weights.norm(block.feed_forward_norm)
         weights.feed_forward(block.feed_forward)
     weights.norm(model.encoder.norm)
     fill(model.position_embedding.weight, weights.take())
-    for block in model.blocks:
+    for block in model.layers:
         weights.norm(block.attention_norm)
         weights.attention(block.attention)
         weights.norm(block.cross_attention_norm)
@@ -181,14 +181,14 @@ def fill_terraformer(name: str, values: Iterator[Tensor]) -> TerraformerForCondi
     fill(model.embedding.weight, weights.take())
     for layer in (model.encoder.position_embedding, model.position_embedding):
         weights.positions(layer)
-    for block in model.encoder.blocks:
+    for block in model.encoder.layers:
         weights.norm(block.attention_norm)
         weights.attention(block.attention)
         weights.units(block)
     if model.encoder.merge is not None:
         weights.linear(model.encoder.merge)
         weights.norm(model.encoder.norm)
-    for block in model.blocks:
+    for block in model.layers:
         for attention in ("attention", "second_attention")[: given["attention_layers"]]:
             weights.norm(getattr(block, f"{attention}_norm"))
             weights.attention(getattr(block, attention))

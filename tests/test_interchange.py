@@ -77,8 +77,8 @@ def test_types_of_weights(dtype: str, kept: str, tmp_path: Path) -> None:
     original = build("gemma", **MODELS["gemma"][1]).to(getattr(torch, dtype))
     folder = imported(original, tmp_path)
     tensors = load_file(folder / "model.safetensors")
-    assert tensors["model.blocks.0.attention.projection.query.weight"].dtype == getattr(torch, kept)
-    norm = tensors["model.blocks.1.attention_norm.weight"]
+    assert tensors["model.layers.0.attention.projection.query.weight"].dtype == getattr(torch, kept)
+    norm = tensors["model.layers.1.attention_norm.weight"]
     assert norm.dtype == torch.float32  # 1 + w has more digits than w
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     assert torch.equal(norm, theirs["model.layers.1.input_layernorm.weight"].float() + 1)

@@ -16,7 +16,7 @@ from sparsecli.data.tokenization import train_byte_pairs
 from sparsecli.decode.native import binding
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.configuration import TerraformerConfig
-from sparsecli.model.layers.lsh import HashedAttention
+from sparsecli.model.layers.lsh import LshAttention
 from sparsecli.spec.attention import LshSpec
 
 
@@ -32,12 +32,12 @@ def test_windows_of_all_rounds_are_brought_together() -> None:
 def test_mass_grows_with_rounds_up_to_all() -> None:
     q = 3 * torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(0))
     shares = [
-        float(mass_found(q, HashedAttention(LshSpec(rounds=rounds, chunk_length=8)).eval()).mean())
+        float(mass_found(q, LshAttention(LshSpec(rounds=rounds, chunk_length=8)).eval()).mean())
         for rounds in (1, 2, 4, 8)
     ]
     assert shares == sorted(shares)
     assert 0.2 < shares[0] < shares[-1] < 1
-    everything = HashedAttention(LshSpec(rounds=1, chunk_length=8, chunks_before=7)).eval()
+    everything = LshAttention(LshSpec(rounds=1, chunk_length=8, chunks_before=7)).eval()
     torch.testing.assert_close(mass_found(q, everything), torch.ones(1, 2))
 
 

@@ -105,7 +105,7 @@ def test_fewer_bits_take_less_memory() -> None:
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["head.weight", "model.blocks.1.feed_forward.down", "model.norm.bias"])
+@pytest.mark.parametrize("name", ["head.weight", "model.layers.1.feed_forward.down", "model.norm.bias"])
 def test_weights_that_are_no_numbers(name: str, poison: float) -> None:
     weights = weights_of(network("sparse"))
     damaged = weights[name].copy()

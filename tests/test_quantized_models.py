@@ -278,7 +278,7 @@ def test_units_above_their_threshold_are_counted() -> None:
 )
 def test_codes_that_do_not_fit(part: str, change, message: str) -> None:
     weights = weights_of(network("precision"))
-    name = f"model.blocks.1.feed_forward.{part}"
+    name = f"model.layers.1.feed_forward.{part}"
     changed = change(weights.pop(name))
     if changed is not None:
         weights[name] = changed
@@ -288,7 +288,7 @@ def test_codes_that_do_not_fit(part: str, change, message: str) -> None:
 
 def test_codes_of_too_many_bits() -> None:
     weights = weights_of(network("precision, three bits"))
-    weights["model.blocks.0.feed_forward.base.up.codes"][0, 0] = 0x80
+    weights["model.layers.0.feed_forward.base.up.codes"][0, 0] = 0x80
     with pytest.raises(Failure, match="more than 3 bits"):
         pack(spec_of("precision, three bits"), weights, EXACT)
     network.cache_clear()  # the tensor was the model's own

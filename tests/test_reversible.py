@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM, decoder
-from sparsecli.model.layers.chunking import in_chunks
 from sparsecli.model.layers.decisions import Decisions, decided
 from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward
 from sparsecli.model.layers.positions import AxialPositions, DigitPositions
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.layers.sru import SRU, RecurrentBranch, scan, scan_in_order
+from sparsecli.model.layers.token_chunks import in_chunks
 from sparsecli.model.tensors import tensor_shapes
 
 VOCABULARY = 96

@@ -13,12 +13,12 @@ from sparsecli.convert.calibration import Streams, blockwise, inputs_of
 from sparsecli.convert.methods import METHODS, Options, method_of
 from sparsecli.convert.refit import refit as refit_layer
 from sparsecli.convert.rounding import round_to, second_moment
-from sparsecli.model.blocks import ScalingTransformerBlock
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import Attention
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward
 from sparsecli.model.layers.quantized import QuantizedLinear
+from sparsecli.model.transformer_layers import DecoderLayer
 from sparsecli.spec.model import ModelSpec
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "origin")
@@ -64,8 +64,8 @@ def fit(
     with progress("refitting layers" if keep else "fitting layers", spec.layers + rounds_head) as bar:
 
         def block(
-            theirs: ScalingTransformerBlock,
-            ours: ScalingTransformerBlock,
+            theirs: DecoderLayer,
+            ours: DecoderLayer,
             streams: Streams,
             wanted: list[Tensor],
         ) -> None:
@@ -109,7 +109,7 @@ class _Silent(nn.Module):
         return torch.zeros_like(x)
 
 
-def _before(block: ScalingTransformerBlock, streams: Streams) -> tuple[Tensor, Tensor]:
+def _before(block: DecoderLayer, streams: Streams) -> tuple[Tensor, Tensor]:
     """What the block's feed-forward layer reads, and the stream that it adds to: (tokens, d) each."""
     layer, block.feed_forward = block.feed_forward, _Silent()
     try:
@@ -120,9 +120,7 @@ def _before(block: ScalingTransformerBlock, streams: Streams) -> tuple[Tensor, T
     return torch.cat(seen), torch.cat([each.flatten(0, 1) for each in before]).float()
 
 
-def _fit_attention(
-    theirs: ScalingTransformerBlock, ours: ScalingTransformerBlock, streams: Streams
-) -> dict[str, float]:
+def _fit_attention(theirs: DecoderLayer, ours: DecoderLayer, streams: Streams) -> dict[str, float]:
     """Fit what is not as it was of queries, keys and values, then the output on what these give.
 
     Returns relative squared errors of the outputs, by name.

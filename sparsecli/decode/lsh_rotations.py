@@ -28,6 +28,6 @@ def rotations_of(spec: ModelSpec, layer_idx: int, level: int) -> np.ndarray:
     hashing = spec.attention.hashing
     assert hashing
     block, index = divmod(layer_idx, spec.attention_layers)
-    layer = index * spec.layers + block  # as model/blocks.py counts
+    layer = index * spec.layers + block  # as model/transformer_layers.py counts
     factors = tuple(factors_at(spec, level))
     return fixed_rotations(layer, spec.heads, spec.width_of_head, hashing.rounds, factors)[0].numpy()

@@ -126,7 +126,7 @@ class Family:
         yield from first
         for index in range(spec.layers):
             for name, place in self.block.items():
-                ours = tuple(f"model.blocks.{index}.{module}" for module in place.ours)
+                ours = tuple(f"model.layers.{index}.{module}" for module in place.ours)
                 yield f"{self.blocks}.{index}.{name}", Place(ours, place.form)
         yield from (last, head)
 

@@ -20,7 +20,7 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {"model.embedding.weight": (vocabulary.size, spec.d_model)}
     shapes |= _named("model.position_embedding", _positions(spec, spec.max_positions))
     for index in range(spec.layers):
-        shapes |= _named(f"model.blocks.{index}", dict(_decoder_block(spec)))
+        shapes |= _named(f"model.layers.{index}", dict(_decoder_block(spec)))
     shapes |= _norm("model.norm", spec, spec.merged_width)
     shapes |= _named("model.encoder", dict(_encoder(spec)))
     if isinstance(vocabulary, MultiplicativeVocabularySpec):
@@ -82,7 +82,7 @@ def _encoder(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
     block = _norm("attention_norm", spec) | _named("attention", dict(_attention(spec, encoder.attention)))
     block |= dict(_units(spec, encoder.feed_forward or spec.feed_forward))
     for index in range(encoder.layers):
-        yield from _named(f"blocks.{index}", block).items()
+        yield from _named(f"layers.{index}", block).items()
     if encoder.read_by.kind == "prefix":
         if encoder.read_by.streams == 2:
             return

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsecli.console import Failure
 from sparsecli.data.packing import PackedCorpus
+from sparsecli.model.bfloat16 import has_bfloat16
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.layers.feed_forward import SparseFeedForward
 from sparsecli.model.loading import load_network
-from sparsecli.model.products import has_bfloat16
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.training import Objective, TrainSpec
 from sparsecli.spec.model import ModelSpec

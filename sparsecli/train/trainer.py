@@ -20,9 +20,9 @@ from sparsecli.console import Failure, RecipeError, first_process, print_table, 
 from sparsecli.data.examples import Prepared
 from sparsecli.data.preparation import prepare
 from sparsecli.model.auto import Network, build_network
+from sparsecli.model.bfloat16 import has_bfloat16
 from sparsecli.model.files import RECIPE, find_model, read_description, share
 from sparsecli.model.loading import load_network, load_tokenizer
-from sparsecli.model.products import has_bfloat16
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tokenizer import beyond
 from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, SavedTokenizer

@@ -131,7 +131,7 @@ def _tables(spec: ModelSpec) -> tuple[str, ...]:
 def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "attention") -> Iterator[Slot]:
     """An attention layer, whose packed names begin with `prefix`; `module` is what the model calls it."""
     attention, d_model = spec.attention, spec.d_model
-    block = f"model.blocks.{layer}"
+    block = f"model.layers.{layer}"
     yield from _norm(spec, layer, f"{prefix}attention_norm", f"{block}.{module}_norm")
     source = f"{block}.{module}.projection"
     without = "key" if attention.share_query_key else None
@@ -179,7 +179,7 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
 def _cross_attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     """Attention to the encoder's output; its keys and values are made once for a source."""
     d_model, width, modules = spec.d_model, spec.attention_width, query_modules_of(spec)
-    source = f"model.blocks.{layer}.cross_attention"
+    source = f"model.layers.{layer}.cross_attention"
     yield from _norm(spec, layer, "cross.attention_norm", f"{source}_norm")
     for name in ("key", "value"):
         place = f"{source}.projection.{name}"
@@ -200,7 +200,7 @@ def _recurrence(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     """The branch beside the feed-forward layer that remembers a few numbers."""
     if spec.sru is None:
         return
-    source, d_model, width = f"model.blocks.{layer}.sru", spec.d_model, spec.sru.width
+    source, d_model, width = f"model.layers.{layer}.sru", spec.d_model, spec.sru.width
     yield from _norm(spec, layer, "sru.norm", f"{source}.norm")
     yield from _map(layer, "sru.enter", f"{source}.enter", width, d_model, "projection")
     for index in range(spec.sru.layers):
@@ -211,7 +211,7 @@ def _recurrence(spec: ModelSpec, layer: int) -> Iterator[Slot]:
 
 def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     feed_forward, d_model = spec.feed_forward, spec.d_model
-    block = f"model.blocks.{layer}"
+    block = f"model.layers.{layer}"
     source = f"{block}.feed_forward"
     units = feed_forward.d_ff
     yield from _norm(spec, layer, "feed_forward_norm", f"{block}.feed_forward_norm")

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sparsecli.model.layers.balancing import load_balancing_loss, with_loss
 from sparsecli.model.layers.decisions import decided
 from sparsecli.model.layers.dropout import shared_dropout
-from sparsecli.model.layers.recording import recording
+from sparsecli.model.layers.tracing import tracing
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -173,9 +173,7 @@ class ChosenUnits(nn.Module, ABC):
     def evaluate(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
         """x (tokens, d), chosen (tokens, blocks, k), scale like chosen -> (tokens, d)."""
         # Gathering copies k / N of the rows for every token; past a few tokens one dense product is cheaper.
-        few = not recording() and (
-            x.shape[0] == 1 or 4 * x.shape[0] * self.units_per_block <= self.block_size
-        )
+        few = not tracing() and (x.shape[0] == 1 or 4 * x.shape[0] * self.units_per_block <= self.block_size)
         return (self.evaluate_gathered if few else self.evaluate_masked)(x, chosen, scale)
 
     def evaluate_gathered(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -356,7 +354,7 @@ class MixtureFeedForward(nn.Module):
             chosen = choose(logits, self.experts_per_token)
             scale = logits.softmax(dim=-1).gather(-1, chosen) if self.probability_gate else None
             evaluate = (
-                self.evaluate_sliced if tokens.shape[0] == 1 and not recording() else self.evaluate_masked
+                self.evaluate_sliced if tokens.shape[0] == 1 and not tracing() else self.evaluate_masked
             )
             y = evaluate(tokens, chosen, scale)
         return y.view_as(x)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from sparsecli.model.layers.decisions import Decisions
-from sparsecli.model.layers.recording import recording
+from sparsecli.model.layers.tracing import tracing
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def reversible_stack(halves: Sequence[Half], a: Tensor, b: Tensor) -> tuple[Tens
     Streams are summed in float32 at least, since narrower ones could not be taken apart again; the pair that is
     returned is as wide as that. Gradients can be taken once (there is no second derivative).
     """
-    if not torch.is_grad_enabled() or not halves or recording():
+    if not torch.is_grad_enabled() or not halves or tracing():
         return plain_stack(halves, a, b)
     dtype, a, b = _widened(a, b)
     weights = {id(weight): weight for half in halves for weight in half.weights}
