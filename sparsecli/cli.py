@@ -154,9 +154,9 @@ def train(
     The recipe needs model, data and train blocks. Runs unchanged under torchrun and accelerate launch.
     """
     loaded = _load(recipe, overrides, seed)
-    from sparsecli.train import trainer
+    from sparsecli.train import command
 
-    trainer.run(loaded, output=output or loaded.output, resume=resume, dry_run=dry_run)
+    command.run(loaded, output=output or loaded.output, resume=resume, dry_run=dry_run)
 
 
 @app.command("sparsify-convert", epilog="Example: sparsecli sparsify-convert quickstart-convert --dry-run")

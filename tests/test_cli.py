@@ -21,7 +21,7 @@ from sparsecli.recipe.loader import shipped
 
 PROGRAM = [sys.executable, "-c", "from sparsecli.cli import main; main()"]
 IMPLEMENTATIONS = {
-    "train": "sparsecli.train.trainer",
+    "train": "sparsecli.train.command",
     "sparsify-convert": "sparsecli.convert.command",
     "generate": "sparsecli.generate",
     "import": "sparsecli.interchange.importing",

@@ -27,12 +27,12 @@ from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.loader import load, parse
 from sparsecli.recipe.training import Objective, RecoverySpec
 from sparsecli.spec.model import ModelSpec
-from sparsecli.train import loop, run_directory, trainer
+from sparsecli.train import command, run_directory, trainer
+from sparsecli.train.command import Result, run
 from sparsecli.train.controllers import controller_loss, unit_scores
 from sparsecli.train.distillation import Teacher, choosing_as_decoding, distil
 from sparsecli.train.divergence import divergence
 from sparsecli.train.evaluation import evaluate
-from sparsecli.train.trainer import Result, run
 
 RECIPE = """
 seed: 3
@@ -333,7 +333,7 @@ def test_interrupted_recovery_goes_on_where_it_stopped(
 def test_finished_recovery_is_not_done_again(
     place: Place, recovered: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(trainer.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
     student = place.student()
     place.recover(student, place.folder / "recovered")
     assert_recovered(student, recovered)
@@ -342,7 +342,7 @@ def test_finished_recovery_is_not_done_again(
 def test_full_disk_is_one_line_and_the_recovery_goes_on(
     place: Place, recovered: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    before = loop.LanguageModelTrainer._save_checkpoint
+    before = trainer.LanguageModelTrainer._save_checkpoint
 
     def save_checkpoint(self: Any, *args: Any) -> None:
         if self.state.global_step < 8:
@@ -352,7 +352,7 @@ def test_full_disk_is_one_line_and_the_recovery_goes_on(
                 before(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.LanguageModelTrainer, "_save_checkpoint", save_checkpoint)
+        patch.setattr(trainer.LanguageModelTrainer, "_save_checkpoint", save_checkpoint)
         with pytest.raises(Failure, match="File too large; once that is mended, do it again") as caught:
             place.recover(place.student(), tmp_path)
     assert "\n" not in caught.value.message
@@ -418,7 +418,7 @@ def test_a_teacher_of_another_vocabulary(place: Place, tmp_path: Path) -> None:
 def test_models_that_do_not_fit(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
 ) -> None:
-    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
+    monkeypatch.setattr(command, "prepare", lambda data: pytest.fail("read the text"))
     if "WIDE" in override:
         override = override.replace("WIDE", str(place.save(network(DENSE, d_model=32), "wide")))
     with pytest.raises(Failure, match=message):

@@ -133,9 +133,9 @@ def test_imports_run_one_way(name):
 
 def test_a_wrong_import_is_noticed(tmp_path, monkeypatch):
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("def f():\n    from sparsecli.train import trainer\n    from sparsecli import cli\n")
+    wrong.write_text("def f():\n    from sparsecli.train import command\n    from sparsecli import cli\n")
     monkeypatch.setitem(MODULES, "sparsecli.model.layers.wrong", wrong)
-    assert strays("sparsecli.model.layers.wrong") == ["sparsecli.train.trainer", "sparsecli.cli"]
+    assert strays("sparsecli.model.layers.wrong") == ["sparsecli.train.command", "sparsecli.cli"]
 
 
 @pytest.mark.parametrize("name", LIGHT)

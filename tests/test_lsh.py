@@ -24,7 +24,7 @@ from sparsecli.model.loading import load_network
 from sparsecli.model.terraformer import TerraformerForConditionalGeneration
 from sparsecli.recipe.loader import load
 from sparsecli.spec.attention import LshSpec
-from sparsecli.train.trainer import run
+from sparsecli.train.command import run
 
 HEADS, WIDTH = 2, 8
 

@@ -13,7 +13,7 @@ import pytest
 from sparsecli import console
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import load
-from sparsecli.train import trainer
+from sparsecli.train import command
 
 ARMS = ("quickstart-dense", "quickstart", "quickstart-dense-conv")
 SEEDS = (0, 1, 2)
@@ -25,7 +25,7 @@ def test_sparse_is_below_its_dense_twin(tmp_path: Path, capsys: pytest.CaptureFi
     nats: dict[str, list[float]] = {}
     for arm in ARMS:
         for seed in SEEDS:
-            result = trainer.run(load(arm, [f"seed={seed}"]), output=tmp_path / f"{arm}-{seed}")
+            result = command.run(load(arm, [f"seed={seed}"]), output=tmp_path / f"{arm}-{seed}")
             assert result
             nats.setdefault(arm, []).append(result.held_out_nats)
     dense = mean(nats["quickstart-dense"])

@@ -19,9 +19,9 @@ from sparsecli.console import Failure, RecipeError
 from sparsecli.data.packing import pack
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.recipe.loader import LoadedRecipe, load
-from sparsecli.train import checkpoint, journal, loop, run_directory, trainer
+from sparsecli.train import checkpoint, command, journal, run_directory, trainer
+from sparsecli.train.command import Result, run
 from sparsecli.train.evaluation import evaluate
-from sparsecli.train.trainer import Result, run
 
 # -- what a run leaves behind --------------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ def test_same_seed_same_weights_other_seed_others(
 def test_dry_run_computes_and_writes_nothing(
     tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
+    monkeypatch.setattr(command, "prepare", lambda data: pytest.fail("read the text"))
     assert run(tiny, output=tmp_path / "run", dry_run=True) is None
     assert not list(tmp_path.iterdir())
     printed = capsys.readouterr().out
@@ -169,7 +169,7 @@ def test_bfloat16_is_left_out_where_it_would_be_imitated(
     capsys: pytest.CaptureFixture[str],
     there: bool,
 ) -> None:
-    monkeypatch.setattr(trainer, "has_bfloat16", lambda device: there)
+    monkeypatch.setattr(command, "has_bfloat16", lambda device: there)
     losses = []
     for name, bf16 in (("wide", "false"), ("narrow", "true")):
         changes = [f"train.bf16={bf16}", "train.max_steps=2"]
@@ -187,7 +187,7 @@ def test_bfloat16_is_left_out_where_it_would_be_imitated(
 def test_taken_output_is_left_alone(
     finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
+    monkeypatch.setattr(command, "prepare", lambda data: pytest.fail("read the text"))
     with pytest.raises(Failure, match=r"already holds a run; go on with --resume auto"):
         run(tiny, output=finished[0])
     (tmp_path / "thesis.tex").write_text("mine")
@@ -199,7 +199,7 @@ def test_taken_output_is_left_alone(
 def test_unwritable_output_is_found_before_anything_is_read(
     tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
+    monkeypatch.setattr(command, "prepare", lambda data: pytest.fail("read the text"))
     (tmp_path / "file").write_text("")
     with pytest.raises(Failure, match=r"file/run: cannot be written: .*file: Not a directory") as caught:
         run(tiny, output=tmp_path / "file" / "run")
@@ -218,7 +218,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on(
 ) -> None:
     output = tmp_path / "run"
     size = (finished[0] / "checkpoints" / "checkpoint-12" / file).stat().st_size
-    before = loop.LanguageModelTrainer._save_checkpoint
+    before = trainer.LanguageModelTrainer._save_checkpoint
 
     def save_checkpoint(self: Any, *args: Any) -> None:
         if self.state.global_step < 8:
@@ -228,7 +228,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on(
                 before(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.LanguageModelTrainer, "_save_checkpoint", save_checkpoint)
+        patch.setattr(trainer.LanguageModelTrainer, "_save_checkpoint", save_checkpoint)
         with pytest.raises(Failure, match=f"{reason}; once that is mended, go on with: spa") as caught:
             run(tiny, output=output)
     assert "\n" not in caught.value.message

@@ -21,9 +21,9 @@ import sparsecli
 from sparsecli import cli
 from sparsecli.console import Failure, RecipeError, Stopped
 from sparsecli.recipe.loader import LoadedRecipe, load, parse
-from sparsecli.train import trainer
-from sparsecli.train.loop import LanguageModelTrainer
-from sparsecli.train.trainer import run
+from sparsecli.train import command
+from sparsecli.train.command import run
+from sparsecli.train.trainer import LanguageModelTrainer
 
 MODEL = {
     "d_model": 16,
@@ -130,7 +130,7 @@ def test_docstrings_end_with_rouge_and_samples(
     assert "the same of the lead" in printed
     assert samples[0]["target"] in printed
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert trainer.Result(**facts["result"]) == result
+    assert command.Result(**facts["result"]) == result
 
 
 @pytest.mark.parametrize(
@@ -281,10 +281,10 @@ def test_a_start_that_is_not_there_may_be_left_out(tmp_path: Path, monkeypatch: 
 
 
 def test_figures_that_say_nothing_of_symbols_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    result = trainer.Result(
+    result = command.Result(
         steps=1, held_out_nats=4.5, bits_per_byte=1.25, tokens_per_second=0.0, exact_match=0.5
     )
-    trainer._print_result(result, load("terraformer-copy").recipe, Path("runs/copy"))
+    command.print_result(result, load("terraformer-copy").recipe, Path("runs/copy"))
     shown = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()[3:] if line.strip()]
     assert shown == ["held-out nats per token", "copied exactly", "model"]
 

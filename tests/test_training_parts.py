@@ -14,7 +14,7 @@ from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.spec.model import ModelSpec
-from sparsecli.train import checkpoint, loop
+from sparsecli.train import checkpoint, trainer
 from sparsecli.train.evaluation import evaluate
 
 
@@ -93,14 +93,14 @@ def test_evaluation_draws_no_random_number() -> None:
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_weight_decay_spares_what_is_no_matrix_of_the_network(positions: str) -> None:
     model = tiny_model(positions=positions)
-    names = loop.LanguageModelTrainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    names = trainer.LanguageModelTrainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
     assert names
     assert all(name.endswith((".weight", "feed_forward.up", "feed_forward.down")) for name in names)
     assert not [name for name in names if "controller" in name or "embedding" in name or "norm" in name]
     assert any("attention" in name for name in names)
     assert "model.layers.0.feed_forward.up" in names
     mixture = tiny_model(feed_forward={"kind": "mixture", "d_ff": 16, "experts": 4})
-    names = loop.LanguageModelTrainer.get_decay_parameter_names(None, mixture)  # type: ignore[arg-type]
+    names = trainer.LanguageModelTrainer.get_decay_parameter_names(None, mixture)  # type: ignore[arg-type]
     assert not [name for name in names if "router" in name]
 
 
@@ -113,7 +113,7 @@ def test_schedules_by_their_recipe_names(
 ) -> None:
     assert tiny.recipe.train
     train = tiny.recipe.train.model_copy(update={"lr_scheduler_type": schedule, "min_lr_rate": 0.25})
-    arguments = loop.training_arguments(train, 5, tmp_path)
+    arguments = trainer.training_arguments(train, 5, tmp_path)
     assert arguments.lr_scheduler_type == name
     assert (arguments.lr_scheduler_kwargs or {}).get("min_lr_rate") == (
         0.25 if schedule == "cosine" else None

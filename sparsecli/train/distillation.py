@@ -25,8 +25,8 @@ from sparsecli.spec.model import ModelSpec
 from sparsecli.train.checkpoint import newest_sound, step_of
 from sparsecli.train.controllers import controller_loss, unit_scores
 from sparsecli.train.divergence import divergence
-from sparsecli.train.loop import LanguageModelTrainer, Signals, run_steps, training_arguments
 from sparsecli.train.run_directory import CHECKPOINTS, writing
+from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
 
 SCORED = 4
 """Of this many tokens one teaches the controllers: scoring every unit for all tokens took a fifth of a step."""
