@@ -92,7 +92,7 @@ def made_up(milliseconds: dict[str, np.ndarray], bandwidth: float = 40.0, **mach
                 tokens_per_second=10.0,
                 speedup=1.0,
                 bandwidth_fraction=0.5,
-                held_out_nats=None,
+                held_out_loss=None,
                 paper=PaperFigures(ms_per_token=160, ms_per_block=5.9),
                 paper_speedup=1.0,
             )

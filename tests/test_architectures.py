@@ -78,11 +78,11 @@ def encoder(**fields: Any) -> dict[str, Any]:
         ),
         (
             encoder(feed_forward={**CHOOSING, "units_per_block": [1, 2]}),
-            "model.encoder.feed_forward.units_per_block: 2 numbers for 3 blocks",
+            "model.encoder.feed_forward.units_per_block: 2 numbers for 3 layers",
         ),
         (
             {"feed_forward": {**CHOOSING, "units_per_block": [1, 2]}, **encoder()},
-            "model.encoder.feed_forward: missing; the decoder's has numbers for 2 blocks, the encoder has 3",
+            "model.encoder.feed_forward: missing; the decoder's has numbers for 2 layers, the encoder has 3",
         ),
     ],
 )

@@ -143,7 +143,7 @@ def trained(run: Path, **blocks: object) -> Path:
     ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec)).save_pretrained(run / "model")
     tokenizer = Tokenizer(WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(run / "model")
-    facts = {"seed": 0, "result": {"held_out_nats": 3.25, "bits_per_byte": 1.5}}
+    facts = {"seed": 0, "result": {"held_out_loss": 3.25, "bits_per_byte": 1.5}}
     run_directory.write_facts(run, run_directory.environment() | facts)
     return run
 
@@ -151,12 +151,12 @@ def trained(run: Path, **blocks: object) -> Path:
 def test_a_trained_run_brings_its_held_out_loss(tmp_path: Path) -> None:
     run = trained(tmp_path / "my-run", feed_forward=SPARSE)
     [candidate] = variants.from_runs([str(run)])
-    assert (candidate.name, candidate.group, candidate.held_out_nats) == ("my-run", "sparse", 3.25)
+    assert (candidate.name, candidate.group, candidate.held_out_loss) == ("my-run", "sparse", 3.25)
     weights = variants.trained_weights(candidate.run, torch.bfloat16)
     assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
     measured = command.run(loaded(), models=[str(run)], dtypes=["float32"], format="json", threads=[1])
     [row] = measured.rows
-    assert (row.variant, row.held_out_nats, row.speedup) == ("my-run", 3.25, None)
+    assert (row.variant, row.held_out_loss, row.speedup) == ("my-run", 3.25, None)
     assert measured.recipe is None
     assert Result.model_validate_json(table.as_json(measured)) == measured
 

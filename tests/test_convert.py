@@ -45,7 +45,7 @@ def test_given_layers_recover_most_of_the_loss(
     report = command.run(loaded, model=str(dense), output=tmp_path / "sparse")
     assert report
     stages = losses(report)
-    told = json.loads((dense / "run.json").read_text())["result"]["held_out_nats"]
+    told = json.loads((dense / "run.json").read_text())["result"]["held_out_loss"]
     assert stages["dense"] == pytest.approx(told, abs=1e-5)  # float32 here and there
     assert stages["distilled"] < stages["fitted"]
     assert stages["distilled"] < stages["dense"] * 1.1
@@ -242,7 +242,7 @@ def test_an_output_without_a_name(dense_run: tuple[LoadedRecipe, Path]) -> None:
         ("convert.feed_forward.activation=silu", "activation: silu, but the dense model has relu"),
         ("convert.feed_forward.gated=true", "gated: True, but the dense model has False"),
         ("convert.feed_forward.rank=33", "rank: 33 is more than the model's width 32"),
-        ("convert.feed_forward.units_per_block=[1,2,3]", "3 numbers for 2 blocks"),
+        ("convert.feed_forward.units_per_block=[1,2,3]", "3 numbers for 2 layers"),
         (
             "convert.quantization.projection=4 model=null convert.feed_forward.units_per_block=[1]",
             "1 numbers for 2",
@@ -309,7 +309,7 @@ def test_two_streams_are_not_converted(dense_run: tuple[LoadedRecipe, Path], tmp
         (["convert.budget=loss +1 %"], r"one of them; convert\.feed_forward=null .* takes the other away"),
         (
             ["convert.attention={kind: low_rank, rank: 33}"],
-            "convert.attention: a rank of 33 is more than the 32 of a whole map",
+            "convert.attention: a rank of 33 is more than the full rank 32",
         ),
         (
             ["convert.attention.kind=multiplicative", "convert.quantization.projection=4"],

@@ -233,7 +233,7 @@ def test_a_run_starts_from_a_model_and_comes_nearer_to_its_teacher(
     assert after is not None
     assert after.kl_to_teacher == pytest.approx(result.kl_to_teacher, abs=1e-5)
     assert after.kl_to_teacher < 0.8 * before.kl_to_teacher  # type: ignore[operator]
-    assert [row["kl_to_teacher"] for row in rows if "held_out_nats" in row][-1] == result.kl_to_teacher
+    assert [row["kl_to_teacher"] for row in rows if "held_out_loss" in row][-1] == result.kl_to_teacher
 
     stored = load(str(output / "recipe.yaml")).recipe
     assert stored.model == student.config.spec  # what the recipe left out

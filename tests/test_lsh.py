@@ -350,7 +350,7 @@ def test_a_model_with_full_attention_goes_on_with_hashing(
     hashing = "model.attention={kind: lsh, lsh: {chunk_length: 8, rounds: 4}}"
     result = run(load(str(recipe), [start, hashing]), output=tmp_path / "hashed")
     assert result is not None
-    assert math.isfinite(result.held_out_nats)
+    assert math.isfinite(result.held_out_loss)
     spec = read_description(tmp_path / "hashed" / "model").spec
     assert spec.attention.hashing == LshSpec(chunk_length=8, rounds=4)
     network = load_network(tmp_path / "full" / "model", spec=spec)

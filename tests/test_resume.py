@@ -187,7 +187,7 @@ def test_signal_in_the_last_step_changes_nothing(
         at_step(patch, 12, send(signal.SIGTERM))
         result = run(tiny, output=tmp_path / "run")
     assert result is not None
-    assert result.held_out_nats == finished[1].held_out_nats
+    assert result.held_out_loss == finished[1].held_out_loss
     assert_same_run(tmp_path / "run", finished[0])
 
     short = load(str(recipe_file), ["train.max_steps=2"])  # not a multiple of eval_steps
@@ -195,7 +195,7 @@ def test_signal_in_the_last_step_changes_nothing(
         at_step(patch, 2, send(signal.SIGTERM))
         result = run(short, output=tmp_path / "short")
     assert result is not None
-    assert run_directory.read_metrics(tmp_path / "short")[-1]["held_out_nats"] == result.held_out_nats
+    assert run_directory.read_metrics(tmp_path / "short")[-1]["held_out_loss"] == result.held_out_loss
 
 
 def test_signal_in_the_last_evaluation_only_puts_it_off(
@@ -213,7 +213,7 @@ def test_signal_in_the_last_evaluation_only_puts_it_off(
         result = run(tiny, output=output)
     assert sent
     assert result is not None
-    assert result.held_out_nats == finished[1].held_out_nats
+    assert result.held_out_loss == finished[1].held_out_loss
     assert_same_run(output, finished[0])
 
 
@@ -236,7 +236,7 @@ def test_run_killed_in_its_last_evaluation_does_that_again(
     result = run(short, output=tmp_path / "run", resume="auto")
     assert result is not None
     *_, logged, evaluated = run_directory.read_metrics(tmp_path / "run")
-    assert evaluated["held_out_nats"] == result.held_out_nats
+    assert evaluated["held_out_loss"] == result.held_out_loss
     assert (evaluated["step"], evaluated["tokens"]) == (2, logged["tokens"])
 
 
@@ -252,7 +252,7 @@ def test_run_killed_before_its_model_was_written_only_writes_it(
     monkeypatch.setattr(command.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
     result = run(tiny, output=output, resume="auto")
     assert result is not None
-    assert result.held_out_nats == finished[1].held_out_nats
+    assert result.held_out_loss == finished[1].held_out_loss
     assert_same_run(output, finished[0])
 
 
@@ -364,9 +364,9 @@ def test_two_processes_train_one_model(recipe_file: Path, tmp_path: Path) -> Non
     held_out = pack(data).held_out.windows(16, 256)
     figures = evaluate(model, held_out, held_out.bytes_per_token(tokenizer))
     assert figures is not None
-    assert figures.nats_per_token == pytest.approx(facts["result"]["held_out_nats"], abs=1e-5)
+    assert figures.nats_per_token == pytest.approx(facts["result"]["held_out_loss"], abs=1e-5)
     assert figures.bits_per_byte == pytest.approx(facts["result"]["bits_per_byte"], abs=1e-5)
-    assert rows[-1]["held_out_nats"] == facts["result"]["held_out_nats"]
+    assert rows[-1]["held_out_loss"] == facts["result"]["held_out_loss"]
 
 
 # -- damaged checkpoints -------------------------------------------------------------------------------------
@@ -493,7 +493,7 @@ def test_what_changes_no_step_may_change(
         assert torch.equal(tensor, weights(finished[0])[name]), name
     rows = run_directory.read_metrics(stopped_run)
     assert [row["step"] for row in rows if "loss" in row] == [*range(1, 10), 10, 12]
-    assert [row["step"] for row in rows if "held_out_nats" in row] == [6, 11, 12]
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [6, 11, 12]
     assert {path.name for path in (stopped_run / "checkpoints").iterdir()} == {
         f"checkpoint-{step}" for step in (9, 10, 12)
     }

@@ -188,7 +188,7 @@ def _row(entry: Entry, baseline: Entry | None, rival: Entry | None, gb_per_secon
         speedup=_speedup(baseline, token.p50),
         speedup_over=_speedup(rival, token.p50),
         bandwidth_fraction=round(share, 4) if limited else None,
-        held_out_nats=candidate.held_out_nats,
+        held_out_loss=candidate.held_out_loss,
         paper=paper,
         paper_speedup=round(paper_baseline.ms_per_token / paper.ms_per_token, 4)
         if paper_baseline and paper

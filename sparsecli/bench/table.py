@@ -91,7 +91,7 @@ COLUMNS = (
         lambda row: f"{row.bandwidth_fraction:.0%}" if row.bandwidth_fraction is not None else None,
     ),
     Column(
-        "held-out\nnats", lambda row: f"{row.held_out_nats:.3f}" if row.held_out_nats is not None else None
+        "held-out\nnats", lambda row: f"{row.held_out_loss:.3f}" if row.held_out_loss is not None else None
     ),
     Column("paper\nms", lambda row: milliseconds(row.paper.ms_per_token) if row.paper else None, sacrifice=6),
     Column(

@@ -34,7 +34,7 @@ class Candidate:
     spec: ModelSpec
     sizes: Sizes
     run: Path | None = None  # a trained model's folder; without it the weights are random
-    held_out_nats: float | None = None
+    held_out_loss: float | None = None
     paper: PaperFigures | None = None
     precision: PrecisionChanges = UNCHANGED
     dtypes: Sequence[str] | None = None  # None: those of the bench
@@ -81,9 +81,9 @@ def _from_run(name: str, run: Path, folder: Path) -> Candidate:
     weight_files(folder)  # a packed model has none: better told before anything is built
     spec = read_config(folder).spec
     result = read_facts(run).get("result")
-    nats = result.get("held_out_nats") if isinstance(result, dict) else None
+    nats = result.get("held_out_loss") if isinstance(result, dict) else None
     nats = float(nats) if isinstance(nats, int | float) and math.isfinite(nats) else None
-    return Candidate(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_nats=nats)
+    return Candidate(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_loss=nats)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -367,7 +367,7 @@ class Conversion:
         report.draw(result / "frontier.png")
         bytes_per_token = self.text.held_out.bytes_per_token(self.text.corpus.tokenizer)
         figures = {
-            "held_out_nats": loss.nats_per_token,
+            "held_out_loss": loss.nats_per_token,
             "bits_per_byte": loss.nats_per_token / float(np.log(2)) / bytes_per_token,
         }
         facts = run_directory.environment() | {

@@ -138,7 +138,7 @@ class ScalingTransformerEncoderDecoderConfig(ScalingTransformerConfig):
 
 @strict
 class TerraformerConfig(ScalingTransformerEncoderDecoderConfig):
-    """Reversible blocks, and an encoder whose output the target follows in one sequence (Terraformer)."""
+    """Reversible layers, and an encoder's output as a prefix of the target (Terraformer)."""
 
     model_type = TERRAFORMER_TYPE
 

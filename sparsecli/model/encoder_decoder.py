@@ -139,7 +139,7 @@ def _valid_encoder_positions(attention_mask: Tensor | None, x: Tensor) -> Tensor
     """See `valid_positions`; `x` is (B, S, ...), of the encoder."""
     if attention_mask is not None and attention_mask.shape != x.shape[:2]:
         masked, given = (" x ".join(map(str, shape)) for shape in (attention_mask.shape, x.shape[:2]))
-        raise ValueError(f"attention_mask is {masked}, the encoder's input {given}")
+        raise ValueError(f"attention_mask is {masked}, the source {given}")
     return valid_positions(attention_mask)
 
 

@@ -127,8 +127,8 @@ def _attention(spec: ModelSpec, attention: AttentionSpec) -> Iterator[tuple[str,
         bias, bits = attention.bias, spec.quantization.projection
         held = spec.width_of_head * (attention.key_value_heads or spec.heads)
         ranks = (spec.query_rank, spec.key_rank) if attention.query_key_rank else (None, None)
-        made = _maps("query", d_model, spec.attention_width, bias, bits, ranks[0])
-        made |= _maps("key", d_model, held, bias, bits, ranks[1])
+        made = _low_rank("query", d_model, spec.attention_width, bias, bits, ranks[0])
+        made |= _low_rank("key", d_model, held, bias, bits, ranks[1])
         made |= _linear("value", d_model, held, bias)
         if attention.query_key_norm:
             made |= dict.fromkeys(("query_norm.weight", "key_norm.weight"), (spec.width_of_head,))
@@ -223,10 +223,10 @@ def _linear(
     return weight | ({f"{name}.bias": (width_out,)} if bias else {})
 
 
-def _maps(
+def _low_rank(
     name: str, width_in: int, width_out: int, bias: bool, bits: int | None, rank: int | None
 ) -> dict[str, Shape]:
-    """One linear map, or two with `rank` numbers between them."""
+    """A linear layer, or two of rank `rank`."""
     if rank is None:
         return _linear(name, width_in, width_out, bias, bits)
     first = _linear(f"{name}.first", width_in, rank, bias=False, bits=bits)

@@ -74,8 +74,8 @@ class AttentionSpec(Spec):
     query_key_norm: bool = False
     """RMS norms over every head of queries and keys, before rotary positions (as in Qwen 3)."""
     query_key_rank: Width | None = None
-    """Make queries by two maps with so many numbers between them, and keys by two with as large a share of their
-    weights; by default one map each. `dense` projection only."""
+    """Rank of queries, which two dense layers then make; keys keep as large a share of their weights. By default of
+    full rank. `dense` projection only."""
 
     @property
     def hashing(self) -> LshSpec | None:
@@ -127,7 +127,7 @@ class AttentionSpec(Spec):
 
 
 class CrossAttentionSpec(Spec):
-    """Dense attention of every decoder block to the encoder's output."""
+    """Dense attention of every decoder layer to the encoder's output."""
 
     kind: Literal["cross_attention"] = "cross_attention"
     query_modules: Width | None = None

@@ -99,7 +99,7 @@ class SelectorFeedForwardSpec(Spec):
     unit_bias: bool = False
     """A bias on every unit before its activation."""
     bypass: Annotated[int, Field(ge=0), WIDE] = 0
-    """Rank of a linear map beside the units that stands in for those left out; 0 is none."""
+    """Rank of a low-rank linear layer beside the units that stands in for those left out; 0 is none."""
 
     @model_validator(mode="after")
     def _check(self) -> SelectorFeedForwardSpec:

@@ -37,20 +37,20 @@ class SruSpec(Spec):
 
 
 class EncoderSpec(Spec):
-    """What reads the source, in both directions, before the decoder writes; of the decoder's width and heads."""
+    """The encoder, which attends in both directions; of the decoder's width and heads."""
 
     layers: Depth
-    """Number of blocks."""
+    """Number of layers."""
     max_positions: Size
     """Longest source, in tokens."""
     feed_forward: FeedForwardSpec | None = None
-    """The feed-forward layer of every block; by default the decoder's."""
+    """The feed-forward part of every layer; by default the decoder's."""
     attention: AttentionSpec = AttentionSpec()
-    """The attention layer of every block; the paper's are dense."""
+    """The attention part of every layer; the paper's are dense."""
     read_by: Annotated[CrossAttentionSpec | PrefixSpec, Field(discriminator="kind")] = CrossAttentionSpec()
     """How the decoder reads it."""
     two_swaps: bool = True
-    """Of reversible blocks: swap the streams after the feed-forward layer too."""
+    """Of reversible layers: swap the streams after the feed-forward part too."""
 
     @model_validator(mode="after")
     def _check(self) -> EncoderSpec:
@@ -64,12 +64,12 @@ class EncoderSpec(Spec):
 
 
 class ModelSpec(Spec):
-    """A Scaling Transformer: pre-norm residual blocks of attention and feed-forward, with or without an encoder."""
+    """A Scaling Transformer: pre-norm residual layers of attention and feed-forward, with or without an encoder."""
 
     d_model: Width
     """Width of the residual stream."""
     layers: Depth
-    """Number of blocks."""
+    """Number of layers."""
     heads: Width
     """Attention heads."""
     head_width: Width | None = None
@@ -77,9 +77,9 @@ class ModelSpec(Spec):
     max_positions: Size
     """Longest sequence, in tokens."""
     feed_forward: FeedForwardSpec
-    """The feed-forward layer of every block."""
+    """The feed-forward part of every layer."""
     attention: AttentionSpec = AttentionSpec()
-    """The attention layer of every block."""
+    """The attention part of every layer."""
     vocabulary: VocabularySpec
     """Embedding and logits."""
     normalization: Literal["layer", "rms"] = "layer"
@@ -98,21 +98,21 @@ class ModelSpec(Spec):
     rotary_scaling: RotaryScaling | None = None
     """How rotary frequencies were changed for a longer context."""
     parallel: bool = False
-    """Attention and feed-forward of a block read the same stream (as in GPT-NeoX), not one after the other."""
+    """Attention and feed-forward of a layer read the same stream (as in GPT-NeoX), not one after the other."""
     embedding_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the embedding of tokens (as in Gemma)."""
     residual: Literal["single", "reversible"] = "single"
-    """`reversible` carries two streams, so that training stores no activations of blocks (Reformer, Terraformer)."""
+    """`reversible` carries two streams, so that training stores no activations between layers (Reformer, Terraformer)."""
     merge: Literal["mean", "concatenate"] = "mean"
     """How two streams become one before the last norm; Reformer's language model has them side by side."""
     attention_layers: Literal[1, 2] = 1
-    """Attention layers of a reversible decoder block (Terraformer: 2)."""
+    """Attention sublayers of a reversible decoder layer (Terraformer: 2)."""
     sru: SruSpec | None = None
     """A recurrent branch beside every feed-forward layer."""
     feed_forward_chunk: Size | None = None
     """Tokens that a feed-forward layer computes at once, to save memory; by default all."""
     encoder: EncoderSpec | None = None
-    """Reads a source first; by default there is none."""
+    """The encoder; by default there is none."""
     quantization: QuantizationSpec = QuantizationSpec()
     """Quantized layers other than the feed-forward ones."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -158,15 +158,15 @@ class ModelSpec(Spec):
         if attention.key_value_heads:
             check_multiple("heads", self.heads, f"{place}.key_value_heads", attention.key_value_heads)
         if (attention.query_key_rank or 0) > (full := min(self.d_model, self.attention_width)):
-            message = f"a rank of {attention.query_key_rank} is more than the {full} of a whole map"
+            message = f"a rank of {attention.query_key_rank} is more than the full rank {full}"
             raise fault(f"{place}.query_key_rank", message)
 
     @staticmethod
     def _check_units(place: str, feed_forward: FeedForwardSpec, layers: int) -> None:
-        """Raise a fault where a list of k, at `place` in the recipe, is not as long as there are blocks."""
+        """Raise a fault where a list of k, at `place` in the recipe, does not have one number a layer."""
         chosen = getattr(feed_forward, "units_per_block", None)
         if isinstance(chosen, list) and len(chosen) != layers:
-            raise fault(f"{place}.units_per_block", f"{len(chosen)} numbers for {layers} blocks")
+            raise fault(f"{place}.units_per_block", f"{len(chosen)} numbers for {layers} layers")
 
     def _check_encoder(self, encoder: EncoderSpec) -> None:
         self._check_attention("encoder.attention", encoder.attention)
@@ -175,7 +175,7 @@ class ModelSpec(Spec):
         elif isinstance(getattr(self.feed_forward, "units_per_block", None), list) and (
             encoder.layers != self.layers
         ):
-            message = f"missing; the decoder's has numbers for {self.layers} blocks, the encoder has {encoder.layers}"
+            message = f"missing; the decoder's has numbers for {self.layers} layers, the encoder has {encoder.layers}"
             raise fault("encoder.feed_forward", message)
         read_by = encoder.read_by
         if read_by.kind == "cross_attention" and read_by.query_modules:
@@ -246,12 +246,12 @@ class ModelSpec(Spec):
 
     @property
     def query_rank(self) -> int | None:
-        """Numbers between the two maps that make queries; None where it is one map."""
+        """Rank of the two layers that make queries; None where it is one layer."""
         return self.attention.query_key_rank
 
     @property
     def key_rank(self) -> int | None:
-        """The same of keys: the two maps have as large a share of the weights of one as those of queries."""
+        """Rank of keys: it keeps as large a share of the weights as that of queries."""
         if self.query_rank is None:
             return None
         d_model, queries, keys = self.d_model, self.attention_width, self.key_width
@@ -264,18 +264,18 @@ class ModelSpec(Spec):
         return int(self.width_of_head * self.rotary_fraction)
 
     def units_per_block(self, layer: int) -> int:
-        """k of the block `layer`; only for feed-forward layers that choose units in blocks."""
+        """k of layer `layer`; only for feed-forward kinds that choose units in blocks."""
         assert self.feed_forward.kind in ("sparse", "selector", "precision")
         k = self.feed_forward.units_per_block
         return k if isinstance(k, int) else k[layer]
 
     @property
     def kept_fraction(self) -> float:
-        """Share of the feed-forward units that a token computes in full, mean of all blocks."""
+        """Share of the feed-forward units that a token computes in full, mean of all layers."""
         return sum(self.chosen_share(layer) for layer in range(self.layers)) / self.layers
 
     def chosen_share(self, layer: int) -> float:
-        """Share of the units of block `layer` that a token computes in full.
+        """Share of the units of layer `layer` that a token computes in full.
 
         What the choice `positive` takes is only known when it is counted; here it is every unit.
         """

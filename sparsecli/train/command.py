@@ -54,7 +54,7 @@ def run(
         )
     first = first_process()
     if first:
-        hint = "go on with --resume auto, or choose another --output"
+        hint = "resume with --resume auto, or choose another --output"
         checkpoint = run_directory.claim(output, recipe, resume=resume == "auto", hint=hint)
     else:
         checkpoint = newest_sound(output / run_directory.CHECKPOINTS)[0] if resume else None
@@ -72,7 +72,7 @@ def run(
         return known
     if resume:
         say(
-            f"going on from {checkpoint}"
+            f"resuming from {checkpoint}"
             if checkpoint
             else f"{output}: no checkpoint yet, starting at step 0"
         )
@@ -86,7 +86,7 @@ def run(
         prepared = prepare(recipe.data)
     _check_vocabularies(recipe.train, prepared.tokenizer)
     _check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
-    with run_directory.writing(output, run_directory.go_on(output)):
+    with run_directory.writing(output, run_directory.resume_hint(output)):
         result = _train(recipe, prepared, arguments, output, checkpoint, first)
     if result:
         print_result(result, recipe, output)
@@ -158,7 +158,7 @@ def _train(
         run_directory.write_facts(output, facts)
     samples = _samples(recipe, prepared, output) if first else None
     trainer = _trainer(recipe, prepared, arguments, output, model, samples)
-    hint = run_directory.go_on(output)
+    hint = run_directory.resume_hint(output)
     journal = run_steps(trainer, output, checkpoint, description="training", hint=hint)
     _save_model(trainer, output, first)
     row = journal.held_out_at(recipe.train.max_steps) if journal else None

@@ -23,7 +23,7 @@ class Result:
     """The final figures of a run."""
 
     steps: int
-    held_out_nats: float
+    held_out_loss: float
     bits_per_byte: float
     tokens_per_second: float | None
     """Training speed of the process that finished the run."""
@@ -49,7 +49,7 @@ class Result:
         optional = ("never_chosen", "balance", "kl_to_teacher", "exact_match")
         return cls(
             steps=steps,
-            held_out_nats=row["held_out_nats"],
+            held_out_loss=row["held_out_loss"],
             bits_per_byte=row["bits_per_byte"],
             tokens_per_second=tokens_per_second,
             **{name: row.get(name) for name in optional},
@@ -74,7 +74,7 @@ def print_result(result: Result, recipe: Recipe, output: Path) -> None:
     copies = recipe.data is not None and recipe.data.copies  # of what is no text
     mixed = recipe.model is not None and recipe.model.feed_forward.kind == "mixture"
     figures = [
-        ("held-out nats per token", result.held_out_nats, ".4f"),
+        ("held-out loss (nats/token)", result.held_out_loss, ".4f"),
         ("held-out bits per byte", None if copies else result.bits_per_byte, ".4f"),
         ("training tokens per second", result.tokens_per_second or None, ",.0f"),
         ("experts never chosen" if mixed else "units never chosen", result.never_chosen, ".2%"),

@@ -58,9 +58,9 @@ def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | No
     return checkpoint
 
 
-def go_on(output: Path) -> str:
+def resume_hint(output: Path) -> str:
     """How to resume the run in `output`."""
-    return f"go on with: sparsecli train {output / RECIPE} --resume auto"
+    return f"resume with: sparsecli train {output / RECIPE} --resume auto"
 
 
 @contextmanager

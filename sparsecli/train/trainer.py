@@ -245,7 +245,7 @@ class LanguageModelTrainer(Trainer):
             self.control.should_save = self.control.should_training_stop = True
             return {}
         metrics = {
-            "held_out_nats": figures.nats_per_token,
+            "held_out_loss": figures.nats_per_token,
             "bits_per_byte": figures.bits_per_byte,
             "never_chosen": figures.never_chosen,
             "balance": figures.balance,

@@ -19,7 +19,7 @@ from sparsecli.model.layers.shared_query_key import attend_shared, unit_keys
 
 
 class LowRank(nn.Module):
-    """A linear map as two, with `rank` numbers between them.
+    """A linear layer of low rank: two linear layers with `rank` features between them.
 
     Args:
         bias: after the second.

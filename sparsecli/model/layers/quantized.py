@@ -151,7 +151,7 @@ class Sketch(nn.Module):
 
 
 class Bypass(nn.Module):
-    """A linear map of low rank beside the units, which stands in for those that are left out."""
+    """A linear layer of low rank beside the units, which stands in for those that are left out."""
 
     def __init__(self, d_model: int, rank: int) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class SelectorFeedForward(ChosenUnits):
 
     Args:
         bits: of a weight of the sketch.
-        bypass: rank of the map beside the units, 0 for none.
+        bypass: rank of the linear layer beside the units, 0 for none.
         others: as for `ChosenUnits`.
     """
 

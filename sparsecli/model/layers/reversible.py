@@ -1,4 +1,4 @@
-"""Reversible residual layers (Reformer; Terraformer's blocks are made of them).
+"""Reversible residual layers (Reformer; Terraformer's layers are made of them).
 
 Two streams a and b pass through halves, each of which adds a function of one stream to the other: a <- a + f(b). As
 b is still there, a - f(b) undoes it, so that a backward pass needs no stored activations: it walks from the final

@@ -75,7 +75,7 @@ class _Recurrence(torch.autograd.Function):
 class SRU(nn.Module):
     """A recurrent layer whose gates look at the current input alone, so that time can be computed in parallel.
 
-    c[t] = f c[t - 1] + (1 - f) y and out = activation(c) r + sqrt(3) (1 - r) x, with one map of x that makes r, f
+    c[t] = f c[t - 1] + (1 - f) y and out = activation(c) r + sqrt(3) (1 - r) x, with one linear layer of x that makes r, f
     (through sigmoids) and y, in this order. There are no vectors of recurrent weights.
 
     Args:
@@ -91,7 +91,7 @@ class SRU(nn.Module):
     def forward(
         self, x: Tensor, valid: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, T, n) -> output and states c (B, T, n); the last state goes on from there.
+        """x (B, T, n) -> output and states c (B, T, n); the last state continues the sequence.
 
         Args:
             valid: bool (B, T); padding, where it is false, leaves the state as it is.
