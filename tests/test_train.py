@@ -229,7 +229,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.LanguageModelTrainer, "_save_checkpoint", save_checkpoint)
-        with pytest.raises(Failure, match=f"{reason}; once that is mended, go on with: spa") as caught:
+        with pytest.raises(Failure, match=f"{reason}; once that is mended, resume with: spa") as caught:
             run(tiny, output=output)
     assert "\n" not in caught.value.message
     assert not (output / "model").exists()
@@ -251,7 +251,7 @@ def test_full_disk_is_one_line_of_tensorboard_s_file_too(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal.Board, "write", write)
-        with pytest.raises(Failure, match=r"File too large; once that is mended, go on with") as caught:
+        with pytest.raises(Failure, match=r"File too large; once that is mended, resume with") as caught:
             run(tiny, output=output)
     assert "\n" not in caught.value.message
     run(tiny, output=output, resume="auto")

@@ -48,16 +48,14 @@ class TerraformerModel(EncoderDecoder):
             if past_length and cache.prefix_length != length:
                 raise ValueError(f"the cache has a prefix of {cache.prefix_length} tokens, not of {length}")
             cache.prefix_length = length
-        x = self.add_positions(
-            x, count_positions(valid, earlier, new, x.device), earlier
-        )  # they count from 0 again
+        # Positions of the target count from 0 again.
+        x = self.add_positions(x, count_positions(valid, earlier, new, x.device), earlier)
 
         streams = (x, x)
         if not past_length:
-            rows = align_right(encoder_hidden_states, encoder_valid).split(
-                x.shape[-1], dim=-1
-            )  # of one stream or two
-            streams = torch.cat((rows[0], x), dim=1), torch.cat((rows[-1], x), dim=1)  # (B, S + T, d)
+            aligned = align_right(encoder_hidden_states, encoder_valid)
+            prefixes = aligned.split(x.shape[-1], dim=-1)  # of one stream or two
+            streams = torch.cat((prefixes[0], x), dim=1), torch.cat((prefixes[-1], x), dim=1)  # (B, S + T, d)
         all_valid = None
         if encoder_valid is not None or valid is not None:
             everywhere = x.new_ones(x.shape[0], length + earlier + new, dtype=torch.bool)

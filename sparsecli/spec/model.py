@@ -102,7 +102,7 @@ class ModelSpec(Spec):
     embedding_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the embedding of tokens (as in Gemma)."""
     residual: Literal["single", "reversible"] = "single"
-    """`reversible` carries two streams, so that training stores no activations between layers (Reformer, Terraformer)."""
+    """`reversible` carries two streams, so that training stores no activations of layers (Reformer, Terraformer)."""
     merge: Literal["mean", "concatenate"] = "mean"
     """How two streams become one before the last norm; Reformer's language model has them side by side."""
     attention_layers: Literal[1, 2] = 1

@@ -44,14 +44,14 @@ def distil(
     hint: str,
     beginning: Sequence[int] = (),
 ) -> None:
-    """Train `student` in place, writing metrics and checkpoints under `folder` and going on from those that are there.
+    """Train `student` in place, writing metrics and checkpoints under `folder` and resuming from those that exist.
 
     However often it is stopped on the way, the weights in the end are the same bit for bit.
 
     Args:
         data: its window length and held-out tokens are used; the text is that of `corpus`.
         train: the optimizer and its schedule.
-        hint: how to go on, the end of the message when this is stopped or cannot write.
+        hint: how to resume, the end of the message when this is stopped or cannot write.
         beginning: token ids that every window begins with.
     Raises:
         Failure: the two models do not fit, `folder` cannot be written, or there is too little text.

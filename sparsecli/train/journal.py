@@ -25,7 +25,7 @@ FIGURES = (
 class Journal(TrainerCallback):
     """Writes `metrics.jsonl`, TensorBoard events and `loss.png`, and shows how far training is.
 
-    A run that goes on from a checkpoint drops the rows written after it, so that every step is there once.
+    A resumed run drops the rows written after it, so that every step is there once.
     """
 
     def __init__(self, output: Path, start_step: int, progress: Progress) -> None:

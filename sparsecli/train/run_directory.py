@@ -34,7 +34,7 @@ FREE = {
 
 
 def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | None:
-    """Make sure that a run may go to `output`; the checkpoint to go on from, or None to start at step 0.
+    """Make sure that a run may go to `output`; the checkpoint to resume from, or None to start at step 0.
 
     `hint` says what to do about a run that is there already. Raises `Failure` when `output` cannot be written,
     holds something else, or holds a run that is not to be resumed, was started with another recipe, or has no

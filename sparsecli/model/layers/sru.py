@@ -75,7 +75,7 @@ class _Recurrence(torch.autograd.Function):
 class SRU(nn.Module):
     """A recurrent layer whose gates look at the current input alone, so that time can be computed in parallel.
 
-    c[t] = f c[t - 1] + (1 - f) y and out = activation(c) r + sqrt(3) (1 - r) x, with one linear layer of x that makes r, f
+    c[t] = f c[t - 1] + (1 - f) y and out = activation(c) r + sqrt(3) (1 - r) x. One linear layer of x makes r, f
     (through sigmoids) and y, in this order. There are no vectors of recurrent weights.
 
     Args:
