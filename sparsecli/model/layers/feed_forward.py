@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecli.model.layers.balancing import load_balancing_loss, with_loss
-from sparsecli.model.layers.decisions import decided
+from sparsecli.model.layers.choices import recorded_choice
 from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.tracing import tracing
 
@@ -94,7 +94,7 @@ def training_mask(
         uniform = torch.rand_like(scores).clamp_(1e-6, 1 - 1e-6)
         gumbel = uniform.log_().neg_().log_().neg_()
         scores = scores + temperature * gumbel  # logits differ from log p by a shift, which changes no choice
-    chosen = decided(lambda: choose(scores, count), below=scores.shape[-1])
+    chosen = recorded_choice(lambda: choose(scores, count), below=scores.shape[-1])
     one_hot = torch.zeros_like(p).scatter_(-1, chosen, 1.0)
     straight_through = one_hot + (p - p.detach())
     if hard_fraction >= 1:
@@ -367,7 +367,7 @@ class MixtureFeedForward(nn.Module):
 
     def _balanced(self, y: Tensor, logits: Tensor) -> Tensor:
         """y with the load-balancing loss of what decoding would choose, noise left out and soft draws alike."""
-        chosen = decided(lambda: choose(logits.detach(), self.experts_per_token), below=self.experts)
+        chosen = recorded_choice(lambda: choose(logits.detach(), self.experts_per_token), below=self.experts)
         loss = load_balancing_loss(logits, chosen)
         self.balancing = loss.detach()
         return with_loss(y, loss, self.load_balancing * self.balancing_share) if self.load_balancing else y

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecli.model.layers.choices import recorded_choice
 from sparsecli.model.layers.chunk_attention import attend_chunks
-from sparsecli.model.layers.decisions import decided
 from sparsecli.model.layers.layer_cache import LshCache
 from sparsecli.model.layers.shared_query_key import HIDDEN, ITSELF, attend_shared
 from sparsecli.spec.attention import LshSpec
@@ -176,7 +176,7 @@ class LshAttention(nn.Module):
             buckets = hash_buckets(q.detach(), axes, factors)
             return buckets if valid is None else buckets.masked_fill(~valid[:, None, None], count)
 
-        return torch.sort(decided(choose, below=count + 1), dim=-1, stable=True).indices
+        return torch.sort(recorded_choice(choose, below=count + 1), dim=-1, stable=True).indices
 
     def _attend_chunks(
         self,
