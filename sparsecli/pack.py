@@ -10,7 +10,7 @@ from sparsecli.console import Failure
 from sparsecli.decode.packed.file import save
 from sparsecli.decode.packed.folder import pack_folder
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.folder import (
+from sparsecli.model.files import (
     CONFIG,
     PACKED,
     check_weights,

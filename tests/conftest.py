@@ -81,7 +81,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def finished(recipe_file: Path) -> tuple[Path, object]:
     """An uninterrupted run of it: its folder and its result."""
     from sparsecli.recipe.loader import load
-    from sparsecli.train.trainer import run
+    from sparsecli.train.command import run
 
     output = recipe_file.parent / "finished"
     result = run(load(str(recipe_file)), output=output)

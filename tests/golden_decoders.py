@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from test_golden import load
 
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 SPARSE = {"kind": "sparse", "d_ff": 32, "block_size": 8, "rank": 5}
 TERRAFORMER = {
@@ -21,7 +21,7 @@ TERRAFORMER = {
     "residual": "reversible",
     "attention_layers": 2,
     "sru": {"layers": 1, "width": 4},
-    "encoder": {"layers": 2, "max_positions": 64, "read_by": {"kind": "joined"}},
+    "encoder": {"layers": 2, "max_positions": 64, "read_by": {"kind": "prefix"}},
 }
 FIRST_DECODER_WEIGHT = {"terraformer_sparse_rev": "w_7.", "terraformer_sparse_nonrev_enc": "w_8."}
 
@@ -29,7 +29,7 @@ FIRST_DECODER_WEIGHT = {"terraformer_sparse_rev": "w_7.", "terraformer_sparse_no
 def terraformer(name: str) -> tuple[ModelSpec, dict[str, np.ndarray]]:
     """The model of a golden file without its encoder."""
     streams = 2 if name.endswith("_rev") else 1
-    read_by = {"kind": "joined", "streams": streams}
+    read_by = {"kind": "prefix", "streams": streams}
     encoder = {**TERRAFORMER["encoder"], "read_by": read_by}
     spec = ModelSpec.model_validate({**TERRAFORMER, "encoder": encoder})
     g = {key: value.numpy() for key, value in load(name).items()}
@@ -41,7 +41,7 @@ def terraformer(name: str) -> tuple[ModelSpec, dict[str, np.ndarray]]:
         "model.position_embedding.weight": g[keys[2]],
     }
     for layer in range(spec.layers):
-        block = f"model.blocks.{layer}"
+        block = f"model.layers.{layer}"
         for attention in ("attention", "second_attention"):
             weights |= _norm(f"{block}.{attention}_norm", rest)
             weights |= _sparse_attention(f"{block}.{attention}.projection", rest)

@@ -13,9 +13,9 @@ from sparsecli.bench.result import Bandwidth, BenchResult, Machine, Row, Setting
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import PaperFigures, Recipe
+from sparsecli.spec.model import ModelSpec
 
 LOSS = {"kind": "multiplicative", "size": 50, "modules": 2}
 DENSE = {"kind": "dense", "d_ff": 64}
@@ -89,7 +89,7 @@ def made_up(milliseconds: dict[str, np.ndarray], bandwidth: float = 40.0, **mach
                 tokens_per_second=10.0,
                 speedup=1.0,
                 bandwidth_fraction=0.5,
-                held_out_nats=None,
+                held_out_loss=None,
                 paper=PaperFigures(ms_per_token=160, ms_per_block=5.9),
                 paper_speedup=1.0,
             )

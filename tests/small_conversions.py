@@ -8,7 +8,7 @@ import pytest
 
 from sparsecli.convert.report import Report
 from sparsecli.recipe.loader import LoadedRecipe, load
-from sparsecli.train import trainer
+from sparsecli.train import command
 
 RECIPE = """
 model:
@@ -45,7 +45,7 @@ def trained(folder: Path) -> tuple[LoadedRecipe, Path]:
     loaded = load(str(recipe))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSECLI_CACHE", str(folder / "cache"))
-        trainer.run(loaded, output=folder / "dense")
+        command.run(loaded, output=folder / "dense")
     return loaded, folder / "dense"
 
 

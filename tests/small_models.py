@@ -15,8 +15,8 @@ from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.reference.step import Reference
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.tensors import tensor_shapes
+from sparsecli.spec.model import ModelSpec
 
 INSTRUCTION_SETS = binding.instruction_sets() if binding.available() is None else []
 
@@ -254,13 +254,13 @@ MODELS |= FAMILIES | ALONE
 
 PRECISION = {"kind": "precision", "d_ff": 160, "units_per_block": 2, "gated": True}
 SELECTOR = {"kind": "selector", "d_ff": 160, "gated": True, "activation": "silu"}
-FEW_BITS: dict[str, dict] = {  # activations are rounded, whatever the precision
+QUANTIZED: dict[str, dict] = {  # activations are rounded, whatever the precision
     "precision": {"d_model": 72, "feed_forward": PRECISION, "attention": {"projection": "dense"}},
     "precision, three bits": {
         "d_model": 200,
         "feed_forward": {**PRECISION, "d_ff": 144, "bits": 3, "block_size": 8, "units_per_block": 1},
         "attention": {"projection": "dense"},
-        "low_bit": {"projection": 3, "head": 4},
+        "quantization": {"projection": 3, "head": 4},
         "normalization": "rms",
     },
     "precision by layer, one branch": {
@@ -273,12 +273,12 @@ FEW_BITS: dict[str, dict] = {  # activations are rounded, whatever the precision
             "unit_bias": True,
         },
         "vocabulary": {"kind": "dense", "size": 101, "bias": True},
-        "low_bit": {"head": 3},
+        "quantization": {"head": 3},
     },
     "selector": {
         "feed_forward": SELECTOR,
         "attention": {"projection": "dense"},
-        "low_bit": {"projection": 4},
+        "quantization": {"projection": 4},
     },
     "selector by layer": {
         "feed_forward": {
@@ -317,16 +317,16 @@ FEW_BITS: dict[str, dict] = {  # activations are rounded, whatever the precision
             "bypass": 3,
         },
     },
-    "low rank in few bits": {
+    "low rank, quantized": {
         "attention": {"projection": "dense", "query_key_rank": 13},
-        "low_bit": {"projection": 4},
+        "quantization": {"projection": 4},
     },
     "sparse by layer": {"feed_forward": {**SPARSE, "units_per_block": [20, 3]}},
 }
 
 
 def spec_of(name: str) -> ModelSpec:
-    return ModelSpec.model_validate({**DEFAULTS, **(MODELS | FEW_BITS)[name]})
+    return ModelSpec.model_validate({**DEFAULTS, **(MODELS | QUANTIZED)[name]})
 
 
 @cache

@@ -89,7 +89,7 @@ def assert_same_run(output: Path, reference: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
     curves = [
         [
-            (row["step"], row["tokens"], row.get("loss"), row.get("held_out_nats"))
+            (row["step"], row["tokens"], row.get("loss"), row.get("held_out_loss"))
             for row in run_directory.read_metrics(folder)
         ]
         for folder in (output, reference)

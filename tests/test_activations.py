@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsecli.bench.studies import activations
 from sparsecli.bench.studies.activations import TrainedShape, TrainingStep, measure
-from sparsecli.model.networks import build_network
+from sparsecli.model.auto import build_network
 
 
 def stored_bytes(kind: str, layers: int, attention: str) -> int:

@@ -19,11 +19,11 @@ from sparsecli.decode.engine import Engine
 from sparsecli.decode.packed.pack import pack
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.model import ScalingTransformerConfig
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.checkpoint import load_network, read_config
-from sparsecli.model.networks import Network, build_network
+from sparsecli.model.auto import Network, build_network
+from sparsecli.model.loading import load_network, read_config
 from sparsecli.model.tensors import tensor_shapes
 from sparsecli.recipe import loader
+from sparsecli.spec.model import ModelSpec
 
 SMALL: dict[str, Any] = {
     "d_model": 24,
@@ -78,11 +78,11 @@ def encoder(**fields: Any) -> dict[str, Any]:
         ),
         (
             encoder(feed_forward={**CHOOSING, "units_per_block": [1, 2]}),
-            "model.encoder.feed_forward.units_per_block: 2 numbers for 3 blocks",
+            "model.encoder.feed_forward.units_per_block: 2 numbers for 3 layers",
         ),
         (
             {"feed_forward": {**CHOOSING, "units_per_block": [1, 2]}, **encoder()},
-            "model.encoder.feed_forward: missing; the decoder's has numbers for 2 blocks, the encoder has 3",
+            "model.encoder.feed_forward: missing; the decoder's has numbers for 2 layers, the encoder has 3",
         ),
     ],
 )
@@ -186,7 +186,7 @@ class Drawn(random.Random):
             embedding_scale=[1.5],
             sru=[{"layers": 2, "width": 3}],
             feed_forward_chunk=[3],
-            low_bit=[{"projection": 3}, {"head": 4}],
+            quantization=[{"projection": 3}, {"head": 4}],
             dropout=[0.1],
             initialization=["paper"],
         )
@@ -198,7 +198,7 @@ class Drawn(random.Random):
                 **self.fields(0.4, merge=["concatenate"], attention_layers=[2]),
             }
         if self.random() < 0.5:
-            read_by = {"kind": "joined", **self.fields(0.5, streams=[1])}
+            read_by = {"kind": "prefix", **self.fields(0.5, streams=[1])}
             if not reversible:
                 read_by = {"kind": "cross_attention", **self.fields(0.5, query_modules=[3, 4])}
             layers = self.choice([1, 3])

@@ -17,8 +17,8 @@ from sparsecli.bench.decoders.native import DiskDecoder
 from sparsecli.bench.result import BenchResult
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.loader import load, shipped
+from sparsecli.spec.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
@@ -119,7 +119,7 @@ def test_random_models_choose_many_different_units_and_stay_finite() -> None:
     spec = ModelSpec.model_validate({**MODEL, "d_model": 64, "feed_forward": {**SPARSE, "rank": 16}})
     network = torch_model(spec).network
     seen: list[torch.Tensor] = []
-    controller = network.model.blocks[1].feed_forward.controller
+    controller = network.model.layers[1].feed_forward.controller
     controller.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.argmax(-1)))
     with torch.inference_mode():
         logits = network(torch.arange(32)[None]).logits

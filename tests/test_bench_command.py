@@ -19,9 +19,9 @@ from sparsecli import cli, console
 from sparsecli.bench import command, host, models, random_weights, render, variants
 from sparsecli.bench.result import BenchResult
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec, Recipe
+from sparsecli.spec.model import ModelSpec
 from sparsecli.train import run_directory
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
@@ -135,7 +135,7 @@ def trained(run: Path, **blocks: object) -> Path:
     ScalingTransformerForCausalLM(ScalingTransformerConfig.from_spec(spec)).save_pretrained(run / "model")
     tokenizer = Tokenizer(WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(run / "model")
-    facts = {"seed": 0, "result": {"held_out_nats": 3.25, "bits_per_byte": 1.5}}
+    facts = {"seed": 0, "result": {"held_out_loss": 3.25, "bits_per_byte": 1.5}}
     run_directory.write_facts(run, run_directory.environment() | facts)
     return run
 
@@ -143,12 +143,12 @@ def trained(run: Path, **blocks: object) -> Path:
 def test_a_trained_run_brings_its_held_out_loss(tmp_path: Path) -> None:
     run = trained(tmp_path / "my-run", feed_forward=SPARSE)
     [variant] = variants.from_runs([str(run)])
-    assert (variant.name, variant.group, variant.held_out_nats) == ("my-run", "sparse", 3.25)
+    assert (variant.name, variant.group, variant.held_out_loss) == ("my-run", "sparse", 3.25)
     weights = models.trained_weights(variant.run, torch.bfloat16)
     assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
     measured = command.run(loaded(dtypes=["float32"], threads=[1]), runs=[str(run)], format="json")
     [row] = measured.rows
-    assert (row.variant, row.held_out_nats, row.speedup) == ("my-run", 3.25, None)
+    assert (row.variant, row.held_out_loss, row.speedup) == ("my-run", 3.25, None)
     assert measured.recipe is None
     assert BenchResult.model_validate_json(render.as_json(measured)) == measured
 

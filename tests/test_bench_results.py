@@ -40,7 +40,7 @@ def test_rows_of_a_run(result: BenchResult) -> None:
     assert both.paper_speedup == pytest.approx(160 / 61, abs=1e-4)
     limit_ms = both.bytes_per_token / 20e9 * 1e3
     assert both.bandwidth_fraction == pytest.approx(limit_ms / both.ms_per_token.p50, abs=1e-4)
-    assert both.held_out_nats is None
+    assert both.held_out_loss is None
 
 
 def test_rows_are_compared_with_the_dense_row_that_is_named() -> None:
@@ -97,7 +97,7 @@ def test_json_is_the_documented_format(result: BenchResult) -> None:
         "tokens_per_second",
         "speedup",
         "bandwidth_fraction",
-        "held_out_nats",
+        "held_out_loss",
     }
     assert set(record["rows"][0]["ms_per_token"]) == {"p10", "p50", "p90", "samples"}
     assert BenchResult.model_validate_json(render.as_json(result)) == result
@@ -114,7 +114,7 @@ def test_csv_and_markdown_have_every_row(result: BenchResult) -> None:
     lines = list(csv.DictReader(io.StringIO(render.as_csv(result))))
     assert [line["variant"] for line in lines] == [row.variant for row in result.rows]
     assert float(lines[1]["ms_per_token_p50"]) == result.rows[1].ms_per_token.p50
-    assert lines[0]["held_out_nats"] == ""
+    assert lines[0]["held_out_loss"] == ""
     lines = render.as_markdown(result).splitlines()
     assert len({line.count("|") for line in lines[: 2 + len(result.rows)]}) == 1
 

@@ -11,10 +11,10 @@ from sparsecli.bench import bytes_read, command, render, variants
 from sparsecli.console import Failure
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.sizes import Sizes
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.schema import Recipe
+from sparsecli.spec.model import ModelSpec
 
 needs_native = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not built")
 SPARSE = {"kind": "sparse", "d_ff": 64, "block_size": 8, "rank": 4}
@@ -35,7 +35,7 @@ TERRAFORMER = {
     "residual": "reversible",
     "attention_layers": 2,
     "sru": {"width": 8},
-    "encoder": {**ENCODER, "read_by": {"kind": "joined"}},
+    "encoder": {**ENCODER, "read_by": {"kind": "prefix"}},
 }
 VARIANTS = [
     {"name": "dense", "group": "dense", "paper": {"ms_per_token": 160.0}},

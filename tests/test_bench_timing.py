@@ -16,9 +16,9 @@ from sparsecli.bench.decoders.native import NativeDecoder
 from sparsecli.bench.decoders.torch import TorchDecoder
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import load
+from sparsecli.spec.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("quick_probe")
 

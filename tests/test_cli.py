@@ -20,13 +20,13 @@ from sparsecli.convert import command as convert
 from sparsecli.generate import command as generate
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.interchange import exporting, importing
-from sparsecli.model.folder import find_model
+from sparsecli.model.files import find_model
 from sparsecli.recipe.loader import shipped
-from sparsecli.train import trainer
+from sparsecli.train import command as train
 
 PROGRAM = [sys.executable, "-c", "from sparsecli.cli import main; main()"]
 IMPLEMENTATIONS = {
-    "train": trainer.run,
+    "train": train.run,
     "sparsify-convert": convert.run,
     "generate": generate.generate,
     "import": importing.run,

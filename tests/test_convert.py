@@ -18,11 +18,11 @@ from sparsecli.convert.conversion import check_written
 from sparsecli.convert.text import Text
 from sparsecli.data.tokenization import END_OF_TEXT
 from sparsecli.decode.native import binding
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.checkpoint import load_model
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import LowRank
+from sparsecli.model.loading import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
+from sparsecli.spec.model import ModelSpec
 
 pytestmark = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not there")
 
@@ -45,7 +45,7 @@ def test_given_layers_recover_most_of_the_loss(
     report = command.run(loaded, model=str(dense), output=tmp_path / "sparse")
     assert report
     stages = losses(report)
-    told = json.loads((dense / "run.json").read_text())["result"]["held_out_nats"]
+    told = json.loads((dense / "run.json").read_text())["result"]["held_out_loss"]
     assert stages["dense"] == pytest.approx(told, abs=1e-5)  # float32 here and there
     assert stages["distilled"] < stages["fitted"]
     assert stages["distilled"] < stages["dense"] * 1.1
@@ -182,7 +182,7 @@ def test_low_rank_attention_alone(
     told = capsys.readouterr().err
     assert "attention, squared errors of outputs: blocks 0-0: query " in told
     model, _ = load_model(tmp_path / "low" / "model")
-    assert isinstance(model.model.blocks[0].attention.projection.query, LowRank)
+    assert isinstance(model.model.layers[0].attention.projection.query, LowRank)
     with pytest.raises(RecipeError, match="not made by dense maps any more"):
         command.run(changed, model=str(tmp_path / "low"), output=tmp_path / "again")
 
@@ -221,7 +221,7 @@ def test_units_that_exact_skips_are_counted(
     dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None
 ) -> None:
     loaded, dense = dense_run
-    changed = search(loaded, "perplexity +3 %", "convert.methods=[exact]", "convert.low_bit={}")
+    changed = search(loaded, "perplexity +3 %", "convert.methods=[exact]", "convert.quantization={}")
     report = command.run(changed, model=str(dense), output=tmp_path / "found")
     assert report
     assert report.kept_fraction_by_layer
@@ -242,9 +242,9 @@ def test_an_output_without_a_name(dense_run: tuple[LoadedRecipe, Path]) -> None:
         ("convert.feed_forward.activation=silu", "activation: silu, but the dense model has relu"),
         ("convert.feed_forward.gated=true", "gated: True, but the dense model has False"),
         ("convert.feed_forward.rank=33", "rank: 33 is more than the model's width 32"),
-        ("convert.feed_forward.units_per_block=[1,2,3]", "3 numbers for 2 blocks"),
+        ("convert.feed_forward.units_per_block=[1,2,3]", "3 numbers for 2 layers"),
         (
-            "convert.low_bit.projection=4 model=null convert.feed_forward.units_per_block=[1]",
+            "convert.quantization.projection=4 model=null convert.feed_forward.units_per_block=[1]",
             "1 numbers for 2",
         ),
         (
@@ -267,7 +267,11 @@ def test_layers_that_do_not_fit(
     ("units", "overrides", "message"),
     [
         (40, [], "40 units are no whole blocks of 16"),
-        (64, ["convert.low_bit={head: 4, projection: 3}"], "convert.low_bit: needs dense projections"),
+        (
+            64,
+            ["convert.quantization={head: 4, projection: 3}"],
+            "convert.quantization: needs dense projections",
+        ),
         (64, ["convert.budget=kept 1/0"], r"convert\.budget.*keeps inf of the units"),
         (64, ["convert.budget=quick"], "'quick' is no budget; expected `loss"),
     ],
@@ -305,11 +309,11 @@ def test_two_streams_are_not_converted(dense_run: tuple[LoadedRecipe, Path], tmp
         (["convert.budget=loss +1 %"], r"one of them; convert\.feed_forward=null .* takes the other away"),
         (
             ["convert.attention={kind: low_rank, rank: 33}"],
-            "convert.attention: a rank of 33 is more than the 32 of a whole map",
+            "convert.attention: a rank of 33 is more than the full rank 32",
         ),
         (
-            ["convert.attention.kind=multiplicative", "convert.low_bit.projection=4"],
-            "convert.low_bit: needs dense projections",
+            ["convert.attention.kind=multiplicative", "convert.quantization.projection=4"],
+            "convert.quantization: needs dense projections",
         ),
     ],
 )

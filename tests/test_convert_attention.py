@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from sparsecli.convert.attention import fit_map, low_rank, output_error, repeated
 from sparsecli.convert.plan import with_attention
 from sparsecli.convert.rounding import second_moment
-from sparsecli.model.architecture import DEFAULT, ModelSpec
 from sparsecli.model.layers.attention import LowRank
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
-from sparsecli.model.parts import AttentionSpec
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.schema import LowRankAttention, MultiplicativeAttention
+from sparsecli.spec.attention import AttentionSpec
+from sparsecli.spec.model import DEFAULT, ModelSpec
 
 WIDTH = 32
 
@@ -65,7 +65,7 @@ def test_inputs_decide_what_low_rank_keeps() -> None:
 
 
 @torch.no_grad()
-def test_low_rank_in_few_bits_is_nearly_as_good() -> None:
+def test_quantized_low_rank_is_nearly_as_good() -> None:
     x, dense = inputs(), linear(24)
     exact, rounded = (LowRank(WIDTH, 24, 12, bias=True, bits=bits) for bits in (None, 4))
     best = fit_map(exact, dense, second_moment(x))

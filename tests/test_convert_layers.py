@@ -16,16 +16,16 @@ from sparsecli.convert.controller import captured_share, fit_controller, start_c
 from sparsecli.convert.evaluation import Loss
 from sparsecli.convert.fitting import fit, start
 from sparsecli.convert.methods import METHODS, Options, copy_units
-from sparsecli.convert.plan import candidates, eligible, predicted, rounded_up, with_low_bit
+from sparsecli.convert.plan import candidates, eligible, predicted, rounded_up, with_quantization
 from sparsecli.convert.refit import low_rank, refit
 from sparsecli.convert.rounding import round_to, second_moment
-from sparsecli.model.architecture import DEFAULT, LowBitSpec, ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward, SparseFeedForward
-from sparsecli.model.layers.low_bit import LowBitMatrix, PrecisionFeedForward, SelectorFeedForward
-from sparsecli.model.parts import DenseFeedForwardSpec
+from sparsecli.model.layers.quantized import PrecisionFeedForward, QuantizedMatrix, SelectorFeedForward
 from sparsecli.recipe.budget import Budget, parse_budget
+from sparsecli.spec.feed_forward import DenseFeedForwardSpec
+from sparsecli.spec.model import DEFAULT, ModelSpec, QuantizationSpec
 from sparsecli.train.controllers import unit_scores
 
 WIDTH, UNITS = 24, 64
@@ -136,12 +136,12 @@ def test_second_order_rounding_keeps_products_better(bits: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(2048, 20) @ torch.randn(20, 150) + 0.1 * torch.randn(2048, 150)  # correlated columns
     weight = torch.randn(40, 150)
-    nearest, second_order = LowBitMatrix(40, 150, bits), LowBitMatrix(40, 150, bits)
+    nearest, second_order = QuantizedMatrix(40, 150, bits), QuantizedMatrix(40, 150, bits)
     nearest.copy_(weight)
     round_to(second_order, weight, second_moment(x))
     wanted = x @ weight.T
 
-    def lost(matrix: LowBitMatrix) -> float:
+    def lost(matrix: QuantizedMatrix) -> float:
         return ((matrix(x) - wanted).square().mean() / wanted.square().mean()).item()
 
     assert lost(second_order) < 0.3 * lost(nearest)
@@ -149,7 +149,7 @@ def test_second_order_rounding_keeps_products_better(bits: int) -> None:
 
 
 def test_rounding_of_inputs_that_are_all_zero() -> None:
-    matrix = LowBitMatrix(8, 70, 4)
+    matrix = QuantizedMatrix(8, 70, 4)
     weight = torch.randn(8, 70)
     round_to(matrix, weight, torch.zeros(70, 70, dtype=torch.float64))
     assert (matrix.weight - weight).abs().max() < 0.3
@@ -178,7 +178,7 @@ def test_more_units_lose_less(activation: str, gated: bool) -> None:
         assert errors == sorted(errors, reverse=True), name
 
 
-def test_a_low_bit_copy_chooses_better_than_a_low_rank_controller() -> None:
+def test_a_low_bit_sketch_chooses_better_than_a_low_rank_controller() -> None:
     dense, x = dense_layer("silu", gated=True), inputs()
     assert error(converted("selector", dense, 8, x), dense, x) < error(
         converted("controller", dense, 8, x), dense, x
@@ -290,17 +290,17 @@ def test_streams_are_those_of_the_model(parallel: bool) -> None:
         wanted = model.model(ids, output_hidden_states=True).hidden_states
         streams = Streams(model, list(ids.split(1)))
         torch.testing.assert_close(torch.cat(streams.x), wanted[0])
-        with inputs_of(model.model.blocks[0].feed_forward) as seen:
-            streams.x = streams.through(model.model.blocks[0])
+        with inputs_of(model.model.layers[0].feed_forward) as seen:
+            streams.x = streams.through(model.model.layers[0])
     torch.testing.assert_close(torch.cat(streams.x), wanted[1], atol=0.02, rtol=0.02)
     assert torch.cat(seen).shape == (32, 32)
 
 
 @pytest.mark.parametrize("parallel", [False, True])
 @torch.no_grad()
-def test_a_model_in_few_bits_stays_close(parallel: bool) -> None:
+def test_a_quantized_model_stays_close(parallel: bool) -> None:
     model = dense_model(parallel=parallel)
-    spec = with_low_bit(model.config.spec, LowBitSpec(projection=4, head=4))
+    spec = with_quantization(model.config.spec, QuantizationSpec(projection=4, head=4))
     assert isinstance(spec.feed_forward, DenseFeedForwardSpec)
     layer = METHODS["precision"].spec(spec.feed_forward, 32, 2, 8)
     small = start(model, spec.model_copy(update={"feed_forward": layer}))
@@ -334,7 +334,7 @@ def test_a_plan_keeps_its_budget_with_the_fewest_bytes() -> None:
     layers = {("precision", k): 0.1 / (k + 1) for k in (0, 1, 2, 4, 8)}
     layers |= {("selector", k): 1.0 / k for k in (12, 8, 6, 4, 2)}
     known = [
-        predicted(each, layers, 0.02 if each.spec.low_bit.projection else 0, head=0.01) for each in found
+        predicted(each, layers, 0.02 if each.spec.quantization.projection else 0, head=0.01) for each in found
     ]
     chosen = eligible(known, Budget("loss", 0.02), dense_loss=3.0)
     assert chosen

@@ -21,11 +21,11 @@ from sparsecli.convert.peers import NAMES, check_names, usable
 from sparsecli.convert.report import Report, Row
 from sparsecli.data.packing import Windows
 from sparsecli.decode.native import binding
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.schema import ConvertSpec
-from sparsecli.train import trainer
+from sparsecli.spec.model import ModelSpec
+from sparsecli.train.command import run as train
 
 needs_llama = pytest.mark.skipif(
     bench_peers.PEERS["llama.cpp"].missing() is not None, reason="llama.cpp is not there"
@@ -249,7 +249,7 @@ def dense_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRecipe, P
     loaded = load(str(recipe))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSECLI_CACHE", str(folder / "cache"))
-        trainer.run(loaded, output=folder / "dense")
+        train(loaded, output=folder / "dense")
     return loaded, folder / "dense"
 
 

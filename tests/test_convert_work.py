@@ -20,7 +20,7 @@ from sparsecli.convert import work as working
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.work import fingerprint, place_of, work_folder
 from sparsecli.decode.native import binding
-from sparsecli.model.checkpoint import load_model
+from sparsecli.model.loading import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.schema import Recipe
 
@@ -79,7 +79,9 @@ def test_a_signal_while_layers_are_fitted(
 ) -> None:
     """Each part that was fitted is kept: only the one that was interrupted is fitted again."""
     loaded, dense = dense_run
-    changed = search(loaded, "perplexity +5 %", "convert.methods=[precision]", "convert.low_bit={head: 4}")
+    changed = search(
+        loaded, "perplexity +5 %", "convert.methods=[precision]", "convert.quantization={head: 4}"
+    )
     fitted: list[str] = []
 
     def fit(*arguments: Any, **options: Any) -> None:
@@ -197,7 +199,7 @@ def test_candidates_are_tried_until_one_keeps_the_budget_on_tuning_text(
 ) -> None:
     """What was predicted too well is not taken, however many that are, and is not built twice."""
     loaded, dense = dense_run
-    given = ["convert.methods=[controller]", "convert.distillation.tokens=0", "convert.low_bit={}"]
+    given = ["convert.methods=[controller]", "convert.distillation.tokens=0", "convert.quantization={}"]
     monkeypatch.setattr(METHODS["controller"], "choices", ((8, 4, 2),))
     monkeypatch.setattr(searching, "window_losses", lambda *arguments: np.zeros(1))  # far too well
     with pytest.raises(Mismatch, match=r"nothing keeps .* on tuning text once it is built; `budget: p") as e:

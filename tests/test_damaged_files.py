@@ -27,9 +27,9 @@ from sparsecli.decode.packed.folder import pack_folder, read_weights
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.interchange.shards import StoredTensors
 from sparsecli.interchange.sources import ForeignModel, open_source
-from sparsecli.model.checkpoint import load_network, read_config
-from sparsecli.model.folder import CONFIG, INDEX, PACKED, WEIGHTS, check_weights, read_description
-from sparsecli.model.networks import build_network
+from sparsecli.model.auto import build_network
+from sparsecli.model.files import CONFIG, INDEX, PACKED, WEIGHTS, check_weights, read_description
+from sparsecli.model.loading import load_network, read_config
 from sparsecli.model.tokenizer import SETTINGS, read_tokenizer
 from sparsecli.recipe import loader
 

@@ -38,10 +38,10 @@ from sparsecli.decode.native.shape import shape_of
 from sparsecli.decode.packed.folder import read_weights
 from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.folder import read_description
+from sparsecli.model.files import read_description
 from sparsecli.recipe.loader import load as load_recipe
-from sparsecli.train import trainer
+from sparsecli.spec.model import ModelSpec
+from sparsecli.train import command
 
 pytestmark = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -274,7 +274,7 @@ QUALITY = {  # of each precision, the largest share by which the perplexity may 
 def test_perplexity_with_fewer_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model that has learned something, on held-out text; about five minutes."""
     loaded = load_recipe("quickstart", ["train.max_steps=400", "train.eval_steps=400"])
-    trainer.run(loaded, output=tmp_path / "run")
+    command.run(loaded, output=tmp_path / "run")
     assert loaded.recipe.data
     held_out = pack_corpus(loaded.recipe.data).held_out.windows(256, 32_768)
     texts = [window["input_ids"].tolist() for window in held_out]

@@ -29,9 +29,9 @@ from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.reference.state import import_kv
 from sparsecli.decode.reference.step import Reference
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.auto import build_network
 from sparsecli.model.cache import DecodeCache
-from sparsecli.model.networks import build_network
+from sparsecli.spec.model import ModelSpec
 
 needs_native = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -76,7 +76,7 @@ MODELS: dict[str, dict] = {
         "attention": hashed(
             2, 8, projection="multiplicative_conv", value_concat="whole", share_query_key=True
         ),
-        "encoder": {**ENCODER, "read_by": {"kind": "joined"}},
+        "encoder": {**ENCODER, "read_by": {"kind": "prefix"}},
         "sru": {"layers": 2, "width": 18},
         "positions": "digits",
     },
@@ -257,7 +257,7 @@ def handed_over(engine: Engine, name: str, read_by_pytorch: int) -> tuple[Sequen
     read(name, memory, tokens_of(name)[:read_by_pytorch], rows)
     source = 0 if rows is None else rows.shape[1]
     sequence = engine.sequence(COUNT, source)
-    engine.import_kv(sequence, kv_states(spec, memory.layers, memory.held), source)
+    engine.import_kv(sequence, kv_states(spec, memory.layers, memory.length), source)
     assert sequence.length == read_by_pytorch
     return sequence, memory
 
@@ -296,7 +296,7 @@ def test_what_is_handed_over_is_rounded_as_what_the_engine_remembers(name: str, 
     model, following = packed(name, precision), tokens_of(name)[60:]
     engine = start(model, 2)
     sequence, memory = handed_over(engine, name, 60)
-    reference, held = Reference(model), memory.held
+    reference, held = Reference(model), memory.length
     import_kv(reference, kv_states(spec_of(name), memory.layers, held), held - 60)
     wanted = np.stack([reference.step(token) for token in following])
     assert_twins(np.stack([engine.step(sequence, token) for token in following]), wanted)

@@ -19,8 +19,8 @@ from sparsecli.decode.native import binding
 from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.reference.step import Reference
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.networks import build_network
+from sparsecli.model.auto import build_network
+from sparsecli.spec.model import ModelSpec
 
 needs_native = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -30,9 +30,9 @@ EXACT = Precision.of("float32")
 
 ENCODER = {"layers": 1, "max_positions": 600, "feed_forward": {"kind": "dense", "d_ff": 32}}
 CROSS = {"encoder": ENCODER, "positions": "learned"}
-JOINED = {
+PREFIX = {
     "residual": "reversible",
-    "encoder": {**ENCODER, "read_by": {"kind": "joined"}},
+    "encoder": {**ENCODER, "read_by": {"kind": "prefix"}},
     "sru": {"layers": 2, "width": 18},
     "positions": "digits",
 }
@@ -60,20 +60,20 @@ MODELS: dict[str, dict] = {
     },
     "cross, side by side": {**CROSS, "parallel": True, "attention": {"projection": "dense"}},
     "terraformer": {
-        **JOINED,
+        **PREFIX,
         "attention_layers": 2,
         "vocabulary": {"kind": "multiplicative", "size": 102, "modules": 3},
     },
-    "joined, one stream, one attention": {
-        **JOINED,
-        "encoder": {**ENCODER, "read_by": {"kind": "joined", "streams": 1}},
+    "prefix, one stream, one attention": {
+        **PREFIX,
+        "encoder": {**ENCODER, "read_by": {"kind": "prefix", "streams": 1}},
         "feed_forward": {"kind": "dense", "d_ff": 100},
         "attention": {"projection": "dense_conv", "output_projection": "multiplicative_conv"},
         "normalization": "rms",
         "positions": "rotary",
     },
-    "joined, mixture": {
-        **JOINED,
+    "prefix, mixture": {
+        **PREFIX,
         "feed_forward": {"kind": "mixture", "d_ff": 99, "experts": 3},
         "attention": {"projection": "multiplicative"},
         "merge": "concatenate",
@@ -136,7 +136,7 @@ def tokens_of(name: str, count: int = COUNT) -> list[int]:
 
 
 def golden_text(name: str, row: int) -> tuple[np.ndarray, list[int], np.ndarray]:
-    """The joined streams without padding, the decoder's input, and its logits."""
+    """The streams of prefix and target without padding, the decoder's input, and its logits."""
     g = {key: value.numpy() for key, value in load(name).items()}
     length = int((g["tok_e"][row] != 0).sum())
     streams = [g[key][row, :length] for key in ("stage6_0", "stage6_1") if key in g]
@@ -198,7 +198,7 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["cross", "terraformer", "joined, mixture"])
+@pytest.mark.parametrize("name", ["cross", "terraformer", "prefix, mixture"])
 def test_sources_of_different_lengths_side_by_side(name: str) -> None:
     engine, lengths = start(packed(name), 2), (1, SOURCE, 4)
     sources = [source_of(spec_of(name), length, seed) for seed, length in enumerate(lengths)]
@@ -229,7 +229,7 @@ def test_a_sequence_begins_anew_with_another_source() -> None:
 
 @needs_native
 @pytest.mark.parametrize(("name", "rows"), [("cross", 0), ("terraformer", SOURCE)])
-def test_rows_of_a_joined_source_are_counted_like_tokens(name: str, rows: int) -> None:
+def test_rows_of_a_prefix_are_counted_like_tokens(name: str, rows: int) -> None:
     engine = start(packed(name), 2)
     engine.prefill(begin(engine, source_of(spec_of(name))), tokens_of(name))
     assert engine.counts() == [(16 * (rows + COUNT), rows + COUNT)] * 2  # 8 blocks, of each 2 units

@@ -20,19 +20,19 @@ from torch.nn import functional as F
 from sparsecli.console import Failure, RecipeError, Stopped
 from sparsecli.data.packing import PackedCorpus, pack
 from sparsecli.data.tokenization import train_byte_pairs
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.checkpoint import load_network
 from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.loading import load_network
 from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.loader import load, parse
 from sparsecli.recipe.training import Objective, RecoverySpec
-from sparsecli.train import loop, run_directory, trainer
+from sparsecli.spec.model import ModelSpec
+from sparsecli.train import command, run_directory, trainer
+from sparsecli.train.command import Result, run
 from sparsecli.train.controllers import controller_loss, unit_scores
 from sparsecli.train.distillation import Teacher, choosing_as_decoding, distil
 from sparsecli.train.divergence import divergence
 from sparsecli.train.evaluation import evaluate
-from sparsecli.train.trainer import Result, run
 
 RECIPE = """
 seed: 3
@@ -181,7 +181,7 @@ def test_a_bfloat16_teacher_shares_all_but_its_matrices() -> None:
 
 
 def test_controllers_learn_without_moving_anything_else() -> None:
-    layer = network(SPARSE).model.blocks[0].feed_forward
+    layer = network(SPARSE).model.layers[0].feed_forward
     x = torch.randn(64, 16)
     controller_loss(layer, x, unit_scores(layer, x)).backward()
     moved = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}
@@ -193,7 +193,7 @@ def test_controllers_learn_without_moving_anything_else() -> None:
 
 def test_stages_halve_until_each_layer_has_its_own_units() -> None:
     model = network({**SPARSE, "block_size": 16, "units_per_block": [1, 4]}).train()
-    layers = [block.feed_forward for block in model.model.blocks]
+    layers = [block.feed_forward for block in model.model.layers]
     seen = []
     for step in range(0, 16):
         with choosing_as_decoding(model, 16, step, 16):
@@ -210,7 +210,7 @@ def test_stages_of_a_layer_whose_own_k_is_none() -> None:
     seen = []
     for step in range(10):
         with choosing_as_decoding(model, 2, step, 10):
-            seen.append(model.model.blocks[0].feed_forward.units_per_block)
+            seen.append(model.model.layers[0].feed_forward.units_per_block)
     assert seen == [2, 2, 2, 1, 1, 0, 0, 0, 0, 0]
 
 
@@ -233,7 +233,7 @@ def test_a_run_starts_from_a_model_and_comes_nearer_to_its_teacher(
     assert after is not None
     assert after.kl_to_teacher == pytest.approx(result.kl_to_teacher, abs=1e-5)
     assert after.kl_to_teacher < 0.8 * before.kl_to_teacher  # type: ignore[operator]
-    assert [row["kl_to_teacher"] for row in rows if "held_out_nats" in row][-1] == result.kl_to_teacher
+    assert [row["kl_to_teacher"] for row in rows if "held_out_loss" in row][-1] == result.kl_to_teacher
 
     stored = load(str(output / "recipe.yaml")).recipe
     assert stored.model == student.config.spec  # what the recipe left out
@@ -333,7 +333,7 @@ def test_interrupted_recovery_goes_on_where_it_stopped(
 def test_finished_recovery_is_not_done_again(
     place: Place, recovered: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(trainer.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
     student = place.student()
     place.recover(student, place.folder / "recovered")
     assert_recovered(student, recovered)
@@ -342,7 +342,7 @@ def test_finished_recovery_is_not_done_again(
 def test_full_disk_is_one_line_and_the_recovery_goes_on(
     place: Place, recovered: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    before = loop.LanguageModelTrainer._save_checkpoint
+    before = trainer.LanguageModelTrainer._save_checkpoint
 
     def save_checkpoint(self: Any, *args: Any) -> None:
         if self.state.global_step < 8:
@@ -352,7 +352,7 @@ def test_full_disk_is_one_line_and_the_recovery_goes_on(
                 before(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.LanguageModelTrainer, "_save_checkpoint", save_checkpoint)
+        patch.setattr(trainer.LanguageModelTrainer, "_save_checkpoint", save_checkpoint)
         with pytest.raises(Failure, match="File too large; once that is mended, do it again") as caught:
             place.recover(place.student(), tmp_path)
     assert "\n" not in caught.value.message
@@ -418,7 +418,7 @@ def test_a_teacher_of_another_vocabulary(place: Place, tmp_path: Path) -> None:
 def test_models_that_do_not_fit(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
 ) -> None:
-    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
+    monkeypatch.setattr(command, "prepare", lambda data: pytest.fail("read the text"))
     if "WIDE" in override:
         override = override.replace("WIDE", str(place.save(network(DENSE, d_model=32), "wide")))
     with pytest.raises(Failure, match=message):

@@ -11,13 +11,13 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from sparsecli.console import Failure
 from sparsecli.model import DecodeCache, decoder, encoder
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.auto import Network, build_network
 from sparsecli.model.cache import CACHE
-from sparsecli.model.checkpoint import load_network
 from sparsecli.model.layers.reversible import plain_stack, reversible_stack
-from sparsecli.model.networks import Network, build_network
+from sparsecli.model.loading import load_network
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tensors import tensor_shapes
+from sparsecli.spec.model import ModelSpec
 
 VOCABULARY = 96
 SPARSE = {"kind": "sparse", "d_ff": 64, "block_size": 8, "rank": 6}
@@ -55,12 +55,12 @@ MODELS: dict[str, dict] = {
         "residual": "reversible",
         "attention_layers": 2,
         "sru": {"width": 8},
-        "encoder": {"layers": 2, "max_positions": 24, "read_by": {"kind": "joined"}},
+        "encoder": {"layers": 2, "max_positions": 24, "read_by": {"kind": "prefix"}},
     },
     "Terraformer, one stream, digits": {
         "residual": "reversible",
         "sru": {"width": 8, "layers": 2},
-        "encoder": {"layers": 1, "max_positions": 24, "read_by": {"kind": "joined", "streams": 1}},
+        "encoder": {"layers": 1, "max_positions": 24, "read_by": {"kind": "prefix", "streams": 1}},
         "positions": "digits",
         "feed_forward": {"kind": "dense", "d_ff": 64},
         "vocabulary": {"kind": "dense", "size": VOCABULARY, "tied": True},
@@ -68,7 +68,7 @@ MODELS: dict[str, dict] = {
     "Terraformer, one swap, rotary, side by side": {
         "residual": "reversible",
         "merge": "concatenate",
-        "encoder": {"layers": 3, "max_positions": 24, "read_by": {"kind": "joined"}, "two_swaps": False},
+        "encoder": {"layers": 3, "max_positions": 24, "read_by": {"kind": "prefix"}, "two_swaps": False},
         "attention": {"projection": "dense", "share_query_key": True},
         "positions": "rotary",
         "vocabulary": {"kind": "dense", "size": VOCABULARY},
@@ -189,7 +189,7 @@ def test_a_text_goes_on_from_the_cache_of_what_was_written(name: str) -> None:
 def test_a_cache_behind_another_source_is_refused() -> None:
     model, ids = build("Terraformer"), targets(1, 2)
     cache = model(**sources(9), decoder_input_ids=ids, use_cache=True)[CACHE]
-    with pytest.raises(ValueError, match="behind a source of 9 tokens, not of 8"):
+    with pytest.raises(ValueError, match="has a prefix of 9 tokens, not of 8"):
         model(**sources(8), decoder_input_ids=ids, past_key_values=cache)
 
 
@@ -313,11 +313,11 @@ def test_cache_makes_keys_and_values_of_the_source_once() -> None:
     model, given, ids = build("cross-attention"), sources(9, 4), targets(2, 2)
     cache = DecodeCache.for_model(model.config.spec)
     model(**given, decoder_input_ids=ids, past_key_values=cache)
-    made = cache.layers[0].kept["source"][0]
+    made = cache.layers[0].fixed["cross_attention"][0]
     model(**given, decoder_input_ids=ids, past_key_values=cache)
-    assert cache.layers[0].kept["source"][0] is made
+    assert cache.layers[0].fixed["cross_attention"][0] is made
     cache.reset()
-    assert cache.layers[0].kept == {}
+    assert cache.layers[0].fixed == {}
 
 
 @torch.no_grad()
@@ -351,7 +351,7 @@ def hashed(chunk_length: int, **fields: object) -> Network:
         "layers": 2,
         "max_positions": 64,
         "attention": {**attention, "lsh": {**lsh, "chunks_after": 1}},
-        "read_by": {"kind": "joined"},
+        "read_by": {"kind": "prefix"},
     }
     fields |= {"encoder": encoder, "attention": {**COMMON["attention"], **attention}, "max_positions": 64}
     return build("Terraformer", **fields)
@@ -477,7 +477,7 @@ def test_the_papers_terraformer_has_its_size() -> None:
         "residual": "reversible",
         "attention_layers": 2,
         "sru": {"width": 32},
-        "encoder": {"layers": 24, "max_positions": 32768, "read_by": {"kind": "joined"}},
+        "encoder": {"layers": 24, "max_positions": 32768, "read_by": {"kind": "prefix"}},
     }
 
     def parameters(**fields: object) -> int:

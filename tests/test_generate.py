@@ -31,8 +31,8 @@ from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.prompt import encode_input, encode_prompt
 from sparsecli.generate.text import StopFilter, generate_text
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
-from sparsecli.model.checkpoint import load_model
-from sparsecli.model.folder import check_weights, find_model, read_description
+from sparsecli.model.files import check_weights, find_model, read_description
+from sparsecli.model.loading import load_model
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.schema import GenerateSpec

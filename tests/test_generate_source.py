@@ -18,11 +18,11 @@ from sparsecli.decode.native import binding
 from sparsecli.generate.backend import open_decoder
 from sparsecli.generate.command import generate
 from sparsecli.generate.decoder import DecoderOptions
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.checkpoint import load_model
-from sparsecli.model.folder import read_description
-from sparsecli.model.networks import build_network
+from sparsecli.model.auto import build_network
+from sparsecli.model.files import read_description
+from sparsecli.model.loading import load_model
 from sparsecli.recipe.schema import GenerateSpec
+from sparsecli.spec.model import ModelSpec
 
 needs_native = pytest.mark.skipif(binding.available() is not None, reason=str(binding.available()))
 ENCODER = {"layers": 1, "max_positions": 20}
@@ -30,7 +30,7 @@ TERRAFORMER = {
     "residual": "reversible",
     "attention_layers": 2,
     "sru": {"width": 6},
-    "encoder": {**ENCODER, "read_by": {"kind": "joined"}},
+    "encoder": {**ENCODER, "read_by": {"kind": "prefix"}},
 }
 HASHED = {"kind": "lsh", "lsh": {"rounds": 2, "chunk_length": 2}}  # 8 keys
 MODELS = {

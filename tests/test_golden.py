@@ -13,9 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
-from sparsecli.model.layers.attention import Attention, build_attention
+from sparsecli.model.layers.attention import Attention, dense_projection
 from sparsecli.model.layers.feed_forward import MixtureFeedForward, SparseFeedForward
-from sparsecli.model.layers.multiplicative import ModuleConvolution, MultiplicativeDense
+from sparsecli.model.layers.multiplicative import (
+    ConvolutionProjection,
+    ModuleConvolution,
+    MultiplicativeConvolution,
+    MultiplicativeDense,
+)
 from sparsecli.model.layers.normalization import normalization
 from sparsecli.model.layers.positions import LearnedPositions, SinusoidalPositions
 
@@ -111,9 +116,11 @@ def test_convolution(name: str) -> None:
 
 
 def multconv_attention(g: dict[str, Tensor], value_concat: str = "none", output: str = "none") -> Attention:
-    layer = build_attention(
-        16, 2, 2, "multiplicative_conv", output, 4, 3, value_concat, bias=True, dropout=0.0, count_area=False
+    projection = ConvolutionProjection(
+        MultiplicativeDense(16, 16, 4), 16, modules=4, kernel=3, value_concat=value_concat
     )
+    convolution = MultiplicativeConvolution(16, 4, 3) if output == "multiplicative_conv" else None
+    layer = Attention(projection, convolution, heads=2)
     fill_multiplicative(layer.projection.shared, g["D"], g["E"], g["b"])
     fill_convolution(layer.projection.query, g["K_q"], g["b_q"])
     fill_convolution(layer.projection.key, g["K_k"], g["b_k"])
@@ -141,7 +148,7 @@ def test_sparse_qkv_attention(name: str, value_concat: str, output: str) -> None
 def test_sparse_qkv_stages() -> None:
     g = load("multconv_attn_default")
     layer = multconv_attention(g)
-    m = layer.projection.remember(g["x"])
+    m = layer.projection.conv_input(g["x"])
     assert_same(m, g["mult_out"])
     for made, name in zip(layer.projection(nn.functional.pad(m, (0, 0, 2, 0))), ("q", "k", "v"), strict=True):
         assert_same(made, g[name])
@@ -150,7 +157,8 @@ def test_sparse_qkv_stages() -> None:
 def test_dense_attention() -> None:
     g = load("dense_causal_attn")
     heads = int(g["n_heads"])
-    layer = build_attention(16, heads, heads, "dense", "dense", heads, 3, "none", True, 0.0, True)
+    projection = dense_projection(16, heads=heads, key_value_heads=heads, head_width=16 // heads)
+    layer = Attention(projection, nn.Linear(16, 16), heads=heads)
     for part, name in (("query", "q"), ("key", "k"), ("value", "v")):
         fill_linear(getattr(layer.projection, part), g[f"W{name}"], g[f"b{name}"])
     fill_linear(layer.output, g["Wo"], g["bo"])
@@ -245,7 +253,7 @@ def golden_language_model(name: str, g: dict[str, Tensor]) -> ScalingTransformer
     take = lambda: next(weights)  # noqa: E731
     fill(model.model.embedding.weight, take())
     fill(model.model.position_embedding.weight, take())
-    for block in model.model.blocks:
+    for block in model.model.layers:
         fill(block.attention_norm.weight, take())
         fill(block.attention_norm.bias, take())
         projection = block.attention.projection

@@ -5,19 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 from test_golden import assert_same, fill, fill_convolution, fill_linear, fill_multiplicative, load
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsecli.model.layers.attention import Attention, build_attention
-from sparsecli.model.layers.lsh import HashedAttention, hash_buckets
+from sparsecli.model.layers.attention import Attention, dense_projection
+from sparsecli.model.layers.lsh import LshAttention, hash_buckets
+from sparsecli.model.layers.multiplicative import ConvolutionProjection, MultiplicativeDense
 from sparsecli.model.layers.shared_query_key import unit_keys
-from sparsecli.model.parts import LshSpec
+from sparsecli.spec.attention import LshSpec
 
 
 def attention(projection: str, output: str, bias: bool, **kwargs: object) -> Attention:
     heads, modules = 2, 4
-    return build_attention(
-        16, heads, heads, projection, output, modules, 3, "none", bias, 0.0, False, **kwargs
-    ).eval()
+    shares = bool(kwargs.get("share_query_key"))
+    if projection == "dense":
+        made = dense_projection(
+            16, heads=heads, key_value_heads=heads, head_width=8, bias=bias, share_query_key=shares
+        )
+    else:
+        shared = MultiplicativeDense(16, 16, modules)
+        made = ConvolutionProjection(shared, 16, modules=modules, kernel=3, share_query_key=shares)
+    last = nn.Linear(16, 16, bias) if output == "dense" else None
+    return Attention(made, last, heads=heads, **kwargs).eval()
 
 
 def fill_heads(layer: Attention, g: dict[str, Tensor]) -> Attention:
@@ -30,9 +38,9 @@ def fill_heads(layer: Attention, g: dict[str, Tensor]) -> Attention:
     return layer
 
 
-def hashing(g: dict[str, Tensor], spec: LshSpec) -> HashedAttention:
+def hashing(g: dict[str, Tensor], spec: LshSpec) -> LshAttention:
     """Hash with the rotations of the file."""
-    layer = HashedAttention(spec)
+    layer = LshAttention(spec)
     rotations = g["rotations"].unflatten(0, (2, 2))  # (batch * heads, ...) -> (batch, heads, ...)
     layer.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, "rotations": rotations}), with_kwargs=True
@@ -88,7 +96,7 @@ HASHED = ["lsh_causal_1hash", "lsh_causal_2hash"]
 @pytest.mark.parametrize("name", HASHED)
 def test_hashed(name: str) -> None:
     g = load(name)
-    layer = attention("dense", "dense", False, share_query_key=True, hashing=hashing(g, lsh_spec(g)))
+    layer = attention("dense", "dense", False, share_query_key=True, lsh=hashing(g, lsh_spec(g)))
     assert_same_but_for_lonely(fill_heads(layer, g)(g["x"]), g)
 
 
@@ -114,11 +122,11 @@ def test_projections_of_a_trained_model(projection: str) -> None:
     weights = iter([value for key, value in g.items() if key.startswith("w_")])
     take = lambda: next(weights)  # noqa: E731
     if projection == "model":
-        layer = attention("dense", "dense", True, hashing=hashing(g, spec))
+        layer = attention("dense", "dense", True, lsh=hashing(g, spec))
         for part in (layer.projection.query, layer.projection.key, layer.projection.value, layer.output):
             fill_linear(part, take(), take())
     else:
-        layer = attention("multiplicative_conv", "none", True, hashing=hashing(g, spec))
+        layer = attention("multiplicative_conv", "none", True, lsh=hashing(g, spec))
         fill_multiplicative(layer.projection.shared, take(), take(), take())
         for part in (layer.projection.query, layer.projection.key, layer.projection.value):
             fill_convolution(part, take(), take())

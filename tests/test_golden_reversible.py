@@ -17,11 +17,11 @@ from test_golden import (
 )
 from torch import Tensor, nn
 
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.blocks import ReversibleBlock
 from sparsecli.model.layers.positions import DigitPositions
 from sparsecli.model.layers.reversible import plain_stack, reversible_stack
 from sparsecli.model.layers.sru import SRU
+from sparsecli.model.transformer_layers import ReversibleLayer
+from sparsecli.spec.model import ModelSpec
 
 Take = Callable[[], Tensor]
 """The next of the weights, in the order in which the original stores them."""
@@ -69,8 +69,8 @@ def fill_units(block: nn.Module, take: Take) -> None:
     fill_linear(block.sru.leave, take(), take())
 
 
-def golden_block(g: dict[str, Tensor], prefix: str = "w_") -> ReversibleBlock:
-    block = ReversibleBlock(BLOCK, 0)
+def golden_block(g: dict[str, Tensor], prefix: str = "w_") -> ReversibleLayer:
+    block = ReversibleLayer(BLOCK, 0)
     weights = iter([value for key, value in g.items() if key.startswith(prefix)])
     take = lambda: next(weights)  # noqa: E731
     fill_norm(block.attention_norm, take)

@@ -114,14 +114,14 @@ def encoder_decoder(kind: str, g: dict[str, Tensor]) -> ScalingTransformerForCon
     model, weights = whole.model, Weights(iter([value for key, value in g.items() if key.startswith("w_")]))
     fill(model.embedding.weight, weights.take())
     fill(model.encoder.position_embedding.weight, weights.take())
-    for block in model.encoder.blocks:
+    for block in model.encoder.layers:
         weights.norm(block.attention_norm)
         weights.attention(block.attention)
         weights.norm(block.feed_forward_norm)
         weights.feed_forward(block.feed_forward)
     weights.norm(model.encoder.norm)
     fill(model.position_embedding.weight, weights.take())
-    for block in model.blocks:
+    for block in model.layers:
         weights.norm(block.attention_norm)
         weights.attention(block.attention)
         weights.norm(block.cross_attention_norm)
@@ -157,11 +157,11 @@ def test_encoder_decoder_decodes_step_by_step(kind: str) -> None:
 PER_HEAD = {"projection": "dense", "bias": False}
 TERRAFORMERS: dict[str, dict] = {
     "sparse_rev": {},
-    "sparse_nonrev_enc": {"encoder": {"read_by": {"kind": "joined", "streams": 1}}},
+    "sparse_nonrev_enc": {"encoder": {"read_by": {"kind": "prefix", "streams": 1}}},
     "selfattn_dense": {
         **PARTS["dense"],
         "attention": PER_HEAD,
-        "encoder": {"attention": PER_HEAD, "read_by": {"kind": "joined", "streams": 1}},
+        "encoder": {"attention": PER_HEAD, "read_by": {"kind": "prefix", "streams": 1}},
         "attention_layers": 1,
         "positions": "digits",
         "sru": None,
@@ -174,21 +174,21 @@ def fill_terraformer(name: str, values: Iterator[Tensor]) -> TerraformerForCondi
     """A model of the file's shape with `values`, which are in the order of its weights."""
     given = {**SIZES, **PARTS["sparse"], "max_positions": 64, "attention_layers": 2, "sru": {"width": 4}}
     given |= TERRAFORMERS[name]
-    encoder = {"layers": 2, "max_positions": 64, "read_by": {"kind": "joined"}}
+    encoder = {"layers": 2, "max_positions": 64, "read_by": {"kind": "prefix"}}
     given["encoder"] = encoder | TERRAFORMERS[name].get("encoder", {})
     whole = TerraformerForConditionalGeneration(TerraformerConfig(**given)).eval()
     model, weights = whole.model, Weights(values)
     fill(model.embedding.weight, weights.take())
     for layer in (model.encoder.position_embedding, model.position_embedding):
         weights.positions(layer)
-    for block in model.encoder.blocks:
+    for block in model.encoder.layers:
         weights.norm(block.attention_norm)
         weights.attention(block.attention)
         weights.units(block)
     if model.encoder.merge is not None:
         weights.linear(model.encoder.merge)
         weights.norm(model.encoder.norm)
-    for block in model.blocks:
+    for block in model.layers:
         for attention in ("attention", "second_attention")[: given["attention_layers"]]:
             weights.norm(getattr(block, f"{attention}_norm"))
             weights.attention(getattr(block, attention))

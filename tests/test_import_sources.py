@@ -20,8 +20,8 @@ from sparsecli.console import Failure
 from sparsecli.generate.prompt import encode_chat, encode_prompt
 from sparsecli.interchange import exporting, importing
 from sparsecli.interchange.sources import ForeignModel, open_source
-from sparsecli.model.checkpoint import load_model, load_network, read_config
-from sparsecli.model.folder import CONFIG, INDEX, WEIGHTS, find_model, read_description, weight_files
+from sparsecli.model.files import CONFIG, INDEX, WEIGHTS, find_model, read_description, weight_files
+from sparsecli.model.loading import load_model, load_network, read_config
 from sparsecli.model.tokenizer import read_tokenizer
 
 

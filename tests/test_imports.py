@@ -22,70 +22,74 @@ MODULES = {
 LAYERS = {
     "sparsecli": set(),
     "sparsecli.console": set(),
-    "sparsecli.model.parts": set(),
-    "sparsecli.model.architecture": {"sparsecli.model.parts"},
+    "sparsecli.spec": {"sparsecli.spec"},
     "sparsecli.model.layers": {
-        *("sparsecli.model.layers", "sparsecli.model.parts", "sparsecli.model.low_bit"),
+        *("sparsecli.model.layers", "sparsecli.spec"),
+        *("sparsecli.model.quantization", "sparsecli.model.gguf_types"),
     },
-    "sparsecli.model.low_bit": set(),
-    "sparsecli.model": {"sparsecli.model", "sparsecli.console"},
-    "sparsecli.recipe": {
-        *("sparsecli.recipe", "sparsecli.console"),
-        *("sparsecli.model.architecture", "sparsecli.model.parts"),
-    },
+    "sparsecli.model.quantization": set(),
+    "sparsecli.model.gguf_types": set(),
+    "sparsecli.model": {"sparsecli.model", "sparsecli.spec", "sparsecli.console"},
+    "sparsecli.recipe": {"sparsecli.recipe", "sparsecli.spec", "sparsecli.console"},
     "sparsecli.recipe.commands": {"sparsecli.recipe", "sparsecli.console", "sparsecli.model"},
     "sparsecli.data": {
         *("sparsecli.data", "sparsecli.console", "sparsecli.recipe"),
-        "sparsecli.model.architecture",  # token ids
+        "sparsecli.spec.vocabulary",  # token ids
     },
 }
 BELOW_COMMANDS = {
     "sparsecli",  # its version
     "sparsecli.console",
     "sparsecli.recipe",
+    "sparsecli.spec",
     "sparsecli.model",
     "sparsecli.data",
 }
 LAYERS |= {
-    "sparsecli.decode": {*("sparsecli.decode", "sparsecli.console"), "sparsecli.model.architecture"},
+    "sparsecli.decode": {"sparsecli.decode", "sparsecli.console", "sparsecli.spec"},
     "sparsecli.decode.packed": {
-        *("sparsecli.decode.packed", "sparsecli.console"),
-        *("sparsecli.model.architecture", "sparsecli.model.parts"),
-        *("sparsecli.model.low_bit", "sparsecli.model.rotary"),
+        *("sparsecli.decode.packed", "sparsecli.console", "sparsecli.spec"),
+        *("sparsecli.model.quantization", "sparsecli.model.rotary"),
     },
     "sparsecli.decode.packed.folder": {
         *("sparsecli.decode.packed", "sparsecli.console"),
-        *("sparsecli.model.architecture", "sparsecli.model.folder"),
+        *("sparsecli.spec", "sparsecli.model.files"),
     },
     "sparsecli.decode.native.binding": {"sparsecli.console"},
+    "sparsecli.decode.native.gguf": {"sparsecli.decode.native", "sparsecli.model.gguf_types"},
     "sparsecli.decode.native.shape": {
         *("sparsecli.decode.native", "sparsecli.decode.packed"),
-        "sparsecli.model.architecture",
+        "sparsecli.spec",
     },
     "sparsecli.decode.lsh_rotations": {
-        *("sparsecli.model.architecture", "sparsecli.model.layers.lsh"),  # rotations are PyTorch's
+        *("sparsecli.spec", "sparsecli.model.layers.lsh"),  # rotations are PyTorch's
     },
     "sparsecli.decode.reference": {
         *("sparsecli.decode.reference", "sparsecli.decode.packed"),
-        *("sparsecli.decode.kv_state", "sparsecli.decode.lsh_rotations", "sparsecli.model.low_bit"),
+        *("sparsecli.decode.kv_state", "sparsecli.decode.lsh_rotations", "sparsecli.model.quantization"),
     },
     "sparsecli.train": BELOW_COMMANDS | {"sparsecli.train"},
     "sparsecli.generate": BELOW_COMMANDS | {"sparsecli.generate", "sparsecli.decode"},
     "sparsecli.generate.decoder": set(),
     "sparsecli.generate.chat": {"sparsecli.console"},  # it runs in a process of its own
     "sparsecli.generate.sampling": {"sparsecli.console", "sparsecli.recipe"},
-    "sparsecli.pack": {"sparsecli.console", "sparsecli.model", "sparsecli.decode"},
-    "sparsecli.interchange": {"sparsecli.interchange", "sparsecli.console", "sparsecli.model"},
+    "sparsecli.pack": {"sparsecli.console", "sparsecli.model", "sparsecli.spec", "sparsecli.decode"},
+    "sparsecli.interchange": {
+        "sparsecli.interchange",
+        "sparsecli.console",
+        "sparsecli.model",
+        "sparsecli.spec",
+    },
     "sparsecli.bench": BELOW_COMMANDS
     | {"sparsecli.bench", "sparsecli.train", "sparsecli.decode", "sparsecli.generate.decoder"},
     "sparsecli.bench.result": {"sparsecli.decode.packed", "sparsecli.recipe"},
     "sparsecli.bench.decoders": {
         *("sparsecli.bench.decoders", "sparsecli.bench.random_weights"),
-        *("sparsecli.model", "sparsecli.decode"),
+        *("sparsecli.model", "sparsecli.spec", "sparsecli.decode"),
     },
     "sparsecli.bench.peers": {
         *("sparsecli.bench.peers", "sparsecli.bench.variants", "sparsecli.bench.random_weights"),
-        *("sparsecli.console", "sparsecli.model"),
+        *("sparsecli.console", "sparsecli.model", "sparsecli.spec"),
     },
     "sparsecli.convert": BELOW_COMMANDS
     | {f"sparsecli.{name}" for name in ("convert", "train", "bench", "decode", "interchange")},
@@ -98,7 +102,7 @@ LAYERS |= {
     "sparsecli.__main__": {"sparsecli.cli"},
 }
 
-LIGHT = ["sparsecli", "sparsecli.console", "sparsecli.model", "sparsecli.model.architecture"]
+LIGHT = ["sparsecli", "sparsecli.console", "sparsecli.model"]
 LIGHT += [name for name in MODULES if name.startswith(("sparsecli.cli", "sparsecli.recipe"))]
 HEAVY = {"torch", "transformers", "numpy", "datasets", "tokenizers", "safetensors", "accelerate"}
 
@@ -140,9 +144,9 @@ def test_imports_run_one_way(name):
 
 def test_a_wrong_import_is_noticed(tmp_path, monkeypatch):
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("def f():\n    from sparsecli.train import trainer\n    from sparsecli import cli\n")
+    wrong.write_text("def f():\n    from sparsecli.train import command\n    from sparsecli import cli\n")
     monkeypatch.setitem(MODULES, "sparsecli.model.layers.wrong", wrong)
-    assert strays("sparsecli.model.layers.wrong") == ["sparsecli.train.trainer", "sparsecli.cli"]
+    assert strays("sparsecli.model.layers.wrong") == ["sparsecli.train.command", "sparsecli.cli"]
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -198,8 +202,8 @@ def test_decoding_and_generating_import_neither_torch_nor_transformers():
 
 
 ORDERS = [
-    "import sparsecli.model.networks; from transformers import AutoConfig, AutoModelForCausalLM",
-    "from transformers import AutoConfig, AutoModelForCausalLM; import sparsecli.model.networks",
+    "import sparsecli.model.auto; from transformers import AutoConfig, AutoModelForCausalLM",
+    "from transformers import AutoConfig, AutoModelForCausalLM; import sparsecli.model.auto",
     "from sparsecli.model import TerraformerConfig; from transformers import AutoConfig, AutoModelForCausalLM",
 ]
 

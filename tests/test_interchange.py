@@ -23,9 +23,9 @@ from sparsecli.interchange import exporting, importing, shards
 from sparsecli.interchange.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, Pieces, read_pieces
 from sparsecli.interchange.pieces import build as build_pieces
 from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source, read_family
-from sparsecli.model.checkpoint import load_model, load_network
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.folder import read_description, weight_files
+from sparsecli.model.files import read_description, weight_files
+from sparsecli.model.loading import load_model, load_network
 from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.model.tokenizer import read_tokenizer
 
@@ -80,8 +80,8 @@ def test_types_of_weights(dtype: str, kept: str, tmp_path: Path) -> None:
     original = build("gemma", **MODELS["gemma"][1]).to(getattr(torch, dtype))
     folder = imported(original, tmp_path)
     tensors = load_file(folder / "model.safetensors")
-    assert tensors["model.blocks.0.attention.projection.query.weight"].dtype == getattr(torch, kept)
-    norm = tensors["model.blocks.1.attention_norm.weight"]
+    assert tensors["model.layers.0.attention.projection.query.weight"].dtype == getattr(torch, kept)
+    norm = tensors["model.layers.1.attention_norm.weight"]
     assert norm.dtype == torch.float32  # 1 + w has more digits than w
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     assert torch.equal(norm, theirs["model.layers.1.input_layernorm.weight"].float() + 1)

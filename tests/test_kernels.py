@@ -18,9 +18,9 @@ from sparsecli.decode.packed.pack import pack, quantise_rows
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensors import slots
 from sparsecli.decode.reference.step import Reference
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.low_bit import from_bfloat16, to_bfloat16
+from sparsecli.model.quantization import from_bfloat16, to_bfloat16
 from sparsecli.model.tensors import tensor_shapes
+from sparsecli.spec.model import ModelSpec
 
 needs_the_engine = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -264,8 +264,8 @@ def test_integer_sums_that_all_point_one_way(instruction_set: str) -> None:
     weights = constant_weights(spec)
     weights["model.embedding.weight"][:] = 1
     weights["head.weight"][:] = 0.5
-    weights["model.blocks.0.feed_forward.up.weight"][:] = 0.001
-    weights["model.blocks.0.feed_forward.down.weight"][:300] = -0.001
+    weights["model.layers.0.feed_forward.up.weight"][:] = 0.001
+    weights["model.layers.0.feed_forward.down.weight"][:300] = -0.001
     model = pack(spec, weights, Precision.of("int8", embedding="float32"))
     tokens = [1, 2, 1, 2, 1]  # enough for a tile of tokens
     wanted = Reference(model).logits(tokens)
@@ -299,7 +299,7 @@ def test_integer_sums_of_a_controller_that_all_point_one_way(rank: int, instruct
     spec = with_layers({"kind": "sparse", "d_ff": 32, "block_size": 16, "rank": rank})
     weights = constant_weights(spec)
     weights["model.embedding.weight"][:] = 1
-    place = "model.blocks.0.feed_forward."
+    place = "model.layers.0.feed_forward."
     weights[f"{place}controller.first"][:] = 0.1
     weights[f"{place}controller.second"][:] = -0.1
     weights[f"{place}controller.second"][[3, 20]] = 0.1
@@ -326,7 +326,7 @@ def test_tiny_and_large_numbers(size: float, precision: str, instruction_set: st
     )
     weights = random_weights(spec)
     for norm in ("attention_norm", "feed_forward_norm"):
-        weights[f"model.blocks.0.{norm}.weight"][:] = size
+        weights[f"model.layers.0.{norm}.weight"][:] = size
     model = pack(spec, weights, Precision.of(precision, cache=precision))
     tokens = some_tokens(spec.vocabulary.size, 12)
     wanted = Reference(model).logits(tokens)
@@ -340,7 +340,7 @@ def test_tiny_and_large_numbers(size: float, precision: str, instruction_set: st
 def test_activations_far_from_zero(activation: str, instruction_set: str) -> None:
     spec = plain_spec(activation=activation, d_ff=50)
     weights = random_weights(spec)
-    weights["model.blocks.0.feed_forward.up.weight"] *= np.geomspace(0.01, 300, 50)[:, None].astype(
+    weights["model.layers.0.feed_forward.up.weight"] *= np.geomspace(0.01, 300, 50)[:, None].astype(
         np.float32
     )
     model = pack(spec, weights, Precision.of("float32"))
@@ -358,7 +358,7 @@ def test_attention_that_sees_one_position_alone(cache: str, instruction_set: str
     spec = plain_spec()
     weights = random_weights(spec)
     for name in ("query", "key"):
-        weights[f"model.blocks.0.attention.projection.{name}.weight"] *= 30
+        weights[f"model.layers.0.attention.projection.{name}.weight"] *= 30
     model = pack(spec, weights, Precision.of("float32", cache=cache))
     tokens = some_tokens(20, 37)
     rows, wanted = stepped(start(model), tokens), Reference(model).logits(tokens)
@@ -388,7 +388,7 @@ def test_rows_of_units_that_were_not_chosen_or_are_silent_are_not_read(
         }
     )
     weights = random_weights(spec)
-    place = "model.blocks.0.feed_forward."
+    place = "model.layers.0.feed_forward."
     never, silent = [5, 17, 30, 95], [0, 1, 40, 77]
     weights[f"{place}controller.bias"][never] = -1e6
     weights[f"{place}unit_bias"][silent] = -1e6
@@ -413,7 +413,7 @@ import numpy as np
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.pack import pack
-from sparsecli.model.architecture import (DEFAULT)
+from sparsecli.spec.model import DEFAULT
 from sparsecli.model.tensors import tensor_shapes
 
 weights = {name: np.ones(shape, np.float32) for name, shape in tensor_shapes(DEFAULT).items()}

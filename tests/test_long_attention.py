@@ -16,8 +16,8 @@ from sparsecli.data.tokenization import train_byte_pairs
 from sparsecli.decode.native import binding
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.configuration import TerraformerConfig
-from sparsecli.model.layers.lsh import HashedAttention
-from sparsecli.model.parts import LshSpec
+from sparsecli.model.layers.lsh import LshAttention
+from sparsecli.spec.attention import LshSpec
 
 
 def test_windows_of_all_rounds_are_brought_together() -> None:
@@ -32,12 +32,12 @@ def test_windows_of_all_rounds_are_brought_together() -> None:
 def test_mass_grows_with_rounds_up_to_all() -> None:
     q = 3 * torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(0))
     shares = [
-        float(mass_found(q, HashedAttention(LshSpec(rounds=rounds, chunk_length=8)).eval()).mean())
+        float(mass_found(q, LshAttention(LshSpec(rounds=rounds, chunk_length=8)).eval()).mean())
         for rounds in (1, 2, 4, 8)
     ]
     assert shares == sorted(shares)
     assert 0.2 < shares[0] < shares[-1] < 1
-    everything = HashedAttention(LshSpec(rounds=1, chunk_length=8, chunks_before=7)).eval()
+    everything = LshAttention(LshSpec(rounds=1, chunk_length=8, chunks_before=7)).eval()
     torch.testing.assert_close(mass_found(q, everything), torch.ones(1, 2))
 
 
@@ -71,11 +71,11 @@ model: {d_model: 32, layers: 2, heads: 2, max_positions: 16, feed_forward: {kind
         attention: {kind: lsh, lsh: {chunk_length: 8}, projection: multiplicative_conv, value_concat: whole},
         residual: reversible, vocabulary: {kind: dense, size: 40}, sru: {width: 4}}
 """
-JOINED = ["model.encoder={layers: 1, max_positions: 16, read_by: {kind: joined}}", "model.attention_layers=2"]
+PREFIX = ["model.encoder={layers: 1, max_positions: 16, read_by: {kind: prefix}}", "model.attention_layers=2"]
 
 
 @pytest.mark.skipif(binding.available() is not None, reason=str(binding.available()))
-@pytest.mark.parametrize("overrides", [[], JOINED], ids=["alone", "joined"])
+@pytest.mark.parametrize("overrides", [[], PREFIX], ids=["alone", "prefix"])
 def test_whole_models_decode_after_long_texts(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,17 +14,17 @@ from torch import Tensor
 from sparsecli.console import Failure, RecipeError
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.cache import DecodeLayer
-from sparsecli.model.checkpoint import load_network
 from sparsecli.model.configuration import TerraformerConfig
-from sparsecli.model.folder import read_description
-from sparsecli.model.layers.chunks import attend_chunks
-from sparsecli.model.layers.lsh import HashedAttention, attend_alike, default_buckets
+from sparsecli.model.files import read_description
+from sparsecli.model.layers.chunk_attention import attend_chunks
+from sparsecli.model.layers.lsh import LshAttention, attend_alike, default_buckets
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.layers.shared_query_key import attend_shared, unit_keys
-from sparsecli.model.parts import LshSpec
+from sparsecli.model.loading import load_network
 from sparsecli.model.terraformer import TerraformerForConditionalGeneration
 from sparsecli.recipe.loader import load
-from sparsecli.train.trainer import run
+from sparsecli.spec.attention import LshSpec
+from sparsecli.train.command import run
 
 HEADS, WIDTH = 2, 8
 
@@ -101,7 +101,7 @@ def test_windows_over_everything_are_exact(rounds, length, causal) -> None:
     q, k, v = tokens(length)
     valid = torch.ones(2, length, dtype=torch.bool)
     valid[0, :2], valid[1, -3:] = False, False
-    layer = HashedAttention(LshSpec(rounds=rounds, chunk_length=8, chunks_before=100), causal=causal).eval()
+    layer = LshAttention(LshSpec(rounds=rounds, chunk_length=8, chunks_before=100), causal=causal).eval()
     expected = attend_shared(q, k, v, valid[:, None, None], causal)
     actual = layer(q, k, v, valid)
     assert actual.isfinite().all()
@@ -111,14 +111,14 @@ def test_windows_over_everything_are_exact(rounds, length, causal) -> None:
 
 
 def test_rows_of_padding_alone_are_finite() -> None:
-    layer = HashedAttention(LshSpec(chunk_length=4)).eval()
+    layer = LshAttention(LshSpec(chunk_length=4)).eval()
     assert layer(*tokens(10), torch.zeros(2, 10, dtype=torch.bool)).isfinite().all()
 
 
 def test_a_token_reads_nothing_after_it() -> None:
     q, k, v = tokens(48, batch=1)
     v.requires_grad_()
-    y = HashedAttention(LshSpec(chunk_length=8)).eval()(q, k, v)
+    y = LshAttention(LshSpec(chunk_length=8)).eval()(q, k, v)
     for position in (0, 20, 47):
         (gradient,) = torch.autograd.grad(y[:, :, position].sum(), v, retain_graph=True)
         assert not gradient[:, :, position + 1 :].any()
@@ -127,7 +127,7 @@ def test_a_token_reads_nothing_after_it() -> None:
 
 def test_rotations_of_evaluation_are_fixed_and_those_of_training_are_not() -> None:
     q, k, v = tokens(64)
-    layer, other = HashedAttention(LshSpec(chunk_length=8), layer=1), HashedAttention(LshSpec(chunk_length=8))
+    layer, other = LshAttention(LshSpec(chunk_length=8), layer=1), LshAttention(LshSpec(chunk_length=8))
     state = torch.get_rng_state()
     once = layer.eval()(q, k, v)
     assert torch.equal(once, layer(q, k, v))
@@ -167,7 +167,7 @@ def test_buckets_that_do_not_fit(buckets: int | list[int], message: str) -> None
 
 def test_more_buckets_than_tokens() -> None:
     q, k, v = tokens(40)
-    layer = HashedAttention(LshSpec(chunk_length=8, buckets=[64, 64])).eval()
+    layer = LshAttention(LshSpec(chunk_length=8, buckets=[64, 64])).eval()
     assert layer(q, k, v).isfinite().all()
 
 
@@ -191,12 +191,12 @@ def test_alike_keys_first_then_recent_ones() -> None:
 
 def test_buckets_of_held_keys_are_those_of_their_number() -> None:
     """Growing token by token, through lengths at which all are hashed again, and after going back."""
-    layer = HashedAttention(LshSpec(rounds=2, chunk_length=2, chunks_before=0)).eval()
+    layer = LshAttention(LshSpec(rounds=2, chunk_length=2, chunks_before=0)).eval()
     q, k, v = tokens(40)
 
     def run(start: int, stop: int, memory: DecodeLayer) -> Tensor:
         held = memory.update(k[:, :, start:stop], v[:, :, start:stop])
-        return layer(q[:, :, start:stop], *held, memory=memory)
+        return layer(q[:, :, start:stop], *held, layer_cache=memory)
 
     memory = DecodeLayer(capacity=4)
     steps = [run(t, t + 1, memory) for t in range(40)]
@@ -212,14 +212,14 @@ def test_buckets_of_held_keys_are_those_of_their_number() -> None:
 @pytest.mark.parametrize("kept", [0, 3])
 def test_keys_are_not_looked_up_under_the_buckets_of_a_text_before_them(kept: int) -> None:
     """A memory that was reset or cropped, to where a query reads all keys unhashed, is like a fresh one."""
-    layer = HashedAttention(LshSpec(rounds=2, chunk_length=2, chunks_before=0, buckets=8)).eval()
+    layer = LshAttention(LshSpec(rounds=2, chunk_length=2, chunks_before=0, buckets=8)).eval()
     old, new = tokens(24), tokens(24, seed=1)
 
     def write(text: tuple[Tensor, ...], start: int, stop: int, memory: DecodeLayer) -> Tensor:
         steps = []
         for t in range(start, stop):
             q, k, v = (x[:, :, t : t + 1] for x in text)
-            steps.append(layer(q, *memory.update(k, v), memory=memory))
+            steps.append(layer(q, *memory.update(k, v), layer_cache=memory))
         return torch.cat(steps, 2) if steps else torch.empty(0)
 
     used, fresh = DecodeLayer(), DecodeLayer()
@@ -290,7 +290,7 @@ def test_hashing_a_trained_models_projections_needs_no_new_weights() -> None:
     assert full.state_dict().keys() == hashed.state_dict().keys()
     shared = language_model(SHARED)
     assert {name for name in full.state_dict() if name not in shared.state_dict()} == {
-        f"model.blocks.{block}.attention.projection.key.{part}"
+        f"model.layers.{block}.attention.projection.key.{part}"
         for block in range(2)
         for part in ("weight", "bias")
     }
@@ -299,7 +299,7 @@ def test_hashing_a_trained_models_projections_needs_no_new_weights() -> None:
 def terraformer(chunk_length: int) -> TerraformerForConditionalGeneration:
     torch.manual_seed(0)
     lsh = {"kind": "lsh", "lsh": {"rounds": 2, "chunk_length": chunk_length, "chunks_after": 1}}
-    encoder = {"layers": 2, "max_positions": 64, "attention": lsh, "read_by": {"kind": "joined"}}
+    encoder = {"layers": 2, "max_positions": 64, "attention": lsh, "read_by": {"kind": "prefix"}}
     decoder = {"attention": lsh | {"projection": "multiplicative_conv"}, "attention_layers": 2, "sru": {}}
     fields = MODEL | decoder | {"encoder": encoder, "residual": "reversible", "positions": "digits"}
     return TerraformerForConditionalGeneration(TerraformerConfig(**fields)).eval()
@@ -350,11 +350,11 @@ def test_a_model_with_full_attention_goes_on_with_hashing(
     hashing = "model.attention={kind: lsh, lsh: {chunk_length: 8, rounds: 4}}"
     result = run(load(str(recipe), [start, hashing]), output=tmp_path / "hashed")
     assert result is not None
-    assert math.isfinite(result.held_out_nats)
+    assert math.isfinite(result.held_out_loss)
     spec = read_description(tmp_path / "hashed" / "model").spec
     assert spec.attention.hashing == LshSpec(chunk_length=8, rounds=4)
     network = load_network(tmp_path / "full" / "model", spec=spec)
-    assert network.model.blocks[0].attention.hashing is not None
+    assert network.model.layers[0].attention.lsh is not None
     full = load_network(tmp_path / "full" / "model").state_dict()
     assert all(torch.equal(tensor, full[name]) for name, tensor in network.state_dict().items())
 
@@ -371,7 +371,7 @@ def test_a_model_with_full_attention_goes_on_with_hashing(
 
 def test_gradients_through_a_reversible_stack() -> None:
     """Rotations, dropout and buckets are those of the forward pass when it is computed again."""
-    layer = HashedAttention(LshSpec(chunk_length=4)).train()
+    layer = LshAttention(LshSpec(chunk_length=4)).train()
     weight = torch.nn.Parameter(torch.randn(WIDTH * HEADS, WIDTH * HEADS) / 4)
 
     def attend(x: Tensor) -> Tensor:

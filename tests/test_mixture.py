@@ -23,9 +23,9 @@ from sparsecli.model.layers.reversible import plain_stack
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.training import TrainSpec
 from sparsecli.train import run_directory
+from sparsecli.train.command import run
 from sparsecli.train.evaluation import evaluate
-from sparsecli.train.loop import LanguageModelTrainer, Signals, training_arguments
-from sparsecli.train.trainer import run
+from sparsecli.train.trainer import LanguageModelTrainer, Signals, training_arguments
 
 SETTINGS = {"hard_fraction": 1.0, "temperature": 0.0, "gate": "probability"}
 MIXTURE = {"kind": "mixture", "d_ff": 32, "experts": 4, "experts_per_token": 2, **SETTINGS}

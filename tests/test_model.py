@@ -17,9 +17,9 @@ from sparsecli import cli
 from sparsecli.console import Failure
 from sparsecli.model import DecodeCache, ScalingTransformerConfig, ScalingTransformerForCausalLM, versions
 from sparsecli.model.cache import CACHE
+from sparsecli.model.huge_pages import move_to_huge_pages
 from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
-from sparsecli.model.memory import move_to_huge_pages
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tensors import tensor_shapes
 

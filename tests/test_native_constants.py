@@ -11,7 +11,7 @@ import sparsecli.decode.native
 from sparsecli.decode.native import shape
 from sparsecli.decode.packed import layouts
 from sparsecli.decode.reference import ops, step
-from sparsecli.model import low_bit
+from sparsecli.model import quantization
 
 NATIVE = Path(next(iter(sparsecli.decode.native.__path__)))
 SOURCES = {
@@ -42,7 +42,7 @@ def enumeration(name: str) -> dict[str, int]:
         ("PANEL", layouts.PANEL),
         ("SPAN", layouts.SPAN),
         ("GROUP", ops.GROUP),
-        ("QUANT_GROUP", low_bit.GROUP),
+        ("QUANT_GROUP", quantization.GROUP),
         ("HEAD_LANES", step.HEAD_PARTS),
         ("CANDIDATES", step.CANDIDATES),
     ],

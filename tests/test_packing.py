@@ -39,7 +39,7 @@ from sparsecli.decode.packed.pack import PackedModel, huge_pages, pack
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.tensor_file import TensorFile
 from sparsecli.decode.reference.step import Reference
-from sparsecli.model.low_bit import from_bfloat16
+from sparsecli.model.quantization import from_bfloat16
 
 needs_the_engine = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -105,7 +105,7 @@ def test_fewer_bits_take_less_memory() -> None:
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["head.weight", "model.blocks.1.feed_forward.down", "model.norm.bias"])
+@pytest.mark.parametrize("name", ["head.weight", "model.layers.1.feed_forward.down", "model.norm.bias"])
 def test_weights_that_are_no_numbers(name: str, poison: float) -> None:
     weights = weights_of(network("sparse"))
     damaged = weights[name].copy()
@@ -115,15 +115,15 @@ def test_weights_that_are_no_numbers(name: str, poison: float) -> None:
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_scales_of_few_bits_that_are_no_numbers(poison: float) -> None:
-    weights = weights_of(network("low rank in few bits"))
+def test_quantized_scales_that_are_not_numbers(poison: float) -> None:
+    weights = weights_of(network("low rank, quantized"))
     scales = sorted(name for name in weights if name.endswith(".scale"))
     assert scales
     for name in scales:
         damaged = weights[name].copy()
         damaged.flat[3] = poison
         with pytest.raises(Failure, match=rf"tensor {name} holds a NaN or an infinity; the checkpoint is d"):
-            pack(spec_of("low rank in few bits"), weights | {name: damaged}, Precision.of("bfloat16"))
+            pack(spec_of("low rank, quantized"), weights | {name: damaged}, Precision.of("bfloat16"))
 
 
 def test_missing_weights() -> None:
@@ -323,9 +323,9 @@ def test_a_flipped_byte_anywhere(small_file: Path, data: st.DataObject) -> None:
     assert "\n" not in message
 
 
-def test_a_file_in_few_bits_that_is_damaged(tmp_path: Path) -> None:
+def test_a_damaged_file_of_a_quantized_model(tmp_path: Path) -> None:
     saved = tmp_path / "model.spk"
-    model = packed("low rank in few bits", Precision.of("int8"))
+    model = packed("low rank, quantized", Precision.of("int8"))
     save(model, saved)
     assert_same(open_packed(saved), model)
     header = header_length(saved)

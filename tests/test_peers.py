@@ -20,10 +20,10 @@ from sparsecli.bench.random_weights import empty_model
 from sparsecli.bench.variants import Variant
 from sparsecli.console import Failure
 from sparsecli.model import DecodeCache
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.schema import BenchSpec
+from sparsecli.spec.model import ModelSpec
 
 DENSE = {"kind": "dense", "d_ff": 64}
 SPARSE = {"kind": "sparse", "d_ff": 64, "block_size": 8, "rank": 4}

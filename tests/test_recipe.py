@@ -16,9 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsecli.console import RecipeError
-from sparsecli.model.parts import Block
 from sparsecli.recipe import loader
 from sparsecli.recipe.schema import Recipe
+from sparsecli.spec.base import Spec
 
 SMALL = """\
 description: small
@@ -540,14 +540,14 @@ def test_any_number_survives_the_round_trip(number):
 # -- closed unions -------------------------------------------------------------------------------------------
 
 
-def unions(block: type[Block], path: tuple[str, ...] = (), inside: dict | None = None) -> Iterator[Any]:
+def unions(block: type[Spec], path: tuple[str, ...] = (), inside: dict | None = None) -> Iterator[Any]:
     """Every union of blocks below `block`: its path, tag field, tags, and the blocks of a recipe that lead there."""
     for name, field in block.model_fields.items():
         members, here = [], field.annotation
         waiting, is_list, tag = [here], False, field.discriminator
         while waiting:
             each = waiting.pop(0)
-            if isinstance(each, type) and issubclass(each, Block):
+            if isinstance(each, type) and issubclass(each, Spec):
                 members.append(each)
             for extra in getattr(each, "__metadata__", ()):
                 tag = tag or getattr(extra, "discriminator", None)

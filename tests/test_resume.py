@@ -26,12 +26,12 @@ from sparsecli.console import Failure, Stopped
 from sparsecli.data import preparation
 from sparsecli.data.ordering import SimilarLengths
 from sparsecli.data.packing import pack
-from sparsecli.model.checkpoint import load_model
+from sparsecli.model.loading import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.training import TrainSpec
-from sparsecli.train import checkpoint, loop, run_directory, trainer
+from sparsecli.train import checkpoint, command, run_directory, trainer
+from sparsecli.train.command import Result, run
 from sparsecli.train.evaluation import evaluate
-from sparsecli.train.trainer import Result, run
 
 # -- stopping and going on -----------------------------------------------------------------------------------
 
@@ -90,9 +90,9 @@ def test_a_checkpoint_of_an_earlier_version_has_no_sums(
             run(tiny, output=output)
     newest = output / "checkpoints" / "checkpoint-4"
     manifest = json.loads((newest / "manifest.json").read_text())
-    del manifest[loop.SUMS]
+    del manifest[trainer.SUMS]
     (newest / "manifest.json").write_text(json.dumps(manifest))
-    (newest / loop.SUMS).unlink()
+    (newest / trainer.SUMS).unlink()
     run(tiny, output=output, resume="auto")
     assert_same_run(output, finished[0])
 
@@ -108,7 +108,7 @@ def test_what_a_kill_left_in_the_last_checkpoint_goes(
             crash()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "prune", killed)
+        patch.setattr(trainer, "prune", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tiny, output=output)
     places = {"checkpoint-4", "checkpoint-8", "checkpoint-12"}
@@ -140,7 +140,7 @@ def test_a_second_signal_leaves_the_checkpoint_to_be_written(
     further: int,
 ) -> None:
     """A third one does not; then nothing of it is there."""
-    output, before = tmp_path / "run", loop.seal
+    output, before = tmp_path / "run", trainer.seal
 
     def interrupted(written: Path, *args: Any) -> Any:
         for _ in range(further if written.name == "checkpoint-5" else 0):
@@ -149,7 +149,7 @@ def test_a_second_signal_leaves_the_checkpoint_to_be_written(
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 5, send(signal.SIGINT))
-        patch.setattr(loop, "seal", interrupted)
+        patch.setattr(trainer, "seal", interrupted)
         with pytest.raises(Stopped if further == 1 else KeyboardInterrupt):
             run(tiny, output=output)
     told = "stopping with a checkpoint after this step; a further signal ends at once, without it"
@@ -165,14 +165,14 @@ def test_signal_during_evaluation_cuts_it_short(
     finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    before = loop.evaluate
+    before = trainer.evaluate
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return before(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "evaluate", interrupted)
+        patch.setattr(trainer, "evaluate", interrupted)
         with pytest.raises(Stopped, match="stopped at step 6"):
             run(tiny, output=output)
     run(tiny, output=output, resume="auto")
@@ -187,7 +187,7 @@ def test_signal_in_the_last_step_changes_nothing(
         at_step(patch, 12, send(signal.SIGTERM))
         result = run(tiny, output=tmp_path / "run")
     assert result is not None
-    assert result.held_out_nats == finished[1].held_out_nats
+    assert result.held_out_loss == finished[1].held_out_loss
     assert_same_run(tmp_path / "run", finished[0])
 
     short = load(str(recipe_file), ["train.max_steps=2"])  # not a multiple of eval_steps
@@ -195,13 +195,13 @@ def test_signal_in_the_last_step_changes_nothing(
         at_step(patch, 2, send(signal.SIGTERM))
         result = run(short, output=tmp_path / "short")
     assert result is not None
-    assert run_directory.read_metrics(tmp_path / "short")[-1]["held_out_nats"] == result.held_out_nats
+    assert run_directory.read_metrics(tmp_path / "short")[-1]["held_out_loss"] == result.held_out_loss
 
 
 def test_signal_in_the_last_evaluation_only_puts_it_off(
     finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path
 ) -> None:
-    output, before, sent = tmp_path / "run", loop.evaluate, []
+    output, before, sent = tmp_path / "run", trainer.evaluate, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         if (output / "checkpoints" / "checkpoint-8").exists() and not sent:
@@ -209,18 +209,18 @@ def test_signal_in_the_last_evaluation_only_puts_it_off(
         return before(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "evaluate", interrupted)
+        patch.setattr(trainer, "evaluate", interrupted)
         result = run(tiny, output=output)
     assert sent
     assert result is not None
-    assert result.held_out_nats == finished[1].held_out_nats
+    assert result.held_out_loss == finished[1].held_out_loss
     assert_same_run(output, finished[0])
 
 
 def test_run_killed_in_its_last_evaluation_does_that_again(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short, before = load(str(recipe_file), ["train.max_steps=2"]), loop.evaluate
+    short, before = load(str(recipe_file), ["train.max_steps=2"]), trainer.evaluate
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         """Put off after the last step, killed once the model is there."""
@@ -228,15 +228,15 @@ def test_run_killed_in_its_last_evaluation_does_that_again(
         return before(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "evaluate", interrupted)
+        patch.setattr(trainer, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(short, output=tmp_path / "run")
     assert (tmp_path / "run" / "model").is_dir()
-    monkeypatch.setattr(trainer.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(command.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
     result = run(short, output=tmp_path / "run", resume="auto")
     assert result is not None
     *_, logged, evaluated = run_directory.read_metrics(tmp_path / "run")
-    assert evaluated["held_out_nats"] == result.held_out_nats
+    assert evaluated["held_out_loss"] == result.held_out_loss
     assert (evaluated["step"], evaluated["tokens"]) == (2, logged["tokens"])
 
 
@@ -245,18 +245,18 @@ def test_run_killed_before_its_model_was_written_only_writes_it(
 ) -> None:
     output = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.LanguageModelTrainer, "save_model", _crash_outside_checkpoints)
+        patch.setattr(command.LanguageModelTrainer, "save_model", _crash_outside_checkpoints)
         with pytest.raises(KeyboardInterrupt):
             run(tiny, output=output)
     assert not (output / "model").exists()
-    monkeypatch.setattr(trainer.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(command.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
     result = run(tiny, output=output, resume="auto")
     assert result is not None
-    assert result.held_out_nats == finished[1].held_out_nats
+    assert result.held_out_loss == finished[1].held_out_loss
     assert_same_run(output, finished[0])
 
 
-_save_model = trainer.LanguageModelTrainer.save_model
+_save_model = command.LanguageModelTrainer.save_model
 
 
 def _crash_outside_checkpoints(self: Any, folder: str, **kwargs: Any) -> None:
@@ -299,8 +299,8 @@ def test_the_first_process_prepares_the_text(
         return preparation.prepare(data)
 
     monkeypatch.setattr(TrainingArguments, "main_process_first", first)
-    monkeypatch.setattr(trainer, "prepare", prepare)
-    monkeypatch.setattr(trainer, "set_seed", lambda seed: events.append("training") or crash())
+    monkeypatch.setattr(command, "prepare", prepare)
+    monkeypatch.setattr(command, "set_seed", lambda seed: events.append("training") or crash())
     with pytest.raises(KeyboardInterrupt):
         run(tiny, output=tmp_path / "run")
     assert events == ["turn", "prepared", "the others' turn", "training"]
@@ -327,7 +327,7 @@ def test_a_process_that_goes_on_within_an_epoch_keeps_its_order(kind: str) -> No
     first, second = batches(whole, 0), batches(whole, 1)
     assert first != second
     state = TrainerState(epoch=1 + 4 / len(second))
-    loop.OrderOfEpoch().on_epoch_begin(None, state, None, train_dataloader=again)
+    trainer.OrderOfEpoch().on_epoch_begin(None, state, None, train_dataloader=again)
     assert batches(skip_first_batches(again, 4), 1) == second[4:]
 
 
@@ -364,9 +364,9 @@ def test_two_processes_train_one_model(recipe_file: Path, tmp_path: Path) -> Non
     held_out = pack(data).held_out.windows(16, 256)
     figures = evaluate(model, held_out, held_out.bytes_per_token(tokenizer))
     assert figures is not None
-    assert figures.nats_per_token == pytest.approx(facts["result"]["held_out_nats"], abs=1e-5)
+    assert figures.nats_per_token == pytest.approx(facts["result"]["held_out_loss"], abs=1e-5)
     assert figures.bits_per_byte == pytest.approx(facts["result"]["bits_per_byte"], abs=1e-5)
-    assert rows[-1]["held_out_nats"] == facts["result"]["held_out_nats"]
+    assert rows[-1]["held_out_loss"] == facts["result"]["held_out_loss"]
 
 
 # -- damaged checkpoints -------------------------------------------------------------------------------------
@@ -493,7 +493,7 @@ def test_what_changes_no_step_may_change(
         assert torch.equal(tensor, weights(finished[0])[name]), name
     rows = run_directory.read_metrics(stopped_run)
     assert [row["step"] for row in rows if "loss" in row] == [*range(1, 10), 10, 12]
-    assert [row["step"] for row in rows if "held_out_nats" in row] == [6, 11, 12]
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [6, 11, 12]
     assert {path.name for path in (stopped_run / "checkpoints").iterdir()} == {
         f"checkpoint-{step}" for step in (9, 10, 12)
     }

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM, decoder
-from sparsecli.model.layers.chunking import in_chunks
-from sparsecli.model.layers.decisions import Decisions, decided
+from sparsecli.model.layers.choices import ChoiceRecord, recorded_choice
 from sparsecli.model.layers.feed_forward import DenseFeedForward, SparseFeedForward
 from sparsecli.model.layers.positions import AxialPositions, DigitPositions
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.layers.sru import SRU, RecurrentBranch, scan, scan_in_order
+from sparsecli.model.layers.token_chunks import in_chunks
 from sparsecli.model.tensors import tensor_shapes
 
 VOCABULARY = 96
@@ -195,7 +195,7 @@ def test_choices_are_made_once() -> None:
             calls.append(1)
             return (b + 0.1 * len(calls) * torch.arange(6)).argmin(dim=-1)  # the second call would differ
 
-        return b * nn.functional.one_hot(decided(choose, below=6), 6)
+        return b * nn.functional.one_hot(recorded_choice(choose, below=6), 6)
 
     x = torch.zeros(2, 5, 6, requires_grad=True)
     with torch.no_grad():
@@ -207,14 +207,17 @@ def test_choices_are_made_once() -> None:
 
 
 def test_choices_are_kept_narrow_and_in_order() -> None:
-    decisions = Decisions()
-    outer = Decisions()
-    with outer.making(), decisions.making():
-        assert decided(lambda: torch.tensor([255]), below=256) == 255
-        assert decided(lambda: torch.tensor([40000]), below=40001) == 40000
-    for kept in (decisions, outer):
-        with kept.repeating():
-            assert [int(decided(lambda: torch.tensor([0]), below=9)) for _ in range(2)] == [255, 40000]
+    choices = ChoiceRecord()
+    outer = ChoiceRecord()
+    with outer.recording(), choices.recording():
+        assert recorded_choice(lambda: torch.tensor([255]), below=256) == 255
+        assert recorded_choice(lambda: torch.tensor([40000]), below=40001) == 40000
+    for kept in (choices, outer):
+        with kept.replaying():
+            assert [int(recorded_choice(lambda: torch.tensor([0]), below=9)) for _ in range(2)] == [
+                255,
+                40000,
+            ]
     assert [kept.dtype for kept in outer._made] == [torch.uint8, torch.int32]
 
 

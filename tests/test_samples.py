@@ -13,8 +13,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from sparsecli.data.copying import symbol_tokenizer
 from sparsecli.data.examples import PairExamples
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.networks import build_network
+from sparsecli.model.auto import build_network
+from sparsecli.spec.model import ModelSpec
 from sparsecli.train.evaluation import evaluate
 from sparsecli.train.samples import Samples, rouge, sentences, write_greedily
 
@@ -187,15 +187,15 @@ CHOOSING = {
     "vocabulary": {"kind": "dense", "size": SYMBOLS + 2},
     "encoder": {"layers": 1, "max_positions": 16},
 }
-JOINED = {
+PREFIX = {
     "residual": "reversible",
     "attention": {"projection": "multiplicative_conv"},
     "sru": {"width": 4},
-    "encoder": {**CHOOSING["encoder"], "read_by": {"kind": "joined"}},
+    "encoder": {**CHOOSING["encoder"], "read_by": {"kind": "prefix"}},
 }
 
 
-@pytest.mark.parametrize("change", [{}, JOINED, {**JOINED, "feed_forward_chunk": 5}])
+@pytest.mark.parametrize("change", [{}, PREFIX, {**PREFIX, "feed_forward_chunk": 5}])
 def test_choices_at_padding_do_not_count(change: dict) -> None:
     torch.manual_seed(0)
     network = build_network(ModelSpec.model_validate({**CHOOSING, **change}), eos_token_id=1, pad_token_id=0)

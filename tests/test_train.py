@@ -19,9 +19,9 @@ from sparsecli.console import Failure, RecipeError
 from sparsecli.data.packing import pack
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.recipe.loader import LoadedRecipe, load
-from sparsecli.train import checkpoint, journal, loop, run_directory, trainer
+from sparsecli.train import checkpoint, command, journal, run_directory, trainer
+from sparsecli.train.command import Result, run
 from sparsecli.train.evaluation import evaluate
-from sparsecli.train.trainer import Result, run
 
 # -- what a run leaves behind --------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ def test_run_directory_is_complete(finished: tuple[Path, Result], tiny: LoadedRe
         "checkpoint-8",
     ]
     events = EventAccumulator(str(output / "tensorboard")).Reload()
-    assert {"loss", "learning_rate", "held_out_nats", "balance"} <= set(events.Tags()["scalars"])
+    assert {"loss", "learning_rate", "held_out_loss", "balance"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(output.rglob("training_args.bin"))
@@ -47,14 +47,14 @@ def test_run_directory_is_complete(finished: tuple[Path, Result], tiny: LoadedRe
     assert facts["seed"] == 3
     assert facts["threads"] == torch.get_num_threads()
     assert facts["finished"] >= facts["started"]
-    assert facts["result"]["held_out_nats"] == result.held_out_nats
+    assert facts["result"]["held_out_loss"] == result.held_out_loss
     assert facts["versions"]["torch"] in torch.__version__
 
 
 def test_metrics_have_a_row_for_every_log_and_evaluation(finished: tuple[Path, Result]) -> None:
     output, result = finished
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    logs, evaluations = ([row for row in rows if key in row] for key in ("loss", "held_out_nats"))
+    logs, evaluations = ([row for row in rows if key in row] for key in ("loss", "held_out_loss"))
     assert [row["step"] for row in logs] == list(range(1, 13))
     assert [row["step"] for row in evaluations] == [6, 12]
     assert logs[6]["tokens"] - logs[5]["tokens"] <= 2 * 4 * 16
@@ -62,8 +62,8 @@ def test_metrics_have_a_row_for_every_log_and_evaluation(finished: tuple[Path, R
     assert [row["learning_rate"] for row in logs[:3]] == pytest.approx([0, 0.005, 0.01])  # warm-up of 2 steps
     assert logs[-1]["learning_rate"] < logs[3]["learning_rate"]
     assert all(row["tokens_per_second"] > 0 for row in logs)
-    assert evaluations[-1]["held_out_nats"] == result.held_out_nats
-    assert result.held_out_nats < logs[0]["loss"] < math.log(320) + 1
+    assert evaluations[-1]["held_out_loss"] == result.held_out_loss
+    assert result.held_out_loss < logs[0]["loss"] < math.log(320) + 1
 
 
 def test_final_model_gives_the_final_figures(finished: tuple[Path, Result], tiny: LoadedRecipe) -> None:
@@ -73,7 +73,7 @@ def test_final_model_gives_the_final_figures(finished: tuple[Path, Result], tiny
     corpus = pack(tiny.recipe.data)
     figures = evaluate(model, corpus.held_out.windows(16, 256), 1.0, batch_size=3)
     assert figures is not None
-    assert figures.nats_per_token == pytest.approx(result.held_out_nats, abs=1e-5)
+    assert figures.nats_per_token == pytest.approx(result.held_out_loss, abs=1e-5)
     evaluated = corpus.held_out.tokens[: len(corpus.held_out.tokens) // 16 * 16].tolist()
     text = corpus.tokenizer.decode(evaluated, skip_special_tokens=True)
     bits_per_token = figures.nats_per_token / math.log(2)
@@ -96,7 +96,7 @@ def test_same_seed_same_weights_other_seed_others(
 def test_dry_run_computes_and_writes_nothing(
     tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
+    monkeypatch.setattr(command, "prepare", lambda data: pytest.fail("read the text"))
     assert run(tiny, output=tmp_path / "run", dry_run=True) is None
     assert not list(tmp_path.iterdir())
     printed = capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_result_is_on_stdout_and_talk_is_not(
     result = run(load(str(recipe_file), ["train.max_steps=1"]), output=tmp_path / "run")
     assert result is not None
     captured = capsys.readouterr()
-    assert f"{result.held_out_nats:.4f}" in captured.out
+    assert f"{result.held_out_loss:.4f}" in captured.out
     assert "bits per byte" in captured.out
     assert "KL to the teacher" not in captured.out
     assert "—" not in captured.out
@@ -169,13 +169,13 @@ def test_bfloat16_is_left_out_where_it_would_be_imitated(
     capsys: pytest.CaptureFixture[str],
     there: bool,
 ) -> None:
-    monkeypatch.setattr(trainer, "has_bfloat16", lambda device: there)
+    monkeypatch.setattr(command, "has_bfloat16", lambda device: there)
     losses = []
     for name, bf16 in (("wide", "false"), ("narrow", "true")):
         changes = [f"train.bf16={bf16}", "train.max_steps=2"]
         result = run(load(str(recipe_file), changes), output=tmp_path / name)
         assert result
-        losses.append(result.held_out_nats)
+        losses.append(result.held_out_loss)
     assert (losses[0] == losses[1]) is not there
     said = "train.bf16: this processor has no products in bfloat16; they are in float32, which is faster here"
     assert (said in capsys.readouterr().err.splitlines()) is not there
@@ -187,8 +187,8 @@ def test_bfloat16_is_left_out_where_it_would_be_imitated(
 def test_taken_output_is_left_alone(
     finished: tuple[Path, Result], tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
-    with pytest.raises(Failure, match=r"already holds a run; go on with --resume auto"):
+    monkeypatch.setattr(command, "prepare", lambda data: pytest.fail("read the text"))
+    with pytest.raises(Failure, match=r"already holds a run; resume with --resume auto"):
         run(tiny, output=finished[0])
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(Failure, match="is not empty and holds no run"):
@@ -199,7 +199,7 @@ def test_taken_output_is_left_alone(
 def test_unwritable_output_is_found_before_anything_is_read(
     tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "prepare", lambda data: pytest.fail("read the text"))
+    monkeypatch.setattr(command, "prepare", lambda data: pytest.fail("read the text"))
     (tmp_path / "file").write_text("")
     with pytest.raises(Failure, match=r"file/run: cannot be written: .*file: Not a directory") as caught:
         run(tiny, output=tmp_path / "file" / "run")
@@ -218,7 +218,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on(
 ) -> None:
     output = tmp_path / "run"
     size = (finished[0] / "checkpoints" / "checkpoint-12" / file).stat().st_size
-    before = loop.LanguageModelTrainer._save_checkpoint
+    before = trainer.LanguageModelTrainer._save_checkpoint
 
     def save_checkpoint(self: Any, *args: Any) -> None:
         if self.state.global_step < 8:
@@ -228,8 +228,8 @@ def test_full_disk_is_one_line_and_the_run_goes_on(
                 before(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.LanguageModelTrainer, "_save_checkpoint", save_checkpoint)
-        with pytest.raises(Failure, match=f"{reason}; once that is mended, go on with: spa") as caught:
+        patch.setattr(trainer.LanguageModelTrainer, "_save_checkpoint", save_checkpoint)
+        with pytest.raises(Failure, match=f"{reason}; once that is mended, resume with: spa") as caught:
             run(tiny, output=output)
     assert "\n" not in caught.value.message
     assert not (output / "model").exists()
@@ -251,7 +251,7 @@ def test_full_disk_is_one_line_of_tensorboard_s_file_too(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal.Board, "write", write)
-        with pytest.raises(Failure, match=r"File too large; once that is mended, go on with") as caught:
+        with pytest.raises(Failure, match=r"File too large; once that is mended, resume with") as caught:
             run(tiny, output=output)
     assert "\n" not in caught.value.message
     run(tiny, output=output, resume="auto")
@@ -268,7 +268,7 @@ def test_full_disk_leaves_no_half_written_model(
     shutil.copytree(finished[0], output, ignore=shutil.ignore_patterns("model"))
     with (
         files_up_to((finished[0] / "model" / "model.safetensors").stat().st_size - 1),
-        pytest.raises(Failure, match="File too large; once that is mended, go on with: sparsecli train"),
+        pytest.raises(Failure, match="File too large; once that is mended, resume with: sparsecli train"),
     ):
         run(tiny, output=output, resume="auto")
     assert not (output / "model").exists()

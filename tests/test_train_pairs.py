@@ -21,9 +21,9 @@ import sparsecli
 from sparsecli import cli
 from sparsecli.console import Failure, RecipeError, Stopped
 from sparsecli.recipe.loader import LoadedRecipe, load, parse
-from sparsecli.train import trainer
-from sparsecli.train.loop import LanguageModelTrainer
-from sparsecli.train.trainer import run
+from sparsecli.train import command
+from sparsecli.train.command import run
+from sparsecli.train.trainer import LanguageModelTrainer
 
 MODEL = {
     "d_model": 16,
@@ -41,7 +41,7 @@ TERRAFORMER = {
     "attention_layers": 2,
     "sru": {"width": 4},
     "attention": {"projection": "multiplicative_conv"},
-    "encoder": {"layers": 1, "max_positions": 40, "read_by": {"kind": "joined"}},
+    "encoder": {"layers": 1, "max_positions": 40, "read_by": {"kind": "prefix"}},
 }
 HASHED = {
     **TERRAFORMER,
@@ -118,7 +118,7 @@ def test_docstrings_end_with_rouge_and_samples(
     assert result.rouge.keys() == result.lead_rouge.keys() == {"rouge_1", "rouge_2", "rouge_lsum"}
     assert result.exact_match is None
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [row for row in rows if "held_out_nats" in row]
+    evaluations = [row for row in rows if "held_out_loss" in row]
     assert [row["step"] for row in evaluations] == [3, 6]
     assert all(0 <= row["rouge_1"] <= 100 for row in evaluations)
     assert evaluations[-1]["rouge_lsum"] == result.rouge["rouge_lsum"]
@@ -130,7 +130,7 @@ def test_docstrings_end_with_rouge_and_samples(
     assert "the same of the lead" in printed
     assert samples[0]["target"] in printed
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert trainer.Result(**facts["result"]) == result
+    assert command.Result(**facts["result"]) == result
 
 
 @pytest.mark.parametrize(
@@ -281,12 +281,12 @@ def test_a_start_that_is_not_there_may_be_left_out(tmp_path: Path, monkeypatch: 
 
 
 def test_figures_that_say_nothing_of_symbols_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    result = trainer.Result(
-        steps=1, held_out_nats=4.5, bits_per_byte=1.25, tokens_per_second=0.0, exact_match=0.5
+    result = command.Result(
+        steps=1, held_out_loss=4.5, bits_per_byte=1.25, tokens_per_second=0.0, exact_match=0.5
     )
-    trainer._print_result(result, load("terraformer-copy").recipe, Path("runs/copy"))
+    command.print_result(result, load("terraformer-copy").recipe, Path("runs/copy"))
     shown = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()[3:] if line.strip()]
-    assert shown == ["held-out nats per token", "copied exactly", "model"]
+    assert shown == ["held-out loss (nats/token)", "copied exactly", "model"]
 
 
 def test_the_plan_says_at_most_how_many_tokens(

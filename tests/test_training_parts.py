@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from sparsecli.data.packing import TokenStream
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.recipe.loader import LoadedRecipe
-from sparsecli.train import checkpoint, loop
+from sparsecli.spec.model import ModelSpec
+from sparsecli.train import checkpoint, trainer
 from sparsecli.train.evaluation import evaluate
 
 
@@ -67,7 +67,7 @@ def test_evaluation_splits_over_processes() -> None:
 
 def test_never_chosen_and_balance_count_the_choices() -> None:
     model, windows = tiny_model(), stream(16 * 4).windows(16)
-    for block in model.model.blocks:
+    for block in model.model.layers:
         controller = block.feed_forward.controller
         torch.nn.init.zeros_(controller.first)
         with torch.no_grad():
@@ -75,7 +75,7 @@ def test_never_chosen_and_balance_count_the_choices() -> None:
     figures = evaluate(model, windows, 1.0)
     assert figures is not None
     assert (figures.never_chosen, figures.balance) == (0.75, 0.0)
-    assert not any(block.feed_forward.controller._forward_hooks for block in model.model.blocks)
+    assert not any(block.feed_forward.controller._forward_hooks for block in model.model.layers)
 
     dense = tiny_model(feed_forward={"kind": "dense", "d_ff": 16})
     figures = evaluate(dense, windows, 1.0)
@@ -93,14 +93,14 @@ def test_evaluation_draws_no_random_number() -> None:
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_weight_decay_spares_what_is_no_matrix_of_the_network(positions: str) -> None:
     model = tiny_model(positions=positions)
-    names = loop.LanguageModelTrainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    names = trainer.LanguageModelTrainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
     assert names
     assert all(name.endswith((".weight", "feed_forward.up", "feed_forward.down")) for name in names)
     assert not [name for name in names if "controller" in name or "embedding" in name or "norm" in name]
     assert any("attention" in name for name in names)
-    assert "model.blocks.0.feed_forward.up" in names
+    assert "model.layers.0.feed_forward.up" in names
     mixture = tiny_model(feed_forward={"kind": "mixture", "d_ff": 16, "experts": 4})
-    names = loop.LanguageModelTrainer.get_decay_parameter_names(None, mixture)  # type: ignore[arg-type]
+    names = trainer.LanguageModelTrainer.get_decay_parameter_names(None, mixture)  # type: ignore[arg-type]
     assert not [name for name in names if "router" in name]
 
 
@@ -113,7 +113,7 @@ def test_schedules_by_their_recipe_names(
 ) -> None:
     assert tiny.recipe.train
     train = tiny.recipe.train.model_copy(update={"lr_scheduler_type": schedule, "min_lr_rate": 0.25})
-    arguments = loop.training_arguments(train, 5, tmp_path)
+    arguments = trainer.training_arguments(train, 5, tmp_path)
     assert arguments.lr_scheduler_type == name
     assert (arguments.lr_scheduler_kwargs or {}).get("min_lr_rate") == (
         0.25 if schedule == "cosine" else None

@@ -9,8 +9,8 @@ from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensor_file import WIDTHS
 from sparsecli.decode.packed.tensors import crosses, joins
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.low_bit import GROUP
+from sparsecli.model.quantization import GROUP
+from sparsecli.spec.model import ModelSpec
 
 SCALE_BYTES = 4
 BUCKET_BYTES = 4

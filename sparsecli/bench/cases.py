@@ -16,8 +16,8 @@ from sparsecli.bench.result import RowKey, Settings
 from sparsecli.bench.variants import UNCHANGED, Variant
 from sparsecli.decode.engine import processors
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.recipe.schema import BenchSpec
+from sparsecli.spec.model import ModelSpec
 
 TORCH_DTYPES = ("float32", "bfloat16")
 PROMPT_DTYPE = "bfloat16"  # PyTorch reads a prompt fastest in this type

@@ -73,7 +73,7 @@ def _row(
         speedup=_speedup(baseline, token.p50),
         speedup_over=_speedup(over_row, token.p50),
         bandwidth_fraction=round(share, 4) if limited else None,
-        held_out_nats=variant.held_out_nats,
+        held_out_loss=variant.held_out_loss,
         paper=paper,
         paper_speedup=round(paper_baseline.ms_per_token / paper.ms_per_token, 4)
         if paper_baseline and paper

@@ -24,7 +24,7 @@ from sparsecli.console import Failure
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensor_file import WIDTHS
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 CPUINFO = Path("/proc/cpuinfo")
 CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")

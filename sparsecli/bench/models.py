@@ -37,7 +37,7 @@ from sparsecli.decode.packed.file import open_packed, save
 from sparsecli.decode.packed.folder import read_weights
 from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.tensor_file import WIDTHS
-from sparsecli.model.checkpoint import load_model
+from sparsecli.model.loading import load_model
 
 WORKSPACE_BYTES = 2**30  # the interpreter, activations and the bandwidth probe's buffer
 

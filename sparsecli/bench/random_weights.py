@@ -12,10 +12,10 @@ from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.decode.packed.pack import PackedModel, frequencies, huge_pages
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.low_bit import to_bfloat16
-from sparsecli.model.networks import Network, build_network
+from sparsecli.model.auto import Network, build_network
+from sparsecli.model.quantization import to_bfloat16
 from sparsecli.model.tensors import tensor_shapes
+from sparsecli.spec.model import ModelSpec
 
 TILE = 4_194_301  # prime, so that no two matrices start at the same phase of the repeated tile
 STANDARD_DEVIATION = 0.02

@@ -91,7 +91,7 @@ COLUMNS = (
         lambda row: f"{row.bandwidth_fraction:.0%}" if row.bandwidth_fraction is not None else None,
     ),
     ResultColumn(
-        "held-out\nloss", lambda row: f"{row.held_out_nats:.3f}" if row.held_out_nats is not None else None
+        "held-out\nloss", lambda row: f"{row.held_out_loss:.3f}" if row.held_out_loss is not None else None
     ),
     ResultColumn(
         "paper\nms", lambda row: milliseconds(row.paper.ms_per_token) if row.paper else None, drop_rank=6

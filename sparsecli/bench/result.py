@@ -180,7 +180,7 @@ class Row(_Keyed):
     """Over the fastest dense row of another program with as many bits or more (`--peer`)."""
     bandwidth_fraction: float | None
     """Share of the memory limit reached."""
-    held_out_nats: float | None
+    held_out_loss: float | None
     """Held-out loss of a trained run, in nats a token."""
     paper: PaperFigures | None = None
     """The paper's figures for this row."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from sparsecli import console
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.checkpoint import read_config
-from sparsecli.model.folder import find_model, weight_files
+from sparsecli.model.files import find_model, weight_files
+from sparsecli.model.loading import read_config
 from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
 from sparsecli.recipe.schema import BenchSpec, PaperFigures, PrecisionChanges, VariantSpec
+from sparsecli.spec.model import ModelSpec
 from sparsecli.train.run_directory import read_facts
 
 Group = Literal["dense", "sparse", "mixture"]
@@ -31,7 +31,7 @@ class Variant:
     spec: ModelSpec
     sizes: Sizes
     run: Path | None = None  # a trained model's folder; without it the weights are random
-    held_out_nats: float | None = None
+    held_out_loss: float | None = None
     paper: PaperFigures | None = None
     precision: PrecisionChanges = UNCHANGED
     dtypes: Sequence[str] | None = None  # None: those of the bench
@@ -77,9 +77,9 @@ def _from_run(name: str, run: Path, folder: Path) -> Variant:
     weight_files(folder)  # a packed model has none: better reported before anything is built
     spec = read_config(folder).spec
     result = read_facts(run).get("result")
-    nats = result.get("held_out_nats") if isinstance(result, dict) else None
+    nats = result.get("held_out_loss") if isinstance(result, dict) else None
     nats = float(nats) if isinstance(nats, int | float) and math.isfinite(nats) else None
-    return Variant(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_nats=nats)
+    return Variant(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_loss=nats)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -28,6 +28,6 @@ def train(
     The recipe needs model, data and train blocks. The command also runs under torchrun and accelerate launch.
     """
     loaded = load_recipe(recipe, overrides, seed)
-    from sparsecli.train import trainer
+    from sparsecli.train import command
 
-    trainer.run(loaded, output=output or loaded.output, resume=resume, dry_run=dry_run)
+    command.run(loaded, output=output or loaded.output, resume=resume, dry_run=dry_run)

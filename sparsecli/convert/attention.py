@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from sparsecli.convert.rounding import round_to
 from sparsecli.model.layers.attention import LowRank
-from sparsecli.model.layers.low_bit import LowBitLinear
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
+from sparsecli.model.layers.quantized import QuantizedLinear
 
 ROUNDS = 30  # of least squares for D, then E; the error of real layers hardly changes after 20
 DAMPING = 1e-6  # of the mean diagonal: inputs may lie in a subspace
@@ -38,7 +38,7 @@ def fit_map(made: nn.Module, linear: nn.Linear, moment: Tensor) -> float:
         last = made.second
         _fit_low_rank(made, weight, moment)
     else:
-        assert isinstance(made, LowBitLinear)
+        assert isinstance(made, QuantizedLinear)
         round_to(made, weight, moment)
     last.load_state_dict({"bias": bias}, strict=False)  # where it has one
     return output_error(made.weight, weight, moment)
@@ -74,7 +74,7 @@ def low_rank(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]
 
 def _fit_low_rank(made: LowRank, weight: Tensor, moment: Tensor) -> None:
     first, second = low_rank(weight, moment, made.rank)
-    if not (isinstance(made.first, LowBitLinear) and isinstance(made.second, LowBitLinear)):
+    if not (isinstance(made.first, QuantizedLinear) and isinstance(made.second, QuantizedLinear)):
         made.load_state_dict({"first.weight": first, "second.weight": second}, strict=False)
         return
     round_to(made.first, first, moment)

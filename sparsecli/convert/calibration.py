@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecli.model.blocks import ScalingTransformerBlock
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.model.transformer_layers import DecoderLayer
 
 
 class _Reached(Exception):
@@ -30,7 +30,7 @@ class Streams:
             self.arguments.append(arguments[1:])
             raise _Reached
 
-        handle = model.model.blocks[0].register_forward_pre_hook(reached)
+        handle = model.model.layers[0].register_forward_pre_hook(reached)
         try:
             for batch in batches:
                 try:
@@ -40,7 +40,7 @@ class Streams:
         finally:
             handle.remove()
 
-    def through(self, block: ScalingTransformerBlock) -> list[Tensor]:
+    def through(self, block: DecoderLayer) -> list[Tensor]:
         """The stream behind `block`, for every batch (B, T, d)."""
         found = []
         for x, arguments in zip(self.x, self.arguments, strict=True):
@@ -66,7 +66,7 @@ def blockwise(
     dense: ScalingTransformerForCausalLM,
     model: ScalingTransformerForCausalLM,
     batches: list[Tensor],
-    fit: Callable[[ScalingTransformerBlock, ScalingTransformerBlock, Streams, list[Tensor]], None],
+    fit: Callable[[DecoderLayer, DecoderLayer, Streams, list[Tensor]], None],
     with_dense: bool,
 ) -> Tensor:
     """Call `fit` for every block of `model`, with the streams that the blocks before it, already fitted, give.
@@ -75,9 +75,9 @@ def blockwise(
     model's streams behind it (else nothing). Returns what the logits of the converted model read (tokens, d).
     """
     wanted, given = Streams(dense, batches if with_dense else []), Streams(model, batches)
-    for theirs, ours in zip(dense.model.blocks, model.model.blocks, strict=True):
-        assert isinstance(theirs, ScalingTransformerBlock)
-        assert isinstance(ours, ScalingTransformerBlock)
+    for theirs, ours in zip(dense.model.layers, model.model.layers, strict=True):
+        assert isinstance(theirs, DecoderLayer)
+        assert isinstance(ours, DecoderLayer)
         wanted.x = wanted.through(theirs)
         fit(theirs, ours, given, wanted.x)
         given.x = given.through(ours)

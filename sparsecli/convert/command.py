@@ -18,7 +18,7 @@ from sparsecli.convert.plan import (
     read_bytes,
     small_enough,
     with_attention,
-    with_low_bit,
+    with_quantization,
 )
 from sparsecli.convert.preview import Preview
 from sparsecli.convert.report import Report
@@ -28,13 +28,13 @@ from sparsecli.convert.work import fingerprint, place_of, tidy, work_folder
 from sparsecli.decode.native import binding
 from sparsecli.interchange.importing import check_tokenizer, model_folder
 from sparsecli.interchange.sources import OwnModel, open_source
-from sparsecli.model.architecture import LowBitSpec, ModelSpec
-from sparsecli.model.checkpoint import load_model
-from sparsecli.model.parts import DenseFeedForwardSpec
+from sparsecli.model.loading import load_model
 from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.loader import LoadedRecipe, require
 from sparsecli.recipe.schema import ConvertedFeedForward, ConvertSpec, Recipe
+from sparsecli.spec.feed_forward import DenseFeedForwardSpec
+from sparsecli.spec.model import ModelSpec, QuantizationSpec
 from sparsecli.train import run_directory
 
 
@@ -131,7 +131,7 @@ def _candidates(dense: ModelSpec, convert: ConvertSpec, file: str) -> list[Candi
         raise RecipeError(
             f"{file}: convert.model: its feed-forward layers are {layer.kind} already, not dense"
         )
-    if dense.low_bit != LowBitSpec():
+    if dense.quantization != QuantizationSpec():
         raise RecipeError(f"{file}: convert.model: is in few bits already")
     if layer.gated and layer.bias:
         raise RecipeError(
@@ -139,14 +139,14 @@ def _candidates(dense: ModelSpec, convert: ConvertSpec, file: str) -> list[Candi
         )
     dtype = convert.decode_dtype
     dense = _attended(dense, convert, file)
-    if convert.low_bit is not None:
+    if convert.quantization is not None:
         try:
-            with_low_bit(dense, convert.low_bit)
+            with_quantization(dense, convert.quantization)
         except ValueError as error:
-            raise RecipeError(f"{file}: convert.low_bit: {_reason(error)}") from error
+            raise RecipeError(f"{file}: convert.quantization: {_reason(error)}") from error
     if convert.budget is None:
         given = convert.feed_forward
-        spec = given_spec(dense, given, convert.low_bit or LowBitSpec(), file)
+        spec = given_spec(dense, given, convert.quantization or QuantizationSpec(), file)
         return [Candidate(spec, method_of(spec.feed_forward), read_bytes(spec, dtype))]
     fitting = [name for name, method in METHODS.items() if method.fits(layer)]
     if not fitting:
@@ -159,7 +159,7 @@ def _candidates(dense: ModelSpec, convert: ConvertSpec, file: str) -> list[Candi
             f"{file}: convert.methods: {unfit[0]} needs a ReLU without a gate; this model allows {', '.join(fitting)}"
         )
     distils = convert.distillation.tokens > 0
-    return candidates(dense, methods, convert.rank, dtype, convert.low_bit, distils)
+    return candidates(dense, methods, convert.rank, dtype, convert.quantization, distils)
 
 
 def _attended(dense: ModelSpec, convert: ConvertSpec, file: str) -> ModelSpec:
@@ -180,7 +180,7 @@ def _attended(dense: ModelSpec, convert: ConvertSpec, file: str) -> ModelSpec:
 
 
 def given_spec(
-    dense: ModelSpec, layer: ConvertedFeedForward | None, low_bit: LowBitSpec, file: str
+    dense: ModelSpec, layer: ConvertedFeedForward | None, quantization: QuantizationSpec, file: str
 ) -> ModelSpec:
     """The architecture after a conversion into a given layer; None leaves feed-forward layers dense.
 
@@ -190,7 +190,7 @@ def given_spec(
     where, theirs = f"{file}: convert.feed_forward", dense.feed_forward
     assert isinstance(theirs, DenseFeedForwardSpec)
     if layer is None:
-        return with_low_bit(dense, low_bit)
+        return with_quantization(dense, quantization)
     if layer.d_ff != theirs.d_ff:
         raise RecipeError(f"{where}.d_ff: {layer.d_ff}, but the dense model has {theirs.d_ff} units")
     for name in ("activation", "gated"):
@@ -201,7 +201,7 @@ def given_spec(
         raise RecipeError(f"{where}.rank: {layer.rank} is more than the model's width {dense.d_model}")  # type: ignore[union-attr]
     changed = {"feed_forward": layer.model_copy(update={"unit_bias": theirs.bias})}
     try:
-        return ModelSpec(**{**dict(with_low_bit(dense, low_bit)), **changed})
+        return ModelSpec(**{**dict(with_quantization(dense, quantization)), **changed})
     except ValueError as error:
         raise RecipeError(f"{where}: {_reason(error)}") from error
 

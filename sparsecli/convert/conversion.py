@@ -28,8 +28,8 @@ from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import processors
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.checkpoint import load_network
-from sparsecli.model.folder import RECIPE, share
+from sparsecli.model.files import RECIPE, share
+from sparsecli.model.loading import load_network
 from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.recipe.loader import dump
 from sparsecli.recipe.schema import ConvertSpec, Recipe
@@ -367,7 +367,7 @@ class Conversion:
         report.draw(result / "frontier.png")
         bytes_per_token = self.text.held_out.bytes_per_token(self.text.corpus.tokenizer)
         figures = {
-            "held_out_nats": loss.nats_per_token,
+            "held_out_loss": loss.nats_per_token,
             "bits_per_byte": loss.nats_per_token / float(np.log(2)) / bytes_per_token,
         }
         facts = run_directory.environment() | {

@@ -13,13 +13,13 @@ from sparsecli.convert.calibration import Streams, blockwise, inputs_of
 from sparsecli.convert.methods import METHODS, Options, method_of
 from sparsecli.convert.refit import refit as refit_layer
 from sparsecli.convert.rounding import round_to, second_moment
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.blocks import ScalingTransformerBlock
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import Attention
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward
-from sparsecli.model.layers.low_bit import LowBitLinear
+from sparsecli.model.layers.quantized import QuantizedLinear
+from sparsecli.model.transformer_layers import DecoderLayer
+from sparsecli.spec.model import ModelSpec
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "origin")
 
@@ -60,16 +60,16 @@ def fit(
     method = METHODS[name] if name else None
     changed = spec.attention != dense.config.spec.attention
     errors: list[dict[str, float]] = []
-    rounds_head = isinstance(model.head, LowBitLinear) and not keep
+    rounds_head = isinstance(model.head, QuantizedLinear) and not keep
     with progress("refitting layers" if keep else "fitting layers", spec.layers + rounds_head) as bar:
 
         def block(
-            theirs: ScalingTransformerBlock,
-            ours: ScalingTransformerBlock,
+            theirs: DecoderLayer,
+            ours: DecoderLayer,
             streams: Streams,
             wanted: list[Tensor],
         ) -> None:
-            if (changed or spec.low_bit.projection) and not keep:
+            if (changed or spec.quantization.projection) and not keep:
                 errors.append(_fit_attention(theirs, ours, streams))
             if method is not None:
                 layer = ours.feed_forward
@@ -94,7 +94,7 @@ def fit(
 
 def _fit_head(dense: ScalingTransformerForCausalLM, model: ScalingTransformerForCausalLM, x: Tensor) -> None:
     """Round the logits' map on what it reads, x (tokens, d)."""
-    assert isinstance(model.head, LowBitLinear)
+    assert isinstance(model.head, QuantizedLinear)
     weights = dense.model.embedding if dense.config.spec.tied else dense.head
     assert isinstance(weights, nn.Embedding | nn.Linear)
     round_to(model.head, weights.weight, second_moment(x))
@@ -109,7 +109,7 @@ class _Silent(nn.Module):
         return torch.zeros_like(x)
 
 
-def _before(block: ScalingTransformerBlock, streams: Streams) -> tuple[Tensor, Tensor]:
+def _before(block: DecoderLayer, streams: Streams) -> tuple[Tensor, Tensor]:
     """What the block's feed-forward layer reads, and the stream that it adds to: (tokens, d) each."""
     layer, block.feed_forward = block.feed_forward, _Silent()
     try:
@@ -120,9 +120,7 @@ def _before(block: ScalingTransformerBlock, streams: Streams) -> tuple[Tensor, T
     return torch.cat(seen), torch.cat([each.flatten(0, 1) for each in before]).float()
 
 
-def _fit_attention(
-    theirs: ScalingTransformerBlock, ours: ScalingTransformerBlock, streams: Streams
-) -> dict[str, float]:
+def _fit_attention(theirs: DecoderLayer, ours: DecoderLayer, streams: Streams) -> dict[str, float]:
     """Fit what is not as it was of queries, keys and values, then the output on what these give.
 
     Returns relative squared errors of the outputs, by name.

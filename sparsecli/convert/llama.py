@@ -27,8 +27,8 @@ from sparsecli.console import Failure, progress
 from sparsecli.convert.evaluation import prompt_losses, window_losses
 from sparsecli.convert.measurement import Decoded
 from sparsecli.data.packing import Windows
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.spec.model import ModelSpec
 
 BLOCK = 32  # weights of a row that share a scale, in every type that llama.cpp falls back to
 SAME = 1e-3  # nats a token between its float16 file and our float32, beyond which they are two models

@@ -23,7 +23,7 @@ from sparsecli.decode.engine import Engine
 from sparsecli.decode.packed.folder import pack_folder
 from sparsecli.decode.packed.pack import PackedModel
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 CONTEXT = 64  # tokens before the first that is timed
 STEPS, WARMUP = 8, 2

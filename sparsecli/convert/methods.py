@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from sparsecli.convert.controller import fit_controller
 from sparsecli.convert.rounding import round_to, second_moment
 from sparsecli.model.layers.feed_forward import ACTIVATIONS, ChosenUnits, DenseFeedForward, SparseFeedForward
-from sparsecli.model.layers.low_bit import (
-    LowBitMatrix,
+from sparsecli.model.layers.quantized import (
     PrecisionFeedForward,
+    QuantizedMatrix,
     SelectorFeedForward,
     unit_values,
 )
-from sparsecli.model.parts import (
+from sparsecli.spec.feed_forward import (
     DenseFeedForwardSpec,
     FeedForwardSpec,
     PrecisionFeedForwardSpec,
@@ -103,7 +103,7 @@ class Precision(Method):
         gate = None if layer.base.gate is None else layer.base.gate(x)
         h, _ = unit_values(gate, layer.base.up(x), layer.unit_bias, layer.activation)
         if layer.units_per_block:
-            h = h * ~layer.promoted(h)
+            h = h * ~layer.refined(h)
         round_to(layer.base.down, dense.down.weight, second_moment(h), near=True)
         layer.residual.down.copy_((dense.down.weight - layer.base.down.weight).T)
 
@@ -223,10 +223,10 @@ def copy_units(dense: DenseFeedForward, layer: ChosenUnits) -> None:
 
 @torch.no_grad()
 def copy_selector(dense: DenseFeedForward, layer: SelectorFeedForward) -> None:
-    """Make the low-bit copy of what `dense` reads, and weigh units by the norms of their rows of W_down."""
-    layer.selector.up.copy_(dense.up.weight)
-    if dense.gate is not None and isinstance(layer.selector.gate, LowBitMatrix):
-        layer.selector.gate.copy_(dense.gate.weight)
+    """Make the low-bit sketch of what `dense` reads, and weigh units by the norms of their rows of W_down."""
+    layer.sketch.up.copy_(dense.up.weight)
+    if dense.gate is not None and isinstance(layer.sketch.gate, QuantizedMatrix):
+        layer.sketch.gate.copy_(dense.gate.weight)
     layer.importance.copy_(dense.down.weight.norm(dim=0))
 
 
@@ -234,7 +234,7 @@ def copy_selector(dense: DenseFeedForward, layer: SelectorFeedForward) -> None:
 def thresholds(layer: SelectorFeedForward, x: Tensor) -> Tensor:
     """For every unit the estimate below which it is left out: its sum of activations over x loses MISSED (d_ff,)."""
     exact = ACTIVATIONS[layer.activation](F.linear(x, layer.up, layer.unit_bias))  # (tokens, d_ff)
-    _, estimate = layer.selector(x, layer.unit_bias, layer.activation)
+    _, estimate = layer.sketch(x, layer.unit_bias, layer.activation)
     order = estimate.argsort(dim=0)
     lost = exact.gather(0, order).cumsum(dim=0)
     first = (lost <= MISSED * lost[-1]).sum(dim=0).clamp(max=len(x) - 1)  # the first token that must be kept

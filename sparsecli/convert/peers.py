@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sparsecli import console
 from sparsecli.bench.peers import PEERS
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 NAMES = ("llama.cpp",)
 

@@ -11,10 +11,12 @@ from sparsecli.bench.bytes_read import bytes_per_token
 from sparsecli.console import Mismatch
 from sparsecli.convert.methods import METHODS
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.architecture import LowBitSpec, ModelSpec
-from sparsecli.model.parts import AttentionSpec, DenseFeedForwardSpec, DenseVocabularySpec
 from sparsecli.recipe.budget import Budget
 from sparsecli.recipe.schema import ConvertedAttention
+from sparsecli.spec.attention import AttentionSpec
+from sparsecli.spec.feed_forward import DenseFeedForwardSpec
+from sparsecli.spec.model import ModelSpec, QuantizationSpec
+from sparsecli.spec.vocabulary import DenseVocabularySpec
 
 RECOVERED = 0.5
 """Share of a method's loss that refit and some ten thousand tokens of distillation make up for, or more: see
@@ -44,7 +46,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """A short name: the method, units of a block, another attention, and parts in few bits."""
-        feed_forward, low_bit = self.spec.feed_forward, self.spec.low_bit
+        feed_forward, quantization = self.spec.feed_forward, self.spec.quantization
         attention = self.spec.attention
         words = ["dense" if self.method is None else self.method]
         if feed_forward.kind in ("sparse", "selector", "precision") and self.method != "exact":
@@ -56,7 +58,7 @@ class Candidate:
             words.append(f"attention {attention.projection}")
         words += [
             f"{part} {bits} bit"
-            for part, bits in (("attention", low_bit.projection), ("logits", low_bit.head))
+            for part, bits in (("attention", quantization.projection), ("logits", quantization.head))
             if bits
         ]
         return ", ".join(words)
@@ -74,20 +76,25 @@ class Candidate:
 
 
 def candidates(
-    dense: ModelSpec, methods: Sequence[str], rank: int, dtype: str, low_bit: LowBitSpec | None, distils: bool
+    dense: ModelSpec,
+    methods: Sequence[str],
+    rank: int,
+    dtype: str,
+    quantization: QuantizationSpec | None,
+    distils: bool,
 ) -> list[Candidate]:
     """Every combination of a method, units of a block, and bits of attention and logits.
 
     Args:
-        low_bit: those bits, where they are given.
+        quantization: those bits, where they are given.
         dtype: weight type of what has no bits of its own.
         distils: whether there will be a distillation.
     """
     layer = dense.feed_forward
     assert isinstance(layer, DenseFeedForwardSpec)
     found = []
-    for bits in [low_bit] if low_bit else _low_bits(dense):
-        base = with_low_bit(dense, bits)
+    for bits in [quantization] if quantization else _quantizations(dense):
+        base = with_quantization(dense, bits)
         for name in methods:
             method = METHODS[name]
             for k in method.units:
@@ -114,25 +121,25 @@ def with_attention(spec: ModelSpec, wanted: ConvertedAttention) -> ModelSpec:
     return ModelSpec(**{**dict(spec), "attention": AttentionSpec(**attention)})
 
 
-def with_low_bit(spec: ModelSpec, low_bit: LowBitSpec) -> ModelSpec:
+def with_quantization(spec: ModelSpec, quantization: QuantizationSpec) -> ModelSpec:
     """`spec` with these bits of attention and logits; logits in few bits are no longer the embedding's table.
 
     Raises:
         ValueError: the model has no dense maps there.
     """
     vocabulary = spec.vocabulary
-    if low_bit.head and isinstance(vocabulary, DenseVocabularySpec):
+    if quantization.head and isinstance(vocabulary, DenseVocabularySpec):
         vocabulary = vocabulary.model_copy(update={"tied": False})
-    return ModelSpec(**{**dict(spec), "low_bit": low_bit, "vocabulary": vocabulary})
+    return ModelSpec(**{**dict(spec), "quantization": quantization, "vocabulary": vocabulary})
 
 
-def _low_bits(dense: ModelSpec) -> list[LowBitSpec]:
+def _quantizations(dense: ModelSpec) -> list[QuantizationSpec]:
     can_project = (dense.attention.projection, dense.attention.output) == ("dense", "dense")
-    found = [LowBitSpec()]
+    found = [QuantizationSpec()]
     if can_project:
-        found.append(LowBitSpec(projection=BITS))
+        found.append(QuantizationSpec(projection=BITS))
     if dense.vocabulary.kind == "dense":
-        found += [low_bit.model_copy(update={"head": BITS}) for low_bit in found]
+        found += [quantization.model_copy(update={"head": BITS}) for quantization in found]
     return found
 
 
@@ -151,10 +158,10 @@ def predicted(
         attention: of attention as the candidate has it.
         head: of logits in few bits.
     """
-    feed_forward, low_bit = candidate.spec.feed_forward, candidate.spec.low_bit
+    feed_forward, quantization = candidate.spec.feed_forward, candidate.spec.quantization
     k = getattr(feed_forward, "units_per_block", 0)
     assert candidate.method is not None
-    change = layers[candidate.method, k] + attention + (head if low_bit.head else 0)
+    change = layers[candidate.method, k] + attention + (head if quantization.head else 0)
     return replace(candidate, change=change)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecli.model.layers.low_bit import LowBitMatrix
-from sparsecli.model.low_bit import GROUP, STEPS, from_bfloat16, quantise_groups
+from sparsecli.model.layers.quantized import QuantizedMatrix
+from sparsecli.model.quantization import GROUP, STEPS, from_bfloat16, quantize_groups
 
 DAMPING, NEAR_DAMPING = 0.001, 0.01  # of the mean diagonal: inputs may lie in a subspace
 
@@ -25,7 +25,7 @@ def second_moment(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def round_to(matrix: LowBitMatrix, weight: Tensor, moment: Tensor, near: bool = False) -> None:
+def round_to(matrix: QuantizedMatrix, weight: Tensor, moment: Tensor, near: bool = False) -> None:
     """Fill `matrix` with codes of `weight` (rows, cols) that keep its products with inputs of this second moment.
 
     Columns whose inputs are large come first, on the grids of the nearest rounding: what they get wrong, all others
@@ -65,7 +65,7 @@ def round_to(matrix: LowBitMatrix, weight: Tensor, moment: Tensor, near: bool = 
 
 def _grids(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero (rows, G) of every group of `weight` (rows, cols), as the nearest rounding has them."""
-    _, scale, zero = quantise_groups(weight.numpy(), bits)
+    _, scale, zero = quantize_groups(weight.numpy(), bits)
     return torch.from_numpy(from_bfloat16(scale)), torch.from_numpy(zero)
 
 

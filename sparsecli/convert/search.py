@@ -10,11 +10,11 @@ from sparsecli import console
 from sparsecli.convert.evaluation import window_losses
 from sparsecli.convert.fitting import fit, start
 from sparsecli.convert.methods import BLOCK, METHODS, Options
-from sparsecli.convert.plan import BITS, Candidate, predicted, with_low_bit
+from sparsecli.convert.plan import BITS, Candidate, predicted, with_quantization
 from sparsecli.convert.text import Text
-from sparsecli.model.architecture import LowBitSpec, ModelSpec
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.parts import DenseFeedForwardSpec
+from sparsecli.spec.feed_forward import DenseFeedForwardSpec
+from sparsecli.spec.model import ModelSpec, QuantizationSpec
 
 Once = Callable[[str, Callable[[], Any]], Any]
 """See `Work.once`."""
@@ -47,15 +47,17 @@ def measure_parts(
         return found
 
     attention = {}
-    for bits in dict.fromkeys(each.spec.low_bit.projection for each in found):
+    for bits in dict.fromkeys(each.spec.quantization.projection for each in found):
         attention[bits] = 0.0
         changed = dense.config.spec.model_copy(update={"attention": found[0].spec.attention})
-        if (spec := with_low_bit(changed, LowBitSpec(projection=bits))) != dense.config.spec:
+        if (spec := with_quantization(changed, QuantizationSpec(projection=bits))) != dense.config.spec:
             attention[bits] = change(Candidate(spec, None, 0).name.removeprefix("dense, "), spec)
     head = 0.0
-    if any(each.spec.low_bit.head for each in found):
-        head = change(f"logits in {BITS} bits", with_low_bit(dense.config.spec, LowBitSpec(head=BITS)))
-    return [predicted(each, layers, attention[each.spec.low_bit.projection], head) for each in found]
+    if any(each.spec.quantization.head for each in found):
+        head = change(
+            f"logits in {BITS} bits", with_quantization(dense.config.spec, QuantizationSpec(head=BITS))
+        )
+    return [predicted(each, layers, attention[each.spec.quantization.projection], head) for each in found]
 
 
 def _layers(

@@ -13,11 +13,11 @@ from torch import Tensor
 from sparsecli.console import Failure
 from sparsecli.data.packing import PackedCorpus, Windows, pack
 from sparsecli.data.tokenization import beginning
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.folder import recipe_of
+from sparsecli.model.files import recipe_of
 from sparsecli.recipe.data import CopyTask, SavedTokenizer, StdlibCorpus, TextSpec
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.schema import Recipe
+from sparsecli.spec.model import ModelSpec
 
 WINDOW = 512
 HELD_OUT = 32768

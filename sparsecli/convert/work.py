@@ -14,8 +14,8 @@ from typing import Any
 
 from sparsecli.console import Failure
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.checkpoint import load_network
-from sparsecli.model.folder import CONFIG, read_json, share, weight_files
+from sparsecli.model.files import CONFIG, read_json, share, weight_files
+from sparsecli.model.loading import load_network
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train import run_directory
 

@@ -11,8 +11,8 @@ from sparsecli.data.cache import cache_folder, digest
 from sparsecli.data.corpus import read_documents
 from sparsecli.data.examples import PairExamples, Prepared
 from sparsecli.data.tokenization import PAIR_TOKENS, for_pairs, load_or_train
-from sparsecli.model.architecture import END
 from sparsecli.recipe.data import CopiedPairs, CopyTask, TextSpec
+from sparsecli.spec.vocabulary import END
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

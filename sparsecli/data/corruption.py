@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsecli.data.examples import PairExamples
-from sparsecli.model.architecture import END
 from sparsecli.recipe.data import SpanCounts
+from sparsecli.spec.vocabulary import END
 
 
 def corrupt(

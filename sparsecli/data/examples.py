@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from sparsecli.model.architecture import IGNORED, PADDING
+from sparsecli.spec.vocabulary import IGNORED, PADDING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from sparsecli.console import Failure, RecipeError, say, warn
 from sparsecli.data.cache import cache_folder, digest, write_folder
-from sparsecli.model.architecture import END, PADDING
 from sparsecli.recipe.data import CorruptedPairs, TextSpec, TrainedTokenizer
+from sparsecli.spec.vocabulary import END, PADDING
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -19,7 +19,7 @@ from sparsecli.decode.packed.layouts import LANES, padded
 from sparsecli.decode.packed.pack import PackedModel
 from sparsecli.decode.packed.precision import plan
 from sparsecli.decode.packed.tensors import convolves, joins
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 MAX_THREADS = 256
 INVALID = -2  # of sparsecli_forward: a token that does not exist
@@ -191,7 +191,7 @@ class Engine:
         """Begin `sequence` anew with what PyTorch remembers of its beginning, one for each attention layer.
 
         Args:
-            source: positions of them that were a joined source.
+            source: positions of them that were a prefix.
         Raises:
             Failure: more positions than the sequence has room for, or a model with cross-attention.
             ValueError: other layers or shapes than the model's, or a number that is not finite.
@@ -276,7 +276,7 @@ class Engine:
         return logits
 
     def counts(self) -> list[tuple[int, int]]:
-        """Of every layer since the last call: units that were computed in full, and tokens (with a joined source's).
+        """Of every layer since the last call: units that were computed in full, and tokens (with a prefix's).
 
         Of a dense layer that is every unit, of `precision` those that were read with more bits.
         """
@@ -345,7 +345,7 @@ def processors() -> int:
 def source_streams(spec: ModelSpec) -> int:
     """Streams of an encoder's output that `read_source` takes."""
     read_by = spec.encoder.read_by if spec.encoder else None
-    return 2 if read_by and read_by.kind == "joined" and read_by.streams == 2 else 1
+    return 2 if read_by and read_by.kind == "prefix" and read_by.streams == 2 else 1
 
 
 def _available_memory() -> int:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sparsecli.decode.packed.tensors import convolves
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 
 @dataclass(frozen=True)

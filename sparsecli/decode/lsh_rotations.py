@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.layers.lsh import factors_of, fixed_rotations
+from sparsecli.spec.model import ModelSpec
 
 
 def levels(spec: ModelSpec, positions: int) -> range:
@@ -28,6 +28,6 @@ def rotations_of(spec: ModelSpec, layer_idx: int, level: int) -> np.ndarray:
     hashing = spec.attention.hashing
     assert hashing
     block, index = divmod(layer_idx, spec.attention_layers)
-    layer = index * spec.layers + block  # as model/blocks.py counts
+    layer = index * spec.layers + block  # as model/transformer_layers.py counts
     factors = tuple(factors_at(spec, level))
     return fixed_rotations(layer, spec.heads, spec.width_of_head, hashing.rounds, factors)[0].numpy()

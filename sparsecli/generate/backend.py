@@ -10,7 +10,7 @@ from sparsecli.decode.native import binding
 from sparsecli.generate.decoder import Decoder, DecoderOptions
 from sparsecli.generate.native_decoder import NativeDecoder, has_weights
 from sparsecli.generate.torch_decoder import TorchDecoder
-from sparsecli.model.folder import Description
+from sparsecli.model.files import Description
 
 
 def open_decoder(folder: Path, model: Description, options: DecoderOptions) -> Decoder:

@@ -13,7 +13,7 @@ from sparsecli.generate.backend import open_decoder
 from sparsecli.generate.decoder import Decoder, DecoderOptions
 from sparsecli.generate.prompt import encode_input, encode_prompt, read_prompt
 from sparsecli.generate.text import generate_text
-from sparsecli.model.folder import find_model, read_description, recipe_of
+from sparsecli.model.files import find_model, read_description, recipe_of
 from sparsecli.model.tokenizer import read_tokenizer
 from sparsecli.recipe.loader import load, with_options
 from sparsecli.recipe.schema import GenerateSpec

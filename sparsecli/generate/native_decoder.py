@@ -19,7 +19,7 @@ from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensors import crosses
 from sparsecli.generate.decoder import DEFAULT_DTYPE, DecoderOptions
 from sparsecli.generate.torch_decoder import TorchDecoder, TorchEncoder
-from sparsecli.model.folder import CONFIG, INDEX, PACKED, WEIGHTS, Description
+from sparsecli.model.files import CONFIG, INDEX, PACKED, WEIGHTS, Description
 
 if TYPE_CHECKING:
     from sparsecli.decode.engine import Sequence as EngineSequence
@@ -66,7 +66,7 @@ class NativeDecoder:
             from sparsecli.decode.kv_state import kv_states
 
             logits, cache = self.prefiller.prefill(prompt, capacity=1), self.prefiller.cache
-            layers = kv_states(self.spec, cache.layers, cache.held)
+            layers = kv_states(self.spec, cache.layers, cache.length)
             self.engine.import_kv(self.sequence, layers, source)
             return logits
         if self.encoder:

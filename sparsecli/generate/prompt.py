@@ -10,8 +10,8 @@ from pathlib import Path
 from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.generate.chat import render
-from sparsecli.model.architecture import END, PADDING
 from sparsecli.model.tokenizer import Tokenizer
+from sparsecli.spec.vocabulary import END, PADDING
 
 
 def read_prompt(

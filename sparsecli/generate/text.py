@@ -10,10 +10,10 @@ from typing import Any
 
 from sparsecli.generate.decoder import Decoder
 from sparsecli.generate.sampling import Sampler, make_sampler
-from sparsecli.model.architecture import START
-from sparsecli.model.folder import Description
+from sparsecli.model.files import Description
 from sparsecli.model.tokenizer import Tokenizer
 from sparsecli.recipe.schema import GenerateSpec
+from sparsecli.spec.vocabulary import START
 
 
 class StopFilter:

@@ -29,7 +29,7 @@ class TorchDecoder:
         import torch
         from transformers.utils import logging
 
-        from sparsecli.model.checkpoint import load_network
+        from sparsecli.model.loading import load_network
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
@@ -49,7 +49,7 @@ class TorchDecoder:
         if spec.encoder:
             with torch.inference_mode():
                 self.encoder_outputs = model.encode(torch.tensor([list(prompt)]))
-            capacity += model.held_source(len(prompt))
+            capacity += model.prefix_length(len(prompt))
             prompt = [self.network.config.decoder_start_token_id]
         self.cache = DecodeCache.for_model(spec, capacity)
         return self._logits(prompt)
@@ -78,14 +78,14 @@ class TorchEncoder:
         import torch
         from transformers.utils import logging
 
-        from sparsecli.model.checkpoint import load_network
+        from sparsecli.model.loading import load_network
 
         torch.set_num_threads(threads)
         logging.set_verbosity_error()
         network: Any = load_network(folder)
         self.start_token: int = network.config.decoder_start_token_id
         self.model = network.model
-        self.model.blocks = torch.nn.ModuleList()
+        self.model.layers = torch.nn.ModuleList()
 
     def encode(self, input_ids: Sequence[int]) -> np.ndarray:
         """The encoder's hidden states (streams, L, d) of L tokens; there are 1 or 2 streams."""

@@ -15,8 +15,7 @@ from sparsecli.console import Failure
 from sparsecli.interchange.families import Family, Part
 from sparsecli.interchange.shards import StoredTensors, check_finite, write_shards
 from sparsecli.interchange.sources import DESCRIPTIONS, read_family
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.folder import (
+from sparsecli.model.files import (
     CONFIG,
     check_weights,
     find_model,
@@ -25,6 +24,7 @@ from sparsecli.model.folder import (
     weight_files,
     written_beside,
 )
+from sparsecli.spec.model import ModelSpec
 
 FREE = {"dropout", "initialization"}
 """What may change without the model becoming another one: only training reads it."""

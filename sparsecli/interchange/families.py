@@ -30,8 +30,8 @@ from sparsecli.interchange.forms import (
     TRANSPOSED_THREE,
     Form,
 )
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.tensors import Shape, tensor_shapes
+from sparsecli.spec.model import ModelSpec
 
 # Tables of constants that old files carry.
 BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
@@ -126,7 +126,7 @@ class Family:
         yield from first
         for index in range(spec.layers):
             for name, place in self.block.items():
-                ours = tuple(f"model.blocks.{index}.{module}" for module in place.ours)
+                ours = tuple(f"model.layers.{index}.{module}" for module in place.ours)
                 yield f"{self.blocks}.{index}.{name}", Place(ours, place.form)
         yield from (last, head)
 

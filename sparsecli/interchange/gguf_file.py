@@ -12,8 +12,8 @@ from torch import Tensor
 from sparsecli.console import Failure
 from sparsecli.interchange.families import NO_TOKENS, family_of
 from sparsecli.interchange.pieces import Pieces
-from sparsecli.model.folder import last_line
-from sparsecli.model.parts import MOST_LAYERS
+from sparsecli.model.files import last_line
+from sparsecli.spec.base import MOST_LAYERS
 
 SPECIAL = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",

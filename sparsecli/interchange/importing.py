@@ -17,7 +17,7 @@ from sparsecli.interchange.families import NO_TOKENS, Part
 from sparsecli.interchange.shards import Tensors, check_finite, write_shards
 from sparsecli.interchange.sources import GENERATION, ForeignModel, OwnModel, open_source
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.folder import check_weights, written_beside
+from sparsecli.model.files import check_weights, written_beside
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsecli.console import Failure
-from sparsecli.model.folder import last_line, read_json
+from sparsecli.model.files import last_line, read_json
 from sparsecli.model.tokenizer import SETTINGS, TOKENIZER
 
 if TYPE_CHECKING:

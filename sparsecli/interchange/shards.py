@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsecli.console import Failure, progress
-from sparsecli.model.folder import INDEX, WEIGHTS, last_line
+from sparsecli.model.files import INDEX, WEIGHTS, last_line
 from sparsecli.model.tensors import Shape
 
 SHARD_BYTES = 2_000_000_000

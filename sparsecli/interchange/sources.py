@@ -12,8 +12,7 @@ from sparsecli.console import Failure
 from sparsecli.interchange.families import NO_TOKENS, Family, family_of
 from sparsecli.interchange.pieces import ADDED, MODEL, convert, write_pieces
 from sparsecli.interchange.shards import StoredTensors, Tensors
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.folder import (
+from sparsecli.model.files import (
     CONFIG,
     MODEL_TYPES,
     PACKED,
@@ -23,8 +22,9 @@ from sparsecli.model.folder import (
     read_json,
     weight_files,
 )
-from sparsecli.model.parts import MOST_LAYERS
 from sparsecli.model.tokenizer import FILES, TOKENIZER
+from sparsecli.spec.base import MOST_LAYERS
+from sparsecli.spec.model import ModelSpec
 
 GENERATION = "generation_config.json"
 DESCRIPTIONS = (

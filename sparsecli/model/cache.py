@@ -10,16 +10,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 """What the installed transformers calls a cache, in arguments and outputs: 5.24 gave it a new name."""
 
 
 class DecodeLayer(CacheLayerMixin):
-    """Keys, values and the convolutions' inputs of one attention layer, and the keys and values of a source.
+    """Keys, values and convolution states of one attention layer, and keys and values of the encoder's output.
 
-    Buffers hold `capacity` positions and double when that is exceeded. The convolutions' inputs are kept for every
+    Buffers hold `capacity` positions and double when that is exceeded. Convolution states are kept for every
     position, not just the last few, so that `crop` (assisted decoding) can go back any number of tokens.
     """
 
@@ -31,7 +31,7 @@ class DecodeLayer(CacheLayerMixin):
         self.capacity = capacity
         self.length = 0
         self.rows: dict[str, Tensor] = {}  # name -> (B, before + capacity, width); `before` zeros come first
-        self.kept: dict[str, tuple[Tensor, Tensor]] = {}  # name -> tensors (B, ...) of no position
+        self.fixed: dict[str, tuple[Tensor, Tensor]] = {}  # name -> tensors (B, ...) of no position
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the shape, type and device of (B, H, T, d_head)."""
@@ -56,7 +56,7 @@ class DecodeLayer(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def extend(self, name: str, rows: Tensor, start: int, before: int) -> Tensor:
+    def append(self, name: str, rows: Tensor, start: int, before: int) -> Tensor:
         """Store `rows` (B, T, width) at position `start`; return them with the `before` rows in front of them."""
         end = start + rows.shape[1]
         self._reserve(end)
@@ -66,20 +66,20 @@ class DecodeLayer(CacheLayerMixin):
         held[:, before + start : before + end] = rows
         return held[:, start : before + end]
 
-    def recall(self, name: str, start: int) -> Tensor | None:
-        """The row (B, width) before position `start` of what `extend` stored without rows in front; None at 0."""
+    def row_before(self, name: str, start: int) -> Tensor | None:
+        """The row (B, width) before position `start` of what `append` stored without rows in front; None at 0."""
         return self.rows[name][:, start - 1] if start else None
 
-    def record(self, name: str, rows: Tensor, start: int) -> Tensor:
+    def append_and_read(self, name: str, rows: Tensor, start: int) -> Tensor:
         """Store `rows` (B, T, width) at position `start`; return all up to their end (B, start + T, width)."""
-        self.extend(name, rows, start, before=0)
+        self.append(name, rows, start, before=0)
         return self.rows[name][:, : start + rows.shape[1]]
 
-    def keep(self, name: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The tensors (B, ...) that `make` returned when it was first asked for `name`."""
-        if name not in self.kept:
-            self.kept[name] = make()
-        return self.kept[name]
+    def compute_once(self, name: str, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The tensors (B, ...) that `compute` returned in the first call with `name`."""
+        if name not in self.fixed:
+            self.fixed[name] = compute()
+        return self.fixed[name]
 
     def _reserve(self, length: int) -> None:
         if length <= self.capacity:
@@ -95,7 +95,7 @@ class DecodeLayer(CacheLayerMixin):
         self.capacity += more
 
     def get_seq_length(self) -> int:
-        """Positions held."""
+        """Cached positions."""
         return self.length
 
     def get_max_length(self) -> int:
@@ -107,9 +107,9 @@ class DecodeLayer(CacheLayerMixin):
         return self.length + query_length, 0
 
     def reset(self) -> None:
-        """Forget every position and the source, keep the buffers."""
+        """Forget every position and the encoder's output, keep the buffers."""
         self.length = 0
-        self.kept = {}
+        self.fixed = {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` positions (transformers passes a negative number)."""
@@ -122,7 +122,7 @@ class DecodeLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys, self.values = change(self.keys), change(self.values)
         self.rows = {name: change(held) for name, held in self.rows.items()}
-        self.kept = {name: (change(first), change(second)) for name, (first, second) in self.kept.items()}
+        self.fixed = {name: (change(first), change(second)) for name, (first, second) in self.fixed.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the batch rows `beam_idx` (beam search)."""
@@ -142,24 +142,24 @@ class DecodeCache(Cache):
 
     def __init__(self, layers: int, capacity: int = 256) -> None:
         super().__init__(layers=[DecodeLayer(capacity) for _ in range(layers)])
-        self.source = 0
-        """How many of the positions are a source's, in front of the target's."""
+        self.prefix_length = 0
+        """Positions of the encoder's output, in front of the target's (Terraformer)."""
 
     @classmethod
     def for_model(cls, spec: ModelSpec, capacity: int = 256) -> DecodeCache:
-        """The cache of the decoder of `spec`, block by block."""
+        """The cache of the decoder of `spec`, layer by layer."""
         return cls(spec.layers * spec.attention_layers, capacity)
 
     @property
-    def held(self) -> int:
-        """Positions held: those of a source that comes first, and those that transformers counts."""
+    def length(self) -> int:
+        """Cached positions: those of the prefix, and those that transformers counts."""
         return self.layers[0].get_seq_length()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Target positions held: `generate` goes on behind so many of its tokens."""
-        return self.held - self.source
+        """Cached target positions: `generate` continues after so many tokens."""
+        return self.length - self.prefix_length
 
     def reset(self) -> None:
         """See `DecodeLayer.reset`."""
         super().reset()
-        self.source = 0
+        self.prefix_length = 0

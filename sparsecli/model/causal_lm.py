@@ -15,7 +15,7 @@ from sparsecli.model.decoder import Decoder, LanguageModel, count_positions, val
 
 
 class ScalingTransformerModel(Decoder):
-    """Embedding, positions, blocks and the final norm."""
+    """Embedding, positions, layers and the final norm."""
 
     def __init__(self, config: ScalingTransformerConfig) -> None:
         super().__init__(config)
@@ -37,30 +37,30 @@ class ScalingTransformerModel(Decoder):
         """Hidden states (B, T, d) of input_ids (B, T).
 
         Args:
-            attention_mask: (B, positions held + T), 0 at padding, which must be on the left when decoding.
+            attention_mask: (B, past positions + T), 0 at padding, which must be on the left when decoding.
             position_ids: (B, T); by default positions count the tokens that are not padding.
             past_key_values, cache: two names for earlier positions, a `DecodeCache`; with `use_cache` one is made where
                 there is none.
-            output_hidden_states: also return the stream before each block (of two streams the mean) and what comes
+            output_hidden_states: also return the stream before each layer (of two streams the mean) and what comes
                 after the norm; by default the configuration decides.
         Raises:
             ValueError: not exactly one of input_ids and inputs_embeds, a sequence past max_positions, or a cache
                 of another kind.
         """
         x = self.embed(input_ids, inputs_embeds)
-        memory = self.open_cache(past_key_values, cache, use_cache)
-        held = memory.held if memory is not None else 0
+        cache = self.open_cache(past_key_values, cache, use_cache)
+        past_length = cache.length if cache is not None else 0
         valid = valid_positions(attention_mask)
         if position_ids is None:
-            position_ids = count_positions(valid, held, x.shape[1], x.device)
-        x = self.place(x, position_ids, held)
-        keep = self.keeps_streams(output_hidden_states)
-        x, streams = self.run((x, x), valid, position_ids, memory, keep_streams=keep)
-        x = self.finish(x)
+            position_ids = count_positions(valid, past_length, x.shape[1], x.device)
+        x = self.add_positions(x, position_ids, past_length)
+        keep = self.returns_hidden_states(output_hidden_states)
+        x, streams = self.run_layers((x, x), valid, position_ids, cache, keep_streams=keep)
+        x = self.final_norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=(*streams, x) if keep else None,
-            **{CACHE: memory},
+            **{CACHE: cache},
         )
 
 

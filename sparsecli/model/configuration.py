@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from sparsecli.model.architecture import DEFAULT, END, PADDING, START, ModelSpec
-from sparsecli.model.folder import ENCODER_DECODER_TYPE, MODEL_TYPE, TERRAFORMER_TYPE, model_type
+from sparsecli.model.files import ENCODER_DECODER_TYPE, MODEL_TYPE, TERRAFORMER_TYPE, model_type
+from sparsecli.spec.model import DEFAULT, ModelSpec
+from sparsecli.spec.vocabulary import END, PADDING, START
 
 
 @strict
@@ -53,7 +54,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     sru: dict | None = None
     feed_forward_chunk: int | None = DEFAULT.feed_forward_chunk
     encoder: dict | None = None
-    low_bit: dict | None = None
+    quantization: dict | None = None
     dropout: float = DEFAULT.dropout
     initialization: str = DEFAULT.initialization
     use_cache: bool = True
@@ -63,7 +64,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     origin: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for block in ("feed_forward", "attention", "vocabulary", "low_bit"):
+        for block in ("feed_forward", "attention", "vocabulary", "quantization"):
             if getattr(self, block) is None:
                 setattr(self, block, getattr(DEFAULT, block).model_dump())
         self.tie_word_embeddings = bool((self.vocabulary or {}).get("tied", False))
@@ -137,14 +138,14 @@ class ScalingTransformerEncoderDecoderConfig(ScalingTransformerConfig):
 
 @strict
 class TerraformerConfig(ScalingTransformerEncoderDecoderConfig):
-    """Reversible blocks, and an encoder whose output the target follows in one sequence (Terraformer)."""
+    """Reversible layers, and an encoder's output as a prefix of the target (Terraformer)."""
 
     model_type = TERRAFORMER_TYPE
 
     residual: str = "reversible"
     attention_layers: int = 2
 
-    default_reading: ClassVar[dict[str, Any]] = {"kind": "joined"}
+    default_reading: ClassVar[dict[str, Any]] = {"kind": "prefix"}
 
 
 CONFIGS: dict[str, type[ScalingTransformerConfig]] = {

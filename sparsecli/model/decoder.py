@@ -1,4 +1,4 @@
-"""What the three models share: embedding, positions, the decoder's blocks, its norm and its logits."""
+"""What the three models share: embedding, positions, the decoder's layers, its norm and its logits."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.blocks import (
-    ReversibleBlock,
-    ScalingTransformerBlock,
+from sparsecli.model.cache import CACHE, DecodeCache
+from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.layers.attention import causal_mask
+from sparsecli.model.layers.dropout import shared_dropout
+from sparsecli.model.layers.multiplicative import MultiplicativeDense
+from sparsecli.model.layers.positions import rotary_angles
+from sparsecli.model.layers.quantized import linear
+from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
+from sparsecli.model.layers.tracing import tracing
+from sparsecli.model.rotary import rotary_frequencies
+from sparsecli.model.transformer_layers import (
+    DecoderLayer,
+    ReversibleLayer,
     build_norm,
     build_positions,
     merged,
     run_halves,
 )
-from sparsecli.model.cache import CACHE, DecodeCache
-from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.layers.attention import causal_mask
-from sparsecli.model.layers.cross_attention import Source
-from sparsecli.model.layers.dropout import shared_dropout
-from sparsecli.model.layers.low_bit import linear
-from sparsecli.model.layers.multiplicative import MultiplicativeDense
-from sparsecli.model.layers.positions import rotary_angles
-from sparsecli.model.layers.recording import recording
-from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
-from sparsecli.model.parts import MultiplicativeVocabularySpec
-from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.model.versions import check_transformers
+from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vocabulary import MultiplicativeVocabularySpec
 
-Sight = tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]
-"""What attention is told of its tokens: mask, valid and angles, see `Attention`."""
+AttentionInputs = tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]
+"""Arguments of `Attention` other than x: mask, valid and angles."""
 
 
 class ScalingTransformerPreTrainedModel(PreTrainedModel):
@@ -45,8 +44,8 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
     - Attention weights (`output_attentions`): they are never formed, and hashed attention has none of most pairs.
     - A cache of transformers' own form: a `DecodeCache` is preallocated, has room for more positions than it holds, and
       keeps what convolutions and recurrent units look back at.
-    - Gradients of the hidden states between reversible blocks: those are means of two streams, which the next block
-      does not read. Such blocks store no activations, so that there is nothing to checkpoint either.
+    - Gradients of the hidden states between reversible layers: those are means of two streams, which the next layer
+      does not read. Such layers store no activations, so that there is nothing to checkpoint either.
     """
 
     config_class = ScalingTransformerConfig
@@ -59,12 +58,10 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
         """Raises Failure: a version of transformers that was never tried."""
         check_transformers(transformers.__version__)
         super().__init__(config)
-        # Reversible blocks store no activations, and have no forward that could be wrapped or checkpointed.
+        # Reversible layers store no activations, and have no forward that could be wrapped or checkpointed.
         self.supports_gradient_checkpointing = config.residual != "reversible"
-        blocks = (
-            ["ScalingTransformerBlock", "EncoderBlock"] if config.encoder else ["ScalingTransformerBlock"]
-        )
-        self._no_split_modules = blocks if self.supports_gradient_checkpointing else []
+        names = ["DecoderLayer", "EncoderLayer"] if config.encoder else ["DecoderLayer"]
+        self._no_split_modules = names if self.supports_gradient_checkpointing else []
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -93,8 +90,8 @@ class Decoder(ScalingTransformerPreTrainedModel):
         self.embedding = nn.Embedding(spec.vocabulary.size, spec.d_model)
         self.position_embedding = build_positions(spec, spec.max_positions)
         self.reversible = spec.residual == "reversible"
-        block = ReversibleBlock if self.reversible else ScalingTransformerBlock
-        self.blocks = nn.ModuleList(block(spec, layer) for layer in range(spec.layers))
+        kind = ReversibleLayer if self.reversible else DecoderLayer
+        self.layers = nn.ModuleList(kind(spec, layer_idx) for layer_idx in range(spec.layers))
         self.attention_layers = spec.attention_layers
         self.merge = spec.merge
         self.norm = build_norm(spec, spec.merged_width)
@@ -121,14 +118,14 @@ class Decoder(ScalingTransformerPreTrainedModel):
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
-    def place(self, x: Tensor, position_ids: Tensor, held: int) -> Tensor:
-        """x (B, T, d) with its positions (B or 1, T) added, of which `held` came before; dropped in training.
+    def add_positions(self, x: Tensor, position_ids: Tensor, past_length: int) -> Tensor:
+        """x (B, T, d) with its positions (B or 1, T) added, of which `past_length` came before; dropped in training.
 
         Raises:
             ValueError: more positions than the model has.
         """
         if self.position_embedding is not None:
-            if (positions := held + x.shape[1]) > self.config.max_positions:
+            if (positions := past_length + x.shape[1]) > self.config.max_positions:
                 raise ValueError(
                     f"{positions} positions are more than max_positions {self.config.max_positions}; what is given "
                     "and what `generate` adds (max_new_tokens) may not be longer together"
@@ -142,7 +139,7 @@ class Decoder(ScalingTransformerPreTrainedModel):
     ) -> DecodeCache | None:
         """The cache that was given, under one of its two names, or a new one with `use_cache`.
 
-        Where that is None the configuration decides, in evaluation; training makes none. Blocks that are computed again
+        Where that is None the configuration decides, in evaluation; training makes none. Layers that are computed again
         in the backward pass cannot extend one.
 
         Raises:
@@ -155,79 +152,91 @@ class Decoder(ScalingTransformerPreTrainedModel):
             raise ValueError("past_key_values and cache are two names for one cache; pass one of them")
         given = past_key_values if cache is None else cache
         if given is None:
-            layers = len(self.blocks) * self.attention_layers
+            layers = len(self.layers) * self.attention_layers
             return DecodeCache(layers) if use_cache and not recomputed else None
         if recomputed:
-            raise ValueError("a cache cannot be extended by blocks that the backward pass computes again")
+            raise ValueError("a cache cannot be extended by layers that the backward pass computes again")
         if not isinstance(given, DecodeCache):
             raise ValueError(f"the cache is a {type(given).__name__}; this model keeps a DecodeCache")
         return given
 
-    def keeps_streams(self, output_hidden_states: bool | None) -> bool:
+    def returns_hidden_states(self, output_hidden_states: bool | None) -> bool:
         """Whether hidden states are to be returned: as asked, else as the configuration has it."""
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return bool(asked)
 
-    def run(
+    def run_layers(
         self,
         streams: tuple[Tensor, Tensor],
         valid: Tensor | None,
         position_ids: Tensor,
         cache: DecodeCache | None,
-        source: Source | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_valid: Tensor | None = None,
         keep_streams: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """What the blocks make of new tokens, before the norm.
+        """The output of the layers for new tokens, before the norm.
 
         Args:
-            streams: two of (B, T, d) for reversible blocks; others read the first.
-            valid: bool (B, positions held + T), false at padding; None where there is none.
+            streams: two of (B, T, d) for reversible layers; others read the first.
+            valid: bool (B, past positions + T), false at padding; None where there is none.
             position_ids: (B or 1, T), for rotary positions.
-            source: what cross-attention reads.
-            keep_streams: also return the stream before each block (of two the mean).
+            encoder_hidden_states: (B, S, d), for cross-attention.
+            encoder_valid: bool (B, S), false at padding; None where there is none.
+            keep_streams: also return the stream before each layer (of two the mean).
         Returns:
             (B, T, d), or (B, T, 2 d) where streams are merged side by side, and the streams that were asked for.
         """
         new = streams[0].shape[1]
-        held = cache.held if cache is not None else 0
+        past_length = cache.length if cache is not None else 0
         angles = rotary_angles(position_ids, self.rotary) if self.rotary else None
         # None is plainly causal: one new token sees everything, a first pass is a triangle. Hashing needs no mask.
         mask = None
-        if not self.hashes and (valid is not None or (held and new > 1)):
-            mask = causal_mask(valid, new, held + new, streams[0].device)
-        sight = mask, None if valid is None else valid[:, held:], angles
-        memories = None if cache is None else cache.layers
+        if not self.hashes and (valid is not None or (past_length and new > 1)):
+            mask = causal_mask(valid, new, past_length + new, streams[0].device)
+        inputs = mask, None if valid is None else valid[:, past_length:], angles
+        layer_caches = None if cache is None else cache.layers
         if self.reversible:
-            return self._two_streams(streams, sight, memories, keep_streams)
-        return self._one_stream(streams[0], sight, memories, source, keep_streams)
+            return self._two_streams(streams, inputs, layer_caches, keep_streams)
+        return self._one_stream(
+            streams[0], inputs, (encoder_hidden_states, encoder_valid), layer_caches, keep_streams
+        )
 
     def _one_stream(
-        self, x: Tensor, sight: Sight, memories: list[Any] | None, source: Source | None, keep_streams: bool
+        self,
+        x: Tensor,
+        inputs: AttentionInputs,
+        encoded: tuple[Tensor | None, Tensor | None],
+        layer_caches: list[Any] | None,
+        keep_streams: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         kept = []
-        read = () if source is None else (source.rows, source.valid)
-        for index, block in enumerate(self.blocks):
+        for index, layer in enumerate(self.layers):
             if keep_streams:
                 kept.append(x)
-            memory = None if memories is None else memories[index]
-            x = block(x, *sight, *read, memory=memory)
+            layer_cache = None if layer_caches is None else layer_caches[index]
+            x = layer(x, *inputs, *encoded, layer_cache=layer_cache)
         return x, kept
 
     def _two_streams(
-        self, streams: tuple[Tensor, Tensor], sight: Sight, memories: list[Any] | None, keep_streams: bool
+        self,
+        streams: tuple[Tensor, Tensor],
+        inputs: AttentionInputs,
+        layer_caches: list[Any] | None,
+        keep_streams: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         halves: list[list[Half]] = []
-        for index, block in enumerate(self.blocks):
-            assert isinstance(block, ReversibleBlock)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, ReversibleLayer)
             first, last = index * self.attention_layers, (index + 1) * self.attention_layers
-            halves.append(block.halves(*sight, None if memories is None else memories[first:last]))
+            halves.append(layer.halves(*inputs, None if layer_caches is None else layer_caches[first:last]))
         # What extends a cache cannot be computed twice.
-        run = reversible_stack if memories is None else plain_stack
+        run = reversible_stack if layer_caches is None else plain_stack
         (a, b), kept = run_halves(halves, streams, run, keep_streams)
         return merged(a, b, self.merge).to(streams[0].dtype), kept
 
-    def finish(self, x: Tensor) -> Tensor:
-        """What the logits read of the output of `run`."""
+    def final_norm(self, x: Tensor) -> Tensor:
+        """What the logits read of the output of `run_layers`."""
         x = self.norm(x)
         if self.merge == "concatenate":  # where the original drops features, and only there
             x = shared_dropout(x, self.dropout, self.training, (-2,))
@@ -245,16 +254,16 @@ def valid_positions(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask.ndim != 2:
         raise ValueError(f"attention_mask has {attention_mask.ndim} axes; expected (batch, positions)")
     valid = attention_mask.bool()
-    if not (torch.compiler.is_compiling() or recording()) and bool(valid.all()):
+    if not (torch.compiler.is_compiling() or tracing()) and bool(valid.all()):
         return None
     return valid
 
 
-def count_positions(valid: Tensor | None, held: int, new: int, device: torch.device) -> Tensor:
-    """The numbers (B or 1, new) of the positions after `held`, counting tokens that are not padding."""
+def count_positions(valid: Tensor | None, past_length: int, new: int, device: torch.device) -> Tensor:
+    """The numbers (B or 1, new) of the positions after `past_length`, counting tokens that are not padding."""
     if valid is None:
-        return torch.arange(held, held + new, device=device).unsqueeze(0)
-    return (valid.long().cumsum(-1) - 1).clamp(min=0)[:, held:]
+        return torch.arange(past_length, past_length + new, device=device).unsqueeze(0)
+    return (valid.long().cumsum(-1) - 1).clamp(min=0)[:, past_length:]
 
 
 def build_head(spec: ModelSpec) -> nn.Module:
@@ -262,7 +271,7 @@ def build_head(spec: ModelSpec) -> nn.Module:
     vocabulary = spec.vocabulary
     if isinstance(vocabulary, MultiplicativeVocabularySpec):
         return MultiplicativeDense(spec.merged_width, vocabulary.size, vocabulary.modules)
-    return linear(spec.merged_width, vocabulary.size, vocabulary.bias, spec.low_bit.head)
+    return linear(spec.merged_width, vocabulary.size, vocabulary.bias, spec.quantization.head)
 
 
 class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
@@ -287,8 +296,8 @@ class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
         """Logits (B, kept, V) of x (B, T, d): of so many last positions (0: all), or of those that a tensor names."""
         return self.head(x[:, slice(-keep, None) if isinstance(keep, int) else keep])
 
-    def held_before(self, model_kwargs: dict[str, Any]) -> int:
-        """Positions of the cache that something takes before what `generate` counts."""
+    def prefix_length_of(self, model_kwargs: dict[str, Any]) -> int:
+        """Positions of the cache in front of those that `generate` counts."""
         return 0
 
     def _prepare_cache_for_generation(
@@ -301,5 +310,5 @@ class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
     ) -> None:
         """Give `generate` our preallocated cache instead of the stock one, which copies itself at every token."""
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
-            capacity = self.held_before(model_kwargs) + max_cache_length
+            capacity = self.prefix_length_of(model_kwargs) + max_cache_length
             model_kwargs[CACHE] = DecodeCache.for_model(self.config.spec, capacity)

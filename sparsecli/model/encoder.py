@@ -1,29 +1,29 @@
-"""What reads a source, in both directions, before the decoder writes."""
+"""The encoder, which reads its input in both directions before the decoder writes."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.blocks import (
-    EncoderBlock,
-    ReversibleBlock,
+from sparsecli.model.layers.dropout import shared_dropout
+from sparsecli.model.layers.positions import rotary_angles
+from sparsecli.model.layers.reversible import Half, reversible_stack
+from sparsecli.model.rotary import rotary_frequencies
+from sparsecli.model.transformer_layers import (
+    EncoderLayer,
+    ReversibleLayer,
     build_norm,
     build_positions,
     merged,
     run_halves,
 )
-from sparsecli.model.layers.dropout import shared_dropout
-from sparsecli.model.layers.positions import rotary_angles
-from sparsecli.model.layers.reversible import Half, reversible_stack
-from sparsecli.model.rotary import rotary_frequencies
+from sparsecli.spec.model import ModelSpec
 
 
 class Encoder(nn.Module):
-    """Positions, blocks, and what makes their output ready for the decoder of `spec`.
+    """Positions, layers, and the norm or merge that the decoder of `spec` needs.
 
-    That is a norm for cross-attention. A reversible encoder has two streams: a joined decoder goes on with both as
-    they are, or with one, which is a dense map of their mean and a norm.
+    For cross-attention that is a norm. A reversible encoder has two streams: as a prefix the decoder reads both, or
+    one, which is a linear layer of their mean and a norm.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -34,12 +34,14 @@ class Encoder(nn.Module):
         self.rotary = rotary_frequencies(spec).tolist() if spec.positions == "rotary" else None
         self.dropout = spec.dropout
         self.reversible = spec.residual == "reversible"
-        self.blocks = nn.ModuleList(
-            ReversibleBlock(spec, layer, of_encoder=True) if self.reversible else EncoderBlock(spec, layer)
-            for layer in range(spec.encoder.layers)
+        self.layers = nn.ModuleList(
+            ReversibleLayer(spec, layer_idx, of_encoder=True)
+            if self.reversible
+            else EncoderLayer(spec, layer_idx)
+            for layer_idx in range(spec.encoder.layers)
         )
         read_by = spec.encoder.read_by
-        self.streams = read_by.streams if read_by.kind == "joined" else 1
+        self.streams = read_by.streams if read_by.kind == "prefix" else 1
         self.merge = nn.Linear(spec.d_model, spec.d_model) if self.reversible and self.streams == 1 else None
         self.norm = build_norm(spec) if self.streams == 1 else None
 
@@ -51,7 +53,7 @@ class Encoder(nn.Module):
         Args:
             valid: bool (B, S), false at padding; None where there is none.
             position_ids: (B or 1, S).
-            keep_streams: also return the stream before each block (of two the mean).
+            keep_streams: also return the stream before each layer (of two the mean).
         Raises:
             ValueError: no tokens at all, or more than the encoder has positions for.
         """
@@ -72,16 +74,16 @@ class Encoder(nn.Module):
             mask = (valid | ~valid.any(dim=-1, keepdim=True))[:, None, None, :]  # (B, 1, 1, S)
         kept: list[Tensor] = []
         if not self.reversible:
-            for block in self.blocks:
+            for layer in self.layers:
                 if keep_streams:
                     kept.append(x)
-                x = block(x, mask, valid, angles)
+                x = layer(x, mask, valid, angles)
             assert self.norm is not None
             return (self.norm(x),), kept
         halves: list[list[Half]] = []
-        for block in self.blocks:
-            assert isinstance(block, ReversibleBlock)
-            halves.append(block.halves(mask, valid, angles))
+        for layer in self.layers:
+            assert isinstance(layer, ReversibleLayer)
+            halves.append(layer.halves(mask, valid, angles))
         (a, b), kept = run_halves(halves, (x, x), reversible_stack, keep_streams)
         if self.merge is None or self.norm is None:
             return (a.to(x.dtype), b.to(x.dtype)), kept

@@ -12,7 +12,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from sparsecli.model.architecture import IGNORED
 from sparsecli.model.cache import CACHE, DecodeCache
 from sparsecli.model.configuration import (
     ScalingTransformerConfig,
@@ -20,11 +19,11 @@ from sparsecli.model.configuration import (
 )
 from sparsecli.model.decoder import Decoder, LanguageModel, count_positions, valid_positions
 from sparsecli.model.encoder import Encoder
-from sparsecli.model.layers.cross_attention import Source
+from sparsecli.spec.vocabulary import IGNORED
 
 
 class EncoderDecoder(Decoder):
-    """A decoder, and the encoder that reads a source for it; subclasses say how the decoder reads what that made."""
+    """A decoder, and its encoder; subclasses say how the decoder reads the encoder's output."""
 
     def __init__(self, config: ScalingTransformerConfig) -> None:
         super().__init__(config)
@@ -39,19 +38,19 @@ class EncoderDecoder(Decoder):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """What the encoder makes of sources (B, S): (B, S, d), or (B, S, 2 d) with its two streams side by side.
+        """The encoder's hidden states of input_ids (B, S): (B, S, d), or (B, S, 2 d) with two streams side by side.
 
         Args:
             attention_mask: (B, S), 0 at padding.
-            output_hidden_states: also return the stream before each block (of two the mean) and what is returned at
-                the end.
+            output_hidden_states: also return the stream before each layer (of two the mean) and the final hidden
+                states.
         Raises:
-            ValueError: a source without tokens, or with more than the encoder has positions for; a mask of another
+            ValueError: an input without tokens, or with more than the encoder has positions for; a mask of another
                 length.
         """
         x = self.embed(input_ids, inputs_embeds)
-        valid = _valid_source(attention_mask, x)
-        keep = self.keeps_streams(output_hidden_states)
+        valid = _valid_encoder_positions(attention_mask, x)
+        keep = self.returns_hidden_states(output_hidden_states)
         streams, kept = self.encoder(x, valid, count_positions(valid, 0, x.shape[1], x.device), keep)
         rows = torch.cat(streams, dim=-1) if len(streams) > 1 else streams[0]
         return BaseModelOutput(last_hidden_state=rows, hidden_states=(*kept, rows) if keep else None)
@@ -72,15 +71,15 @@ class EncoderDecoder(Decoder):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Seq2SeqModelOutput:
-        """Hidden states (B, T, d) of the target decoder_input_ids (B, T) after the source input_ids (B, S).
+        """Hidden states (B, T, d) of decoder_input_ids (B, T), given the encoder's input_ids (B, S).
 
         Args:
-            attention_mask: (B, S), 0 at the source's padding.
-            decoder_attention_mask: (B, target positions held + T), 0 at the target's padding.
+            attention_mask: (B, S), 0 at the encoder's padding.
+            decoder_attention_mask: (B, past target positions + T), 0 at the target's padding.
             encoder_outputs: what `encode` returned, in place of input_ids.
             past_key_values, cache: two names for earlier positions, a `DecodeCache`; with `use_cache` one is made where
                 there is none.
-            output_hidden_states: also return the streams of encoder and decoder before each block (of two the mean) and
+            output_hidden_states: also return the streams of encoder and decoder before each layer (of two the mean) and
                 in the end; by default the configuration decides.
         Raises:
             ValueError: see `encode`; also no target, one past max_positions, or a cache of another kind.
@@ -92,77 +91,83 @@ class EncoderDecoder(Decoder):
             )
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, inputs_embeds, output_hidden_states)
-        rows = encoder_outputs[0]
-        keep = self.keeps_streams(output_hidden_states)
-        memory = self.open_cache(past_key_values, cache, use_cache)
+        hidden_states = encoder_outputs[0]
+        keep = self.returns_hidden_states(output_hidden_states)
+        cache = self.open_cache(past_key_values, cache, use_cache)
         x, streams = self.decode(
             self.embed(decoder_input_ids, decoder_inputs_embeds),
-            Source(rows, _valid_source(attention_mask, rows)),
+            hidden_states,
+            _valid_encoder_positions(attention_mask, hidden_states),
             valid_positions(decoder_attention_mask),
-            memory,
+            cache,
             keep,
         )
-        x = self.finish(x)
+        x = self.final_norm(x)
         return Seq2SeqModelOutput(
             last_hidden_state=x,
             decoder_hidden_states=(*streams, x) if keep else None,
-            encoder_last_hidden_state=rows,
+            encoder_last_hidden_state=hidden_states,
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
-            **{CACHE: memory},
+            **{CACHE: cache},
         )
 
     @staticmethod
-    def held_source(length: int) -> int:
-        """How many positions of the cache a source of `length` tokens takes."""
+    def prefix_length(encoder_length: int) -> int:
+        """Positions of the decoder's cache that the encoder's output of `encoder_length` tokens takes."""
         return 0
 
     @abstractmethod
     def decode(
         self,
         x: Tensor,
-        source: Source,
+        encoder_hidden_states: Tensor,
+        encoder_valid: Tensor | None,
         valid: Tensor | None,
         cache: DecodeCache | None,
         keep_streams: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """What the blocks make of embedded target tokens x (B, T, d), see `Decoder.run`.
+        """The output of the layers for embedded target tokens x (B, T, d), see `Decoder.run_layers`.
 
         Args:
-            source: the encoder's rows, streams side by side.
-            valid: bool (B, target positions held + T), false at the target's padding; None where there is none.
+            encoder_hidden_states: (B, S, d), or (B, S, 2 d) with two streams side by side.
+            encoder_valid: bool (B, S), false at padding; None where there is none.
+            valid: bool (B, past target positions + T), false at the target's padding; None where there is none.
         """
 
 
-def _valid_source(attention_mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    """See `valid_positions`; `rows` are those of the source (B, S, ...)."""
-    if attention_mask is not None and attention_mask.shape != rows.shape[:2]:
-        masked, given = (" x ".join(map(str, shape)) for shape in (attention_mask.shape, rows.shape[:2]))
+def _valid_encoder_positions(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """See `valid_positions`; `x` is (B, S, ...), of the encoder."""
+    if attention_mask is not None and attention_mask.shape != x.shape[:2]:
+        masked, given = (" x ".join(map(str, shape)) for shape in (attention_mask.shape, x.shape[:2]))
         raise ValueError(f"attention_mask is {masked}, the source {given}")
     return valid_positions(attention_mask)
 
 
 class ScalingTransformerEncoderDecoderModel(EncoderDecoder):
-    """Every block of the decoder attends to the encoder's output, whose keys and values are cached."""
+    """Every layer of the decoder attends to the encoder's output, whose keys and values are cached."""
 
     config_class = ScalingTransformerEncoderDecoderConfig
 
     def decode(
         self,
         x: Tensor,
-        source: Source,
+        encoder_hidden_states: Tensor,
+        encoder_valid: Tensor | None,
         valid: Tensor | None,
         cache: DecodeCache | None,
         keep_streams: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """See `EncoderDecoder.decode`."""
-        held = cache.held if cache is not None else 0
-        position_ids = count_positions(valid, held, x.shape[1], x.device)
-        x = self.place(x, position_ids, held)
-        return self.run((x, x), valid, position_ids, cache, source, keep_streams)
+        past_length = cache.length if cache is not None else 0
+        position_ids = count_positions(valid, past_length, x.shape[1], x.device)
+        x = self.add_positions(x, position_ids, past_length)
+        return self.run_layers(
+            (x, x), valid, position_ids, cache, encoder_hidden_states, encoder_valid, keep_streams
+        )
 
 
 class ConditionalGeneration(LanguageModel):
-    """A model that reads a source and writes a target, with its logits; subclasses name the model within."""
+    """An encoder-decoder with its logits; subclasses name the model within."""
 
     model: EncoderDecoder
     model_class: ClassVar[type[EncoderDecoder]]
@@ -250,17 +255,17 @@ class ConditionalGeneration(LanguageModel):
         generation_config: Any,
     ) -> dict[str, Any]:
         """Run the encoder once before `generate`; alone it could not, since it shares the decoder's embedding."""
-        sources = {model_input_name or self.main_input_name: inputs_tensor}
+        inputs = {model_input_name or self.main_input_name: inputs_tensor}
         encoded = self.model.encode(
-            **sources,
+            **inputs,
             attention_mask=model_kwargs.get("attention_mask"),
             output_hidden_states=generation_config.output_hidden_states,
         )
         return {**model_kwargs, "encoder_outputs": encoded}
 
-    def held_before(self, model_kwargs: dict[str, Any]) -> int:
-        """See `LanguageModel.held_before`; `generate` counts the target's."""
-        return self.model.held_source(model_kwargs["encoder_outputs"][0].shape[1])
+    def prefix_length_of(self, model_kwargs: dict[str, Any]) -> int:
+        """See `LanguageModel.prefix_length_of`; `generate` counts the target's."""
+        return self.model.prefix_length(model_kwargs["encoder_outputs"][0].shape[1])
 
 
 class ScalingTransformerForConditionalGeneration(ConditionalGeneration):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.parts import Llama3RotaryScaling
+from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.positions import Llama3RotaryScaling
 
 
 def rotary_frequencies(spec: ModelSpec) -> np.ndarray:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.auto import Network, build_network
 from sparsecli.model.encoder_decoder import EncoderDecoder
 from sparsecli.model.layers.cross_attention import CrossAttention
 from sparsecli.model.layers.feed_forward import ChosenUnits, MixtureFeedForward
-from sparsecli.model.layers.low_bit import LowBitMatrix, Selector
-from sparsecli.model.networks import Network, build_network
+from sparsecli.model.layers.quantized import QuantizedMatrix, Sketch
+from sparsecli.spec.model import ModelSpec
 
 BYTES = {"float32": 4, "bfloat16": 2}
 TOLERANCE = 0.01
@@ -27,11 +27,11 @@ class Sizes:
     total: int
     active: int
     cached_per_position: int
-    cached_per_source_position: int = 0
+    cached_per_encoder_position: int = 0
 
     def bytes_per_token(self, dtype: str, context: int, source: int = 0) -> int:
         """Bytes a token reads after `context` positions and a `source`: active weights, keys and values."""
-        cached = context * self.cached_per_position + source * self.cached_per_source_position
+        cached = context * self.cached_per_position + source * self.cached_per_encoder_position
         return BYTES[dtype] * (self.active + cached)
 
 
@@ -40,22 +40,22 @@ def count_parameters(spec: ModelSpec) -> Sizes:
     with torch.device("meta"):
         model = build_network(spec)
     total = sum(parameter.numel() for parameter in model.parameters())
-    low_bit = [module for module in model.modules() if isinstance(module, LowBitMatrix)]
-    # A copy that only selects units adds reading, not parameters; what rounding left over is no parameter either.
-    copies = {
-        id(matrix) for layer in model.modules() if isinstance(layer, Selector) for matrix in layer.children()
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedMatrix)]
+    # A sketch that only selects units adds reading, not parameters; what rounding left over is no parameter either.
+    sketches = {
+        id(matrix) for layer in model.modules() if isinstance(layer, Sketch) for matrix in layer.children()
     }
-    total += sum(matrix.rows * matrix.cols for matrix in low_bit if id(matrix) not in copies)
+    total += sum(matrix.rows * matrix.cols for matrix in quantized if id(matrix) not in sketches)
     unread = _read_once(model)
     passed = {id(module) for part in unread for module in part.modules()}
     skipped = sum(_skipped(module) for module in model.modules() if id(module) not in passed)
     once = sum(parameter.numel() for part in unread for parameter in part.parameters())
     cached = 2 * spec.layers * spec.attention_layers * spec.key_width
-    of_source = 0
+    per_encoder_position = 0
     if spec.encoder:
-        joined = spec.encoder.read_by.kind == "joined"
-        of_source = cached if joined else 2 * spec.layers * spec.attention_width
-    return Sizes(total, total - once - skipped - _unread_tables(model), cached, of_source)
+        prefix = spec.encoder.read_by.kind == "prefix"
+        per_encoder_position = cached if prefix else 2 * spec.layers * spec.attention_width
+    return Sizes(total, total - once - skipped - _unread_tables(model), cached, per_encoder_position)
 
 
 def disagreement(models: Sequence[Sizes]) -> float:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.low_bit import GROUP
-from sparsecli.model.parts import (
-    DIGIT_BASES,
-    DIGITS,
-    AttentionSpec,
-    FeedForwardSpec,
-    MultiplicativeVocabularySpec,
-    PrecisionFeedForwardSpec,
-)
+from sparsecli.model.quantization import GROUP
+from sparsecli.spec.attention import AttentionSpec
+from sparsecli.spec.feed_forward import FeedForwardSpec, PrecisionFeedForwardSpec
+from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.positions import DIGIT_BASES, DIGITS
+from sparsecli.spec.vocabulary import MultiplicativeVocabularySpec
 
 Shape = tuple[int, ...]
 
@@ -24,13 +20,13 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {"model.embedding.weight": (vocabulary.size, spec.d_model)}
     shapes |= _named("model.position_embedding", _positions(spec, spec.max_positions))
     for index in range(spec.layers):
-        shapes |= _named(f"model.blocks.{index}", dict(_decoder_block(spec)))
+        shapes |= _named(f"model.layers.{index}", dict(_decoder_block(spec)))
     shapes |= _norm("model.norm", spec, spec.merged_width)
     shapes |= _named("model.encoder", dict(_encoder(spec)))
     if isinstance(vocabulary, MultiplicativeVocabularySpec):
         shapes |= _multiplicative("head", spec.merged_width, vocabulary.size, vocabulary.modules)
     else:
-        shapes |= _linear("head", spec.merged_width, vocabulary.size, vocabulary.bias, spec.low_bit.head)
+        shapes |= _linear("head", spec.merged_width, vocabulary.size, vocabulary.bias, spec.quantization.head)
     return shapes
 
 
@@ -86,8 +82,8 @@ def _encoder(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
     block = _norm("attention_norm", spec) | _named("attention", dict(_attention(spec, encoder.attention)))
     block |= dict(_units(spec, encoder.feed_forward or spec.feed_forward))
     for index in range(encoder.layers):
-        yield from _named(f"blocks.{index}", block).items()
-    if encoder.read_by.kind == "joined":
+        yield from _named(f"layers.{index}", block).items()
+    if encoder.read_by.kind == "prefix":
         if encoder.read_by.streams == 2:
             return
         yield from _linear("merge", spec.d_model, spec.d_model, bias=True).items()
@@ -128,11 +124,11 @@ def _attention(spec: ModelSpec, attention: AttentionSpec) -> Iterator[tuple[str,
         for name in ("query", "key", "value"):
             made |= _multiplicative(name, d_model, d_model, modules)
     else:
-        bias, bits = attention.bias, spec.low_bit.projection
+        bias, bits = attention.bias, spec.quantization.projection
         held = spec.width_of_head * (attention.key_value_heads or spec.heads)
         ranks = (spec.query_rank, spec.key_rank) if attention.query_key_rank else (None, None)
-        made = _maps("query", d_model, spec.attention_width, bias, bits, ranks[0])
-        made |= _maps("key", d_model, held, bias, bits, ranks[1])
+        made = _low_rank("query", d_model, spec.attention_width, bias, bits, ranks[0])
+        made |= _low_rank("key", d_model, held, bias, bits, ranks[1])
         made |= _linear("value", d_model, held, bias)
         if attention.query_key_norm:
             made |= dict.fromkeys(("query_norm.weight", "key_norm.weight"), (spec.width_of_head,))
@@ -143,7 +139,7 @@ def _attention(spec: ModelSpec, attention: AttentionSpec) -> Iterator[tuple[str,
     match attention.output:
         case "dense":
             bias = attention.bias if attention.output_bias is None else attention.output_bias
-            bits = spec.low_bit.projection
+            bits = spec.quantization.projection
             yield from _linear("output", spec.attention_width, d_model, bias, bits).items()
         case "multiplicative":
             yield from _multiplicative("output", d_model, d_model, modules).items()
@@ -179,7 +175,7 @@ def _feed_forward(spec: FeedForwardSpec, d_model: int) -> dict[str, Shape]:
         }
     shapes["importance"] = (spec.d_ff,)
     for name in ("gate", "up") if spec.gated else ("up",):
-        shapes |= _low_bit(f"selector.{name}", d_model, spec.d_ff)
+        shapes |= _quantized(f"sketch.{name}", d_model, spec.d_ff)
     if spec.choice == "positive":
         shapes["threshold"] = (spec.d_ff,)
     if spec.bypass:
@@ -192,12 +188,12 @@ def _precision(spec: PrecisionFeedForwardSpec, d_model: int) -> dict[str, Shape]
     if spec.unit_bias:
         shapes["unit_bias"] = (spec.d_ff,)
     for name in ("gate", "up") if spec.gated else ("up",):
-        shapes |= _low_bit(f"base.{name}", d_model, spec.d_ff) | _residual(name, d_model, spec.d_ff)
+        shapes |= _quantized(f"base.{name}", d_model, spec.d_ff) | _residual(name, d_model, spec.d_ff)
     # The residual of W_down lies unit-major, as it is read.
-    return shapes | _low_bit("base.down", spec.d_ff, d_model) | _residual("down", d_model, spec.d_ff)
+    return shapes | _quantized("base.down", spec.d_ff, d_model) | _residual("down", d_model, spec.d_ff)
 
 
-def _low_bit(name: str, width_in: int, width_out: int) -> dict[str, Shape]:
+def _quantized(name: str, width_in: int, width_out: int) -> dict[str, Shape]:
     groups = -(-width_in // GROUP)
     return {
         f"{name}.codes": (width_out, groups * GROUP // 2),
@@ -207,7 +203,7 @@ def _low_bit(name: str, width_in: int, width_out: int) -> dict[str, Shape]:
 
 
 def _residual(name: str, width_in: int, width_out: int) -> dict[str, Shape]:
-    shapes = _low_bit(f"residual.{name}", width_in, width_out)
+    shapes = _quantized(f"residual.{name}", width_in, width_out)
     del shapes[f"residual.{name}.zero"]
     return shapes
 
@@ -223,14 +219,14 @@ def _linear(
 ) -> dict[str, Shape]:
     weight: dict[str, Shape] = {f"{name}.weight": (width_out, width_in)}
     if bits is not None:
-        weight = _low_bit(name, width_in, width_out)
+        weight = _quantized(name, width_in, width_out)
     return weight | ({f"{name}.bias": (width_out,)} if bias else {})
 
 
-def _maps(
+def _low_rank(
     name: str, width_in: int, width_out: int, bias: bool, bits: int | None, rank: int | None
 ) -> dict[str, Shape]:
-    """One linear map, or two with `rank` numbers between them."""
+    """A linear layer, or two of rank `rank`."""
     if rank is None:
         return _linear(name, width_in, width_out, bias, bits)
     first = _linear(f"{name}.first", width_in, rank, bias=False, bits=bits)

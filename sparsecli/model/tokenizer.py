@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from sparsecli.console import Failure, warn_once
-from sparsecli.model.folder import last_line, read_json
+from sparsecli.model.files import last_line, read_json
 
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"

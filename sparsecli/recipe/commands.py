@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from sparsecli import console
 from sparsecli.console import RecipeError
-from sparsecli.model.parts import Block
 from sparsecli.recipe.loader import load, shipped
 from sparsecli.recipe.schema import Recipe
+from sparsecli.spec.base import Spec
 
 if TYPE_CHECKING:
     from sparsecli.model.sizes import Sizes
@@ -91,7 +91,7 @@ def sizes(recipe: Recipe) -> list[tuple[str, Sizes]]:
 def schema() -> None:
     """The JSON schema of a recipe, to stdout; editors complete and check recipes with it."""
     document = Recipe.model_json_schema()
-    described = {block.__name__: _docstrings(block) for block in _subclasses(Block)}
+    described = {block.__name__: _docstrings(block) for block in _subclasses(Spec)}
     for name, block in {Recipe.__name__: document, **document["$defs"]}.items():
         for key, value in block.get("properties", {}).items():
             if key in described.get(name, {}):
@@ -99,10 +99,10 @@ def schema() -> None:
     console.json_out({"$schema": "https://json-schema.org/draft/2020-12/schema", **document})
 
 
-def _docstrings(block: type[Block]) -> dict[str, str]:
+def _docstrings(block: type[Spec]) -> dict[str, str]:
     """The docstring of each field. Pydantic can read them too, but at every start of the program."""
     found: dict[str, str] = {}
-    for owner in reversed(block.__mro__[: block.__mro__.index(Block)]):
+    for owner in reversed(block.__mro__[: block.__mro__.index(Spec)]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(definition, ast.ClassDef)
         for field, text in pairwise(definition.body):
@@ -111,7 +111,7 @@ def _docstrings(block: type[Block]) -> dict[str, str]:
     return found
 
 
-def _subclasses(block: type[Block]) -> Iterator[type[Block]]:
+def _subclasses(block: type[Spec]) -> Iterator[type[Spec]]:
     for subclass in block.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)

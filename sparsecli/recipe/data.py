@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from sparsecli.model.parts import MANY, Block, Size, Whole, fault
+from sparsecli.spec.base import MANY, Size, Spec, Whole, fault
 
 Names = Annotated[list[str], Field(min_length=1)]
 
@@ -16,7 +16,7 @@ Names = Annotated[list[str], Field(min_length=1)]
 # -- tokenizers ----------------------------------------------------------------------------------------------
 
 
-class TrainedTokenizer(Block):
+class TrainedTokenizer(Spec):
     """A byte-level BPE trained on the training split of the corpus and saved with the run."""
 
     kind: Literal["bpe"]
@@ -26,7 +26,7 @@ class TrainedTokenizer(Block):
     """A word is the same token in a name (`read_text`, `readText`) as in a sentence; spaces are tokens of their own."""
 
 
-class SavedTokenizer(Block):
+class SavedTokenizer(Spec):
     """A tokenizer saved by Hugging Face's `save_pretrained`, or by an earlier run."""
 
     kind: Literal["saved"]
@@ -34,7 +34,7 @@ class SavedTokenizer(Block):
     """Folder of the tokenizer, or of a run."""
 
 
-class HubTokenizer(Block):
+class HubTokenizer(Spec):
     """A tokenizer from the Hugging Face hub."""
 
     kind: Literal["hub"]
@@ -50,7 +50,7 @@ TokenizerSpec = Annotated[TrainedTokenizer | SavedTokenizer | HubTokenizer, Fiel
 # -- pairs ---------------------------------------------------------------------------------------------------
 
 
-class _Pairs(Block):
+class _Pairs(Spec):
     """Fields that all kinds of pairs share. Lengths count the end token; what is longer is cut."""
 
     source_length: Annotated[Whole, Field(ge=2)] = 512
@@ -153,7 +153,7 @@ PairsSpec = Annotated[FieldPairs | DocstringPairs | CorruptedPairs | CopiedPairs
 # -- sources -------------------------------------------------------------------------------------------------
 
 
-class _Corpus(Block):
+class _Corpus(Spec):
     """Fields that every source of text shares."""
 
     tokenizer: TokenizerSpec | None = None
@@ -237,7 +237,7 @@ class HubCorpus(_Corpus):
 TextSpec = Annotated[StdlibCorpus | FilesCorpus | HubCorpus, Field(discriminator="source")]
 
 
-class CopyTask(Block):
+class CopyTask(Spec):
     """Random symbols as source and, again, as target: what a model must do to copy can be counted exactly."""
 
     source: Literal["copy"]

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from sparsecli.model.parts import Block
 from sparsecli.recipe.document import Path
 from sparsecli.recipe.schema import Recipe
+from sparsecli.spec.base import Spec
 
 Field = tuple[Any, tuple[Any, ...]]
 """A type and the limits (Gt, Le, MinLen ...) on it."""
@@ -51,11 +51,11 @@ def explain(error: Any) -> tuple[Path, str]:
     return path, f"expected {expected(annotation, limits)}, got {found_as(found)}{_meant(found, choices)}"
 
 
-def _follow(loc: Iterable[Any]) -> tuple[Path, Field, type[Block] | None]:
+def _follow(loc: Iterable[Any]) -> tuple[Path, Field, type[Spec] | None]:
     """Pydantic's location without its union tags, the field there, and the block that the last key is in."""
     path: Path = ()
     here: Field = (Recipe, ())
-    owner: type[Block] | None = None
+    owner: type[Spec] | None = None
     for part in loc:
         blocks = _blocks(here[0])
         if isinstance(part, int):
@@ -92,11 +92,11 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [] if annotation is type(None) else [annotation]
 
 
-def _blocks(annotation: Any) -> list[type[Block]]:
-    return [a for a in _alternatives(annotation) if isinstance(a, type) and issubclass(a, Block)]
+def _blocks(annotation: Any) -> list[type[Spec]]:
+    return [a for a in _alternatives(annotation) if isinstance(a, type) and issubclass(a, Spec)]
 
 
-def _tag(block: type[Block]) -> str | None:
+def _tag(block: type[Spec]) -> str | None:
     """`sparse` for the block whose `kind` is always `sparse`; None for a block outside of unions."""
     for name in TAGS:
         field = block.model_fields.get(name)
@@ -156,7 +156,7 @@ def _bounds(limits: tuple[Any, ...]) -> list[str]:
     return [" and ".join(words)] if words else []
 
 
-def _tag_field(block: type[Block]) -> str:
+def _tag_field(block: type[Spec]) -> str:
     return next(name for name in TAGS if name in block.model_fields)
 
 
@@ -164,7 +164,7 @@ def _one_of(choices: list[str]) -> str:
     return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
 
 
-def _kind_of(owner: type[Block] | None) -> str:
+def _kind_of(owner: type[Spec] | None) -> str:
     """Says which member of a union refused the key, because another member may have it."""
     tag = _tag(owner) if owner else None
     return f" for {_tag_field(owner)}: {tag}" if owner and tag else ""

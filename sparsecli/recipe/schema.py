@@ -9,24 +9,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from sparsecli.model.architecture import EncoderSpec, LowBitSpec, ModelSpec, SruSpec
-from sparsecli.model.parts import (
-    AttentionSpec,
-    Block,
-    Count,
-    FeedForwardSpec,
-    PrecisionFeedForwardSpec,
-    Probability,
-    SelectorFeedForwardSpec,
-    Size,
-    SparseFeedForwardSpec,
-    VocabularySpec,
-    Width,
-    fault,
-)
 from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import CopyTask, DataSpec, Names
 from sparsecli.recipe.training import NonNegative, Positive, RecoverySpec, TrainSpec
+from sparsecli.spec.attention import AttentionSpec
+from sparsecli.spec.base import Count, Probability, Size, Spec, Width, fault
+from sparsecli.spec.feed_forward import (
+    FeedForwardSpec,
+    PrecisionFeedForwardSpec,
+    SelectorFeedForwardSpec,
+    SparseFeedForwardSpec,
+)
+from sparsecli.spec.model import EncoderSpec, ModelSpec, QuantizationSpec, SruSpec
+from sparsecli.spec.vocabulary import VocabularySpec
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
@@ -56,13 +51,13 @@ ConvertedFeedForward = Annotated[
 Method = Literal["precision", "selector", "controller", "exact"]
 
 
-class KeptAttention(Block):
+class KeptAttention(Spec):
     """Attention stays as it is."""
 
     kind: Literal["keep"] = "keep"
 
 
-class LowRankAttention(Block):
+class LowRankAttention(Spec):
     """Queries and keys by two maps each, the best for the calibration text."""
 
     kind: Literal["low_rank"]
@@ -70,7 +65,7 @@ class LowRankAttention(Block):
     """Numbers between the two maps of queries; keys keep as large a share of their weights."""
 
 
-class MultiplicativeAttention(Block):
+class MultiplicativeAttention(Spec):
     """Queries, keys and values by multiplicative layers (paper section 3.2), a module for every head; a beginning for
     a long distillation, not for use as it is."""
 
@@ -82,7 +77,7 @@ ConvertedAttention = Annotated[
 ]
 
 
-class ConvertSpec(Block):
+class ConvertSpec(Spec):
     """Make a dense model faster: within a budget, by a search, or into given layers."""
 
     model: str | None = None
@@ -99,7 +94,7 @@ class ConvertSpec(Block):
     """What the search tries; by default every method that fits the model's activation."""
     rank: Width = 128
     """Rank of the controllers that the search tries."""
-    low_bit: LowBitSpec | None = None
+    quantization: QuantizationSpec | None = None
     """Bits of attention and logits; by default the search decides, and given layers leave them as they are."""
     decode_dtype: Dtype = "int8"
     """Weight type of what has no bits of its own, as the result is measured and checked."""
@@ -133,7 +128,7 @@ class ConvertSpec(Block):
 # -- generate ------------------------------------------------------------------------------------------------
 
 
-class GenerateSpec(Block):
+class GenerateSpec(Spec):
     """Defaults of `generate`; every field is also a command-line option."""
 
     prompt: str | None = None
@@ -157,7 +152,7 @@ class GenerateSpec(Block):
 # -- bench ---------------------------------------------------------------------------------------------------
 
 
-class PaperFigures(Block):
+class PaperFigures(Spec):
     """What the paper's Table 1 gives for this row."""
 
     ms_per_token: Positive
@@ -166,7 +161,7 @@ class PaperFigures(Block):
     """Milliseconds a decoder block, where it is given."""
 
 
-class VariantModel(Block):
+class VariantModel(Spec):
     """Blocks of the recipe's model that a variant replaces, each as a whole."""
 
     feed_forward: FeedForwardSpec | None = None
@@ -185,7 +180,7 @@ class VariantModel(Block):
     """Replaces model.sru."""
 
 
-class PrecisionChanges(Block):
+class PrecisionChanges(Spec):
     """Parts of the model whose weights are of another type than the row's; only the native backend has them."""
 
     units: WeightDtype | None = None
@@ -208,7 +203,7 @@ class PrecisionChanges(Block):
     """Score the likeliest tokens again: those of an int8 head with bfloat16 weights, of an int4 head with int8."""
 
 
-class VariantSpec(Block):
+class VariantSpec(Spec):
     """One row of the table."""
 
     name: str
@@ -232,7 +227,7 @@ class VariantSpec(Block):
         return ModelSpec(**{**dict(model), **blocks})
 
 
-class BenchSpec(Block):
+class BenchSpec(Spec):
     """Single-token decoding, variants interleaved."""
 
     variants: Annotated[list[VariantSpec], Field(min_length=1)] | None = None
@@ -282,7 +277,7 @@ class BenchSpec(Block):
 # -- the whole -----------------------------------------------------------------------------------------------
 
 
-class Recipe(Block):
+class Recipe(Spec):
     """A recipe: what to build, on which text, and how to train, convert, run and measure it."""
 
     description: str = ""

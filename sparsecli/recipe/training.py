@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sparsecli.model.parts import Block, Count, Probability, Size, Whole, fault
+from sparsecli.spec.base import Count, Probability, Size, Spec, Whole, fault
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
-class Objective(Block):
+class Objective(Spec):
     """What a student learns from its teacher: a weighted sum of these terms.
 
     Layers that choose units choose as they will decode: hard and without noise.
@@ -46,7 +46,7 @@ class DistillationSpec(Objective):
     """The model to learn from: a run or a model folder, of the same vocabulary."""
 
 
-class TrainSpec(Block):
+class TrainSpec(Spec):
     """Training, in the words of transformers' `TrainingArguments`."""
 
     max_steps: Size

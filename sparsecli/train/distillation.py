@@ -15,18 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsecli.console import Failure
 from sparsecli.data.packing import PackedCorpus
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.bfloat16 import has_bfloat16
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.checkpoint import load_network
 from sparsecli.model.layers.feed_forward import SparseFeedForward
-from sparsecli.model.products import has_bfloat16
+from sparsecli.model.loading import load_network
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.training import Objective, TrainSpec
+from sparsecli.spec.model import ModelSpec
 from sparsecli.train.checkpoint import newest_sound, step_of
 from sparsecli.train.controllers import controller_loss, unit_scores
 from sparsecli.train.divergence import divergence
-from sparsecli.train.loop import LanguageModelTrainer, Signals, run_steps, training_arguments
 from sparsecli.train.run_directory import CHECKPOINTS, writing
+from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
 
 SCORED = 4
 """Of this many tokens one teaches the controllers: scoring every unit for all tokens took a fifth of a step."""
@@ -44,14 +44,14 @@ def distil(
     hint: str,
     beginning: Sequence[int] = (),
 ) -> None:
-    """Train `student` in place, writing metrics and checkpoints under `folder` and going on from those that are there.
+    """Train `student` in place, writing metrics and checkpoints under `folder` and resuming from those that exist.
 
     However often it is stopped on the way, the weights in the end are the same bit for bit.
 
     Args:
         data: its window length and held-out tokens are used; the text is that of `corpus`.
         train: the optimizer and its schedule.
-        hint: how to go on, the end of the message when this is stopped or cannot write.
+        hint: how to resume, the end of the message when this is stopped or cannot write.
         beginning: token ids that every window begins with.
     Raises:
         Failure: the two models do not fit, `folder` cannot be written, or there is too little text.

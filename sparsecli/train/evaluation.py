@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsecli.data.examples import Example, Examples
-from sparsecli.model.architecture import IGNORED
 from sparsecli.model.layers.feed_forward import MixtureFeedForward, SparseFeedForward, choose
 from sparsecli.model.terraformer import TerraformerForConditionalGeneration
+from sparsecli.spec.vocabulary import IGNORED
 from sparsecli.train.divergence import divergence
 
 

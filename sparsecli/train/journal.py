@@ -16,7 +16,7 @@ from sparsecli.console import Failure, Progress, say
 from sparsecli.train.run_directory import METRICS, read_metrics, replace_text
 
 FIGURES = (
-    *("held_out_nats", "bits_per_byte", "never_chosen", "balance", "kl_to_teacher"),
+    *("held_out_loss", "bits_per_byte", "never_chosen", "balance", "kl_to_teacher"),
     *("exact_match", "rouge_1", "rouge_2", "rouge_lsum"),
 )
 """What an evaluation may find."""
@@ -25,7 +25,7 @@ FIGURES = (
 class Journal(TrainerCallback):
     """Writes `metrics.jsonl`, TensorBoard events and `loss.png`, and shows how far training is.
 
-    A run that goes on from a checkpoint drops the rows written after it, so that every step is there once.
+    A resumed run drops the rows written after it, so that every step is there once.
     """
 
     def __init__(self, output: Path, start_step: int, progress: Progress) -> None:
@@ -45,7 +45,7 @@ class Journal(TrainerCallback):
     def held_out_at(self, step: int) -> dict[str, Any] | None:
         """The evaluation done at `step`."""
         return next(
-            (row for row in reversed(self.rows) if row["step"] == step and "held_out_nats" in row), None
+            (row for row in reversed(self.rows) if row["step"] == step and "held_out_loss" in row), None
         )
 
     def on_train_begin(
@@ -90,7 +90,7 @@ class Journal(TrainerCallback):
             if "load_balancing" in logs:
                 row["load_balancing"] = logs["load_balancing"]
             self.shown = {"loss": logs["loss"], "tokens_per_second": round(speed)}
-        elif "held_out_nats" in logs:
+        elif "held_out_loss" in logs:
             row = {name: logs[name] for name in FIGURES if logs.get(name) is not None}
             figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items())
             say(f"step {step}: {figures}")
@@ -148,7 +148,7 @@ def draw_loss(rows: Iterable[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    curves = (("loss", "training", "-"), ("held_out_nats", "held out", "o-"))
+    curves = (("loss", "training", "-"), ("held_out_loss", "held out", "o-"))
     for key, label, style in curves:
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:

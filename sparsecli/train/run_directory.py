@@ -16,11 +16,11 @@ import torch
 
 from sparsecli.console import Failure, warn
 from sparsecli.data.cache import why_unwritten
-from sparsecli.model.folder import RECIPE, read_json
-from sparsecli.model.parts import Block
+from sparsecli.model.files import RECIPE, read_json
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.messages import found_as
 from sparsecli.recipe.schema import Recipe
+from sparsecli.spec.base import Spec
 from sparsecli.train.checkpoint import newest_sound
 
 FACTS = "run.json"
@@ -34,7 +34,7 @@ FREE = {
 
 
 def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | None:
-    """Make sure that a run may go to `output`; the checkpoint to go on from, or None to start at step 0.
+    """Make sure that a run may go to `output`; the checkpoint to resume from, or None to start at step 0.
 
     `hint` says what to do about a run that is there already. Raises `Failure` when `output` cannot be written,
     holds something else, or holds a run that is not to be resumed, was started with another recipe, or has no
@@ -58,9 +58,9 @@ def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | No
     return checkpoint
 
 
-def go_on(output: Path) -> str:
+def resume_hint(output: Path) -> str:
     """How to resume the run in `output`."""
-    return f"go on with: sparsecli train {output / RECIPE} --resume auto"
+    return f"resume with: sparsecli train {output / RECIPE} --resume auto"
 
 
 @contextmanager
@@ -127,9 +127,7 @@ def _compare(stored: Path, recipe: Recipe) -> None:
         )
 
 
-def differences(
-    one: Block, other: Block, include: dict[str, Any] | None = None
-) -> list[tuple[str, str, str]]:
+def differences(one: Spec, other: Spec, include: dict[str, Any] | None = None) -> list[tuple[str, str, str]]:
     """The keys in which two blocks of recipes differ, and both values in plain words.
 
     Of a block that is there once, or is of two kinds, it is the block's own key or its kind.

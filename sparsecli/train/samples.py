@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsecli.data.examples import Examples
-from sparsecli.model.architecture import END, IGNORED
+from sparsecli.spec.vocabulary import END, IGNORED
 from sparsecli.train.run_directory import replace_text
 
 SAMPLES = "samples.jsonl"

@@ -11,7 +11,7 @@ from torch import nn
 from sparsecli.bench.decoders import others
 from sparsecli.bench.random_weights import empty_model
 from sparsecli.model import DecodeCache
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 
 class TorchModel:
@@ -25,7 +25,7 @@ class TorchModel:
         self.network.tie_weights()
         self.network.eval()
         self.stack = _Stopwatch()
-        blocks = self.network.model.blocks
+        blocks = self.network.model.layers
         # Not the blocks themselves: reversible ones are run by halves.
         last = "feed_forward" if self.spec.sru is None else "sru"
         self.stack.watch(blocks[0].get_submodule("attention_norm"), blocks[-1].get_submodule(last))

@@ -15,8 +15,8 @@ from torch import Tensor
 from sparsecli import console
 from sparsecli.bench.peers.llama_shape import llama_shaped
 from sparsecli.bench.variants import Variant
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.sizes import count_parameters
+from sparsecli.spec.model import ModelSpec
 
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 

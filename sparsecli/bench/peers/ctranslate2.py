@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsecli import console
 from sparsecli.bench.peers.llama_shape import STANDARD_DEVIATION, matrices, random_tile, repeated
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 COMPUTE_TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8_float32"}
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}

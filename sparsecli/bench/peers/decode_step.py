@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsecli.bench.random_weights import empty_model
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.layers.attention import Memory
+from sparsecli.model.layers.layer_cache import LayerCache
 from sparsecli.model.layers.positions import rotary_angles
+from sparsecli.spec.model import ModelSpec
 
 
 class DecodeStep(nn.Module):
@@ -58,15 +58,15 @@ class DecodeStep(nn.Module):
             yield keys, values, dict(zip(names, rows, strict=True))
 
     def _next(
-        self, token: Tensor, position: Tensor, mask: Tensor | None, memories: Sequence[Memory]
+        self, token: Tensor, position: Tensor, mask: Tensor | None, memories: Sequence[LayerCache]
     ) -> Tensor:
         model = self.causal_lm.model
         x = model.embedding(token) * model.embedding_scale
         if model.position_embedding is not None:
             x = x + model.position_embedding(position).to(x.dtype)
         angles = rotary_angles(position.unsqueeze(0), model.rotary) if model.rotary else None
-        for block, memory in zip(model.blocks, memories, strict=True):
-            x = block(x, mask, None, angles, memory=memory)
+        for block, memory in zip(model.layers, memories, strict=True):
+            x = block(x, mask, None, angles, layer_cache=memory)
         return self.causal_lm.head(model.norm(x)).argmax(-1)
 
 
@@ -91,7 +91,7 @@ class GrowingStep(DecodeStep):
 
 
 class _ConvolutionState:
-    """The convolutions' side of `attention.Memory`: the last rows, and nothing before them."""
+    """The convolutions' side of `layer_cache.LayerCache`: the last rows, and nothing before them."""
 
     rows: dict[str, Tensor]
 
@@ -99,7 +99,7 @@ class _ConvolutionState:
         """0: a compiled step cannot depend on a Python number."""
         return 0
 
-    def extend(self, name: str, rows: Tensor, start: int, before: int) -> Tensor:
+    def append(self, name: str, rows: Tensor, start: int, before: int) -> Tensor:
         """Put the kept rows in front of `rows` (1, 1, width), and keep the last `before`."""
         window = torch.cat((self.rows[name], rows), 1)
         self.keep(name, window[:, 1:])

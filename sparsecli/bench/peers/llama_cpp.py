@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsecli import console
 from sparsecli.bench.peers.llama_file import MAKE_ROOM, TYPES, check_room, write_random
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 FILE_TYPES = {
     "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sparsecli import console
 from sparsecli.bench.peers.llama_shape import matrices, random_tile, repeated
-from sparsecli.model.architecture import LowBitSpec, ModelSpec
 from sparsecli.model.rotary import rotary_frequencies
+from sparsecli.spec.model import ModelSpec, QuantizationSpec
 
 TYPES = {
     "float32": gguf.GGMLQuantizationType.F32,
@@ -101,7 +101,7 @@ def _matrix(name: str) -> str:
 def unlike_llama(spec: ModelSpec) -> str | None:
     """What of the model llama.cpp has no architecture for that could be written; None where it has one."""
     feed_forward, attention, vocabulary = spec.feed_forward, spec.attention, spec.vocabulary
-    if feed_forward.kind != "dense" or spec.low_bit != LowBitSpec():
+    if feed_forward.kind != "dense" or spec.quantization != QuantizationSpec():
         return "layers that are not dense"
     checks = {
         "units that are not gated SiLU": feed_forward.activation != "silu" or not feed_forward.gated,

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.parts import AttentionSpec, DenseFeedForwardSpec, DenseVocabularySpec
 from sparsecli.model.sizes import count_parameters
+from sparsecli.spec.attention import AttentionSpec
+from sparsecli.spec.feed_forward import DenseFeedForwardSpec
+from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vocabulary import DenseVocabularySpec
 
 D_FF_STEP = 32  # the block of q8_0 and q4_0
 TILE_ROWS = 4096

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsecli.bench.peers.decode_step import GrowingStep
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 # Importing OpenVINO reports the import to its makers where this package is found; without it a stub takes over.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

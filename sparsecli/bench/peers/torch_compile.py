@@ -10,7 +10,7 @@ import torch._inductor.config as inductor
 from torch import Tensor
 
 from sparsecli.bench.peers.decode_step import FixedStep
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 
 def refusal(spec: ModelSpec, dtype: str) -> str | None:

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from sparsecli import console
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.networks import build_network
+from sparsecli.model.auto import build_network
+from sparsecli.spec.model import ModelSpec
 
 KINDS = ("stored", "checkpointed", "reversible")
 VOCABULARY = 256  # logits are no activations of blocks: as few as may be
@@ -51,7 +51,7 @@ class TrainedShape:
                 "layers": layers // 2,
                 "max_positions": self.source,
                 "attention": {"kind": self.attention},
-                "read_by": {"kind": "joined" if reversible else "cross_attention"},
+                "read_by": {"kind": "prefix" if reversible else "cross_attention"},
             }
         feed_forward = {
             "kind": "sparse",

@@ -29,12 +29,12 @@ from torch.nn import functional as F
 from sparsecli import console
 from sparsecli.bench.studies import long_decoding
 from sparsecli.model.cache import DecodeLayer
-from sparsecli.model.checkpoint import load_network, load_tokenizer, read_config
-from sparsecli.model.folder import find_model
-from sparsecli.model.layers.lsh import HashedAttention
+from sparsecli.model.files import find_model
+from sparsecli.model.layers.lsh import LshAttention
 from sparsecli.model.layers.shared_query_key import unit_keys
-from sparsecli.model.parts import LshSpec
+from sparsecli.model.loading import load_network, load_tokenizer, read_config
 from sparsecli.recipe.loader import load
+from sparsecli.spec.attention import LshSpec
 
 WIDTH = 64
 
@@ -76,7 +76,7 @@ def seconds(action: Callable[[], object], device: str, repeats: int) -> float:
 def compare(length: int, spec: LshSpec, heads: int, backward: bool, device: str, repeats: int) -> Seconds:
     """Causal attention over `length` tokens, forward or forward and backward."""
     q, v = vectors(length, heads, device, gradients=backward)
-    layer = HashedAttention(spec).eval()
+    layer = LshAttention(spec).eval()
     upstream = torch.ones_like(v)
 
     def run(attend: Callable[[], Tensor]) -> Callable[[], object]:
@@ -94,8 +94,8 @@ def compare_decoding(length: int, spec: LshSpec, heads: int, device: str, repeat
     """One more token after `length` of them."""
     q, v = vectors(length + 1, heads, device)
     k = unit_keys(q)
-    layer, memory = HashedAttention(spec).eval(), DecodeLayer(capacity=length + 1)
-    layer(q[:, :, :length], *memory.update(k[:, :, :length], v[:, :, :length]), memory=memory)
+    layer, memory = LshAttention(spec).eval(), DecodeLayer(capacity=length + 1)
+    layer(q[:, :, :length], *memory.update(k[:, :, :length], v[:, :, :length]), layer_cache=memory)
     token = slice(length, length + 1)
 
     def step(attend: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
@@ -106,7 +106,7 @@ def compare_decoding(length: int, spec: LshSpec, heads: int, device: str, repeat
         return run
 
     full = step(lambda keys, values: F.scaled_dot_product_attention(q[:, :, token], keys, values))
-    hashed = step(lambda keys, values: layer(q[:, :, token], keys, values, memory=memory))
+    hashed = step(lambda keys, values: layer(q[:, :, token], keys, values, layer_cache=memory))
     return Seconds(length, *(seconds(action, device, repeats) for action in (full, hashed)))
 
 
@@ -121,7 +121,7 @@ def brought_together(order: Tensor, spec: LshSpec) -> Tensor:
     return together
 
 
-def mass_found(q: Tensor, layer: HashedAttention) -> Tensor:
+def mass_found(q: Tensor, layer: LshAttention) -> Tensor:
     """Share of causal attention's weights that `layer` finds, mean over tokens, (B, H), of q (B, H, T, d_head).
 
     T is a multiple of the chunk length. A token's weight on itself, and the first token, do not count.
@@ -157,13 +157,13 @@ def mass_of_model(folder: Path, text: Path, length: int, rounds: Sequence[int]) 
         raise console.Failure(f"{text}: has {ids.shape[1]} tokens; give a longer text or --length")
     shares: dict[int, list[Tensor]] = {number: [] for number in rounds}
 
-    def measure(layer: HashedAttention, given: tuple[Tensor, ...]) -> None:
+    def measure(layer: LshAttention, given: tuple[Tensor, ...]) -> None:
         for number, found in shares.items():
             spec = layer.spec.model_copy(update={"rounds": number})
-            found.append(mass_found(given[0], HashedAttention(spec, layer.layer).eval()))
+            found.append(mass_found(given[0], LshAttention(spec, layer.layer).eval()))
 
     for module in network.modules():
-        if isinstance(module, HashedAttention):
+        if isinstance(module, LshAttention):
             module.register_forward_pre_hook(measure)
     network(ids)
     return [float(torch.stack(found).mean()) for found in shares.values()]

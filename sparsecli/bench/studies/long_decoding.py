@@ -18,7 +18,7 @@ from sparsecli.decode.engine import Engine
 from sparsecli.decode.kv_state import KVState
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensors import convolves, crosses, joins
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 TOKENS, WARM_UP = 8, 4
 """Of a turn. The first token after a text hashes all of its keys, and does not count."""

@@ -11,7 +11,7 @@ from sparsecli.decode.packed.layouts import Slot
 from sparsecli.decode.packed.pack import LINE, PackedModel
 from sparsecli.decode.packed.tensor_file import WIDTHS
 from sparsecli.decode.packed.tensors import crosses, joins, modules_of, query_modules_of
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 QUANTIZED_TYPES = {4: 3, 3: 4}  # native/ops/ops.h, by bits of a weight
 TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}

@@ -11,7 +11,7 @@ from sparsecli.decode.packed import tensor_file
 from sparsecli.decode.packed.pack import PackedModel, huge_pages
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.tensor_file import TYPES
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 LAYOUT_VERSION = 2
 

@@ -11,8 +11,8 @@ from sparsecli.console import Failure
 from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensor_file import TensorFile
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.folder import check_weights, weight_files
+from sparsecli.model.files import check_weights, weight_files
+from sparsecli.spec.model import ModelSpec
 
 
 class Weights(Mapping[str, np.ndarray]):

@@ -36,9 +36,9 @@ class Slot:
         part: field of `Precision` that gives its type; None is float32.
         sources: names in the Hugging Face state dict; several for `units`, in order.
         optional: leave it out where the state dict has no such tensor.
-        group: `blocks`: units of a block; `taps`: positions of the kernel; `residual`: rows of a unit; `low_bit`:
+        group: `blocks`: units of a block; `taps`: positions of the kernel; `residual`: rows of a unit; `quantized`:
             maps of which panels follow each other in turn.
-        bits: of a weight of the layouts `low_bit` and `residual`; their elements are bytes.
+        bits: of a weight of the layouts `quantized` and `residual`; their elements are bytes.
     """
 
     layer: int

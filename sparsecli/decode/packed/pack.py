@@ -15,9 +15,9 @@ from sparsecli.decode.packed.position_tables import position_table
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.quantized_layouts import arrange_panels, arrange_residual
 from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.low_bit import GROUP, from_bfloat16, quantise_groups, to_bfloat16, unpack_nibbles
+from sparsecli.model.quantization import GROUP, from_bfloat16, quantize_groups, to_bfloat16, unpack_nibbles
 from sparsecli.model.rotary import rotary_frequencies
+from sparsecli.spec.model import ModelSpec
 
 LINE = 64  # bytes: every packed tensor starts on a cache line
 
@@ -111,7 +111,7 @@ def _in_few_bits(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray])
         codes, scale = ([_stored(name, slot, weights) for name in slot.sources[at::2]] for at in range(2))
         return arrange_residual(codes, scale).reshape(-1)
     if len(slot.sources) == 1:  # float weights
-        return arrange_panels(*quantise_groups(_source(slot, spec, weights), slot.bits), slot.bits).reshape(
+        return arrange_panels(*quantize_groups(_source(slot, spec, weights), slot.bits), slot.bits).reshape(
             -1
         )
     stored = [_stored(name, slot, weights) for name in slot.sources]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.parts import DIGIT_BASES, DIGITS
+from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.positions import DIGIT_BASES, DIGITS
 
 
 def position_table(spec: ModelSpec, tensors: Sequence[np.ndarray]) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsecli.decode.packed.layouts import Slot
 from sparsecli.decode.packed.tensors import slots
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 INT8_RANK = 512  # the longest rank that is computed with in int8
 WORDS = ("float32", "bfloat16", "int8", "int4")
@@ -70,7 +70,7 @@ class Precision:
 def plan(spec: ModelSpec, precision: Precision) -> list[tuple[Slot, str]]:
     """Every tensor and its type."""
     found = [_typed(slot, precision) for slot in slots(spec)]
-    if precision.head_rescoring and spec.vocabulary.kind == "dense" and spec.low_bit.head is None:
+    if precision.head_rescoring and spec.vocabulary.kind == "dense" and spec.quantization.head is None:
         head = next(slot for slot, _ in found if slot.name == "head.weight")
         exact = replace(head, name="head.exact", layout="spans", bits=0)
         found.append((exact, RESCORED_BY[precision.head]))

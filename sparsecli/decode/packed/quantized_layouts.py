@@ -1,10 +1,10 @@
-"""How weights in 3 or 4 bits lie in memory: the panels of native/ops/low_bit.inl, and residuals unit by unit."""
+"""How weights in 3 or 4 bits lie in memory: the panels of native/ops/quantized.inl, and residuals unit by unit."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from sparsecli.model.low_bit import GROUP
+from sparsecli.model.quantization import GROUP
 
 LANES = 16
 LINE = 64
@@ -80,7 +80,7 @@ def three_bit_places() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def codes_of(words: np.ndarray, bits: int) -> np.ndarray:
-    """words (..., 8 or 6) of 32 bits -> codes (..., 64), as they lie in a lane of native/ops/low_bit.inl."""
+    """words (..., 8 or 6) of 32 bits -> codes (..., 64), as they lie in a lane of native/ops/quantized.inl."""
     if bits == 4:
         shift = 4 * np.arange(4, dtype=np.uint32)[:, None] + 16 * np.arange(2, dtype=np.uint32)
         return (words[..., None, None] >> shift & 15).reshape(*words.shape[:-1], -1)

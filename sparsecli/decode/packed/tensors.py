@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sparsecli.decode.packed.layouts import LANES, Slot, padded
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.spec.model import ModelSpec
 
 
 def slots(spec: ModelSpec) -> list[Slot]:
@@ -33,7 +33,7 @@ def crosses(spec: ModelSpec) -> bool:
 
 def joins(spec: ModelSpec) -> bool:
     """Whether what an encoder made comes before the tokens, in one sequence."""
-    return spec.encoder is not None and spec.encoder.read_by.kind == "joined"
+    return spec.encoder is not None and spec.encoder.read_by.kind == "prefix"
 
 
 def query_modules_of(spec: ModelSpec) -> int | None:
@@ -73,7 +73,7 @@ def _map(
 ) -> Iterator[Slot]:
     """A dense map, one whose weights have few `bits`, or a multiplicative one with so many `modules`."""
     if bits:
-        yield _low_bit(layer, f"{name}.weight", (source,), rows, cols, bits)
+        yield _quantized(layer, f"{name}.weight", (source,), rows, cols, bits)
     elif modules is None:
         yield Slot(layer, f"{name}.weight", "spans", rows, cols, part, (f"{source}.weight",))
     else:
@@ -82,7 +82,7 @@ def _map(
     yield Slot(layer, f"{name}.bias", "vector", 1, rows, None, (f"{source}.bias",), optional=True)
 
 
-def _low_bit(layer: int, name: str, sources: tuple[str, ...], rows: int, cols: int, bits: int) -> Slot:
+def _quantized(layer: int, name: str, sources: tuple[str, ...], rows: int, cols: int, bits: int) -> Slot:
     """Maps of `rows` outputs each, whose panels follow each other in turn."""
     stored = tuple(f"{source}.{field}" for source in sources for field in ("codes", "scale", "zero"))
     return Slot(
@@ -108,7 +108,7 @@ def _own(spec: ModelSpec) -> Iterator[Slot]:
         yield Slot(-1, "positions", "rows", spec.max_positions, d_model, "embedding", names)
     width, modules = spec.merged_width, vocabulary.modules if vocabulary.kind == "multiplicative" else None
     yield from _norm(spec, -1, "norm", "model.norm", width)
-    for slot in _map(-1, "head", "head", size, width, "head", modules, spec.low_bit.head):
+    for slot in _map(-1, "head", "head", size, width, "head", modules, spec.quantization.head):
         weight = slot.name == "head.weight"
         yield (
             slot
@@ -131,7 +131,7 @@ def _tables(spec: ModelSpec) -> tuple[str, ...]:
 def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "attention") -> Iterator[Slot]:
     """An attention layer, whose packed names begin with `prefix`; `module` is what the model calls it."""
     attention, d_model = spec.attention, spec.d_model
-    block = f"model.blocks.{layer}"
+    block = f"model.layers.{layer}"
     yield from _norm(spec, layer, f"{prefix}attention_norm", f"{block}.{module}_norm")
     source = f"{block}.{module}.projection"
     without = "key" if attention.share_query_key else None
@@ -154,7 +154,7 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
         ):
             if name == without:
                 continue
-            bits = None if name == "value" else spec.low_bit.projection
+            bits = None if name == "value" else spec.quantization.projection
             place, at, cols = f"{source}.{name}", f"{prefix}{name}", d_model
             if rank:
                 yield from _map(layer, f"{at}.first", f"{place}.first", rank, cols, "projection", bits=bits)
@@ -166,7 +166,7 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
     kind, at = attention.output, f"{prefix}output"
     source = f"{block}.{module}.output"
     if kind == "dense":
-        width, bits = spec.attention_width, spec.low_bit.projection
+        width, bits = spec.attention_width, spec.quantization.projection
         yield from _map(layer, at, source, d_model, width, "projection", bits=bits)
     elif kind == "multiplicative":
         yield from _map(layer, at, source, d_model, d_model, "projection", modules)
@@ -179,7 +179,7 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
 def _cross_attention(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     """Attention to the encoder's output; its keys and values are made once for a source."""
     d_model, width, modules = spec.d_model, spec.attention_width, query_modules_of(spec)
-    source = f"model.blocks.{layer}.cross_attention"
+    source = f"model.layers.{layer}.cross_attention"
     yield from _norm(spec, layer, "cross.attention_norm", f"{source}_norm")
     for name in ("key", "value"):
         place = f"{source}.projection.{name}"
@@ -200,7 +200,7 @@ def _recurrence(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     """The branch beside the feed-forward layer that remembers a few numbers."""
     if spec.sru is None:
         return
-    source, d_model, width = f"model.blocks.{layer}.sru", spec.d_model, spec.sru.width
+    source, d_model, width = f"model.layers.{layer}.sru", spec.d_model, spec.sru.width
     yield from _norm(spec, layer, "sru.norm", f"{source}.norm")
     yield from _map(layer, "sru.enter", f"{source}.enter", width, d_model, "projection")
     for index in range(spec.sru.layers):
@@ -211,7 +211,7 @@ def _recurrence(spec: ModelSpec, layer: int) -> Iterator[Slot]:
 
 def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     feed_forward, d_model = spec.feed_forward, spec.d_model
-    block = f"model.blocks.{layer}"
+    block = f"model.layers.{layer}"
     source = f"{block}.feed_forward"
     units = feed_forward.d_ff
     yield from _norm(spec, layer, "feed_forward_norm", f"{block}.feed_forward_norm")
@@ -269,14 +269,14 @@ def _copy(spec: ModelSpec, layer: int, source: str, names: list[str]) -> Iterato
     feed_forward, d_model = spec.feed_forward, spec.d_model
     assert feed_forward.kind in ("selector", "precision")
     units = feed_forward.d_ff
-    place = "base" if feed_forward.kind == "precision" else "selector"
+    place = "base" if feed_forward.kind == "precision" else "sketch"
     if place == "base" or chooses(spec, layer):
         sources = tuple(f"{source}.{place}.{name}" for name in names)
-        yield _low_bit(layer, "sketch", sources, units, d_model, feed_forward.bits)
+        yield _quantized(layer, "sketch", sources, units, d_model, feed_forward.bits)
     if chooses(spec, layer):
         yield Slot(layer, "importance", "vector", 1, units, None, (f"{source}.importance",))
     if feed_forward.kind == "precision":
-        yield _low_bit(layer, "base.down", (f"{source}.base.down",), d_model, units, feed_forward.bits)
+        yield _quantized(layer, "base.down", (f"{source}.base.down",), d_model, units, feed_forward.bits)
         return
     if feed_forward.choice == "positive":
         yield Slot(layer, "threshold", "vector", 1, units, None, (f"{source}.threshold",))

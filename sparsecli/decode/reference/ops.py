@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from sparsecli.decode.packed.layouts import PAD
 from sparsecli.decode.reference.weights import Quantized, Weight
-from sparsecli.model.low_bit import STEPS
+from sparsecli.model.quantization import STEPS
 
 GROUP = 256  # inputs that share a scale when products are rounded to 8 bits
 NOTHING = 1e-30  # a vector of such small numbers counts as zero: one over its scale would not be finite

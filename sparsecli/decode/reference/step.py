@@ -51,7 +51,7 @@ class Reference:
         self.spec, self.precision = model.spec, model.precision
         self.weights, self.quantized = unpack_model(model)
         self.memory: dict[str, list[Tensor]] = defaultdict(list)
-        self.length = self.first = 0  # positions held; the first token's, which a joined source precedes
+        self.length = self.first = 0  # positions held; the first token's, which a prefix precedes
 
     def logits(self, tokens: Iterable[int], source: np.ndarray | None = None) -> np.ndarray:
         """Logits (n, V) after each of `tokens`, of a new sequence that begins with `source`, see `read_source`."""

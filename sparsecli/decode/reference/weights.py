@@ -12,7 +12,7 @@ from sparsecli.decode.packed.layouts import LANES, PAD, Slot, padded, unpack, un
 from sparsecli.decode.packed.pack import PackedModel
 from sparsecli.decode.packed.precision import plan
 from sparsecli.decode.packed.quantized_layouts import codes_of
-from sparsecli.model.low_bit import MIDDLE, STEPS, from_bfloat16, unpack_nibbles
+from sparsecli.model.quantization import MIDDLE, STEPS, from_bfloat16, unpack_nibbles
 
 
 @dataclass(frozen=True)

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecli.model.layers.low_bit import linear
-from sparsecli.model.layers.lsh import BucketMemory, HashedAttention
+from sparsecli.model.layers.layer_cache import LayerCache, LshCache, with_conv_state
+from sparsecli.model.layers.lsh import LshAttention
 from sparsecli.model.layers.multiplicative import (
     ConvolutionProjection,
     MultiplicativeConvolution,
     MultiplicativeDense,
 )
 from sparsecli.model.layers.positions import rotate
+from sparsecli.model.layers.quantized import linear
 from sparsecli.model.layers.shared_query_key import attend_shared, unit_keys
 
 
-class Memory(Protocol):
-    """What attention keeps between calls; `cache.DecodeLayer` is the implementation."""
-
-    def get_seq_length(self) -> int:
-        """Positions already held."""
-
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, H, T, d_head); return all of them."""
-
-    def extend(self, name: str, rows: Tensor, start: int, before: int) -> Tensor:
-        """Store rows (B, T, width) at `start`; return them with the `before` rows that precede them."""
-
-
-def with_history(rows: Tensor, before: int, memory: Memory | None, name: str, start: int) -> Tensor:
-    """Put the `before` rows that precede `rows` (B, T, width) in front of them; zeros before the first position."""
-    if memory is None:
-        return F.pad(rows, (0, 0, before, 0))
-    return memory.extend(name, rows, start, before)
-
-
 class LowRank(nn.Module):
-    """A linear map as two, with `rank` numbers between them.
+    """A linear layer of low rank: two linear layers with `rank` features between them.
 
     Args:
         bias: after the second.
@@ -103,35 +82,40 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(d_head)) v, with grouped queries; or with queries that are keys too (Reformer).
 
     Args:
-        heads, key_value_heads: each head of keys and values serves heads / key_value_heads heads of queries.
         projection: makes q, k, v.
         output: follows the merged heads; None for no output projection.
+        heads, key_value_heads: each head of keys and values serves heads / key_value_heads heads of queries; by
+            default there are as many of both.
         dropout: of the attention weights, when training.
         causal: a token sees none after it; otherwise, as in encoders, all that `mask` allows.
-        shared: one vector serves as query and as key: the mean of those that the projection makes.
-        hashing: attend to tokens that hash alike; the vectors are shared.
+        share_query_key: one vector serves as query and as key: the mean of those that the projection makes.
+        lsh: attend to tokens in the same hash bucket; queries and keys are then shared.
+    Raises:
+        ValueError: key_value_heads do not divide heads.
     """
 
     def __init__(
         self,
-        d_model: int,
-        heads: int,
-        key_value_heads: int,
         projection: SeparateProjection | ConvolutionProjection,
         output: nn.Module | None,
+        *,
+        heads: int,
+        key_value_heads: int | None = None,
         dropout: float = 0.0,
         causal: bool = True,
-        shared: bool = False,
-        hashing: HashedAttention | None = None,
+        share_query_key: bool = False,
+        lsh: LshAttention | None = None,
     ) -> None:
         super().__init__()
-        self.heads, self.key_value_heads = heads, key_value_heads
+        self.heads, self.key_value_heads = heads, key_value_heads or heads
+        if heads % self.key_value_heads:
+            raise ValueError(f"key_value_heads {key_value_heads} do not divide heads {heads}")
         self.projection = projection
         self.output = output
         self.dropout = dropout
         self.causal = causal
-        self.shared = shared or hashing is not None
-        self.hashing = hashing
+        self.shares_query_key = share_query_key or lsh is not None
+        self.lsh = lsh
 
     def forward(
         self,
@@ -139,25 +123,25 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         valid: Tensor | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
-        memory: Memory | None = None,
+        layer_cache: LayerCache | None = None,
     ) -> Tensor:
         """x (B, T, d) -> (B, T, d).
 
         Args:
-            mask: bool (B, 1, T or 1, positions held + T), true where a query may look; None means plainly causal, or
-                everywhere where attention is not causal. Hashing does without.
-            valid: bool (B, T), false at padding, whose rows the convolutions must read as zeros and hashing hides.
+            mask: bool (B, 1, T or 1, past + T), true where a query may look; None means plainly causal, or
+                everywhere where attention is not causal. LSH needs none.
+            valid: bool (B, T), false at padding, whose rows the convolutions must read as zeros and LSH hides.
             angles: rotary cosine and sine, see `rotary_angles`.
-            memory: earlier positions; extended in place.
+            layer_cache: past positions; extended in place.
         """
-        start = memory.get_seq_length() if memory is not None else 0
+        start = layer_cache.get_seq_length() if layer_cache is not None else 0
         if isinstance(self.projection, ConvolutionProjection):
             q, k, v = self.projection(
-                self._remembered(self.projection, x, valid, memory, "projection", start)
+                self._convolution_input(self.projection, x, valid, layer_cache, "projection", start)
             )
         else:
             q, k, v = self.projection(x)
-        if self.shared:
+        if self.shares_query_key:
             q = k = q if k is q else (q + k) / 2
         # (B, T, heads * d_head) -> (B, heads, T, d_head)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -165,16 +149,16 @@ class Attention(nn.Module):
         v = v.unflatten(-1, (self.key_value_heads, -1)).transpose(1, 2)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        if self.shared:
+        if self.shares_query_key:
             k = unit_keys(k)
-        if memory is not None:
-            k, v = memory.update(k, v)
-        y = self._attend(q, k, v, mask, valid, memory)
+        if layer_cache is not None:
+            k, v = layer_cache.update(k, v)
+        y = self._attend(q, k, v, mask, valid, layer_cache)
         y = y.transpose(1, 2).flatten(-2)  # (B, T, heads * d_head)
         if self.output is None:
             return y
         if isinstance(self.output, MultiplicativeConvolution):
-            return self.output(self._remembered(self.output, y, valid, memory, "output", start))
+            return self.output(self._convolution_input(self.output, y, valid, layer_cache, "output", start))
         return self.output(y)
 
     def _attend(
@@ -184,13 +168,13 @@ class Attention(nn.Module):
         v: Tensor,
         mask: Tensor | None,
         valid: Tensor | None,
-        memory: Memory | None,
+        layer_cache: LayerCache | None,
     ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        if self.hashing is not None:
-            assert memory is None or isinstance(memory, BucketMemory)
-            return self.hashing(q, k, v, valid, dropout, memory)
-        if self.shared:
+        if self.lsh is not None:
+            assert layer_cache is None or isinstance(layer_cache, LshCache)
+            return self.lsh(q, k, v, valid, dropout, layer_cache)
+        if self.shares_query_key:
             return attend_shared(q, k, v, mask, self.causal, dropout)
         plainly_causal = False
         if (
@@ -208,102 +192,61 @@ class Attention(nn.Module):
         )
 
     @staticmethod
-    def _remembered(
+    def _convolution_input(
         layer: ConvolutionProjection | MultiplicativeConvolution,
         x: Tensor,
         valid: Tensor | None,
-        memory: Memory | None,
+        layer_cache: LayerCache | None,
         name: str,
         start: int,
     ) -> Tensor:
-        rows = layer.remember(x)
+        rows = layer.conv_input(x)
         if valid is not None:
             rows = rows * valid.unsqueeze(-1).to(rows.dtype)
-        return with_history(rows, layer.kernel - 1, memory, name, start)
+        return with_conv_state(rows, layer.kernel - 1, layer_cache, name, start)
 
 
-def build_attention(
+def dense_projection(
     d_model: int,
+    *,
     heads: int,
     key_value_heads: int,
-    projection: str,
-    output_projection: str,
-    modules: int,
-    kernel: int,
-    value_concat: str,
-    bias: bool,
-    dropout: float,
-    count_area: bool,
-    head_width: int | None = None,
-    output_bias: bool | None = None,
-    query_key_norm: float | None = None,
+    head_width: int,
+    bias: bool = True,
     bits: int | None = None,
     ranks: tuple[int, int] | None = None,
-    causal: bool = True,
     share_query_key: bool = False,
-    hashing: HashedAttention | None = None,
-) -> Attention:
-    """Attention whose projections are named by `projection` and `output_projection` (see `AttentionSpec`).
+    norm_epsilon: float | None = None,
+) -> SeparateProjection:
+    """Queries, keys and values by dense layers.
 
     Args:
-        head_width: of dense projections; d_model / heads where it is None.
-        output_bias: of a dense output projection; as `bias` where it is None.
-        query_key_norm: epsilon of the norms of queries and keys; None for no norms.
-        bits: of the weights of dense projections but the values'; None for floating point.
-        ranks: of dense projections of queries and of keys; None for one map each.
-        causal: see `Attention`.
+        bits: of the weights of queries and keys; None for floating point.
+        ranks: of low-rank queries and keys; None for full rank.
         share_query_key: make no keys; queries serve as such.
-        hashing: see `Attention`.
-    Raises:
-        ValueError: a size does not divide.
+        norm_epsilon: of RMS norms over every head of queries and keys; None for no norms.
     """
-    if (head_width is None and d_model % heads) or heads % key_value_heads:
-        raise ValueError(
-            f"heads {heads} and key_value_heads {key_value_heads} do not divide d_model {d_model}"
-        )
-    head_width = d_model // heads if head_width is None else head_width
-    width, held = heads * head_width, key_value_heads * head_width
-
-    def multiplicative() -> MultiplicativeDense:
-        return MultiplicativeDense(d_model, d_model, modules)
-
-    norms = None
-    if query_key_norm is not None:
-        norms = nn.RMSNorm(head_width, eps=query_key_norm), nn.RMSNorm(head_width, eps=query_key_norm)
-    made: SeparateProjection | ConvolutionProjection
-    if projection == "dense":
-        key: nn.Module | None = None
-        if ranks:
-            query: nn.Module = LowRank(d_model, width, ranks[0], bias, bits)
-            key = LowRank(d_model, held, ranks[1], bias, bits)
-        else:
-            query = linear(d_model, width, bias, bits)
-            key = None if share_query_key else linear(d_model, held, bias, bits)
-        made = SeparateProjection(query, key, nn.Linear(d_model, held, bias), norms)
-    elif projection == "multiplicative":
-        query, key = multiplicative(), None if share_query_key else multiplicative()
-        made = SeparateProjection(query, key, multiplicative())
+    query_width, key_width = heads * head_width, key_value_heads * head_width
+    key: nn.Module | None = None
+    if ranks:
+        query: nn.Module = LowRank(d_model, query_width, ranks[0], bias, bits)
+        key = LowRank(d_model, key_width, ranks[1], bias, bits)
     else:
-        shared = (
-            multiplicative() if projection == "multiplicative_conv" else nn.Linear(d_model, d_model, bias)
-        )
-        made = ConvolutionProjection(
-            shared,
-            d_model,
-            modules,
-            kernel,
-            value_concat,  # type: ignore[arg-type]
-            count_area,
-            share_query_key,
-        )
-    output: nn.Module | None = None
-    if output_projection == "dense":
-        output = linear(width, d_model, bias if output_bias is None else output_bias, bits)
-    elif output_projection == "multiplicative":
-        output = multiplicative()
-    elif output_projection == "multiplicative_conv":
-        output = MultiplicativeConvolution(d_model, modules, kernel, count_area)
-    return Attention(d_model, heads, key_value_heads, made, output, dropout, causal, share_query_key, hashing)
+        query = linear(d_model, query_width, bias, bits)
+        key = None if share_query_key else linear(d_model, key_width, bias, bits)
+    norms = None
+    if norm_epsilon is not None:
+        norms = nn.RMSNorm(head_width, eps=norm_epsilon), nn.RMSNorm(head_width, eps=norm_epsilon)
+    return SeparateProjection(query, key, nn.Linear(d_model, key_width, bias), norms)
+
+
+def multiplicative_projection(
+    d_model: int, modules: int, *, share_query_key: bool = False
+) -> SeparateProjection:
+    """Queries, keys and values by multiplicative layers; without keys where queries serve as such."""
+    query = MultiplicativeDense(d_model, d_model, modules)
+    key = None if share_query_key else MultiplicativeDense(d_model, d_model, modules)
+    return SeparateProjection(query, key, MultiplicativeDense(d_model, d_model, modules))
 
 
 def causal_mask(valid: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:

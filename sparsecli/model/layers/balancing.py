@@ -27,7 +27,7 @@ def with_loss(y: Tensor, loss: Tensor, weight: float) -> Tensor:
     """y itself; where something is learned from y, `weight` times `loss` is learned from too.
 
     The loss enters by its gradient, when the backward pass comes through y. So it reaches everything that it was
-    computed from wherever y does: through activations that are computed again, and through reversible blocks, which
+    computed from wherever y does: through activations that are computed again, and through reversible layers, which
     hand on nothing but their streams.
     """
     return _WithLoss.apply(y, loss, weight)

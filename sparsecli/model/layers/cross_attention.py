@@ -1,37 +1,16 @@
-"""Attention of a target to a source that an encoder has read (paper section 3; the decoder of Table 1's models)."""
+"""Attention of a decoder to the encoder's output (paper section 3; the decoder of Table 1's models)."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecli.model.layers.attention import Memory, with_history
+from sparsecli.model.layers.layer_cache import CrossAttentionCache, with_conv_state
 from sparsecli.model.layers.multiplicative import MultiplicativeConvolution
 
 
-@dataclass(frozen=True)
-class Source:
-    """What an encoder made of the sources of a batch."""
-
-    rows: Tensor
-    """(B, S, d), S at least 1."""
-    valid: Tensor | None = None
-    """bool (B, S), false at padding; None where nothing is padding."""
-
-
-class SourceMemory(Memory, Protocol):
-    """What cross-attention keeps between calls, after attention has counted the new positions."""
-
-    def keep(self, name: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The tensors (B, ...) that `make` returned when it was first asked for `name`."""
-
-
-class SourceProjection(nn.Module):
-    """Queries from the target, keys and values from the source."""
+class CrossProjection(nn.Module):
+    """Queries from the decoder, keys and values from the encoder's output."""
 
     def __init__(self, query: nn.Module, key: nn.Module, value: nn.Module) -> None:
         super().__init__()
@@ -39,9 +18,9 @@ class SourceProjection(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """softmax(q k^T / sqrt(d_head)) v, with keys and values of the source, which are made once and then cached.
+    """softmax(q k^T / sqrt(d_head)) v, with keys and values of the encoder's output, computed once and cached.
 
-    A row of the batch whose source is all padding attends to nothing: what it reads is zero.
+    A row of the batch whose encoder input is all padding attends to nothing: it reads zeros.
 
     Args:
         width: of all heads together.
@@ -55,6 +34,7 @@ class CrossAttention(nn.Module):
     def __init__(
         self,
         d_model: int,
+        *,
         heads: int,
         width: int,
         bias: bool = True,
@@ -67,7 +47,7 @@ class CrossAttention(nn.Module):
         query: nn.Module = nn.Linear(d_model, width, bias)
         if query_modules is not None:
             query = MultiplicativeConvolution(d_model, query_modules, kernel, count_area)
-        self.projection = SourceProjection(
+        self.projection = CrossProjection(
             query, nn.Linear(d_model, width, bias), nn.Linear(d_model, width, bias)
         )
         self.output = nn.Linear(width, d_model, bias) if query_modules is None else None
@@ -75,22 +55,31 @@ class CrossAttention(nn.Module):
         self.dropout = dropout
 
     def forward(
-        self, x: Tensor, source: Source, valid: Tensor | None = None, memory: SourceMemory | None = None
+        self,
+        x: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_valid: Tensor | None = None,
+        valid: Tensor | None = None,
+        layer_cache: CrossAttentionCache | None = None,
     ) -> Tensor:
         """x (B, T, d) -> (B, T, d).
 
         Args:
+            encoder_hidden_states: (B, S, d), S at least 1.
+            encoder_valid: bool (B, S), false at padding; None where there is none.
             valid: bool (B, T), false where the target is padding, which a convolution must read as zeros.
-            memory: keys and values of the source, and earlier target positions, these already counted.
+            layer_cache: keys and values of the encoder's output, and past target positions, the new ones counted.
         """
-        q = self._split(self._queries(x, valid, memory))
-        if memory is None:
-            k, v = self._keys_and_values(source.rows)
+        q = self._split(self._queries(x, valid, layer_cache))
+        if layer_cache is None:
+            k, v = self._keys_and_values(encoder_hidden_states)
         else:
-            k, v = memory.keep("source", lambda: self._keys_and_values(source.rows))
-        mask = source.valid
+            k, v = layer_cache.compute_once(
+                "cross_attention", lambda: self._keys_and_values(encoder_hidden_states)
+            )
+        mask = encoder_valid
         if mask is not None:
-            # A softmax over nothing is not a number: rows without a source look everywhere, and are zeroed behind.
+            # A softmax over nothing is not a number: rows that are all padding look everywhere, and are zeroed after.
             read = mask.any(dim=-1)[:, None, None, None]
             mask = mask[:, None, None, :] | ~read
         y = F.scaled_dot_product_attention(
@@ -101,15 +90,15 @@ class CrossAttention(nn.Module):
         y = y.transpose(1, 2).flatten(-2)  # (B, T, heads * d_head)
         return y if self.output is None else self.output(y)
 
-    def _queries(self, x: Tensor, valid: Tensor | None, memory: SourceMemory | None) -> Tensor:
+    def _queries(self, x: Tensor, valid: Tensor | None, layer_cache: CrossAttentionCache | None) -> Tensor:
         query = self.projection.query
         if not isinstance(query, MultiplicativeConvolution):
             return query(x)
-        rows = query.remember(x)
+        rows = query.conv_input(x)
         if valid is not None:
             rows = rows * valid.unsqueeze(-1).to(rows.dtype)
-        start = 0 if memory is None else memory.get_seq_length() - x.shape[1]
-        return query(with_history(rows, query.kernel - 1, memory, "source queries", start))
+        start = 0 if layer_cache is None else layer_cache.get_seq_length() - x.shape[1]
+        return query(with_conv_state(rows, query.kernel - 1, layer_cache, "cross_query", start))
 
     def _keys_and_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self._split(self.projection.key(rows)), self._split(self.projection.value(rows))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsecli.model.layers.balancing import load_balancing_loss, with_loss
-from sparsecli.model.layers.decisions import decided
+from sparsecli.model.layers.choices import recorded_choice
 from sparsecli.model.layers.dropout import shared_dropout
-from sparsecli.model.layers.recording import recording
+from sparsecli.model.layers.tracing import tracing
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -94,7 +94,7 @@ def training_mask(
         uniform = torch.rand_like(scores).clamp_(1e-6, 1 - 1e-6)
         gumbel = uniform.log_().neg_().log_().neg_()
         scores = scores + temperature * gumbel  # logits differ from log p by a shift, which changes no choice
-    chosen = decided(lambda: choose(scores, count), below=scores.shape[-1])
+    chosen = recorded_choice(lambda: choose(scores, count), below=scores.shape[-1])
     one_hot = torch.zeros_like(p).scatter_(-1, chosen, 1.0)
     straight_through = one_hot + (p - p.detach())
     if hard_fraction >= 1:
@@ -173,9 +173,7 @@ class ChosenUnits(nn.Module, ABC):
     def evaluate(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
         """x (tokens, d), chosen (tokens, blocks, k), scale like chosen -> (tokens, d)."""
         # Gathering copies k / N of the rows for every token; past a few tokens one dense product is cheaper.
-        few = not recording() and (
-            x.shape[0] == 1 or 4 * x.shape[0] * self.units_per_block <= self.block_size
-        )
+        few = not tracing() and (x.shape[0] == 1 or 4 * x.shape[0] * self.units_per_block <= self.block_size)
         return (self.evaluate_gathered if few else self.evaluate_masked)(x, chosen, scale)
 
     def evaluate_gathered(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -356,7 +354,7 @@ class MixtureFeedForward(nn.Module):
             chosen = choose(logits, self.experts_per_token)
             scale = logits.softmax(dim=-1).gather(-1, chosen) if self.probability_gate else None
             evaluate = (
-                self.evaluate_sliced if tokens.shape[0] == 1 and not recording() else self.evaluate_masked
+                self.evaluate_sliced if tokens.shape[0] == 1 and not tracing() else self.evaluate_masked
             )
             y = evaluate(tokens, chosen, scale)
         return y.view_as(x)
@@ -369,7 +367,7 @@ class MixtureFeedForward(nn.Module):
 
     def _balanced(self, y: Tensor, logits: Tensor) -> Tensor:
         """y with the load-balancing loss of what decoding would choose, noise left out and soft draws alike."""
-        chosen = decided(lambda: choose(logits.detach(), self.experts_per_token), below=self.experts)
+        chosen = recorded_choice(lambda: choose(logits.detach(), self.experts_per_token), below=self.experts)
         loss = load_balancing_loss(logits, chosen)
         self.balancing = loss.detach()
         return with_loss(y, loss, self.load_balancing * self.balancing_share) if self.load_balancing else y

@@ -10,27 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache, reduce
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecli.model.layers.chunks import attend_chunks
-from sparsecli.model.layers.decisions import decided
+from sparsecli.model.layers.choices import recorded_choice
+from sparsecli.model.layers.chunk_attention import attend_chunks
+from sparsecli.model.layers.layer_cache import LshCache
 from sparsecli.model.layers.shared_query_key import HIDDEN, ITSELF, attend_shared
-from sparsecli.model.parts import LshSpec
+from sparsecli.spec.attention import LshSpec
 
 SEED = 20210713
 """Of the rotations in evaluation, together with the number of the layer."""
-
-
-@runtime_checkable
-class BucketMemory(Protocol):
-    """What hashing keeps between calls, besides keys and values."""
-
-    def record(self, name: str, rows: Tensor, start: int) -> Tensor:
-        """Store rows (B, T, width) at `start`; return all that are held (B, start + T, width)."""
 
 
 def default_buckets(length: int, chunk_length: int) -> list[int]:
@@ -87,36 +79,36 @@ def hash_buckets(q: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor
 
 
 def attend_alike(q: Tensor, k: Tensor, v: Tensor, buckets: Tensor, hidden: Tensor, most: int) -> Tensor:
-    """Attention of queries (B, H, T, d_head), the last positions held, to the `most` keys that matter most.
+    """Attention of queries (B, H, T, d_head), the last positions, to the `most` keys that matter most.
 
     Keys that hash as the query does in any round come first, then the most recent ones; the query itself is among
     them, and counts where there is nothing else.
 
     Args:
-        k, v: (B, H, held + T, d_head).
-        buckets: (B, held + T, rounds, H) of the keys, the last of which are those of the queries.
-        hidden: bool (B, held + T), true at padding.
+        k, v: (B, H, past + T, d_head).
+        buckets: (B, past + T, rounds, H) of the keys, the last of which are those of the queries.
+        hidden: bool (B, past + T), true at padding.
         most: keys that a query reads, where there are so many.
     """
     new, total = q.shape[2], k.shape[2]
     position = torch.arange(total, device=q.device, dtype=torch.int32)
     query = position[total - new :, None]
-    rounds = buckets.unsqueeze(1).unbind(3)  # each (B, 1, held + T, H)
+    rounds = buckets.unsqueeze(1).unbind(3)  # each (B, 1, past + T, H)
     alike = reduce(torch.logical_or, [keys == keys[:, :, total - new :].transpose(1, 2) for keys in rounds])
-    alike = alike.permute(0, 3, 1, 2).contiguous()  # (B, T, held + T, H) -> (B, H, T, held + T)
+    alike = alike.permute(0, 3, 1, 2).contiguous()  # (B, T, past + T, H) -> (B, H, T, past + T)
     rank = torch.where(alike, position + total, position)
     rank.masked_fill_(hidden[:, None, None] | (position > query), -1)
     # Those that come first lie last, and the other way round there is less to sort.
     rank, places = rank.flip(-1).topk(min(most, total), dim=-1, sorted=False)
     chosen = total - 1 - places
     row, head = (torch.arange(n, device=q.device) for n in k.shape[:2])
-    keys, values = (held[row[:, None, None, None], head[:, None, None], chosen] for held in (k, v))
+    keys, values = (x[row[:, None, None, None], head[:, None, None], chosen] for x in (k, v))
     scores = (keys @ q.unsqueeze(-1)).squeeze(-1).float()  # (B, H, T, most)
     scores = scores.masked_fill(rank < 0, HIDDEN).masked_fill(chosen == query, ITSELF)
     return (scores.softmax(-1).to(v.dtype).unsqueeze(-2) @ values).squeeze(-2)
 
 
-class HashedAttention(nn.Module):
+class LshAttention(nn.Module):
     """LSH attention over queries, their unit-length keys, and values; it has no weights.
 
     Evaluation always draws the same rotations; training draws new ones for every call from torch's global generator.
@@ -137,30 +129,30 @@ class HashedAttention(nn.Module):
         v: Tensor,
         valid: Tensor | None = None,
         dropout: float = 0.0,
-        memory: BucketMemory | None = None,
+        layer_cache: LshCache | None = None,
         rotations: Tensor | None = None,
     ) -> Tensor:
         """Attention of q (B, H, T, d_head), as (B, H, T, d_head); exact where it would be a single chunk.
 
         Args:
-            k, v: (B, H, held + T, d_head), k as `unit_keys` makes them. Where positions are held already, tokens
+            k, v: (B, H, past + T, d_head), k as `unit_keys` makes them. Where there are past positions, tokens
                 read some of them (see `attend_alike`), which is not quite what one pass over all computes.
             valid: bool (B, T), false at padding.
             dropout: of the attention weights.
-            memory: keeps what is needed of earlier positions.
+            layer_cache: past positions; extended in place.
             rotations: to be used instead of drawn ones, see `hash_buckets`.
         """
         new = q.shape[2]
-        held = k.shape[2] - new
-        if memory is not None:
+        past = k.shape[2] - new
+        if layer_cache is not None:
             hidden = torch.zeros(len(q), new, dtype=torch.bool, device=q.device) if valid is None else ~valid
-            hidden = memory.record("hidden", hidden.unsqueeze(-1), held).squeeze(-1)
-            if held and held + new > self.spec.most_keys:
-                return self._attend_alike(q, k, v, hidden, memory)
-            # Not hashed, and so no row of a text that was here before may pass for theirs.
+            hidden = layer_cache.append_and_read("hidden", hidden.unsqueeze(-1), past).squeeze(-1)
+            if past and past + new > self.spec.most_keys:
+                return self._attend_alike(q, k, v, hidden, layer_cache)
+            # Not hashed yet: no row that an earlier text left in the buffer may pass for theirs.
             unhashed = hidden.new_zeros(len(q), new, self.spec.rounds * q.shape[1] + 1, dtype=torch.int32)
-            memory.record("buckets", unhashed, held)
-            if held:
+            layer_cache.append_and_read("buckets", unhashed, past)
+            if past:
                 return attend_shared(q, k, v, ~hidden[:, None, None], causal=True)
         if new > self.spec.chunk_length:
             return self._attend_chunks(q, k, v, valid, dropout, rotations)
@@ -184,7 +176,7 @@ class HashedAttention(nn.Module):
             buckets = hash_buckets(q.detach(), axes, factors)
             return buckets if valid is None else buckets.masked_fill(~valid[:, None, None], count)
 
-        return torch.sort(decided(choose, below=count + 1), dim=-1, stable=True).indices
+        return torch.sort(recorded_choice(choose, below=count + 1), dim=-1, stable=True).indices
 
     def _attend_chunks(
         self,
@@ -211,18 +203,18 @@ class HashedAttention(nn.Module):
         y = attend_chunks(q, k, v, order, spec.chunk_length, *around, self.causal, hidden, keep)
         return y[:, :, :length]
 
-    def _attend_alike(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, memory: BucketMemory) -> Tensor:
-        held = k.shape[2] - q.shape[2]
-        buckets = self._held_buckets(k, held, memory)
-        parts, end = [], held
+    def _attend_alike(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, layer_cache: LshCache) -> Tensor:
+        past = k.shape[2] - q.shape[2]
+        buckets = self._cached_buckets(k, past, layer_cache)
+        parts, end = [], past
         for part in q.split(16, dim=2):  # few queries at once, as each gathers its own keys
             end += part.shape[2]
             seen = k[:, :, :end], v[:, :, :end], buckets[:, :end], hidden[:, :end]
             parts.append(attend_alike(part, *seen, self.spec.most_keys))
         return torch.cat(parts, dim=2)
 
-    def _held_buckets(self, k: Tensor, held: int, memory: BucketMemory) -> Tensor:
-        """Buckets (B, held + T, rounds, H) of keys (B, H, held + T, d_head), `held` of which may have been hashed.
+    def _cached_buckets(self, k: Tensor, past: int, layer_cache: LshCache) -> Tensor:
+        """Buckets (B, past + T, rounds, H) of keys (B, H, past + T, d_head), `past` of which may have been hashed.
 
         Their number goes with the length, rounded up to a power of two, at which all keys are hashed again. Each row
         ends with the number that it was hashed for, or with 0.
@@ -235,7 +227,7 @@ class HashedAttention(nn.Module):
             buckets = hash_buckets(keys, self._rotations(keys, factors), factors).to(torch.int32)
             return F.pad(buckets.permute(0, 3, 2, 1).flatten(2), (0, 1), value=count)
 
-        buckets = memory.record("buckets", rows(k[:, :, held:]), held)
-        if int(buckets[0, held - 1, -1]) != count:
-            buckets = memory.record("buckets", rows(k), 0)
+        buckets = layer_cache.append_and_read("buckets", rows(k[:, :, past:]), past)
+        if int(buckets[0, past - 1, -1]) != count:
+            buckets = layer_cache.append_and_read("buckets", rows(k), 0)
         return buckets[..., :-1].unflatten(2, (self.spec.rounds, heads))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecli.model.layers.recording import recording
+from sparsecli.model.layers.tracing import tracing
 
 
 class MultiplicativeDense(nn.Module):
@@ -57,7 +57,7 @@ class MultiplicativeDense(nn.Module):
             y = F.linear(x.unsqueeze(-2) * self.D, self.E)  # (..., S, M)
             y = (y.unsqueeze(-2) @ self.modular).flatten(-3)
             return y + self.bias
-        if recording() or tokens > width:
+        if tracing() or tokens > width:
             # With many tokens, writing it out once is cheaper than a d_in-vector for every token and module.
             return F.linear(x, self.matrix, self.bias)
         return F.linear(x.unsqueeze(-2) * self.D, self.E).flatten(-2) + self.bias
@@ -149,13 +149,13 @@ class ConvolutionProjection(nn.Module):
         self.value_concat = value_concat
         self.kernel = kernel
 
-    def remember(self, x: Tensor) -> Tensor:
-        """What later positions need of x (B, T, d): m, followed by x where `value_concat` asks for it."""
+    def conv_input(self, x: Tensor) -> Tensor:
+        """The input of the convolutions for x (B, T, d), which the cache keeps: m, or m and x if values need both."""
         m = self.shared(x)
         return m if self.value_concat == "none" else torch.cat((m, x), dim=-1)
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """rows of `remember` (B, F_h - 1 + T, d or 2 d), earlier positions first -> q, k, v (B, T, d)."""
+        """rows of `conv_input` (B, F_h - 1 + T, d or 2 d), earlier positions first -> q, k, v (B, T, d)."""
         d_model = self.modules_count * self.query.weight.shape[0]
         m = rows[..., :d_model].unflatten(-1, (self.modules_count, -1))  # (B, F_h - 1 + T, S, M)
         values = m
@@ -165,7 +165,7 @@ class ConvolutionProjection(nn.Module):
         elif self.value_concat == "whole":
             values = rows.unflatten(-1, (self.modules_count, -1))
         if (
-            rows.shape[1] == self.kernel and not recording()
+            rows.shape[1] == self.kernel and not tracing()
         ):  # one new position: a small product beats a convolution's set-up
             windows = module_windows(m, 3)
             q = self.query.step(windows).flatten(-2).unsqueeze(1)
@@ -187,8 +187,8 @@ class MultiplicativeConvolution(nn.Module):
         self.modules_count = modules
         self.kernel = kernel
 
-    def remember(self, x: Tensor) -> Tensor:
-        """What later positions need of x (B, T, d)."""
+    def conv_input(self, x: Tensor) -> Tensor:
+        """The input of the convolution for x (B, T, d), which the cache keeps."""
         return self.shared(x)
 
     def forward(self, rows: Tensor) -> Tensor:

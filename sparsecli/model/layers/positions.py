@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sparsecli.model.parts import DIGIT_BASES, DIGITS
+from sparsecli.spec.positions import DIGIT_BASES, DIGITS
 
 
 def sinusoids(positions: Tensor, width: int, interleaved: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reversible residual layers (Reformer; Terraformer's blocks are made of them).
+"""Reversible residual layers (Reformer; Terraformer's layers are made of them).
 
 Two streams a and b pass through halves, each of which adds a function of one stream to the other: a <- a + f(b). As
 b is still there, a - f(b) undoes it, so that a backward pass needs no stored activations: it walks from the final
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from sparsecli.model.layers.decisions import Decisions
-from sparsecli.model.layers.recording import recording
+from sparsecli.model.layers.choices import ChoiceRecord
+from sparsecli.model.layers.tracing import tracing
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Half:
     """a <- a + function(b); then the streams change places where `swap` is set.
 
     Args:
-        function: (B, T, d) -> (B, T, d); it may draw random numbers and choose through `decided`, but must have no
-            lasting effect, as it is called again in the backward pass.
+        function: (B, T, d) -> (B, T, d); it may draw random numbers and choose through `recorded_choice`, but must have
+            no lasting effect, as it is called again in the backward pass.
         weights: every parameter that it uses.
     """
 
@@ -48,7 +48,7 @@ def reversible_stack(halves: Sequence[Half], a: Tensor, b: Tensor) -> tuple[Tens
     Streams are summed in float32 at least, since narrower ones could not be taken apart again; the pair that is
     returned is as wide as that. Gradients can be taken once (there is no second derivative).
     """
-    if not torch.is_grad_enabled() or not halves or recording():
+    if not torch.is_grad_enabled() or not halves or tracing():
         return plain_stack(halves, a, b)
     dtype, a, b = _widened(a, b)
     weights = {id(weight): weight for half in halves for weight in half.weights}
@@ -71,16 +71,16 @@ def _widened(a: Tensor, b: Tensor) -> tuple[torch.dtype, Tensor, Tensor]:
 
 
 @dataclass
-class _Circumstances:
+class _ForwardState:
     """What a half met when it was computed first: random numbers, automatic casts, and the choices it made."""
 
     device: torch.device
     random: Tensor = field(default_factory=torch.get_rng_state)
     random_of_devices: tuple[Any, Any] = ((), ())
-    decisions: Decisions = field(default_factory=Decisions)
+    choices: ChoiceRecord = field(default_factory=ChoiceRecord)
 
     @classmethod
-    def now(cls, x: Tensor) -> _Circumstances:
+    def now(cls, x: Tensor) -> _ForwardState:
         return cls(x.device, random_of_devices=get_device_states(x))
 
     def restore(self) -> None:
@@ -102,12 +102,12 @@ class _ReversibleStack(torch.autograd.Function):
             "enabled": torch.is_autocast_enabled(kind),
             "cache_enabled": False,  # a half casts a weight once, and what was cast without gradients stays so
         }
-        ctx.circumstances = []
+        ctx.forward_states = []
         with torch.autocast(**ctx.autocast):
             for half in halves:
-                met = _Circumstances.now(a)
-                ctx.circumstances.append(met)
-                with met.decisions.making():
+                met = _ForwardState.now(a)
+                ctx.forward_states.append(met)
+                with met.choices.recording():
                     a = a + half.added(b, dtype)
                 if half.swap:
                     a, b = b, a
@@ -121,13 +121,13 @@ class _ReversibleStack(torch.autograd.Function):
         gradients: dict[int, Tensor] = {}  # by the identity of the weight, which several halves may share
         devices = [a.device.index] if a.device.index is not None else []
         with torch.random.fork_rng(devices, device_type=a.device.type if devices else "cuda"):
-            for half, met in zip(reversed(ctx.halves), reversed(ctx.circumstances), strict=True):
+            for half, met in zip(reversed(ctx.halves), reversed(ctx.forward_states), strict=True):
                 if half.swap:
                     a, b = b, a
                     grad_a, grad_b = grad_b, grad_a
                 met.restore()
                 b = b.detach().requires_grad_()
-                with torch.enable_grad(), torch.autocast(**ctx.autocast), met.decisions.repeating():
+                with torch.enable_grad(), torch.autocast(**ctx.autocast), met.choices.replaying():
                     added = half.added(b, ctx.dtype)
                     wanted = [weight for weight in half.weights if weight.requires_grad]
                 a = a - added.detach()

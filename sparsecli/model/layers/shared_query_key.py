@@ -29,8 +29,8 @@ def attend_shared(
     """Attention of queries (B, H, T, d_head), the last positions of the keys, as (B, H, T, d_head).
 
     Args:
-        k, v: (B, H, held + T, d_head), k as `unit_keys` makes them: scores are not scaled further.
-        mask: bool (B, 1, T or 1, held + T), false where a query may not look.
+        k, v: (B, H, past + T, d_head), k as `unit_keys` makes them: scores are not scaled further.
+        mask: bool (B, 1, T or 1, past + T), false where a query may not look.
         causal: a query sees no position after its own, whatever the mask says.
         dropout: of the attention weights.
     """

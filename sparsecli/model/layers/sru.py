@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparsecli.model.layers.attention import Memory
+from sparsecli.model.layers.layer_cache import RecurrentCache
 from sparsecli.model.layers.normalization import normalization
-from sparsecli.model.layers.recording import recording
+from sparsecli.model.layers.tracing import tracing
 
 LONGEST = 2**16
 """Positions that a recorded program can scan, in 16 passes."""
-
-
-class StateMemory(Memory, Protocol):
-    """A `Memory` that recurrent layers can ask for the state that they left."""
-
-    def recall(self, name: str, start: int) -> Tensor | None:
-        """The row (B, width) before position `start` of what `extend` stored; None before the first."""
 
 
 def scan(keep: Tensor, add: Tensor) -> Tensor:
@@ -82,7 +75,7 @@ class _Recurrence(torch.autograd.Function):
 class SRU(nn.Module):
     """A recurrent layer whose gates look at the current input alone, so that time can be computed in parallel.
 
-    c[t] = f c[t - 1] + (1 - f) y and out = activation(c) r + sqrt(3) (1 - r) x, with one map of x that makes r, f
+    c[t] = f c[t - 1] + (1 - f) y and out = activation(c) r + sqrt(3) (1 - r) x. One linear layer of x makes r, f
     (through sigmoids) and y, in this order. There are no vectors of recurrent weights.
 
     Args:
@@ -98,7 +91,7 @@ class SRU(nn.Module):
     def forward(
         self, x: Tensor, valid: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, T, n) -> output and states c (B, T, n); the last state goes on from there.
+        """x (B, T, n) -> output and states c (B, T, n); the last state continues the sequence.
 
         Args:
             valid: bool (B, T); padding, where it is false, leaves the state as it is.
@@ -114,7 +107,7 @@ class SRU(nn.Module):
             f, add = f.masked_fill(padding, 1), add.masked_fill(padding, 0)
         if state is not None:
             add = torch.cat((add[:, :1] + f[:, :1] * state.unsqueeze(1), add[:, 1:]), dim=1)
-        c = scan_of_any_length(f, add) if recording() else _Recurrence.apply(f, add)
+        c = scan_of_any_length(f, add) if tracing() else _Recurrence.apply(f, add)
         out = c if self.activation is None else self.activation(c)
         return (out * r + math.sqrt(3) * (1 - r) * x).to(mapped.dtype), c
 
@@ -135,18 +128,24 @@ class RecurrentBranch(nn.Module):
         self.leave = nn.Linear(width, d_model)
 
     def forward(
-        self, x: Tensor, valid: Tensor | None = None, memory: StateMemory | None = None, start: int = 0
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        layer_cache: RecurrentCache | None = None,
+        start: int = 0,
     ) -> Tensor:
         """x (B, T, d) -> (B, T, d).
 
         Args:
             valid: bool (B, T), false at padding.
-            memory: keeps the state at every position; `start` is the first of the new ones.
+            layer_cache: keeps the state at every position; `start` is the first of the new ones.
         """
         x = self.enter(self.norm(x))
         for index, cell in enumerate(self.cells):
             name = f"recurrent.{index}"
-            x, states = cell(x, valid, memory.recall(name, start) if memory is not None else None)
-            if memory is not None:
-                memory.extend(name, states, start, before=0)
+            x, states = cell(
+                x, valid, layer_cache.row_before(name, start) if layer_cache is not None else None
+            )
+            if layer_cache is not None:
+                layer_cache.append(name, states, start, before=0)
         return self.leave(x)

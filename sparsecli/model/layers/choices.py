@@ -2,8 +2,8 @@
 
 A backward pass that computes activations again, instead of having stored them, does so from inputs that may differ
 in their last bits. Sums do not mind; a choice between two nearly equal scores may fall the other way, and then the
-gradients belong to another function. Layers therefore choose through `decided`, which costs nothing unless someone
-keeps a `Decisions`.
+gradients belong to another function. Layers therefore choose through `recorded_choice`, which costs nothing unless
+someone keeps a `ChoiceRecord`.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ import torch
 from torch import Tensor
 
 
-class Decisions:
+class ChoiceRecord:
     """The choices of one piece of code, in the order in which it makes them."""
 
     def __init__(self) -> None:
         self._made: list[Tensor] = []
 
-    def making(self) -> Pass:
+    def recording(self) -> Pass:
         """A context in which choices are made, and kept."""
-        return Pass(self._made, again=False)
+        return Pass(self._made, replays=False)
 
-    def repeating(self) -> Pass:
+    def replaying(self) -> Pass:
         """A context in which the same code makes the same choices again."""
-        return Pass(self._made, again=True)
+        return Pass(self._made, replays=True)
 
 
 class Pass:
     """One run through code that chooses, as a context; it may lie within a pass of a larger piece of code."""
 
-    def __init__(self, made: list[Tensor], again: bool) -> None:
-        self.made, self.again = made, again
+    def __init__(self, made: list[Tensor], replays: bool) -> None:
+        self.made, self.replays = made, replays
         self.position = 0
         self.outer: Pass | None = None
 
     def __enter__(self) -> Pass:
         self.outer, _running.innermost = _running.innermost, self
         self.position = 0
-        if not self.again:
+        if not self.replays:
             self.made.clear()
         return self
 
@@ -52,8 +52,8 @@ class Pass:
         _running.innermost = self.outer
 
     def decide(self, choose: Callable[[], Tensor], below: int) -> Tensor:
-        """See `decided`."""
-        if self.again:
+        """See `recorded_choice`."""
+        if self.replays:
             chosen = self.made[self.position].long()
             self.position += 1
             return chosen
@@ -72,7 +72,7 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def decided(choose: Callable[[], Tensor], below: int) -> Tensor:
+def recorded_choice(choose: Callable[[], Tensor], below: int) -> Tensor:
     """The indices that `choose` returns, int64 from 0 to `below` - 1; in a repeated pass those it returned before.
 
     `choose` is not called again then, and must not draw random numbers: later draws would be others.

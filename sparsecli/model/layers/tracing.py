@@ -5,6 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def recording() -> bool:
+def tracing() -> bool:
     """True within `torch.export`, `torch.jit.trace` and exports to ONNX; `torch.compile` looks at lengths again."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()

@@ -10,7 +10,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.cache import DecodeCache as DecodeCache
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM, ScalingTransformerModel
 from sparsecli.model.configuration import (
@@ -24,6 +23,7 @@ from sparsecli.model.encoder_decoder import (
     ScalingTransformerForConditionalGeneration,
 )
 from sparsecli.model.terraformer import TerraformerForConditionalGeneration, TerraformerModel
+from sparsecli.spec.model import ModelSpec
 
 Network = ScalingTransformerForCausalLM | ConditionalGeneration
 NETWORKS: dict[str, type[Network]] = {

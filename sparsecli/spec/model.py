@@ -1,7 +1,6 @@
-"""The whole of a model, as inert data.
+"""The whole architecture of a model as data: `ModelSpec`.
 
-These field types are shared by the recipe schema and by the Hugging Face configuration, so that a word means
-the same in YAML, in `config.json` and in Python. Importing this module imports neither torch nor transformers.
+The same field names serve in a recipe (YAML), in `config.json` and in Python.
 """
 
 from __future__ import annotations
@@ -12,37 +11,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from sparsecli.model.parts import (
-    AttentionSpec,
-    Block,
-    Depth,
-    FeedForwardSpec,
-    RotaryScaling,
-    Size,
-    VocabularySpec,
-    Width,
-    check_multiple,
-    fault,
-)
-
-PADDING, END = 0, 1
-"""Token ids of every model with an encoder, as in T5."""
-START = PADDING
-"""The token that every target begins with."""
-IGNORED = -100
-"""Label of what is not predicted."""
+from sparsecli.spec.attention import AttentionSpec, CrossAttentionSpec, PrefixSpec
+from sparsecli.spec.base import Depth, Size, Spec, Width, check_multiple, fault
+from sparsecli.spec.feed_forward import FeedForwardSpec
+from sparsecli.spec.positions import AxialSpec, RotaryScaling
+from sparsecli.spec.vocabulary import VocabularySpec
 
 
-class LowBitSpec(Block):
-    """Dense maps that are stored in few bits, in groups of 64 inputs that share a scale."""
+class QuantizationSpec(Spec):
+    """Dense projections and logits that are quantized, in groups of 64 inputs that share a scale."""
 
     projection: Literal[3, 4] | None = None
-    """Bits of attention's dense maps but that of the values, which loses most by rounding and is often small."""
+    """Bits of attention's dense projections except the values', which lose most by rounding and are often small."""
     head: Literal[3, 4] | None = None
     """Bits of the dense logits."""
 
 
-class SruSpec(Block):
+class SruSpec(Spec):
     """A recurrent branch beside every feed-forward layer: narrow, with a norm of its own (Terraformer)."""
 
     layers: Depth = 1
@@ -51,47 +36,21 @@ class SruSpec(Block):
     """Numbers that each carries from token to token."""
 
 
-class AxialSpec(Block):
-    """Positions as coordinates: a trained vector for each, side by side."""
-
-    shape: Annotated[list[Size], Field(min_length=1)]
-    """Positions along each axis, the last one fastest; their product is at least max_positions."""
-    widths: Annotated[list[Width], Field(min_length=1)]
-    """Width of each axis' vectors; their sum is d_model."""
-
-
-class CrossAttentionSpec(Block):
-    """Dense attention of every decoder block to the encoder's output."""
-
-    kind: Literal["cross_attention"] = "cross_attention"
-    query_modules: Width | None = None
-    """Make queries by a multiplicative layer and a convolution with so many modules, and leave the output projection
-    out; by default both are dense."""
-
-
-class JoinedSpec(Block):
-    """The target follows the encoder's output in one sequence, and needs no cross-attention (Terraformer)."""
-
-    kind: Literal["joined"] = "joined"
-    streams: Literal[1, 2] = 2
-    """Streams of the reversible encoder that the decoder goes on with: both, or their mean after a dense map."""
-
-
-class EncoderSpec(Block):
-    """What reads the source, in both directions, before the decoder writes; of the decoder's width and heads."""
+class EncoderSpec(Spec):
+    """The encoder, which attends in both directions; of the decoder's width and heads."""
 
     layers: Depth
-    """Number of blocks."""
+    """Number of layers."""
     max_positions: Size
     """Longest source, in tokens."""
     feed_forward: FeedForwardSpec | None = None
-    """The feed-forward layer of every block; by default the decoder's."""
+    """The feed-forward part of every layer; by default the decoder's."""
     attention: AttentionSpec = AttentionSpec()
-    """The attention layer of every block; the paper's are dense."""
-    read_by: Annotated[CrossAttentionSpec | JoinedSpec, Field(discriminator="kind")] = CrossAttentionSpec()
+    """The attention part of every layer; the paper's are dense."""
+    read_by: Annotated[CrossAttentionSpec | PrefixSpec, Field(discriminator="kind")] = CrossAttentionSpec()
     """How the decoder reads it."""
     two_swaps: bool = True
-    """Of reversible blocks: swap the streams after the feed-forward layer too."""
+    """Of reversible layers: swap the streams after the feed-forward part too."""
 
     @model_validator(mode="after")
     def _check(self) -> EncoderSpec:
@@ -104,13 +63,13 @@ class EncoderSpec(Block):
         return self
 
 
-class ModelSpec(Block):
-    """A Scaling Transformer: pre-norm residual blocks of attention and feed-forward, with or without an encoder."""
+class ModelSpec(Spec):
+    """A Scaling Transformer: pre-norm residual layers of attention and feed-forward, with or without an encoder."""
 
     d_model: Width
     """Width of the residual stream."""
     layers: Depth
-    """Number of blocks."""
+    """Number of layers."""
     heads: Width
     """Attention heads."""
     head_width: Width | None = None
@@ -118,9 +77,9 @@ class ModelSpec(Block):
     max_positions: Size
     """Longest sequence, in tokens."""
     feed_forward: FeedForwardSpec
-    """The feed-forward layer of every block."""
+    """The feed-forward part of every layer."""
     attention: AttentionSpec = AttentionSpec()
-    """The attention layer of every block."""
+    """The attention part of every layer."""
     vocabulary: VocabularySpec
     """Embedding and logits."""
     normalization: Literal["layer", "rms"] = "layer"
@@ -139,23 +98,23 @@ class ModelSpec(Block):
     rotary_scaling: RotaryScaling | None = None
     """How rotary frequencies were changed for a longer context."""
     parallel: bool = False
-    """Attention and feed-forward of a block read the same stream (as in GPT-NeoX), not one after the other."""
+    """Attention and feed-forward of a layer read the same stream (as in GPT-NeoX), not one after the other."""
     embedding_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the embedding of tokens (as in Gemma)."""
     residual: Literal["single", "reversible"] = "single"
-    """`reversible` carries two streams, so that training stores no activations of blocks (Reformer, Terraformer)."""
+    """`reversible` carries two streams, so that training stores no activations of layers (Reformer, Terraformer)."""
     merge: Literal["mean", "concatenate"] = "mean"
     """How two streams become one before the last norm; Reformer's language model has them side by side."""
     attention_layers: Literal[1, 2] = 1
-    """Attention layers of a reversible decoder block (Terraformer: 2)."""
+    """Attention sublayers of a reversible decoder layer (Terraformer: 2)."""
     sru: SruSpec | None = None
     """A recurrent branch beside every feed-forward layer."""
     feed_forward_chunk: Size | None = None
     """Tokens that a feed-forward layer computes at once, to save memory; by default all."""
     encoder: EncoderSpec | None = None
-    """Reads a source first; by default there is none."""
-    low_bit: LowBitSpec = LowBitSpec()
-    """Maps outside of the feed-forward layers that are stored in few bits."""
+    """The encoder; by default there is none."""
+    quantization: QuantizationSpec = QuantizationSpec()
+    """Quantized layers other than the feed-forward ones."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of embeddings, attention and feed-forward outputs."""
     initialization: Literal["fan", "paper"] = "fan"
@@ -182,10 +141,10 @@ class ModelSpec(Block):
             self._check_chunk()
         if self.positions == "axial":
             self._check_axial()
-        if self.low_bit.projection and not self.attention.dense:
-            raise fault("low_bit.projection", "needs dense projections")
-        if self.low_bit.head and (self.vocabulary.kind != "dense" or self.vocabulary.tied):
-            raise fault("low_bit.head", "needs dense logits that are not tied to the embedding")
+        if self.quantization.projection and not self.attention.dense:
+            raise fault("quantization.projection", "needs dense projections")
+        if self.quantization.head and (self.vocabulary.kind != "dense" or self.vocabulary.tied):
+            raise fault("quantization.head", "needs dense logits that are not tied to the embedding")
         return self
 
     def _check_attention(self, place: str, attention: AttentionSpec) -> None:
@@ -199,15 +158,15 @@ class ModelSpec(Block):
         if attention.key_value_heads:
             check_multiple("heads", self.heads, f"{place}.key_value_heads", attention.key_value_heads)
         if (attention.query_key_rank or 0) > (full := min(self.d_model, self.attention_width)):
-            message = f"a rank of {attention.query_key_rank} is more than the {full} of a whole map"
+            message = f"a rank of {attention.query_key_rank} is more than the full rank {full}"
             raise fault(f"{place}.query_key_rank", message)
 
     @staticmethod
     def _check_units(place: str, feed_forward: FeedForwardSpec, layers: int) -> None:
-        """Raise a fault where a list of k, at `place` in the recipe, is not as long as there are blocks."""
+        """Raise a fault where a list of k, at `place` in the recipe, does not have one number a layer."""
         chosen = getattr(feed_forward, "units_per_block", None)
         if isinstance(chosen, list) and len(chosen) != layers:
-            raise fault(f"{place}.units_per_block", f"{len(chosen)} numbers for {layers} blocks")
+            raise fault(f"{place}.units_per_block", f"{len(chosen)} numbers for {layers} layers")
 
     def _check_encoder(self, encoder: EncoderSpec) -> None:
         self._check_attention("encoder.attention", encoder.attention)
@@ -216,7 +175,7 @@ class ModelSpec(Block):
         elif isinstance(getattr(self.feed_forward, "units_per_block", None), list) and (
             encoder.layers != self.layers
         ):
-            message = f"missing; the decoder's has numbers for {self.layers} blocks, the encoder has {encoder.layers}"
+            message = f"missing; the decoder's has numbers for {self.layers} layers, the encoder has {encoder.layers}"
             raise fault("encoder.feed_forward", message)
         read_by = encoder.read_by
         if read_by.kind == "cross_attention" and read_by.query_modules:
@@ -233,8 +192,8 @@ class ModelSpec(Block):
             ):
                 if value != default:
                     raise fault(field, f"{value} needs residual: reversible")
-            if self.encoder and self.encoder.read_by.kind == "joined":
-                raise fault("encoder.read_by.kind", "joined needs residual: reversible")
+            if self.encoder and self.encoder.read_by.kind == "prefix":
+                raise fault("encoder.read_by.kind", "prefix needs residual: reversible")
             return
         if self.encoder and self.encoder.read_by.kind == "cross_attention":
             raise fault("encoder.read_by.kind", "cross_attention needs residual: single")
@@ -287,12 +246,12 @@ class ModelSpec(Block):
 
     @property
     def query_rank(self) -> int | None:
-        """Numbers between the two maps that make queries; None where it is one map."""
+        """Rank of the two layers that make queries; None where it is one layer."""
         return self.attention.query_key_rank
 
     @property
     def key_rank(self) -> int | None:
-        """The same of keys: the two maps have as large a share of the weights of one as those of queries."""
+        """Rank of keys: it keeps as large a share of the weights as that of queries."""
         if self.query_rank is None:
             return None
         d_model, queries, keys = self.d_model, self.attention_width, self.key_width
@@ -305,18 +264,18 @@ class ModelSpec(Block):
         return int(self.width_of_head * self.rotary_fraction)
 
     def units_per_block(self, layer: int) -> int:
-        """k of the block `layer`; only for feed-forward layers that choose units in blocks."""
+        """k of layer `layer`; only for feed-forward kinds that choose units in blocks."""
         assert self.feed_forward.kind in ("sparse", "selector", "precision")
         k = self.feed_forward.units_per_block
         return k if isinstance(k, int) else k[layer]
 
     @property
     def kept_fraction(self) -> float:
-        """Share of the feed-forward units that a token computes in full, mean of all blocks."""
+        """Share of the feed-forward units that a token computes in full, mean of all layers."""
         return sum(self.chosen_share(layer) for layer in range(self.layers)) / self.layers
 
     def chosen_share(self, layer: int) -> float:
-        """Share of the units of block `layer` that a token computes in full.
+        """Share of the units of layer `layer` that a token computes in full.
 
         What the choice `positive` takes is only known when it is counted; here it is every unit.
         """

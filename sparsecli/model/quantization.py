@@ -24,7 +24,7 @@ GROUPS_AT_ONCE = 4096  # that stay cached while all shares are tried
 Trial = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # codes, scale, zero, weights again
 
 
-def quantise_groups(weights: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantize_groups(weights: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Round float32 weights (R, C) to the nearest codes, with the range of each group that loses least.
 
     Returns:
@@ -46,7 +46,7 @@ def quantise_groups(weights: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndar
     return codes, scale, zero
 
 
-def quantise_residual(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_residual(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Round float32 values (R, C) to 4 bits around the middle.
 
     Returns:
@@ -63,15 +63,15 @@ def quantise_residual(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, scale
 
 
-def dequantise_groups(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, cols: int) -> np.ndarray:
+def dequantize_groups(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, cols: int) -> np.ndarray:
     """Weights (R, cols) as float32 of codes (R, 64 G), scale (R, G) and zero (R, G)."""
     steps = codes.reshape(*scale.shape, GROUP) - zero[..., None].astype(np.float32) / STEPS
     return (from_bfloat16(scale)[..., None] * steps).reshape(len(codes), -1)[:, :cols]
 
 
-def dequantise_residual(codes: np.ndarray, scale: np.ndarray, cols: int) -> np.ndarray:
+def dequantize_residual(codes: np.ndarray, scale: np.ndarray, cols: int) -> np.ndarray:
     """Values (R, cols) as float32 of codes (R, 64 G) and scale (R, G)."""
-    return dequantise_groups(codes, scale, np.full(scale.shape, MIDDLE * STEPS, np.uint8), cols)
+    return dequantize_groups(codes, scale, np.full(scale.shape, MIDDLE * STEPS, np.uint8), cols)
 
 
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:

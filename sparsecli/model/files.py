@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsecli.console import Failure, warn_once
-from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.tensors import Shape, tensor_shapes
+from sparsecli.spec.model import ModelSpec
 
 RUNS = Path("runs")
 MODEL_TYPE = "scaling_transformer"
@@ -48,7 +48,7 @@ def model_type(spec: ModelSpec) -> str:
     """Which of `MODEL_TYPES` a spec is: without an encoder, or by how the decoder reads it."""
     if spec.encoder is None:
         return MODEL_TYPE
-    return TERRAFORMER_TYPE if spec.encoder.read_by.kind == "joined" else ENCODER_DECODER_TYPE
+    return TERRAFORMER_TYPE if spec.encoder.read_by.kind == "prefix" else ENCODER_DECODER_TYPE
 
 
 def find_model(reference: str | None, output: Path | None = None) -> Path:

@@ -1,7 +1,7 @@
-"""Weights in few bits, and the feed-forward layers that use them: `selector` and `precision`.
+"""Quantized linear layers, and the feed-forward layers made of them: `selector` and `precision`.
 
-Codes have 3 or 4 bits; 64 inputs of a row, a group, share a scale and a zero. How they lie in bytes is said in
-`sparsecli.model.low_bit`. A low-bit copy of the weights finds a token's units better than a low-rank controller of
+Codes have 3 or 4 bits; 64 inputs of a row, a group, share a scale and a zero. `sparsecli.model.quantization` defines
+their bytes. A low-bit sketch of the weights finds a token's units better than a low-rank controller of
 the same size, and knows both branches of a gated unit.
 """
 
@@ -14,19 +14,19 @@ from torch.nn import functional as F
 
 from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.feed_forward import ACTIVATIONS, ChosenUnits, choose
-from sparsecli.model.low_bit import (
+from sparsecli.model.quantization import (
     GROUP,
     MIDDLE,
     STEPS,
     from_bfloat16,
     pack_nibbles,
-    quantise_groups,
-    quantise_residual,
+    quantize_groups,
+    quantize_residual,
 )
 
 
-class LowBitMatrix(nn.Module):
-    """A matrix (rows, cols) of which only codes are kept: weight = scale * (code - zero / 16).
+class QuantizedMatrix(nn.Module):
+    """A quantized matrix (rows, cols): weight = scale * (code - zero / 16).
 
     Buffers: codes (rows, G * 32) uint8, two codes a byte; scale (rows, G); zero (rows, G) uint8, in sixteenths.
     """
@@ -46,7 +46,7 @@ class LowBitMatrix(nn.Module):
     @torch.no_grad()
     def copy_(self, weight: Tensor) -> None:
         """Round `weight` (rows, cols) to the nearest codes."""
-        codes, scale, zero = quantise_groups(weight.float().numpy(), self.bits)
+        codes, scale, zero = quantize_groups(weight.float().numpy(), self.bits)
         self.store(codes, torch.from_numpy(from_bfloat16(scale)), torch.from_numpy(zero))
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class LowBitMatrix(nn.Module):
 
 
 class ResidualMatrix(nn.Module):
-    """What rounding a matrix (rows, cols) left over, in 4 bits around zero: value = scale * (code - 8)."""
+    """The rounding error of a matrix (rows, cols), in 4 bits around zero: value = scale * (code - 8)."""
 
     codes: Tensor
     scale: Tensor
@@ -88,7 +88,7 @@ class ResidualMatrix(nn.Module):
     @torch.no_grad()
     def copy_(self, values: Tensor) -> None:
         """Round `values` (rows, cols) to the nearest codes."""
-        codes, scale = quantise_residual(values.float().numpy())
+        codes, scale = quantize_residual(values.float().numpy())
         self.codes.copy_(torch.from_numpy(pack_nibbles(codes)))
         self.scale.copy_(torch.from_numpy(from_bfloat16(scale)))
 
@@ -106,8 +106,8 @@ def _widened(codes: Tensor, scale: Tensor, zero: Tensor | float) -> Tensor:
     return (scale.unsqueeze(-1) * (values - shift)).flatten(1)
 
 
-class LowBitLinear(LowBitMatrix):
-    """A linear layer whose weights have few bits."""
+class QuantizedLinear(QuantizedMatrix):
+    """A linear layer with quantized weights."""
 
     def __init__(self, width_in: int, width_out: int, bias: bool, bits: int) -> None:
         super().__init__(width_out, width_in, bits)
@@ -119,16 +119,16 @@ class LowBitLinear(LowBitMatrix):
 
 
 def linear(width_in: int, width_out: int, bias: bool, bits: int | None) -> nn.Module:
-    """A linear layer, of weights in so many `bits` or, for None, in floating point."""
+    """A linear layer whose weights have `bits` bits; in floating point where that is None."""
     if bits is None:
         return nn.Linear(width_in, width_out, bias)
-    return LowBitLinear(width_in, width_out, bias, bits)
+    return QuantizedLinear(width_in, width_out, bias, bits)
 
 
 def unit_values(
     gate: Tensor | None, up: Tensor, unit_bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """What units give (tokens, d_ff) and their pre-activation, from the products of gate and up (tokens, d_ff)."""
+    """Values of units (tokens, d_ff) and their pre-activations, from the products of gate and up (tokens, d_ff)."""
     before = up if gate is None else gate
     if unit_bias is not None:
         before = before + unit_bias
@@ -136,13 +136,13 @@ def unit_values(
     return (h if gate is None else h * up), before
 
 
-class Selector(nn.Module):
-    """A low-bit copy of what units read: gate and up (d_ff, d)."""
+class Sketch(nn.Module):
+    """A low-bit sketch of the weights that units read: gate and up (d_ff, d)."""
 
     def __init__(self, d_model: int, d_ff: int, gated: bool, bits: int) -> None:
         super().__init__()
-        self.gate = LowBitMatrix(d_ff, d_model, bits) if gated else None
-        self.up = LowBitMatrix(d_ff, d_model, bits)
+        self.gate = QuantizedMatrix(d_ff, d_model, bits) if gated else None
+        self.up = QuantizedMatrix(d_ff, d_model, bits)
 
     def forward(self, x: Tensor, unit_bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
         """Every unit's estimated value and pre-activation for x (tokens, d): (tokens, d_ff) each."""
@@ -151,7 +151,7 @@ class Selector(nn.Module):
 
 
 class Bypass(nn.Module):
-    """A linear map of low rank beside the units, which stands in for those that are left out."""
+    """A linear layer of low rank beside the units, which stands in for those that are left out."""
 
     def __init__(self, d_model: int, rank: int) -> None:
         super().__init__()
@@ -169,14 +169,14 @@ class Bypass(nn.Module):
 
 
 class SelectorFeedForward(ChosenUnits):
-    """Units chosen by a frozen low-bit copy of their own weights.
+    """Units chosen by a frozen low-bit sketch of their own weights.
 
     The estimate |h| times the norm of a unit's row of W_down (`importance`) is what the unit adds to the output.
     With the choice `positive` a unit takes part where its estimated pre-activation lies above its `threshold`.
 
     Args:
-        bits: of a weight of the copy.
-        bypass: rank of the map beside the units, 0 for none.
+        bits: of a weight of the sketch.
+        bypass: rank of the linear layer beside the units, 0 for none.
         others: as for `ChosenUnits`.
     """
 
@@ -198,7 +198,7 @@ class SelectorFeedForward(ChosenUnits):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(d_model, d_ff, block_size, units_per_block, activation, gated, unit_bias, dropout)
-        self.selector = Selector(d_model, d_ff, gated, bits)
+        self.sketch = Sketch(d_model, d_ff, gated, bits)
         self.bypass = Bypass(d_model, bypass) if bypass else None
         self.choice = choice
         self.register_buffer("importance", torch.ones(d_ff))
@@ -221,7 +221,7 @@ class SelectorFeedForward(ChosenUnits):
     def mask(self, x: Tensor) -> Tensor:
         """See `ChosenUnits.mask`."""
         if self.choice == "positive":
-            _, before = self.selector(x, self.unit_bias, self.activation)
+            _, before = self.sketch(x, self.unit_bias, self.activation)
             return (before > self.threshold).unflatten(-1, (-1, self.block_size)).to(x.dtype)
         if self.units_per_block == self.block_size:
             return x.new_ones(len(x), len(self.up) // self.block_size, self.block_size)
@@ -231,22 +231,22 @@ class SelectorFeedForward(ChosenUnits):
     @torch.no_grad()
     def _scores(self, x: Tensor) -> Tensor:
         """What each unit is estimated to add to the output (tokens, blocks, N)."""
-        value, _ = self.selector(x, self.unit_bias, self.activation)
+        value, _ = self.sketch(x, self.unit_bias, self.activation)
         return (value.abs() * self.importance).unflatten(-1, (-1, self.block_size))
 
 
-class Base(nn.Module):
-    """All units in few bits: gate and up (d_ff, d), down (d, d_ff)."""
+class QuantizedUnits(nn.Module):
+    """The quantized weights of all units: gate and up (d_ff, d), down (d, d_ff)."""
 
     def __init__(self, d_model: int, d_ff: int, gated: bool, bits: int) -> None:
         super().__init__()
-        self.gate = LowBitMatrix(d_ff, d_model, bits) if gated else None
-        self.up = LowBitMatrix(d_ff, d_model, bits)
-        self.down = LowBitMatrix(d_model, d_ff, bits)
+        self.gate = QuantizedMatrix(d_ff, d_model, bits) if gated else None
+        self.up = QuantizedMatrix(d_ff, d_model, bits)
+        self.down = QuantizedMatrix(d_model, d_ff, bits)
 
 
-class Residual(nn.Module):
-    """What rounding the base left over, unit-major: (d_ff, d) each, W_down's too."""
+class ResidualUnits(nn.Module):
+    """The rounding errors of the base, unit-major: (d_ff, d) each, W_down's too."""
 
     def __init__(self, d_model: int, d_ff: int, gated: bool) -> None:
         super().__init__()
@@ -256,9 +256,9 @@ class Residual(nn.Module):
 
 
 class PrecisionFeedForward(nn.Module):
-    """Every unit in few bits, and the chosen ones with the bits that rounding left out.
+    """Every unit quantized; chosen units are refined by adding the quantized rounding error of their weights.
 
-    The low-bit pass is the selector. Unlike a layer that drops units, this one keeps every unit's contribution, and
+    The quantized pass also selects. Unlike a layer that drops units, this one keeps every unit's contribution, and
     a few units carry most of the rounding error (measured: docs/conversion.md).
 
     Args:
@@ -281,8 +281,8 @@ class PrecisionFeedForward(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.base = Base(d_model, d_ff, gated, bits)
-        self.residual = Residual(d_model, d_ff, gated)
+        self.base = QuantizedUnits(d_model, d_ff, gated, bits)
+        self.residual = ResidualUnits(d_model, d_ff, gated)
         self.register_buffer("importance", torch.ones(d_ff))
         self.unit_bias = nn.Parameter(torch.zeros(d_ff)) if unit_bias else None
         self.bias = nn.Parameter(torch.zeros(d_model))
@@ -303,14 +303,14 @@ class PrecisionFeedForward(nn.Module):
                 gate = gate + F.linear(tokens, residual.gate.weight)
             up = up + F.linear(tokens, residual.up.weight)
             full, _ = unit_values(gate, up, self.unit_bias, self.activation)
-            mask = self.promoted(h)
+            mask = self.refined(h)
             h = torch.where(mask, full, h)
             y = base.down(h) + (h * mask) @ residual.down.weight
         return shared_dropout(y + self.bias, self.dropout, self.training, (-2,)).view_as(x)
 
     @torch.no_grad()
-    def promoted(self, h: Tensor) -> Tensor:
-        """Which units are read in full, for their low-bit values h (tokens, d_ff): bool, of the same shape."""
+    def refined(self, h: Tensor) -> Tensor:
+        """Which units are refined, for their quantized values h (tokens, d_ff): bool, of the same shape."""
         scores = (h.abs() * self.importance).unflatten(-1, (-1, self.block_size))
         chosen = choose(scores, self.units_per_block)
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True).flatten(-2)

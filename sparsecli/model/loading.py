@@ -9,12 +9,12 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from sparsecli.console import Failure
-from sparsecli.model.architecture import ModelSpec
+from sparsecli.model.auto import NETWORKS, Network
 from sparsecli.model.configuration import CONFIGS, ScalingTransformerConfig
-from sparsecli.model.folder import CONFIG, check_weights, last_line, model_type, read_description, read_json
-from sparsecli.model.memory import move_to_huge_pages
-from sparsecli.model.networks import NETWORKS, Network
+from sparsecli.model.files import CONFIG, check_weights, last_line, model_type, read_description, read_json
+from sparsecli.model.huge_pages import move_to_huge_pages
 from sparsecli.model.tokenizer import TOKENIZER, check_fit, check_tokenizer
+from sparsecli.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Models with weights in few bits: by value against transformers and the reference, on every instruction set."""
+"""Models with quantized weights: by value against transformers and the reference, on every instruction set."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import (
-    FEW_BITS,
     INSTRUCTION_SETS,
+    QUANTIZED,
     assert_close,
     assert_twins,
     batched,
@@ -33,19 +33,19 @@ from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.quantized_layouts import arrange_panels, arrange_residual
 from sparsecli.decode.reference.step import Reference
 from sparsecli.decode.reference.weights import unpack_quantized, unpack_residual
-from sparsecli.model.architecture import ModelSpec
-from sparsecli.model.low_bit import (
-    dequantise_groups,
-    dequantise_residual,
+from sparsecli.model.quantization import (
+    dequantize_groups,
+    dequantize_residual,
     pack_nibbles,
-    quantise_groups,
-    quantise_residual,
+    quantize_groups,
+    quantize_residual,
 )
+from sparsecli.spec.model import ModelSpec
 
 needs_the_engine = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
 )
-every_model = pytest.mark.parametrize("name", FEW_BITS)
+every_model = pytest.mark.parametrize("name", QUANTIZED)
 COUNT = 24
 EXACT = Precision.of("float32")
 few = settings(max_examples=30, derandomize=True, deadline=None, database=None)
@@ -70,10 +70,10 @@ def tokens_of(name: str, count: int = COUNT) -> list[int]:
 def test_panels_can_be_unpacked(maps: int, rows: int, cols: int, bits: int) -> None:
     slot = Slot(0, "sketch", "quantized", maps * rows, cols, None, (), group=maps, bits=bits)
     weights = np.random.default_rng(0).standard_normal((maps, rows, cols)).astype(np.float32)
-    parts = [quantise_groups(matrix, bits) for matrix in weights]
+    parts = [quantize_groups(matrix, bits) for matrix in weights]
     arranged = np.stack([arrange_panels(*part, bits) for part in parts], axis=1).reshape(-1)
     assert arranged.size == slot.elements
-    wanted = np.concatenate([dequantise_groups(*part, cols) for part in parts])
+    wanted = np.concatenate([dequantize_groups(*part, cols) for part in parts])
     np.testing.assert_array_equal(unpack_quantized(slot, arranged).values()[:, :cols], wanted)
 
 
@@ -82,10 +82,10 @@ def test_panels_can_be_unpacked(maps: int, rows: int, cols: int, bits: int) -> N
 def test_residuals_can_be_unpacked(parts: int, units: int, cols: int) -> None:
     slot = Slot(0, "residual", "residual", parts * units, cols, None, (), group=parts, bits=4)
     values = np.random.default_rng(0).standard_normal((parts, units, cols)).astype(np.float32)
-    rows = [quantise_residual(matrix) for matrix in values]
+    rows = [quantize_residual(matrix) for matrix in values]
     arranged = arrange_residual([pack_nibbles(codes) for codes, _ in rows], [scale for _, scale in rows])
     assert arranged.size == slot.elements
-    wanted = np.stack([dequantise_residual(*row, cols) for row in rows], axis=1).reshape(-1, cols)
+    wanted = np.stack([dequantize_residual(*row, cols) for row in rows], axis=1).reshape(-1, cols)
     np.testing.assert_array_equal(unpack_residual(slot, arranged.reshape(-1)).values()[:, :cols], wanted)
 
 
@@ -149,13 +149,13 @@ def quantized_head() -> ModelSpec:
             "attention": {"projection": "dense"},
             "vocabulary": {"kind": "dense", "size": 40},
             "normalization": "rms",
-            "low_bit": {"head": 4},
+            "quantization": {"head": 4},
         }
     )
 
 
 @needs_the_engine
-def test_a_head_that_is_stored_in_few_bits_has_nothing_more_exact() -> None:
+def test_a_quantized_head_has_nothing_more_exact() -> None:
     spec = quantized_head()
     weights = weights_of_zeros(spec)
     plain, rescored = (
@@ -278,7 +278,7 @@ def test_units_above_their_threshold_are_counted() -> None:
 )
 def test_codes_that_do_not_fit(part: str, change, message: str) -> None:
     weights = weights_of(network("precision"))
-    name = f"model.blocks.1.feed_forward.{part}"
+    name = f"model.layers.1.feed_forward.{part}"
     changed = change(weights.pop(name))
     if changed is not None:
         weights[name] = changed
@@ -288,7 +288,7 @@ def test_codes_that_do_not_fit(part: str, change, message: str) -> None:
 
 def test_codes_of_too_many_bits() -> None:
     weights = weights_of(network("precision, three bits"))
-    weights["model.blocks.0.feed_forward.base.up.codes"][0, 0] = 0x80
+    weights["model.layers.0.feed_forward.base.up.codes"][0, 0] = 0x80
     with pytest.raises(Failure, match="more than 3 bits"):
         pack(spec_of("precision, three bits"), weights, EXACT)
     network.cache_clear()  # the tensor was the model's own

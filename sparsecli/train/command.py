@@ -1,0 +1,315 @@
+"""`sparsecli train`: a recipe to a run directory with checkpoints, metrics and a model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
+
+from sparsecli.console import Failure, RecipeError, first_process, say
+from sparsecli.data.examples import Prepared
+from sparsecli.data.preparation import prepare
+from sparsecli.model.auto import Network, build_network
+from sparsecli.model.bfloat16 import has_bfloat16
+from sparsecli.model.files import RECIPE, find_model, share
+from sparsecli.model.loading import load_network, load_tokenizer
+from sparsecli.model.tokenizer import beyond
+from sparsecli.recipe.loader import LoadedRecipe, dump
+from sparsecli.recipe.schema import Recipe
+from sparsecli.recipe.training import TrainSpec
+from sparsecli.train import run_directory
+from sparsecli.train.checkpoint import newest_sound
+from sparsecli.train.distillation import DistillationTrainer, Teacher, check_vocabulary
+from sparsecli.train.plan import judge_of, longest_example, print_plan, resolved
+from sparsecli.train.result import Result, known_result, print_result, print_samples
+from sparsecli.train.samples import Samples
+from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
+
+
+def run(
+    loaded: LoadedRecipe, *, output: Path, resume: str | None = None, dry_run: bool = False
+) -> Result | None:
+    """Train the recipe's model into `output` and print the final figures; a dry run prints the plan instead.
+
+    Under `torchrun` every process calls this; the first one alone prints, writes and returns the figures.
+    Raises `RecipeError` when the recipe cannot be trained; `Failure` when `output` is taken or cannot be
+    written (now or later, as on a full disk), when the text cannot be read, or when a run cannot be resumed as
+    asked; `Stopped` after SIGTERM or SIGINT before the last step. One that comes later has nothing left to
+    stop: the run ends as if none had.
+    """
+    recipe = resolved(loaded)
+    assert recipe.model
+    assert recipe.data
+    assert recipe.train
+    if resume not in (None, "auto"):
+        raise Failure(
+            f"--resume {resume}: expected auto, which takes the newest whole checkpoint", exit_code=2
+        )
+    first = first_process()
+    if first:
+        hint = "resume with --resume auto, or choose another --output"
+        checkpoint = run_directory.claim(output, recipe, resume=resume == "auto", hint=hint)
+    else:
+        checkpoint = newest_sound(output / run_directory.CHECKPOINTS)[0] if resume else None
+    if dry_run:
+        if first:
+            print_plan(recipe, output)
+        return None
+
+    known = known_result(output) if resume else None
+    if known and known.steps >= recipe.train.max_steps and (output / "model").is_dir():
+        if not first:
+            return None
+        say(f"{output}: this run is finished; nothing to do")
+        print_result(known, recipe, output)
+        return known
+    if resume:
+        say(
+            f"resuming from {checkpoint}"
+            if checkpoint
+            else f"{output}: no checkpoint yet, starting at step 0"
+        )
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if first:
+        _report_accelerate_options(os.environ)
+    arguments = training_arguments(recipe.train, recipe.seed, output / run_directory.CHECKPOINTS)
+    with arguments.main_process_first(desc="preparing the text"):  # the others then find it in the cache
+        prepared = prepare(recipe.data)
+    _check_vocabularies(recipe.train, prepared.tokenizer)
+    _check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
+    with run_directory.writing(output, run_directory.resume_hint(output)):
+        result = _train(recipe, prepared, arguments, output, checkpoint, first)
+    if result:
+        print_result(result, recipe, output)
+        if result.rouge:
+            print_samples(output)
+    return result
+
+
+def _report_accelerate_options(environment: Mapping[str, str]) -> None:
+    """`accelerate launch` leaves its options in the environment, where they come before the recipe's."""
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        say(
+            f"accelerate launch --mixed_precision {precision} comes before train.bf16; leave it out for the recipe's"
+        )
+    several = "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
+    if several and environment.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        say("accelerate launch --cpu starts one process, whatever --num_processes; torchrun starts several")
+
+
+def _check_vocabulary_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, file: str) -> None:
+    """Raise RecipeError unless the model has a row for every token of the text."""
+    assert recipe.model
+    assert recipe.data
+    assert recipe.train
+    size = recipe.model.vocabulary.size
+    ordinary, special = beyond(tokenizer.backend_tokenizer, size)
+    # An older model may lack special tokens that its tokenizer got later; of these running text has the end alone.
+    lenient = recipe.train.init_from and not recipe.data.pair_lengths and tokenizer.eos_token_id < size
+    if ordinary or (special and not lenient):
+        raise RecipeError(
+            f"{file}: model.vocabulary.size: {size} is less than the {len(tokenizer)} tokens of data.tokenizer"
+        )
+
+
+def _check_vocabularies(train: TrainSpec, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise Failure unless the models that the training starts from and learns from read the text's tokens alike."""
+    models = {"train.init_from": train.init_from}
+    if train.distillation:
+        models["train.distillation.teacher"] = train.distillation.teacher
+    for key, reference in models.items():
+        if reference is not None:
+            folder = find_model(reference)
+            check_vocabulary(tokenizer, load_tokenizer(folder), key, folder)
+
+
+def _train(
+    recipe: Recipe,
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    output: Path,
+    checkpoint: Path | None,
+    first: bool,
+) -> Result | None:
+    """Train, write the model, and return the final figures in the first process."""
+    assert recipe.model
+    assert recipe.train
+    facts = run_directory.read_facts(output)
+    _check_resumable(facts, prepared, arguments, output, checkpoint)
+    _check_batch(recipe, prepared)
+    spec = recipe.model
+    longest = spec.encoder.max_positions if spec.encoder else spec.max_positions
+    prepared.tokenizer.model_max_length = longest  # of the input, for those who ask it to cut texts
+    set_seed(recipe.seed)
+    model = _model(recipe, prepared.tokenizer, checkpoint)
+    model.generation_config.repetition_penalty = recipe.generate.repetition_penalty
+    if first:
+        facts |= _started(recipe, prepared, arguments, output, facts, model)
+        run_directory.write_facts(output, facts)
+    samples = _samples(recipe, prepared, output) if first else None
+    trainer = _trainer(recipe, prepared, arguments, output, model, samples)
+    hint = run_directory.resume_hint(output)
+    journal = run_steps(trainer, output, checkpoint, description="training", hint=hint)
+    _save_model(trainer, output, first)
+    row = journal.held_out_at(recipe.train.max_steps) if journal else None
+    if trainer.anywhere(first and row is None):
+        row = trainer.evaluate()
+    if journal is None or row is None:
+        return None
+    lead = samples.lead() if samples and judge_of(recipe) == "rouge" else None
+    result = Result.of(row, recipe.train.max_steps, journal.tokens_per_second, lead)
+    run_directory.write_facts(output, {**facts, "finished": _now(), "result": asdict(result)})
+    return result
+
+
+def _check_resumable(
+    facts: Mapping[str, Any],
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    output: Path,
+    checkpoint: Path | None,
+) -> None:
+    """Raise Failure where the run in `output` was started with another text or number of processes."""
+    if facts.get("corpus", prepared.fingerprint) != prepared.fingerprint:
+        raise Failure(f"{output}: the text or its tokenizer is not what this run was started with")
+    if checkpoint and facts.get("processes", arguments.world_size) != arguments.world_size:
+        raise Failure(
+            f"{output}: cannot be resumed with another number of processes ({facts['processes']} then, "
+            f"{arguments.world_size} now): batches, their order and random numbers depend on it; start as many"
+        )
+
+
+def _check_batch(recipe: Recipe, prepared: Prepared) -> None:
+    """Raise Failure where the training examples do not fill a batch."""
+    assert recipe.data
+    assert recipe.train
+    batch = recipe.train.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    if len(prepared.train) < batch:
+        pairs = recipe.data.pair_lengths
+        what = (
+            "pairs to train on" if pairs else f"training windows of {longest_example(recipe.data)[0]} tokens"
+        )
+        raise Failure(
+            f"data: {len(prepared.train)} {what} do not fill a batch of {batch}; add text or lower "
+            f"train.per_device_train_batch_size"
+        )
+
+
+def _started(
+    recipe: Recipe,
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    output: Path,
+    facts: Mapping[str, Any],
+    model: Network,
+) -> dict[str, Any]:
+    """Write the recipe into the run directory; return the facts of the run that begins or continues."""
+    output.mkdir(parents=True, exist_ok=True)
+    run_directory.replace_text(output / RECIPE, dump(recipe.model_copy(update={"output": str(output)})))
+    return run_directory.environment() | {
+        "started": facts.get("started", _now()),
+        "finished": None,
+        "seed": recipe.seed,
+        "corpus": prepared.fingerprint,
+        "processes": arguments.world_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _samples(recipe: Recipe, prepared: Prepared, output: Path) -> Samples | None:
+    """Held-out sources for which the model writes targets; None where nothing judges them."""
+    assert recipe.data
+    assert recipe.train
+    judge = judge_of(recipe)
+    if judge is None:
+        return None
+    return Samples(
+        prepared.held_out,
+        prepared.tokenizer,
+        recipe.train.eval_samples,
+        judge=judge,
+        longest=longest_example(recipe.data)[1],
+        batch_size=recipe.train.per_device_eval_batch_size,
+        folder=output,
+    )
+
+
+def _trainer(
+    recipe: Recipe,
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    output: Path,
+    model: Network,
+    samples: Samples | None,
+) -> LanguageModelTrainer:
+    """The recipe's trainer; it reports options that change nothing here."""
+    assert recipe.train
+    train = recipe.train
+    if arguments.activation_checkpointing and not model.supports_gradient_checkpointing:
+        say("train.gradient_checkpointing: reversible blocks store no activations; there is nothing to do")
+        arguments.activation_checkpointing = False
+    bf16 = train.bf16 and has_bfloat16(arguments.device.type)
+    if train.bf16 and not bf16:
+        say(
+            "train.bf16: this processor has no products in bfloat16; they are in float32, which is faster here"
+        )
+    parts: dict[str, Any] = {
+        "model": model,
+        "arguments": arguments,
+        "tokenizer": prepared.tokenizer,
+        "examples": prepared.train,
+        "held_out": prepared.held_out,
+        "bytes_per_token": prepared.held_out.bytes_per_token(prepared.tokenizer),
+        "bf16": bf16,
+        "checkpoints": output / run_directory.CHECKPOINTS,
+        "keep": train.save_total_limit,
+        "signals": Signals(),
+        "samples": samples,
+    }
+    if train.distillation is None:
+        return LanguageModelTrainer(**parts)
+    teacher = Teacher(load_network(find_model(train.distillation.teacher)), bf16)
+    return DistillationTrainer(**parts, teacher=teacher, objective=train.distillation)
+
+
+def _save_model(trainer: LanguageModelTrainer, output: Path, first: bool) -> None:
+    """Write the model beside `output/model`, then rename it; all processes take part."""
+    beside, place = output / "model.tmp", output / "model"
+    if first:
+        shutil.rmtree(beside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(beside))
+    if first:
+        (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody may load
+        share(beside)
+        shutil.rmtree(place, ignore_errors=True)
+        beside.rename(place)
+
+
+def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None) -> Network:
+    """The recipe's model with fresh weights, or with those of a checkpoint or of the model that it starts from."""
+    assert recipe.model
+    if checkpoint:
+        return load_network(checkpoint)
+    if recipe.train and recipe.train.init_from:
+        return load_network(find_model(recipe.train.init_from), spec=recipe.model)
+    return build_network(
+        recipe.model,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

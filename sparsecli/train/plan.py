@@ -1,0 +1,110 @@
+"""What a run trains: the recipe completed by the model that it starts from, and the plan that a dry run prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from sparsecli.console import Failure, RecipeError, print_table
+from sparsecli.model.files import RECIPE, find_model, read_description
+from sparsecli.model.sizes import count_parameters
+from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, SavedTokenizer
+from sparsecli.recipe.loader import LoadedRecipe, complete, require, shipped
+from sparsecli.recipe.schema import Recipe
+from sparsecli.train import run_directory
+from sparsecli.train.distillation import check_teacher
+from sparsecli.train.samples import SAMPLES
+
+
+def resolved(loaded: LoadedRecipe) -> Recipe:
+    """The recipe with the architecture and the tokenizer of the model that it starts from.
+
+    Raises:
+        RecipeError: a block is missing, or the two do not agree.
+        Failure: there is no such model, or the teacher does not fit it.
+    """
+    recipe = loaded.recipe
+    start = recipe.train and recipe.train.init_from
+    require(loaded, *(() if start else ("model",)), "data", "train")
+    assert recipe.data
+    assert recipe.train
+    if start:
+        try:
+            folder = find_model(start)
+        except Failure as failure:
+            instead = "; train.init_from=null starts from random weights" if recipe.model else ""
+            if Path(start).name in shipped() and not Path(start).exists():
+                instead = f"; sparsecli train {Path(start).name} makes it{instead}"
+            raise Failure(f"train.init_from: {failure}{instead}") from None
+        spec = read_description(folder).spec
+        model = recipe.model or spec
+        differ = run_directory.differences(spec.unhashed, model.unhashed)
+        if differ:
+            listed = ", ".join(
+                f"model.{key}: {there} in the model, {here} in the recipe" for key, there, here in differ
+            )
+            raise RecipeError(
+                f"{loaded.path.name}: model: is not the one in train.init_from {start}: {listed}; "
+                f"leave the block out to take it from there"
+            )
+        data = recipe.data
+        if not isinstance(data, CopyTask) and data.tokenizer is None:
+            saved = SavedTokenizer(kind="saved", path=str(folder))
+            data = data.model_copy(update={"tokenizer": saved})
+        recipe = complete(loaded, {"model": model, "data": data})
+    assert recipe.model
+    objective = recipe.train and recipe.train.distillation
+    if objective:
+        check_teacher(objective, recipe.model, read_description(find_model(objective.teacher)).spec)
+    return recipe
+
+
+def print_plan(recipe: Recipe, output: Path) -> None:
+    """What a run would do, from the recipe alone."""
+    assert recipe.model
+    assert recipe.data
+    assert recipe.train
+    train, sizes = recipe.train, count_parameters(recipe.model)
+    read, predicted = longest_example(recipe.data)
+    batch = train.per_device_train_batch_size * predicted
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps * read
+    copies = 4 if train.optim == "adamw_torch" else 3  # weights, gradients, the optimizer's averages
+    logits = 3 * batch * recipe.model.vocabulary.size  # themselves, their softmax and their gradient
+    written: tuple[str, ...] = (RECIPE, run_directory.FACTS, run_directory.METRICS, "loss.png")
+    at_most = "at most " if recipe.data.pair_lengths else ""
+    if judge_of(recipe):
+        written = (*written, SAMPLES)
+    starts = [("starts from", train.init_from)] if train.init_from else []
+    teachers = [("learns from", train.distillation.teacher)] if train.distillation else []
+    rows = [
+        *starts,
+        *teachers,
+        ("parameters", f"{sizes.total:,}, of which a token reads {sizes.active:,}"),
+        ("weights, gradients, optimizer", f"about {sizes.total * copies * 4 / 2**20:,.0f} MiB"),
+        ("logits of a batch", f"about {logits * 4 / 2**20:,.0f} MiB"),
+        ("steps", f"{train.max_steps:,}"),
+        ("tokens", f"{at_most}{train.max_steps * step:,}, {step:,} a step and process"),
+        ("files", f"{', '.join(written)}, tensorboard/, checkpoints/, model/ in {output}"),
+    ]
+    print_table(["plan", ""], rows)
+
+
+def longest_example(data: DataSpec) -> tuple[int, int]:
+    """Most tokens of one example that are read, and that are predicted."""
+    if data.pair_lengths:
+        source, target = data.pair_lengths
+        return source + target, target
+    assert not isinstance(data, CopyTask)
+    return data.sequence_length, data.sequence_length
+
+
+def judge_of(recipe: Recipe) -> Literal["rouge", "exact"] | None:
+    """How what the model writes for held-out sources is judged; None where it writes nothing."""
+    assert recipe.data
+    assert recipe.train
+    if not recipe.train.eval_samples or not recipe.data.pair_lengths:
+        return None
+    if recipe.data.copies:
+        return "exact"
+    assert not isinstance(recipe.data, CopyTask)
+    return None if isinstance(recipe.data.pairs, CorruptedPairs) else "rouge"

@@ -1,0 +1,102 @@
+"""The final figures of a run, and how they are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from textwrap import shorten
+
+from sparsecli.console import Failure, print_table
+from sparsecli.recipe.schema import Recipe
+from sparsecli.train import run_directory
+from sparsecli.train.samples import ROUGE, SAMPLES
+
+SHOWN, WIDTH = 5, 60
+"""Samples that are printed when training is done, and characters of each text."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The final figures of a run."""
+
+    steps: int
+    held_out_loss: float
+    bits_per_byte: float
+    tokens_per_second: float | None
+    """Training speed of the process that finished the run."""
+    never_chosen: float | None = None
+    balance: float | None = None
+    kl_to_teacher: float | None = None
+    exact_match: float | None = None
+    """Share of the sampled sources whose target was written exactly."""
+    rouge: dict[str, float] | None = None
+    """`rouge_1`, `rouge_2` and `rouge_lsum` of what was written for the sampled sources, 0 to 100."""
+    lead_rouge: dict[str, float] | None = None
+    """The same of the sources' first tokens."""
+
+    @classmethod
+    def of(
+        cls,
+        row: Mapping[str, float],
+        steps: int,
+        tokens_per_second: float | None,
+        lead_rouge: dict[str, float] | None,
+    ) -> Result:
+        """The figures of the last evaluation, a `row` of the metrics."""
+        optional = ("never_chosen", "balance", "kl_to_teacher", "exact_match")
+        return cls(
+            steps=steps,
+            held_out_loss=row["held_out_loss"],
+            bits_per_byte=row["bits_per_byte"],
+            tokens_per_second=tokens_per_second,
+            **{name: row.get(name) for name in optional},
+            rouge={name: row[name] for name in ROUGE if name in row} or None,
+            lead_rouge=lead_rouge,
+        )
+
+
+def known_result(output: Path) -> Result | None:
+    """The figures of a run that was finished. Raises `Failure` where they are damaged."""
+    figures = run_directory.read_facts(output).get("result")
+    try:
+        result = Result(**figures) if figures else None
+        return result if result is None or result.steps >= 0 else None
+    except TypeError:
+        place = output / run_directory.FACTS
+        raise Failure(f"{place}: its result is not that of a run; delete it to go on without it") from None
+
+
+def print_result(result: Result, recipe: Recipe, output: Path) -> None:
+    """The figures that there are and that say something of such a model and such data."""
+    copies = recipe.data is not None and recipe.data.copies  # of what is no text
+    mixed = recipe.model is not None and recipe.model.feed_forward.kind == "mixture"
+    figures = [
+        ("held-out loss (nats/token)", result.held_out_loss, ".4f"),
+        ("held-out bits per byte", None if copies else result.bits_per_byte, ".4f"),
+        ("training tokens per second", result.tokens_per_second or None, ",.0f"),
+        ("experts never chosen" if mixed else "units never chosen", result.never_chosen, ".2%"),
+        ("balance of choices", result.balance, ".4f"),
+        ("KL to the teacher", result.kl_to_teacher, ".4f"),
+        ("copied exactly", result.exact_match, ".2%"),
+    ]
+    rows = [(label, format(value, digits)) for label, value, digits in figures if value is not None]
+    for label, scores in (("ROUGE-1, 2, Lsum", result.rouge), ("the same of the lead", result.lead_rouge)):
+        if scores:
+            rows.append((label, ", ".join(f"{value:.1f}" for value in scores.values())))
+    print_table(["result", ""], [*rows, ("model", str(output / "model"))])
+
+
+def print_samples(output: Path) -> None:
+    """The first things that the finished model wrote, beside what was wanted."""
+    with (output / SAMPLES).open() as lines:  # texts may hold what `splitlines` would take for a line's end
+        samples = [json.loads(line) for line in islice(lines, SHOWN)]
+    rows = []
+    for sample in samples:
+        source = sample["source"].strip().partition("\n")[0]
+        rows.append(
+            (shorten(source, WIDTH), shorten(sample["target"], WIDTH), shorten(sample["written"], WIDTH))
+        )
+    print_table(["source", "target", "written"], rows)
