@@ -8,7 +8,8 @@ from sparsecli.bench.random_weights import planned
 from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensor_file import WIDTHS
-from sparsecli.decode.packed.tensors import crosses, joins
+from sparsecli.decode.packed.tensors import crosses, joins, shares_codes
+from sparsecli.model.gguf_types import TYPES
 from sparsecli.model.quantization import GROUP
 from sparsecli.spec.model import ModelSpec
 
@@ -42,7 +43,7 @@ def bytes_per_token(
         shares = [spec.chosen_share(layer) for layer in range(spec.layers)]
     tensors = planned(spec, precision)
     weights = sum(
-        _read(slot, kind if slot.part or slot.bits else vectors, spec, batch, shares)
+        _read(slot, kind if slot.part or slot.bits or slot.gguf else vectors, spec, batch, shares)
         for slot, kind in tensors
     )
     rotations, cached = _cache_read(spec, precision, context + source * joins(spec))
@@ -103,7 +104,11 @@ def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int, shares: Sequence[f
         return 0  # read once for a source
     if slot.name == "controller.bias":  # its blocks are filled up
         cols = cols // padded(slot.group, LANES) * slot.group
-    if slot.bits:
+    if slot.gguf:
+        row = TYPES[slot.gguf].block_bytes * cols / TYPES[slot.gguf].block
+        if slot.name == "embedding" and shares_codes(spec):
+            return (slot.rows + batch) * row
+    elif slot.bits:
         row = cols * slot.bits / 8 + -(-cols // GROUP) * GROUP_BYTES[slot.layout]
     else:
         row = cols * WIDTHS[kind] + (SCALE_BYTES if kind == "int8" else 0)

@@ -14,6 +14,7 @@ from sparsecli.model.cache import CACHE, DecodeCache
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import causal_mask
 from sparsecli.model.layers.dropout import shared_dropout
+from sparsecli.model.layers.gguf import GgufEmbedding, TiedHead, use_gguf_modules
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.layers.positions import rotary_angles
 from sparsecli.model.layers.quantized import linear
@@ -95,6 +96,7 @@ class Decoder(ScalingTransformerPreTrainedModel):
         self.attention_layers = spec.attention_layers
         self.merge = spec.merge
         self.norm = build_norm(spec, spec.merged_width)
+        use_gguf_modules(self, spec.quantization.gguf, "model.")
         self.rotary = rotary_frequencies(spec).tolist() if spec.positions == "rotary" else None
         self.hashes = spec.attention.kind == "lsh"
         self.embedding_scale = spec.embedding_scale
@@ -284,6 +286,10 @@ class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.head = build_head(config.spec)
+        use_gguf_modules(self, {k: v for k, v in config.spec.quantization.gguf.items() if k == "head"})
+        if config.spec.tied and isinstance(self.model.embedding, GgufEmbedding):
+            self.head = TiedHead(self.model.embedding)
+            self._tied_weights_keys = {}  # type: ignore[misc]
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module | None:

@@ -70,6 +70,10 @@ class GgufType:
         """Bytes of 16 rows."""
         return -(-cols // self.columns) * self.panel_block_bytes
 
+    def panel_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """Panels, and bytes of each, of a matrix."""
+        return -(-rows // LANES), self.panel_bytes(cols)
+
 
 TYPES = {
     kind.name: kind

@@ -12,6 +12,7 @@ from sparsecli.model.auto import Network, build_network
 from sparsecli.model.encoder_decoder import EncoderDecoder
 from sparsecli.model.layers.cross_attention import CrossAttention
 from sparsecli.model.layers.feed_forward import ChosenUnits, MixtureFeedForward
+from sparsecli.model.layers.gguf import GgufWeight
 from sparsecli.model.layers.quantized import QuantizedMatrix, Sketch
 from sparsecli.spec.model import ModelSpec
 
@@ -46,6 +47,7 @@ def count_parameters(spec: ModelSpec) -> Sizes:
         id(matrix) for layer in model.modules() if isinstance(layer, Sketch) for matrix in layer.children()
     }
     total += sum(matrix.rows * matrix.cols for matrix in quantized if id(matrix) not in sketches)
+    total += sum(module.rows * module.cols for module in model.modules() if isinstance(module, GgufWeight))
     unread = _read_once(model)
     passed = {id(module) for part in unread for module in part.modules()}
     skipped = sum(_skipped(module) for module in model.modules() if id(module) not in passed)

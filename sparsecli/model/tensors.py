@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sparsecli.model.gguf_types import TYPES
 from sparsecli.model.quantization import GROUP
 from sparsecli.spec.attention import AttentionSpec
 from sparsecli.spec.feed_forward import FeedForwardSpec, PrecisionFeedForwardSpec
@@ -15,7 +16,11 @@ Shape = tuple[int, ...]
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Shape of every tensor in the weight files of `spec`; a tied head is listed, files may leave it out."""
+    """Shape of every tensor in the weight files of `spec`; a tied head is listed, files may leave it out.
+
+    Raises:
+        ValueError: GGUF's types of modules that there are not, or whose width does not suit them.
+    """
     vocabulary = spec.vocabulary
     shapes: dict[str, Shape] = {"model.embedding.weight": (vocabulary.size, spec.d_model)}
     shapes |= _named("model.position_embedding", _positions(spec, spec.max_positions))
@@ -27,7 +32,27 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
         shapes |= _multiplicative("head", spec.merged_width, vocabulary.size, vocabulary.modules)
     else:
         shapes |= _linear("head", spec.merged_width, vocabulary.size, vocabulary.bias, spec.quantization.head)
+    for module, name in spec.quantization.gguf.items():
+        rows, cols = _matrix(f"{module}.weight", shapes)
+        kind = TYPES[name]
+        if cols % kind.block:
+            raise ValueError(
+                f"quantization.gguf: {module} has {cols} columns, {name} needs a multiple of {kind.block}"
+            )
+        del shapes[f"{module}.weight"]
+        shapes[f"{module}.codes"] = kind.panel_shape(rows, cols)
+        if spec.tied and module == "model.embedding":
+            del shapes["head.weight"]
     return shapes
+
+
+def _matrix(name: str, shapes: dict[str, Shape]) -> Shape:
+    """The shape of a matrix that may keep a GGUF file's codes."""
+    if name not in shapes or len(shapes[name]) != 2:
+        raise ValueError(
+            f"quantization.gguf: the model has no linear layer or embedding {name.rpartition('.')[0]}"
+        )
+    return shapes[name]
 
 
 def _named(prefix: str, shapes: dict[str, Shape]) -> dict[str, Shape]:

@@ -17,14 +17,18 @@ from sparsecli.spec.feed_forward import FeedForwardSpec
 from sparsecli.spec.positions import AxialSpec, RotaryScaling
 from sparsecli.spec.vocabulary import VocabularySpec
 
+GgufTypeName = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+
 
 class QuantizationSpec(Spec):
-    """Dense projections and logits that are quantized, in groups of 64 inputs that share a scale."""
+    """Linear layers that are quantized: in groups of 64 inputs that share a scale, or as a GGUF file has them."""
 
     projection: Literal[3, 4] | None = None
     """Bits of attention's dense projections except the values', which lose most by rounding and are often small."""
     head: Literal[3, 4] | None = None
     """Bits of the dense logits."""
+    gguf: dict[str, GgufTypeName] = Field(default_factory=dict)
+    """Types of the modules that keep the codes of a GGUF file, by name, such as `model.layers.0.feed_forward.up`."""
 
 
 class SruSpec(Spec):

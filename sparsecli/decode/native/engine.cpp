@@ -184,6 +184,8 @@ int64_t sparsecli_bind(sparsecli_engine* engine, const sparsecli_tensor* tensors
             model.quantized = model.quantized || tensor->type == INT8 || group_sums;
             model.bytes = model.bytes || of_gguf(tensor->type);
         }
+        // Codes of an embedding that is tied to the head lie in memory once.
+        if (!model.shape.head_modules && !model.head.weight.data) model.head.weight = model.embedding;
     });
     return fine ? 0 : -1;
 }

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from sparsecli.decode.native.binding import BoundTensor, Shape
+from sparsecli.decode.native.gguf import TYPE_CODES as GGUF_CODES
 from sparsecli.decode.packed.layouts import Slot
 from sparsecli.decode.packed.pack import LINE, PackedModel
 from sparsecli.decode.packed.tensor_file import WIDTHS
@@ -128,7 +129,13 @@ def bound_tensor(slot: Slot, kind: str, tensors: Mapping[str, np.ndarray]) -> Bo
         data=tensor.ctypes.data,
         scale=None if scale is None else scale.ctypes.data,
         layer=slot.layer,
-        type=QUANTIZED_TYPES[slot.bits] if slot.bits else TYPE_CODES[kind],
+        type=_type_code(slot, kind),
         rows=slot.rows,
         cols=slot.cols,
     )
+
+
+def _type_code(slot: Slot, kind: str) -> int:
+    if slot.gguf:
+        return GGUF_CODES[slot.gguf]
+    return QUANTIZED_TYPES[slot.bits] if slot.bits else TYPE_CODES[kind]

@@ -6,6 +6,7 @@ LANES; what fills them up is zero. Panels are for outer products, spans for long
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -13,12 +14,15 @@ from typing import Literal
 import numpy as np
 
 from sparsecli.decode.packed.quantized_layouts import LANES, panel_bytes, residual_bytes
+from sparsecli.model.gguf_types import TYPES as GGUF_TYPES
 
 PAD = 64
 PANEL = 64
 SPAN = 2048
 
-Layout = Literal["vector", "rows", "spans", "panels", "taps", "blocks", "units", "quantized", "residual"]
+Layout = Literal[
+    "vector", "rows", "spans", "panels", "taps", "blocks", "units", "quantized", "residual", "gguf"
+]
 
 
 def padded(value: int, step: int) -> int:
@@ -39,6 +43,7 @@ class Slot:
         group: `blocks`: units of a block; `taps`: positions of the kernel; `residual`: rows of a unit; `quantized`:
             maps of which panels follow each other in turn.
         bits: of a weight of the layouts `quantized` and `residual`; their elements are bytes.
+        gguf: the type of the layout `gguf`, whose elements are bytes, too.
     """
 
     layer: int
@@ -51,6 +56,7 @@ class Slot:
     optional: bool = False
     group: int = 1
     bits: int = 0
+    gguf: str = ""
 
     @property
     def key(self) -> str:
@@ -71,6 +77,8 @@ class Slot:
             return rows // self.group * padded(self.group, LANES) * padded(cols, 2)
         if self.layout == "quantized":
             return self.group * padded(rows // self.group, LANES) // LANES * panel_bytes(cols, self.bits)
+        if self.layout == "gguf":
+            return math.prod(GGUF_TYPES[self.gguf].panel_shape(rows, cols))
         if self.layout == "residual":
             return rows // self.group * residual_bytes(cols, self.group)
         return rows * padded(cols, PAD)

@@ -15,6 +15,7 @@ from sparsecli.decode.packed.position_tables import position_table
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.quantized_layouts import arrange_panels, arrange_residual
 from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
+from sparsecli.model.gguf_types import TYPES as TYPES_OF_GGUF
 from sparsecli.model.quantization import GROUP, from_bfloat16, quantize_groups, to_bfloat16, unpack_nibbles
 from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.spec.model import ModelSpec
@@ -84,6 +85,9 @@ def pack(spec: ModelSpec, weights: Mapping[str, np.ndarray], precision: Precisio
     arrays = place(planned)
     for slot, kind in planned:
         target = arrays[slot.key]
+        if slot.gguf:
+            _write(target, _panels(slot, weights))
+            continue
         if slot.bits:
             _write(target, _in_few_bits(slot, spec, weights))
             continue
@@ -103,6 +107,18 @@ def _left_out(slot: Slot, weights: Mapping[str, np.ndarray]) -> bool:
 
 def _write(target: np.ndarray, values: np.ndarray) -> None:
     target[: values.size] = values
+
+
+def _panels(slot: Slot, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Codes of a GGUF file, which are stored as the engine reads them."""
+    [name] = slot.sources
+    expected = TYPES_OF_GGUF[slot.gguf].panel_shape(slot.rows, slot.cols)
+    if name not in weights:
+        raise Failure(f"tensor {name} is missing")
+    found = weights[name]
+    if found.shape != expected or found.dtype != np.uint8:
+        raise Failure(f"tensor {name} is {found.dtype} {found.shape}, expected {expected}")
+    return found.reshape(-1)
 
 
 def _in_few_bits(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -71,14 +71,16 @@ def plan(spec: ModelSpec, precision: Precision) -> list[tuple[Slot, str]]:
     """Every tensor and its type."""
     found = [_typed(slot, precision) for slot in slots(spec)]
     if precision.head_rescoring and spec.vocabulary.kind == "dense" and spec.quantization.head is None:
-        head = next(slot for slot, _ in found if slot.name == "head.weight")
+        head = next((slot for slot, _ in found if slot.name == "head.weight" and not slot.gguf), None)
+        if head is None:
+            return found
         exact = replace(head, name="head.exact", layout="spans", bits=0)
         found.append((exact, RESCORED_BY[precision.head]))
     return found
 
 
 def _typed(slot: Slot, precision: Precision) -> tuple[Slot, str]:
-    if slot.bits:
+    if slot.bits or slot.gguf:
         return slot, "uint8"
     kind = getattr(precision, slot.part) if slot.part else "float32"
     if kind == "int4" and slot.layout == "spans":

@@ -7,9 +7,12 @@ an architecture's kind is decided here: C++ is handed finished slots.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.spec.model import ModelSpec
+
+EMBEDDING = "model.embedding"
 
 
 def slots(spec: ModelSpec) -> list[Slot]:
@@ -23,7 +26,23 @@ def slots(spec: ModelSpec) -> list[Slot]:
             found += _cross_attention(spec, layer)
         found += _feed_forward(spec, layer)
         found += _recurrence(spec, layer)
-    return found
+    return [
+        _with_codes(slot, spec) for slot in found if not (slot.name == "head.weight" and shares_codes(spec))
+    ]
+
+
+def shares_codes(spec: ModelSpec) -> bool:
+    """Whether the head reads the embedding's codes, which then lie in memory once."""
+    return spec.tied and EMBEDDING in spec.quantization.gguf
+
+
+def _with_codes(slot: Slot, spec: ModelSpec) -> Slot:
+    """The slot, or what it is where its module keeps the codes of a GGUF file."""
+    module = slot.sources[0].removesuffix(".weight") if len(slot.sources) == 1 else ""
+    kind = spec.quantization.gguf.get(module)
+    if kind is None or not slot.sources[0].endswith(".weight"):
+        return slot
+    return replace(slot, layout="gguf", part=None, sources=(f"{module}.codes",), gguf=kind)
 
 
 def crosses(spec: ModelSpec) -> bool:

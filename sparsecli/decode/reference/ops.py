@@ -4,6 +4,7 @@
   activation is the sum of two such numbers, which is 16 bits of it; the twin keeps all 24.)
 - int8 weights of dense maps, controllers and units, and weights of fewer bits, meet activations rounded to 16 bits,
   with one scale for a vector.
+- Weights in GGUF's types meet activations rounded to 8 bits, with a scale for every 32.
 - Multiplicative layers round their products x * D: to bfloat16, or with int8 weights to 8 bits, with one scale for
   each module and GROUP inputs.
 - Convolutions read what was remembered of earlier positions, in the type of their kernels.
@@ -26,6 +27,7 @@ from sparsecli.decode.packed.layouts import PAD
 from sparsecli.decode.reference.weights import Quantized, Weight
 from sparsecli.model.quantization import STEPS
 
+BYTE_GROUP = 32  # activations that share a scale where these are bytes
 GROUP = 256  # inputs that share a scale when products are rounded to 8 bits
 NOTHING = 1e-30  # a vector of such small numbers counts as zero: one over its scale would not be finite
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -45,6 +47,10 @@ def quantise(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
 
 def gemv(weight: Weight, x: Tensor) -> Tensor:
     """x (cols,) -> (rows,)."""
+    if weight.kind == "gguf":
+        integers, scale = quantise(F.pad(x, (0, -len(x) % BYTE_GROUP)).unflatten(0, (-1, BYTE_GROUP)), 127)
+        rounded = (integers.double() * scale.double()).flatten()[: len(x)]
+        return (weight.values.double() @ rounded).float()
     if weight.kind != "int8":
         return weight.values @ x
     integers, scale = quantise(x, 32767)

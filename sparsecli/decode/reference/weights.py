@@ -12,6 +12,9 @@ from sparsecli.decode.packed.layouts import LANES, PAD, Slot, padded, unpack, un
 from sparsecli.decode.packed.pack import PackedModel
 from sparsecli.decode.packed.precision import plan
 from sparsecli.decode.packed.quantized_layouts import codes_of
+from sparsecli.decode.packed.tensors import shares_codes
+from sparsecli.model.gguf_types import TYPES as GGUF_TYPES
+from sparsecli.model.gguf_types import values as gguf_values
 from sparsecli.model.quantization import MIDDLE, STEPS, from_bfloat16, unpack_nibbles
 
 
@@ -105,10 +108,17 @@ def unpack_model(model: PackedModel) -> tuple[dict[str, Weight], dict[str, Quant
             quantized[slot.key] = unpack_residual(slot, model.tensors[slot.key])
         elif slot.layout == "quantized":
             quantized[slot.key] = unpack_quantized(slot, model.tensors[slot.key])
+        elif slot.gguf:
+            stored = GGUF_TYPES[slot.gguf]
+            panels = model.tensors[slot.key][: slot.elements].reshape(stored.panel_shape(slot.rows, slot.cols))
+            values = torch.from_numpy(gguf_values(stored, panels, slot.rows, slot.cols))
+            weights[slot.key] = Weight("gguf", values, torch.ones(slot.rows))
         elif slot.key in model.tensors:
             values = torch.from_numpy(from_bfloat16(unpack(slot, model.tensors[slot.key])).copy())
             scale = torch.ones(slot.rows)
             if kind == "int8":
                 scale = torch.from_numpy(unpack_scale(slot, model.tensors[f"{slot.key}.scale"]).copy())
             weights[slot.key] = Weight(kind, values, scale)
+    if shares_codes(model.spec):
+        weights["head.weight"] = weights["embedding"]
     return weights, quantized

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecli.model.gguf_types import LANES, TYPES, GgufType, values
+from sparsecli.model.gguf_types import LANES, TYPES, values
 
 
 class GgufWeight(nn.Module):
@@ -21,7 +23,7 @@ class GgufWeight(nn.Module):
     def __init__(self, rows: int, cols: int, kind: str) -> None:
         super().__init__()
         self.rows, self.cols, self.kind = rows, cols, TYPES[kind]
-        self.register_buffer("codes", torch.zeros(code_shape(rows, cols, self.kind), dtype=torch.uint8))
+        self.register_buffer("codes", torch.zeros(self.kind.panel_shape(rows, cols), dtype=torch.uint8))
 
     @property
     def weight(self) -> Tensor:
@@ -54,6 +56,32 @@ class GgufEmbedding(GgufWeight):
         return torch.from_numpy(found).to(ids.device)[rows].view(*ids.shape, self.cols)
 
 
-def code_shape(rows: int, cols: int, kind: GgufType) -> tuple[int, int]:
-    """Of `codes`."""
-    return -(-rows // LANES), kind.panel_bytes(cols)
+class TiedHead(nn.Module):
+    """x (..., cols) -> logits (..., rows) with the embedding's weights, which are no second tensor."""
+
+    def __init__(self, embedding: GgufEmbedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # a tuple, so that it is no submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., cols) -> (..., rows)."""
+        return F.linear(x, self._embedding[0].weight.to(x.dtype))
+
+
+def use_gguf_modules(model: nn.Module, kinds: Mapping[str, str], prefix: str = "") -> None:
+    """Put modules of GGUF's types in the place of linear layers and embeddings.
+
+    Args:
+        kinds: the types by the modules' names; those that do not begin with `prefix` are none of `model`.
+    """
+    for name, kind in kinds.items():
+        if not name.startswith(prefix):
+            continue
+        place = name.removeprefix(prefix)
+        old = model.get_submodule(place)
+        if isinstance(old, nn.Embedding):
+            new: nn.Module = GgufEmbedding(old.num_embeddings, old.embedding_dim, kind)
+        else:
+            assert isinstance(old, nn.Linear)
+            new = GgufLinear(old.out_features, old.in_features, kind, old.bias is not None)
+        model.set_submodule(place, new)
