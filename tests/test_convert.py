@@ -299,7 +299,9 @@ def test_two_streams_are_not_converted(dense_run: tuple[LoadedRecipe, Path], tmp
     assert loaded.recipe.model
     spec = ModelSpec(**loaded.recipe.model.model_dump() | {"residual": "reversible"})
     ScalingTransformerConfig.from_spec(spec).save_pretrained(tmp_path / "dense")
-    with pytest.raises(RecipeError, match="it is reversible; decoders of one stream are converted"):
+    with pytest.raises(
+        RecipeError, match="it is reversible; only decoders with one residual stream can be converted"
+    ):
         command.run(loaded, model=str(tmp_path / "dense"), output=tmp_path / "found")
 
 

@@ -29,7 +29,7 @@ from sparsecli.convert.run import Conversion
 from sparsecli.convert.search import within_size_budget
 from sparsecli.convert.text import choose_data, read_text
 from sparsecli.decode.native import binding
-from sparsecli.interchange.importing import check_tokenizer, model_folder
+from sparsecli.interchange.importing import check_source_tokenizer, model_folder
 from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source
 from sparsecli.model.architecture import ModelSpec
 from sparsecli.model.checkpoint import load_model
@@ -120,7 +120,7 @@ def _check(
 
 
 def _preview(plan: _Plan, format: str) -> None:
-    check_tokenizer(plan.source)
+    check_source_tokenizer(plan.source)
     candidates = sorted(plan.candidates, key=lambda each: each.bytes_per_token)
     dense_bytes = weight_bytes_per_token(plan.source.spec, "bfloat16")
     preview = ConversionPreview(
