@@ -190,7 +190,9 @@ def test_a_padding_token_that_there_is_not(
     said = capsys.readouterr().err
     assert "transformers" not in said
     for name in ("pad_token_id", "bos_token_id"):
-        assert f"warning: {theirs}: {name}: {token} is not one of the model's 270 tokens; it is omitted" in said
+        assert (
+            f"warning: {theirs}: {name}: {token} is not one of the model's 270 tokens; it is omitted" in said
+        )
     config = read_config(tmp_path / "ours")
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (None, None, 0)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").generation_config.pad_token_id is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from sparsecli.console import progress, say
 from sparsecli.convert.methods import METHODS, method_of
 from sparsecli.convert.methods.attention import fit_projection
-from sparsecli.convert.methods.base import FitOptions
+from sparsecli.convert.methods.base import FitOptions, Method
 from sparsecli.convert.methods.calibration import ResidualStreams, fit_blockwise, record_inputs
 from sparsecli.convert.methods.refit import refit_layer
 from sparsecli.convert.methods.rounding import round_second_order, second_moment
@@ -59,29 +61,15 @@ def fit_model(
     """
     options.generator.manual_seed(options.generator.initial_seed())  # independent of earlier fits
     spec = model.config.spec
-    name = method_of(spec.feed_forward)
-    method = METHODS[name] if name else None
     replaces_attention = spec.attention != dense.config.spec.attention
     fits_attention = (replaces_attention or bool(spec.low_bit.projection)) and not fitted
     fits_head = isinstance(model.head, LowBitLinear) and not fitted
-    errors: list[dict[str, float]] = []
+    name = method_of(spec.feed_forward)
+    blocks = _BlockFit(METHODS[name] if name else None, options, fits_attention, refit, fitted)
     with progress("refitting layers" if fitted else "fitting layers", spec.layers + fits_head) as bar:
 
-        def fit_block(
-            theirs: ScalingTransformerBlock,
-            ours: ScalingTransformerBlock,
-            streams: ResidualStreams,
-            targets: list[Tensor],
-        ) -> None:
-            if fits_attention:
-                errors.append(_fit_attention(theirs, ours, streams))
-            if method is not None:
-                x, before = _feed_forward_inputs(ours, streams)
-                if not fitted:
-                    assert isinstance(theirs.feed_forward, DenseFeedForward)
-                    method.fit(theirs.feed_forward, ours.feed_forward, x, options)
-                if refit and method.recovers:
-                    _refit_feed_forward(ours.feed_forward, x, before, targets)
+        def fit_block(*block: Any) -> None:
+            blocks.fit(*block)
             bar.advance()
 
         head_inputs = fit_blockwise(dense, model, batches, fit_block, with_dense=refit)
@@ -89,7 +77,39 @@ def fit_model(
             _fit_head(dense, model, head_inputs)
             bar.advance()
     if replaces_attention and not fitted:
-        _report_attention_errors(errors)
+        _report_attention_errors(blocks.attention_errors)
+
+
+@dataclass
+class _BlockFit:
+    """The fit of one block after another."""
+
+    method: Method | None
+    options: FitOptions
+    fits_attention: bool
+    refit: bool
+    fitted: bool
+    attention_errors: list[dict[str, float]] = field(default_factory=list)
+    """By block and projection."""
+
+    def fit(
+        self,
+        dense: ScalingTransformerBlock,
+        block: ScalingTransformerBlock,
+        streams: ResidualStreams,
+        targets: list[Tensor],
+    ) -> None:
+        """Fit attention and the feed-forward layer of `block`: see `fit_blockwise`."""
+        if self.fits_attention:
+            self.attention_errors.append(_fit_attention(dense, block, streams))
+        if self.method is None:
+            return
+        x, before = _feed_forward_inputs(block, streams)
+        if not self.fitted:
+            assert isinstance(dense.feed_forward, DenseFeedForward)
+            self.method.fit(dense.feed_forward, block.feed_forward, x, self.options)
+        if self.refit and self.method.recovers:
+            _refit_feed_forward(block.feed_forward, x, before, targets)
 
 
 def _refit_feed_forward(layer: nn.Module, x: Tensor, before: Tensor, targets: list[Tensor]) -> None:
