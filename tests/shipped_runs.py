@@ -15,7 +15,6 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecli import cli
-from sparsecli.convert import conversion
 from sparsecli.data import corpus
 from sparsecli.recipe.loader import load
 
@@ -85,7 +84,7 @@ def settle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def move_in(folder: Path, library: Path, patch: pytest.MonkeyPatch) -> None:
     """Work in `folder`, with that library, until `patch` is undone."""
     patch.chdir(folder)
-    patch.setattr(conversion, "ROUNDS", 1)
+    patch.setattr("sparsecli.convert.run.ROUNDS", 1)
     patch.setenv("SPARSECLI_CACHE", str(folder / "cache"))
     patch.setattr(corpus, "sysconfig", SimpleNamespace(get_path=lambda name: str(library)))
 

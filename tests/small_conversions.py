@@ -55,5 +55,5 @@ def search(loaded: LoadedRecipe, budget: str, *overrides: str) -> LoadedRecipe:
 
 
 def losses(report: Report) -> dict[str, float]:
-    """Held-out nats a token by stage."""
+    """Held-out loss (nats/token) by stage."""
     return {stage.name: stage.loss.nats_per_token for stage in report.stages}

@@ -7,15 +7,17 @@ import shutil
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from small_conversions import losses, search, trained
 
 from sparsecli.console import Failure, Mismatch, RecipeError
-from sparsecli.convert import command, conversion
-from sparsecli.convert.conversion import check_written
-from sparsecli.convert.text import Text
+from sparsecli.convert import command
+from sparsecli.convert.candidates import list_candidates
+from sparsecli.convert.run import check_written
+from sparsecli.convert.text import ConversionText
 from sparsecli.data.tokenization import END_OF_TEXT
 from sparsecli.decode.native import binding
 from sparsecli.model.configuration import ScalingTransformerConfig
@@ -35,7 +37,7 @@ def dense_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRecipe, P
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSECLI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(conversion, "ROUNDS", 1)
+    monkeypatch.setattr("sparsecli.convert.run.ROUNDS", 1)
 
 
 def test_given_layers_recover_most_of_the_loss(
@@ -51,8 +53,8 @@ def test_given_layers_recover_most_of_the_loss(
     assert stages["distilled"] < stages["dense"] * 1.1
     assert report.result.loss.nats_per_token == pytest.approx(stages["distilled"], abs=0.02)
     assert report.kept_fraction_by_layer == pytest.approx([0.25, 0.25])
-    assert report.result.bytes_per_token < report.rows[1].bytes_per_token
-    assert [row.name for row in report.rows[:3]] == [
+    assert report.result.bytes_per_token < report.models[1].bytes_per_token
+    assert [row.name for row in report.models[:3]] == [
         "dense, bfloat16",
         "dense, int8",
         "dense, 4 bit, nearest",
@@ -90,10 +92,13 @@ def test_windows_begin_as_generate_begins_a_text(
         "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [0], "tokens": [END_OF_TEXT]}},
     }
     (folder / "tokenizer.json").write_text(json.dumps(fields))
-    read: list[Text] = []
-    monkeypatch.setattr(
-        command, "Conversion", lambda *given: SimpleNamespace(run=lambda found: read.append(given[6]))
-    )
+    read: list[ConversionText] = []
+
+    def conversion(**given: Any) -> SimpleNamespace:
+        read.append(given["text"])
+        return SimpleNamespace(run=lambda _: SimpleNamespace(show=lambda _: None))
+
+    monkeypatch.setattr(command, "Conversion", conversion)
     config = json.loads((folder / "config.json").read_text())
     for origin in ({"source": "theirs"}, None):
         (folder / "config.json").write_text(json.dumps({**config, "origin": origin}))
@@ -117,9 +122,9 @@ def test_of_a_model_that_is_sparse_and_has_an_encoder_the_encoder_is_told() -> N
     assert model
     assert convert
     with pytest.raises(
-        RecipeError, match=r"^r\.yaml: convert\.model: it has an encoder; decoders of one stream"
+        RecipeError, match=r"^r\.yaml: convert\.model: it has an encoder; only decoders with one"
     ):
-        command._candidates(model, convert, "r.yaml")
+        list_candidates(model, convert, "r.yaml")
 
 
 def test_a_search_keeps_its_budget(
@@ -131,22 +136,22 @@ def test_a_search_keeps_its_budget(
     loaded, dense = dense_run
     report = command.run(search(loaded, "perplexity +3 %"), model=str(dense), output=tmp_path / "found")
     assert report
-    assert report.result.loss.perplexity_change <= 0.03
-    assert report.result.bytes_per_token < report.rows[1].bytes_per_token
-    assert {each.name.split()[0].strip(",") for each in report.considered} == {
+    assert report.result.loss.perplexity_increase <= 0.03
+    assert report.result.bytes_per_token < report.models[1].bytes_per_token
+    assert {each.name.split()[0].strip(",") for each in report.candidates} == {
         "precision",
         "selector",
         "controller",
         "exact",
     }
-    assert report.distilled_tokens == 0  # the budget was kept without
+    assert report.distillation_tokens == 0  # the budget was kept without
     told = capsys.readouterr().err
     for stage in (
         *("tokenizing: 40/40", "the dense model on tuning text: 16/16", "fitting layers: 2/2"),
         *("precision, 8 of 16 units: 16/16", "attention 4 bit: 16/16", "logits in 4 bits: 16/16"),
         *(
             "on tuning text: 16/16",
-            "checking dense, int8 in the engine: ",
+            "evaluating dense, int8 in the engine: ",
             "loading the models to measure: 4/4",
         ),
     ):
@@ -177,13 +182,13 @@ def test_low_rank_attention_alone(
     report = command.run(changed, model=str(dense), output=tmp_path / "low")
     assert report
     assert report.method == "dense, attention rank 12"
-    assert report.result.loss.perplexity_change < 0.05
-    assert report.result.bytes_per_token < report.rows[1].bytes_per_token
+    assert report.result.loss.perplexity_increase < 0.05
+    assert report.result.bytes_per_token < report.models[1].bytes_per_token
     told = capsys.readouterr().err
-    assert "attention, squared errors of outputs: blocks 0-0: query " in told
+    assert "relative squared error of attention projections: blocks 0-0: query " in told
     model, _ = load_model(tmp_path / "low" / "model")
     assert isinstance(model.model.layers[0].attention.projection.query, LowRank)
-    with pytest.raises(RecipeError, match="not made by dense maps any more"):
+    with pytest.raises(RecipeError, match="attention is not made of dense layers"):
         command.run(changed, model=str(tmp_path / "low"), output=tmp_path / "again")
 
 
@@ -208,11 +213,11 @@ def test_a_search_counts_what_attention_costs(
     low = search(loaded, "perplexity +5 %", *overrides, "convert.attention={kind: low_rank, rank: 12}")
     report = command.run(low, model=str(dense), output=tmp_path / "low")
     assert report
-    assert report.result.loss.perplexity_change <= 0.05
-    assert all("attention rank 12" in each.name for each in report.considered)
+    assert report.result.loss.perplexity_increase <= 0.05
+    assert all("attention rank 12" in each.name for each in report.candidates)
 
     bad = search(loaded, "perplexity +0.1 %", *overrides, "convert.attention.kind=multiplicative")
-    with pytest.raises(Mismatch, match=r"nothing keeps perplexity \+0\.1 %; `budget: .*` would hold"):
+    with pytest.raises(Mismatch, match=r"no candidate meets perplexity \+0\.1 %; `budget: .*` can be met"):
         command.run(bad, model=str(dense), output=tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
 
@@ -226,12 +231,12 @@ def test_units_that_exact_skips_are_counted(
     assert report
     assert report.kept_fraction_by_layer
     assert 0 < max(report.kept_fraction_by_layer) < 1
-    (planned,) = report.considered
+    (planned,) = report.candidates
     assert report.result.bytes_per_token < planned.bytes_per_token  # which knows no count
 
 
 def test_an_output_without_a_name(dense_run: tuple[LoadedRecipe, Path]) -> None:
-    with pytest.raises(Failure, match=r"--output has to name the folder itself"):
+    with pytest.raises(Failure, match=r"--output must name the folder itself"):
         command.run(dense_run[0], model=str(dense_run[1]), output=Path("."))
 
 
@@ -266,7 +271,7 @@ def test_layers_that_do_not_fit(
 @pytest.mark.parametrize(
     ("units", "overrides", "message"),
     [
-        (40, [], "40 units are no whole blocks of 16"),
+        (40, [], "40 units are not a multiple of 16"),
         (
             64,
             ["convert.quantization={head: 4, projection: 3}"],
@@ -298,7 +303,9 @@ def test_two_streams_are_not_converted(dense_run: tuple[LoadedRecipe, Path], tmp
     assert loaded.recipe.model
     spec = ModelSpec(**loaded.recipe.model.model_dump() | {"residual": "reversible"})
     ScalingTransformerConfig.from_spec(spec).save_pretrained(tmp_path / "dense")
-    with pytest.raises(RecipeError, match="it is reversible; decoders of one stream are converted"):
+    with pytest.raises(
+        RecipeError, match="it is reversible; only decoders with one residual stream can be converted"
+    ):
         command.run(loaded, model=str(tmp_path / "dense"), output=tmp_path / "found")
 
 
@@ -337,7 +344,7 @@ def test_a_model_must_be_named(dense_run: tuple[LoadedRecipe, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["convert.calibration_tokens=10000000"], r"tokens to calibrate on, but .* ask for 10,000,512"),
+        (["convert.calibration_tokens=10000000"], r"training tokens, but .* ask for 10,000,512"),
         (['data.paths=["TEXTS/../noise/*.txt"]'], "hardly better than by chance"),
     ],
 )

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsecli.convert.attention import fit_map, low_rank, output_error, repeated
-from sparsecli.convert.plan import with_attention
-from sparsecli.convert.rounding import second_moment
+from sparsecli.convert.candidates import with_attention
+from sparsecli.convert.methods.attention import fit_projection, low_rank_factors, output_error, repeat_heads
+from sparsecli.convert.methods.rounding import second_moment
 from sparsecli.model.layers.attention import LowRank
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.sizes import count_parameters
@@ -46,7 +46,7 @@ def test_the_error_falls_with_rank_and_a_full_rank_is_exact() -> None:
     errors = []
     for rank in (2, 6, 12, 24):
         made = LowRank(WIDTH, 24, rank, bias=True, bits=None)
-        told = fit_map(made, dense, second_moment(x))
+        told = fit_projection(made, dense, second_moment(x))
         errors.append(lost(made, dense(x), dense.bias, x))
         assert told == pytest.approx(errors[-1], rel=1e-3, abs=1e-6)
     assert errors == sorted(errors, reverse=True)
@@ -57,7 +57,7 @@ def test_the_error_falls_with_rank_and_a_full_rank_is_exact() -> None:
 @torch.no_grad()
 def test_inputs_decide_what_low_rank_keeps() -> None:
     x, weight = inputs(), linear().weight
-    first, second = low_rank(weight, second_moment(x), 8)
+    first, second = low_rank_factors(weight, second_moment(x), 8)
     left, size, right = torch.linalg.svd(weight)
     plain = left[:, :8] * size[:8] @ right[:8]
     moment = second_moment(x)
@@ -68,8 +68,8 @@ def test_inputs_decide_what_low_rank_keeps() -> None:
 def test_quantized_low_rank_is_nearly_as_good() -> None:
     x, dense = inputs(), linear(24)
     exact, rounded = (LowRank(WIDTH, 24, 12, bias=True, bits=bits) for bits in (None, 4))
-    best = fit_map(exact, dense, second_moment(x))
-    told = fit_map(rounded, dense, second_moment(x))
+    best = fit_projection(exact, dense, second_moment(x))
+    told = fit_projection(rounded, dense, second_moment(x))
     assert best < told < best + 0.02
     assert lost(rounded, dense(x), dense.bias, x) == pytest.approx(told, rel=1e-2)
 
@@ -80,7 +80,7 @@ def test_a_multiplicative_map_is_found_again() -> None:
     hidden = MultiplicativeDense(WIDTH, WIDTH, 4)
     dense.weight.copy_(hidden.matrix)
     made = MultiplicativeDense(WIDTH, WIDTH, 4)
-    assert fit_map(made, dense, second_moment(x)) < 1e-6
+    assert fit_projection(made, dense, second_moment(x)) < 1e-6
     torch.testing.assert_close(made(x), dense(x), atol=1e-3, rtol=1e-3)
 
 
@@ -89,19 +89,19 @@ def test_a_multiplicative_fit_sees_the_inputs() -> None:
     x, dense = inputs(), linear()
     moment = second_moment(x)
     blind, made = MultiplicativeDense(WIDTH, WIDTH, 4), MultiplicativeDense(WIDTH, WIDTH, 4)
-    fit_map(blind, dense, torch.eye(WIDTH, dtype=torch.float64))
-    error = fit_map(made, dense, moment)
+    fit_projection(blind, dense, torch.eye(WIDTH, dtype=torch.float64))
+    error = fit_projection(made, dense, moment)
     assert error < 0.7 * output_error(blind.matrix, dense.weight, moment)
     assert error == pytest.approx(lost(made, dense(x), dense.bias, x), rel=1e-3)
 
 
 @torch.no_grad()
-def test_grouped_heads_are_repeated() -> None:
+def test_grouped_heads_are_repeat_heads() -> None:
     dense = linear(16)  # two heads, for four of queries
     made = MultiplicativeDense(WIDTH, WIDTH, 4)
-    fit_map(made, dense, second_moment(inputs()))
+    fit_projection(made, dense, second_moment(inputs()))
     torch.testing.assert_close(made.bias, dense.bias.view(2, 8).repeat_interleave(2, 0).flatten())
-    heads = repeated(dense.weight, 4, 8).view(4, 8, WIDTH)
+    heads = repeat_heads(dense.weight, 4, 8).view(4, 8, WIDTH)
     assert torch.equal(heads[0], heads[1])
     assert torch.equal(heads[2], dense.weight[8:])
 

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from sparsecli.console import Mismatch
-from sparsecli.convert import measurement
-from sparsecli.convert.calibration import Streams, inputs_of
-from sparsecli.convert.controller import captured_share, fit_controller, start_controller
-from sparsecli.convert.evaluation import Loss
-from sparsecli.convert.fitting import fit, start
-from sparsecli.convert.methods import METHODS, Options, copy_units
-from sparsecli.convert.plan import candidates, eligible, predicted, rounded_up, with_quantization
-from sparsecli.convert.refit import low_rank, refit
-from sparsecli.convert.rounding import round_to, second_moment
+from sparsecli.convert.candidates import search_space, with_quantization
+from sparsecli.convert.evaluate import HeldOutLoss, timed_lengths
+from sparsecli.convert.methods import METHODS
+from sparsecli.convert.methods.base import FitOptions, copy_units
+from sparsecli.convert.methods.calibration import ResidualStreams, record_inputs
+from sparsecli.convert.methods.controller import captured_share, fit_controller, initialize_controller
+from sparsecli.convert.methods.fitting import fit_model, initialize_from_dense
+from sparsecli.convert.methods.refit import reduced_rank_regression, refit_layer
+from sparsecli.convert.methods.rounding import round_second_order, second_moment
+from sparsecli.convert.search import loss_budget, rank_candidates, with_prediction
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward, SparseFeedForward
@@ -29,7 +30,7 @@ from sparsecli.spec.model import DEFAULT, ModelSpec, QuantizationSpec
 from sparsecli.train.controllers import unit_scores
 
 WIDTH, UNITS = 24, 64
-OPTIONS = Options(50, torch.Generator().manual_seed(0))
+OPTIONS = FitOptions(50, torch.Generator().manual_seed(0))
 
 
 def inputs(tokens: int = 4096) -> Tensor:
@@ -103,25 +104,27 @@ def test_budgets_in_nats() -> None:
     assert parse_budget("loss +2 %").nats(3.0) == pytest.approx(0.06)
     assert parse_budget("perplexity +5 %").nats(3.0) == pytest.approx(math.log(1.05))
     assert parse_budget("kept 1/4").nats(3.0) is None
-    assert rounded_up(Budget("perplexity", 0.01), math.log(1.0231), 3.0) == "perplexity +2.4 %"
-    assert rounded_up(Budget("loss", 0.01), 0.3001, 3.0) == "loss +10.1 %"
-    far = parse_budget(rounded_up(Budget("perplexity", 0.01), 50.0, 3.0))  # at once, and not step by step
+    assert loss_budget(Budget("perplexity", 0.01), math.log(1.0231), 3.0) == "perplexity +2.4 %"
+    assert loss_budget(Budget("loss", 0.01), 0.3001, 3.0) == "loss +10.1 %"
+    far = parse_budget(loss_budget(Budget("perplexity", 0.01), 50.0, 3.0))  # at once, and not step by step
     assert far.nats(3.0) == pytest.approx(50)
 
 
 def test_paired_losses() -> None:
     dense = np.array([1.0, 5.0, 3.0])
-    loss = Loss.of(dense + np.array([0.1, 0.1, 0.1]), dense)
-    assert loss.change == pytest.approx(0.1)
+    loss = HeldOutLoss.paired(dense + np.array([0.1, 0.1, 0.1]), dense)
+    assert loss.increase == pytest.approx(0.1)
     assert loss.standard_error == pytest.approx(0, abs=1e-9)  # the windows differ, their differences do not
-    assert loss.perplexity_change == pytest.approx(math.expm1(0.1))
-    assert loss.loss_change == pytest.approx(0.1 / 3)
-    assert Loss.of(dense[:1], dense[:1]).standard_error is None  # and not NaN, which JSON cannot hold
+    assert loss.perplexity_increase == pytest.approx(math.expm1(0.1))
+    assert loss.relative_increase == pytest.approx(0.1 / 3)
+    assert (
+        HeldOutLoss.paired(dense[:1], dense[:1]).standard_error is None
+    )  # and not NaN, which JSON cannot hold
 
 
 @pytest.mark.parametrize("positions", [2, 3, 8, 10, 11, 73, 74, 4096])
 def test_speed_is_measured_in_contexts_of_any_length(positions: int) -> None:
-    context, warmup, steps = measurement._tokens(positions)
+    context, warmup, steps = timed_lengths(positions)
     assert context + warmup + steps <= positions
     assert context >= 1 <= steps
     assert warmup >= 0
@@ -138,7 +141,7 @@ def test_second_order_rounding_keeps_products_better(bits: int) -> None:
     weight = torch.randn(40, 150)
     nearest, second_order = QuantizedMatrix(40, 150, bits), QuantizedMatrix(40, 150, bits)
     nearest.copy_(weight)
-    round_to(second_order, weight, second_moment(x))
+    round_second_order(second_order, weight, second_moment(x))
     wanted = x @ weight.T
 
     def lost(matrix: QuantizedMatrix) -> float:
@@ -151,7 +154,7 @@ def test_second_order_rounding_keeps_products_better(bits: int) -> None:
 def test_rounding_of_inputs_that_are_all_zero() -> None:
     matrix = QuantizedMatrix(8, 70, 4)
     weight = torch.randn(8, 70)
-    round_to(matrix, weight, torch.zeros(70, 70, dtype=torch.float64))
+    round_second_order(matrix, weight, torch.zeros(70, 70, dtype=torch.float64))
     assert (matrix.weight - weight).abs().max() < 0.3
 
 
@@ -218,7 +221,7 @@ def test_fitting_a_controller_finds_the_units_that_matter(rank: int, least: floa
     x = inputs()
     scores = unit_scores(sparse, x)
     by_chance = captured_share(sparse, x, scores)
-    start_controller(sparse, x)
+    initialize_controller(sparse, x)
     started = captured_share(sparse, x, scores)
     fitted = fit_controller(sparse, x, steps=200, generator=torch.Generator().manual_seed(0))
     assert by_chance < 0.6 < started
@@ -232,7 +235,7 @@ def test_fitting_a_controller_finds_the_units_that_matter(rank: int, least: floa
 def test_low_rank_finds_a_map_of_that_rank() -> None:
     torch.manual_seed(0)
     x, first, second = torch.randn(500, 12), torch.randn(3, 12), torch.randn(7, 3)
-    found_first, found_second = low_rank(x, x @ first.T @ second.T, torch.ones(500), 3)
+    found_first, found_second = reduced_rank_regression(x, x @ first.T @ second.T, torch.ones(500), 3)
     assert found_first.shape == (3, 12)
     torch.testing.assert_close(found_second @ found_first, second @ first, atol=0.05, rtol=0.05)
 
@@ -242,7 +245,7 @@ def test_refit_makes_up_for_units_left_out(name: str) -> None:
     dense, x = dense_layer("silu", gated=True), inputs()
     layer = converted(name, dense, 4, x)
     before = error(layer, dense, inputs(6000)[4096:])
-    assert refit(layer, x, dense(x), torch.ones(len(x)))
+    assert refit_layer(layer, x, dense(x), torch.ones(len(x)))
     assert error(layer, dense, inputs(6000)[4096:]) < 0.97 * before
 
 
@@ -252,7 +255,7 @@ def test_inputs_that_are_all_zero_leave_everything_finite(name: str) -> None:
     x = torch.zeros(512, WIDTH)
     layer = converted(name, dense, 4, x)
     assert isinstance(layer, ChosenUnits)
-    refit(layer, x, dense(x), torch.ones(len(x)))
+    refit_layer(layer, x, dense(x), torch.ones(len(x)))
     assert all(torch.isfinite(value.float()).all() for value in layer.state_dict().values())
 
 
@@ -260,7 +263,7 @@ def test_refit_changes_nothing_where_nothing_is_to_gain() -> None:
     dense, x = dense_layer("silu", gated=True), inputs(256)
     layer = converted("selector", dense, 16, x)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    assert not refit(layer, x, dense(x), torch.ones(len(x)))
+    assert not refit_layer(layer, x, dense(x), torch.ones(len(x)))
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
@@ -288,9 +291,9 @@ def test_streams_are_those_of_the_model(parallel: bool) -> None:
     ids = torch.randint(0, 300, (2, 16))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted = model.model(ids, output_hidden_states=True).hidden_states
-        streams = Streams(model, list(ids.split(1)))
+        streams = ResidualStreams(model, list(ids.split(1)))
         torch.testing.assert_close(torch.cat(streams.x), wanted[0])
-        with inputs_of(model.model.layers[0].feed_forward) as seen:
+        with record_inputs(model.model.layers[0].feed_forward) as seen:
             streams.x = streams.through(model.model.layers[0])
     torch.testing.assert_close(torch.cat(streams.x), wanted[1], atol=0.02, rtol=0.02)
     assert torch.cat(seen).shape == (32, 32)
@@ -303,9 +306,9 @@ def test_a_quantized_model_stays_close(parallel: bool) -> None:
     spec = with_quantization(model.config.spec, QuantizationSpec(projection=4, head=4))
     assert isinstance(spec.feed_forward, DenseFeedForwardSpec)
     layer = METHODS["precision"].spec(spec.feed_forward, 32, 2, 8)
-    small = start(model, spec.model_copy(update={"feed_forward": layer}))
+    small = initialize_from_dense(model, spec.model_copy(update={"feed_forward": layer}))
     ids = torch.randint(0, 300, (16, 32))
-    fit(model, small, list(ids.split(4)), OPTIONS, refit=False)
+    fit_model(model, small, list(ids.split(4)), OPTIONS, refit=False)
     wanted, found = model(ids).logits, small(ids).logits
     assert not small.config.spec.tied
     assert ((found - wanted).square().mean() / wanted.var()).item() < 0.05
@@ -317,7 +320,7 @@ def test_all_but_what_is_fitted_is_kept() -> None:
     spec = model.config.spec
     assert isinstance(spec.feed_forward, DenseFeedForwardSpec)
     layer = METHODS["selector"].spec(spec.feed_forward, 32, 4, 8)
-    sparse = start(model, spec.model_copy(update={"feed_forward": layer})).state_dict()
+    sparse = initialize_from_dense(model, spec.model_copy(update={"feed_forward": layer})).state_dict()
     kept = {name: value for name, value in model.state_dict().items() if ".feed_forward." not in name}
     assert len(kept) == 16
     for name, value in kept.items():
@@ -329,27 +332,28 @@ def test_all_but_what_is_fitted_is_kept() -> None:
 
 def test_a_plan_keeps_its_budget_with_the_fewest_bytes() -> None:
     spec = dense_model().config.spec
-    found = candidates(spec, ["precision", "selector"], 8, "int8", None, distils=True)
+    found = search_space(spec, ["precision", "selector"], 8, "int8", None, distils=True)
     assert len({each.name for each in found}) == len(found)
     layers = {("precision", k): 0.1 / (k + 1) for k in (0, 1, 2, 4, 8)}
     layers |= {("selector", k): 1.0 / k for k in (12, 8, 6, 4, 2)}
     known = [
-        predicted(each, layers, 0.02 if each.spec.quantization.projection else 0, head=0.01) for each in found
+        with_prediction(each, layers, 0.02 if each.spec.quantization.projection else 0, head=0.01)
+        for each in found
     ]
-    chosen = eligible(known, Budget("loss", 0.02), dense_loss=3.0)
+    chosen = rank_candidates(known, Budget("loss", 0.02), dense_loss=3.0)
     assert chosen
-    assert all(each.expected <= 0.06 for each in chosen)
+    assert all(each.expected_increase <= 0.06 for each in chosen)
     assert [each.bytes_per_token for each in chosen] == sorted(each.bytes_per_token for each in chosen)
     rest = [each for each in known if each not in chosen]
     assert any(each.bytes_per_token < chosen[0].bytes_per_token for each in rest)
 
-    small = eligible(known, Budget("kept", 0.25), dense_loss=3.0)
+    small = rank_candidates(known, Budget("kept", 0.25), dense_loss=3.0)
     assert max(each.spec.kept_fraction for each in small) == 0.25
-    assert small[0].expected == min(each.expected for each in small)
+    assert small[0].expected_increase == min(each.expected_increase for each in small)
 
     for narrow in (Budget("perplexity", 0.001), Budget("bytes", 1.0), Budget("kept", 0.0)):
         least = [each for each in known if narrow.kind != "kept" or each.method == "selector"]
-        with pytest.raises(Mismatch, match="nothing keeps") as raised:
-            eligible(least, narrow, dense_loss=3.0)
+        with pytest.raises(Mismatch, match="no candidate meets") as raised:
+            rank_candidates(least, narrow, dense_loss=3.0)
         nearest = parse_budget(raised.value.message.split("`")[1].removeprefix("budget: "))
-        assert eligible(least, nearest, dense_loss=3.0)
+        assert rank_candidates(least, nearest, dense_loss=3.0)

@@ -15,10 +15,10 @@ import torch
 from sparsecli.bench import peers as bench_peers
 from sparsecli.bench.random_weights import empty_model
 from sparsecli.console import Failure
-from sparsecli.convert import command, conversion
-from sparsecli.convert.evaluation import Loss
-from sparsecli.convert.peers import NAMES, check_names, usable
-from sparsecli.convert.report import Report, Row
+from sparsecli.convert import command
+from sparsecli.convert.command import PEER_NAMES, check_peer_names, measures_llama
+from sparsecli.convert.evaluate import HeldOutLoss
+from sparsecli.convert.report import MeasuredModel, Report
 from sparsecli.data.packing import Windows
 from sparsecli.decode.native import binding
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
@@ -133,37 +133,39 @@ def test_what_llama_cpp_refuses_is_one_line(tmp_path: Path) -> None:
 @needs_llama
 def test_another_model_in_the_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsecli.bench.peers import llama_file
-    from sparsecli.convert import llama
+    from sparsecli.convert import llama_cpp
 
     windows = Windows(np.arange(64) * 37 % 300, 32)
-    assert len(llama.contenders(tmp_path, model_of(), windows, 1)) == 4
+    assert len(llama_cpp.llama_contenders(tmp_path, model_of(), windows, 1)) == 4
     monkeypatch.setattr(llama_file, "_in_their_order", lambda name, values, spec: values)
-    with pytest.raises(Failure, match=r"its float16 file is not our model: its perplexity is .*% from ours"):
-        llama.contenders(tmp_path, model_of(), windows, 1)
+    with pytest.raises(
+        Failure, match=r"its float16 file does not match our model: its perplexity differs by .*%"
+    ):
+        llama_cpp.llama_contenders(tmp_path, model_of(), windows, 1)
 
 
 @needs_llama
 def test_rows_that_blocks_do_not_divide_are_float16_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sparsecli.convert import llama
+    from sparsecli.convert import llama_cpp
 
     model = model_of(d_model=72, heads=2, attention={"bias": False})
-    [only] = llama.contenders(tmp_path, model, Windows(np.arange(64) * 37 % 300, 32), 1)
+    [only] = llama_cpp.llama_contenders(tmp_path, model, Windows(np.arange(64) * 37 % 300, 32), 1)
     assert only.name == "llama.cpp, float16"
     told = " ".join(capsys.readouterr().err.split())
-    assert "measured in float16 alone: its blocks of 32 weights do not divide rows of 72" in told
+    assert "measured only in float16: its blocks of 32 weights do not divide rows of 72" in told
 
 
 # -- choosing ------------------------------------------------------------------------------------------------
 
 
 def test_the_recipe_knows_the_same_peers() -> None:
-    assert ConvertSpec.model_json_schema()["properties"]["peers"]["items"]["const"] == NAMES[0]
+    assert ConvertSpec.model_json_schema()["properties"]["peers"]["items"]["const"] == PEER_NAMES[0]
     with pytest.raises(Failure, match=r"--peer: 'openvino' is not one of llama\.cpp") as caught:
-        check_names(["llama.cpp", "openvino"])
+        check_peer_names(["llama.cpp", "openvino"])
     assert caught.value.exit_code == 2
-    assert check_names(["llama.cpp", "llama.cpp"]) == ["llama.cpp"]
+    assert check_peer_names(["llama.cpp", "llama.cpp"]) == ["llama.cpp"]
 
 
 @needs_llama
@@ -184,7 +186,7 @@ def test_models_that_cannot_be_written(
     changes: dict[str, Any], why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = ModelSpec.model_validate({**LLAMA, **changes})
-    assert not usable(["llama.cpp"], spec)
+    assert not measures_llama(["llama.cpp"], spec)
     told = " ".join(capsys.readouterr().err.split())
     assert f"llama.cpp is not measured: no file can be written for it of a model with {why}" in told
 
@@ -194,9 +196,9 @@ def test_without_llama_cpp_one_line_says_so(
 ) -> None:
     monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda package: None)
     spec = ModelSpec.model_validate(LLAMA)
-    assert not usable([], spec)
+    assert not measures_llama([], spec)
     assert capsys.readouterr().err == ""
-    assert not usable(["llama.cpp"], spec)
+    assert not measures_llama(["llama.cpp"], spec)
     told = " ".join(capsys.readouterr().err.split())
     assert "llama.cpp is not measured: it is not installed; pip install 'sparsecli[peers-llama-cpp]'" in told
 
@@ -204,15 +206,15 @@ def test_without_llama_cpp_one_line_says_so(
 # -- the report ----------------------------------------------------------------------------------------------
 
 
-def report_of(*rows: Row) -> Report:
-    return Report("dense", "sparse", None, "precision, 1/16", 1, 1, 0, 0.1, None, 1, 1.0, rows=list(rows))
+def report_of(*models: MeasuredModel) -> Report:
+    return Report("dense", "sparse", None, "precision, 1/16", 1, 1, 0, 0.1, None, 1, 1.0, models=list(models))
 
 
 def test_a_peer_can_be_preferred() -> None:
-    dense = Row("dense, bfloat16", Loss(3.0, 0.0, 0.0), 100, 4.0, 1.0)
-    ours = Row("precision", Loss(3.1, 0.1, 0.0), 40, 2.0, 1.0, converted=True)
-    slower = Row("llama.cpp, q8_0", Loss(3.0, 0.0, 0.0), 50, 2.5, 1.0, peer=True)
-    faster = Row("llama.cpp, q4_0", Loss(3.1, 0.1, 0.0), 30, 1.5, 1.0, peer=True)
+    dense = MeasuredModel("dense, bfloat16", HeldOutLoss(3.0, 0.0, 0.0), 100, 4.0, 1.0)
+    ours = MeasuredModel("precision", HeldOutLoss(3.1, 0.1, 0.0), 40, 2.0, 1.0, converted=True)
+    slower = MeasuredModel("llama.cpp, q8_0", HeldOutLoss(3.0, 0.0, 0.0), 50, 2.5, 1.0, peer=True)
+    faster = MeasuredModel("llama.cpp, q4_0", HeldOutLoss(3.1, 0.1, 0.0), 30, 1.5, 1.0, peer=True)
     assert report_of(dense, ours, slower).verdict.endswith("; llama.cpp, q8_0: 1.60x at +0.00%")
     assert report_of(dense, ours, slower, faster).verdict.endswith(
         "; llama.cpp, q4_0 is faster and no worse: prefer it"
@@ -259,7 +261,7 @@ def convert(
 ) -> Callable[[], Report]:
     """Converts the run."""
     monkeypatch.setenv("SPARSECLI_CACHE", str(dense_run[1].parent / "cache"))
-    monkeypatch.setattr(conversion, "ROUNDS", 1)
+    monkeypatch.setattr("sparsecli.convert.run.ROUNDS", 1)
 
     def run() -> Report:
         report = command.run(dense_run[0], model=str(dense_run[1]), output=tmp_path / "converted")
@@ -274,18 +276,18 @@ def convert(
 @needs_engine
 def test_rows_of_llama_cpp_stand_beside_ours(convert: Callable[[], Report], tmp_path: Path) -> None:
     report = convert()
-    theirs = {row.name: row for row in report.rows if row.peer}
+    theirs = {row.name: row for row in report.models if row.peer}
     assert list(theirs) == [f"llama.cpp, {dtype}" for dtype in ("float16", "q8_0", "q4_0", "q4_k_m")]
-    assert report.rows[3] is report.result
-    assert theirs["llama.cpp, float16"].loss.change == pytest.approx(0, abs=2e-3)
-    assert theirs["llama.cpp, q8_0"].loss.change == pytest.approx(0, abs=1e-2)
+    assert report.models[3] is report.result
+    assert theirs["llama.cpp, float16"].loss.increase == pytest.approx(0, abs=2e-3)
+    assert theirs["llama.cpp, q8_0"].loss.increase == pytest.approx(0, abs=1e-2)
     float16, q8_0 = (theirs[f"llama.cpp, {dtype}"].bytes_per_token for dtype in ("float16", "q8_0"))
     assert q8_0 / float16 == pytest.approx(34 / 64, rel=0.02)
     assert all(row.ms_per_token > 0 and row.prompt_ms_per_token > 0 for row in theirs.values())
     assert "q8_0" in theirs["llama.cpp, q8_0"].settings
 
     written = json.loads((tmp_path / "converted" / "report.json").read_text())
-    assert [row["peer"] for row in written["rows"]] == [False] * 4 + [True] * 4
+    assert [row["peer"] for row in written["models"]] == [False] * 4 + [True] * 4
     assert "| llama.cpp, q4_k_m |" in (tmp_path / "converted" / "report.md").read_text()
     assert "llama.cpp" in report.verdict
 
@@ -297,5 +299,5 @@ def test_a_full_disk_leaves_the_peer_out(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     report = convert()
-    assert not any(row.peer for row in report.rows)
+    assert not any(row.peer for row in report.models)
     assert "0.0 GB are free; make room" in " ".join(capsys.readouterr().err.split())

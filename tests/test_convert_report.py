@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from sparsecli.console import Failure, RecipeError
 from sparsecli.convert import command
-from sparsecli.convert.evaluation import Loss
-from sparsecli.convert.report import Report, Row, Stage
+from sparsecli.convert.evaluate import HeldOutLoss
+from sparsecli.convert.report import MeasuredModel, Report, StageLoss
 from sparsecli.decode.native import binding
 from sparsecli.recipe.loader import LoadedRecipe, load
 
@@ -57,8 +57,8 @@ def test_a_plan_comes_in_every_format(
     rows = list(csv.DictReader(io.StringIO(shown["csv"])))
     assert {row["candidate"]: int(row["bytes_per_token"]) for row in rows} == sizes
     assert len(sizes) == 20
-    assert "| held out | at most 512 tokens of 5.0% of the documents |" in shown["markdown"]
-    told = "| distillation | 10,240 tokens, none if the budget is kept without |"
+    assert "| held-out text | at most 512 tokens of 5.0% of the documents |" in shown["markdown"]
+    told = "| distillation | 10,240 tokens, skipped if the budget is met without |"
     assert told in shown["markdown"]
     assert "| precision, 0/16 |" in shown["markdown"]
 
@@ -92,20 +92,24 @@ def report(
     dense_ms: float = 1.0, dense_change: float = 0.01, error: float | None = 0.002, budget: str | None = None
 ) -> Report:
     """A dense row that is compared with a converted one of 2 ms, which costs 0.008 nats."""
-    rows = [
-        Row("dense, bfloat16", Loss(3.0, -1e-9, 0.0), 4_000_000, 4.0, 1.0),
-        Row("dense, int8", Loss(3.0 + dense_change, dense_change, error), 2_000_000, dense_ms, 1.0),
-        Row("precision, 1/16", Loss(3.008, 0.008, error), 1_000_000, 2.0, 1.0, converted=True),
+    models = [
+        MeasuredModel("dense, bfloat16", HeldOutLoss(3.0, -1e-9, 0.0), 4_000_000, 4.0, 1.0),
+        MeasuredModel(
+            "dense, int8", HeldOutLoss(3.0 + dense_change, dense_change, error), 2_000_000, dense_ms, 1.0
+        ),
+        MeasuredModel(
+            "precision, 1/16", HeldOutLoss(3.008, 0.008, error), 1_000_000, 2.0, 1.0, converted=True
+        ),
     ]
-    stages = [Stage("fitted", Loss(3.008, 0.008, error))]
+    stages = [StageLoss("fitted", HeldOutLoss(3.008, 0.008, error))]
     facts = {"source": "m", "output": "o", "method": "precision, 1/16", "kept_fraction_by_layer": None}
-    counts = {"calibration_tokens": 1, "held_out_tokens": 1, "distilled_tokens": 0, "threads": 1}
+    counts = {"calibration_tokens": 1, "held_out_tokens": 1, "distillation_tokens": 0, "threads": 1}
     return Report(
         budget=budget,
         kept_fraction=1.0,
         bandwidth_gb_per_second=1.0,
         stages=stages,
-        rows=rows,
+        models=models,
         **facts,  # type: ignore[arg-type]
         **counts,  # type: ignore[arg-type]
     )
@@ -119,7 +123,7 @@ def report(
         (report(error=None), None),
         (report(error=None, dense_change=0.007), "dense, int8 is faster and no worse: prefer it"),
         (report(dense_ms=3.0), None),
-        (report(error=0.001, budget="perplexity +1.1 %"), "is faster and within the budget too: prefer it"),
+        (report(error=0.001, budget="perplexity +1.1 %"), "is faster and also within the budget: prefer it"),
         (report(error=0.001, budget="loss +0.3 %"), None),
         (report(error=0.001, budget="bytes 9 MB"), None),
     ],
@@ -135,9 +139,9 @@ def test_a_report_as_csv(capsys: pytest.CaptureFixture[str]) -> None:
     made = report(error=None)
     made.show("csv")
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [row["model"] for row in rows] == [row.name for row in made.rows]
+    assert [row["model"] for row in rows] == [row.name for row in made.models]
     assert [row["standard_error"] for row in rows] == ["0.0", "", ""]
-    assert [float(row["change"]) for row in rows] == [-1e-9, 0.01, 0.008]
+    assert [float(row["loss_increase"]) for row in rows] == [-1e-9, 0.01, 0.008]
     assert [int(row["bytes_per_token"]) for row in rows] == [4_000_000, 2_000_000, 1_000_000]
 
 
@@ -152,4 +156,4 @@ def test_a_report_as_markdown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_nothing_is_minus_zero() -> None:
-    assert str(Loss(3.0, -1e-9, 0.0)).startswith("+0.00% perplexity")
+    assert str(HeldOutLoss(3.0, -1e-9, 0.0)).startswith("+0.00% perplexity")

@@ -25,7 +25,7 @@ from sparsecli.decode.packed.file import open_packed
 from sparsecli.decode.packed.file import save as save_packed
 from sparsecli.decode.packed.folder import pack_folder, read_weights
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.interchange.shards import StoredTensors
+from sparsecli.interchange.safetensors_files import SafetensorsReader
 from sparsecli.interchange.sources import ForeignModel, open_source
 from sparsecli.model.auto import build_network
 from sparsecli.model.files import CONFIG, INDEX, PACKED, WEIGHTS, check_weights, read_description
@@ -205,7 +205,7 @@ def test_weights(name: str, folder: Path) -> None:
             continue
         refused += check(lambda: check_weights(folder, spec), content)
         check(lambda: dict(read_weights(folder)), content)
-        check(lambda: StoredTensors([folder / name]), content)
+        check(lambda: SafetensorsReader([folder / name]), content)
     assert refused > 100
 
 

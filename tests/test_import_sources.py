@@ -65,7 +65,7 @@ def refused(source: Path | str, output: Path) -> str:
     [
         ({"model_type": "gemma2"}, "model_type: 'gemma2' is not an architecture"),
         ({"model_type": None}, "model_type: None is not an architecture"),
-        ({"hidden_act": "quick_gelu"}, "hidden_act: 'quick_gelu' is not an activation"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act: 'quick_gelu' is not a supported activation"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: only weights"),
         (
             {"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
@@ -190,7 +190,9 @@ def test_a_padding_token_that_there_is_not(
     said = capsys.readouterr().err
     assert "transformers" not in said
     for name in ("pad_token_id", "bos_token_id"):
-        assert f"warning: {theirs}: {name}: {token} is none of the model's 270 tokens; it is left out" in said
+        assert (
+            f"warning: {theirs}: {name}: {token} is not one of the model's 270 tokens; it is omitted" in said
+        )
     config = read_config(tmp_path / "ours")
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (None, None, 0)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").generation_config.pad_token_id is None
@@ -229,7 +231,7 @@ def test_a_byte_order_mark(theirs: Path, tmp_path: Path) -> None:
 
 def test_an_end_token_that_there_is_not(theirs: Path, tmp_path: Path) -> None:
     (theirs / "generation_config.json").write_text('{"eos_token_id": [0, 999]}')
-    assert "eos_token_id: 999 is none of the 270 tokens" in refused(theirs, tmp_path / "ours")
+    assert "eos_token_id: 999 is not one of the 270 tokens" in refused(theirs, tmp_path / "ours")
 
 
 def test_no_tokenizer(theirs: Path, tmp_path: Path) -> None:
@@ -242,7 +244,7 @@ def test_a_full_disk(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full(*arguments: object, **options: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("sparsecli.interchange.shards.save_file", full)
+    monkeypatch.setattr("sparsecli.interchange.safetensors_files.save_file", full)
     assert "No space left on device" in refused(theirs, tmp_path / "ours")
 
 

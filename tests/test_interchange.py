@@ -19,10 +19,17 @@ from sparsecli.data.tokenization import beginning, encode
 from sparsecli.decode.native import binding
 from sparsecli.generate.backend import open_decoder
 from sparsecli.generate.decoder import DecoderOptions
-from sparsecli.interchange import exporting, importing, shards
-from sparsecli.interchange.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, Pieces, read_pieces
-from sparsecli.interchange.pieces import build as build_pieces
-from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source, read_family
+from sparsecli.interchange import exporting, importing, safetensors_files
+from sparsecli.interchange.sentencepiece_tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    SentencePieceVocabulary,
+    build_tokenizer,
+    read_sentencepiece,
+)
+from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source, read_architecture
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.files import read_description, weight_files
 from sparsecli.model.loading import load_model, load_network
@@ -94,7 +101,7 @@ def test_types_of_weights(dtype: str, kept: str, tmp_path: Path) -> None:
 
 def test_shards_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = build("gpt2", **MODELS["gpt2"][1])
-    monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(safetensors_files, "SHARD_BYTES", 40_000)
     folder = imported(original, tmp_path, max_shard_size="30KB")
     assert len(weight_files(tmp_path / "theirs")) > 3
     assert len(weight_files(folder)) > 2
@@ -114,7 +121,7 @@ def test_frequencies_are_those_of_transformers() -> None:
         (expected,) = (
             module.inv_freq for module in original.modules() if hasattr(module, "original_inv_freq")
         )
-        _, spec = read_family(original.config.to_dict())
+        _, spec = read_architecture(original.config.to_dict())
         np.testing.assert_allclose(rotary_frequencies(spec), expected.numpy(), rtol=1.2e-7)  # the last bit
 
 
@@ -182,7 +189,7 @@ def write_gguf(
     folder: Path,
     path: Path,
     ends: Sequence[int] = (),
-    pieces: Pieces | None = None,
+    pieces: SentencePieceVocabulary | None = None,
     **extra: str,
 ) -> None:
     """A model as llama.cpp stores it: Llama's pairs of a head's elements side by side, GPT-2's maps transposed."""
@@ -312,7 +319,7 @@ def test_a_gguf_file_whose_positions_transformers_does_not_read(tmp_path: Path) 
 # -- SentencePiece -------------------------------------------------------------------------------------------
 
 WORDS = ["▁▁", "▁a", "ab", "<s", "▁", "a", "b", "<", "s", ">", "/"]
-PIECES = Pieces(
+PIECES = SentencePieceVocabulary(
     ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS],
     [*(0.0 for _ in range(259)), *(-float(rank) for rank in range(len(WORDS)))],
     [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * len(WORDS)],
@@ -398,8 +405,8 @@ def test_rules_of_sentencepiece_for_spaces(
 ) -> None:
     """The ids are those of the library sentencepiece 0.2.3."""
     write_model(tmp_path / "tokenizer.model", prefix, squeezed)
-    pieces, _ = read_pieces(tmp_path / "tokenizer.model")
-    backend = build_pieces(pieces)
+    pieces, _ = read_sentencepiece(tmp_path / "tokenizer.model")
+    backend = build_tokenizer(pieces)
     texts = ["  a   ab ", "ab", "   ", ""]
     assert [backend.encode(text, add_special_tokens=False).ids for text in texts] == ids
 

@@ -1,111 +1,187 @@
-"""The search: what each part of a candidate costs on tuning text, and which candidates keep the budget."""
+"""The search: it measures what each part of a candidate adds to the loss, and ranks the candidates by a budget."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from sparsecli import console
-from sparsecli.convert.evaluation import window_losses
-from sparsecli.convert.fitting import fit, start
-from sparsecli.convert.methods import BLOCK, METHODS, Options
-from sparsecli.convert.plan import BITS, Candidate, predicted, with_quantization
-from sparsecli.convert.text import Text
+from sparsecli.console import Mismatch
+from sparsecli.convert.candidates import BITS, ConversionCandidate, with_quantization
+from sparsecli.convert.evaluate import window_losses
+from sparsecli.convert.methods import METHODS
+from sparsecli.convert.methods.base import BLOCK_SIZE, FitOptions
+from sparsecli.convert.methods.fitting import fit_model, initialize_from_dense
+from sparsecli.convert.text import ConversionText
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.recipe.budget import Budget
 from sparsecli.spec.feed_forward import DenseFeedForwardSpec
 from sparsecli.spec.model import ModelSpec, QuantizationSpec
 
-Once = Callable[[str, Callable[[], Any]], Any]
-"""See `Work.once`."""
+MARGIN = 0.9
+"""Share of a loss budget that predictions may use, because the losses of parts do not exactly add up."""
 
 
-def measure_parts(
-    dense: ScalingTransformerForCausalLM,
-    found: Sequence[Candidate],
-    text: Text,
-    rank: int,
-    options: Options,
-    reference: float,
-    once: Once,
-) -> list[Candidate]:
-    """The candidates with the changes predicted from one fit of each method, of attention, and of the logits.
+@dataclass(frozen=True)
+class PartSearch:
+    """Measures parts of candidates: each method, attention, and logits, with all other parts dense.
 
-    A fit serves several numbers of units: which of them are chosen is decided when the layer runs.
-
-    Args:
-        reference: the dense model's loss on the tuning text.
-        once: keeps what each fit gave, so that a search that is stopped goes on behind it.
+    Attributes:
+        rank: of controllers.
+        tuning_loss: the dense model's loss on the tuning text, nats/token.
+        compute_once: keeps the result of each fit, so that a stopped search resumes after it: see
+            `WorkFolder.compute_once`.
     """
-    layers: dict[tuple[str, int], float] = {}
-    for name in dict.fromkeys(each.method for each in found if each.method):
-        layers |= _layers(dense, name, text, rank, options, reference, once)
 
-    def change(name: str, spec: ModelSpec) -> float:
-        found = once(name, lambda: _change(dense, spec, text, options, reference, name))
-        console.say(f"{name}: {found:+.4f} nats")
-        return found
+    dense: ScalingTransformerForCausalLM
+    text: ConversionText
+    rank: int
+    options: FitOptions
+    tuning_loss: float
+    compute_once: Callable[[str, Callable[[], Any]], Any]
 
-    attention = {}
-    for bits in dict.fromkeys(each.spec.quantization.projection for each in found):
-        attention[bits] = 0.0
-        changed = dense.config.spec.model_copy(update={"attention": found[0].spec.attention})
-        if (spec := with_quantization(changed, QuantizationSpec(projection=bits))) != dense.config.spec:
-            attention[bits] = change(Candidate(spec, None, 0).name.removeprefix("dense, "), spec)
-    head = 0.0
-    if any(each.spec.quantization.head for each in found):
-        head = change(
-            f"logits in {BITS} bits", with_quantization(dense.config.spec, QuantizationSpec(head=BITS))
-        )
-    return [predicted(each, layers, attention[each.spec.quantization.projection], head) for each in found]
+    def predict(self, candidates: Sequence[ConversionCandidate]) -> list[ConversionCandidate]:
+        """The candidates with their predicted increases of the loss, each the sum of its parts'."""
+        layers: dict[tuple[str, int], float] = {}
+        for name in dict.fromkeys(each.method for each in candidates if each.method):
+            layers |= self._measure_method(name)
+        attention = self._measure_attention(candidates)
+        head = 0.0
+        if any(each.spec.quantization.head for each in candidates):
+            spec = with_quantization(self.dense.config.spec, QuantizationSpec(head=BITS))
+            head = self._measure_part(f"logits in {BITS} bits", spec)
+        return [
+            with_prediction(each, layers, attention[each.spec.quantization.projection], head)
+            for each in candidates
+        ]
 
+    def _measure_method(self, name: str) -> dict[tuple[str, int], float]:
+        """Increases of the loss by method and active units of a block, without refit.
 
-def _layers(
-    dense: ScalingTransformerForCausalLM,
-    name: str,
-    text: Text,
-    rank: int,
-    options: Options,
-    reference: float,
-    once: Once,
-) -> dict[tuple[str, int], float]:
-    """Changes of the loss by method and units of a block, without refit."""
-    method, spec = METHODS[name], dense.config.spec
-    assert isinstance(spec.feed_forward, DenseFeedForwardSpec)
-    dense_layer = spec.feed_forward
+        One fit serves several numbers of units: the layer chooses units when it runs.
+        """
+        increases: dict[tuple[str, int], float] = {}
+        for group in METHODS[name].fit_groups:
+            key = f"{name}, units {', '.join(map(str, group))}"
+            found = self.compute_once(key, partial(self._fit_method, name, group))
+            increases |= {(name, k): increase for k, increase in zip(group, found, strict=True)}
+        listed = ", ".join(f"{k}: {increase:+.4f}" for (_, k), increase in increases.items())
+        console.say(f"{name}, loss increase (nats/token) by active units of a block: {listed}")
+        return increases
 
-    def found(choices: Sequence[int]) -> list[float]:
-        middle = choices[len(choices) // 2]
-        layer = method.spec(dense_layer, spec.d_model, middle, rank)
-        model = start(dense, spec.model_copy(update={"feed_forward": layer}))
-        fit(dense, model, text.calibration, options, refit=False)
+    def _fit_method(self, name: str, group: Sequence[int]) -> list[float]:
+        """Increases of the loss for each number of active units in the group, from one fit."""
+        spec = self.dense.config.spec
+        assert isinstance(spec.feed_forward, DenseFeedForwardSpec)
+        layer = METHODS[name].spec(spec.feed_forward, spec.d_model, group[len(group) // 2], self.rank)
+        model = self._fit(spec.model_copy(update={"feed_forward": layer}))
         losses = []
-        for k in choices:
+        for k in group:
             for module in model.modules():
                 if "units_per_block" in vars(module):
                     module.units_per_block = k
-            told = f"{name}, {k} of {BLOCK} units"
-            losses.append(float(window_losses(model, text.tuning, told).mean()))
-        return [loss - reference for loss in losses]
+            description = f"{name}, {k} of {BLOCK_SIZE} units"
+            losses.append(float(window_losses(model, self.text.tuning, description).mean()))
+        return [loss - self.tuning_loss for loss in losses]
 
-    changes: dict[tuple[str, int], float] = {}
-    for choices in method.choices:
-        given = once(f"{name}, units {', '.join(map(str, choices))}", partial(found, choices))
-        changes |= {(name, k): change for k, change in zip(choices, given, strict=True)}
-    told = ", ".join(f"{k}: {change:+.4f}" for (_, k), change in changes.items())
-    console.say(f"{name}, nats by units of a block: {told}")
-    return changes
+    def _measure_attention(self, candidates: Sequence[ConversionCandidate]) -> dict[int | None, float]:
+        """Increases of the loss by bits of the projections, with the attention that all candidates share."""
+        increases: dict[int | None, float] = {}
+        dense = self.dense.config.spec
+        for bits in dict.fromkeys(each.spec.quantization.projection for each in candidates):
+            increases[bits] = 0.0
+            changed = dense.model_copy(update={"attention": candidates[0].spec.attention})
+            if (spec := with_quantization(changed, QuantizationSpec(projection=bits))) != dense:
+                name = ConversionCandidate(spec, None, 0).name.removeprefix("dense, ")
+                increases[bits] = self._measure_part(name, spec)
+        return increases
+
+    def _measure_part(self, name: str, spec: ModelSpec) -> float:
+        """Increase of the loss when only parts other than feed-forward layers become those of `spec`."""
+
+        def measure() -> float:
+            model = self._fit(spec)
+            return float(window_losses(model, self.text.tuning, name).mean() - self.tuning_loss)
+
+        increase: float = self.compute_once(name, measure)
+        console.say(f"{name}: loss {increase:+.4f} nats/token")
+        return increase
+
+    def _fit(self, spec: ModelSpec) -> ScalingTransformerForCausalLM:
+        model = initialize_from_dense(self.dense, spec)
+        fit_model(self.dense, model, self.text.calibration, self.options, refit=False)
+        return model
 
 
-def _change(
-    dense: ScalingTransformerForCausalLM,
-    spec: ModelSpec,
-    text: Text,
-    options: Options,
-    reference: float,
-    name: str,
-) -> float:
-    """Change of the loss when parts other than feed-forward layers alone become those of `spec`."""
-    model = start(dense, spec)
-    fit(dense, model, text.calibration, options, refit=False)
-    return float(window_losses(model, text.tuning, name).mean() - reference)
+def with_prediction(
+    candidate: ConversionCandidate, layers: dict[tuple[str, int], float], attention: float, head: float
+) -> ConversionCandidate:
+    """`candidate` with the sum of its parts' increases of the loss, in nats/token.
+
+    Args:
+        layers: increases by method and active units of a block.
+        attention: the increase from the candidate's attention.
+        head: the increase from quantized logits.
+    """
+    feed_forward, quantization = candidate.spec.feed_forward, candidate.spec.quantization
+    k = getattr(feed_forward, "units_per_block", 0)
+    assert candidate.method is not None
+    increase = layers[candidate.method, k] + attention + (head if quantization.head else 0)
+    return replace(candidate, predicted_increase=increase)
+
+
+# -- budgets -------------------------------------------------------------------------------------------------
+
+
+def within_size_budget(
+    candidates: Sequence[ConversionCandidate], budget: Budget
+) -> list[ConversionCandidate]:
+    """The candidates whose kept units or bytes, which need no measurement, are within the budget.
+
+    Raises:
+        Mismatch: there are none.
+    """
+    if budget.kind == "kept":
+        sizes = [each.spec.kept_fraction for each in candidates]
+        least = Budget("kept", min(sizes))
+    elif budget.kind == "bytes":
+        sizes = [each.bytes_per_token for each in candidates]
+        least = Budget("bytes", math.ceil(min(sizes) / 1e4) * 1e4)
+    else:
+        return list(candidates)
+    kept = [each for each, size in zip(candidates, sizes, strict=True) if size <= budget.value]
+    if not kept:
+        raise Mismatch(f"convert.budget: no candidate meets {budget}; `budget: {least}` can be met")
+    return kept
+
+
+def rank_candidates(
+    candidates: Sequence[ConversionCandidate], budget: Budget, dense_loss: float
+) -> list[ConversionCandidate]:
+    """The candidates expected to meet the budget, best first: by bytes under a loss budget, else by loss.
+
+    Args:
+        dense_loss: held-out loss of the dense model, nats/token.
+    Raises:
+        Mismatch: there are none.
+    """
+    allowed = budget.nats(dense_loss)
+    if allowed is None:
+        return sorted(within_size_budget(candidates, budget), key=lambda each: each.expected_increase)
+    kept = [each for each in candidates if each.expected_increase <= MARGIN * allowed]
+    if not kept:
+        least = min(each.expected_increase for each in candidates) / MARGIN
+        raise Mismatch(
+            f"convert.budget: no candidate meets {budget}; `budget: {loss_budget(budget, least, dense_loss)}` can be "
+            f"met, and resumes from these measurements"
+        )
+    return sorted(kept, key=lambda each: each.bytes_per_token)
+
+
+def loss_budget(budget: Budget, increase: float, dense_loss: float) -> str:
+    """The least budget of the same kind that allows an increase of the loss (nats/token), rounded up to 0.1 %."""
+    share = increase / dense_loss if budget.kind == "loss" else math.expm1(increase)
+    return str(Budget(budget.kind, max(1, math.ceil(share * 1000)) / 1000))

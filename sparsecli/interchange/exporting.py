@@ -1,4 +1,4 @@
-"""`sparsecli export`: a dense model that was imported, back in the layout of its own architecture."""
+"""`sparsecli export`: writes an imported dense model in the layout of its original architecture."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sparsecli import console
 from sparsecli.console import Failure
-from sparsecli.interchange.families import Family, Part
-from sparsecli.interchange.shards import StoredTensors, check_finite, write_shards
-from sparsecli.interchange.sources import DESCRIPTIONS, read_family
+from sparsecli.interchange.architectures import ForeignArchitecture, ForeignTensor
+from sparsecli.interchange.safetensors_files import SafetensorsReader, check_finite, write_shards
+from sparsecli.interchange.sources import DESCRIPTIONS, read_architecture
 from sparsecli.model.files import (
     CONFIG,
     check_weights,
@@ -26,8 +26,8 @@ from sparsecli.model.files import (
 )
 from sparsecli.spec.model import ModelSpec
 
-FREE = {"dropout", "initialization"}
-"""What may change without the model becoming another one: only training reads it."""
+TRAINING_FIELDS = {"dropout", "initialization"}
+"""Fields that only training reads, which may differ from the import."""
 
 
 def run(*, model: str, output: Path) -> None:
@@ -40,17 +40,17 @@ def run(*, model: str, output: Path) -> None:
     folder = find_model(model)
     spec = read_description(folder).spec
     fields = read_json(folder / CONFIG)
-    family, config = _origin(folder, spec, fields)
+    architecture, config = _original_architecture(folder, spec, fields)
     check_weights(folder, spec)
     if output.exists():
         raise Failure(f"{output}: is there already; choose another --output")
-    tensors = StoredTensors(weight_files(folder))
+    tensors = SafetensorsReader(weight_files(folder))
 
-    def fold(part: Part) -> Mapping[str, Tensor]:
+    def to_foreign(part: ForeignTensor) -> Mapping[str, Tensor]:
         ours = [tensors.read(name) for name in part.ours]
         for name, tensor in zip(part.ours, ours, strict=True):
             check_finite(name, tensor)
-        return {part.name: part.form.fold(ours, spec)}
+        return {part.name: part.layout.to_foreign(ours, spec)}
 
     with written_beside(output) as beside:
         config["dtype"] = fields.get("dtype", "float32")
@@ -60,18 +60,20 @@ def run(*, model: str, output: Path) -> None:
                 shutil.copyfile(folder / name, beside / name)
         write_shards(
             beside,
-            family.parts(spec),
+            architecture.foreign_tensors(spec),
             size=lambda part: (
                 sum(tensors.types[name].itemsize for name in part.ours) // len(part.ours) * part.elements
             ),
-            make=fold,
+            make=to_foreign,
             description="exporting tensors",
         )
-    console.say(f"wrote {output}, a {family.architecture} for transformers")
+    console.say(f"wrote {output}, a {architecture.class_name} for transformers")
 
 
-def _origin(folder: Path, spec: ModelSpec, fields: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
-    """The family of an imported model, and the config.json that it came with."""
+def _original_architecture(
+    folder: Path, spec: ModelSpec, fields: dict[str, Any]
+) -> tuple[ForeignArchitecture, dict[str, Any]]:
+    """The original architecture of an imported model, and its config.json."""
     if spec.feed_forward.kind != "dense":
         raise Failure(
             f"{folder}: its feed-forward layers are {spec.feed_forward.kind}, not dense any more; "
@@ -79,16 +81,18 @@ def _origin(folder: Path, spec: ModelSpec, fields: dict[str, Any]) -> tuple[Fami
         )
     origin = fields.get("origin")
     if not isinstance(origin, dict) or not isinstance(origin.get("config"), dict):
-        raise Failure(f"{folder}: was not imported from another architecture, so there is none to go back to")
+        raise Failure(
+            f"{folder}: was not imported from another architecture, so it cannot be exported to one"
+        )
     config = {name: value for name, value in origin["config"].items() if name != "torch_dtype"}
     try:
-        family, original = read_family(config)
+        architecture, original = read_architecture(config)
     except Failure as failure:
         raise Failure(f"{folder / CONFIG}: origin.config: {failure.message}") from failure
-    for name in ModelSpec.model_fields.keys() - FREE:
+    for name in ModelSpec.model_fields.keys() - TRAINING_FIELDS:
         now, then = getattr(spec, name), getattr(original, name)
         if now != then:
             raise Failure(
-                f"{folder}: {name} is not as it was imported; {family.architecture} cannot express it"
+                f"{folder}: {name} is not as it was imported; {architecture.class_name} cannot express it"
             )
-    return family, {**config, "architectures": [family.architecture]}
+    return architecture, {**config, "architectures": [architecture.class_name]}

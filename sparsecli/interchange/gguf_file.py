@@ -1,4 +1,4 @@
-"""GGUF files, read by transformers' own rules; weights are dequantised one tensor at a time."""
+"""Reading GGUF files by transformers' own rules; weights are dequantized one tensor at a time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsecli.console import Failure
-from sparsecli.interchange.families import NO_TOKENS, family_of
-from sparsecli.interchange.pieces import Pieces
+from sparsecli.interchange.architectures import NO_TOKENS, architecture_of
+from sparsecli.interchange.sentencepiece_tokenizer import SentencePieceVocabulary
 from sparsecli.model.files import last_line
 from sparsecli.spec.base import MOST_LAYERS
 
@@ -19,23 +19,23 @@ SPECIAL = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
-NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+SPECIAL_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 ENDS = ("eos", "eot", "eom")
-"""What ends a text: the end of all, of a turn, of a message that a tool is to answer."""
-LEFT_OUT = {
+"""Tokens that end a text: of the text, of a turn, of a message to a tool."""
+UNREAD_SIZES = {
     "qwen3": {"head_dim": "attention.key_length"},
     "gpt2": {"n_positions": "context_length", "n_inner": "feed_forward_length"},
 }
 """Sizes that transformers does not read from a GGUF file, by architecture."""
 
-NAMED_AS = {"mistral": "llama"}
-"""Architectures whose tensors have the names of another; llama.cpp writes them as that."""
+WRITTEN_AS = {"mistral": "llama"}
+"""Architectures that llama.cpp writes with the tensor names of another."""
 
 FREQUENCIES = "rope_freqs.weight"
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The config.json that a GGUF file stands for.
+def read_gguf_config(path: Path) -> dict[str, Any]:
+    """The config.json that is equivalent to a GGUF file's metadata.
 
     Raises:
         Failure: the package `gguf` is missing, the file is damaged, or of an architecture or with rotary positions
@@ -55,15 +55,15 @@ def _config(path: Path, reader: Any) -> dict[str, Any]:
 
     architecture = reader.fields.get("general.architecture")
     kind = "unknown" if architecture is None else str(architecture.contents())
-    # transformers would leave these out, and the model would be another one.
+    # transformers would ignore these, and the model would compute something else.
     scaling = reader.fields.get(f"{kind}.rope.scaling.type")
     if scaling is not None and scaling.contents() != "none":
         raise Failure(f"{kind}.rope.scaling.type: {scaling.contents()!r}: import the original checkpoint")
     if any(tensor.name == FREQUENCIES for tensor in reader.tensors):
         raise Failure(f"{FREQUENCIES}: rotary frequencies of its own; import the original checkpoint")
-    if kind in NAMED_AS:
+    if kind in WRITTEN_AS:
         raise Failure(
-            f"general.architecture: {kind!r} is written as {NAMED_AS[kind]!r} by llama.cpp, with the order of rows "
+            f"general.architecture: {kind!r} is written as {WRITTEN_AS[kind]!r} by llama.cpp, with the order of rows "
             "that it reads; import the original checkpoint"
         )
     blocks = reader.fields.get(f"{kind}.block_count")
@@ -71,64 +71,66 @@ def _config(path: Path, reader: Any) -> dict[str, Any]:
         raise Failure(
             f"{kind}.block_count: {blocks.contents()} is more than {MOST_LAYERS}, the most that is taken"
         )
-    family_of(kind)
+    architecture_of(kind)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     foreign = ("quantization_config", "_name_or_path", "_model_name_or_path")
     fields = {name: value for name, value in config.to_diff_dict().items() if name not in foreign}
-    left_out = {**SPECIAL, **{name: f"{kind}.{key}" for name, key in LEFT_OUT.get(kind, {}).items()}}
-    told: dict[str, Any] = {
-        name: int(reader.fields[key].contents()) for name, key in left_out.items() if key in reader.fields
+    keys = {**SPECIAL, **{name: f"{kind}.{key}" for name, key in UNREAD_SIZES.get(kind, {}).items()}}
+    read: dict[str, Any] = {
+        name: int(reader.fields[key].contents()) for name, key in keys.items() if key in reader.fields
     }
-    keys = (f"tokenizer.ggml.{end}_token_id" for end in ENDS)
-    ends = {int(reader.fields[key].contents()) for key in keys if key in reader.fields}
+    end_keys = (f"tokenizer.ggml.{end}_token_id" for end in ENDS)
+    ends = {int(reader.fields[key].contents()) for key in end_keys if key in reader.fields}
     if ends:
-        told["eos_token_id"] = sorted(ends) if len(ends) > 1 else ends.pop()
-    return {**fields, **told, "architectures": [family_of(config.model_type).architecture]}
+        read["eos_token_id"] = sorted(ends) if len(ends) > 1 else ends.pop()
+    return {**fields, **read, "architectures": [architecture_of(config.model_type).class_name]}
 
 
-def read_pieces(path: Path) -> tuple[Pieces, dict[str, Any]] | None:
-    """The vocabulary of SentencePiece in a GGUF file, with settings as in a tokenizer_config.json; else None.
+def read_gguf_vocabulary(path: Path) -> tuple[SentencePieceVocabulary, dict[str, Any]] | None:
+    """The SentencePiece vocabulary of a GGUF file, and settings as in a tokenizer_config.json; None if it has none.
 
     Raises:
-        Failure: as `read_config`.
+        Failure: as `read_gguf_config`.
     """
     fields = _reader(path).fields
 
-    def told(name: str, default: Any = None) -> Any:
+    def value(name: str, default: Any = None) -> Any:
         return fields[name].contents() if name in fields else default
 
-    if told("tokenizer.ggml.model") != "llama":
+    if value("tokenizer.ggml.model") != "llama":
         return None
-    texts, scores, kinds = (told(f"tokenizer.ggml.{name}", []) for name in ("tokens", "scores", "token_type"))
+    texts, scores, kinds = (
+        value(f"tokenizer.ggml.{name}", []) for name in ("tokens", "scores", "token_type")
+    )
     if not len(texts) == len(scores) == len(kinds):
-        raise Failure(f"{path}: tokenizer.ggml: tokens, scores and token_type are not equally many")
-    pieces = Pieces(
+        raise Failure(f"{path}: tokenizer.ggml: tokens, scores and token_type differ in length")
+    pieces = SentencePieceVocabulary(
         texts,
         scores,
         kinds,
-        prefix=told("tokenizer.ggml.add_space_prefix", True),
-        squeezed=told("tokenizer.ggml.remove_extra_whitespaces", False),
-        characters=bytes(told("tokenizer.ggml.precompiled_charsmap", [])),
+        prefix=value("tokenizer.ggml.add_space_prefix", True),
+        squeezed=value("tokenizer.ggml.remove_extra_whitespaces", False),
+        characters=bytes(value("tokenizer.ggml.precompiled_charsmap", [])),
     )
-    numbers = {name: told(f"tokenizer.ggml.{key}_token_id") for name, key in NAMED.items()}
+    numbers = {name: value(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_NAMES.items()}
     settings = {
         name: texts[number] for name, number in numbers.items() if number is not None and number < len(texts)
     }
     for name in ("add_bos_token", "add_eos_token"):
-        if (given := told(f"tokenizer.ggml.{name}")) is not None:
+        if (given := value(f"tokenizer.ggml.{name}")) is not None:
             settings[name] = given
-    if template := told("tokenizer.chat_template"):
+    if template := value("tokenizer.chat_template"):
         settings["chat_template"] = template
     return pieces, settings
 
 
-class GgufTensors:
-    """The tensors of a GGUF file as float32, under the names that they have in transformers.
+class GgufTensorReader:
+    """The tensors of a GGUF file as float32, under their names in transformers.
 
     Args:
-        config: what `read_config` gave.
+        config: from `read_gguf_config`.
     Raises:
-        Failure: as `read_config`.
+        Failure: as `read_gguf_config`.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
@@ -146,7 +148,7 @@ class GgufTensors:
             self.rules = rules(config=known.to_dict())
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(known)
-            names = get_gguf_hf_weights_map(empty, self.rules, NAMED_AS.get(known.model_type))
+            names = get_gguf_hf_weights_map(empty, self.rules, WRITTEN_AS.get(known.model_type))
         except Exception as error:  # the library raises whatever its parsers do
             raise Failure(f"{path}: does not load: {last_line(error)}") from error
         self.path = path
@@ -156,27 +158,27 @@ class GgufTensors:
         self.types = dict.fromkeys(self.stored, torch.float32)
 
     def read(self, name: str) -> Tensor:
-        """One of them, dequantised.
+        """One tensor, dequantized.
 
         Raises:
-            Failure: it is damaged, or of a type that the library does not dequantise.
+            Failure: it is damaged, or of a type that the library does not dequantize.
         """
         from gguf import dequantize
 
         tensor = self.stored[name]
-        beside: dict[str, dict[str, Tensor]] = {"tensors": {}}  # where some rules leave their result
+        processed: dict[str, dict[str, Tensor]] = {"tensors": {}}  # some rules put their result there
         try:
             weights = dequantize(tensor.data, tensor.tensor_type)
-            made = self.rules.process(weights=weights, name=tensor.name, parsed_parameters=beside)
+            made = self.rules.process(weights=weights, name=tensor.name, parsed_parameters=processed)
         except Exception as error:  # as above
             raise Failure(f"{self.path}: tensor {name} does not load: {last_line(error)}") from error
         if made.name is None:
-            return next(iter(beside["tensors"].values())).float()
+            return next(iter(processed["tensors"].values())).float()
         return torch.from_numpy(np.array(made.weights, np.float32))
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
-    """GGUF counts axes from the last."""
+    """The shape as in PyTorch: GGUF counts axes from the last."""
     return tuple(int(size) for size in reversed(tensor.shape))
 
 

@@ -1,4 +1,4 @@
-"""`sparsecli import`: a foreign checkpoint as a model folder of ours, tensor by tensor."""
+"""`sparsecli import`: writes a foreign checkpoint as a model folder of ours, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from sparsecli import console
 from sparsecli.console import Failure
-from sparsecli.interchange.families import NO_TOKENS, Part
-from sparsecli.interchange.shards import Tensors, check_finite, write_shards
+from sparsecli.interchange.architectures import NO_TOKENS, ForeignTensor
+from sparsecli.interchange.safetensors_files import TensorReader, check_finite, write_shards
 from sparsecli.interchange.sources import GENERATION, ForeignModel, OwnModel, open_source
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.files import check_weights, written_beside
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 
-FILLED = 0.75
-"""The share of a model's vocabulary that its tokenizer has at least."""
+MIN_TOKENIZER_SHARE = 0.75
+"""Least share of a model's vocabulary that its tokenizer must cover."""
 
-UNREAD = ("bos_token_id", "pad_token_id")
-"""Special tokens that nothing is computed from."""
+UNUSED_TOKENS = ("bos_token_id", "pad_token_id")
+"""Special tokens that no computation depends on."""
 
 
 def run(*, source: str, output: Path, revision: str | None = None, dry_run: bool = False) -> None:
@@ -43,7 +43,7 @@ def run(*, source: str, output: Path, revision: str | None = None, dry_run: bool
     for note in opened.notes:
         console.warn(note)
     if dry_run:
-        _print_plan(opened, output)
+        _print_import_plan(opened, output)
         return
     write_model(opened, output)
     parameters = count_parameters(opened.spec).total
@@ -53,7 +53,7 @@ def run(*, source: str, output: Path, revision: str | None = None, dry_run: bool
 
 
 def model_folder(opened: OwnModel | ForeignModel, into: Path) -> Path:
-    """A model folder of ours for what was opened: its own, or `into`, where it is imported unless it is there.
+    """A model folder of ours for an opened source: its own, or `into`, where it is imported unless it exists.
 
     Raises:
         Failure: as `write_model`; or `into` holds something else.
@@ -62,23 +62,23 @@ def model_folder(opened: OwnModel | ForeignModel, into: Path) -> Path:
         return opened.folder
     if not into.exists():
         write_model(opened, into)
-    elif ScalingTransformerConfig.from_pretrained(into).origin != _origin(opened):
+    elif ScalingTransformerConfig.from_pretrained(into).origin != _origin_facts(opened):
         raise Failure(f"{into}: is there already, and not an import of {opened.reference}")
     return into
 
 
 def write_model(source: ForeignModel, output: Path) -> None:
-    """Write a model folder; it is there as a whole or not at all.
+    """Write a model folder, which is complete or absent.
 
-    Weights keep their type, but for float16, which becomes float32: bfloat16 would cost it three bits, and the
-    native engine computes with no third type. So do tensors whose values change (Gemma's norms).
+    Weights keep their type, except float16, which becomes float32: bfloat16 would lose three bits, and the native
+    engine has no third type. Tensors whose values change (Gemma's norms) become float32 too.
 
     Raises:
         Failure: tensors are missing, too many, of a wrong shape or not finite, the tokenizer does not match, or the
             folder cannot be written.
     """
     tensors = source.tensors()
-    parts = source.family.parts(source.spec)
+    parts = source.architecture.foreign_tensors(source.spec)
     try:
         names = _check_tensors(source, parts, tensors)
         with written_beside(output) as folder:
@@ -89,8 +89,10 @@ def write_model(source: ForeignModel, output: Path) -> None:
             write_shards(
                 folder,
                 parts,
-                size=lambda part: part.elements * _kept(part, tensors.types[names[part.name]]).itemsize,
-                make=lambda part: _unfold(source, part, names[part.name], tensors),
+                size=lambda part: (
+                    part.elements * _stored_type(part, tensors.types[names[part.name]]).itemsize
+                ),
+                make=lambda part: _to_ours(source, part, names[part.name], tensors),
                 description="importing tensors",
             )
             check_weights(folder, source.spec)
@@ -100,12 +102,17 @@ def write_model(source: ForeignModel, output: Path) -> None:
         raise Failure(f"{source.path}: {failure.message}") from failure
 
 
-def _check_tensors(source: ForeignModel, parts: list[Part], tensors: Tensors) -> dict[str, str]:
-    """The name in the checkpoint of every part."""
-    names = source.family.canonical(list(tensors.shapes))
-    expected = {part.name: part.shape for part in parts}
+def _check_tensors(
+    source: ForeignModel, expected_tensors: list[ForeignTensor], tensors: TensorReader
+) -> dict[str, str]:
+    """Names in the checkpoint by the names of the architecture's tensors."""
+    names = source.architecture.canonical_names(list(tensors.shapes))
+    expected = {tensor.name: tensor.shape for tensor in expected_tensors}
     if source.spec.tied and "lm_head.weight" in names:  # a copy of the embedding, which some files hold too
-        embedding, head = tensors.read(names[parts[0].name]), tensors.read(names.pop("lm_head.weight"))
+        embedding, head = (
+            tensors.read(names[expected_tensors[0].name]),
+            tensors.read(names.pop("lm_head.weight")),
+        )
         if not torch.equal(embedding, head):
             raise Failure("tie_word_embeddings: true, but lm_head.weight is not the embedding")
     for problem, wrong in (
@@ -123,46 +130,50 @@ def _check_tensors(source: ForeignModel, parts: list[Part], tensors: Tensors) ->
     return names
 
 
-def _kept(part: Part, stored: torch.dtype) -> torch.dtype:
+def _stored_type(part: ForeignTensor, stored: torch.dtype) -> torch.dtype:
     """The type in which a tensor is written."""
-    return torch.bfloat16 if stored == torch.bfloat16 and not part.form.computes else torch.float32
+    return torch.bfloat16 if stored == torch.bfloat16 and not part.layout.changes_values else torch.float32
 
 
-def _unfold(source: ForeignModel, part: Part, name: str, tensors: Tensors) -> Mapping[str, Tensor]:
+def _to_ours(
+    source: ForeignModel, part: ForeignTensor, name: str, tensors: TensorReader
+) -> Mapping[str, Tensor]:
     foreign = tensors.read(name)
     check_finite(part.name, foreign)
     if tuple(foreign.shape) != part.shape:
         raise Failure(
             f"tensor {part.name} is {tuple(foreign.shape)}, its configuration asks for {part.shape}"
         )
-    kept = _kept(part, foreign.dtype)
+    kept = _stored_type(part, foreign.dtype)
     return {
         ours: tensor.to(kept)
-        for ours, tensor in zip(part.ours, part.form.unfold(foreign, source.spec), strict=True)
+        for ours, tensor in zip(part.ours, part.layout.to_ours(foreign, source.spec), strict=True)
     }
 
 
-def _origin(source: ForeignModel) -> dict[str, Any]:
-    """What `export` needs to go back."""
+def _origin_facts(source: ForeignModel) -> dict[str, Any]:
+    """The facts that `export` needs to restore the original."""
     return {
         "source": source.reference,
         "revision": source.revision,
-        "architecture": source.family.architecture,
+        "architecture": source.architecture.class_name,
         "config": source.config,
     }
 
 
 def _write_description(source: ForeignModel, folder: Path, tokenizer: Tokenizer, stored: torch.dtype) -> None:
     size, generation = source.spec.vocabulary.size, source.generation()
-    told = [generation, source.config]  # the first is what transformers goes by when it writes
+    stated = [generation, source.config]  # transformers generates by the first
     special = {
-        name: next((fields[name] for fields in told if fields.get(name) is not None), None)
+        name: next((fields[name] for fields in stated if fields.get(name) is not None), None)
         for name in NO_TOKENS
     }
-    for name in UNREAD:  # old conversions of Llama pad with -1, others with a token that was never trained
+    for (
+        name
+    ) in UNUSED_TOKENS:  # old conversions of Llama pad with -1, others with a token that was never trained
         if isinstance(token := special[name], int) and not 0 <= token < size:
             console.warn(
-                f"{source.path}: {name}: {token} is none of the model's {size} tokens; it is left out"
+                f"{source.path}: {name}: {token} is not one of the model's {size} tokens; it is omitted"
             )
             special[name] = None
             generation = {key: value for key, value in generation.items() if key != name}
@@ -175,7 +186,7 @@ def _write_description(source: ForeignModel, folder: Path, tokenizer: Tokenizer,
         **special,
         architectures=["ScalingTransformerForCausalLM"],
         dtype="bfloat16" if stored == torch.bfloat16 else "float32",
-        origin=_origin(source),
+        origin=_origin_facts(source),
     )
     config.save_pretrained(folder)
     if generation:
@@ -183,8 +194,8 @@ def _write_description(source: ForeignModel, folder: Path, tokenizer: Tokenizer,
         (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
-def check_tokenizer(source: OwnModel | ForeignModel) -> None:
-    """Raise Failure where the tokenizer is missing, damaged, or not that of the model."""
+def check_source_tokenizer(source: OwnModel | ForeignModel) -> None:
+    """Raise Failure if the tokenizer is missing, damaged, or not that of the model."""
     if isinstance(source, OwnModel):
         read_tokenizer(source.folder, source.spec.vocabulary.size)
         return
@@ -194,16 +205,16 @@ def check_tokenizer(source: OwnModel | ForeignModel) -> None:
 
 
 def _tokenizer(source: ForeignModel, folder: Path) -> Tokenizer:
-    """The tokenizer of the model, which was written to `folder`. Raises Failure as `check_tokenizer` does.
+    """The tokenizer of the model, which was written to `folder`. Raises Failure as `check_source_tokenizer` does.
 
-    Vocabularies are often filled up to a round number, so a few tokens more in the model are none too many.
+    Vocabularies are often padded to a round number, so the model may have a few more tokens.
     """
     size = source.spec.vocabulary.size
     try:
         tokenizer = read_tokenizer(folder, size)
     except Failure as failure:
         raise Failure(failure.message.replace(str(folder), str(source.path))) from failure
-    if len(tokenizer) < FILLED * size:
+    if len(tokenizer) < MIN_TOKENIZER_SHARE * size:
         raise Failure(
             f"{source.path}: the tokenizer has {len(tokenizer)} tokens, the model {size}; they do not belong together"
         )
@@ -211,17 +222,17 @@ def _tokenizer(source: ForeignModel, folder: Path) -> Tokenizer:
 
 
 def _check_tokens(source: ForeignModel, folder: Path, tokenizer: Tokenizer) -> None:
-    """Raise Failure where a special token is none of the tokenizer's."""
+    """Raise Failure if a special token is not one of the tokenizer's."""
     size = source.spec.vocabulary.size
     config = ScalingTransformerConfig.from_pretrained(folder)
     for name in NO_TOKENS:
         given = getattr(config, name)
         for token in given if isinstance(given, list) else [given]:
             if token is not None and not 0 <= token < min(len(tokenizer), size):
-                raise Failure(f"{name}: {token} is none of the {len(tokenizer)} tokens of the tokenizer")
+                raise Failure(f"{name}: {token} is not one of the {len(tokenizer)} tokens of the tokenizer")
 
 
-def _print_plan(source: ForeignModel, output: Path) -> None:
+def _print_import_plan(source: ForeignModel, output: Path) -> None:
     spec = source.spec
     console.print_table(
         ["plan", ""],
@@ -230,7 +241,7 @@ def _print_plan(source: ForeignModel, output: Path) -> None:
                 "source",
                 source.reference if source.revision is None else f"{source.reference} at {source.revision}",
             ),
-            ("architecture", source.family.architecture),
+            ("architecture", source.architecture.class_name),
             ("parameters", f"{count_parameters(spec).total:,}"),
             ("blocks", f"{spec.layers} of width {spec.d_model}, {spec.heads} heads of {spec.width_of_head}"),
             ("context", f"{spec.max_positions:,} tokens"),

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder of ours, a Hugging Face folder, a name on the hub, or a GGUF file."""
+"""Sources of models: a folder of ours, a Hugging Face folder, a name on the hub, or a GGUF file; see `open_source`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sparsecli.console import Failure
-from sparsecli.interchange.families import NO_TOKENS, Family, family_of
-from sparsecli.interchange.pieces import ADDED, MODEL, convert, write_pieces
-from sparsecli.interchange.shards import StoredTensors, Tensors
+from sparsecli.interchange.architectures import NO_TOKENS, ForeignArchitecture, architecture_of
+from sparsecli.interchange.safetensors_files import SafetensorsReader, TensorReader
+from sparsecli.interchange.sentencepiece_tokenizer import (
+    ADDED_TOKENS,
+    SENTENCEPIECE_MODEL,
+    convert_tokenizer,
+    write_tokenizer,
+)
 from sparsecli.model.files import (
     CONFIG,
     MODEL_TYPES,
@@ -31,12 +36,12 @@ DESCRIPTIONS = (
     CONFIG,
     GENERATION,
     *FILES,
-    ADDED,
+    ADDED_TOKENS,
     "vocab.json",
     "merges.txt",
-    MODEL,
+    SENTENCEPIECE_MODEL,
 )
-"""What describes a model and its tokenizer in a Hugging Face folder; all but the first may be missing."""
+"""Files beside the weights in a Hugging Face folder; all but the first may be missing."""
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -58,31 +63,31 @@ class ForeignModel:
     reference: str
     path: Path
     """Its folder or file."""
-    family: Family
+    architecture: ForeignArchitecture
     spec: ModelSpec
     config: dict[str, Any]
     """Its config.json."""
     notes: list[str]
-    """What is not as in the original, a sentence each."""
+    """Differences from the original model, a sentence each."""
     revision: str | None = None
-    """The hub's name of its state."""
+    """The commit on the hub."""
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is a GGUF file, and not a folder."""
+        """Whether it is a GGUF file, not a folder."""
         return self.path.is_file()
 
-    def tensors(self) -> Tensors:
+    def tensors(self) -> TensorReader:
         """Its weights.
 
         Raises:
             Failure: a file is missing, cut short or damaged, or a pickle.
         """
         if self.is_gguf:
-            from sparsecli.interchange.gguf_file import GgufTensors
+            from sparsecli.interchange.gguf_file import GgufTensorReader
 
-            return GgufTensors(self.path, self.config)
-        return StoredTensors(weight_files(self.path))
+            return GgufTensorReader(self.path, self.config)
+        return SafetensorsReader(weight_files(self.path))
 
     def generation(self) -> dict[str, Any]:
         """Its generation_config.json; empty where there is none."""
@@ -90,7 +95,7 @@ class ForeignModel:
         return read_json(path) if path.is_file() else {}
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Put its tokenizer into `folder`: as it is, without byte-order marks, or converted where it has no
+        """Write its tokenizer to `folder`: as it is, without byte-order marks, or converted if it has no
         tokenizer.json.
 
         Raises:
@@ -102,13 +107,13 @@ class ForeignModel:
                     (folder / name).write_bytes((self.path / name).read_bytes().removeprefix(BOM_UTF8))
             return
         if self.is_gguf:
-            from sparsecli.interchange.gguf_file import read_pieces
+            from sparsecli.interchange.gguf_file import read_gguf_vocabulary
 
-            if found := read_pieces(self.path):
-                write_pieces(*found, folder)
+            if found := read_gguf_vocabulary(self.path):
+                write_tokenizer(*found, folder)
                 return
-        elif (self.path / MODEL).is_file():
-            convert(self.path, folder)
+        elif (self.path / SENTENCEPIECE_MODEL).is_file():
+            convert_tokenizer(self.path, folder)
             return
         from transformers import AutoTokenizer
 
@@ -128,32 +133,32 @@ class ForeignModel:
 
 
 def open_source(reference: str, revision: str | None = None, weights: bool = True) -> OwnModel | ForeignModel:
-    """The model that `reference` names: a run or a model folder of ours, a Hugging Face folder or its name on the
+    """Open the model that `reference` names: a run or a model folder of ours, a Hugging Face folder or its name on the
     hub, or a GGUF file.
 
     Args:
         revision: of a name on the hub: a branch, a tag or a commit.
         weights: also fetch the weights of a name on the hub.
     Raises:
-        Failure: there is no such model, or it is of an architecture, or has a feature, that ours cannot express.
+        Failure: there is no such model, or ours cannot express its architecture or one of its features.
     """
     path = Path(reference)
     if path.exists():
         if revision is not None:
             raise Failure(f"{reference}: is a local path; --revision is for names on the hub")
         if path.is_file() and path.suffix == ".gguf":
-            from sparsecli.interchange.gguf_file import read_config
+            from sparsecli.interchange.gguf_file import read_gguf_config
 
-            return _foreign(reference, path, read_config(path))
+            return _open_foreign(reference, path, read_gguf_config(path))
         if path.is_file() and path.name != PACKED:
             hint = "a pickle, which is never loaded" if path.suffix in PICKLES else "neither"
             raise Failure(f"{reference}: expected a model's folder or a .gguf file; it is {hint}")
         folder = find_model(reference)
         if read_json(folder / CONFIG).get("model_type") in MODEL_TYPES:
             return OwnModel(reference, folder, read_description(folder).spec)
-        return _foreign(reference, folder, read_json(folder / CONFIG))
+        return _open_foreign(reference, folder, read_json(folder / CONFIG))
     folder = _fetch(reference, revision, weights)
-    return _foreign(reference, folder, read_json(folder / CONFIG), revision=folder.name)
+    return _open_foreign(reference, folder, read_json(folder / CONFIG), revision=folder.name)
 
 
 def _fetch(name: str, revision: str | None, weights: bool) -> Path:
@@ -164,14 +169,14 @@ def _fetch(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub.utils import disable_progress_bars
 
     # Some models carry their weights twice, under other names; and pickles are never fetched.
-    wanted = [*DESCRIPTIONS, *(["model*.safetensors", "model.safetensors.index.json"] if weights else [])]
+    patterns = [*DESCRIPTIONS, *(["model*.safetensors", "model.safetensors.index.json"] if weights else [])]
     disable_progress_bars()
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # what the hub's client raises is one of these
         reason = str(error).strip().partition("\n")[0]
         raise Failure(
-            f"{name}: no such file or folder here, and not to be had from the hub: {reason}"
+            f"{name}: no such file or folder here, and the hub does not provide it: {reason}"
         ) from error
     if not (folder / CONFIG).is_file():
         raise Failure(f"{name}: holds no {CONFIG} on the hub")
@@ -180,32 +185,34 @@ def _fetch(name: str, revision: str | None, weights: bool) -> Path:
     return folder
 
 
-def _foreign(reference: str, path: Path, fields: dict[str, Any], revision: str | None = None) -> ForeignModel:
+def _open_foreign(
+    reference: str, path: Path, fields: dict[str, Any], revision: str | None = None
+) -> ForeignModel:
     place = path if path.is_file() else path / CONFIG
     try:
-        family, spec = read_family(fields)
+        architecture, spec = read_architecture(fields)
     except Failure as failure:
         raise Failure(f"{place}: {failure.message}") from failure
     notes = []
-    told = fields.get("max_position_embeddings")
-    if isinstance(told, int) and spec.max_positions < told:
+    original = fields.get("max_position_embeddings")
+    if isinstance(original, int) and spec.max_positions < original:
         notes.append(
-            f"the context is {spec.max_positions} tokens, the original's sliding window, and not {told}: "
-            "within it every token is seen, as in the original"
+            f"the context is {spec.max_positions} tokens, the original's sliding window, and not {original}: "
+            "within it every token is attended to, as in the original"
         )
-    return ForeignModel(reference, path, family, spec, fields, notes, revision)
+    return ForeignModel(reference, path, architecture, spec, fields, notes, revision)
 
 
-def read_family(fields: dict[str, Any]) -> tuple[Family, ModelSpec]:
-    """The family and our architecture for the fields of a foreign config.json.
+def read_architecture(fields: dict[str, Any]) -> tuple[ForeignArchitecture, ModelSpec]:
+    """The foreign architecture, and ours, for the fields of a config.json.
 
     Raises:
-        Failure: ours cannot express it; the line begins with the field that says so.
+        Failure: ours cannot express it; the message begins with the field.
     """
     from transformers import AutoConfig
 
     kind = fields.get("model_type")
-    family = family_of(kind)
+    architecture = architecture_of(kind)
     for name in ("num_hidden_layers", "n_layer"):  # transformers begins lists of so many
         if isinstance(layers := fields.get(name), int) and layers > MOST_LAYERS:
             raise Failure(f"{name}: {layers} is more than {MOST_LAYERS}, the most that is taken")
@@ -214,4 +221,4 @@ def read_family(fields: dict[str, Any]) -> tuple[Family, ModelSpec]:
         config = AutoConfig.for_model(kind, **{**known, **NO_TOKENS})
     except Exception as error:  # transformers wraps what its validation raises
         raise Failure(last_line(error)) from error
-    return family, family.spec(config)
+    return architecture, architecture.spec(config)

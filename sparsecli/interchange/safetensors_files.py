@@ -1,4 +1,4 @@
-"""Weight files: tensors of others read one at a time, ours and theirs written shard by shard."""
+"""Weight files in safetensors: read one tensor at a time, and written in shards."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from sparsecli.model.files import INDEX, WEIGHTS, last_line
 from sparsecli.model.tensors import Shape
 
 SHARD_BYTES = 2_000_000_000
-"""What a weight file holds at most, so long as one tensor is not larger; so much memory is needed beside it."""
+"""Largest size of a weight file, unless one tensor is larger; writing needs that much memory."""
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 Item = TypeVar("Item")
 
 
-class Tensors(Protocol):
-    """The tensors of a checkpoint; each is read when it is asked for."""
+class TensorReader(Protocol):
+    """The tensors of a checkpoint; each is read on request."""
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Shape of each."""
+        """Shapes by name."""
 
     @property
     def types(self) -> Mapping[str, torch.dtype]:
-        """Type of each."""
+        """Types by name."""
 
     def read(self, name: str) -> Tensor:
-        """One of them."""
+        """One tensor."""
 
 
-class StoredTensors:
+class SafetensorsReader:
     """The tensors of safetensors files.
 
     Raises:
@@ -66,12 +66,12 @@ class StoredTensors:
                 self.types[name] = TYPES[piece.get_dtype()]
 
     def read(self, name: str) -> Tensor:
-        """One of them, as it is stored."""
+        """One tensor, as it is stored."""
         return self.files[name].get_tensor(name)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise Failure where a tensor holds what no model computes with."""
+    """Raise Failure if a tensor holds a NaN or an infinity."""
     if not torch.isfinite(tensor).all():
         raise Failure(f"tensor {name} holds a NaN or an infinity; the checkpoint is damaged")
 
@@ -83,24 +83,18 @@ def write_shards(
     make: Callable[[Item], Mapping[str, Tensor]],
     description: str,
 ) -> list[Path]:
-    """Write the tensors that `make` makes of each item, whose bytes `size` tells before; at most a shard is held.
+    """Write the tensors that `make` gives for each item, at most a shard in memory.
 
-    Returns the files: one, or several and an index, as transformers names them.
-
+    Args:
+        size: bytes of an item's tensors.
+    Returns:
+        The files: one, or several beside an index, named as in transformers.
     Raises:
         Failure: a file cannot be written, or what `make` raises.
     """
-    shards: list[list[Item]] = [[]]
-    held = 0
-    for item in items:
-        if shards[-1] and held + size(item) > SHARD_BYTES:
-            shards.append([])
-            held = 0
-        shards[-1].append(item)
-        held += size(item)
-
+    shards = _divide(items, size)
     files: list[Path] = []
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     total = 0
     with progress(description, sum(map(len, shards))) as bar:
         for number, shard in enumerate(shards, 1):
@@ -115,9 +109,22 @@ def write_shards(
             except SafetensorError as error:
                 raise Failure(f"{folder / name}: cannot be written: {last_line(error)}") from error
             files.append(folder / name)
-            places |= dict.fromkeys(tensors, name)
+            weight_map |= dict.fromkeys(tensors, name)
             total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files
+
+
+def _divide(items: Iterable[Item], size: Callable[[Item], int]) -> list[list[Item]]:
+    """The items of each shard."""
+    shards: list[list[Item]] = [[]]
+    filled = 0
+    for item in items:
+        if shards[-1] and filled + size(item) > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(item)
+        filled += size(item)
+    return shards

@@ -1,4 +1,4 @@
-"""What configurations of foreign models mean in ours."""
+"""Readers of Hugging Face configurations: each gives the fields of our `ModelSpec` for one architecture."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-"""Their names of activations; three of them are the same formula."""
+"""Our activations by their names; three of the names are the same formula."""
 
 
 def _activation(config: Any, name: str) -> str:
     kind = getattr(config, name)
     if kind not in ACTIVATIONS:
-        raise Failure(f"{name}: {kind!r} is not an activation of ours ({', '.join(ACTIVATIONS)})")
+        raise Failure(f"{name}: {kind!r} is not a supported activation ({', '.join(ACTIVATIONS)})")
     return ACTIVATIONS[kind]
 
 
-def _demand(config: Any, name: str, value: object) -> None:
-    """Raise Failure unless the field `name` has the only value that ours can express."""
+def _require(config: Any, name: str, value: object) -> None:
+    """Raise Failure unless the field `name` has the only supported value."""
     given = getattr(config, name, value)
     if given != value:
         raise Failure(f"{name}: {given!r} is not supported, only {value!r}")
@@ -66,7 +66,7 @@ def _llama(
     """A gated model with RMS norms; `biases` are those of queries, keys and values, and of the output."""
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1:
         raise Failure(
-            "rope_parameters.partial_rotary_factor: only whole heads are turned in this architecture"
+            "rope_parameters.partial_rotary_factor: only rotary positions over whole heads are supported"
         )
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -99,7 +99,7 @@ def _llama(
 
 
 def _window(config: Any) -> int | None:
-    """Positions that a layer looks back, where any layer looks back less far than the whole context."""
+    """Size of the sliding window; None if every layer attends to the whole context."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and "sliding_attention" not in kinds:
         return None
@@ -149,18 +149,18 @@ def _two_matrices(config: Any, d_ff: int, activation: str, bias: bool = True) ->
 
 
 def read_gpt2(config: Any) -> dict[str, Any]:
-    _demand(config, "scale_attn_weights", True)
-    _demand(config, "scale_attn_by_inverse_layer_idx", False)
-    _demand(config, "add_cross_attention", False)
+    _require(config, "scale_attn_weights", True)
+    _require(config, "scale_attn_by_inverse_layer_idx", False)
+    _require(config, "add_cross_attention", False)
     fields = _two_matrices(config, config.n_inner or 4 * config.n_embd, "activation_function")
     return {**fields, "normalization_epsilon": config.layer_norm_epsilon}
 
 
 def read_opt(config: Any) -> dict[str, Any]:
-    _demand(config, "do_layer_norm_before", True)
-    _demand(config, "_remove_final_layer_norm", False)
-    _demand(config, "layer_norm_elementwise_affine", True)
-    _demand(config, "word_embed_proj_dim", config.hidden_size)
+    _require(config, "do_layer_norm_before", True)
+    _require(config, "_remove_final_layer_norm", False)
+    _require(config, "layer_norm_elementwise_affine", True)
+    _require(config, "word_embed_proj_dim", config.hidden_size)
     fields = _two_matrices(config, config.ffn_dim, "activation_function", config.enable_bias)
     return {**fields, "normalization_epsilon": 1e-5}
 

@@ -1,4 +1,4 @@
-"""Tokenizers of SentencePiece as `tokenizers` has them, with the ids that SentencePiece gives any text."""
+"""SentencePiece tokenizers, converted to `tokenizers` with the same token ids for any text."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from sparsecli.model.tokenizer import SETTINGS, TOKENIZER
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MODEL, ADDED = "tokenizer.model", "added_tokens.json"
+SENTENCEPIECE_MODEL, ADDED_TOKENS = "tokenizer.model", "added_tokens.json"
 SPACE = "▁"
-"""What stands for a space in pieces."""
+"""The space within pieces."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-"""Kinds of pieces, by the numbers that SentencePiece and GGUF have for them."""
+"""Kinds of pieces, as numbered in SentencePiece and GGUF."""
 BYTE_PAIRS = 2
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """A vocabulary of byte pairs, and how text is made ready for it."""
+class SentencePieceVocabulary:
+    """A vocabulary of byte pairs, and the normalization of text."""
 
     texts: list[str]
     scores: list[float]
     """The higher the score of a piece, the earlier its parts are merged."""
     kinds: list[int]
     prefix: bool = True
-    """Put a space before every text."""
+    """Add a space before every text."""
     squeezed: bool = False
-    """Leave out spaces around a text, and all but one of those within it."""
+    """Remove spaces around a text, and repeated ones within it."""
     characters: bytes = b""
-    """SentencePiece's compiled table of characters that are replaced by others."""
+    """SentencePiece's compiled table of character replacements."""
 
     def of(self, *kinds: int) -> list[str]:
-        """The pieces of some kinds."""
+        """The pieces of these kinds."""
         return [text for text, kind in zip(self.texts, self.kinds, strict=True) if kind in kinds]
 
 
-def read_pieces(path: Path) -> tuple[Pieces, dict[str, Any]]:
-    """What a `tokenizer.model` holds, and settings with the names of its special tokens.
+def read_sentencepiece(path: Path) -> tuple[SentencePieceVocabulary, dict[str, Any]]:
+    """The vocabulary of a `tokenizer.model`, and settings with the names of its special tokens.
 
     Raises:
         Failure: it is damaged, or of another kind than byte pairs.
@@ -59,7 +59,7 @@ def read_pieces(path: Path) -> tuple[Pieces, dict[str, Any]]:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != BYTE_PAIRS:
         raise Failure(f"{path}: is not of byte pairs (BPE); give the model's {TOKENIZER} beside it")
-    pieces = Pieces(
+    pieces = SentencePieceVocabulary(
         [piece.piece for piece in model.pieces],
         [piece.score for piece in model.pieces],
         [piece.type for piece in model.pieces],
@@ -71,31 +71,33 @@ def read_pieces(path: Path) -> tuple[Pieces, dict[str, Any]]:
     return pieces, {name: pieces.texts[number] for name, number in numbers.items() if number >= 0}
 
 
-def convert(source: Path, folder: Path) -> None:
-    """Write the tokenizer of a Hugging Face folder that has a `tokenizer.model`, see `write_pieces`.
+def convert_tokenizer(source: Path, folder: Path) -> None:
+    """Write the tokenizer of a Hugging Face folder that has a `tokenizer.model`, see `write_tokenizer`.
 
     Raises:
-        Failure: as `read_pieces`; or a file beside it is damaged.
+        Failure: as `read_sentencepiece`; or a file beside it is damaged.
     """
-    pieces, settings = read_pieces(source / MODEL)
+    pieces, settings = read_sentencepiece(source / SENTENCEPIECE_MODEL)
     for name in ("special_tokens_map.json", SETTINGS):
         settings |= read_json(source / name) if (source / name).is_file() else {}
-    added = read_json(source / ADDED) if (source / ADDED).is_file() else {}
-    write_pieces(pieces, settings, folder, sorted(added, key=added.__getitem__))
+    added = read_json(source / ADDED_TOKENS) if (source / ADDED_TOKENS).is_file() else {}
+    write_tokenizer(pieces, settings, folder, sorted(added, key=added.__getitem__))
 
 
-def write_pieces(pieces: Pieces, settings: dict[str, Any], folder: Path, added: Sequence[str] = ()) -> None:
-    """Write them to `folder` as `tokenizer.json` and `tokenizer_config.json`.
+def write_tokenizer(
+    pieces: SentencePieceVocabulary, settings: dict[str, Any], folder: Path, added: Sequence[str] = ()
+) -> None:
+    """Write a tokenizer to `folder` as `tokenizer.json` and `tokenizer_config.json`.
 
     Args:
         settings: a `tokenizer_config.json`; without `add_bos_token`, the first token is added.
-        added: tokens behind the pieces, in their order.
+        added: tokens after the pieces, in their order.
     """
     from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    backend = build(pieces)
+    backend = build_tokenizer(pieces)
     backend.add_tokens([AddedToken(text, normalized=False) for text in added])
     named = {
         name: value["content"] if isinstance(value, dict) else value
@@ -117,27 +119,40 @@ def write_pieces(pieces: Pieces, settings: dict[str, Any], folder: Path, added: 
     PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True).save_pretrained(folder)
 
 
-def build(pieces: Pieces) -> Tokenizer:
+def build_tokenizer(pieces: SentencePieceVocabulary) -> Tokenizer:
     """The tokenizer. The names of control and byte tokens that occur in a text are never merged into these tokens.
 
     One text gets other ids than from SentencePiece: that which begins with a user-defined piece, no space before it.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers.tokenization_utils_base import generate_merges
 
     vocabulary = {text: number for number, text in enumerate(pieces.texts)}
     scores = dict(zip(pieces.texts, pieces.scores, strict=True))
-    apart = pieces.of(UNKNOWN, CONTROL, USER_DEFINED, BYTE)
-    unknown = next(iter(pieces.of(UNKNOWN)), None)
+    unmerged = pieces.of(UNKNOWN, CONTROL, USER_DEFINED, BYTE)
     backend = Tokenizer(
         models.BPE(
             vocabulary,
-            generate_merges(vocabulary, scores, skip_tokens=apart),
-            unk_token=unknown,
+            generate_merges(vocabulary, scores, skip_tokens=unmerged),
+            unk_token=next(iter(pieces.of(UNKNOWN)), None),
             fuse_unk=True,
             byte_fallback=BYTE in pieces.kinds,
         )
     )
+    _prepare_text(backend, pieces)
+    decoder = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*decoder, *([decoders.Strip(" ", 1, 0)] if pieces.prefix else [])])
+    special = pieces.of(UNKNOWN, CONTROL)
+    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
+    whole = pieces.of(USER_DEFINED)
+    backend.add_tokens([AddedToken(text, normalized=True, special=False) for text in whole])
+    return backend
+
+
+def _prepare_text(backend: Tokenizer, pieces: SentencePieceVocabulary) -> None:
+    """Set the normalizer and the pre-tokenizer."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
     steps: list[normalizers.Normalizer] = []
     if pieces.characters:
         steps.append(normalizers.Precompiled(pieces.characters))
@@ -147,19 +162,12 @@ def build(pieces: Pieces) -> Tokenizer:
             normalizers.Strip(left=not pieces.prefix, right=True),
         ]
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    # `Metaspace` puts a space before a text, and not behind special tokens, unless what it takes for one is there
-    # already. Squeezed text may begin with one, which then is that space. In other text it comes before those that the
-    # text begins with: the first step finds none, as they are pieces' spaces by now.
+    # `Metaspace` puts a space before a text, and not behind special tokens, unless there is a space already, by its
+    # own character. Squeezed text may begin with one, which then is that space. Other text keeps its spaces and gets
+    # one more: the first step looks for " ", which the normalizer has replaced everywhere.
     scheme = "first" if pieces.prefix else "never"
     ahead = [] if pieces.squeezed else [pre_tokenizers.Metaspace(" ", prepend_scheme=scheme, split=False)]
     scheme = scheme if pieces.squeezed else "never"
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [*ahead, pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)]
     )
-    decoder = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*decoder, *([decoders.Strip(" ", 1, 0)] if pieces.prefix else [])])
-    special = pieces.of(UNKNOWN, CONTROL)
-    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    whole = pieces.of(USER_DEFINED)
-    backend.add_tokens([AddedToken(text, normalized=True, special=False) for text in whole])
-    return backend

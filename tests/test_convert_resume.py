@@ -14,11 +14,11 @@ from small_conversions import losses, search, trained
 from small_runs import send
 
 from sparsecli.console import Failure, Mismatch, Stopped
-from sparsecli.convert import command, conversion, fitting
+from sparsecli.convert import command, resume
 from sparsecli.convert import search as searching
-from sparsecli.convert import work as working
-from sparsecli.convert.methods import METHODS
-from sparsecli.convert.work import fingerprint, place_of, work_folder
+from sparsecli.convert.methods import METHODS, fitting
+from sparsecli.convert.resume import fingerprint, open_work_folder, work_path
+from sparsecli.convert.run import Conversion
 from sparsecli.decode.native import binding
 from sparsecli.model.loading import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
@@ -35,7 +35,7 @@ def dense_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRecipe, P
 @pytest.fixture(autouse=True)
 def cache(dense_run: tuple[LoadedRecipe, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSECLI_CACHE", str(dense_run[1].parent / "cache"))
-    monkeypatch.setattr(conversion, "ROUNDS", 1)
+    monkeypatch.setattr("sparsecli.convert.run.ROUNDS", 1)
 
 
 # -- stopped and resumed -------------------------------------------------------------------------------------
@@ -52,14 +52,14 @@ def test_a_stopped_conversion_goes_on(
         raise Stopped("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "distil", stop)
+        patch.setattr("sparsecli.convert.run.distil", stop)
         with pytest.raises(Stopped):
             command.run(loaded, model=str(dense), output=tmp_path / "stopped")
     assert not (tmp_path / "stopped").exists()
     other = load(str(loaded.path), ["seed=5"])
-    with pytest.raises(Failure, match="the beginning of another conversion"):
+    with pytest.raises(Failure, match="an unfinished conversion of another recipe or model"):
         command.run(other, model=str(dense), output=tmp_path / "stopped")
-    monkeypatch.setattr(conversion.Conversion, "_fitted", None)  # it is not fitted again
+    monkeypatch.setattr(Conversion, "_fit", None)  # it is not fitted again
     again = command.run(loaded, model=str(dense), output=tmp_path / "stopped")
     assert again
     assert losses(again) == losses(report)
@@ -88,18 +88,18 @@ def test_a_signal_while_layers_are_fitted(
         fitted.append(arguments[1].config.spec.feed_forward.kind)
         if len(fitted) == 3:
             send(number)()
-        fitting.fit(*arguments, **options)
+        fitting.fit_model(*arguments, **options)
 
-    monkeypatch.setattr(searching, "fit", fit)
+    monkeypatch.setattr(searching, "fit_model", fit)
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(Stopped, match="stopped; the same command goes on from what is finished") as raised:
+    with pytest.raises(Stopped, match="stopped; run the same command again to resume") as raised:
         command.run(changed, model=str(dense), output=tmp_path / "found")
     assert raised.value.exit_code == code
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     assert fitted == ["precision", "precision", "dense"]  # chosen units, none, then the logits
     assert command.run(changed, model=str(dense), output=tmp_path / "found")
     assert fitted[3:] == ["dense"]
-    assert not place_of(tmp_path / "found").exists()
+    assert not work_path(tmp_path / "found").exists()
 
 
 def test_what_a_kill_behind_the_last_step_left_is_deleted(
@@ -107,14 +107,14 @@ def test_what_a_kill_behind_the_last_step_left_is_deleted(
 ) -> None:
     loaded, dense = dense_run
     quick = load(str(loaded.path), ["convert.distillation.tokens=0", "convert.controller_steps=1"])
-    output, work = tmp_path / "sparse", place_of(tmp_path / "sparse")
+    output, work = tmp_path / "sparse", work_path(tmp_path / "sparse")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(working.Work, "close", killed)
-        patch.setattr(working, "_delete", lambda folder: None)
+        patch.setattr(resume.WorkFolder, "close", killed)
+        patch.setattr(resume, "_delete", lambda folder: None)
         with pytest.raises(Stopped):
             command.run(quick, model=str(dense), output=output)
     assert (output / "recipe.yaml").is_file()
@@ -130,11 +130,11 @@ def test_what_a_kill_behind_the_last_step_left_is_deleted(
 
 
 def test_a_damaged_note_is_another_conversion_s(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:
-    work = place_of(tmp_path / "sparse")
+    work = work_path(tmp_path / "sparse")
     for content in (b"[]", b"\xff", b"{"):
         work.mkdir(exist_ok=True)
         (work / "conversion.json").write_bytes(content)
-        with pytest.raises(Failure, match=r"sparse\.converting: holds the beginning of another conversion"):
+        with pytest.raises(Failure, match=r"sparse\.converting: holds an unfinished conversion of"):
             command.run(dense_run[0], model=str(dense_run[1]), output=tmp_path / "sparse")
 
 
@@ -148,7 +148,7 @@ def test_a_budget_that_nothing_can_keep_is_refused_beforehand(
     for budget, least in (("bytes 1 KB", r"bytes 0\.02 MB"), ("kept 1/32", r"kept 12\.5 %")):
         changed = search(loaded, budget, "convert.methods=[selector]")
         for dry_run in (True, False):
-            with pytest.raises(Mismatch, match=f"nothing keeps .*; `budget: {least}` would hold"):
+            with pytest.raises(Mismatch, match=f"no candidate meets .*; `budget: {least}` can be met"):
                 command.run(changed, model=str(dense), output=tmp_path / "found", dry_run=dry_run)
     assert not list(tmp_path.iterdir())
 
@@ -164,16 +164,16 @@ def test_a_wider_budget_takes_what_was_built(
 
     narrow = search(loaded, "perplexity +300 %", *given)
     with monkeypatch.context() as patch:
-        patch.setattr(conversion.Conversion, "_check_budget", refuse)
-        patch.setattr(conversion.Conversion, "_needs_recovery", lambda *_: True)
+        patch.setattr(Conversion, "_check_budget", refuse)
+        patch.setattr(Conversion, "_needs_recovery", lambda *_: True)
         with pytest.raises(Mismatch):
             command.run(narrow, model=str(dense), output=tmp_path / "found")
-    monkeypatch.setattr(conversion.Conversion, "_fitted", None)  # it is not fitted again
+    monkeypatch.setattr(Conversion, "_fit", None)  # it is not fitted again
     report = command.run(
         search(loaded, "perplexity +900 %", *given), model=str(dense), output=tmp_path / "found"
     )
     assert report
-    assert report.distilled_tokens == 2048
+    assert report.distillation_tokens == 2048
     assert list(losses(report)) == ["dense", "fitted", "refitted", "distilled"]
 
 
@@ -181,13 +181,15 @@ def test_another_budget_goes_on_from_the_fits(
     dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, dense = dense_run
-    monkeypatch.setattr(METHODS["controller"], "choices", ((4, 2),))
+    monkeypatch.setattr(METHODS["controller"], "fit_groups", ((4, 2),))
     given = ["convert.methods=[controller]", "convert.distillation.tokens=0"]
-    with pytest.raises(Mismatch, match=r"nothing keeps .* would hold, and goes on from what is m") as raised:
+    with pytest.raises(
+        Mismatch, match=r"no candidate meets .* can be met, and resumes from these m"
+    ) as raised:
         command.run(search(loaded, "perplexity +0.1 %", *given), model=str(dense), output=tmp_path / "found")
     assert raised.value.exit_code == 4
     again = raised.value.message.split("`")[1].removeprefix("budget: ")
-    monkeypatch.setattr(searching, "fit", None)
+    monkeypatch.setattr(searching, "fit_model", None)
     assert command.run(search(loaded, again, *given), model=str(dense), output=tmp_path / "found")
 
 
@@ -200,9 +202,11 @@ def test_candidates_are_tried_until_one_keeps_the_budget_on_tuning_text(
     """What was predicted too well is not taken, however many that are, and is not built twice."""
     loaded, dense = dense_run
     given = ["convert.methods=[controller]", "convert.distillation.tokens=0", "convert.quantization={}"]
-    monkeypatch.setattr(METHODS["controller"], "choices", ((8, 4, 2),))
+    monkeypatch.setattr(METHODS["controller"], "fit_groups", ((8, 4, 2),))
     monkeypatch.setattr(searching, "window_losses", lambda *arguments: np.zeros(1))  # far too well
-    with pytest.raises(Mismatch, match=r"nothing keeps .* on tuning text once it is built; `budget: p") as e:
+    with pytest.raises(
+        Mismatch, match=r"no candidate meets .* on tuning text once it is built; `budget: p"
+    ) as e:
         command.run(
             search(loaded, "perplexity +0.0001 %", *given), model=str(dense), output=tmp_path / "found"
         )
@@ -234,37 +238,37 @@ def decided(seed: int = 0) -> Recipe:
 def test_one_conversion_at_a_time(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:
     loaded, dense = dense_run
     pytest.importorskip("fcntl")
-    with work_folder(tmp_path / "sparse", decided(), "model") as work:
-        work.note("done", 1)
+    with open_work_folder(tmp_path / "sparse", decided(), "model") as work:
+        work.record("done", 1)
         with pytest.raises(
-            Failure, match=r"converting: another conversion is at work here; wait for it"
+            Failure, match=r"converting: another conversion uses this folder; wait for it"
         ) as raised:
             command.run(loaded, model=str(dense), output=tmp_path / "sparse")
         assert "\n" not in raised.value.message
         assert json.loads((work.folder / "conversion.json").read_text())["done"] == 1
-    with work_folder(tmp_path / "sparse", decided(), "model") as work:
+    with open_work_folder(tmp_path / "sparse", decided(), "model") as work:
         assert work.recall("done") == 1
         work.close()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_nothing_finished_never_blocks(tmp_path: Path) -> None:
-    folder = place_of(tmp_path / "sparse")
-    another = pytest.raises(Failure, match="holds the beginning of another conversion")
-    with work_folder(tmp_path / "sparse", decided(), "model") as work:
+    folder = work_path(tmp_path / "sparse")
+    another = pytest.raises(Failure, match="holds an unfinished conversion of another recipe or model")
+    with open_work_folder(tmp_path / "sparse", decided(), "model") as work:
         (work.folder / "dense").mkdir()
         begun = (work.folder / "conversion.json").read_text()
     assert not folder.exists()
     (folder / "dense").mkdir(parents=True)  # as a power cut leaves it
     (folder / "conversion.json").write_text(begun)
-    with work_folder(tmp_path / "sparse", decided(seed=1), "other") as work:
+    with open_work_folder(tmp_path / "sparse", decided(seed=1), "other") as work:
         assert not (work.folder / "dense").exists()
-        work.note("done", 1)
-    with another, work_folder(tmp_path / "sparse", decided(), "model"):
+        work.record("done", 1)
+    with another, open_work_folder(tmp_path / "sparse", decided(), "model"):
         pass
     (folder / "conversion.json").unlink()
     (folder / "mine.txt").write_text("not a conversion's")
-    with another, work_folder(tmp_path / "sparse", decided(), "model"):
+    with another, open_work_folder(tmp_path / "sparse", decided(), "model"):
         pass
     assert (folder / "mine.txt").exists()
 
@@ -276,6 +280,6 @@ def test_damaged_weights_leave_nothing_behind(dense_run: tuple[LoadedRecipe, Pat
         model.model.norm.weight[0] = torch.nan
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
-    with pytest.raises(Failure, match=r"convert\.model: its loss is not a number; are its weights whole\?"):
+    with pytest.raises(Failure, match=r"convert\.model: its loss is not finite; check its weights"):
         command.run(loaded, model=str(tmp_path / "dense"), output=tmp_path / "sparse")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
