@@ -60,6 +60,7 @@ LAYERS |= {
     "sparsecli.decode.native.shape": {
         *("sparsecli.decode.native", "sparsecli.decode.packed"),
         "sparsecli.spec",
+        "sparsecli.decode.native.gguf",
     },
     "sparsecli.decode.lsh_rotations": {
         *("sparsecli.spec", "sparsecli.model.layers.lsh"),  # rotations are PyTorch's
@@ -79,6 +80,7 @@ LAYERS |= {
         "sparsecli.console",
         "sparsecli.model",
         "sparsecli.spec",
+        "sparsecli.decode.native.gguf",
     },
     "sparsecli.bench": BELOW_COMMANDS
     | {"sparsecli.bench", "sparsecli.train", "sparsecli.decode", "sparsecli.generate.decoder"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +26,10 @@ def import_(
         str | None,
         typer.Option(metavar="NAME", help="Branch, tag or commit on the hub.", show_default=False),
     ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Type of the written weights; auto keeps the original's, also GGUF's own."),
+    ] = "auto",
     dry_run: DryRun = False,
 ) -> None:
     """Import a dense model of another architecture.
@@ -35,4 +39,4 @@ def import_(
     """
     from sparsecli.interchange import importing
 
-    importing.run(source=source, output=output, revision=revision, dry_run=dry_run)
+    importing.run(source=source, output=output, revision=revision, dtype=dtype, dry_run=dry_run)

@@ -1,7 +1,10 @@
-"""Reading GGUF files by transformers' own rules; weights are dequantized one tensor at a time."""
+"""GGUF files as models: their metadata as a config.json, their tensors as ours, with their own codes or dequantized."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,185 +12,448 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecli.console import Failure
-from sparsecli.interchange.architectures import NO_TOKENS, architecture_of
-from sparsecli.interchange.sentencepiece_tokenizer import SentencePieceVocabulary
+from sparsecli.console import Failure, warn_once
+from sparsecli.decode.native.gguf import arrange
+from sparsecli.interchange.architectures import architecture_of
+from sparsecli.interchange.byte_pair_tokenizer import (
+    LLAMA3,
+    build_byte_pair_tokenizer,
+    splitting_of,
+    write_byte_pair_tokenizer,
+)
+from sparsecli.interchange.gguf_reader import BFLOAT16, FLOATS, GgufReader, GgufTensor
+from sparsecli.interchange.sentencepiece_tokenizer import SentencePieceVocabulary, write_tokenizer
 from sparsecli.model.files import last_line
+from sparsecli.model.gguf_types import TYPES, GgufType, take_apart, weights_of
 from sparsecli.spec.base import MOST_LAYERS
+from sparsecli.spec.model import ModelSpec
 
-SPECIAL = {
-    "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "pad_token_id": "tokenizer.ggml.padding_token_id",
-}
-SPECIAL_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 ENDS = ("eos", "eot", "eom")
 """Tokens that end a text: of the text, of a turn, of a message to a tool."""
-UNREAD_SIZES = {
-    "qwen3": {"head_dim": "attention.key_length"},
-    "gpt2": {"n_positions": "context_length", "n_inner": "feed_forward_length"},
-}
-"""Sizes that transformers does not read from a GGUF file, by architecture."""
-
-WRITTEN_AS = {"mistral": "llama"}
-"""Architectures that llama.cpp writes with the tensor names of another."""
-
 FREQUENCIES = "rope_freqs.weight"
+FREQUENCY_TOLERANCE = 1e-5
+KINDS = {kind.number: kind for kind in TYPES.values()}
+
+Rows = Callable[[ModelSpec], list[np.ndarray]]
+"""For each module of ours the rows of the file's tensor that are its own."""
 
 
-def read_gguf_config(path: Path) -> dict[str, Any]:
-    """The config.json that is equivalent to a GGUF file's metadata.
+@dataclass(frozen=True)
+class GgufModule:
+    """The modules of ours that one of the file's holds; without `rows` it is one, as it is."""
 
-    Raises:
-        Failure: the package `gguf` is missing, the file is damaged, or of an architecture or with rotary positions
-            that transformers does not read from GGUF.
-    """
-    reader = _reader(path)
-    try:
-        return _config(path, reader)
-    except Failure as failure:
-        raise Failure(f"{path}: {failure.message}") from failure
-    except Exception as error:  # the library raises whatever its parsers do
-        raise Failure(f"{path}: does not load: {last_line(error)}") from error
+    ours: tuple[str, ...]
+    rows: Rows | None = None
 
 
-def _config(path: Path, reader: Any) -> dict[str, Any]:
-    from transformers import AutoConfig
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """An architecture as llama.cpp writes it.
 
-    architecture = reader.fields.get("general.architecture")
-    kind = "unknown" if architecture is None else str(architecture.contents())
-    # transformers would ignore these, and the model would compute something else.
-    scaling = reader.fields.get(f"{kind}.rope.scaling.type")
-    if scaling is not None and scaling.contents() != "none":
-        raise Failure(f"{kind}.rope.scaling.type: {scaling.contents()!r}: import the original checkpoint")
-    if any(tensor.name == FREQUENCIES for tensor in reader.tensors):
-        raise Failure(f"{FREQUENCIES}: rotary frequencies of its own; import the original checkpoint")
-    if kind in WRITTEN_AS:
-        raise Failure(
-            f"general.architecture: {kind!r} is written as {WRITTEN_AS[kind]!r} by llama.cpp, with the order of rows "
-            "that it reads; import the original checkpoint"
-        )
-    blocks = reader.fields.get(f"{kind}.block_count")
-    if blocks is not None and blocks.contents() > MOST_LAYERS:
-        raise Failure(
-            f"{kind}.block_count: {blocks.contents()} is more than {MOST_LAYERS}, the most that is taken"
-        )
-    architecture_of(kind)
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    foreign = ("quantization_config", "_name_or_path", "_model_name_or_path")
-    fields = {name: value for name, value in config.to_diff_dict().items() if name not in foreign}
-    keys = {**SPECIAL, **{name: f"{kind}.{key}" for name, key in UNREAD_SIZES.get(kind, {}).items()}}
-    read: dict[str, Any] = {
-        name: int(reader.fields[key].contents()) for name, key in keys.items() if key in reader.fields
-    }
-    end_keys = (f"tokenizer.ggml.{end}_token_id" for end in ENDS)
-    ends = {int(reader.fields[key].contents()) for key in end_keys if key in reader.fields}
-    if ends:
-        read["eos_token_id"] = sorted(ends) if len(ends) > 1 else ends.pop()
-    return {**fields, **read, "architectures": [architecture_of(config.model_type).class_name]}
-
-
-def read_gguf_vocabulary(path: Path) -> tuple[SentencePieceVocabulary, dict[str, Any]] | None:
-    """The SentencePiece vocabulary of a GGUF file, and settings as in a tokenizer_config.json; None if it has none.
-
-    Raises:
-        Failure: as `read_gguf_config`.
-    """
-    fields = _reader(path).fields
-
-    def value(name: str, default: Any = None) -> Any:
-        return fields[name].contents() if name in fields else default
-
-    if value("tokenizer.ggml.model") != "llama":
-        return None
-    texts, scores, kinds = (
-        value(f"tokenizer.ggml.{name}", []) for name in ("tokens", "scores", "token_type")
-    )
-    if not len(texts) == len(scores) == len(kinds):
-        raise Failure(f"{path}: tokenizer.ggml: tokens, scores and token_type differ in length")
-    pieces = SentencePieceVocabulary(
-        texts,
-        scores,
-        kinds,
-        prefix=value("tokenizer.ggml.add_space_prefix", True),
-        squeezed=value("tokenizer.ggml.remove_extra_whitespaces", False),
-        characters=bytes(value("tokenizer.ggml.precompiled_charsmap", [])),
-    )
-    numbers = {name: value(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_NAMES.items()}
-    settings = {
-        name: texts[number] for name, number in numbers.items() if number is not None and number < len(texts)
-    }
-    for name in ("add_bos_token", "add_eos_token"):
-        if (given := value(f"tokenizer.ggml.{name}")) is not None:
-            settings[name] = given
-    if template := value("tokenizer.chat_template"):
-        settings["chat_template"] = template
-    return pieces, settings
-
-
-class GgufTensorReader:
-    """The tensors of a GGUF file as float32, under their names in transformers.
-
-    Args:
-        config: from `read_gguf_config`.
-    Raises:
-        Failure: as `read_gguf_config`.
+    Attributes:
+        model_type: in transformers.
+        config: keys of the metadata, below the architecture's name, by the fields of a config.json that they give.
+        constants: fields that every such model has.
+        outer, layer: modules outside of the layers, and those of every layer.
+        biases: fields that say whether a module of the first layer has a bias.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
+    model_type: str
+    config: Mapping[str, str]
+    layer: Mapping[str, GgufModule]
+    outer: Mapping[str, GgufModule]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
 
-        reader = _reader(path)
+
+def _module(*ours: str, rows: Rows | None = None) -> GgufModule:
+    return GgufModule(ours, rows)
+
+
+def _unpaired(heads: Callable[[ModelSpec], int]) -> Rows:
+    """llama.cpp puts the two elements that a rotary position turns side by side; we have halves, as transformers."""
+
+    def rows(spec: ModelSpec) -> list[np.ndarray]:
+        count, width = heads(spec), spec.width_of_head
+        return [np.arange(count * width).reshape(count, width // 2, 2).swapaxes(1, 2).ravel()]
+
+    return rows
+
+
+def _query_heads(spec: ModelSpec) -> int:
+    return spec.heads
+
+
+def _key_heads(spec: ModelSpec) -> int:
+    return spec.attention.key_value_heads or spec.heads
+
+
+def _one_after_the_other(spec: ModelSpec) -> list[np.ndarray]:
+    """Queries, keys and values in one tensor."""
+    ends = np.cumsum([0, spec.attention_width, spec.key_width, spec.key_width])
+    return [np.arange(first, last) for first, last in pairwise(ends)]
+
+
+QUERY, KEY, VALUE = (f"attention.projection.{name}" for name in ("query", "key", "value"))
+OUTER = {
+    "token_embd": _module("model.embedding"),
+    "position_embd": _module("model.position_embedding"),
+    "output_norm": _module("model.norm"),
+    "output": _module("head"),
+}
+LAYER = {
+    "attn_norm": _module("attention_norm"),
+    "attn_q": _module(QUERY),
+    "attn_k": _module(KEY),
+    "attn_v": _module(VALUE),
+    "attn_qkv": _module(QUERY, KEY, VALUE, rows=_one_after_the_other),
+    "attn_q_norm": _module("attention.projection.query_norm"),
+    "attn_k_norm": _module("attention.projection.key_norm"),
+    "attn_output": _module("attention.output"),
+    "ffn_norm": _module("feed_forward_norm"),
+    "ffn_gate": _module("feed_forward.gate"),
+    "ffn_up": _module("feed_forward.up"),
+    "ffn_down": _module("feed_forward.down"),
+}
+PAIRED = LAYER | {
+    "attn_q": _module(QUERY, rows=_unpaired(_query_heads)),
+    "attn_k": _module(KEY, rows=_unpaired(_key_heads)),
+}
+SIZES = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+GPT2_SIZES = {
+    "n_embd": "embedding_length",
+    "n_layer": "block_count",
+    "n_head": "attention.head_count",
+    "n_inner": "feed_forward_length",
+    "n_positions": "context_length",
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
+}
+LLAMA_BIASES = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
+ARCHITECTURES = {
+    "llama": GgufArchitecture("llama", SIZES, PAIRED, OUTER, biases=LLAMA_BIASES),
+    "mistral": GgufArchitecture("mistral", SIZES, PAIRED, OUTER),
+    "qwen2": GgufArchitecture("qwen2", SIZES, LAYER, OUTER),
+    "qwen3": GgufArchitecture("qwen3", SIZES, LAYER, OUTER, biases={"attention_bias": "attn_q"}),
+    "gemma": GgufArchitecture("gemma", SIZES, LAYER, OUTER, {"hidden_activation": "gelu_pytorch_tanh"}),
+    "gpt2": GgufArchitecture("gpt2", GPT2_SIZES, LAYER, OUTER),
+}
+"""By `general.architecture`. llama.cpp writes Mistral as `llama`; its name tells."""
+ROTARY = {"gpt2": False}
+"""Architectures without rotary positions."""
+UNUSED = ("attn_rot_embd", "rope_freqs")
+"""Tables of constants in some files."""
+
+
+class GgufCheckpoint:
+    """A GGUF file.
+
+    Attributes:
+        config: the config.json that is equivalent to its metadata.
+
+    Raises:
+        Failure: the file is damaged, or of an architecture or with a feature that cannot be imported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.reader = path, GgufReader(path)
         try:
-            known = AutoConfig.for_model(**{**config, **NO_TOKENS})
-            rules = TENSOR_PROCESSORS.get(reader.fields["general.architecture"].contents(), TensorProcessor)
-            self.rules = rules(config=known.to_dict())
-            with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(known)
-            names = get_gguf_hf_weights_map(empty, self.rules, WRITTEN_AS.get(known.model_type))
-        except Exception as error:  # the library raises whatever its parsers do
-            raise Failure(f"{path}: does not load: {last_line(error)}") from error
-        self.path = path
-        self.stored = {names.get(tensor.name, tensor.name): tensor for tensor in reader.tensors}
-        expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-        self.shapes = {name: expected.get(name, _shape(tensor)) for name, tensor in self.stored.items()}
-        self.types = dict.fromkeys(self.stored, torch.float32)
+            self.kind, self.rules = self._rules()
+            self.config = self._config()
+        except Failure as failure:
+            raise Failure(f"{path}: {failure.message.removeprefix(f'{path}: ')}") from failure
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, dequantized.
+    def _rules(self) -> tuple[str, GgufArchitecture]:
+        kind = self.reader.metadata.get("general.architecture")
+        if not isinstance(kind, str) or kind not in ARCHITECTURES or kind == "mistral":
+            known = ", ".join(name for name in ARCHITECTURES if name != "mistral")
+            raise Failure(
+                f"general.architecture: {kind!r} is not an architecture that can be imported ({known})"
+            )
+        name = self.reader.metadata.get("general.name")
+        if kind == "llama" and isinstance(name, str) and "mistral" in name.lower():
+            return kind, ARCHITECTURES["mistral"]
+        return kind, ARCHITECTURES[kind]
+
+    def _value(self, key: str, *types: type) -> Any:
+        """A value below the architecture's name; None where there is none."""
+        value = self.reader.metadata.get(f"{self.kind}.{key}")
+        if value is not None and (type(value) not in types):
+            raise Failure(f"{self.kind}.{key}: {value!r} is not a number")
+        return value
+
+    def _config(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {"model_type": self.rules.model_type, **self.rules.constants}
+        for name, key in self.rules.config.items():
+            if (value := self._value(key, int, float)) is not None:
+                fields[name] = value
+        layers = self._value("block_count", int)
+        if layers is None or layers > MOST_LAYERS:
+            raise Failure(f"{self.kind}.block_count: {layers} is not a number up to {MOST_LAYERS}")
+        tensors = self.reader.tensors
+        if "token_embd.weight" not in tensors:
+            raise Failure("misses tensor token_embd.weight")
+        fields["vocab_size"] = tensors["token_embd.weight"].shape[0]
+        fields["tie_word_embeddings"] = "output.weight" not in tensors
+        for name, module in self.rules.biases.items():
+            fields[name] = f"blk.0.{module}.bias" in tensors
+        if ROTARY.get(self.kind, True):
+            fields["rope_parameters"] = self._rotary(fields)
+        ids = {
+            name: self.reader.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()
+        }
+        fields |= {f"{name}_id": ids[name] for name in ("bos_token", "pad_token") if ids[name] is not None}
+        ends = {self.reader.metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ENDS} - {None}
+        if ends:
+            fields["eos_token_id"] = sorted(ends) if len(ends) > 1 else ends.pop()
+        return {**fields, "architectures": [architecture_of(self.rules.model_type).class_name]}
+
+    def _rotary(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        base = self._value("rope.freq_base", float, int)
+        found: dict[str, Any] = {"rope_type": "default", "rope_theta": float(base or 10000.0)}
+        scaling = self.reader.metadata.get(f"{self.kind}.rope.scaling.type", "none")
+        factor = self._value("rope.scaling.factor", float, int)
+        if scaling == "linear" and factor:
+            found |= {"rope_type": "linear", "factor": float(factor)}
+        elif scaling != "none":
+            raise Failure(f"{self.kind}.rope.scaling.type: {scaling!r} is not supported (none, linear)")
+        width, turned = self._width(fields), self._value("rope.dimension_count", int)
+        if turned is not None and turned != width:
+            found["partial_rotary_factor"] = turned / width
+        if FREQUENCIES in self.reader.tensors:
+            divisors = self._floats(self.reader.tensors[FREQUENCIES]).ravel()
+            found |= _llama3_scaling(divisors.numpy(), found["rope_theta"])
+        return found
+
+    def _width(self, fields: Mapping[str, Any]) -> int:
+        width = fields.get("head_dim")
+        if width is None:
+            sizes = [fields.get(name) for name in ("hidden_size", "num_attention_heads")]
+            if not all(isinstance(size, int) and size > 0 for size in sizes):
+                raise Failure(f"{self.kind}.embedding_length or attention.head_count: missing")
+            width = sizes[0] // sizes[1]  # type: ignore[operator]
+        if not isinstance(width, int) or width < 1:
+            raise Failure(f"{self.kind}.attention.key_length: {width!r} is not a width")
+        return width
+
+    # -- tensors ---------------------------------------------------------------------------------------------
+
+    def modules(self, spec: ModelSpec) -> Iterator[tuple[str, GgufModule]]:
+        """Names in the file, and what of ours they hold."""
+        yield from self.rules.outer.items()
+        for index in range(spec.layers):
+            for name, module in self.rules.layer.items():
+                ours = tuple(f"model.layers.{index}.{each}" for each in module.ours)
+                yield f"blk.{index}.{name}", GgufModule(ours, module.rows)
+
+    def parts(self, spec: ModelSpec) -> list[GgufPart]:
+        """The tensors of the file in the order of the computation, each with what of ours it holds."""
+        found: list[GgufPart] = []
+        tensors = self.reader.tensors
+        for name, module in self.modules(spec):
+            for ending in ("weight", "bias"):
+                if (tensor := tensors.get(f"{name}.{ending}")) is not None:
+                    rows = module.rows(spec) if module.rows else [None] * len(module.ours)
+                    found += [
+                        GgufPart(self, tensor, f"{ours}.{ending}", order)
+                        for ours, order in zip(module.ours, rows, strict=True)
+                    ]
+        known = {part.tensor.name for part in found}
+        for name in tensors:
+            if name not in known and not any(constant in name for constant in UNUSED):
+                raise Failure(f"{self.path}: has unknown tensor {name[:60]}; import the original checkpoint")
+        return found
+
+    def _floats(self, tensor: GgufTensor) -> Tensor:
+        """A tensor as float32, or bfloat16 where it is stored so."""
+        if tensor.kind == BFLOAT16:
+            return torch.from_numpy(tensor.raw.copy()).view(torch.bfloat16).view(tensor.shape)
+        if tensor.kind in FLOATS:
+            return torch.from_numpy(tensor.raw.view(FLOATS[tensor.kind]).astype(np.float32)).view(
+                tensor.shape
+            )
+        if kind := KINDS.get(tensor.kind):
+            return torch.from_numpy(_dequantized(kind, tensor.raw)).view(tensor.shape)
+        from gguf import GGMLQuantizationType, dequantize
+
+        kind_name = GGMLQuantizationType(tensor.kind).name
+        warn_once(f"{self.path}: weights of the type {kind_name} become float32")
+        try:
+            return torch.from_numpy(dequantize(tensor.raw, GGMLQuantizationType(tensor.kind))).view(
+                tensor.shape
+            )
+        except Exception as error:  # the library raises whatever its parsers do
+            raise Failure(f"{self.path}: tensor {tensor.name} does not load: {last_line(error)}") from error
+
+    def floats(self, tensor: GgufTensor) -> Tensor:
+        """As `_floats`, which it checks for numbers that are not finite."""
+        found = self._floats(tensor)
+        if not torch.isfinite(found).all():
+            raise Failure(f"tensor {tensor.name} holds a NaN or an infinity; the checkpoint is damaged")
+        return found
+
+    # -- the tokenizer ---------------------------------------------------------------------------------------
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer to `folder`.
 
         Raises:
-            Failure: it is damaged, or of a type that the library does not dequantize.
+            Failure: the file has none, or of a kind that is not known.
         """
-        from gguf import dequantize
-
-        tensor = self.stored[name]
-        processed: dict[str, dict[str, Tensor]] = {"tensors": {}}  # some rules put their result there
+        kind = self.reader.metadata.get("tokenizer.ggml.model")
+        if kind not in ("llama", "gpt2"):
+            raise Failure(f"{self.path}: tokenizer.ggml.model: {kind!r} is not supported (llama, gpt2)")
+        tokens, kinds = self._list("tokens", str), self._list("token_type", int)
+        kinds = kinds or [1] * len(tokens)
+        if not tokens or len(kinds) != len(tokens):
+            raise Failure(f"{self.path}: tokenizer.ggml: tokens and token_type differ in length")
+        settings = self._tokenizer_settings(tokens)
+        if kind == "llama":
+            scores = self._list("scores", float)
+            if len(scores) != len(tokens):
+                raise Failure(f"{self.path}: tokenizer.ggml: tokens and scores differ in length")
+            write_tokenizer(self._pieces(tokens, scores, kinds), settings, folder)
+            return
+        splitting = splitting_of(self.reader.metadata.get("tokenizer.ggml.pre", "default"))
+        settings.setdefault("add_bos_token", splitting is LLAMA3)
         try:
-            weights = dequantize(tensor.data, tensor.tensor_type)
-            made = self.rules.process(weights=weights, name=tensor.name, parsed_parameters=processed)
-        except Exception as error:  # as above
-            raise Failure(f"{self.path}: tensor {name} does not load: {last_line(error)}") from error
-        if made.name is None:
-            return next(iter(processed["tensors"].values())).float()
-        return torch.from_numpy(np.array(made.weights, np.float32))
+            backend = build_byte_pair_tokenizer(tokens, self._list("merges", str), kinds, splitting)
+        except Exception as error:  # the library's own
+            raise Failure(f"{self.path}: tokenizer.ggml.merges: {last_line(error)}") from error
+        write_byte_pair_tokenizer(backend, settings, folder)
+
+    def _list(self, name: str, kind: type) -> list[Any]:
+        values = self.reader.metadata.get(f"tokenizer.ggml.{name}", [])
+        if not isinstance(values, list) or any(type(value) is not kind for value in values):
+            raise Failure(f"{self.path}: tokenizer.ggml.{name}: is not a list of {kind.__name__}")
+        return values
+
+    def _pieces(self, tokens: list[str], scores: list[float], kinds: list[int]) -> SentencePieceVocabulary:
+        metadata = self.reader.metadata
+        return SentencePieceVocabulary(
+            tokens,
+            scores,
+            kinds,
+            prefix=metadata.get("tokenizer.ggml.add_space_prefix", True),
+            squeezed=metadata.get("tokenizer.ggml.remove_extra_whitespaces", False),
+            characters=bytes(
+                byte & 255
+                for byte in metadata.get("tokenizer.ggml.precompiled_charsmap", [])
+                if type(byte) is int
+            ),
+        )
+
+    def _tokenizer_settings(self, tokens: list[str]) -> dict[str, Any]:
+        """Settings as in a tokenizer_config.json."""
+        metadata = self.reader.metadata
+        numbers = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
+        settings: dict[str, Any] = {
+            name: tokens[number]
+            for name, number in numbers.items()
+            if type(number) is int and number < len(tokens)
+        }
+        for name in ("add_bos_token", "add_eos_token"):
+            if type(given := metadata.get(f"tokenizer.ggml.{name}")) is bool:
+                settings[name] = given
+        if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+            settings["chat_template"] = template
+        return settings
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
-    """The shape as in PyTorch: GGUF counts axes from the last."""
-    return tuple(int(size) for size in reversed(tensor.shape))
+@dataclass(frozen=True)
+class GgufPart:
+    """A tensor of ours in a file: some rows of one of its tensors, in some order; all of them as they are for None."""
+
+    file: GgufCheckpoint
+    tensor: GgufTensor
+    name: str
+    rows: np.ndarray | None
+
+    @property
+    def kind(self) -> GgufType | None:
+        """Its type, where that is one whose codes can be kept."""
+        return KINDS.get(self.tensor.kind)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weights."""
+        shape = self.tensor.shape
+        return shape if self.rows is None else (len(self.rows), *shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights that are not kept as codes."""
+        return torch.bfloat16 if self.tensor.kind == BFLOAT16 else torch.float32
+
+    def floats(self) -> Tensor:
+        """The weights, dequantized.
+
+        Raises:
+            Failure: a NaN, an infinity, or a type that cannot be dequantized.
+        """
+        found = self.file.floats(self.tensor)
+        return found if self.rows is None else found[torch.from_numpy(self.rows)]
+
+    def codes(self) -> Tensor:
+        """The codes as panels, see gguf_types.py.
+
+        Raises:
+            Failure: a scale that is a NaN or an infinity.
+        """
+        kind = self.kind
+        assert kind
+        raw = self.tensor.raw if self.rows is None else self.tensor.raw[self.rows]
+        if not _finite(kind, raw):
+            raise Failure(f"tensor {self.tensor.name} holds a NaN or an infinity; the checkpoint is damaged")
+        return torch.from_numpy(arrange(kind, raw, self.tensor.shape[-1]))
 
 
-def _reader(path: Path) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise Failure(f"{path}: GGUF files need the package gguf: pip install 'sparsecli[gguf]'") from None
-    try:
-        return GGUFReader(path)
-    except Exception as error:  # a damaged file fails wherever its bytes lead
-        raise Failure(f"{path}: not a whole GGUF file: {last_line(error)}") from error
+def _dequantized(kind: GgufType, raw: np.ndarray) -> np.ndarray:
+    """float32 weights (R, cols) of some rows, a part at a time."""
+    cols = raw.shape[1] // kind.block_bytes * kind.block
+    found = np.empty((len(raw), cols), np.float32)
+    step = max(1, (1 << 21) // cols)
+    for first in range(0, len(raw), step):
+        found[first : first + step] = weights_of(kind, take_apart(kind, raw[first : first + step]))
+    return found
+
+
+def _finite(kind: GgufType, raw: np.ndarray) -> bool:
+    """Whether the float16 scales of all blocks are finite."""
+    blocks = raw.reshape(-1, kind.block_bytes)
+    halves = blocks[:, -2:] if kind.name == "Q6_K" else blocks[:, : 4 if kind.minimum else 2]
+    bits = np.ascontiguousarray(halves).view("<u2")
+    return bool(((bits & 0x7C00) != 0x7C00).all())
+
+
+def _llama3_scaling(divisors: np.ndarray, base: float) -> dict[str, Any]:
+    """The parameters of Llama 3's scaling, with which a table of divisors of the frequencies was made.
+
+    Raises:
+        Failure: it was made with others.
+    """
+    width = 2 * len(divisors)
+    frequencies = base ** -(np.arange(0, width, 2) / width)
+    factor, low, high, original = round(float(divisors.max()), 4), 1.0, 4.0, 8192
+    smooth = (original * frequencies / (2 * np.pi) - low) / (high - low)
+    made = 1 / ((1 - np.clip(smooth, 0, 1)) / factor + np.clip(smooth, 0, 1))
+    if not np.allclose(made, divisors, rtol=FREQUENCY_TOLERANCE):
+        raise Failure(
+            f"{FREQUENCIES}: rotary frequencies other than Llama 3's; import the original checkpoint"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +22,15 @@ from sparsecli.interchange.sources import GENERATION, ForeignModel, OwnModel, op
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.files import check_weights, written_beside
 from sparsecli.model.sizes import count_parameters
+from sparsecli.model.tensors import Shape, tensor_shapes
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
+from sparsecli.spec.model import ModelSpec, QuantizationSpec
+
+if TYPE_CHECKING:
+    from sparsecli.interchange.gguf_file import GgufPart
+
+ImportType = Literal["auto", "float32", "bfloat16"]
+"""The type of imported weights; `auto` is what the checkpoint has."""
 
 MIN_TOKENIZER_SHARE = 0.75
 """Least share of a model's vocabulary that its tokenizer must cover."""
@@ -28,7 +39,14 @@ UNUSED_TOKENS = ("bos_token_id", "pad_token_id")
 """Special tokens that no computation depends on."""
 
 
-def run(*, source: str, output: Path, revision: str | None = None, dry_run: bool = False) -> None:
+def run(
+    *,
+    source: str,
+    output: Path,
+    revision: str | None = None,
+    dtype: ImportType = "auto",
+    dry_run: bool = False,
+) -> None:
     """The `import` command.
 
     Raises:
@@ -45,7 +63,7 @@ def run(*, source: str, output: Path, revision: str | None = None, dry_run: bool
     if dry_run:
         _print_import_plan(opened, output)
         return
-    write_model(opened, output)
+    write_model(opened, output, dtype)
     parameters = count_parameters(opened.spec).total
     console.say(
         f"wrote {output} ({parameters:,} parameters); sparsecli generate --model {output} --prompt ..."
@@ -53,7 +71,8 @@ def run(*, source: str, output: Path, revision: str | None = None, dry_run: bool
 
 
 def model_folder(opened: OwnModel | ForeignModel, into: Path) -> Path:
-    """A model folder of ours for an opened source: its own, or `into`, where it is imported unless it exists.
+    """A model folder of ours for what was opened: its own, or `into`, where it is imported unless it is there. Weights
+    that a GGUF file has quantized are dequantized.
 
     Raises:
         Failure: as `write_model`; or `into` holds something else.
@@ -61,45 +80,108 @@ def model_folder(opened: OwnModel | ForeignModel, into: Path) -> Path:
     if isinstance(opened, OwnModel):
         return opened.folder
     if not into.exists():
-        write_model(opened, into)
+        write_model(opened, into, "float32" if opened.gguf else "auto")
     elif ScalingTransformerConfig.from_pretrained(into).origin != _origin_facts(opened):
         raise Failure(f"{into}: is there already, and not an import of {opened.reference}")
     return into
 
 
-def write_model(source: ForeignModel, output: Path) -> None:
+def write_model(source: ForeignModel, output: Path, dtype: ImportType = "auto") -> None:
     """Write a model folder, which is complete or absent.
 
-    Weights keep their type, except float16, which becomes float32: bfloat16 would lose three bits, and the native
-    engine has no third type. Tensors whose values change (Gemma's norms) become float32 too.
+    With `auto` weights keep their type, and those that a GGUF file has quantized their codes. Float16 becomes float32:
+    bfloat16 would lose three bits, and the native engine has no third type. Tensors whose values change (Gemma's norms)
+    become float32 too.
 
     Raises:
         Failure: tensors are missing, too many, of a wrong shape or not finite, the tokenizer does not match, or the
             folder cannot be written.
     """
-    tensors = source.tensors()
-    parts = source.architecture.foreign_tensors(source.spec)
     try:
-        names = _check_tensors(source, parts, tensors)
+        spec, tensors = _gguf_tensors(source, dtype) if source.gguf else _tensors(source, dtype)
         with written_beside(output) as folder:
             source.write_tokenizer(folder)
             tokenizer = _tokenizer(source, folder)
-            _write_description(source, folder, tokenizer, tensors.types[names[parts[0].name]])
+            _write_description(source, spec, folder, tokenizer, tensors[0].dtype)
             _check_tokens(source, folder, tokenizer)
             write_shards(
                 folder,
-                parts,
-                size=lambda part: (
-                    part.elements * _stored_type(part, tensors.types[names[part.name]]).itemsize
-                ),
-                make=lambda part: _to_ours(source, part, names[part.name], tensors),
+                tensors,
+                size=lambda tensor: tensor.nbytes,
+                make=lambda tensor: tensor.make(),
                 description="importing tensors",
             )
-            check_weights(folder, source.spec)
+            check_weights(folder, spec)
     except Failure as failure:
         if failure.message.startswith(str(source.path)):
             raise
         raise Failure(f"{source.path}: {failure.message}") from failure
+
+
+@dataclass(frozen=True)
+class ImportedTensor:
+    """A tensor that is to be written, or several that one of the checkpoint's holds.
+
+    Attributes:
+        make: the tensors by their names.
+    """
+
+    nbytes: int
+    dtype: torch.dtype
+    make: Callable[[], Mapping[str, Tensor]]
+
+
+def _gguf_tensors(source: ForeignModel, dtype: ImportType) -> tuple[ModelSpec, list[ImportedTensor]]:
+    """The tensors of a GGUF file, and the architecture with the types of those that keep their codes."""
+    assert source.gguf
+    parts = source.gguf.parts(source.spec)
+    expected = tensor_shapes(source.spec)
+    if source.spec.tied:
+        del expected["head.weight"]
+    _check_names(expected, {part.name: part.name for part in parts})
+    found: list[ImportedTensor] = []
+    kept: dict[str, str] = {}
+    for part in parts:
+        if part.shape != expected[part.name]:
+            raise Failure(
+                f"tensor {part.tensor.name} is {part.shape}, its metadata asks for {expected[part.name]}"
+            )
+        module, _, ending = part.name.rpartition(".")
+        if dtype == "auto" and part.kind and ending == "weight" and len(part.shape) == 2:
+            kept[module] = part.kind.name
+            nbytes = math.prod(part.kind.panel_shape(*part.shape))
+            found.append(ImportedTensor(nbytes, torch.float32, partial(_codes, part, module)))
+            continue
+        type_ = torch.bfloat16 if dtype == "bfloat16" and len(part.shape) == 2 else part.dtype
+        if dtype == "float32":
+            type_ = torch.float32
+        found.append(
+            ImportedTensor(math.prod(part.shape) * type_.itemsize, type_, partial(_floats, part, type_))
+        )
+    return source.spec.model_copy(
+        update={"quantization": QuantizationSpec.model_validate({"gguf": kept})}
+    ), found
+
+
+def _codes(part: GgufPart, module: str) -> Mapping[str, Tensor]:
+    return {f"{module}.codes": part.codes()}
+
+
+def _floats(part: GgufPart, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    return {part.name: part.floats().to(dtype)}
+
+
+def _tensors(source: ForeignModel, dtype: ImportType) -> tuple[ModelSpec, list[ImportedTensor]]:
+    """The tensors of a Hugging Face folder."""
+    tensors = source.tensors()
+    parts = source.architecture.foreign_tensors(source.spec)
+    names = _check_tensors(source, parts, tensors)
+    found: list[ImportedTensor] = []
+    for part in parts:
+        kept = _stored_type(part, tensors.types[names[part.name]], dtype)
+        make = partial(_to_ours, source, part, names[part.name], tensors, kept)
+        found.append(ImportedTensor(part.elements * kept.itemsize, kept, make))
+    return source.spec, found
 
 
 def _check_tensors(
@@ -115,6 +197,14 @@ def _check_tensors(
         )
         if not torch.equal(embedding, head):
             raise Failure("tie_word_embeddings: true, but lm_head.weight is not the embedding")
+    _check_names(expected, names)
+    for name, shape in expected.items():
+        if tensors.shapes[names[name]] != shape:
+            raise Failure(f"tensor {name} is {tensors.shapes[names[name]]}, config.json asks for {shape}")
+    return names
+
+
+def _check_names(expected: Mapping[str, Shape], names: Mapping[str, str]) -> None:
     for problem, wrong in (
         ("misses", expected.keys() - names.keys()),
         ("has unknown", names.keys() - expected.keys()),
@@ -124,19 +214,17 @@ def _check_tensors(
             raise Failure(
                 f"{problem} tensor {min(wrong)}{more}; weights and config.json do not belong together"
             )
-    for name, shape in expected.items():
-        if tensors.shapes[names[name]] != shape:
-            raise Failure(f"tensor {name} is {tensors.shapes[names[name]]}, config.json asks for {shape}")
-    return names
 
 
-def _stored_type(part: ForeignTensor, stored: torch.dtype) -> torch.dtype:
+def _stored_type(part: ForeignTensor, stored: torch.dtype, dtype: ImportType) -> torch.dtype:
     """The type in which a tensor is written."""
+    if dtype != "auto":
+        return torch.bfloat16 if dtype == "bfloat16" and len(part.shape) == 2 else torch.float32
     return torch.bfloat16 if stored == torch.bfloat16 and not part.layout.changes_values else torch.float32
 
 
 def _to_ours(
-    source: ForeignModel, part: ForeignTensor, name: str, tensors: TensorReader
+    source: ForeignModel, part: ForeignTensor, name: str, tensors: TensorReader, kept: torch.dtype
 ) -> Mapping[str, Tensor]:
     foreign = tensors.read(name)
     check_finite(part.name, foreign)
@@ -144,7 +232,6 @@ def _to_ours(
         raise Failure(
             f"tensor {part.name} is {tuple(foreign.shape)}, its configuration asks for {part.shape}"
         )
-    kept = _stored_type(part, foreign.dtype)
     return {
         ours: tensor.to(kept)
         for ours, tensor in zip(part.ours, part.layout.to_ours(foreign, source.spec), strict=True)
@@ -161,8 +248,10 @@ def _origin_facts(source: ForeignModel) -> dict[str, Any]:
     }
 
 
-def _write_description(source: ForeignModel, folder: Path, tokenizer: Tokenizer, stored: torch.dtype) -> None:
-    size, generation = source.spec.vocabulary.size, source.generation()
+def _write_description(
+    source: ForeignModel, spec: ModelSpec, folder: Path, tokenizer: Tokenizer, stored: torch.dtype
+) -> None:
+    size, generation = spec.vocabulary.size, source.generation()
     stated = [generation, source.config]  # transformers generates by the first
     special = {
         name: next((fields[name] for fields in stated if fields.get(name) is not None), None)
@@ -182,7 +271,7 @@ def _write_description(source: ForeignModel, folder: Path, tokenizer: Tokenizer,
     ends = {*(ends if isinstance(ends, list) else [] if ends is None else [ends]), *tokenizer.end}
     special["eos_token_id"] = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
     config = ScalingTransformerConfig.from_spec(
-        source.spec,
+        spec,
         **special,
         architectures=["ScalingTransformerForCausalLM"],
         dtype="bfloat16" if stored == torch.bfloat16 else "float32",

@@ -6,7 +6,7 @@ import re
 from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsecli.console import Failure
 from sparsecli.interchange.architectures import NO_TOKENS, ForeignArchitecture, architecture_of
@@ -15,7 +15,6 @@ from sparsecli.interchange.sentencepiece_tokenizer import (
     ADDED_TOKENS,
     SENTENCEPIECE_MODEL,
     convert_tokenizer,
-    write_tokenizer,
 )
 from sparsecli.model.files import (
     CONFIG,
@@ -30,6 +29,9 @@ from sparsecli.model.files import (
 from sparsecli.model.tokenizer import FILES, TOKENIZER
 from sparsecli.spec.base import MOST_LAYERS
 from sparsecli.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    from sparsecli.interchange.gguf_file import GgufCheckpoint
 
 GENERATION = "generation_config.json"
 DESCRIPTIONS = (
@@ -71,11 +73,8 @@ class ForeignModel:
     """Differences from the original model, a sentence each."""
     revision: str | None = None
     """The commit on the hub."""
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether it is a GGUF file, not a folder."""
-        return self.path.is_file()
+    gguf: GgufCheckpoint | None = None
+    """The file, if it is a GGUF file, not a folder."""
 
     def tensors(self) -> TensorReader:
         """Its weights.
@@ -83,10 +82,7 @@ class ForeignModel:
         Raises:
             Failure: a file is missing, cut short or damaged, or a pickle.
         """
-        if self.is_gguf:
-            from sparsecli.interchange.gguf_file import GgufTensorReader
-
-            return GgufTensorReader(self.path, self.config)
+        assert self.gguf is None
         return SafetensorsReader(weight_files(self.path))
 
     def generation(self) -> dict[str, Any]:
@@ -106,24 +102,17 @@ class ForeignModel:
                 if (self.path / name).is_file():
                     (folder / name).write_bytes((self.path / name).read_bytes().removeprefix(BOM_UTF8))
             return
-        if self.is_gguf:
-            from sparsecli.interchange.gguf_file import read_gguf_vocabulary
-
-            if found := read_gguf_vocabulary(self.path):
-                write_tokenizer(*found, folder)
-                return
-        elif (self.path / SENTENCEPIECE_MODEL).is_file():
+        if self.gguf:
+            self.gguf.write_tokenizer(folder)
+            return
+        if (self.path / SENTENCEPIECE_MODEL).is_file():
             convert_tokenizer(self.path, folder)
             return
         from transformers import AutoTokenizer
 
-        place = {"gguf_file": self.path.name} if self.is_gguf else {}
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                self.path.parent if self.is_gguf else self.path,
-                local_files_only=True,
-                trust_remote_code=False,
-                **place,
+                self.path, local_files_only=True, trust_remote_code=False
             )
             tokenizer.save_pretrained(folder)
         except Exception as error:  # the library raises whatever its parsers do
@@ -147,9 +136,10 @@ def open_source(reference: str, revision: str | None = None, weights: bool = Tru
         if revision is not None:
             raise Failure(f"{reference}: is a local path; --revision is for names on the hub")
         if path.is_file() and path.suffix == ".gguf":
-            from sparsecli.interchange.gguf_file import read_gguf_config
+            from sparsecli.interchange.gguf_file import GgufCheckpoint
 
-            return _open_foreign(reference, path, read_gguf_config(path))
+            file = GgufCheckpoint(path)
+            return _open_foreign(reference, path, file.config, gguf=file)
         if path.is_file() and path.name != PACKED:
             hint = "a pickle, which is never loaded" if path.suffix in PICKLES else "neither"
             raise Failure(f"{reference}: expected a model's folder or a .gguf file; it is {hint}")
@@ -186,7 +176,11 @@ def _fetch(name: str, revision: str | None, weights: bool) -> Path:
 
 
 def _open_foreign(
-    reference: str, path: Path, fields: dict[str, Any], revision: str | None = None
+    reference: str,
+    path: Path,
+    fields: dict[str, Any],
+    revision: str | None = None,
+    gguf: GgufCheckpoint | None = None,
 ) -> ForeignModel:
     place = path if path.is_file() else path / CONFIG
     try:
@@ -200,7 +194,7 @@ def _open_foreign(
             f"the context is {spec.max_positions} tokens, the original's sliding window, and not {original}: "
             "within it every token is attended to, as in the original"
         )
-    return ForeignModel(reference, path, architecture, spec, fields, notes, revision)
+    return ForeignModel(reference, path, architecture, spec, fields, notes, revision, gguf)
 
 
 def read_architecture(fields: dict[str, Any]) -> tuple[ForeignArchitecture, ModelSpec]:

@@ -245,7 +245,7 @@ def values(kind: GgufType, panels: np.ndarray, rows: int, cols: int) -> np.ndarr
 
     def fill(first: int) -> None:
         some = panels[first : first + step]
-        result[first * LANES : first * LANES + len(some) * LANES] = _weights(
+        result[first * LANES : first * LANES + len(some) * LANES] = weights_of(
             kind, read_parts(kind, some, cols)
         )
 
@@ -293,7 +293,7 @@ def _codes(kind: GgufType, words: np.ndarray) -> np.ndarray:
     return codes
 
 
-def _weights(kind: GgufType, parts: Parts) -> np.ndarray:
+def weights_of(kind: GgufType, parts: Parts) -> np.ndarray:
     """float32 (R, cols), in the order of operations of the package `gguf`."""
     rows, cols = parts.codes.shape
     codes = parts.codes.reshape(rows, -1, kind.group).astype(np.float32)
