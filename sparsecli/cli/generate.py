@@ -13,7 +13,6 @@ from sparsecli.cli.options import (
     Overrides,
     Seed,
     Threads,
-    WeightDtype,
     load_optional_recipe,
     shift,
 )
@@ -82,13 +81,19 @@ def generate(
         Literal["auto", "native", "torch"], typer.Option(help="auto: native if it works here, else torch.")
     ] = "auto",
     dtype: Annotated[
-        WeightDtype | None,
-        typer.Option(help="Weight type; default: as packed, else float32.", show_default=False),
-    ] = None,
+        Literal["auto", "float32", "bfloat16", "int8", "int4"],
+        typer.Option(help="Weight type; auto: as packed, else as stored."),
+    ] = "auto",
     cache_dtype: Annotated[
         CacheDtype | None, typer.Option(help="KV cache type; default: by --dtype.", show_default=False)
     ] = None,
     threads: Threads = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep/--no-keep", help="Keep packed weights for the next start, if packing took long."
+        ),
+    ] = True,
 ) -> None:
     """Continue a prompt, or summarize an input.
 
@@ -119,7 +124,7 @@ def generate(
         input_file=input_file,
         sampling={name: value for name, value in sampling.items() if value is not None},
         seed=seed,
-        decoder=DecoderOptions(backend, dtype, cache_dtype, threads),
+        decoder=DecoderOptions(backend, None if dtype == "auto" else dtype, cache_dtype, threads, keep),
         chat=chat,
         stats=stats,
         json=json,

@@ -14,12 +14,16 @@ DEFAULT_DTYPE = "float32"
 
 @dataclass(frozen=True)
 class DecoderOptions:
-    """How to decode. None leaves the choice to the model and the machine."""
+    """How to decode. None leaves the choice to the model and the machine.
+
+    With `keep`, weights that took long to pack are kept for the next start.
+    """
 
     backend: Literal["auto", "native", "torch"] = "auto"
     dtype: str | None = None
     cache_dtype: str | None = None
     threads: int | None = None
+    keep: bool = True
 
 
 class Decoder(Protocol):

@@ -13,17 +13,14 @@ from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.native import binding
-from sparsecli.decode.packed.file import open_packed
-from sparsecli.decode.packed.folder import pack_folder
-from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensors import crosses
-from sparsecli.generate.decoder import DEFAULT_DTYPE, DecoderOptions
+from sparsecli.generate.decoder import DecoderOptions
+from sparsecli.generate.packed_weights import has_weights, packed_weights
 from sparsecli.generate.torch_decoder import TorchDecoder, TorchEncoder
-from sparsecli.model.files import CONFIG, INDEX, PACKED, WEIGHTS, Description
+from sparsecli.model.files import Description
 
 if TYPE_CHECKING:
     from sparsecli.decode.engine import Sequence as EngineSequence
-    from sparsecli.decode.packed.pack import PackedModel
 
 
 class NativeDecoder:
@@ -40,7 +37,7 @@ class NativeDecoder:
     name = "native"
 
     def __init__(self, folder: Path, model: Description, options: DecoderOptions) -> None:
-        packed = packed_weights(folder, model, options.dtype)
+        packed = packed_weights(folder, model, options.dtype, options.keep)
         if options.cache_dtype is not None:
             packed = replace(packed, precision=replace(packed.precision, cache=options.cache_dtype))
         self.dtype, self.cache_dtype = packed.precision.units, packed.precision.cache
@@ -89,28 +86,3 @@ class NativeDecoder:
         if self.sequence:
             self.sequence.close()
         self.engine.close()
-
-
-def packed_weights(folder: Path, model: Description, dtype: str | None) -> PackedModel:
-    """The weights in `folder` for the native engine: the packed file, unless `dtype` asks for another type.
-
-    Raises:
-        Failure: the weights do not load, or they are packed as another type without the original files.
-    """
-    if (folder / PACKED).is_file():
-        packed = open_packed(folder / PACKED)
-        if packed.spec != model.spec:
-            raise Failure(f"{folder}: {PACKED} and {CONFIG} do not belong together; pack the model again")
-        held = packed.precision.units
-        if dtype in (None, held):
-            return packed
-        if not has_weights(folder):
-            raise Failure(
-                f"{folder / PACKED}: was packed as {held}; leave out --dtype {dtype}, or pack the model again with it"
-            )
-    return pack_folder(folder, model.spec, Precision.of(dtype or DEFAULT_DTYPE))
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether `folder` holds safetensors files, not only packed weights."""
-    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))

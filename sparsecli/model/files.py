@@ -40,6 +40,8 @@ class Description:
     spec: ModelSpec
     end_tokens: frozenset[int]
     """Tokens that end a text."""
+    dtype: str = "float32"
+    """The type in which its weights are stored: float32 or bfloat16."""
     imported: bool = False
     """Whether it comes from another architecture, whose tokenizer may put tokens before every text."""
 
@@ -115,7 +117,8 @@ def read_description(folder: Path) -> Description:
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(type(token) is not int for token in ends):
         raise Failure(f"{path}: eos_token_id: expected a token's number or a list of them")
-    return Description(spec, frozenset(ends), imported=bool(fields.get("origin")))
+    dtype = "bfloat16" if fields.get("dtype") == "bfloat16" else "float32"
+    return Description(spec, frozenset(ends), dtype, imported=bool(fields.get("origin")))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -16,9 +16,11 @@ from sparsecli.spec.model import ModelSpec
 LAYOUT_VERSION = 2
 
 
-def save(model: PackedModel, path: Path) -> None:
+def save(model: PackedModel, path: Path, made_of: str = "") -> None:
     """Write an `.spk` file: safetensors, with the layout's version, the architecture and checksums beside it.
 
+    Args:
+        made_of: says which weights were packed, see `packed_of`.
     Raises:
         Failure: it cannot be written; nothing is left behind.
     """
@@ -26,8 +28,22 @@ def save(model: PackedModel, path: Path) -> None:
         "sparsecli_layout": str(LAYOUT_VERSION),
         "spec": model.spec.model_dump_json(),
         "precision": tensor_file.to_json(vars(model.precision)),
+        **({"made_of": made_of} if made_of else {}),
     }
     tensor_file.write(path, model.tensors, facts)
+
+
+def packed_of(path: Path) -> str | None:
+    """What `save` was told of the weights in an `.spk` file; None if there is no such file, or a damaged one."""
+    try:
+        with tensor_file.TensorFile(path) as file:
+            return (
+                file.metadata.get("made_of")
+                if file.metadata.get("sparsecli_layout") == str(LAYOUT_VERSION)
+                else None
+            )
+    except Failure:
+        return None
 
 
 def open_packed(path: Path, from_disk: bool = False) -> PackedModel:

@@ -194,7 +194,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     facts[HEADER_CHECKSUM] = header_checksum(facts, entries)
     text = to_json({"__metadata__": facts, **entries}).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may pack one model
     try:
         with beside.open("wb") as file:
             file.write(struct.pack("<Q", len(text)))

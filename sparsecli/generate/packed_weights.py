@@ -1,0 +1,101 @@
+"""The weights of a model folder for the native engine: packed before, or now and then kept for the next start."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from sparsecli import console
+from sparsecli.console import Failure
+from sparsecli.decode.packed.file import open_packed, packed_of, save
+from sparsecli.decode.packed.folder import pack_folder
+from sparsecli.decode.packed.pack import PackedModel
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.model.files import CONFIG, INDEX, PACKED, WEIGHTS, Description, weight_files
+
+KEEP_AFTER = 2.0
+"""Seconds of packing from which on the result is kept."""
+
+
+def packed_weights(folder: Path, model: Description, dtype: str | None, keep: bool = True) -> PackedModel:
+    """The weights in `folder` for the native engine: the packed file, unless `dtype` asks for another type.
+
+    Weights whose packing took longer than `KEEP_AFTER` are kept with `keep`: beside the model, or in the cache folder
+    where that cannot be written.
+
+    Raises:
+        Failure: the weights do not load, or they are packed as another type without the original files.
+    """
+    if (folder / PACKED).is_file():
+        packed = open_packed(folder / PACKED)
+        if packed.spec != model.spec:
+            raise Failure(f"{folder}: {PACKED} and {CONFIG} do not belong together; pack the model again")
+        held = packed.precision.units
+        if dtype in (None, held):
+            return packed
+        if not has_weights(folder):
+            raise Failure(
+                f"{folder / PACKED}: was packed as {held}; leave out --dtype {dtype}, or pack the model again with it"
+            )
+    precision = precision_of(model, dtype)
+    made_of = _fingerprint(folder)
+    places = _places(folder, dtype or model.dtype)
+    for path in places:
+        if packed_of(path) == made_of:
+            packed = open_packed(path)
+            if packed.spec == model.spec and packed.precision == precision:
+                return packed
+    started = time.perf_counter()
+    packed = pack_folder(folder, model.spec, precision)
+    if keep and time.perf_counter() - started > KEEP_AFTER:
+        _keep(packed, places, made_of)
+    return packed
+
+
+def precision_of(model: Description, dtype: str | None) -> Precision:
+    """The types for `dtype`; for None those in which the weights are stored.
+
+    Codes of a GGUF file are no less exact with keys and values in bfloat16, which take half the memory.
+    """
+    if dtype is None and model.spec.quantization.gguf:
+        return Precision.of(model.dtype, cache="bfloat16")
+    return Precision.of(dtype or model.dtype)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` holds safetensors files, not only packed weights."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
+def _fingerprint(folder: Path) -> str:
+    """Tells the weight files and config.json from what they were at another time."""
+    facts = [
+        (path.name, found.st_size, found.st_mtime_ns)
+        for path in weight_files(folder)
+        for found in [path.stat()]
+    ]
+    description = (folder / CONFIG).read_bytes()
+    return hashlib.sha256(repr(facts).encode() + description).hexdigest()
+
+
+def _places(folder: Path, dtype: str) -> list[Path]:
+    """Where packed weights are kept: beside the model, else in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsecli"
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return [folder / f"kept-{dtype}.spk", cache / f"{name}-{dtype}.spk"]
+
+
+def _keep(packed: PackedModel, places: list[Path], made_of: str) -> None:
+    for path in places:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(packed, path, made_of)
+        except (Failure, OSError):
+            continue
+        size = f"{packed.nbytes / 1e9:.1f} GB"
+        console.say(
+            f"the packed weights are kept in {path} ({size}) for the next start; --no-keep does not keep them"
+        )
+        return
