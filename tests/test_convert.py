@@ -185,7 +185,7 @@ def test_low_rank_attention_alone(
     assert report.result.loss.perplexity_increase < 0.05
     assert report.result.bytes_per_token < report.models[1].bytes_per_token
     told = capsys.readouterr().err
-    assert "relative squared error of attention projections: blocks 0-0: query " in told
+    assert "relative squared error of attention projections: layers 0-0: query " in told
     model, _ = load_model(tmp_path / "low" / "model")
     assert isinstance(model.model.layers[0].attention.projection.query, LowRank)
     with pytest.raises(RecipeError, match="attention is not made of dense layers"):

@@ -31,7 +31,10 @@ LAYERS = {
     "sparsecli.model.gguf_types": set(),
     "sparsecli.model": {"sparsecli.model", "sparsecli.spec", "sparsecli.console"},
     "sparsecli.recipe": {"sparsecli.recipe", "sparsecli.spec", "sparsecli.console"},
-    "sparsecli.recipe.commands": {"sparsecli.recipe", "sparsecli.console", "sparsecli.model"},
+    "sparsecli.recipe.commands": {
+        *("sparsecli.recipe", "sparsecli.console"),
+        *("sparsecli.model", "sparsecli.spec"),
+    },
     "sparsecli.data": {
         *("sparsecli.data", "sparsecli.console", "sparsecli.recipe"),
         "sparsecli.spec.vocabulary",  # token ids
@@ -95,6 +98,10 @@ LAYERS |= {
     },
     "sparsecli.convert": BELOW_COMMANDS
     | {f"sparsecli.{name}" for name in ("convert", "train", "bench", "decode", "interchange")},
+    "sparsecli.convert.methods": {
+        *("sparsecli.convert.methods", "sparsecli.console", "sparsecli.model", "sparsecli.spec"),
+        "sparsecli.train.controllers",
+    },
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},
     "sparsecli.cli": {"sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.recipe"}
     | {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sparsecli.decode.native
-from sparsecli.decode.native import shape
+from sparsecli.decode.native import gguf, shape
 from sparsecli.decode.packed import layouts
 from sparsecli.decode.reference import ops, step
 from sparsecli.model import quantization
@@ -54,6 +54,7 @@ def test_constants(name: str, value: int) -> None:
 def test_type_codes() -> None:
     types = enumeration("Type")
     codes = shape.TYPE_CODES | {f"int{bits}": code for bits, code in shape.QUANTIZED_TYPES.items()}
+    codes |= {name.lower(): code for name, code in gguf.TYPE_CODES.items()}
     assert codes == {name.lower(): code for name, code in types.items()}
 
 

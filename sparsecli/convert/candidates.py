@@ -205,7 +205,7 @@ def search_space(
     layer = dense.feed_forward
     assert isinstance(layer, DenseFeedForwardSpec)
     found = []
-    for bits in [quantization] if quantization else _low_bit_options(dense):
+    for bits in [quantization] if quantization else _quantization_options(dense):
         base = with_quantization(dense, bits)
         for name in methods:
             method = METHODS[name]
@@ -245,7 +245,7 @@ def with_quantization(spec: ModelSpec, quantization: QuantizationSpec) -> ModelS
     return ModelSpec(**{**dict(spec), "quantization": quantization, "vocabulary": vocabulary})
 
 
-def _low_bit_options(dense: ModelSpec) -> list[QuantizationSpec]:
+def _quantization_options(dense: ModelSpec) -> list[QuantizationSpec]:
     found = [QuantizationSpec()]
     if (dense.attention.projection, dense.attention.output) == ("dense", "dense"):
         found.append(QuantizationSpec(projection=BITS))

@@ -77,9 +77,9 @@ class ForeignArchitecture:
         class_name: the class in transformers.
         prefix: of all tensor names but the head's; files of the model without a head lack it.
         read_config: fields of a `ModelSpec` for a configuration; raises Failure for a field that ours cannot express.
-        outer: modules outside the blocks.
-        blocks: the list of blocks.
-        block: modules of every block.
+        outer: modules outside the layers.
+        layers: the list of layers.
+        layer: modules of every layer.
         renamed: current names of tensors by their names in older files.
     """
 
@@ -87,8 +87,8 @@ class ForeignArchitecture:
     prefix: str
     read_config: Callable[[Any], dict[str, Any]]
     outer: Mapping[str, ModuleMapping]
-    blocks: str
-    block: Mapping[str, ModuleMapping]
+    layers: str
+    layer: Mapping[str, ModuleMapping]
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def spec(self, config: Any) -> ModelSpec:
@@ -126,9 +126,9 @@ class ForeignArchitecture:
         *first, last, head = self.outer.items()
         yield from first
         for index in range(spec.layers):
-            for name, mapping in self.block.items():
+            for name, mapping in self.layer.items():
                 ours = tuple(f"model.layers.{index}.{module}" for module in mapping.ours)
-                yield f"{self.blocks}.{index}.{name}", ModuleMapping(ours, mapping.layout)
+                yield f"{self.layers}.{index}.{name}", ModuleMapping(ours, mapping.layout)
         yield from (last, head)
 
     def canonical_names(self, names: list[str]) -> dict[str, str]:
@@ -172,8 +172,8 @@ def _llama_like(
             "model.norm": _modules("model.norm", layout=norm),
             "lm_head": _modules("head"),
         },
-        blocks="model.layers",
-        block={
+        layers="model.layers",
+        layer={
             "input_layernorm": _modules("attention_norm", layout=norm),
             "self_attn.q_proj": _modules("attention.projection.query"),
             "self_attn.k_proj": _modules("attention.projection.key"),
@@ -205,8 +205,8 @@ ARCHITECTURES = {
             "transformer.ln_f": _modules("model.norm"),
             "lm_head": _modules("head"),
         },
-        blocks="transformer.h",
-        block={
+        layers="transformer.h",
+        layer={
             "ln_1": _modules("attention_norm"),
             "attn.c_attn": _modules(*QUERY_KEY_VALUE, layout=TRANSPOSED_QKV),
             "attn.c_proj": _modules("attention.output", layout=TRANSPOSED),
@@ -227,8 +227,8 @@ ARCHITECTURES = {
             "model.decoder.final_layer_norm": _modules("model.norm"),
             "lm_head": _modules("head"),
         },
-        blocks="model.decoder.layers",
-        block={
+        layers="model.decoder.layers",
+        layer={
             "self_attn_layer_norm": _modules("attention_norm"),
             "self_attn.q_proj": _modules("attention.projection.query"),
             "self_attn.k_proj": _modules("attention.projection.key"),
@@ -248,8 +248,8 @@ ARCHITECTURES = {
             "gpt_neox.final_layer_norm": _modules("model.norm"),
             "lm_head": _modules("head"),
         },
-        blocks="gpt_neox.layers",
-        block={
+        layers="gpt_neox.layers",
+        layer={
             "input_layernorm": _modules("attention_norm"),
             "attention.query_key_value": _modules(*QUERY_KEY_VALUE, layout=QKV_BY_HEAD),
             "attention.dense": _modules("attention.output"),

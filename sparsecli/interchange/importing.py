@@ -332,7 +332,7 @@ def _print_import_plan(source: ForeignModel, output: Path) -> None:
             ),
             ("architecture", source.architecture.class_name),
             ("parameters", f"{count_parameters(spec).total:,}"),
-            ("blocks", f"{spec.layers} of width {spec.d_model}, {spec.heads} heads of {spec.width_of_head}"),
+            ("layers", f"{spec.layers} of width {spec.d_model}, {spec.heads} heads of {spec.width_of_head}"),
             ("context", f"{spec.max_positions:,} tokens"),
             ("files", f"config.json, weights and tokenizer in {output}"),
         ],

@@ -157,8 +157,8 @@ def _name(ours: str) -> str:
     if ours == "head.weight":
         return "output.weight"
     *path, part, suffix = ours.split(".")
-    block = f"blk.{path[2]}." if "blocks" in path else ""
-    return f"{block}{NAMES[part]}.{suffix}"
+    layer = f"blk.{path[2]}." if "layers" in path else ""
+    return f"{layer}{NAMES[part]}.{suffix}"
 
 
 def _in_their_order(name: str, values: np.ndarray, spec: ModelSpec) -> np.ndarray:

@@ -86,15 +86,13 @@ def random_memories(spec: ModelSpec, length: int) -> list[KVState]:
 def compare(
     spec: ModelSpec, lengths: Sequence[int], dtype: str, threads: int | None, layers: int | None, rounds: int
 ) -> Iterator[Decoding]:
-    """Both attentions in turn at every length, on random weights; `layers`: build so many blocks only.
+    """Both attentions in turn at every length, on random weights; `layers`: build so many layers only.
 
     Raises:
         Failure: attention that is not hashed, cross-attention, or too little memory.
     """
     if spec.attention.hashing is None or crosses(spec):
-        raise console.Failure(
-            "needs attention.kind: lsh, in a decoder alone or one that a source is joined to"
-        )
+        raise console.Failure("needs attention.kind: lsh, in a decoder alone or one with a prefix")
     precision = Precision.of(dtype)
     spec = variants.with_positions(variants.part(spec, layers), max(lengths) + TOKENS + WARM_UP)
     both = {"full": spec.unhashed, "hashed": spec}

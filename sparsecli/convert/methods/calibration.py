@@ -1,4 +1,4 @@
-"""Calibration activations: the residual stream of the dense and the converted model, block by block."""
+"""Calibration activations: the residual stream of the dense and the converted model, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.transformer_layers import DecoderLayer
 
 
-class _FirstBlockReached(Exception):
-    """Ends a forward pass at the first block; nothing after it needs to be computed."""
+class _FirstLayerReached(Exception):
+    """Ends a forward pass at the first layer; nothing after it needs to be computed."""
 
 
 class ResidualStreams:
-    """The residual stream of every calibration batch, at the input of one block of a model."""
+    """The residual stream of every calibration batch, at the input of one layer of a model."""
 
     def __init__(self, model: ScalingTransformerForCausalLM, batches: list[Tensor]) -> None:
-        """At the first block, for token ids (B, T)."""
+        """At the first layer, for token ids (B, T)."""
         self.x: list[Tensor] = []
         self.arguments: list[tuple[Any, ...]] = []
 
-        def reached(block: nn.Module, arguments: tuple[Any, ...]) -> None:
+        def reached(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
             self.x.append(arguments[0])
             self.arguments.append(arguments[1:])
-            raise _FirstBlockReached
+            raise _FirstLayerReached
 
         handle = model.model.layers[0].register_forward_pre_hook(reached)
         try:
             for batch in batches:
                 try:
                     model.model(batch, use_cache=False)
-                except _FirstBlockReached:
+                except _FirstLayerReached:
                     continue
         finally:
             handle.remove()
 
-    def through(self, block: DecoderLayer) -> list[Tensor]:
-        """The stream after `block`, for every batch (B, T, d)."""
+    def through(self, layer: DecoderLayer) -> list[Tensor]:
+        """The stream after `layer`, for every batch (B, T, d)."""
         found = []
         for x, arguments in zip(self.x, self.arguments, strict=True):
-            found.append(block(x, *arguments))
+            found.append(layer(x, *arguments))
         return found
 
 
@@ -62,16 +62,16 @@ def record_inputs(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def fit_blockwise(
+def fit_layerwise(
     dense: ScalingTransformerForCausalLM,
     model: ScalingTransformerForCausalLM,
     batches: list[Tensor],
     fit: Callable[[DecoderLayer, DecoderLayer, ResidualStreams, list[Tensor]], None],
     with_dense: bool,
 ) -> Tensor:
-    """Call `fit` for every block of `model`, on the outputs of the blocks before it, which are fitted already.
+    """Call `fit` for every layer of `model`, on the outputs of the layers before it, which are fitted already.
 
-    `fit` gets the dense and the converted block, the converted model's streams at its input, and, `with_dense`, the
+    `fit` gets the dense and the converted layer, the converted model's streams at its input, and, `with_dense`, the
     dense model's streams at its output (else nothing). Returns the inputs of the converted model's logits (tokens, d).
     """
     dense_streams, streams = (

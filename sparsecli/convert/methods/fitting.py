@@ -1,4 +1,4 @@
-"""Fitting of a converted model: unchanged weights are copied, changed layers are fitted block by block."""
+"""Fitting of a converted model: unchanged weights are copied, changed ones are fitted layer by layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsecli.console import progress, say
 from sparsecli.convert.methods import METHODS, method_of
 from sparsecli.convert.methods.attention import fit_projection
 from sparsecli.convert.methods.base import FitOptions, Method
-from sparsecli.convert.methods.calibration import ResidualStreams, fit_blockwise, record_inputs
+from sparsecli.convert.methods.calibration import ResidualStreams, fit_layerwise, record_inputs
 from sparsecli.convert.methods.refit import refit_layer
 from sparsecli.convert.methods.rounding import round_second_order, second_moment
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
@@ -65,24 +65,24 @@ def fit_model(
     fits_attention = (replaces_attention or bool(spec.quantization.projection)) and not fitted
     fits_head = isinstance(model.head, QuantizedLinear) and not fitted
     name = method_of(spec.feed_forward)
-    blocks = _BlockFit(METHODS[name] if name else None, options, fits_attention, refit, fitted)
+    fits = _LayerFit(METHODS[name] if name else None, options, fits_attention, refit, fitted)
     with progress("refitting layers" if fitted else "fitting layers", spec.layers + fits_head) as bar:
 
-        def fit_block(*block: Any) -> None:
-            blocks.fit(*block)
+        def fit_layer(*arguments: Any) -> None:
+            fits.fit(*arguments)
             bar.advance()
 
-        head_inputs = fit_blockwise(dense, model, batches, fit_block, with_dense=refit)
+        head_inputs = fit_layerwise(dense, model, batches, fit_layer, with_dense=refit)
         if fits_head:
             _fit_head(dense, model, head_inputs)
             bar.advance()
     if replaces_attention and not fitted:
-        _report_attention_errors(blocks.attention_errors)
+        _report_attention_errors(fits.attention_errors)
 
 
 @dataclass
-class _BlockFit:
-    """The fit of one block after another."""
+class _LayerFit:
+    """The fit of one layer after another."""
 
     method: Method | None
     options: FitOptions
@@ -90,26 +90,26 @@ class _BlockFit:
     refit: bool
     fitted: bool
     attention_errors: list[dict[str, float]] = field(default_factory=list)
-    """By block and projection."""
+    """By layer and projection."""
 
     def fit(
         self,
         dense: DecoderLayer,
-        block: DecoderLayer,
+        layer: DecoderLayer,
         streams: ResidualStreams,
         targets: list[Tensor],
     ) -> None:
-        """Fit attention and the feed-forward layer of `block`: see `fit_blockwise`."""
+        """Fit attention and feed-forward of `layer`: see `fit_layerwise`."""
         if self.fits_attention:
-            self.attention_errors.append(_fit_attention(dense, block, streams))
+            self.attention_errors.append(_fit_attention(dense, layer, streams))
         if self.method is None:
             return
-        x, before = _feed_forward_inputs(block, streams)
+        x, before = _feed_forward_inputs(layer, streams)
         if not self.fitted:
             assert isinstance(dense.feed_forward, DenseFeedForward)
-            self.method.fit(dense.feed_forward, block.feed_forward, x, self.options)
+            self.method.fit(dense.feed_forward, layer.feed_forward, x, self.options)
         if self.refit and self.method.recovers:
-            _refit_feed_forward(block.feed_forward, x, before, targets)
+            _refit_feed_forward(layer.feed_forward, x, before, targets)
 
 
 def _refit_feed_forward(layer: nn.Module, x: Tensor, before: Tensor, targets: list[Tensor]) -> None:
@@ -139,14 +139,14 @@ class _Zero(nn.Module):
         return torch.zeros_like(x)
 
 
-def _feed_forward_inputs(block: DecoderLayer, streams: ResidualStreams) -> tuple[Tensor, Tensor]:
-    """The inputs of the block's feed-forward layer, and the stream that it adds to: (tokens, d) each."""
-    layer, block.feed_forward = block.feed_forward, _Zero()
+def _feed_forward_inputs(layer: DecoderLayer, streams: ResidualStreams) -> tuple[Tensor, Tensor]:
+    """The inputs of `layer.feed_forward`, and the stream that it adds to: (tokens, d) each."""
+    feed_forward, layer.feed_forward = layer.feed_forward, _Zero()
     try:
-        with record_inputs(block.feed_forward) as inputs:
-            before = streams.through(block)
+        with record_inputs(layer.feed_forward) as inputs:
+            before = streams.through(layer)
     finally:
-        block.feed_forward = layer
+        layer.feed_forward = feed_forward
     return torch.cat(inputs), torch.cat([each.flatten(0, 1) for each in before]).float()
 
 
@@ -179,12 +179,12 @@ def _fit_attention(theirs: DecoderLayer, ours: DecoderLayer, streams: ResidualSt
 
 
 def _report_attention_errors(errors: list[dict[str, float]]) -> None:
-    """Report the errors of queries, keys and values in the first, the middle and the last third of the blocks."""
+    """Report the errors of queries, keys and values in the first, the middle and the last third of the layers."""
     parts = []
     for start, stop in pairwise(sorted({0, len(errors) // 3, len(errors) * 2 // 3, len(errors)})):
         means = {
-            name: sum(block[name] for block in errors[start:stop]) / (stop - start) for name in errors[0]
+            name: sum(layer[name] for layer in errors[start:stop]) / (stop - start) for name in errors[0]
         }
         lost = ", ".join(f"{name} {mean:.1%}" for name, mean in means.items() if name != "output")
-        parts.append(f"blocks {start}-{stop - 1}: {lost}")
+        parts.append(f"layers {start}-{stop - 1}: {lost}")
     say(f"relative squared error of attention projections: {'; '.join(parts)}")

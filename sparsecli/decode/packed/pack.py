@@ -76,7 +76,7 @@ def place(planned: list[tuple[Slot, str]]) -> dict[str, np.ndarray]:
 
 
 def pack(spec: ModelSpec, weights: Mapping[str, np.ndarray], precision: Precision) -> PackedModel:
-    """Repack a state dict. `weights` are float32, or bfloat16 as uint16; codes of few bits are uint8.
+    """Repack a state dict. `weights` are float32, or bfloat16 as uint16; quantized codes are uint8.
 
     Raises:
         Failure: a tensor is missing, has another shape, or holds a NaN or an infinity.
@@ -137,7 +137,7 @@ def _in_few_bits(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray])
 
 
 def _stored(name: str, slot: Slot, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A stored part of a matrix in few bits: uint8, or scales as bfloat16.
+    """A stored part of a quantized matrix: uint8, or scales as bfloat16.
 
     Raises:
         Failure: it is missing, has another shape or type, holds codes that have more bits, a NaN or an infinity.

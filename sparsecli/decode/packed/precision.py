@@ -19,7 +19,7 @@ RESCORED_BY = {"int8": "bfloat16", "int4": "int8"}  # a head's type, and that of
 class Precision:
     """The type of each part's weights: float32, bfloat16, int8 (a scale for each row) or int4 (for 64 columns of it).
 
-    Weights that the checkpoint itself holds in few bits stay as they are.
+    Weights that the checkpoint itself holds quantized stay as they are.
     """
 
     units: str

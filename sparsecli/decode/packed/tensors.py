@@ -284,7 +284,7 @@ def chooses(spec: ModelSpec, layer: int) -> bool:
 
 
 def _copy(spec: ModelSpec, layer: int, source: str, names: list[str]) -> Iterator[Slot]:
-    """What a layer reads of all its units in few bits, and what it chooses some of them with."""
+    """What a layer reads of all its units, quantized, and what it chooses some of them with."""
     feed_forward, d_model = spec.feed_forward, spec.d_model
     assert feed_forward.kind in ("selector", "precision")
     units = feed_forward.d_ff

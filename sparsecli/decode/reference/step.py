@@ -323,7 +323,7 @@ class Reference:
         return (experts[:, None] * size + torch.arange(size)).flatten(), weights.repeat_interleave(size)
 
     def _selected(self, layer: int, x: Tensor) -> Tensor:
-        """Units that a low-bit copy chooses."""
+        """Units that a low-bit sketch chooses."""
         feed_forward, block = self.spec.feed_forward, f"blocks.{layer}."
         assert feed_forward.kind == "selector"
         if not chooses(self.spec, layer):
@@ -334,7 +334,7 @@ class Reference:
         return self._best(layer, self._activated(gate, up))
 
     def _sketched(self, block: str, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Gate and up of all units, in few bits."""
+        """Gate and up of all units, quantized."""
         feed_forward = self.spec.feed_forward
         assert feed_forward.kind in ("selector", "precision")
         products = quantized_gemv(self.quantized[f"{block}sketch"], x)
@@ -351,7 +351,7 @@ class Reference:
         return (best + torch.arange(len(best))[:, None] * feed_forward.block_size).flatten()
 
     def _precise(self, layer: int, x: Tensor) -> Tensor:
-        """All units in few bits, the chosen ones with more."""
+        """All units quantized, the chosen ones refined."""
         feed_forward, block = self.spec.feed_forward, f"blocks.{layer}."
         assert feed_forward.kind == "precision"
         gate, up = self._biased(block, *self._sketched(block, x), slice(None))
