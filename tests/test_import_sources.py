@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -286,17 +285,10 @@ def test_a_revision_that_there_is_not(hub: str, tmp_path: Path) -> None:
 
 
 def test_not_a_gguf_file(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF but no more")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0 but no more")
     assert "not a whole GGUF file" in refused(tmp_path / "model.gguf", tmp_path / "ours")
     with pytest.raises(Failure, match="sparsecli import makes a model folder of it"):
         find_model(str(tmp_path / "model.gguf"))
-
-
-def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert "pip install 'sparsecli[gguf]'" in refused(tmp_path / "model.gguf", tmp_path / "ours")
 
 
 def test_a_model_of_ours_and_an_output_that_is_taken(ours: Path, llama: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ LAYERS |= {
     "sparsecli.decode": {"sparsecli.decode", "sparsecli.console", "sparsecli.spec"},
     "sparsecli.decode.packed": {
         *("sparsecli.decode.packed", "sparsecli.console", "sparsecli.spec"),
-        *("sparsecli.model.quantization", "sparsecli.model.rotary"),
+        *("sparsecli.model.quantization", "sparsecli.model.gguf_types", "sparsecli.model.rotary"),
     },
     "sparsecli.decode.packed.folder": {
         *("sparsecli.decode.packed", "sparsecli.console"),
@@ -70,7 +70,8 @@ LAYERS |= {
     },
     "sparsecli.decode.reference": {
         *("sparsecli.decode.reference", "sparsecli.decode.packed"),
-        *("sparsecli.decode.kv_state", "sparsecli.decode.lsh_rotations", "sparsecli.model.quantization"),
+        *("sparsecli.decode.kv_state", "sparsecli.decode.lsh_rotations"),
+        *("sparsecli.model.quantization", "sparsecli.model.gguf_types"),
     },
     "sparsecli.train": BELOW_COMMANDS | {"sparsecli.train"},
     "sparsecli.generate": BELOW_COMMANDS | {"sparsecli.generate", "sparsecli.decode"},

@@ -144,7 +144,10 @@ class GgufReader:
         return name, shape, int(kind), int(offset)
 
     def _tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int, data: int) -> GgufTensor:
-        block, size = _block(kind) or (0, 0)
+        try:
+            block, size = _block(kind) or (0, 0)
+        except Failure as failure:
+            raise Failure(f"{self.path}: {failure.message}") from None
         if not block:
             raise Failure(
                 f"{self.path}: tensor {name[:60]!a} is of GGUF's type {kind}, which is not known here"
@@ -166,8 +169,10 @@ def _block(kind: int) -> tuple[int, int] | None:
     for known in TYPES.values():
         if known.number == kind:
             return known.block, known.block_bytes
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    try:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    except ImportError:
+        raise Failure("its types need the package gguf: pip install 'sparsecli[gguf]'") from None
     try:
         return GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (KeyError, ValueError):

@@ -37,11 +37,8 @@ def packed_of(path: Path) -> str | None:
     """What `save` was told of the weights in an `.spk` file; None if there is no such file, or a damaged one."""
     try:
         with tensor_file.TensorFile(path) as file:
-            return (
-                file.metadata.get("made_of")
-                if file.metadata.get("sparsecli_layout") == str(LAYOUT_VERSION)
-                else None
-            )
+            current = file.metadata.get("sparsecli_layout") == str(LAYOUT_VERSION)
+            return file.metadata.get("made_of") if current else None
     except Failure:
         return None
 

@@ -1,0 +1,156 @@
+"""GGUF's own weight types: their values, their panels, and models that keep them through import, packing and engine."""
+
+from __future__ import annotations
+
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_interchange import LLAMA, build, needs_gguf, prompt, save, write_gguf
+
+from sparsecli.console import Failure
+from sparsecli.decode.engine import Engine
+from sparsecli.decode.native import binding
+from sparsecli.decode.native import gguf as native_gguf
+from sparsecli.decode.packed.folder import pack_folder
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.reference.step import Reference
+from sparsecli.interchange import importing
+from sparsecli.interchange.gguf_reader import GgufReader
+from sparsecli.model.files import read_description
+from sparsecli.model.gguf_types import TYPES, GgufType, arrange, values
+from sparsecli.model.loading import load_model
+
+every_type = pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
+needs_engine = pytest.mark.skipif(binding.available() is not None, reason="no native engine")
+
+
+def random_rows(kind: GgufType, rows: int, cols: int, seed: int = 0) -> np.ndarray:
+    """Random codes with finite float16 scales: (rows, bytes of a row)."""
+    generator = np.random.default_rng(seed)
+    raw = generator.integers(0, 256, (rows, cols // kind.block, kind.block_bytes), dtype=np.uint8)
+    halves = generator.normal(0, 0.01, (*raw.shape[:2], 2)).astype(np.float16).view(np.uint8)
+    if kind.name == "Q6_K":
+        raw[..., 208:] = halves[..., :2]
+    else:
+        size = 4 if kind.minimum else 2
+        raw[..., :size] = halves[..., :size]
+    return raw.reshape(rows, -1)
+
+
+@needs_gguf
+@every_type
+@pytest.mark.parametrize(("rows", "cols"), [(16, 256), (33, 1024), (7, 96)])
+def test_values_are_those_of_the_package(kind: GgufType, rows: int, cols: int) -> None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    if cols % kind.block:
+        pytest.skip("rows of this type are whole blocks")
+    theirs = GGMLQuantizationType[kind.name]
+    assert (theirs.value, GGML_QUANT_SIZES[theirs]) == (kind.number, (kind.block, kind.block_bytes))
+    raw = random_rows(kind, rows, cols)
+    panels = arrange(kind, raw, cols)
+    assert panels.shape == kind.panel_shape(rows, cols)
+    np.testing.assert_array_equal(values(kind, panels, rows, cols), dequantize(raw, theirs))
+    if cols % kind.columns == 0 and rows % 16 == 0:
+        assert panels.nbytes <= 1.03 * raw.nbytes
+
+
+@needs_engine
+@every_type
+def test_the_library_arranges_as_its_twin(kind: GgufType) -> None:
+    for rows, cols in ((40, 512), (33, 1024), (1, 256)):
+        raw = random_rows(kind, rows, cols, seed=rows)
+        np.testing.assert_array_equal(native_gguf.arrange(kind, raw, cols), arrange(kind, raw, cols))
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    """Root mean square of the difference, over that of what is expected."""
+    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+
+QUANTIZED = {name: name for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")}
+
+
+@needs_gguf
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_model_keeps_the_codes_of_its_file(name: str, tied: bool, tmp_path: Path) -> None:
+    """Imported as it is, it computes in PyTorch what its dequantized weights do, and nearly so in the engine."""
+    original = build("llama", **LLAMA | {"intermediate_size": 64, "tie_word_embeddings": tied})
+    write_gguf(original, save(original, tmp_path / "theirs"), tmp_path / "model.gguf", quantized=name)
+    for dtype in ("auto", "float32"):
+        importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / dtype, dtype=dtype)
+    description = read_description(tmp_path / "auto")
+    kinds = description.spec.quantization.gguf
+    assert set(kinds.values()) == {name}
+    assert len(kinds) == 7 * description.spec.layers + (1 if tied else 2)
+    assert not read_description(tmp_path / "float32").spec.quantization.gguf
+    kept, _ = load_model(tmp_path / "auto")
+    plain, _ = load_model(tmp_path / "float32")
+    with torch.no_grad():
+        expected = plain(prompt()).logits
+        torch.testing.assert_close(kept(prompt()).logits, expected, atol=1e-6, rtol=1e-6)
+    ids = prompt()[0].tolist()
+    packed = pack_folder(tmp_path / "auto", description.spec, Precision.of("float32"))
+    twin = Reference(packed).logits(ids)
+    assert (
+        distance(twin, expected[0].numpy()) < 0.06
+    )  # activations are rounded to bytes, and random layers amplify that
+    if binding.available() is None:
+        engine = Engine(packed, 2)
+        found = engine.logits(engine.sequence(len(ids)), ids)
+        assert distance(found, twin) < 0.02  # a byte more or less where one is nearly between two
+        sequence = engine.sequence(len(ids))
+        np.testing.assert_array_equal([engine.step(sequence, token) for token in ids], found)
+
+
+def header(tensors: int = 0, values: int = 0, version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, values)
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def entry(name: bytes, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
+    axes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return text(name) + axes + struct.pack("<IQ", kind, offset)
+
+
+LIES = {
+    "tensors": header(tensors=1 << 60),
+    "values": header(values=1 << 60),
+    "a key": header(values=1) + struct.pack("<Q", 1 << 62),
+    "a list": header(values=1) + text(b"a") + struct.pack("<IIQ", 9, 4, 1 << 61),
+    "texts": header(values=1) + text(b"a") + struct.pack("<IIQ", 9, 8, 1 << 61),
+    "a text in a list": header(values=1) + text(b"a") + struct.pack("<IIQQ", 9, 8, 1, 1 << 62),
+    "a shape": header(tensors=1) + entry(b"a", (1 << 32, 1 << 32)) + bytes(64),
+    "axes": header(tensors=1) + text(b"a") + struct.pack("<I", 1 << 31),
+    "an offset": header(tensors=1) + entry(b"a", (32,), offset=1 << 63) + bytes(64),
+    "an empty axis": header(tensors=1) + entry(b"a", (0, 4)) + bytes(64),
+    "a broken block": header(tensors=1) + entry(b"a", (33,), kind=2) + bytes(64),
+    "two names": header(tensors=2) + entry(b"a", (1,)) + entry(b"a", (1,)) + bytes(64),
+    "a text that is none": header(values=1) + text(b"\xff"),
+    "an unknown type": header(values=1) + text(b"a") + struct.pack("<I", 77),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("content", LIES.values(), ids=LIES)
+def test_a_file_that_lies_about_sizes(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    started = time.monotonic()
+    with pytest.raises(Failure, match=r"model\.gguf: "):
+        GgufReader(path)
+    assert time.monotonic() - started < 5  # it would take hours if it believed the file
+
+
+def test_versions(tmp_path: Path) -> None:
+    (tmp_path / "old.gguf").write_bytes(header(version=1))
+    with pytest.raises(Failure, match="version 1; versions 2 and 3 in little-endian"):
+        GgufReader(tmp_path / "old.gguf")
