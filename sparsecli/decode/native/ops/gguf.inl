@@ -268,10 +268,13 @@ inline Vector gguf_panel_of_one(const uint8_t* panel, int64_t blocks, const int8
     Vector y = fill(0);
     for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t* block = panel + b * T::BYTES;
-#pragma GCC unroll 4
-        for (int64_t line = 0; line < T::BYTES; line += 64) __builtin_prefetch(block + STREAM_DISTANCE + line, 0, 2);
         for (int64_t i = 0; i < T::BLOCK / 32; ++i) {
             const int64_t column = b * T::BLOCK + 32 * i;
+            // Spread over the block: more requests at once than the processor holds would stop it.
+            constexpr int64_t LINES = (T::BYTES / 64 * 32 + T::BLOCK - 1) / T::BLOCK;
+#pragma GCC unroll 16
+            for (int64_t line = 0; line < LINES; ++line)
+                __builtin_prefetch(block + STREAM_DISTANCE + 64 * (LINES * i + line), 0, 2);
             QuadSums<T::BITS> sums[T::PARTS_OF_32];
             visit_quads<T::BITS>(block + i * T::CODES, [&](int quad, const Codes& codes) {
                 sums[quad * T::PARTS_OF_32 / 8].add(codes, pair_everywhere(x + column + 4 * quad));
