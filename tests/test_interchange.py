@@ -77,7 +77,7 @@ def test_an_imported_model_is_the_original(name: str, tmp_path: Path) -> None:
     assert "sparsecli" not in (tmp_path / "back" / "config.json").read_text()
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     assert type(back) is type(original)
-    tolerance = 1e-6 if kind == "gemma" else 0
+    tolerance = 1e-5 if "gemma" in kind else 0
     torch.testing.assert_close(back(prompt()).logits, expected, atol=tolerance, rtol=tolerance)
     assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATE
 

@@ -40,8 +40,6 @@ def run(*, source: str, output: Path, revision: str | None = None, dry_run: bool
         raise Failure(f"{source}: is a model of ours already; every command takes it as it is")
     if output.exists():
         raise Failure(f"{output}: is there already; choose another --output")
-    for note in opened.notes:
-        console.warn(note)
     if dry_run:
         _print_import_plan(opened, output)
         return

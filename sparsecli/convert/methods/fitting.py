@@ -108,7 +108,7 @@ class _BlockFit:
         if not self.fitted:
             assert isinstance(dense.feed_forward, DenseFeedForward)
             self.method.fit(dense.feed_forward, block.feed_forward, x, self.options)
-        if self.refit and self.method.recovers:
+        if self.refit and self.method.recovers and block.adds_plainly:
             _refit_feed_forward(block.feed_forward, x, before, targets)
 
 
