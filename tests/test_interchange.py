@@ -331,7 +331,7 @@ def test_a_gguf_file_of_mistral(tmp_path: Path) -> None:
 
 
 @needs_gguf
-@pytest.mark.parametrize("kind", ["mistral", "gemma", "opt", "gpt_neox", "falcon", "\x1b[31m"])
+@pytest.mark.parametrize("kind", ["mistral", "gemma", "gemma2", "opt", "gpt_neox", "falcon", "\x1b[31m"])
 def test_a_gguf_file_of_another_architecture(kind: str, tmp_path: Path) -> None:
     import gguf
 

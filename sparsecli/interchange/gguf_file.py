@@ -31,6 +31,9 @@ UNREAD_SIZES = {
 WRITTEN_AS = {"mistral": "llama"}
 """Architectures that llama.cpp writes with the tensor names of another."""
 
+INCOMPLETE = {"gemma2": "the scale of attention"}
+"""Architectures whose files leave something out that changes what is computed."""
+
 FREQUENCIES = "rope_freqs.weight"
 
 
@@ -65,6 +68,11 @@ def _config(path: Path, reader: Any) -> dict[str, Any]:
         raise Failure(
             f"general.architecture: {kind!r} is written as {WRITTEN_AS[kind]!r} by llama.cpp, with the order of rows "
             "that it reads; import the original checkpoint"
+        )
+    if kind in INCOMPLETE:
+        raise Failure(
+            f"general.architecture: {kind!r} is not supported: the file leaves out {INCOMPLETE[kind]}; "
+            "import the original checkpoint"
         )
     blocks = reader.fields.get(f"{kind}.block_count")
     if blocks is not None and blocks.contents() > MOST_LAYERS:

@@ -360,6 +360,20 @@ class ModelSpec(Spec):
         return self.units_per_block(layer) / feed_forward.block_size
 
     @property
+    def beyond_llama(self) -> str | None:
+        """A field that is set and that decoders shaped like Llama do not have, such as windows; None: there is none."""
+        fields = {
+            **{f"attention.{name}": given for name, given in self.attention.plain_softmax.items()},
+            "attention.query_key_norm_over": self.attention.query_key_norm_over != "head",
+            "norm_placement": self.norm_placement != "before",
+            "residual_scale": self.residual_scale != 1,
+            "logit_scale": self.logit_scale != 1,
+            "logit_softcap": self.logit_softcap is not None,
+            "rotary_layers": self.rotary_layers is not None,
+        }
+        return next((field for field, given in fields.items() if given), None)
+
+    @property
     def unhashed(self) -> ModelSpec:
         """The same with full attention everywhere: which positions a token attends to is not a matter of weights."""
         full = {"kind": "full", "lsh": None}

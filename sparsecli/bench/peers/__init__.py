@@ -207,16 +207,4 @@ def _unknown_parts(spec: ModelSpec) -> str | None:
     """Why there is nothing like `spec` in other programs; None where there is."""
     if spec.encoder or spec.residual == "reversible" or spec.sru or spec.attention.shares_query_key:
         return "peers run decoders of one stream, without an encoder, recurrent layers or shared queries and keys"
-    attention = spec.attention
-    fields = {
-        **{f"attention.{name}": given for name, given in attention.plain_softmax.items()},
-        "attention.query_key_norm_over": attention.query_key_norm_over != "head",
-        "norm_placement": spec.norm_placement != "before",
-        "residual_scale": spec.residual_scale != 1,
-        "logit_scale": spec.logit_scale != 1,
-        "logit_softcap": spec.logit_softcap is not None,
-        "rotary_layers": spec.rotary_layers is not None,
-    }
-    if given := next((field for field, there in fields.items() if there), None):
-        return f"peers run models without {given}"
-    return None
+    return f"peers run models without {spec.beyond_llama}" if spec.beyond_llama else None
