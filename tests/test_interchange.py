@@ -29,7 +29,7 @@ from sparsecli.interchange.sentencepiece_tokenizer import (
     build_tokenizer,
     read_sentencepiece,
 )
-from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source, read_architecture
+from sparsecli.interchange.sources import OwnModel, open_source, read_architecture
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.files import read_description, weight_files
 from sparsecli.model.loading import load_model, load_network

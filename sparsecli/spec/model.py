@@ -304,7 +304,7 @@ class ModelSpec(Spec):
     @property
     def attention_scale(self) -> float:
         """Factor on the scores of attention."""
-        return self.attention.scale or self.width_of_head**-0.5
+        return self.attention.scale or max(1, self.width_of_head) ** -0.5
 
     def window(self, layer: int) -> int | None:
         """Positions that a token sees in layer `layer`; None: all before it."""

@@ -108,7 +108,7 @@ std::string check(const sparsecli_shape& s) {
     }
     if (s.head_modules && s.vocabulary % s.head_modules) return wrong("head_modules");
     const bool plain = s.streams == 1 && s.encoder == NO_ENCODER;
-    if (s.query_key_norm < NO_NORM || s.query_key_norm > NORM_OF_PROJECTION) return wrong("query_key_norm");
+    if (s.query_key_norm < NO_NORM || s.query_key_norm > PROJECTION_NORM) return wrong("query_key_norm");
     if (!plain && (s.post_norms || s.residual_scale != 1)) return wrong("post_norms");
     for (int64_t layer = 0; layer < s.layers; ++layer) {
         const int64_t window = s.windows[layer], table = s.rotary_tables[layer];

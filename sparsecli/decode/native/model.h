@@ -21,7 +21,7 @@ enum Output { NO_OUTPUT = 0, DENSE_OUTPUT = 1, MULTIPLICATIVE_OUTPUT = 2, MULTIP
 enum Positions { LEARNED = 0, SINUSOIDAL = 1, ROTARY = 2 };
 enum ValueConcat { NO_CONCAT = 0, CONCAT_MODULES = 1, CONCAT_WHOLE = 2 };
 enum SharedQueryKey { OWN_KEYS = 0, ONE_PROJECTION = 1, MEAN_OF_TWO = 2 };
-enum QueryKeyNorm { NO_NORM = 0, NORM_OF_HEADS = 1, NORM_OF_PROJECTION = 2 };
+enum QueryKeyNorm { NO_NORM = 0, HEAD_NORM = 1, PROJECTION_NORM = 2 };
 enum RotaryTable { NO_ROTARY = 0, FULL_ROTARY = 1, SLIDING_ROTARY = 2 };
 enum EncoderUse { NO_ENCODER = 0, CROSS_ATTENTION = 1, PREFIX = 2 };
 

@@ -192,8 +192,8 @@ class Reference:
             y = attend(q, torch.stack(keys[:seen]), torch.stack(values[:seen]), scale=1.0).flatten()
         else:
             window = slice(-(self.spec.window(layer_idx // self.spec.attention_layers) or len(keys)), None)
-            seen = torch.stack(keys[window]), torch.stack(values[window])
-            y = attend(q, *seen, self._attention_scale, spec.logit_softcap).flatten()
+            seen_keys, seen_values = torch.stack(keys[window]), torch.stack(values[window])
+            y = attend(q, seen_keys, seen_values, self._attention_scale, spec.logit_softcap).flatten()
         if spec.output == "none":
             return y
         y = self._linear(f"{block}output", y)

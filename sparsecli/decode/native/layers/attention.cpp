@@ -37,7 +37,7 @@ void Attention::run(Pass& pass, const AttentionLayer& layer, int64_t cache_idx) 
     const bool aligned = pass.single() && s.key_value_heads % pass.workers() == 0;
     const bool projected = aligned && pass.model.convolves() && s.modules == s.key_value_heads;
     if (!projected) pass.barrier(OTHER);
-    if (s.query_key_norm == NORM_OF_PROJECTION) normalize_projections(pass, layer);
+    if (s.query_key_norm == PROJECTION_NORM) normalize_projections(pass, layer);
     pass.each(s.key_value_heads, [&](int64_t t, int64_t begin, int64_t end) {
         for (int64_t head = begin; head < end; ++head) {
             prepare_key(pass, layer, cache_idx, t, head);

@@ -30,7 +30,7 @@ void HeadRows::project_output(Pass& pass, const Linear& output) const {
 
 void prepare_head(const Pass& pass, const Norm& norm, float* head, int64_t t, int64_t cache_idx) {
     const sparsecli_shape& s = pass.shape;
-    if (norm.weight.data && s.query_key_norm != NORM_OF_PROJECTION)
+    if (norm.weight.data && s.query_key_norm != PROJECTION_NORM)
         pass.ops.normalize(head, values(norm.weight), nullptr, s.head_width, true, s.epsilon, head);
     const int64_t table = pass.model.rotary_tables[size_t(cache_idx / s.attention_layers)];
     if (table == NO_ROTARY) return;
