@@ -43,6 +43,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+WINDOW = {**LLAMA, "num_hidden_layers": 3, "sliding_window": 16}
+GEMMA2 = {
+    **WINDOW,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "tie_word_embeddings": False,
+    "attn_logit_softcapping": 5.0,
+}
+GEMMA3 = {**GEMMA2, "attn_logit_softcapping": None}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", LLAMA),
     "llama, tied, biases, one head of keys": (
@@ -65,6 +75,49 @@ MODELS: dict[str, tuple[str, dict]] = {
     "qwen2": ("qwen2", {**LLAMA, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**LLAMA, "head_dim": 16}),
     "gemma": ("gemma", {**LLAMA, "head_dim": 16}),
+    "mistral, sliding": ("mistral", WINDOW),
+    "qwen2, sliding": ("qwen2", {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
+    "qwen3, sliding": ("qwen3", {**WINDOW, "head_dim": 8, "use_sliding_window": True, "layer_types": MIXED}),
+    "gemma2": ("gemma2", {**GEMMA2, "final_logit_softcapping": 3.0}),
+    "gemma2, no limits": (
+        "gemma2",
+        {
+            **GEMMA2,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["full_attention"] * 3,
+        },
+    ),
+    "gemma3": ("gemma3_text", {**GEMMA3, "sliding_window_pattern": 2}),
+    "gemma3, scaled positions": (
+        "gemma3_text",
+        {
+            **GEMMA3,
+            "layer_types": MIXED,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+            },
+        },
+    ),
+    "olmo2": ("olmo2", LLAMA),
+    "smollm3": ("smollm3", {**LLAMA, "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    "smollm3, sliding": (
+        "smollm3",
+        {**WINDOW, "use_sliding_window": True, "no_rope_layer_interval": 2, "tie_word_embeddings": False},
+    ),
+    "granite": (
+        "granite",
+        {
+            **LLAMA,
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+        },
+    ),
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied, own width": (
         "gpt2",
@@ -102,7 +155,7 @@ def build(kind: str, **fields: object) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = 1.0 if parameter.ndim == 1 and name.endswith("weight") and kind != "gemma" else 0.0
+            mean = 1.0 if parameter.ndim == 1 and name.endswith("weight") and "gemma" not in kind else 0.0
             parameter.normal_(mean, 0.3 if parameter.ndim == 2 else 0.2)
     return model
 

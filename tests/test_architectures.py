@@ -13,7 +13,7 @@ import torch
 import yaml
 from small_models import INSTRUCTION_SETS, random_weights, weights_of
 
-from sparsecli.bench.variants import with_positions
+from sparsecli.bench.variants import part, with_positions
 from sparsecli.console import Failure, RecipeError
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.packed.pack import pack
@@ -84,6 +84,55 @@ def encoder(**fields: Any) -> dict[str, Any]:
             {"feed_forward": {**CHOOSING, "units_per_block": [1, 2]}, **encoder()},
             "model.encoder.feed_forward: missing; the decoder's has numbers for 2 layers, the encoder has 3",
         ),
+        (
+            {"attention": {"window": 4, "sliding_layers": [True]}},
+            "model.attention.sliding_layers: 1 values for 2 layers",
+        ),
+        ({"attention": {"sliding_layers": [True, True]}}, "model.attention.sliding_layers: needs a window"),
+        ({"attention": {"window": 4, "kind": "lsh"}}, "model.attention.window: needs kind: full"),
+        (
+            {"attention": {"logit_softcap": 4.0, "share_query_key": True}},
+            "model.attention.logit_softcap: goes with plain projections of queries and keys",
+        ),
+        (
+            {"attention": {"scale": 0.5, "projection": "multiplicative_conv"}},
+            "model.attention.scale: needs dense projections",
+        ),
+        (
+            {"attention": {"query_key_norm_over": "projection"}},
+            "model.attention.query_key_norm_over: needs query_key_norm: true",
+        ),
+        (encoder(attention={"window": 4}), "model.encoder.attention.window: is for decoders"),
+        (
+            {"attention": {"window": 4}, **encoder()},
+            "model.attention.window: is for models without an encoder",
+        ),
+        (
+            {"attention": {"window": 4}, "residual": "reversible"},
+            "model.attention.window: needs residual: single",
+        ),
+        (
+            {"norm_placement": "after", "residual": "reversible"},
+            "model.norm_placement: needs residual: single",
+        ),
+        ({"residual_scale": 0.5, **encoder()}, "model.residual_scale: is for models without an encoder"),
+        (
+            {"norm_placement": "around", "parallel": True},
+            "model.norm_placement: needs attention and feed-forward layers in sequence, not parallel",
+        ),
+        (
+            {"residual_scale": 0.5, "sru": {"width": 3}},
+            "model.residual_scale: goes with feed-forward layers that have no recurrent branch (sru)",
+        ),
+        ({"rotary_layers": [True, False]}, "model.rotary_layers: needs positions: rotary"),
+        (
+            {"rotary_layers": [True], "positions": "rotary"},
+            "model.rotary_layers: 1 values for 2 layers",
+        ),
+        (
+            {"sliding_rotary_base": 1e4, "positions": "rotary"},
+            "model.sliding_rotary_base: needs attention.window",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_told_at_their_line(fields: dict[str, Any], message: str) -> None:
@@ -107,6 +156,14 @@ def test_defaults_are_those_of_recipes() -> None:
     required = {name for name, field in ModelSpec.model_fields.items() if field.is_required()}
     config = ScalingTransformerConfig().spec
     assert ModelSpec(**{name: getattr(config, name) for name in required}) == config
+
+
+def test_a_bench_of_fewer_layers_keeps_what_each_layer_has() -> None:
+    attention = {"window": 4, "sliding_layers": [False, True]}
+    spec = load({**SMALL, "positions": "rotary", "rotary_layers": [True, False], "attention": attention})
+    shorter = part(spec, 1)
+    assert load(shorter.model_dump(exclude_none=True)) == shorter
+    assert (shorter.window(0), shorter.rotary_table(0)) == (None, "full")
 
 
 def test_a_bench_gives_every_kind_of_positions_more_room() -> None:
@@ -191,6 +248,10 @@ class Drawn(random.Random):
             initialization=["paper"],
         )
         made |= self.fields(0.7, positions=["sinusoidal", "rotary", "digits", "axial"])
+        made |= self.fields(0.2, logit_scale=[0.5], logit_softcap=[2.0])
+        if not reversible:
+            made |= self.fields(0.1, norm_placement=["around", "after"], residual_scale=[0.5])
+            made["attention"] |= self.fields(0.1, window=[1, 3], scale=[0.2], logit_softcap=[2.0])
         made |= {"axial": {"shape": [4, 4], "widths": [10, 14]}} if made.get("positions") == "axial" else {}
         if reversible:
             made |= {

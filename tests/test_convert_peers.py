@@ -178,6 +178,8 @@ def test_the_recipe_knows_the_same_peers() -> None:
         ({"parallel": True}, "parallel blocks"),
         ({"attention": {"bias": False, "query_key_rank": 16}}, "queries of low rank"),
         ({"embedding_scale": 8.0}, "a scaled embedding"),
+        ({"attention": {"bias": False, "window": 8}}, r"attention.window"),
+        ({"norm_placement": "around"}, "norm_placement"),
         ({"attention": {"bias": True}}, "a bias after attention"),
         ({**KINDS["qwen3"], "rotary_scaling": SCALING}, "scaled rotary positions"),
     ],

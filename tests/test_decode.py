@@ -417,7 +417,9 @@ def test_bytes_past_counting_are_refused_at_the_door() -> None:
     library, error = binding.library(), ctypes.create_string_buffer(binding.ERROR_BYTES)
     shape = shape_of(packed("sparse"), poison=False)
     units = (ctypes.c_int64 * 400)(*[2] * 400)
+    windows, tables = (ctypes.c_int64 * 400)(), (ctypes.c_int64 * 400)()
     shape.layers, shape.kernel, shape.units_per_block = 400, 1 << 16, ctypes.addressof(units)
+    shape.windows, shape.rotary_tables = ctypes.addressof(windows), ctypes.addressof(tables)
     handle = library.sparsecli_create(ctypes.byref(shape), 1, False, error)
     assert handle, error.value
     try:

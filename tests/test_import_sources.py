@@ -62,7 +62,7 @@ def refused(source: Path | str, output: Path) -> str:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gemma2"}, "model_type: 'gemma2' is not an architecture"),
+        ({"model_type": "mpt"}, "model_type: 'mpt' is not an architecture"),
         ({"model_type": None}, "model_type: None is not an architecture"),
         ({"hidden_act": "quick_gelu"}, "hidden_act: 'quick_gelu' is not a supported activation"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: only weights"),
@@ -343,7 +343,7 @@ def test_prompts_begin_as_the_original_tokenizer_begins_them(theirs: Path, tmp_p
             "are mixture, not dense any more",
         ),
         ({"rotary_base": 5.0}, "rotary_base is not as it was imported"),
-        ({"origin": {"config": {"model_type": "gemma2"}}}, "origin.config: model_type: 'gemma2'"),
+        ({"origin": {"config": {"model_type": "mpt"}}}, "origin.config: model_type: 'mpt'"),
     ],
 )
 def test_what_cannot_go_back(fields: dict, message: str, ours: Path, tmp_path: Path) -> None:

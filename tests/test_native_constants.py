@@ -67,11 +67,13 @@ def test_type_codes() -> None:
         ("Output", shape.OUTPUTS),
         ("Positions", shape.POSITIONS),
         ("ValueConcat", shape.CONCATENATIONS),
+        ("QueryKeyNorm", shape.NORMS),
+        ("RotaryTable", shape.ROTARY_TABLES),
     ],
 )
 def test_enumerations(name: str, words: tuple[str, ...]) -> None:
     """Members are called as the words are, but for what tells them from those of other enumerations."""
-    kind = re.compile("_units|_output|_concat|concat_")
+    kind = re.compile("_units|_output|_concat|concat_|_norm|_rotary")
     codes = {kind.sub("", member.lower()): code for member, code in enumeration(name).items()}
     if "no" in codes:
         codes["none"] = codes.pop("no")

@@ -63,7 +63,8 @@ def _cache_read(spec: ModelSpec, precision: Precision, held: int) -> tuple[int, 
     of some, then with the buckets of all."""
     hashing = spec.attention.hashing
     if hashing is None:
-        return 0, held * cached_bytes(spec, precision)
+        share = sum(min(held, spec.window(layer) or held) for layer in range(spec.layers)) / spec.layers
+        return 0, round(share * cached_bytes(spec, precision))
     read = min(held, max(1, hashing.most_keys - 1)) * cached_bytes(spec, precision)
     if held < hashing.most_keys:
         return 0, read
@@ -114,7 +115,7 @@ def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int, shares: Sequence[f
         row = cols * WIDTHS[kind] + (SCALE_BYTES if kind == "int8" else 0)
     if slot.name in ("embedding", "positions"):
         return batch * row
-    if slot.name == "frequencies":
+    if slot.name in ("frequencies", "sliding_frequencies"):
         return 0  # computed, not learned
     if slot.name == "head.exact":
         return min(batch * RESCORED, slot.rows) * row

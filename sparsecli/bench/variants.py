@@ -149,7 +149,15 @@ def check_same_size(variants: Sequence[Variant]) -> str | None:
 
 def part(spec: ModelSpec, layers: int | None) -> ModelSpec:
     """The model with only so many of its blocks; None: all of them."""
-    return spec if layers is None or layers >= spec.layers else spec.model_copy(update={"layers": layers})
+    if layers is None or layers >= spec.layers:
+        return spec
+    changed: dict[str, object] = {"layers": layers}
+    if spec.rotary_layers:
+        changed["rotary_layers"] = spec.rotary_layers[:layers]
+    if spec.attention.sliding_layers:
+        sliding = {"sliding_layers": spec.attention.sliding_layers[:layers]}
+        changed["attention"] = spec.attention.model_copy(update=sliding)
+    return spec.model_copy(update=changed)
 
 
 def with_positions(spec: ModelSpec, positions: int) -> ModelSpec:

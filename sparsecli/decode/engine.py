@@ -14,7 +14,7 @@ from sparsecli.console import Failure
 from sparsecli.decode.kv_state import KVState
 from sparsecli.decode.native import binding
 from sparsecli.decode.native.binding import ERROR_BYTES
-from sparsecli.decode.native.shape import bound_tensor, shape_of, units_per_block
+from sparsecli.decode.native.shape import bound_tensor, by_layer, shape_of
 from sparsecli.decode.packed.layouts import LANES, padded
 from sparsecli.decode.packed.pack import PackedModel
 from sparsecli.decode.packed.precision import plan
@@ -61,8 +61,9 @@ class Engine:
         self._rotations: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}  # by layer_idx and factors
         self._levels: set[int] = set()
         shape = shape_of(model, poison)
-        chosen = (ctypes.c_int64 * model.spec.layers)(*units_per_block(model.spec))
-        shape.units_per_block = ctypes.addressof(chosen)
+        lists = {name: (ctypes.c_int64 * len(given))(*given) for name, given in by_layer(model.spec).items()}
+        for name, memory in lists.items():
+            setattr(shape, name, ctypes.addressof(memory))
         handle = self._library.sparsecli_create(ctypes.byref(shape), self.threads, pin, self._error)
         if not handle:
             raise Failure(f"the native engine cannot run this model: {self._message()}")
@@ -328,11 +329,22 @@ class Sequence:
         return self.engine._library.sparsecli_sequence_length(self.handle)
 
     def truncate(self, length: int) -> None:
-        """Forget every token but the first `length`."""
+        """Forget every token but the first `length`.
+
+        Raises:
+            Failure: layers with a sliding window do not hold what comes before any more (they keep a few hundred
+                positions more than their window); the sequence is as it was.
+            ValueError: the sequence holds fewer tokens.
+        """
         with self.engine._mutex:
             if not 0 <= length <= self.length:
                 raise ValueError(f"length: {length} is not between 0 and {self.length}")
-            self.engine._library.sparsecli_sequence_truncate(self.handle, length)
+            done = self.engine._library.sparsecli_sequence_truncate(
+                self.engine.handle, self.handle, length, self.engine._error
+            )
+            message = self.engine._message()
+        if done < 0:
+            raise Failure(message)
 
 
 def processors() -> int:

@@ -13,13 +13,18 @@ import torch
 from sparsecli.console import Failure
 from sparsecli.interchange.huggingface_configs import (
     read_gemma,
+    read_gemma2,
+    read_gemma3,
     read_gpt2,
     read_gpt_neox,
+    read_granite,
     read_llama,
     read_mistral,
+    read_olmo2,
     read_opt,
     read_qwen2,
     read_qwen3,
+    read_smollm3,
 )
 from sparsecli.interchange.tensor_layouts import (
     NORM_MINUS_ONE,
@@ -160,8 +165,24 @@ def architecture_of(kind: object) -> ForeignArchitecture:
 # -- tensor names ---------------------------------------------------------------------------------------------
 
 
+NORMS_BEFORE = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_forward_norm"}
+NORMS_AFTER = {
+    "post_attention_layernorm": "attention_post_norm",
+    "post_feedforward_layernorm": "feed_forward_post_norm",
+}
+NORMS_AROUND = {
+    "input_layernorm": "attention_norm",
+    "pre_feedforward_layernorm": "feed_forward_norm",
+    **NORMS_AFTER,
+}
+"""Norms of a block by their foreign names."""
+
+
 def _llama_like(
-    class_name: str, read_config: Callable[[Any], dict[str, Any]], norm: TensorLayout = UNCHANGED
+    class_name: str,
+    read_config: Callable[[Any], dict[str, Any]],
+    norm: TensorLayout = UNCHANGED,
+    norms: Mapping[str, str] = NORMS_BEFORE,
 ) -> ForeignArchitecture:
     return ForeignArchitecture(
         class_name,
@@ -174,14 +195,13 @@ def _llama_like(
         },
         layers="model.layers",
         layer={
-            "input_layernorm": _modules("attention_norm", layout=norm),
+            **{name: _modules(ours, layout=norm) for name, ours in norms.items()},
             "self_attn.q_proj": _modules("attention.projection.query"),
             "self_attn.k_proj": _modules("attention.projection.key"),
             "self_attn.v_proj": _modules("attention.projection.value"),
-            "self_attn.q_norm": _modules("attention.projection.query_norm"),
-            "self_attn.k_norm": _modules("attention.projection.key_norm"),
+            "self_attn.q_norm": _modules("attention.projection.query_norm", layout=norm),
+            "self_attn.k_norm": _modules("attention.projection.key_norm", layout=norm),
             "self_attn.o_proj": _modules("attention.output"),
-            "post_attention_layernorm": _modules("feed_forward_norm", layout=norm),
             "mlp.gate_proj": _modules("feed_forward.gate"),
             "mlp.up_proj": _modules("feed_forward.up"),
             "mlp.down_proj": _modules("feed_forward.down"),
@@ -195,6 +215,11 @@ ARCHITECTURES = {
     "qwen2": _llama_like("Qwen2ForCausalLM", read_qwen2),
     "qwen3": _llama_like("Qwen3ForCausalLM", read_qwen3),
     "gemma": _llama_like("GemmaForCausalLM", read_gemma, norm=NORM_MINUS_ONE),
+    "gemma2": _llama_like("Gemma2ForCausalLM", read_gemma2, norm=NORM_MINUS_ONE, norms=NORMS_AROUND),
+    "gemma3_text": _llama_like("Gemma3ForCausalLM", read_gemma3, norm=NORM_MINUS_ONE, norms=NORMS_AROUND),
+    "olmo2": _llama_like("Olmo2ForCausalLM", read_olmo2, norms=NORMS_AFTER),
+    "smollm3": _llama_like("SmolLM3ForCausalLM", read_smollm3),
+    "granite": _llama_like("GraniteForCausalLM", read_granite),
     "gpt2": ForeignArchitecture(
         "GPT2LMHeadModel",
         prefix="transformer.",

@@ -58,8 +58,6 @@ def run(
         raise Failure(f"{source}: is a model of ours already; every command takes it as it is")
     if output.exists():
         raise Failure(f"{output}: is there already; choose another --output")
-    for note in opened.notes:
-        console.warn(note)
     if dry_run:
         _print_import_plan(opened, output)
         return

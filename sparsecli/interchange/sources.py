@@ -69,8 +69,6 @@ class ForeignModel:
     spec: ModelSpec
     config: dict[str, Any]
     """Its config.json."""
-    notes: list[str]
-    """Differences from the original model, a sentence each."""
     revision: str | None = None
     """The commit on the hub."""
     gguf: GgufCheckpoint | None = None
@@ -187,14 +185,7 @@ def _open_foreign(
         architecture, spec = read_architecture(fields)
     except Failure as failure:
         raise Failure(f"{place}: {failure.message}") from failure
-    notes = []
-    original = fields.get("max_position_embeddings")
-    if isinstance(original, int) and spec.max_positions < original:
-        notes.append(
-            f"the context is {spec.max_positions} tokens, the original's sliding window, and not {original}: "
-            "within it every token is attended to, as in the original"
-        )
-    return ForeignModel(reference, path, architecture, spec, fields, notes, revision, gguf)
+    return ForeignModel(reference, path, architecture, spec, fields, revision, gguf)
 
 
 def read_architecture(fields: dict[str, Any]) -> tuple[ForeignArchitecture, ModelSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -98,6 +99,11 @@ class Decoder(ScalingTransformerPreTrainedModel):
         self.norm = build_norm(spec, spec.merged_width)
         use_gguf_modules(self, spec.quantization.gguf, "model.")
         self.rotary = rotary_frequencies(spec).tolist() if spec.positions == "rotary" else None
+        self.sliding_rotary = (
+            rotary_frequencies(spec, sliding=True).tolist() if spec.sliding_rotary_base else None
+        )
+        self.windows = [spec.window(layer) for layer in range(spec.layers)]
+        self.rotary_tables = [spec.rotary_table(layer) for layer in range(spec.layers)]
         self.hashes = spec.attention.kind == "lsh"
         self.embedding_scale = spec.embedding_scale
         self.dropout = spec.dropout
@@ -189,25 +195,39 @@ class Decoder(ScalingTransformerPreTrainedModel):
         Returns:
             (B, T, d), or (B, T, 2 d) where streams are merged side by side, and the streams that were asked for.
         """
-        new = streams[0].shape[1]
         past_length = cache.length if cache is not None else 0
-        angles = rotary_angles(position_ids, self.rotary) if self.rotary else None
-        # None is plainly causal: one new token sees everything, a first pass is a triangle. Hashing needs no mask.
-        mask = None
-        if not self.hashes and (valid is not None or (past_length and new > 1)):
-            mask = causal_mask(valid, new, past_length + new, streams[0].device)
-        inputs = mask, None if valid is None else valid[:, past_length:], angles
+        inputs = self.attention_inputs(streams[0], valid, position_ids, past_length)
         layer_caches = None if cache is None else cache.layers
         if self.reversible:
-            return self._two_streams(streams, inputs, layer_caches, keep_streams)
+            return self._two_streams(streams, inputs[0], layer_caches, keep_streams)
         return self._one_stream(
             streams[0], inputs, (encoder_hidden_states, encoder_valid), layer_caches, keep_streams
         )
 
+    def attention_inputs(
+        self, x: Tensor, valid: Tensor | None, position_ids: Tensor, past_length: int
+    ) -> list[AttentionInputs]:
+        """What attention reads in each layer beside x (B, T, d): see `run_layers`."""
+        new, keys = x.shape[1], past_length + x.shape[1]
+        angles: dict[str, tuple[Tensor, Tensor] | None] = {"none": None}
+        for table, frequencies in (("full", self.rotary), ("sliding", self.sliding_rotary)):
+            angles[table] = rotary_angles(position_ids, frequencies) if frequencies else None
+        # None is plainly causal: one new token sees everything, a first pass is a triangle. Hashing needs no mask.
+        masks: dict[int | None, Tensor | None] = {None: None}
+        if not self.hashes and (valid is not None or (past_length and new > 1)):
+            masks[None] = causal_mask(valid, new, keys, x.device)
+        for window in set(self.windows) - {None}:
+            masks[window] = causal_mask(valid, new, keys, x.device, window)
+        new_valid = None if valid is None else valid[:, past_length:]
+        return [
+            (masks[window], new_valid, angles[table])
+            for window, table in zip(self.windows, self.rotary_tables, strict=True)
+        ]
+
     def _one_stream(
         self,
         x: Tensor,
-        inputs: AttentionInputs,
+        inputs: Sequence[AttentionInputs],
         encoded: tuple[Tensor | None, Tensor | None],
         layer_caches: list[Any] | None,
         keep_streams: bool,
@@ -217,7 +237,7 @@ class Decoder(ScalingTransformerPreTrainedModel):
             if keep_streams:
                 kept.append(x)
             layer_cache = None if layer_caches is None else layer_caches[index]
-            x = layer(x, *inputs, *encoded, layer_cache=layer_cache)
+            x = layer(x, *inputs[index], *encoded, layer_cache=layer_cache)
         return x, kept
 
     def _two_streams(
@@ -300,7 +320,12 @@ class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
 
     def logits(self, x: Tensor, keep: int | Tensor) -> Tensor:
         """Logits (B, kept, V) of x (B, T, d): of so many last positions (0: all), or of those that a tensor names."""
-        return self.head(x[:, slice(-keep, None) if isinstance(keep, int) else keep])
+        logits = self.head(x[:, slice(-keep, None) if isinstance(keep, int) else keep])
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        if (limit := self.config.logit_softcap) is not None:
+            logits = limit * torch.tanh(logits / limit)
+        return logits
 
     def prefix_length_of(self, model_kwargs: dict[str, Any]) -> int:
         """Positions of the cache in front of those that `generate` counts."""

@@ -8,17 +8,21 @@ from sparsecli.spec.model import ModelSpec
 from sparsecli.spec.positions import Llama3RotaryScaling
 
 
-def rotary_frequencies(spec: ModelSpec) -> np.ndarray:
+def rotary_frequencies(spec: ModelSpec, sliding: bool = False) -> np.ndarray:
     """Radians by which a position turns each pair of a head, float32 (rotary_width / 2,), the fastest first.
+
+    `sliding`: of layers with a window, where these have a base of their own.
+
 
     Operations and their order are those of transformers, so that a foreign checkpoint keeps its angles: far into
     a text the last bit of a frequency shows. PyTorch's powers are rounded correctly nearly always, NumPy's own
     float32 ones are not.
     """
     exponents = np.arange(0, spec.rotary_width, 2, dtype=np.float32) / np.float32(spec.rotary_width)
-    powers = np.float64(spec.rotary_base) ** exponents.astype(np.float64)
+    base = spec.sliding_rotary_base if sliding and spec.sliding_rotary_base else spec.rotary_base
+    powers = np.float64(base) ** exponents.astype(np.float64)
     frequencies = 1 / powers.astype(np.float32)
-    scaling = spec.rotary_scaling
+    scaling = None if sliding and spec.sliding_rotary_base else spec.rotary_scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "llama3":

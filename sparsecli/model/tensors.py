@@ -76,7 +76,7 @@ def _positions(spec: ModelSpec, max_positions: int) -> dict[str, Shape]:
 
 def _decoder_block(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
     for name in ("attention", "second_attention")[: spec.attention_layers]:
-        yield from _norm(f"{name}_norm", spec).items()
+        yield from _norms_around(name, spec).items()
         yield from _named(name, dict(_attention(spec, spec.attention))).items()
     if spec.encoder and spec.encoder.read_by.kind == "cross_attention":
         yield from _norm("cross_attention_norm", spec).items()
@@ -88,7 +88,7 @@ def _decoder_block(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
 
 def _units(spec: ModelSpec, feed_forward: FeedForwardSpec) -> Iterator[tuple[str, Shape]]:
     """A feed-forward layer and the recurrent branch beside it."""
-    yield from _norm("feed_forward_norm", spec).items()
+    yield from _norms_around("feed_forward", spec).items()
     yield from _named("feed_forward", _feed_forward(feed_forward, spec.d_model)).items()
     if spec.sru:
         width = spec.sru.width
@@ -156,7 +156,10 @@ def _attention(spec: ModelSpec, attention: AttentionSpec) -> Iterator[tuple[str,
         made |= _low_rank("key", d_model, held, bias, bits, ranks[1])
         made |= _linear("value", d_model, held, bias)
         if attention.query_key_norm:
-            made |= dict.fromkeys(("query_norm.weight", "key_norm.weight"), (spec.width_of_head,))
+            widths = (spec.width_of_head,) * 2
+            if attention.query_key_norm_over == "projection":
+                widths = spec.attention_width, held
+            made |= {"query_norm.weight": widths[:1], "key_norm.weight": widths[1:]}
     for name, shape in made.items():
         if not (attention.share_query_key and name.partition(".")[0] == "key"):
             yield f"projection.{name}", shape
@@ -237,6 +240,12 @@ def _norm(name: str, spec: ModelSpec, width: int | None = None) -> dict[str, Sha
     shape = (width or spec.d_model,)
     weight: dict[str, Shape] = {f"{name}.weight": shape}
     return weight | ({f"{name}.bias": shape} if spec.normalization == "layer" else {})
+
+
+def _norms_around(name: str, spec: ModelSpec) -> dict[str, Shape]:
+    """The norms before and behind a part of a layer."""
+    before = {} if spec.norm_placement == "after" else _norm(f"{name}_norm", spec)
+    return before if spec.norm_placement == "before" else before | _norm(f"{name}_post_norm", spec)
 
 
 def _linear(

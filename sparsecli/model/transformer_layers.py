@@ -71,6 +71,11 @@ def build_norm(spec: ModelSpec, width: int | None = None) -> nn.Module:
     return normalization(spec.normalization, width or spec.d_model, spec.normalization_epsilon)
 
 
+def build_norm_at(spec: ModelSpec, place: str) -> nn.Module:
+    """The norm `before` or `after` attention or a feed-forward layer; nothing where `spec` has none there."""
+    return build_norm(spec) if spec.norm_placement in (place, "around") else nn.Identity()
+
+
 def build_attention(
     spec: ModelSpec, attention: AttentionSpec, causal: bool = True, layer_idx: int = 0
 ) -> Attention:
@@ -87,6 +92,8 @@ def build_attention(
         causal=causal,
         share_query_key=attention.share_query_key,
         lsh=LshAttention(attention.hashing, layer_idx, causal) if attention.hashing else None,
+        scale=attention.scale,
+        softcap=attention.logit_softcap,
     )
 
 
@@ -107,6 +114,7 @@ def build_projection(spec: ModelSpec, attention: AttentionSpec) -> SeparateProje
             ranks=ranks,
             share_query_key=share_query_key,
             norm_epsilon=spec.normalization_epsilon if attention.query_key_norm else None,
+            norm_over=attention.query_key_norm_over,
         )
     if attention.projection == "multiplicative":
         return multiplicative_projection(spec.d_model, modules, share_query_key=share_query_key)
@@ -180,11 +188,13 @@ class WithFeedForward(nn.Module):
 
     feed_forward_norm: nn.Module
     feed_forward: nn.Module
+    feed_forward_post_norm: nn.Module
     sru: RecurrentBranch | None
 
     def _add_feed_forward(self, spec: ModelSpec, feed_forward: FeedForwardSpec, layer_idx: int) -> None:
-        self.feed_forward_norm = build_norm(spec)
+        self.feed_forward_norm = build_norm_at(spec, "before")
         self.feed_forward = build_feed_forward(spec, feed_forward, layer_idx)
+        self.feed_forward_post_norm = build_norm_at(spec, "after")
         self.sru = build_recurrence(spec)
         self.chunk = spec.feed_forward_chunk
 
@@ -195,33 +205,38 @@ class WithFeedForward(nn.Module):
         layer_cache: RecurrentCache | None = None,
         start: int = 0,
     ) -> Tensor:
-        """feed_forward(norm(x)) + sru(x) of x (B, T, d), the residual stream.
+        """post_norm(feed_forward(norm(x))) + sru(x) of x (B, T, d), the residual stream.
 
         Args:
             valid: bool (B, T), false at padding.
             layer_cache: keeps the recurrent states; `start` is the position of the first token of x.
         """
         y = in_chunks(self.feed_forward, self.feed_forward_norm(x), self.chunk)
+        y = self.feed_forward_post_norm(y)
         return y if self.sru is None else y + self.sru(x, valid, layer_cache, start)
 
 
 class DecoderLayer(WithFeedForward, GradientCheckpointingLayer):
     """x += dropout(attention(norm(x))); x += feed_forward(norm(x)), which has its own dropout.
 
-    In a parallel layer both read the same x. Cross-attention, where there is an encoder, comes between the two.
+    In a parallel layer both read the same x. Cross-attention, where there is an encoder, comes between the two. Norms
+    may also come behind each part, and a factor on what they add.
     """
 
     def __init__(self, spec: ModelSpec, layer_idx: int) -> None:
         super().__init__()
-        self.attention_norm = build_norm(spec)
+        self.attention_norm = build_norm_at(spec, "before")
         self.attention = build_attention(spec, spec.attention, layer_idx=layer_idx)
+        self.attention_post_norm = build_norm_at(spec, "after")
         self.cross_attention: CrossAttention | None = None
         if spec.encoder and spec.encoder.read_by.kind == "cross_attention":
             self.cross_attention_norm = build_norm(spec)
             self.cross_attention = build_cross_attention(spec, spec.encoder.read_by)
         self._add_feed_forward(spec, spec.feed_forward, layer_idx)
         self.dropout = spec.dropout
+        self.layer_idx = layer_idx
         self.parallel = spec.parallel
+        self.residual_scale = spec.residual_scale
 
     def forward(
         self,
@@ -243,14 +258,25 @@ class DecoderLayer(WithFeedForward, GradientCheckpointingLayer):
         """
         start = layer_cache.get_seq_length() if layer_cache is not None else 0
         y = self.attention(self.attention_norm(x), mask, valid, angles, layer_cache)
-        y = x + shared_dropout(y, self.dropout, self.training, (-2,))
+        y = self.attention_post_norm(y)
+        y = x + self._scaled(shared_dropout(y, self.dropout, self.training, (-2,)))
         if self.cross_attention is not None:
             assert encoder_hidden_states is not None
             read = self.cross_attention(
                 self.cross_attention_norm(y), encoder_hidden_states, encoder_valid, valid, layer_cache
             )
             y = y + shared_dropout(read, self.dropout, self.training, (-2,))
-        return y + self.feed_forward_branch(x if self.parallel else y, valid, layer_cache, start)
+        return y + self._scaled(
+            self.feed_forward_branch(x if self.parallel else y, valid, layer_cache, start)
+        )
+
+    @property
+    def adds_plainly(self) -> bool:
+        """Whether what the feed-forward layer computes is added to the stream as it is."""
+        return isinstance(self.feed_forward_post_norm, nn.Identity) and self.residual_scale == 1
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self.residual_scale == 1 else y * self.residual_scale
 
 
 class EncoderLayer(WithFeedForward, GradientCheckpointingLayer):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sparsecli.spec.base import DEEP, Depth, Spec, Whole, Width, fault
+from sparsecli.spec.base import DEEP, Depth, Size, Spec, Whole, Width, fault
 
 Factor = Annotated[Whole, Field(ge=2, le=2**15)]
 """Hash values that one set of axes gives."""
@@ -73,9 +73,19 @@ class AttentionSpec(Spec):
     """A bias on a dense output projection; by default as `bias` says."""
     query_key_norm: bool = False
     """RMS norms over every head of queries and keys, before rotary positions (as in Qwen 3)."""
+    query_key_norm_over: Literal["head", "projection"] = "head"
+    """What such a norm is over: each head, or all heads together (as in OLMo 2)."""
     query_key_rank: Width | None = None
     """Rank of queries, which two dense layers then make; keys keep as large a share of their weights. By default of
     full rank. `dense` projection only."""
+    window: Size | None = None
+    """Positions that a token sees, itself the last of them (a sliding window); by default it sees all before it."""
+    sliding_layers: list[bool] | None = None
+    """Which layers have the window (as in Gemma 2); by default every layer. The others see everything."""
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """Factor on the scores; by default 1 / sqrt(width of a head)."""
+    logit_softcap: Annotated[float, Field(gt=0)] | None = None
+    """Limit c of the scores s, which become c * tanh(s / c) before the softmax (as in Gemma 2)."""
 
     @property
     def hashing(self) -> LshSpec | None:
@@ -106,6 +116,16 @@ class AttentionSpec(Spec):
         """Whether any projection is cut into modules."""
         return self.projection != "dense" or self.output.startswith("multiplicative")
 
+    @property
+    def plain_softmax(self) -> dict[str, bool]:
+        """Fields that only softmax attention of dense queries and keys to earlier tokens has, and whether they are
+        set."""
+        return {
+            "window": self.window is not None,
+            "scale": self.scale is not None,
+            "logit_softcap": self.logit_softcap is not None,
+        }
+
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
         conv = self.projection.endswith("_conv")
@@ -123,6 +143,17 @@ class AttentionSpec(Spec):
             raise fault("query_key_norm", "norms of queries and keys need projection: dense")
         if self.query_key_rank is not None and self.projection != "dense":
             raise fault("query_key_rank", "needs projection: dense")
+        if self.query_key_norm_over != "head" and not self.query_key_norm:
+            raise fault("query_key_norm_over", "needs query_key_norm: true")
+        if self.sliding_layers is not None and self.window is None:
+            raise fault("sliding_layers", "needs a window")
+        for field in (name for name, given in self.plain_softmax.items() if given):
+            if self.kind == "lsh":
+                raise fault(field, "needs kind: full")
+            if self.share_query_key:
+                raise fault(field, "goes with plain projections of queries and keys")
+            if not self.dense:
+                raise fault(field, "needs dense projections")
         return self
 
 

@@ -64,6 +64,9 @@ class EncoderSpec(Spec):
             )
         if self.attention.query_key_rank is not None:
             raise fault("attention.query_key_rank", "is for decoders")
+        for field, given in self.attention.plain_softmax.items():
+            if given:
+                raise fault(f"attention.{field}", "is for decoders")
         return self
 
 
@@ -90,6 +93,9 @@ class ModelSpec(Spec):
     """Layer norm or RMS norm."""
     normalization_epsilon: Annotated[float, Field(gt=0)] = 1e-6
     """Added to the variance before the square root."""
+    norm_placement: Literal["before", "around", "after"] = "before"
+    """Where the norms of attention and of the feed-forward layer are: before each, before and behind each (as in
+    Gemma 2), or behind each only (as in OLMo 2); those behind come before the residual addition."""
     positions: Literal["learned", "sinusoidal", "rotary", "digits", "axial"] = "learned"
     """How positions enter: a trained table, a fixed table, rotated queries and keys, trained vectors for the digits
     of a position in several bases (Terraformer), or for its coordinates."""
@@ -101,10 +107,21 @@ class ModelSpec(Spec):
     """Share of a head, from its start, that rotary positions turn."""
     rotary_scaling: RotaryScaling | None = None
     """How rotary frequencies were changed for a longer context."""
+    sliding_rotary_base: Annotated[float, Field(gt=0)] | None = None
+    """Base of the rotary frequencies of layers with a window, which are not scaled (as in Gemma 3); by default theirs
+    are those of the other layers."""
+    rotary_layers: list[bool] | None = None
+    """Which layers have rotary positions (as in SmolLM3); by default every layer. The others have no positions."""
     parallel: bool = False
     """Attention and feed-forward of a layer read the same stream (as in GPT-NeoX), not one after the other."""
     embedding_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the embedding of tokens (as in Gemma)."""
+    residual_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on what attention and the feed-forward layer add to the residual stream (as in Granite)."""
+    logit_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the logits (as in Granite)."""
+    logit_softcap: Annotated[float, Field(gt=0)] | None = None
+    """Limit c of the logits y, which become c * tanh(y / c) in the end (as in Gemma 2)."""
     residual: Literal["single", "reversible"] = "single"
     """`reversible` carries two streams, so that training stores no activations of layers (Reformer, Terraformer)."""
     merge: Literal["mean", "concatenate"] = "mean"
@@ -141,6 +158,8 @@ class ModelSpec(Spec):
         if self.encoder:
             self._check_encoder(self.encoder)
         self._check_streams()
+        self._check_layer_lists()
+        self._check_single_decoder()
         if self.feed_forward_chunk:
             self._check_chunk()
         if self.positions == "axial":
@@ -171,6 +190,40 @@ class ModelSpec(Spec):
         chosen = getattr(feed_forward, "units_per_block", None)
         if isinstance(chosen, list) and len(chosen) != layers:
             raise fault(f"{place}.units_per_block", f"{len(chosen)} numbers for {layers} layers")
+
+    def _check_layer_lists(self) -> None:
+        """Raise a fault where a list says of more or fewer layers than there are, or of positions there are not."""
+        for field, given in (
+            ("attention.sliding_layers", self.attention.sliding_layers),
+            ("rotary_layers", self.rotary_layers),
+        ):
+            if given is not None and len(given) != self.layers:
+                raise fault(field, f"{len(given)} values for {self.layers} layers")
+        for field, value in (
+            ("rotary_layers", self.rotary_layers),
+            ("sliding_rotary_base", self.sliding_rotary_base),
+        ):
+            if value is not None and self.positions != "rotary":
+                raise fault(field, "needs positions: rotary")
+        if self.sliding_rotary_base is not None and self.attention.window is None:
+            raise fault("sliding_rotary_base", "needs attention.window")
+
+    def _check_single_decoder(self) -> None:
+        """Raise a fault where a field of decoders with one stream of their own is set in another model."""
+        fields = {f"attention.{name}": given for name, given in self.attention.plain_softmax.items()}
+        fields["norm_placement"] = placed = self.norm_placement != "before"
+        fields["residual_scale"] = scaled = self.residual_scale != 1
+        fields["rotary_layers"] = self.rotary_layers is not None
+        for field in (name for name, given in fields.items() if given):
+            if self.residual == "reversible":
+                raise fault(field, "needs residual: single")
+            if self.encoder:
+                raise fault(field, "is for models without an encoder")
+        if self.sru and (placed or scaled):
+            field = "norm_placement" if placed else "residual_scale"
+            raise fault(field, "goes with feed-forward layers that have no recurrent branch (sru)")
+        if placed and self.parallel:
+            raise fault("norm_placement", "needs attention and feed-forward layers in sequence, not parallel")
 
     def _check_encoder(self, encoder: EncoderSpec) -> None:
         self._check_attention("encoder.attention", encoder.attention)
@@ -249,6 +302,22 @@ class ModelSpec(Spec):
         return self.width_of_head * (self.attention.key_value_heads or self.heads)
 
     @property
+    def attention_scale(self) -> float:
+        """Factor on the scores of attention."""
+        return self.attention.scale or max(1, self.width_of_head) ** -0.5
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a token sees in layer `layer`; None: all before it."""
+        sliding = self.attention.sliding_layers
+        return self.attention.window if sliding is None or sliding[layer] else None
+
+    def rotary_table(self, layer: int) -> Literal["none", "full", "sliding"]:
+        """The rotary frequencies that layer `layer` uses."""
+        if self.positions != "rotary" or (self.rotary_layers is not None and not self.rotary_layers[layer]):
+            return "none"
+        return "sliding" if self.sliding_rotary_base and self.window(layer) else "full"
+
+    @property
     def query_rank(self) -> int | None:
         """Rank of the two layers that make queries; None where it is one layer."""
         return self.attention.query_key_rank
@@ -289,6 +358,20 @@ class ModelSpec(Spec):
         if feed_forward.kind == "mixture":
             return feed_forward.experts_per_token / feed_forward.experts
         return self.units_per_block(layer) / feed_forward.block_size
+
+    @property
+    def beyond_llama(self) -> str | None:
+        """A field that is set and that decoders shaped like Llama do not have, such as windows; None: there is none."""
+        fields = {
+            **{f"attention.{name}": given for name, given in self.attention.plain_softmax.items()},
+            "attention.query_key_norm_over": self.attention.query_key_norm_over != "head",
+            "norm_placement": self.norm_placement != "before",
+            "residual_scale": self.residual_scale != 1,
+            "logit_scale": self.logit_scale != 1,
+            "logit_softcap": self.logit_softcap is not None,
+            "rotary_layers": self.rotary_layers is not None,
+        }
+        return next((field for field, given in fields.items() if given), None)
 
     @property
     def unhashed(self) -> ModelSpec:

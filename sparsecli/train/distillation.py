@@ -107,7 +107,7 @@ class Teacher:
         self.network.to(ids.device)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             hidden = self.network.model(input_ids=ids, use_cache=False).last_hidden_state
-            return self.network.head(hidden), hidden
+            return self.network.logits(hidden, 0), hidden
 
 
 def _narrowed(network: ScalingTransformerForCausalLM) -> ScalingTransformerForCausalLM:

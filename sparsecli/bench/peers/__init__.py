@@ -207,4 +207,4 @@ def _unknown_parts(spec: ModelSpec) -> str | None:
     """Why there is nothing like `spec` in other programs; None where there is."""
     if spec.encoder or spec.residual == "reversible" or spec.sru or spec.attention.shares_query_key:
         return "peers run decoders of one stream, without an encoder, recurrent layers or shared queries and keys"
-    return None
+    return f"peers run models without {spec.beyond_llama}" if spec.beyond_llama else None

@@ -117,7 +117,7 @@ def unlike_llama(spec: ModelSpec) -> str | None:
         "parallel blocks": spec.parallel,
         "a scaled embedding": spec.embedding_scale != 1,
     }
-    return next((what for what, there in checks.items() if there), None)
+    return next((what for what, there in checks.items() if there), spec.beyond_llama)
 
 
 def write_weights(path: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.model.decoder import AttentionInputs, count_positions
 from sparsecli.model.transformer_layers import DecoderLayer
-
-
-class _FirstLayerReached(Exception):
-    """Ends a forward pass at the first layer; nothing after it needs to be computed."""
 
 
 class ResidualStreams:
@@ -23,28 +19,18 @@ class ResidualStreams:
     def __init__(self, model: ScalingTransformerForCausalLM, batches: list[Tensor]) -> None:
         """At the first layer, for token ids (B, T)."""
         self.x: list[Tensor] = []
-        self.arguments: list[tuple[Any, ...]] = []
-
-        def reached(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-            self.x.append(arguments[0])
-            self.arguments.append(arguments[1:])
-            raise _FirstLayerReached
-
-        handle = model.model.layers[0].register_forward_pre_hook(reached)
-        try:
-            for batch in batches:
-                try:
-                    model.model(batch, use_cache=False)
-                except _FirstLayerReached:
-                    continue
-        finally:
-            handle.remove()
+        self.arguments: list[list[AttentionInputs]] = []  # of each layer
+        for batch in batches:
+            position_ids = count_positions(None, 0, batch.shape[1], batch.device)
+            x = model.model.add_positions(model.model.embed(batch), position_ids, 0)
+            self.x.append(x)
+            self.arguments.append(model.model.attention_inputs(x, None, position_ids, 0))
 
     def through(self, layer: DecoderLayer) -> list[Tensor]:
         """The stream after `layer`, for every batch (B, T, d)."""
         found = []
         for x, arguments in zip(self.x, self.arguments, strict=True):
-            found.append(layer(x, *arguments))
+            found.append(layer(x, *arguments[layer.layer_idx]))
         return found
 
 

@@ -108,7 +108,7 @@ class _LayerFit:
         if not self.fitted:
             assert isinstance(dense.feed_forward, DenseFeedForward)
             self.method.fit(dense.feed_forward, layer.feed_forward, x, self.options)
-        if self.refit and self.method.recovers:
+        if self.refit and self.method.recovers and layer.adds_plainly:
             _refit_feed_forward(layer.feed_forward, x, before, targets)
 
 

@@ -107,6 +107,15 @@ std::string check(const sparsecli_shape& s) {
             if (s.units_per_block[layer] < least || s.units_per_block[layer] > most) return wrong("units_per_block");
     }
     if (s.head_modules && s.vocabulary % s.head_modules) return wrong("head_modules");
+    const bool plain = s.streams == 1 && s.encoder == NO_ENCODER;
+    if (s.query_key_norm < NO_NORM || s.query_key_norm > PROJECTION_NORM) return wrong("query_key_norm");
+    if (!plain && (s.post_norms || s.residual_scale != 1)) return wrong("post_norms");
+    for (int64_t layer = 0; layer < s.layers; ++layer) {
+        const int64_t window = s.windows[layer], table = s.rotary_tables[layer];
+        if (outside(window, 0, int64_t(1) << 30) || (window && (!plain || s.shared_query_key))) return wrong("windows");
+        if (outside(table, NO_ROTARY, s.positions == ROTARY ? SLIDING_ROTARY : NO_ROTARY))
+            return wrong("rotary_tables");
+    }
     if (s.streams < 1 || s.streams > 2 || (s.concatenate && s.streams == 1)) return wrong("streams");
     if (s.attention_layers < 1 || s.attention_layers > s.streams) return wrong("attention_layers");
     const bool shared = s.shared_query_key != OWN_KEYS;
@@ -144,7 +153,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 9 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 10 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* name, char* error) {
     const Ops* found = find_ops(name);
@@ -239,9 +248,18 @@ int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence) {
     return sequence->held.length - sequence->held.prefix;
 }
 
-void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length) {
+int64_t sparsecli_sequence_truncate(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t length,
+                                    char* error) {
     Sequence& held = sequence->held;
-    if (length >= 0 && held.prefix + length < held.length) held.length = held.prefix + length;
+    if (length < 0 || held.prefix + length >= held.length) return 0;
+    if (!can_truncate(held, engine->model, length)) {
+        complain(error, "layers with a sliding window do not hold the tokens before " + std::to_string(length) +
+                            " any more; begin the sequence anew");
+        return -1;
+    }
+    held.length = held.prefix + length;
+    if (!held.length) held.stored = 0;
+    return 0;
 }
 
 int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t encoder_rows) {
@@ -261,7 +279,7 @@ int64_t sparsecli_read_encoder(sparsecli_engine* engine, sparsecli_sequence* seq
             throw std::runtime_error("the encoder's output has " + std::to_string(rows) +
                                      " rows, the sequence has room for " + std::to_string(held.encoder_capacity));
         engine->forward->reserve(rows);
-        held.length = held.prefix = held.encoder_length = 0;
+        held.length = held.prefix = held.encoder_length = held.stored = 0;
         std::vector<Token> all;
         for (int64_t i = 0; i < rows; ++i)
             all.push_back({&held, i, -1, nullptr, {first + i * shape.d_model, second + i * shape.d_model}});
@@ -294,7 +312,7 @@ int64_t sparsecli_import_kv(sparsecli_engine* engine, sparsecli_sequence* sequen
         if (!keys || !values || !conv_inputs == model.convolves() || !output_conv_inputs == convolved ||
             !recurrent_states == recurrent)
             throw std::runtime_error("imported keys, values and states are not those of the model's layers");
-        held.length = held.prefix = 0;
+        held.length = held.prefix = held.stored = 0;
         import_kv(held, model, *engine->ops, cache_idx,
                   {keys, values, conv_inputs, output_conv_inputs, recurrent_states, positions});
     });
@@ -311,7 +329,7 @@ int64_t sparsecli_import_done(sparsecli_engine* engine, sparsecli_sequence* sequ
         if (positions < 1 || positions > held.capacity || prefix < has_prefix || prefix > (has_prefix ? positions : 0))
             throw std::runtime_error(std::to_string(positions) + " positions with a prefix of " +
                                      std::to_string(prefix) + " are out of range");
-        held.length = positions;
+        held.length = held.stored = positions;
         held.prefix = held.encoder_length = prefix;
     });
     return fine ? 0 : -1;
@@ -353,7 +371,10 @@ int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* s
         engine->forward->reserve(longest);
         in_passes(tokens, shape, [&](const std::vector<Token>& pass) {
             engine->forward->run(pass, engine->profile);
-            for (const Token& token : pass) token.sequence->length = token.position + 1;
+            for (const Token& token : pass) {
+                token.sequence->length = token.position + 1;
+                token.sequence->stored = std::max(token.sequence->stored, token.sequence->length);
+            }
         });
     });
     return fine ? 0 : valid ? -1 : -2;

@@ -22,9 +22,10 @@ struct sparsecli_shape {
     int64_t output;      // 0 none, 1 dense, 2 multiplicative, 3 multiplicative_conv
     int64_t modules, kernel;
     int64_t value_concat;          // 0 none, 1 modules, 2 whole
-    int64_t query_key_norm;        // over every head, before rotary positions
+    int64_t query_key_norm;        // before rotary positions: 0 none, 1 over every head, 2 over all heads together
     int64_t query_rank, key_rank;  // of two maps in a row; 0: one map each
     int64_t rms;
+    int64_t post_norms;        // norms behind attention and the feed-forward layer, too, or only there
     int64_t positions;         // 0 learned, 1 sinusoidal, 2 rotary
     int64_t rotary_width;      // elements of a head that are turned, from its start
     int64_t parallel;          // attention and feed-forward of a block read the same stream
@@ -43,7 +44,11 @@ struct sparsecli_shape {
     int64_t units_on_disk;                      // units are mapped from a file: read a layer's chosen rows ahead
     int64_t poison;                             // fill working memory with NaN first, for tests
     double epsilon, embedding_scale;
-    const int64_t* units_per_block;  // of every layer, read once; mixture: experts a token
+    double attention_scale, attention_softcap;          // of scores; a limit of 0: none
+    double residual_scale, logit_scale, logit_softcap;  // of what layers add, and of logits
+    const int64_t* units_per_block;                     // of every layer, read once; mixture: experts a token
+    const int64_t* windows;                             // positions that a token sees in every layer; 0: all
+    const int64_t* rotary_tables;                       // of every layer: 0 none, 1 full, 2 sliding
 };
 
 int64_t sparsecli_interface(void);  // a version, and the size of the structure above: the caller compares
@@ -79,7 +84,9 @@ sparsecli_sequence* sparsecli_sequence_create(sparsecli_engine* engine, int64_t 
                                               char* error);
 void sparsecli_sequence_destroy(sparsecli_sequence* sequence);
 int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence);
-void sparsecli_sequence_truncate(sparsecli_sequence* sequence, int64_t length);
+// Fails, and changes nothing, where layers with a window do not hold the positions before `length` any more.
+int64_t sparsecli_sequence_truncate(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t length,
+                                    char* error);
 // INT64_MAX: more than can be counted, or a number out of range.
 int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t encoder_rows);
 

@@ -83,7 +83,9 @@ void Forward::attention(Pass& pass, const Block& block, int64_t layer_idx, int64
         attention_.plan_ahead(pass, layer);
         feed_forward_->plan_ahead(pass, block, layer_idx);
     }
+    pass.begin_branch();
     attention_.run(pass, layer, layer_idx * pass.shape.attention_layers + index);
+    pass.end_branch(layer.post_norm);
 }
 
 void Forward::feed_forward(Pass& pass, const Block& block, int64_t layer_idx) {
@@ -91,9 +93,11 @@ void Forward::feed_forward(Pass& pass, const Block& block, int64_t layer_idx) {
     if (recurrent && !parallel) sru_.enter(pass, block.recurrence);
     const Activations x = parallel ? pass.saved_norm() : pass.normalized(block.feed_forward_norm);
     pass.mark(OTHER);
+    pass.begin_branch();
     feed_forward_->activate(pass, block, layer_idx, x);
     if (recurrent) sru_.leave(pass, block.recurrence, layer_idx);
     feed_forward_->add_sum(pass, block, layer_idx);
+    pass.end_branch(block.feed_forward_post_norm);
 }
 
 void Forward::read_encoder(const std::vector<Token>& rows) {

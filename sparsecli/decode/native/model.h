@@ -1,5 +1,6 @@
 // The packed tensors of a model, by name: what `sparsecli_bind` fills in and the forward pass reads.
 #pragma once
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -12,12 +13,16 @@
 
 namespace sparsecli {
 
+constexpr int64_t CHUNK = 512;  // tokens of one pass
+
 enum FeedForwardKind { DENSE_UNITS = 0, SPARSE_UNITS = 1, MIXTURE_UNITS = 2, SELECTOR_UNITS = 3, PRECISION_UNITS = 4 };
 enum Projection { DENSE = 0, MULTIPLICATIVE = 1, DENSE_CONV = 2, MULTIPLICATIVE_CONV = 3 };
 enum Output { NO_OUTPUT = 0, DENSE_OUTPUT = 1, MULTIPLICATIVE_OUTPUT = 2, MULTIPLICATIVE_CONV_OUTPUT = 3 };
 enum Positions { LEARNED = 0, SINUSOIDAL = 1, ROTARY = 2 };
 enum ValueConcat { NO_CONCAT = 0, CONCAT_MODULES = 1, CONCAT_WHOLE = 2 };
 enum SharedQueryKey { OWN_KEYS = 0, ONE_PROJECTION = 1, MEAN_OF_TWO = 2 };
+enum QueryKeyNorm { NO_NORM = 0, HEAD_NORM = 1, PROJECTION_NORM = 2 };
+enum RotaryTable { NO_ROTARY = 0, FULL_ROTARY = 1, SLIDING_ROTARY = 2 };
 enum EncoderUse { NO_ENCODER = 0, CROSS_ATTENTION = 1, PREFIX = 2 };
 
 // A linear map, dense or multiplicative (D and E), whichever is bound.
@@ -34,10 +39,10 @@ struct Convolution {
 };
 
 struct AttentionLayer {
-    Norm norm;
+    Norm norm, post_norm;
     Linear query, key, value, shared, output;
     Linear query_first, key_first;  // low rank: the first of two maps; the second is `query` or `key`
-    Norm query_norm, key_norm;      // over each head
+    Norm query_norm, key_norm;      // over each head, or all together
     Convolution query_convolution, key_convolution, value_convolution, output_convolution;
 };
 
@@ -52,7 +57,7 @@ struct Block {
     AttentionLayer attention[2];  // the second where a block has two
     AttentionLayer cross;         // to an encoder's output
     Recurrence recurrence;
-    Norm feed_forward_norm;
+    Norm feed_forward_norm, feed_forward_post_norm;
     Linear gate, up, down;  // dense feed-forward
     Matrix router, controller_first, controller_second, controller_bias, units, unit_bias, bias;
     Matrix sketch;  // quantized gate and up rows of all units: panels of either in turn
@@ -75,11 +80,11 @@ inline const float* values(const Matrix& vector) { return (const float*)vector.d
 
 struct Model {
     sparsecli_shape shape;
-    Matrix embedding, positions, frequencies, exact_head;
+    Matrix embedding, positions, frequencies, sliding_frequencies, exact_head;
     Norm norm;
     Linear head;
     std::vector<Block> blocks;
-    std::vector<int64_t> chosen_in_blocks;
+    std::vector<int64_t> chosen_in_blocks, windows, rotary_tables;  // by layer
     std::vector<LshRotations> rotations;  // [cache][level], null where no sequence needs them
     bool quantized = false;               // some weights are multiplied with integer activations
     bool group_sums = false;              // some of them need sums of these, see Activations
@@ -94,6 +99,11 @@ struct Model {
     const LshRotations& rotations_of(int64_t cache_idx, int64_t last) const {
         return rotations[size_t(cache_idx * LEVELS + level_of(last))];
     }
+    bool has_sliding_rotary() const {
+        return std::find(rotary_tables.begin(), rotary_tables.end(), SLIDING_ROTARY) != rotary_tables.end();
+    }
+    // Whether what a layer computes is changed before it is added to the residual stream.
+    bool changes_branches() const { return shape.post_norms || shape.residual_scale != 1; }
     bool crosses() const { return shape.encoder == CROSS_ATTENTION; }
     int64_t query_module_width() const { return shape.query_modules ? shape.d_model / shape.query_modules : 0; }
     int64_t parts() const { return shape.gated ? 3 : 2; }
@@ -132,8 +142,12 @@ struct Model {
     explicit Model(const sparsecli_shape& given)
         : shape(given),
           blocks(size_t(given.layers)),
-          chosen_in_blocks(given.units_per_block, given.units_per_block + given.layers) {
+          chosen_in_blocks(given.units_per_block, given.units_per_block + given.layers),
+          windows(given.windows, given.windows + given.layers),
+          rotary_tables(given.rotary_tables, given.rotary_tables + given.layers) {
         shape.units_per_block = chosen_in_blocks.data();
+        shape.windows = windows.data();
+        shape.rotary_tables = rotary_tables.data();
         rotations.resize(size_t(hashes() ? caches() * LEVELS : 0));
         for (Block& block : blocks) block.recurrence.cells.resize(size_t(shape.recurrent_layers));
     }
@@ -151,6 +165,7 @@ struct Model {
 
     void list(Names& to) {
         to = {{"embedding", &embedding}, {"positions", &positions}, {"frequencies", &frequencies}};
+        to["sliding_frequencies"] = &sliding_frequencies;
         to["head.exact"] = &exact_head;
         list(to, "norm", norm);
         list(to, "head", head);
@@ -161,6 +176,7 @@ struct Model {
         list(to, "second.", block.attention[1]);
         list(to, "cross.", block.cross);
         list(to, "feed_forward_norm", block.feed_forward_norm);
+        list(to, "feed_forward_post_norm", block.feed_forward_post_norm);
         list(to, "gate", block.gate);
         list(to, "up", block.up);
         list(to, "down", block.down);
@@ -188,6 +204,7 @@ struct Model {
     // A projection is a linear map, two of them, or a convolution of the shared one.
     static void list(Names& to, const std::string& prefix, AttentionLayer& layer) {
         list(to, prefix + "attention_norm", layer.norm);
+        list(to, prefix + "attention_post_norm", layer.post_norm);
         list(to, prefix + "shared", layer.shared);
         list(to, prefix + "query", layer.query);
         list(to, prefix + "key", layer.key);

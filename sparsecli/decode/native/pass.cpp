@@ -11,7 +11,9 @@ Workspace::Workspace(const Model& model, const Ops& ops, Pool& pool)
     for_workers(own_normed, d, true);
     for_tokens(saved_norm, parallel, true);
     for_workers(own_saved_norm, parallel, true);
+    for_tokens(branch, model.changes_branches() ? d : 0, false);
     for_tokens(rotary, shape.rotary_width, false);
+    for_tokens(sliding_rotary, model.has_sliding_rotary() ? shape.rotary_width : 0, false);
     for_workers(own_scratch, SCRATCH_BYTES, false);
     for_workers(own_taps, shape.kernel, false);
     for_workers(own_active_units, shape.layers, false);
@@ -48,7 +50,29 @@ void Pass::add_to_residual(const Buffer<float>& y, Range columns) {
     }
 }
 
+void Pass::end_branch(const Norm& norm) {
+    if (!model.changes_branches()) return;
+    written_ = &space.residual;
+    const int64_t d = shape.d_model;
+    const float scale = float(shape.residual_scale);
+    const Range tokens = mine(count(), 1);
+    for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+        float *y = space.branch.row(t), *x = residual(t);
+        if (norm.weight.data)
+            ops.normalize(y, values(norm.weight), shape.rms ? nullptr : values(norm.bias), d, shape.rms, shape.epsilon,
+                          y);
+        for (int64_t i = 0; i < d; ++i) x[i] += scale * y[i];
+        std::fill_n(y, d, 0.0f);
+    }
+    barrier(OTHER);
+}
+
+// Where there is no norm, a layer reads the stream as it is.
 void Pass::normalize(const Norm& norm, int64_t t, float* out) const {
+    if (!norm.weight.data) {
+        std::copy_n(read_stream(t), shape.d_model, out);
+        return;
+    }
     ops.normalize(read_stream(t), values(norm.weight), shape.rms ? nullptr : values(norm.bias), shape.d_model,
                   shape.rms, shape.epsilon, out);
 }

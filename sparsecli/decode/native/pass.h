@@ -18,7 +18,6 @@
 
 namespace sparsecli {
 
-constexpr int64_t CHUNK = 512;              // tokens of one pass
 constexpr int64_t SCRATCH_BYTES = 1 << 19;  // bytes, for the products of a multiplicative layer
 
 enum Part {
@@ -71,7 +70,9 @@ struct Workspace {
     Buffer<float> normed, own_normed;          // (T, d), (workers, d): what a layer reads
     Buffer<float> saved_norm, own_saved_norm;  // the same for a feed-forward layer beside attention (`parallel`)
     Buffer<float> layer_output;                // (T, d): what a layer computed, before it is added to the residual
+    Buffer<float> branch;                      // (T, d): zeros, or what a layer adds before it is normalised or scaled
     Buffer<float> rotary;                      // (T, rotary_width): cosines, then sines of a position's angles
+    Buffer<float> sliding_rotary;              // the same with the frequencies of layers with a window
 
     // Activations as integers, with scales and sums of groups: the rows that were quantised last.
     Buffer<int16_t> integers, own_integers;
@@ -176,6 +177,14 @@ class Pass {
     const float* read_stream(int64_t t) const { return read_->row(t); }
     void swap_streams() { std::swap(written_, read_); }
     void add_to_residual(const Buffer<float>& y, Range columns);
+
+    // Between these two, all layers add to a branch of their own. In the end it is normalised, where there is a norm,
+    // scaled and added to the stream; a barrier comes before and follows. They do nothing where branches are not
+    // changed.
+    void begin_branch() {
+        if (model.changes_branches()) written_ = &space.branch;
+    }
+    void end_branch(const Norm& norm);
 
     // -- activations -----------------------------------------------------------------------------------------
 

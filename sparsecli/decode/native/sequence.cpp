@@ -1,5 +1,7 @@
 #include "sequence.h"
 
+#include <numeric>
+
 namespace sparsecli {
 
 namespace {
@@ -23,12 +25,28 @@ ConvRow projection_row(const Model& model) {
 ConvRow value_row(const Model& model) { return {0, round_up(2 * model.shape.d_model + LANES, LANES)}; }
 ConvRow query_row(const Model& model) { return overlapping(model.shape.d_model, model.query_module_width()); }
 
+// Room of each cache. The tokens of a pass are all stored before the first of them attends: a ring has room for a window
+// before each.
+std::vector<int64_t> slots_of(const Model& model, int64_t positions) {
+    std::vector<int64_t> slots;
+    for (int64_t cache_idx = 0; cache_idx < model.caches(); ++cache_idx) {
+        const int64_t window = model.windows[size_t(cache_idx / model.shape.attention_layers)];
+        slots.push_back(round_up(window ? std::min(positions, window + CHUNK) : positions, LANES));
+    }
+    return slots;
+}
+
+std::vector<int64_t> encoder_slots_of(const Model& model, int64_t rows) {
+    return std::vector<int64_t>(size_t(model.crosses() ? model.shape.layers : 0), round_up(rows, LANES));
+}
+
 struct KeyValueBytes {
     int64_t keys, values, scales;  // scales of either, where the cache is int8
 
-    KeyValueBytes(const Model& model, int64_t caches, int64_t heads, int64_t positions, bool by_rows) {
+    KeyValueBytes(const Model& model, const std::vector<int64_t>& slots, int64_t heads, bool by_rows) {
         const sparsecli_shape& s = model.shape;
-        const int64_t held = caches * heads * round_up(positions, LANES), value_stride = round_up(s.head_width, LANES);
+        const int64_t held = heads * std::accumulate(slots.begin(), slots.end(), int64_t(0));
+        const int64_t value_stride = round_up(s.head_width, LANES);
         keys = held * (by_rows ? value_stride : s.head_width) * type_bytes(s.cache_type);
         values = held * value_stride * type_bytes(s.cache_type);
         scales = s.cache_type == INT8 ? held * int64_t(sizeof(float)) : 0;
@@ -43,8 +61,8 @@ struct CacheBytes {
     int64_t projection_inputs, value_inputs, output_inputs, query_inputs, recurrent_states, buckets;
 
     CacheBytes(const Model& model, int64_t capacity, int64_t encoder_rows)
-        : self_attention(model, model.caches(), model.shape.key_value_heads, capacity, model.hashes()),
-          cross_attention(model, model.crosses() ? model.shape.layers : 0, model.shape.heads, encoder_rows, false) {
+        : self_attention(model, slots_of(model, capacity), model.shape.key_value_heads, model.hashes()),
+          cross_attention(model, encoder_slots_of(model, encoder_rows), model.shape.heads, false) {
         const sparsecli_shape& s = model.shape;
         const int64_t column = (s.kernel - 1 + capacity) * type_bytes(s.conv_type);  // of one element a row
         const auto inputs = [&](bool exists, int64_t layers, const ConvRow& row) {
@@ -65,8 +83,11 @@ struct CacheBytes {
     }
 };
 
-void allocate(KeyValues& cache, const KeyValueBytes& bytes, int64_t heads, int64_t positions, bool by_rows,
-              const sparsecli_shape& shape) {
+void allocate(KeyValues& cache, const KeyValueBytes& bytes, std::vector<int64_t> slots, int64_t heads,
+              int64_t positions, bool by_rows, const sparsecli_shape& shape) {
+    cache.before.resize(slots.size());
+    std::exclusive_scan(slots.begin(), slots.end(), cache.before.begin(), int64_t(0));
+    cache.slots = std::move(slots);
     cache.positions = round_up(positions, LANES);
     cache.heads = heads;
     cache.head_width = shape.head_width;
@@ -109,8 +130,10 @@ void allocate(Sequence& sequence, const Model& model) {
     const sparsecli_shape& s = model.shape;
     const int64_t capacity = sequence.capacity;
     const CacheBytes bytes(model, capacity, sequence.encoder_capacity);
-    allocate(sequence.self_attention, bytes.self_attention, s.key_value_heads, capacity, model.hashes(), s);
-    allocate(sequence.cross_attention, bytes.cross_attention, s.heads, sequence.encoder_capacity, false, s);
+    allocate(sequence.self_attention, bytes.self_attention, slots_of(model, capacity), s.key_value_heads, capacity,
+             model.hashes(), s);
+    allocate(sequence.cross_attention, bytes.cross_attention, encoder_slots_of(model, sequence.encoder_capacity),
+             s.heads, sequence.encoder_capacity, false, s);
     sequence.buckets.bytes(bytes.buckets, s.poison);
     sequence.hashed.resize(size_t(model.hashes() ? model.caches() * s.heads : 0));
     allocate(sequence.projection_inputs, bytes.projection_inputs, capacity, projection_row(model), s);
@@ -118,6 +141,15 @@ void allocate(Sequence& sequence, const Model& model) {
     allocate(sequence.output_inputs, bytes.output_inputs, capacity, projection_row(model), s);
     allocate(sequence.query_inputs, bytes.query_inputs, capacity, query_row(model), s);
     sequence.recurrent_states.bytes(bytes.recurrent_states, false);  // zeros before the first position
+}
+
+bool can_truncate(const Sequence& sequence, const Model& model, int64_t length) {
+    for (int64_t cache_idx = 0; length && cache_idx < model.caches(); ++cache_idx) {
+        const int64_t window = model.windows[size_t(cache_idx / model.shape.attention_layers)];
+        const int64_t first = sequence.stored - sequence.self_attention.slots[size_t(cache_idx)];
+        if (window && std::max<int64_t>(length + 1 - window, 0) < first) return false;
+    }
+    return true;
 }
 
 void append_concatenated(const Model& model, const Ops& ops, const ConvState& state, int64_t cache_idx,

@@ -25,11 +25,13 @@ POSITIONS = (
     "sinusoidal",
     "rotary",
 )  # digits and coordinates are packed as a table, like learned ones
+NORMS = ("none", "head", "projection")  # of queries and keys
+ROTARY_TABLES = ("none", "full", "sliding")
 CONCATENATIONS = ("none", "modules", "whole")
 
 
 def shape_of(model: PackedModel, poison: bool) -> Shape:
-    """All fields but `units_per_block`, which is memory of the caller."""
+    """All fields but those of `by_layer`, which are memory of the caller."""
     spec, precision = model.spec, model.precision
     attention, vocabulary = spec.attention, spec.vocabulary
     shape = Shape(
@@ -45,10 +47,11 @@ def shape_of(model: PackedModel, poison: bool) -> Shape:
         modules=modules_of(spec),
         kernel=attention.kernel,
         value_concat=CONCATENATIONS.index(attention.value_concat),
-        query_key_norm=attention.query_key_norm,
+        query_key_norm=NORMS.index(attention.query_key_norm_over) if attention.query_key_norm else 0,
         query_rank=spec.query_rank or 0,
         key_rank=spec.key_rank or 0,
         rms=spec.normalization == "rms",
+        post_norms=spec.norm_placement != "before",
         positions=POSITIONS.index(spec.positions) if spec.positions in POSITIONS else 0,
         rotary_width=spec.rotary_width if spec.positions == "rotary" else 0,
         parallel=spec.parallel,
@@ -69,6 +72,11 @@ def shape_of(model: PackedModel, poison: bool) -> Shape:
         poison=poison,
         epsilon=spec.normalization_epsilon,
         embedding_scale=spec.embedding_scale,
+        attention_scale=spec.attention_scale,
+        attention_softcap=attention.logit_softcap or 0,
+        residual_scale=spec.residual_scale,
+        logit_scale=spec.logit_scale,
+        logit_softcap=spec.logit_softcap or 0,
     )
     _describe_feed_forward(shape, spec)
     return shape
@@ -91,6 +99,16 @@ def _describe_feed_forward(shape: Shape, spec: ModelSpec) -> None:
         shape.rank, shape.probability_gate = feed_forward.rank, feed_forward.gate == "probability"
     elif feed_forward.kind == "selector":
         shape.rank, shape.positive = feed_forward.bypass, feed_forward.choice == "positive"
+
+
+def by_layer(spec: ModelSpec) -> dict[str, list[int]]:
+    """Fields that have a number for every layer."""
+    layers = range(spec.layers)
+    return {
+        "units_per_block": units_per_block(spec),
+        "windows": [spec.window(layer) or 0 for layer in layers],
+        "rotary_tables": [ROTARY_TABLES.index(spec.rotary_table(layer)) for layer in layers],
+    }
 
 
 def units_per_block(spec: ModelSpec) -> list[int]:

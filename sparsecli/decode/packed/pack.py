@@ -161,6 +161,8 @@ def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> n
     """The tensor's weights (rows, cols) as float32."""
     if slot.name == "frequencies":
         return frequencies(spec)[None]
+    if slot.name == "sliding_frequencies":
+        return rotary_frequencies(spec, sliding=True)[None]
     found = [_floats(name, weights) for name in slot.sources]
     if slot.name == "positions" and spec.positions != "learned":
         return position_table(spec, found)

@@ -80,6 +80,14 @@ def _norm(spec: ModelSpec, layer: int, name: str, source: str, width: int | None
         yield Slot(layer, f"{name}.{field}", "vector", 1, cols, None, (f"{source}.{field}",))
 
 
+def _norms_around(spec: ModelSpec, layer: int, name: str, source: str) -> Iterator[Slot]:
+    """The norms before and behind a part of a layer."""
+    if spec.norm_placement != "after":
+        yield from _norm(spec, layer, f"{name}_norm", f"{source}_norm")
+    if spec.norm_placement != "before":
+        yield from _norm(spec, layer, f"{name}_post_norm", f"{source}_post_norm")
+
+
 def _map(
     layer: int,
     name: str,
@@ -122,6 +130,8 @@ def _own(spec: ModelSpec) -> Iterator[Slot]:
     if spec.positions in ("rotary", "sinusoidal"):
         width = spec.rotary_width if spec.positions == "rotary" else d_model
         yield Slot(-1, "frequencies", "vector", 1, width // 2, None, ())
+        if spec.sliding_rotary_base:
+            yield Slot(-1, "sliding_frequencies", "vector", 1, width // 2, None, ())
     else:
         names = _tables(spec)
         yield Slot(-1, "positions", "rows", spec.max_positions, d_model, "embedding", names)
@@ -151,7 +161,7 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
     """An attention layer, whose packed names begin with `prefix`; `module` is what the model calls it."""
     attention, d_model = spec.attention, spec.d_model
     block = f"model.layers.{layer}"
-    yield from _norm(spec, layer, f"{prefix}attention_norm", f"{block}.{module}_norm")
+    yield from _norms_around(spec, layer, f"{prefix}attention", f"{block}.{module}")
     source = f"{block}.{module}.projection"
     without = "key" if attention.share_query_key else None
     modules = modules_of(spec)
@@ -181,7 +191,10 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
             yield from _map(layer, at, place, rows, cols, "projection", multiplied, bits)
     for name in ("query_norm", "key_norm") if attention.query_key_norm else ():
         norm = (f"{source}.{name}.weight",)
-        yield Slot(layer, f"{prefix}{name}.weight", "vector", 1, spec.width_of_head, None, norm)
+        width = spec.width_of_head
+        if attention.query_key_norm_over == "projection":
+            width = spec.attention_width if name == "query_norm" else spec.key_width
+        yield Slot(layer, f"{prefix}{name}.weight", "vector", 1, width, None, norm)
     kind, at = attention.output, f"{prefix}output"
     source = f"{block}.{module}.output"
     if kind == "dense":
@@ -233,7 +246,7 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     block = f"model.layers.{layer}"
     source = f"{block}.feed_forward"
     units = feed_forward.d_ff
-    yield from _norm(spec, layer, "feed_forward_norm", f"{block}.feed_forward_norm")
+    yield from _norms_around(spec, layer, "feed_forward", f"{block}.feed_forward")
     if feed_forward.kind == "dense":
         for name in ("gate", "up") if feed_forward.gated else ("up",):
             yield from _map(layer, name, f"{source}.{name}", units, d_model, "units")

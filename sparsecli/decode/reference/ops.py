@@ -122,11 +122,16 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat((*turned, rest), dim=-1)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def soft_cap(x: Tensor, limit: float | None) -> Tensor:
+    """x, or limit * tanh(x / limit)."""
+    return x if limit is None else limit * torch.tanh(x / limit)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None = None) -> Tensor:
     """q (H, width), keys and values (positions, key_value_heads, width) -> (H, width)."""
     group = q.shape[0] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = torch.einsum("hc,phc->hp", q, keys) * scale
+    scores = soft_cap(torch.einsum("hc,phc->hp", q, keys) * scale, softcap)
     return torch.einsum("hp,phc->hc", scores.softmax(-1), values)
 
 

@@ -34,6 +34,7 @@ from sparsecli.decode.reference.ops import (
     recur,
     rotate,
     round_trip,
+    soft_cap,
 )
 from sparsecli.decode.reference.weights import Weight, unpack_model
 
@@ -81,7 +82,8 @@ class Reference:
         x = self._embed(token)
         merged = self._single(x) if self.spec.residual == "single" else self._merge(*self._reversible(x, x))
         self.length += 1
-        return self._head(self._normalize("norm", merged)).numpy()
+        logits = self._head(self._normalize("norm", merged)) * self.spec.logit_scale
+        return soft_cap(logits, self.spec.logit_softcap).numpy()
 
     def _embed(self, token: int) -> Tensor:
         x = self.weights["embedding"].row(token) * self.spec.embedding_scale
@@ -97,10 +99,12 @@ class Reference:
     def _single(self, x: Tensor) -> Tensor:
         for layer in range(self.spec.layers):
             block, before = f"blocks.{layer}.", x
-            x = x + self._attention(block, x, layer)
+            y = self._normalize(f"{block}attention_post_norm", self._attention(block, x, layer))
+            x = x + self.spec.residual_scale * y
             if crosses(self.spec):
                 x = x + self._cross_attention(f"{block}cross.", x)
-            x = x + self._feed_forward_half(layer, before if self.spec.parallel else x)
+            y = self._feed_forward_half(layer, before if self.spec.parallel else x)
+            x = x + self.spec.residual_scale * y
         return x
 
     def _reversible(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,6 +123,7 @@ class Reference:
         """The feed-forward layer, and what runs beside it."""
         block = f"blocks.{layer}."
         y = self._feed_forward(layer, self._normalize(f"{block}feed_forward_norm", x))
+        y = self._normalize(f"{block}feed_forward_post_norm", y)
         return y if self.spec.sru is None else y + self._recurrence(f"{block}sru.", x)
 
     def _recurrence(self, branch: str, x: Tensor) -> Tensor:
@@ -131,18 +136,25 @@ class Reference:
             states.append(state)
         return self._linear(f"{branch}leave", y)
 
-    def _angles(self) -> Tensor:
-        return self.length * self.weights["frequencies"].values[0]
+    def _angles(self, table: str) -> Tensor:
+        name = "sliding_frequencies" if table == "sliding" else "frequencies"
+        return self.length * self.weights[name].values[0]
 
     def _normalize(self, name: str, x: Tensor) -> Tensor:
+        """x (d,) normalised; as it is where the model has no norm called `name`."""
+        if f"{name}.weight" not in self.weights:
+            return x
         weight, epsilon = self.weights[f"{name}.weight"].values[0], self.spec.normalization_epsilon
         if self.spec.normalization == "rms":
             return F.rms_norm(x, x.shape, weight, epsilon)
         return F.layer_norm(x, x.shape, weight, self.weights[f"{name}.bias"].values[0], epsilon)
 
     def _head_norm(self, name: str, x: Tensor) -> Tensor:
-        """x (heads, width) with every head normalised."""
+        """x (heads, width) with every head normalised, or all together."""
         weight = self.weights[f"{name}.weight"].values[0]
+        if self.spec.attention.query_key_norm_over == "projection":
+            rows = x.flatten()
+            return F.rms_norm(rows, rows.shape, weight, self.spec.normalization_epsilon).view_as(x)
         return F.rms_norm(x, weight.shape, weight, self.spec.normalization_epsilon)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
@@ -165,8 +177,9 @@ class Reference:
         )
         if spec.query_key_norm:
             q, k = self._head_norm(f"{block}query_norm", q), self._head_norm(f"{block}key_norm", k)
-        if self.spec.positions == "rotary":
-            q, k = rotate(q, self._angles()), rotate(k, self._angles())
+        table = self.spec.rotary_table(layer_idx // self.spec.attention_layers)
+        if table != "none":
+            q, k = rotate(q, self._angles(table)), rotate(k, self._angles(table))
         if spec.shares_query_key:
             k = F.rms_norm(q, q.shape[-1:], eps=UNIT_EPSILON) / self.spec.width_of_head**0.5
         keys, values = self.memory[f"{block}keys"], self.memory[f"{block}values"]
@@ -178,7 +191,9 @@ class Reference:
             seen = max(1, len(keys) - 1)
             y = attend(q, torch.stack(keys[:seen]), torch.stack(values[:seen]), scale=1.0).flatten()
         else:
-            y = attend(q, torch.stack(keys), torch.stack(values), self._attention_scale).flatten()
+            window = slice(-(self.spec.window(layer_idx // self.spec.attention_layers) or len(keys)), None)
+            seen_keys, seen_values = torch.stack(keys[window]), torch.stack(values[window])
+            y = attend(q, seen_keys, seen_values, self._attention_scale, spec.logit_softcap).flatten()
         if spec.output == "none":
             return y
         y = self._linear(f"{block}output", y)
@@ -201,7 +216,7 @@ class Reference:
     @property
     def _attention_scale(self) -> float:
         """What scores are multiplied by."""
-        return self.spec.width_of_head**-0.5
+        return self.spec.attention_scale
 
     def _project(self, block: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x (d,), all heads side by side; shared ones twice."""

@@ -50,7 +50,7 @@ class SeparateProjection(nn.Module):
 
     Args:
         key: None where queries serve as keys.
-        norms: of every head of queries and of keys, or None.
+        norms: of queries and of keys, over each head or over all together, or None.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ def _norm_heads(norm: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d_head)) v, with grouped queries; or with queries that are keys too (Reformer).
+    """softmax(scale q k^T) v, with grouped queries; or with queries that are keys too (Reformer).
 
     Args:
         projection: makes q, k, v.
@@ -90,6 +90,8 @@ class Attention(nn.Module):
         causal: a token sees none after it; otherwise, as in encoders, all that `mask` allows.
         share_query_key: one vector serves as query and as key: the mean of those that the projection makes.
         lsh: attend to tokens in the same hash bucket; queries and keys are then shared.
+        scale: factor on the scores; by default 1 / sqrt(d_head). Unused where queries and keys are shared.
+        softcap: limit c of the scores s, which become c * tanh(s / c); None for none.
     Raises:
         ValueError: key_value_heads do not divide heads.
     """
@@ -105,6 +107,8 @@ class Attention(nn.Module):
         causal: bool = True,
         share_query_key: bool = False,
         lsh: LshAttention | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.key_value_heads = heads, key_value_heads or heads
@@ -116,6 +120,8 @@ class Attention(nn.Module):
         self.causal = causal
         self.shares_query_key = share_query_key or lsh is not None
         self.lsh = lsh
+        self.scale = scale
+        self.softcap = softcap
 
     def forward(
         self,
@@ -181,6 +187,10 @@ class Attention(nn.Module):
             self.causal and mask is None and q.shape[2] == k.shape[2]
         ):  # a new token behind others sees them all
             plainly_causal = True  # and no comparison, which would be a symbol where lengths are
+        if self.softcap is not None:
+            if plainly_causal:
+                mask = causal_mask(None, q.shape[2], k.shape[2], q.device)
+            return attend_capped(q, k, v, mask, self.scale, self.softcap, dropout)
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -188,6 +198,7 @@ class Attention(nn.Module):
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=plainly_causal,
+            scale=self.scale,
             enable_gqa=self.heads != self.key_value_heads,
         )
 
@@ -217,6 +228,7 @@ def dense_projection(
     ranks: tuple[int, int] | None = None,
     share_query_key: bool = False,
     norm_epsilon: float | None = None,
+    norm_over: str = "head",
 ) -> SeparateProjection:
     """Queries, keys and values by dense layers.
 
@@ -224,7 +236,8 @@ def dense_projection(
         bits: of the weights of queries and keys; None for floating point.
         ranks: of low-rank queries and keys; None for full rank.
         share_query_key: make no keys; queries serve as such.
-        norm_epsilon: of RMS norms over every head of queries and keys; None for no norms.
+        norm_epsilon: of RMS norms of queries and keys; None for no norms.
+        norm_over: what they are over: each `head`, or the whole `projection`.
     """
     query_width, key_width = heads * head_width, key_value_heads * head_width
     key: nn.Module | None = None
@@ -236,7 +249,8 @@ def dense_projection(
         key = None if share_query_key else linear(d_model, key_width, bias, bits)
     norms = None
     if norm_epsilon is not None:
-        norms = nn.RMSNorm(head_width, eps=norm_epsilon), nn.RMSNorm(head_width, eps=norm_epsilon)
+        widths = (query_width, key_width) if norm_over == "projection" else (head_width, head_width)
+        norms = nn.RMSNorm(widths[0], eps=norm_epsilon), nn.RMSNorm(widths[1], eps=norm_epsilon)
     return SeparateProjection(query, key, nn.Linear(d_model, key_width, bias), norms)
 
 
@@ -249,17 +263,42 @@ def multiplicative_projection(
     return SeparateProjection(query, key, MultiplicativeDense(d_model, d_model, modules))
 
 
-def causal_mask(valid: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
+def attend_capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float, dropout: float
+) -> Tensor:
+    """Attention of queries (B, H, T, d_head) whose scores s become softcap * tanh(s / softcap), as (B, H, T, d_head).
+
+    Args:
+        k, v: (B, key_value_heads, past + T, d_head), each head for H / key_value_heads heads of queries.
+        mask: bool (B or 1, 1, T, past + T), false where a query may not look; None means everywhere.
+        scale: factor on the scores, by default 1 / sqrt(d_head).
+        dropout: of the attention weights.
+    """
+    k, v = (held.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for held in (k, v))
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+def causal_mask(
+    valid: Tensor | None, queries: int, keys: int, device: torch.device, window: int | None = None
+) -> Tensor:
     """Bool (B or 1, 1, queries, keys): a query sees valid keys up to itself, and itself whatever it is.
 
     A padding row sees itself alone: its output means nothing, but it is finite.
 
     Args:
         valid: bool (B, keys), or None where there is no padding.
+        window: positions that a query sees, its own the last of them; None for all.
     """
     position = torch.arange(keys, device=device)
     query = position[keys - queries :, None]
     causal = position <= query
+    if window is not None:
+        causal = causal & (position > query - window)
     if valid is None:
         return causal[None, None]
     return (causal & valid[:, None, None, :]) | (position == query)

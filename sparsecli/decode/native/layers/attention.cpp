@@ -37,9 +37,10 @@ void Attention::run(Pass& pass, const AttentionLayer& layer, int64_t cache_idx) 
     const bool aligned = pass.single() && s.key_value_heads % pass.workers() == 0;
     const bool projected = aligned && pass.model.convolves() && s.modules == s.key_value_heads;
     if (!projected) pass.barrier(OTHER);
+    if (s.query_key_norm == PROJECTION_NORM) normalize_projections(pass, layer);
     pass.each(s.key_value_heads, [&](int64_t t, int64_t begin, int64_t end) {
         for (int64_t head = begin; head < end; ++head) {
-            prepare_key(pass, layer, t, head);
+            prepare_key(pass, layer, cache_idx, t, head);
             heads_.append(pass, pass.token(t).sequence->self_attention, cache_idx, t, head);
             if (hashes) lsh_.hash_key(pass, cache_idx, t, head);
         }
@@ -50,7 +51,7 @@ void Attention::run(Pass& pass, const AttentionLayer& layer, int64_t cache_idx) 
         lsh_.attend(pass, heads_, cache_idx, to_residual);
     else
         attend(pass, heads_, &Sequence::self_attention, cache_idx, shared ? nullptr : &layer.query_norm,
-               shared ? 1 : 1 / std::sqrt(float(s.head_width)), to_residual);
+               shared ? 1 : float(s.attention_scale), to_residual);
     pass.barrier(ATTENTION);
     if (s.output == DENSE_OUTPUT) heads_.project_output(pass, layer.output);
     if (s.output > DENSE_OUTPUT) multiply_output(pass, layer, cache_idx);
@@ -107,6 +108,20 @@ void Attention::project_multiplicative(Pass& pass, const AttentionLayer& layer, 
     });
 }
 
+// Queries and keys, all heads together; a barrier follows.
+void Attention::normalize_projections(Pass& pass, const AttentionLayer& layer) {
+    const sparsecli_shape& s = pass.shape;
+    const Range rows = pass.mine(2 * pass.count(), 1);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const bool query = row % 2 == 0;
+        float* x = (query ? heads_.queries : heads_.keys).row(row / 2);
+        const Norm& norm = query ? layer.query_norm : layer.key_norm;
+        const int64_t width = query ? pass.model.attention_width() : pass.model.key_width();
+        pass.ops.normalize(x, values(norm.weight), nullptr, width, true, s.epsilon, x);
+    }
+    pass.barrier(OTHER);
+}
+
 // The projection that convolutions share, appended to their inputs.
 void Attention::project_shared(Pass& pass, const AttentionLayer& layer, int64_t cache_idx, const Activations& x) {
     const sparsecli_shape& s = pass.shape;
@@ -149,12 +164,12 @@ void Attention::convolve(Pass& pass, const AttentionLayer& layer, int64_t cache_
 }
 
 // The key of a token's head. A shared one is its query at unit length; the query is then prepared, too.
-void Attention::prepare_key(Pass& pass, const AttentionLayer& layer, int64_t t, int64_t head) {
+void Attention::prepare_key(Pass& pass, const AttentionLayer& layer, int64_t cache_idx, int64_t t, int64_t head) {
     const int64_t width = pass.shape.head_width, shared = pass.shape.shared_query_key;
     float *query = heads_.queries.row(t) + head * width, *key = heads_.keys.row(t) + head * width;
-    if (!shared) return prepare_head(pass, layer.key_norm, key, t);
+    if (!shared) return prepare_head(pass, layer.key_norm, key, t, cache_idx);
     for (int64_t i = 0; i < width && shared == MEAN_OF_TWO; ++i) query[i] = (query[i] + key[i]) / 2;
-    prepare_head(pass, layer.query_norm, query, t);
+    prepare_head(pass, layer.query_norm, query, t, cache_idx);
     pass.ops.normalize(query, unit_length_.row(0), nullptr, width, true, UNIT_EPSILON, key);
 }
 

@@ -11,6 +11,15 @@ void read_row(const Pass& pass, const Matrix& table, int64_t row, float* out) {
                    table.cols, out);
 }
 
+// Cosines, then sines.
+void write_angles(const Matrix& frequencies, int64_t position, float* angles) {
+    const int64_t half = frequencies.cols;
+    for (int64_t i = 0; i < half; ++i) {
+        angles[i] = std::cos(float(position) * values(frequencies)[i]);
+        angles[half + i] = std::sin(float(position) * values(frequencies)[i]);
+    }
+}
+
 }  // namespace
 
 Embedding::Embedding(Workspace& space) {
@@ -42,13 +51,11 @@ void Embedding::embed(Pass& pass, int64_t t) {
         read_row(pass, model.positions, position, position_.row(t));
         for (int64_t i = 0; i < d; ++i) x[i] += position_.row(t)[i];
     }
+    if (s.positions == ROTARY) write_angles(model.frequencies, token.position, pass.space.rotary.row(t));
+    if (model.has_sliding_rotary())
+        write_angles(model.sliding_frequencies, token.position, pass.space.sliding_rotary.row(t));
     const float* frequency = values(model.frequencies);
     const int64_t half = model.frequencies.cols;
-    float* angles = pass.space.rotary.row(t);
-    for (int64_t i = 0; i < half && s.positions == ROTARY; ++i) {
-        angles[i] = std::cos(float(token.position) * frequency[i]);
-        angles[half + i] = std::sin(float(token.position) * frequency[i]);
-    }
     for (int64_t i = 0; i < half && s.positions == SINUSOIDAL && !encoded; ++i) {
         x[i] += std::sin(float(position) * frequency[i]);  // all sines, then all cosines
         x[half + i] += std::cos(float(position) * frequency[i]);

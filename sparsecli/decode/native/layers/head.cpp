@@ -33,7 +33,16 @@ void Head::run(Pass& pass) {
         multiplicative(pass, x, out);
     else
         dense(pass, x, out);
+    if (s.logit_scale != 1 || s.logit_softcap) scale_and_cap(pass, out);
     pass.mark(HEAD);
+}
+
+void Head::scale_and_cap(Pass& pass, float* out) const {
+    pass.barrier(HEAD);
+    const float scale = float(pass.shape.logit_scale), limit = float(pass.shape.logit_softcap);
+    const Range range = pass.mine(count() * pass.shape.vocabulary, LANES);
+    for (int64_t i = range.begin; i < range.end; ++i) out[i] *= scale;
+    if (limit) pass.ops.soft_cap(out + range.begin, range.end - range.begin, limit);
 }
 
 // What the last norm reads of a token: its stream, or both of them merged in `out`.

@@ -17,6 +17,7 @@ class Head {
     const float* merged(const Pass& pass, int64_t t, float* out) const;
     void multiplicative(Pass& pass, const Activations& x, float* out);
     void dense(Pass& pass, const Activations& x, float* out);
+    void scale_and_cap(Pass& pass, float* out) const;
     void rescore(Pass& pass, const Activations& x, Range rows, float* out);
 
     int64_t count() const { return int64_t(asking_.size()); }

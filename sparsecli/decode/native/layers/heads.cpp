@@ -28,12 +28,15 @@ void HeadRows::project_output(Pass& pass, const Linear& output) const {
     pass.barrier(PROJECTION);
 }
 
-void prepare_head(const Pass& pass, const Norm& norm, float* head, int64_t t) {
+void prepare_head(const Pass& pass, const Norm& norm, float* head, int64_t t, int64_t cache_idx) {
     const sparsecli_shape& s = pass.shape;
-    if (norm.weight.data) pass.ops.normalize(head, values(norm.weight), nullptr, s.head_width, true, s.epsilon, head);
-    if (s.positions != ROTARY) return;
+    if (norm.weight.data && s.query_key_norm != PROJECTION_NORM)
+        pass.ops.normalize(head, values(norm.weight), nullptr, s.head_width, true, s.epsilon, head);
+    const int64_t table = pass.model.rotary_tables[size_t(cache_idx / s.attention_layers)];
+    if (table == NO_ROTARY) return;
     const int64_t half = s.rotary_width / 2;
-    const float *cosine = pass.space.rotary.row(t), *sine = cosine + half;
+    const Buffer<float>& angles = table == SLIDING_ROTARY ? pass.space.sliding_rotary : pass.space.rotary;
+    const float *cosine = angles.row(t), *sine = cosine + half;
     for (int64_t i = 0; i < half; ++i) {
         const float first = head[i], second = head[half + i];
         head[i] = first * cosine[i] - second * sine[i];
@@ -44,6 +47,12 @@ void prepare_head(const Pass& pass, const Norm& norm, float* head, int64_t t) {
 int64_t visible_keys(const Pass& pass, const Token& token, KeyValues Sequence::* cache) {
     if (cache == &Sequence::cross_attention) return token.sequence->encoder_length;
     return pass.shape.shared_query_key ? std::max<int64_t>(token.position, 1) : token.position + 1;
+}
+
+int64_t first_key(const Pass& pass, const Token& token, KeyValues Sequence::* cache, int64_t cache_idx) {
+    if (cache == &Sequence::cross_attention) return 0;
+    const int64_t window = pass.model.windows[size_t(cache_idx / pass.shape.attention_layers)];
+    return window ? std::max<int64_t>(token.position + 1 - window, 0) : 0;
 }
 
 // Queries that read the same keys go together: heads of a group, and neighbouring tokens of a sequence.
@@ -58,7 +67,8 @@ void attend(Pass& pass, const HeadRows& heads, KeyValues Sequence::* cache, int6
     const float* queries[QUERIES];
     float* out[QUERIES];
     float mixed[QUERIES][MAX_HEAD_WIDTH];
-    int64_t lengths[QUERIES], token_of[QUERIES], head_of[QUERIES];
+    const float softcap = cache == &Sequence::self_attention ? float(pass.shape.attention_softcap) : 0;
+    int64_t starts[QUERIES], lengths[QUERIES], token_of[QUERIES], head_of[QUERIES];
     for (int64_t item = items.begin; item < items.end;) {
         const int64_t key_head = item / (group * tokens);
         const Sequence* sequence = pass.token(item / group % tokens).sequence;
@@ -69,14 +79,16 @@ void attend(Pass& pass, const HeadRows& heads, KeyValues Sequence::* cache, int6
             head_of[held] = key_head * group + item % group;
             token_of[held] = t;
             float* query = heads.queries.row(t) + head_of[held] * width;
-            if (query_norm) prepare_head(pass, *query_norm, query, t);
+            if (query_norm) prepare_head(pass, *query_norm, query, t, cache_idx);
             queries[held] = query;
+            starts[held] = first_key(pass, pass.token(t), cache, cache_idx);
             lengths[held] = visible_keys(pass, pass.token(t), cache);
             out[held] = mixed[held];
         }
         const KeyValues& keys = sequence->*cache;
-        pass.ops.attend(queries, lengths, held, keys.type, width, keys.of_head(cache_idx, key_head), keys.value_stride,
-                        scale, pass.space.own_scores.row(pass.worker), pass.space.score_stride, out);
+        pass.ops.attend(queries, starts, lengths, held, keys.type, width, keys.of_head(cache_idx, key_head),
+                        keys.value_stride, scale, softcap, pass.space.own_scores.row(pass.worker),
+                        pass.space.score_stride, out);
         for (int64_t i = 0; i < held; ++i) heads.deliver(pass, mixed[i], token_of[i], head_of[i], to_residual);
     }
 }
@@ -87,11 +99,14 @@ void prefetch_cache(const Pass& pass, KeyValues Sequence::* cache, int64_t cache
     const Range heads = pass.mine(keys.heads, 1);
     const int64_t bytes = type_bytes(keys.type);
     const int64_t length = cache == &Sequence::cross_attention ? token.sequence->encoder_length : token.position;
-    const int64_t positions = std::min(length, PREFETCHED_POSITIONS);
+    const int64_t begin = first_key(pass, token, cache, cache_idx) / LANES * LANES;
     for (int64_t head = heads.begin; head < heads.end; ++head) {
         const HeadCache of_head = keys.of_head(cache_idx, head);
-        pass.ops.prefetch(of_head.keys, positions * keys.head_width * bytes);
-        pass.ops.prefetch(of_head.values, positions * keys.value_stride * bytes);
+        const int64_t slot = begin % of_head.slots;
+        const int64_t positions = std::min({length - begin, of_head.slots - slot, PREFETCHED_POSITIONS});
+        const int64_t key_bytes = keys.head_width * bytes, value_bytes = keys.value_stride * bytes;
+        pass.ops.prefetch((const char*)of_head.keys + slot * key_bytes, positions * key_bytes);
+        pass.ops.prefetch((const char*)of_head.values + slot * value_bytes, positions * value_bytes);
     }
 }
 

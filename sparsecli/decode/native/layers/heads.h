@@ -24,13 +24,16 @@ struct HeadRows {
     void project_output(Pass& pass, const Linear& output) const;
 };
 
-// Normalises a head of queries or keys, where there is a norm, and turns pairs (i, i + rotary_width / 2) of its rotary
-// part by the angles of the token's position.
-void prepare_head(const Pass& pass, const Norm& norm, float* head, int64_t t);
+// Normalises a head of queries or keys, where there is a norm over heads, and turns pairs (i, i + rotary_width / 2) of
+// its rotary part by the angles of the token's position, where the layer has rotary positions.
+void prepare_head(const Pass& pass, const Norm& norm, float* head, int64_t t, int64_t cache_idx);
 
 // How many keys of a cache a token's queries see. With keys that are their own queries, a token sees itself only when
 // it is alone.
 int64_t visible_keys(const Pass& pass, const Token& token, KeyValues Sequence::* cache);
+
+// The first of them; a later one than position 0 in a layer with a window.
+int64_t first_key(const Pass& pass, const Token& token, KeyValues Sequence::* cache, int64_t cache_idx);
 
 // Softmax attention of all queries over a cache: y = softmax(scale q K^T) V, delivered head by head. Queries are
 // prepared first where `query_norm` is given.

@@ -38,6 +38,7 @@ constexpr Ops make_table(const char* name) {
             .widen = widen,
             .append = append,
             .attend = attend,
+            .soft_cap = soft_cap,
             .hash = hash,
             .find_same_bucket = find_same_bucket,
             .attend_chosen = attend_chosen};

@@ -10,6 +10,7 @@ inline void append_bytes(const float* values, int64_t width, int64_t step, int8_
 
 void append(const float* key, const float* value, int64_t type, int64_t width, int64_t position, const HeadCache& cache,
             int64_t value_stride) {
+    position %= cache.slots;
     const int64_t row = position * value_stride, step = cache.by_rows ? 1 : LANES;
     const int64_t at = cache.by_rows ? row : position / LANES * width * LANES + position % LANES;
     if (cache.by_rows) {
@@ -54,14 +55,17 @@ inline void score_block(const float* const* queries, int64_t width, const W* key
     for (int q = 0; q < Q; ++q) store(scores + q * score_stride, (even[q] + odd[q]) * scales);
 }
 
+// Of `positions` from `begin` on, both multiples of LANES.
 template <int Q, class W>
-inline void score(const float* const* queries, int64_t width, int64_t positions, const HeadCache& cache, float scale,
-                  float* scores, int64_t score_stride) {
+inline void score(const float* const* queries, int64_t width, int64_t begin, int64_t positions, const HeadCache& cache,
+                  float scale, float* scores, int64_t score_stride) {
     constexpr int AT_ONCE = PARTS > 1 && Q > 2 ? 2 : Q;  // sums that stay in registers
-    for (int64_t position = 0; position < positions; position += LANES) {
-        const W* keys = (const W*)cache.keys + position * width;
+    int64_t slot = begin % cache.slots;
+    for (int64_t position = 0; position < positions; position += LANES, slot += LANES) {
+        if (slot == cache.slots) slot = 0;
+        const W* keys = (const W*)cache.keys + slot * width;
         Vector scales = fill(scale);
-        if (sizeof(W) == 1) scales = scales * load(cache.key_scales + position);
+        if (sizeof(W) == 1) scales = scales * load(cache.key_scales + slot);
         int q = 0;
         for (; q + AT_ONCE <= Q; q += AT_ONCE)
             score_block<AT_ONCE>(queries + q, width, keys, scales, scores + q * score_stride + position, score_stride);
@@ -70,8 +74,25 @@ inline void score(const float* const* queries, int64_t width, int64_t positions,
     }
 }
 
-// Scores of positions < length become unnormalised probabilities, zeros up to `positions`; returns 1 / their sum.
-inline float soften(float* scores, int64_t length, int64_t positions) {
+inline Vector soft_capped(const Vector& x, float limit) {
+    return fill(limit) - fill(2 * limit) / (fill(1) + exponential(x * fill(2 / limit)));
+}
+
+void soft_cap(float* x, int64_t count, float limit) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(x + i, soft_capped(load(x + i), limit));
+    if (i == count) return;
+    float rest[LANES] = {};
+    std::memcpy(rest, x + i, size_t(count - i) * sizeof(float));
+    store(rest, soft_capped(load(rest), limit));
+    std::memcpy(x + i, rest, size_t(count - i) * sizeof(float));
+}
+
+// Scores of start <= position < length become unnormalised probabilities, zeros elsewhere up to `positions`; returns
+// 1 / their sum.
+inline float soften(float* scores, int64_t start, int64_t length, int64_t positions, float softcap) {
+    for (int64_t i = 0; softcap && i < positions; i += LANES) store(scores + i, soft_capped(load(scores + i), softcap));
+    for (int64_t i = 0; i < start; ++i) scores[i] = -INFINITY;
     for (int64_t i = length; i < positions; ++i) scores[i] = -INFINITY;
     Vector top = load(scores);
     for (int64_t i = LANES; i < positions; i += LANES) top = larger(load(scores + i), top);
@@ -84,22 +105,25 @@ inline float soften(float* scores, int64_t length, int64_t positions) {
     }
     float lanes[LANES];
     store(lanes, total);
+    for (int64_t i = 0; i < start; ++i) lanes[i % LANES] -= scores[i], scores[i] = 0;
     for (int64_t i = length; i < positions; ++i) lanes[i % LANES] -= scores[i], scores[i] = 0;
     return 1 / sum(load(lanes));
 }
 
 template <int Q, int V, class W>
-inline void mix(const float* scores, int64_t score_stride, int64_t positions, int64_t column, const HeadCache& cache,
-                int64_t value_stride, Vector (*out)[V]) {
+inline void mix(const float* scores, int64_t score_stride, int64_t begin, int64_t positions, int64_t column,
+                const HeadCache& cache, int64_t value_stride, Vector (*out)[V]) {
     Vector sums[Q][V];
 #pragma GCC unroll 4
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sums[q][v] = fill(0);
-    const W* values = (const W*)cache.values + column;
-    for (int64_t position = 0; position < positions; ++position, values += value_stride) {
+    int64_t slot = begin % cache.slots;
+    const W* values = (const W*)cache.values + slot * value_stride + column;
+    for (int64_t position = 0; position < positions; ++position, ++slot, values += value_stride) {
+        if (slot == cache.slots) slot = 0, values = (const W*)cache.values + column;
         prefetch_line(values + 16 * value_stride);
-        const float scale = sizeof(W) == 1 ? cache.value_scales[position] : 1;
+        const float scale = sizeof(W) == 1 ? cache.value_scales[slot] : 1;
         Vector row[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) row[v] = load(values + v * LANES);
@@ -117,14 +141,21 @@ inline void mix(const float* scores, int64_t score_stride, int64_t positions, in
 }
 
 template <int Q, class W>
-void attend_queries(const float* const* queries, const int64_t* lengths, int64_t width, const HeadCache& cache,
-                    int64_t value_stride, float scale, float* scores, int64_t score_stride, float* const* out) {
-    int64_t longest = 0;
-    for (int q = 0; q < Q; ++q) longest = lengths[q] > longest ? lengths[q] : longest;
+void attend_queries(const float* const* queries, const int64_t* starts, const int64_t* lengths, int64_t width,
+                    const HeadCache& cache, int64_t value_stride, float scale, float softcap, float* scores,
+                    int64_t score_stride, float* const* out) {
+    int64_t longest = 0, begin = starts[0];
+    for (int q = 0; q < Q; ++q) {
+        longest = lengths[q] > longest ? lengths[q] : longest;
+        begin = starts[q] < begin ? starts[q] : begin;
+    }
+    begin = begin / LANES * LANES;
+    longest -= begin;  // counted from there
     const int64_t positions = round_up(longest, LANES);
-    score<Q, W>(queries, width, positions, cache, scale, scores, score_stride);
+    score<Q, W>(queries, width, begin, positions, cache, scale, scores, score_stride);
     float inverse[Q];
-    for (int q = 0; q < Q; ++q) inverse[q] = soften(scores + q * score_stride, lengths[q], positions);
+    for (int q = 0; q < Q; ++q)
+        inverse[q] = soften(scores + q * score_stride, starts[q] - begin, lengths[q] - begin, positions, softcap);
     constexpr int V = PARTS == 1 || Q == 1 ? 4 : Q == 2 ? 2 : 1;  // sums that stay in registers
     for (int64_t column = 0; column < width; column += V * LANES) {
         float line[V * LANES];
@@ -134,13 +165,13 @@ void attend_queries(const float* const* queries, const int64_t* lengths, int64_t
         };
         if (column + V * LANES <= value_stride) {
             Vector mixed[Q][V];
-            mix<Q, V, W>(scores, score_stride, longest, column, cache, value_stride, mixed);
+            mix<Q, V, W>(scores, score_stride, begin, longest, column, cache, value_stride, mixed);
             for (int q = 0; q < Q; ++q) write(q, mixed[q], V);
             continue;
         }
         for (int64_t rest = column; rest < width; rest += LANES) {
             Vector mixed[Q][1];
-            mix<Q, 1, W>(scores, score_stride, longest, rest, cache, value_stride, mixed);
+            mix<Q, 1, W>(scores, score_stride, begin, longest, rest, cache, value_stride, mixed);
             for (int q = 0; q < Q; ++q) {
                 store(line, mixed[q][0] * fill(inverse[q]));
                 for (int64_t i = rest; i < width && i < rest + LANES; ++i) out[q][i] = line[i - rest];
@@ -150,27 +181,34 @@ void attend_queries(const float* const* queries, const int64_t* lengths, int64_t
 }
 
 template <class W>
-void attend_typed(const float* const* queries, const int64_t* lengths, int64_t count, int64_t width,
-                  const HeadCache& cache, int64_t value_stride, float scale, float* scores, int64_t score_stride,
-                  float* const* out) {
+void attend_typed(const float* const* queries, const int64_t* starts, const int64_t* lengths, int64_t count,
+                  int64_t width, const HeadCache& cache, int64_t value_stride, float scale, float softcap,
+                  float* scores, int64_t score_stride, float* const* out) {
     static_assert(QUERIES == 4);
+    const auto run = [&](auto attend_some) {
+        attend_some(queries, starts, lengths, width, cache, value_stride, scale, softcap, scores, score_stride, out);
+    };
     if (count == 4)
-        attend_queries<4, W>(queries, lengths, width, cache, value_stride, scale, scores, score_stride, out);
+        run(attend_queries<4, W>);
     else if (count == 3)
-        attend_queries<3, W>(queries, lengths, width, cache, value_stride, scale, scores, score_stride, out);
+        run(attend_queries<3, W>);
     else if (count == 2)
-        attend_queries<2, W>(queries, lengths, width, cache, value_stride, scale, scores, score_stride, out);
+        run(attend_queries<2, W>);
     else
-        attend_queries<1, W>(queries, lengths, width, cache, value_stride, scale, scores, score_stride, out);
+        run(attend_queries<1, W>);
 }
 
-void attend(const float* const* queries, const int64_t* lengths, int64_t count, int64_t type, int64_t width,
-            const HeadCache& cache, int64_t value_stride, float scale, float* scores, int64_t score_stride,
-            float* const* out) {
+void attend(const float* const* queries, const int64_t* starts, const int64_t* lengths, int64_t count, int64_t type,
+            int64_t width, const HeadCache& cache, int64_t value_stride, float scale, float softcap, float* scores,
+            int64_t score_stride, float* const* out) {
+    const auto run = [&](auto attend_cached) {
+        attend_cached(queries, starts, lengths, count, width, cache, value_stride, scale, softcap, scores, score_stride,
+                      out);
+    };
     if (type == FLOAT32)
-        attend_typed<float>(queries, lengths, count, width, cache, value_stride, scale, scores, score_stride, out);
+        run(attend_typed<float>);
     else if (type == BFLOAT16)
-        attend_typed<uint16_t>(queries, lengths, count, width, cache, value_stride, scale, scores, score_stride, out);
+        run(attend_typed<uint16_t>);
     else
-        attend_typed<int8_t>(queries, lengths, count, width, cache, value_stride, scale, scores, score_stride, out);
+        run(attend_typed<int8_t>);
 }

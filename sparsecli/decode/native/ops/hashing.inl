@@ -64,7 +64,7 @@ void attend_to(const float* query, const int32_t* chosen, int64_t count, int64_t
         for (int64_t c = 0; c < value_stride; c += LANES) add_product(total, load(query + c), load(key + c));
         scores[i] = sum(total) * (sizeof(W) == 1 ? cache.key_scales[chosen[i]] : 1);
     }
-    const float inverse = soften(scores, count, positions);
+    const float inverse = soften(scores, 0, count, positions, 0);
     for (int64_t column = 0; column < value_stride; column += LANES) {
         Vector mixed = fill(0);
         for (int64_t i = 0; i < count; ++i) {

@@ -95,6 +95,7 @@ struct HeadCache {
     const float* key_scales;    // [position], int8 only
     const float* value_scales;  // [position], int8 only
     bool by_rows;               // keys are laid out as values, padded with zeros
+    int64_t slots;              // positions that there is room for, a multiple of LANES; p lies at p % slots
 };
 
 // What `choose` chooses from a controller's block.
@@ -193,10 +194,14 @@ struct Ops {
     void (*append)(const float* key, const float* value, int64_t type, int64_t width, int64_t position,
                    const HeadCache& cache, int64_t value_stride);
 
-    // out[i] = softmax(q[i] K^T * scale) V over positions < lengths[i], for up to QUERIES queries.
-    void (*attend)(const float* const* queries, const int64_t* lengths, int64_t count, int64_t type, int64_t width,
-                   const HeadCache& cache, int64_t value_stride, float scale, float* scores, int64_t score_stride,
-                   float* const* out);
+    // out[i] = softmax(s) V over positions starts[i] <= p < lengths[i], for up to QUERIES queries, with scores
+    // s = q[i] K^T * scale, or softcap * tanh(s / softcap) unless `softcap` is 0.
+    void (*attend)(const float* const* queries, const int64_t* starts, const int64_t* lengths, int64_t count,
+                   int64_t type, int64_t width, const HeadCache& cache, int64_t value_stride, float scale,
+                   float softcap, float* scores, int64_t score_stride, float* const* out);
+
+    // x = limit * tanh(x / limit).
+    void (*soft_cap)(float* x, int64_t count, float limit);
 
     // buckets[r * stride] = the bucket of a key in round r. Each factor's digit is the index of the largest number
     // among `rotated` = key . rotations (width, columns) and its negatives, which are counted behind it; the first

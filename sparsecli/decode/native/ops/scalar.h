@@ -268,15 +268,17 @@ inline double key_at(const HeadCache& cache, int64_t type, int64_t width, int64_
     return cached(cache.keys, cache.key_scales, type, position, offset);
 }
 
-// Attention of one query to some positions: `width` numbers, and how large scores are.
+// Attention of one query to some positions: `width` numbers, and how large scores are; `softcap` limits them unless 0.
 inline std::vector<Sum> attend(const float* query, const std::vector<int64_t>& positions, int64_t type, int64_t width,
-                               const HeadCache& cache, int64_t stride, double scale, double& score_size) {
+                               const HeadCache& cache, int64_t stride, double scale, double softcap,
+                               double& score_size) {
     std::vector<double> scores;
     double top = -INFINITY, total = 0;
     for (const int64_t position : positions) {
         Sum score;
         for (int64_t i = 0; i < width; ++i)
             score.add(query[i] * key_at(cache, type, width, stride, position, i) * scale);
+        if (softcap) score.value = softcap * std::tanh(score.value / softcap);
         scores.push_back(score.value);
         top = std::max(top, score.value);
         score_size = std::max(score_size, score.magnitude);

@@ -541,7 +541,10 @@ void test_attend(Harness& h) {
                     const int64_t stride = round_up(width, LANES), held = round_up(longest, LANES);
                     Memory<char> keys(held * stride * 4), values(held * stride * 4);
                     Memory<float> key_scales(held), value_scales(held), key(width), value(width);
-                    const HeadCache cache{keys.data, values.data, key_scales.data, value_scales.data, by_rows};
+                    // Half as many slots as positions: a ring that holds the last ones.
+                    const bool ring = !by_rows && h.whole(0, 1);
+                    const int64_t slots = ring ? round_up(longest / 2 + 1, LANES) : held;
+                    const HeadCache cache{keys.data, values.data, key_scales.data, value_scales.data, by_rows, slots};
                     std::vector<float> kept;
                     h.begin(text("append and attend %s width %ld positions %ld%s", TYPE_NAMES[type], long(width),
                                  long(longest), by_rows ? " by rows" : ""));
@@ -554,18 +557,21 @@ void test_attend(Harness& h) {
                         h.k.append(key.data, value.data, type, width, position, cache, stride);
                         const double step = type == INT8 ? top / 127 * 0.501 : type == BFLOAT16 ? 1.0 / 128 : 0;
                         for (int64_t i = 0; i < width; ++i)
-                            h.same(scalar::key_at(cache, type, width, stride, position, i), key[i], step, "key",
-                                   position);
+                            h.same(scalar::key_at(cache, type, width, stride, position % slots, i), key[i], step,
+                                   "key", position);
                     }
                     const int64_t count = by_rows ? 1 : h.whole(1, QUERIES);
                     Memory<float> queries(QUERIES * stride), out(QUERIES * stride), scores(QUERIES * (held + 64));
                     const float* query[QUERIES];
                     float* to[QUERIES];
-                    int64_t lengths[QUERIES];
+                    int64_t starts[QUERIES], lengths[QUERIES];
+                    const double softcap = by_rows || h.whole(0, 1) ? 0 : 3;
                     for (int64_t q = 0; q < count; ++q) {
                         for (int64_t i = 0; i < width; ++i) queries[q * stride + i] = h.number();
                         query[q] = queries.data + q * stride, to[q] = out.data + q * stride;
-                        lengths[q] = h.whole(1, longest);
+                        const int64_t first = std::max<int64_t>(longest - slots, 0);
+                        lengths[q] = h.whole(first + 1, longest);
+                        starts[q] = ring || h.whole(0, 1) ? h.whole(first, lengths[q] - 1) : first;
                     }
                     const double scale = by_rows ? 1 : 0.125;
                     std::vector<int32_t> chosen;
@@ -575,17 +581,18 @@ void test_attend(Harness& h) {
                         h.k.attend_chosen(query[0], chosen.data(), int64_t(chosen.size()), type, width, cache, stride,
                                           scores.data, to[0]);
                     else
-                        h.k.attend(query, lengths, count, type, width, cache, stride, float(scale), scores.data,
-                                   held + 64, to);
+                        h.k.attend(query, starts, lengths, count, type, width, cache, stride, float(scale),
+                                   float(softcap), scores.data, held + 64, to);
                     for (int64_t q = 0; q < count; ++q) {
                         std::vector<int64_t> positions(chosen.begin(), chosen.end());
                         if (!by_rows) {
                             positions.clear();
-                            for (int64_t position = 0; position < lengths[q]; ++position) positions.push_back(position);
+                            for (int64_t position = starts[q]; position < lengths[q]; ++position)
+                                positions.push_back(position % slots);
                         }
                         double size = 0;
                         const auto expected =
-                            scalar::attend(query[q], positions, type, width, cache, stride, scale, size);
+                            scalar::attend(query[q], positions, type, width, cache, stride, scale, softcap, size);
                         // An error of a score is one of its probability; exponentials have 4e-7 of their own.
                         const double error =
                             double(width / 2 + 16) * EPSILON * size * 2 + 1e-6 + double(positions.size() / 4) * EPSILON;
@@ -778,12 +785,13 @@ void perf(const Ops& ops, const Options& options) {
         for (const int64_t positions : {128, 2048}) {
             const int64_t width = 64;
             Memory<float> scales(positions), query(width), out(width), scores(positions + 64);
-            const HeadCache cache{large.data, large.data + (8 << 20), scales.data, scales.data, false};
+            const HeadCache cache{large.data, large.data + (8 << 20), scales.data, scales.data, false, positions};
+            const int64_t start = 0;
             const float* queries[] = {query.data};
             float* to[] = {out.data};
             say(text("attend %s, %ld positions", TYPE_NAMES[type], long(positions)), median_of([&] {
-                    ops.attend(queries, &positions, 1, type, width, cache, width, 0.125f, scores.data, positions + 64,
-                               to);
+                    ops.attend(queries, &start, &positions, 1, type, width, cache, width, 0.125f, 0, scores.data,
+                               positions + 64, to);
                 }),
                 double(2 * positions * width * type_bytes(type)), double(2 * positions * width), 0);
         }
