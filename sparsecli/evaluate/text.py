@@ -22,8 +22,8 @@ class TokenizedText:
     tokens: np.ndarray
     """int64 (N,)."""
     ends: np.ndarray
-    """int64 (N,), ascending: bytes of the text before the end of each token. Tokens of one character, and the
-    end-of-text token after a document, share an end."""
+    """int64 (N,), ascending: bytes of the text before the end of each token. Tokens that share a
+    character, and the last of a document and the end-of-text token after it, share an end."""
 
     def begins_as(self, other: TokenizedText, count: int) -> bool:
         """Whether the first `count` tokens of both are the same."""
@@ -75,12 +75,10 @@ def tokenize(
     start = 0
     for document in documents:
         for text in pieces(document):
-            found, characters = tokenizer.encode_with_ends(text)
+            found, offsets = tokenizer.encode_with_offsets(text)
             sizes = _bytes_before(text)
-            behind = np.maximum.accumulate(np.array(characters, np.int64)) if found else np.empty(0, np.int64)
-            behind[-1:] = len(text)  # a tokenizer may leave spaces at the end to no token
             ids += found
-            ends.append(start + sizes[behind])
+            ends.append(start + sizes[_character_ends(offsets, len(text))])
             start += int(sizes[-1])
         ids += tokenizer.end
         ends.append(np.full(len(tokenizer.end), start))
@@ -90,6 +88,17 @@ def tokenize(
     last = len(ids) if bytes is None else int(np.searchsorted(stream.ends, bytes, side="right"))
     last = last if tokens is None else min(last, tokens)
     return TokenizedText(stream.tokens[:last], stream.ends[:last])
+
+
+def _character_ends(offsets: Sequence[tuple[int, int]], size: int) -> np.ndarray:
+    """Characters of the text before the end of each token (N,), ascending: those that share a character end
+    together."""
+    begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T.copy()
+    ends = np.maximum.accumulate(ends)
+    ends[-1:] = size  # a tokenizer may leave spaces at the end to no token
+    for token in np.flatnonzero(begins[1:] < ends[:-1])[::-1]:
+        ends[token] = ends[token + 1]
+    return ends
 
 
 def _bytes_before(text: str) -> np.ndarray:

@@ -79,14 +79,16 @@ class Tokenizer:
         """
         return list(self._encode(text, special, names_are_text).ids)
 
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of `text` as it stands, and the character of the text behind each of them.
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text` as it stands, and the characters of the text from and up to which each goes.
+
+        Tokens that share a character both include it.
 
         Raises:
             Failure: see `encode`.
         """
         encoded = self._encode(text, special=False, names_are_text=True)
-        return list(encoded.ids), [end for _, end in encoded.offsets]
+        return list(encoded.ids), list(encoded.offsets)
 
     @property
     def beginning(self) -> list[int]:
