@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import small_models
 import torch
-from small_models import packed, some_tokens, spec_of, start, stepped
+from small_models import packed, random_weights, some_tokens, spec_of, start, stepped
 
 from sparsecli import pack
 from sparsecli.console import Failure
 from sparsecli.data.tokenization import train_byte_pairs
+from sparsecli.decode.engine import Engine
 from sparsecli.decode.native import binding
+from sparsecli.decode.packed.pack import pack as pack_weights
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.generate.command import generate
 from sparsecli.generate.decoder import DecoderOptions
@@ -27,6 +29,7 @@ from sparsecli.generate.text import Generation
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.files import find_model
 from sparsecli.recipe.schema import GenerateSpec
+from sparsecli.spec.model import ModelSpec
 
 pytestmark = pytest.mark.skipif(binding.available() is not None, reason=str(binding.available()))
 TEXT = "def read_file(path):\n    return open(path).read()\n\nnaïve = 'žluťoučký kůň 🐎'\n"
@@ -108,6 +111,18 @@ def test_a_pass_over_several_tokens_is_bit_by_bit_that_of_steps(name: str, dtype
     sequence.truncate(10)
     found += [engine.logits(sequence, tokens[a:b]) for a, b in ((10, 15), (15, 17), (17, 40))]
     np.testing.assert_array_equal(np.concatenate(found), stepped(engine, tokens))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_so_is_a_pass_over_rows_that_are_read_in_spans(dtype: str) -> None:
+    sizes = {"d_model": 2304, "layers": 1, "heads": 8, "attention": {"projection": "dense"}}
+    spec = ModelSpec.model_validate(
+        {**spec_of("dense").model_dump(), **sizes, "feed_forward": {"kind": "dense", "d_ff": 48}}
+    )
+    engine = Engine(pack_weights(spec, random_weights(spec), Precision.of(dtype)), 1)
+    tokens = some_tokens(101, 17)
+    found = engine.logits(engine.sequence(17), tokens)
+    np.testing.assert_array_equal(found, stepped(engine, tokens))
 
 
 @pytest.mark.parametrize("draft", ["lookup", "small", "itself"])
