@@ -372,7 +372,7 @@ def paced(accepted: float, step: float, base: float, more: float, drafting: floa
         hits = count if draws.all() else int(draws.argmin())
         pace.drafting.add(count, drafting * count)
         pace.verifying.add(count + 1, base + more * (count + 1))
-        pace.acceptance[0].add(hits, hits < count)
+        pace.count(0, hits, hits < count)
 
 
 @pytest.mark.parametrize(

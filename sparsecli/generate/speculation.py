@@ -72,22 +72,22 @@ class SpeculationStats:
 class Acceptance:
     """How often a drafted token is accepted, where all before it were."""
 
-    accepted: float = 1.0
-    tried: float = 2.0  # one of two, before anything is known
+    accepted: float = 0.0
+    tried: float = 0.0
 
     def add(self, accepted: int, rejected: bool) -> None:
         """Count a draft: tokens that were accepted, and whether the next was not."""
         self.accepted = FORGET * self.accepted + accepted
         self.tried = FORGET * self.tried + accepted + rejected
 
-    @property
-    def rate(self) -> float:
-        """Share of the tried tokens; the prior keeps it below 1."""
-        return (self.accepted + 0.5) / (self.tried + 1)
+    def rate(self, before: float) -> float:
+        """The share of the tried tokens; `before` is the guess where nothing is known, and weighs as two of them."""
+        return (self.accepted + 2 * before) / (self.tried + 2)
 
-    def tokens(self, count: int) -> float:
-        """Expected tokens of a pass over `count` drafted tokens, with the one that the target adds."""
-        return (1 - self.rate ** (count + 1)) / (1 - self.rate)
+
+def expected_tokens(rate: float, count: int) -> float:
+    """Tokens of a pass over `count` drafted tokens, with the one that the target adds, at this acceptance below 1."""
+    return (1 - rate ** (count + 1)) / (1 - rate)
 
 
 @dataclass
@@ -125,7 +125,8 @@ class Pace:
 
     def __init__(self) -> None:
         self.step, self.verifying, self.drafting = PassTime(), PassTime(), PassTime()
-        self.acceptance: dict[int, Acceptance] = defaultdict(Acceptance)
+        self.overall = Acceptance()
+        self.by_kind: dict[int, Acceptance] = defaultdict(Acceptance)
         self.rests: dict[int, Rest] = defaultdict(Rest)
 
     def length(self, kind: int) -> int:
@@ -144,13 +145,18 @@ class Pace:
         self.rests[kind] = Rest(min(2 * rest.length, LONGEST_REST))
         return TRIAL
 
+    def count(self, kind: int, accepted: int, rejected: bool) -> None:
+        """Count a draft: see `Acceptance.add`."""
+        self.overall.add(accepted, rejected)
+        self.by_kind[kind].add(accepted, rejected)
+
     def _best(self, kind: int) -> int:
         """The length that gives most tokens per second."""
-        acceptance = self.acceptance[kind]
+        rate = self.by_kind[kind].rate(before=self.overall.rate(before=0.5))
         speeds = [1 / self.step.at(1)]
         for count in range(1, LONGEST_DRAFT + 1):
             drafting = self.drafting.at(count) if self.drafting.measured else 0.0
-            speeds.append(acceptance.tokens(count) / (self.verifying.at(count + 1) + drafting))
+            speeds.append(expected_tokens(rate, count) / (self.verifying.at(count + 1) + drafting))
         return int(np.argmax(speeds))
 
 
@@ -194,7 +200,7 @@ def speculate(
             ended = time.perf_counter()
             pace.drafting.add(len(draft.tokens), drafted - started)
             pace.verifying.add(len(draft.tokens) + 1, ended - drafted)
-            pace.acceptance[draft.kind].add(accepted, rejected=accepted < len(draft.tokens))
+            pace.count(draft.kind, accepted, rejected=accepted < len(draft.tokens))
             stats.verified += 1
             stats.drafted += len(draft.tokens)
             stats.accepted += accepted
