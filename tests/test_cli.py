@@ -17,6 +17,7 @@ from sparsecli import cli, console, doctor, pack
 from sparsecli.bench import command as bench
 from sparsecli.cli.options import shipped_names
 from sparsecli.convert import command as convert
+from sparsecli.evaluate import command as evaluate
 from sparsecli.generate import command as generate
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.interchange import exporting, importing
@@ -29,6 +30,7 @@ IMPLEMENTATIONS = {
     "train": train.run,
     "sparsify-convert": convert.run,
     "generate": generate.generate,
+    "evaluate": evaluate.run,
     "import": importing.run,
     "export": exporting.run,
     "pack": pack.run,
@@ -39,6 +41,7 @@ SMALLEST = {
     "train": ["quickstart"],
     "sparsify-convert": ["quickstart-convert"],
     "generate": ["--prompt", "x"],
+    "evaluate": [],
     "import": ["theirs", "--output", "ours"],
     "export": ["ours", "--output", "theirs"],
     "pack": [],
@@ -212,6 +215,41 @@ def test_pack(run, calls):
     assert calls.options == {"model": "runs/a", "output": Path("there"), "dtype": "int8", "dry_run": False}
 
 
+def test_generate_hands_on_what_drafts(run, calls):
+    assert run("generate", "--prompt", "x", "--draft", "lookup") == 0
+    assert calls.options["draft"] == "lookup"
+    assert run("generate", "--prompt", "x") == 0
+    assert calls.options["draft"] is None
+
+
+def test_evaluate(run, calls, capsys):
+    assert (
+        run("evaluate", "--model", "a", "--text", "b.txt", "--against", "c", "--against-dtype", "int8") == 0
+    )
+    assert calls.first is None
+    assert calls.options["decoder"] == DecoderOptions()
+    expected = {"model": "a", "text": "b.txt", "text_field": "text", "against": "c", "against_dtype": "int8"}
+    assert calls.options.items() >= expected.items()
+    options = [
+        "--backend",
+        "torch",
+        "--dtype",
+        "bfloat16",
+        "--threads",
+        "2",
+        "--window",
+        "9",
+        "--tokens",
+        "99",
+    ]
+    assert run("evaluate", "quickstart", "data.held_out_tokens=512", *options, "--json") == 0
+    assert calls.first.recipe.data.held_out_tokens == 512
+    assert calls.options["decoder"] == DecoderOptions("torch", "bfloat16", None, 2)
+    assert (calls.options["window"], calls.options["tokens"], calls.options["json"]) == (9, 99, True)
+    assert run("evaluate", "--window", "1") == 2
+    assert "--window: expected a whole number of at least 2, got 1" in capsys.readouterr().err
+
+
 def test_generate_names_a_wrong_option(run, calls, capsys):
     assert run("generate", "--prompt", "x", "--top-p", "2") == 2
     assert capsys.readouterr().err == "error: --top-p: expected a number above 0 and of at most 1, got 2.0\n"
@@ -223,6 +261,7 @@ def test_generate_names_a_wrong_option(run, calls, capsys):
         ["generate", "terraformer-copy-lsh", "--prompt", "1", "model.attention.lsh.rounds=8"],
         ["generate", "quickstart", "--prompt", "x", "--model", "run", "generate.top_k=1", "train.bf16=false"],
         ["bench", "quickstart", "--model", "run", "model.dropout=0.1"],
+        ["evaluate", "quickstart", "model.layers=3"],
         ["sparsify-convert", "quickstart-convert", "--model", "run", "train={max_steps: 1}"],
     ],
 )

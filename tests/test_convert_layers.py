@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsecli.console import Mismatch
 from sparsecli.convert.candidates import search_space, with_quantization
-from sparsecli.convert.evaluate import HeldOutLoss, timed_lengths
+from sparsecli.convert.evaluate import timed_lengths
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.methods.base import FitOptions, copy_units
 from sparsecli.convert.methods.calibration import ResidualStreams, record_inputs
@@ -20,6 +20,7 @@ from sparsecli.convert.methods.fitting import fit_model, initialize_from_dense
 from sparsecli.convert.methods.refit import reduced_rank_regression, refit_layer
 from sparsecli.convert.methods.rounding import round_second_order, second_moment
 from sparsecli.convert.search import loss_budget, rank_candidates, with_prediction
+from sparsecli.evaluate.losses import HeldOutLoss
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward, SparseFeedForward

@@ -17,10 +17,10 @@ from sparsecli.bench.random_weights import empty_model
 from sparsecli.console import Failure
 from sparsecli.convert import command
 from sparsecli.convert.command import PEER_NAMES, check_peer_names, measures_llama
-from sparsecli.convert.evaluate import HeldOutLoss
 from sparsecli.convert.report import MeasuredModel, Report
 from sparsecli.data.packing import Windows
 from sparsecli.decode.native import binding
+from sparsecli.evaluate.losses import HeldOutLoss
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.schema import ConvertSpec

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 
 from sparsecli.console import Failure, RecipeError
 from sparsecli.convert import command
-from sparsecli.convert.evaluate import HeldOutLoss
 from sparsecli.convert.report import MeasuredModel, Report, StageLoss
 from sparsecli.decode.native import binding
+from sparsecli.evaluate.losses import HeldOutLoss
 from sparsecli.recipe.loader import LoadedRecipe, load
 
 needs_engine = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not there")

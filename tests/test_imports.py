@@ -73,7 +73,12 @@ LAYERS |= {
         *("sparsecli.decode.kv_state", "sparsecli.decode.lsh_rotations"),
         *("sparsecli.model.quantization", "sparsecli.model.gguf_types"),
     },
-    "sparsecli.train": BELOW_COMMANDS | {"sparsecli.train"},
+    "sparsecli.evaluate": BELOW_COMMANDS
+    | {f"sparsecli.{name}" for name in ("evaluate", "generate", "decode", "interchange")},
+    "sparsecli.evaluate.losses": {
+        *("sparsecli.console", "sparsecli.data", "sparsecli.decode", "sparsecli.model")
+    },
+    "sparsecli.train": BELOW_COMMANDS | {"sparsecli.train", "sparsecli.evaluate.losses"},
     "sparsecli.generate": BELOW_COMMANDS | {"sparsecli.generate", "sparsecli.decode"},
     "sparsecli.generate.decoder": set(),
     "sparsecli.generate.chat": {"sparsecli.console"},  # it runs in a process of its own
@@ -98,7 +103,7 @@ LAYERS |= {
         *("sparsecli.console", "sparsecli.model", "sparsecli.spec"),
     },
     "sparsecli.convert": BELOW_COMMANDS
-    | {f"sparsecli.{name}" for name in ("convert", "train", "bench", "decode", "interchange")},
+    | {f"sparsecli.{name}" for name in ("convert", "evaluate", "train", "bench", "decode", "interchange")},
     "sparsecli.convert.methods": {
         *("sparsecli.convert.methods", "sparsecli.console", "sparsecli.model", "sparsecli.spec"),
         "sparsecli.train.controllers",
@@ -107,7 +112,7 @@ LAYERS |= {
     "sparsecli.cli": {"sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.recipe"}
     | {
         f"sparsecli.{name}"
-        for name in ("train", "generate", "pack", "bench", "convert", "doctor", "interchange")
+        for name in ("train", "generate", "evaluate", "pack", "bench", "convert", "doctor", "interchange")
     },
     "sparsecli.__main__": {"sparsecli.cli"},
 }

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from sparsecli import __version__, console
-from sparsecli.cli import bench, convert, doctor, errors, export, generate, import_, pack, recipes, train
+from sparsecli.cli import (
+    bench,
+    convert,
+    doctor,
+    errors,
+    evaluate,
+    export,
+    generate,
+    import_,
+    pack,
+    recipes,
+    train,
+)
 
 app = typer.Typer(
     name="sparsecli",
@@ -19,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, convert, generate, import_, export, pack, bench, doctor):
+for command in (train, convert, generate, evaluate, import_, export, pack, bench, doctor):
     app.add_typer(command.app)
 app.add_typer(recipes.app, name="recipes")
 

@@ -72,6 +72,14 @@ def generate(
         list[str] | None, typer.Option(metavar="TEXT", help="Stop at this text; may be repeated.")
     ] = None,
     seed: Seed = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Draft tokens that the model checks: a small model, or lookup (in the text), or self.",
+            show_default=False,
+        ),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template, if it has one.")
     ] = True,
@@ -128,4 +136,5 @@ def generate(
         chat=chat,
         stats=stats,
         json=json,
+        draft=draft,
     )

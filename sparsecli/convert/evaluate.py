@@ -1,17 +1,14 @@
-"""Evaluation: held-out losses in PyTorch and in the engine, paired differences from dense, and decoding speed."""
+"""Evaluation of decoders: losses and active units on held-out text, and decoding speed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from sparsecli.bench.bytes_read import bytes_per_token
 from sparsecli.bench.decoders import PromptReader, TimedDecoder
@@ -19,109 +16,19 @@ from sparsecli.bench.decoders.native import NativeDecoder
 from sparsecli.bench.host import bandwidth
 from sparsecli.bench.result import Spread
 from sparsecli.bench.timing import Timing, measure, spread
-from sparsecli.console import Progress, progress
+from sparsecli.console import progress
 from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.packed.folder import pack_folder
 from sparsecli.decode.packed.pack import PackedModel
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.evaluate.losses import engine_losses
 from sparsecli.spec.model import ModelSpec
 
-WINDOWS_PER_BATCH = 4
 CONTEXT = 64  # tokens before the first that is timed
 STEPS, WARMUP = 8, 2
 PROMPT = 256  # tokens of a timed prompt
 PROMPT_ROUNDS = 3
-
-# -- loss ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def window_losses(
-    model: ScalingTransformerForCausalLM, windows: Windows, description: str = "evaluating"
-) -> np.ndarray:
-    """Mean loss (nats/token) of every window (W,) in PyTorch, computed in float32.
-
-    Args:
-        description: label of the progress bar.
-    """
-    found = []
-    with progress(description, len(windows)) as bar:
-        for start in range(0, len(windows), WINDOWS_PER_BATCH):
-            batch = range(start, min(start + WINDOWS_PER_BATCH, len(windows)))
-            ids = torch.stack([windows[index]["input_ids"] for index in batch])
-            logits = model(ids, use_cache=False).logits
-            for row, tokens in zip(logits, ids, strict=True):
-                found.append(F.cross_entropy(row[:-1].float(), tokens[1:]).item())
-            bar.advance(len(batch))
-    return np.array(found)
-
-
-def engine_losses(engine: Engine, windows: Windows, bar: Progress) -> np.ndarray:
-    """Mean loss (nats/token) of every window (W,) in the engine, which reads each as a prompt."""
-    sequence = engine.sequence(windows.sequence_length)
-
-    def logits(tokens: list[int]) -> np.ndarray:
-        sequence.truncate(0)
-        return engine.logits(sequence, tokens)
-
-    found = prompt_losses(logits, windows, bar)
-    sequence.close()
-    return found
-
-
-def prompt_losses(
-    read_logits: Callable[[list[int]], np.ndarray], windows: Windows, bar: Progress
-) -> np.ndarray:
-    """Mean loss (nats/token) of every window (W,).
-
-    Args:
-        read_logits: gives the logits (T, vocabulary) after each of T tokens.
-    """
-    found = []
-    for index in range(len(windows)):
-        tokens = windows[index]["input_ids"].tolist()
-        logits = read_logits(tokens[:-1])
-        top = logits.max(axis=1)
-        total = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)) + top
-        found.append(float((total - logits[np.arange(len(logits)), tokens[1:]]).mean()))
-        bar.advance()
-    return np.array(found)
-
-
-@dataclass(frozen=True)
-class HeldOutLoss:
-    """Held-out loss of a model, paired with the dense model's on the same windows."""
-
-    nats_per_token: float
-    increase: float
-    """Over the dense model's loss, nats/token."""
-    standard_error: float | None
-    """Of `increase`, from the differences of windows; None for a single window."""
-
-    @classmethod
-    def paired(cls, losses: np.ndarray, dense: np.ndarray) -> HeldOutLoss:
-        """From mean losses of windows (W,)."""
-        differences = losses - dense
-        count = len(differences)
-        error = float(differences.std(ddof=1)) / math.sqrt(count) if count > 1 else None
-        return cls(float(losses.mean()), float(differences.mean()), error)
-
-    @property
-    def perplexity_increase(self) -> float:
-        """Increase of the perplexity, as a share of the dense model's."""
-        return math.expm1(self.increase)
-
-    @property
-    def relative_increase(self) -> float:
-        """Increase of the loss, as a share of the dense model's."""
-        return self.increase / (self.nats_per_token - self.increase)
-
-    def __str__(self) -> str:
-        error = "" if self.standard_error is None else f" (± {self.standard_error:.2%})"
-        return f"{self.perplexity_increase:+z.2%} perplexity{error}"
-
 
 # -- models as they decode -----------------------------------------------------------------------------------
 

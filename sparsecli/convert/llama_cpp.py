@@ -24,8 +24,9 @@ from sparsecli.bench.peers.llama_cpp import (
 )
 from sparsecli.bench.peers.llama_file import unlike_llama, write_weights
 from sparsecli.console import Failure, progress
-from sparsecli.convert.evaluate import HeldOutResult, prompt_losses, window_losses
+from sparsecli.convert.evaluate import HeldOutResult
 from sparsecli.data.packing import Windows
+from sparsecli.evaluate.losses import prompt_losses, window_losses
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.spec.model import ModelSpec
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsecli import console
-from sparsecli.convert.evaluate import HeldOutLoss
+from sparsecli.evaluate.losses import HeldOutLoss
 from sparsecli.recipe.budget import parse_budget
 
 

@@ -20,11 +20,9 @@ from sparsecli.convert.candidates import ConversionCandidate
 from sparsecli.convert.evaluate import (
     Contender,
     DecodingSpeed,
-    HeldOutLoss,
     HeldOutResult,
     NativeContender,
     measure_speed,
-    window_losses,
 )
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.methods.base import FitOptions
@@ -36,6 +34,7 @@ from sparsecli.convert.text import ConversionText, check_text
 from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import processors
 from sparsecli.decode.packed.precision import Precision
+from sparsecli.evaluate.losses import HeldOutLoss, window_losses
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.files import RECIPE, share
 from sparsecli.model.loading import load_network

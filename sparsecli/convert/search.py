@@ -11,11 +11,11 @@ from typing import Any
 from sparsecli import console
 from sparsecli.console import Mismatch
 from sparsecli.convert.candidates import BITS, ConversionCandidate, with_quantization
-from sparsecli.convert.evaluate import window_losses
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.methods.base import BLOCK_SIZE, FitOptions
 from sparsecli.convert.methods.fitting import fit_model, initialize_from_dense
 from sparsecli.convert.text import ConversionText
+from sparsecli.evaluate.losses import window_losses
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.recipe.budget import Budget
 from sparsecli.spec.feed_forward import DenseFeedForwardSpec

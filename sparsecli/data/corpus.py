@@ -72,6 +72,24 @@ def read_documents(data: TextSpec) -> Splits[str]:
     return Splits([text for (text,) in splits.train], [text for (text,) in splits.held_out])
 
 
+def read_files(patterns: Sequence[str], text_field: str, key: str) -> list[str]:
+    """The documents of files, without repetitions.
+
+    Args:
+        patterns: paths or globs.
+        text_field: column that holds the text, in files of rows.
+        key: the option that names the files, for messages.
+    Raises:
+        Failure: no file matches, one cannot be read, or none holds text.
+    """
+    gaps = Gaps([Column(text_field, f"{key}-field")])
+    documents = [text for (text,) in _distinct(_files(patterns, key, gaps))]
+    if not documents:
+        raise Failure(gaps.reason() or f"{key}: {', '.join(patterns)} holds no text")
+    gaps.tell()
+    return documents
+
+
 def read_rows(data: TextSpec, columns: Sequence[Column]) -> Splits[Row]:
     """All rows of `data`, in a fixed order, without those that have an empty text and without repetitions.
 

@@ -123,7 +123,7 @@ def train_byte_pairs(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for text in documents for piece in _pieces(text)), trainer)
+    tokenizer.train_from_iterator((piece for text in documents for piece in pieces(text)), trainer)
     if tuple(special_tokens[: len(PAIR_TOKENS)]) == PAIR_TOKENS:
         return for_pairs(tokenizer, special_tokens[len(PAIR_TOKENS) :])
     return PreTrainedTokenizerFast(
@@ -168,7 +168,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Iter
         if len(batch) > 1:
             yield from _encode(tokenizer, batch)
         else:
-            yield [token for piece in _pieces(batch[0]) for token in _encode(tokenizer, [piece])[0]]
+            yield [token for piece in pieces(batch[0]) for token in _encode(tokenizer, [piece])[0]]
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
@@ -195,8 +195,8 @@ def _batches(documents: Sequence[str]) -> Iterator[Sequence[str]]:
         yield documents[start:]
 
 
-def _pieces(document: str) -> Iterator[str]:
-    """A document in pieces of at most `PIECE` characters, cut behind a line end where there is one."""
+def pieces(document: str) -> Iterator[str]:
+    """The document in pieces of at most `PIECE` characters, cut behind a line end where there is one."""
     start = 0
     while len(document) - start > PIECE:
         end = document.rfind("\n", start, start + PIECE) + 1 or start + PIECE

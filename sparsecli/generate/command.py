@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.generate.backend import open_decoder
 from sparsecli.generate.decoder import Decoder, DecoderOptions
+from sparsecli.generate.drafts import open_drafter
 from sparsecli.generate.prompt import encode_input, encode_prompt, read_prompt
 from sparsecli.generate.text import generate_text
 from sparsecli.model.files import find_model, read_description, recipe_of
@@ -35,6 +36,7 @@ def run(
     chat: bool,
     stats: bool,
     json: bool,
+    draft: str | None = None,
 ) -> None:
     """Generate with the model of `model`, of the recipe's run, or of the newest finished run.
 
@@ -66,6 +68,7 @@ def run(
         chat=chat,
         stats=stats,
         json=json,
+        draft=draft,
     )
 
 
@@ -86,10 +89,11 @@ def generate(
     chat: bool = True,
     stats: bool = False,
     json: bool = False,
+    draft: str | None = None,
 ) -> None:
     """Generate with the model in `folder`. The text goes to stdout as it grows, or as one JSON document.
 
-    With `is_input` the prompt is the input of an encoder.
+    With `is_input` the prompt is the input of an encoder. `draft` is what drafts tokens: see `open_drafter`.
 
     Raises:
         Failure: a damaged model, a prompt that does not fit, an input for a model without an encoder, or a backend
@@ -105,8 +109,16 @@ def generate(
     else:
         ids = encode_prompt(tokenizer, prompt, context, chat, special=description.imported)
     show = _ignore if json else _stream
-    with closing(open_decoder(folder, description, decoder)) as opened:
-        result = generate_text(opened, description, tokenizer, ids, options, seed, show)
+    with ExitStack() as stack:
+        opened = stack.enter_context(closing(open_decoder(folder, description, decoder)))
+        drafter = None
+        if draft is not None:
+            capacity = min(len(ids) + options.max_new_tokens, context)
+            drafter = open_drafter(
+                draft, opened, folder, description, tokenizer, decoder, options, capacity, seed
+            )
+            stack.callback(drafter.close)
+        result = generate_text(opened, description, tokenizer, ids, options, seed, show, drafter)
     figures = result.stats()
     if json:
         console.json_out(
@@ -142,10 +154,23 @@ def _show_stats(decoder: Decoder, figures: Mapping[str, Any]) -> None:
             f"decode {figures['new_tokens']} tokens, {figures['decode_ms_per_token']:.2f} ms/token "
             f"({figures['decode_tokens_per_second']:.0f} tokens/s)"
         )
+    if speculation := figures.get("speculation"):
+        console.say(_describe_speculation(speculation))
     plural = "s" if decoder.threads != 1 else ""
     console.say(
         f"{decoder.name} backend, {decoder.isa}, {decoder.threads} thread{plural}, {decoder.dtype} weights, "
         f"{decoder.cache_dtype} cache"
+    )
+
+
+def _describe_speculation(figures: Mapping[str, Any]) -> str:
+    passes = f"{figures['passes']} passes of the model"
+    if not figures["verifying_passes"]:
+        return f"no drafts in {passes}"
+    return (
+        f"drafts: {figures['acceptance']:.0%} of {figures['drafted_tokens']} tokens accepted, "
+        f"{figures['mean_accepted']:.2f} in the mean of {figures['verifying_passes']}; "
+        f"{figures['tokens_per_pass']:.2f} tokens per pass in {passes}"
     )
 
 

@@ -82,6 +82,16 @@ class NativeDecoder:
         assert self.sequence
         return self.engine.step(self.sequence, token)
 
+    def verify(self, tokens: Sequence[int]) -> np.ndarray:
+        """Append `tokens` in one pass and return the logits (n, V) after each, bit by bit those of single steps."""
+        assert self.sequence
+        return self.engine.logits(self.sequence, tokens)
+
+    def truncate(self, length: int) -> None:
+        """Forget every token but the first `length`."""
+        assert self.sequence
+        self.sequence.truncate(length)
+
     def close(self) -> None:
         if self.sequence:
             self.sequence.close()

@@ -32,13 +32,17 @@ def make_sampler(options: GenerateSpec, seed: int) -> Sampler:
         return best
 
     def sample(tokens: Sequence[int], logits: Logits) -> int:
-        probabilities = distribution(tokens, logits, options)
-        candidates = np.flatnonzero(probabilities)
-        cumulative = np.cumsum(probabilities[candidates], dtype=np.float64)
-        index = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
-        return int(candidates[index])
+        return draw(distribution(tokens, logits, options), generator)
 
     return greedy if options.temperature == 0 else sample
+
+
+def draw(weights: np.ndarray, generator: np.random.Generator) -> int:
+    """An index, as likely as its share of `weights` (V,), by one random number."""
+    candidates = np.flatnonzero(weights)
+    cumulative = np.cumsum(weights[candidates], dtype=np.float64)
+    index = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
+    return int(candidates[index])
 
 
 def distribution(tokens: Sequence[int], logits: Logits, options: GenerateSpec) -> np.ndarray:

@@ -9,7 +9,10 @@ from itertools import compress
 from typing import Any
 
 from sparsecli.generate.decoder import Decoder
+from sparsecli.generate.drafts import Drafter
+from sparsecli.generate.native_decoder import NativeDecoder
 from sparsecli.generate.sampling import Sampler, make_sampler
+from sparsecli.generate.speculation import SpeculationStats, speculate
 from sparsecli.model.files import Description
 from sparsecli.model.tokenizer import Tokenizer
 from sparsecli.recipe.schema import GenerateSpec
@@ -69,19 +72,24 @@ class Generation:
     finish: str = "length"  # length | context | end | stop
     prefill_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
+    """Of each step; with speculative decoding, of each pass, whatever tokens it gave."""
+    speculation: SpeculationStats | None = None
 
     def stats(self) -> dict[str, Any]:
         """Figures of `--stats` and `--json`; None where nothing was measured."""
         steps = sorted(self.step_seconds)
-        median = steps[len(steps) // 2] if steps else None
-        return {
+        seconds = steps[len(steps) // 2] if steps else None
+        if self.speculation and steps:  # passes give different numbers of tokens
+            seconds = sum(steps) / self.speculation.tokens
+        figures = {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": len(self.tokens),
             "prefill_ms": 1e3 * self.prefill_seconds,
             "prefill_tokens_per_second": self.prompt_tokens / self.prefill_seconds,
-            "decode_ms_per_token": 1e3 * median if median else None,
-            "decode_tokens_per_second": 1 / median if median else None,
+            "decode_ms_per_token": 1e3 * seconds if seconds else None,
+            "decode_tokens_per_second": 1 / seconds if seconds else None,
         }
+        return figures | ({"speculation": self.speculation.figures()} if self.speculation else {})
 
 
 def decode(
@@ -116,11 +124,12 @@ def generate_text(
     options: GenerateSpec,
     seed: int,
     show: Callable[[str], None],
+    drafter: Drafter | None = None,
 ) -> Generation:
     """Generate after the token ids `prompt`, and pass text to `show` as soon as its characters are whole.
 
     A model with an encoder encodes the prompt and generates from the start token. A character that is unfinished at
-    the end is not shown.
+    the end is not shown. With a `drafter` the decoder checks its drafts.
     """
     result = Generation(prompt_tokens=len(prompt))
     prefix = [START] if model.spec.encoder else list(prompt)
@@ -135,7 +144,13 @@ def generate_text(
         if text:
             show(text)
 
-    for token in decode(decoder, prompt, prefix, make_sampler(options, seed), limit, result):
+    sampler = make_sampler(options, seed)
+    if drafter:
+        assert isinstance(decoder, NativeDecoder)
+        decoded = speculate(decoder, drafter, prompt, options, sampler, seed, limit, result)
+    else:
+        decoded = decode(decoder, prompt, prefix, sampler, limit, result)
+    for token in decoded:
         if token in model.end_tokens:
             result.finish = "end"
             break

@@ -77,6 +77,27 @@ class Tokenizer:
         Raises:
             Failure: the text is not Unicode, or has a token that the model does not have.
         """
+        return list(self._encode(text, special, names_are_text).ids)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text` as it stands, and the characters of the text from and up to which each goes.
+
+        Tokens that share a character both include it.
+
+        Raises:
+            Failure: see `encode`.
+        """
+        encoded = self._encode(text, special=False, names_are_text=True)
+        return list(encoded.ids), list(encoded.offsets)
+
+    @property
+    def beginning(self) -> list[int]:
+        """What it puts before every text where special tokens are added, such as Llama's first token."""
+        text = "a"
+        plain, whole = self.encode(text), self.encode(text, special=True)
+        return next(whole[:size] for size in range(len(whole)) if whole[size : size + len(plain)] == plain)
+
+    def _encode(self, text: str, special: bool, names_are_text: bool) -> tokenizers.Encoding:
         self.backend.encode_special_tokens = names_are_text
         try:
             encoded = self.backend.encode(text, add_special_tokens=special)
@@ -86,7 +107,7 @@ class Tokenizer:
             for token, name in zip(encoded.ids, encoded.tokens, strict=True):
                 if token >= self.vocabulary:
                     raise Failure(f"the text has the token {name!a}, which the model has not; leave it out")
-        return list(encoded.ids)
+        return encoded
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """Turns tokens that follow `prompt` into text, one at a time."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsecli.data.examples import Example, Examples
+from sparsecli.evaluate.losses import bits_per_byte
 from sparsecli.model.layers.feed_forward import MixtureFeedForward, SparseFeedForward, choose
 from sparsecli.model.terraformer import TerraformerForConditionalGeneration
 from sparsecli.spec.vocabulary import IGNORED
@@ -89,9 +90,15 @@ def evaluate(
     nats, tokens, kl = add_up(sums).tolist()
     never_chosen, balance = _evenness([add_up(counter.counts) for counter in choices])
     per_token = nats / tokens
-    bits_per_byte = per_token / math.log(2) / bytes_per_token
     kl_to_teacher = kl / tokens if teacher else None
-    return HeldOut(per_token, bits_per_byte, int(tokens), never_chosen, balance, kl_to_teacher)
+    return HeldOut(
+        per_token,
+        bits_per_byte(per_token, bytes_per_token),
+        int(tokens),
+        never_chosen,
+        balance,
+        kl_to_teacher,
+    )
 
 
 def _read(model: PreTrainedModel, batch: Example) -> tuple[Tensor, Tensor]:

@@ -143,8 +143,8 @@ inline void span_matmul(const Matrix& w, const W* span, int64_t width, int64_t c
         for (int t = 0; t < T; ++t) {
             float* to = out + (token + t) * out_stride + row;
             for (int r = 0; r < N; ++r) {
-                const float y = sizeof(W) == 1 ? part[t][r] * (w.scale[row + r] * x.scales[token + t]) : part[t][r];
-                to[r] = column ? to[r] + y : y;
+                const float scale = sizeof(W) == 1 ? w.scale[row + r] * x.scales[token + t] : 1.0f;
+                to[r] = column ? fused(to[r], part[t][r], scale) : part[t][r] * scale;
             }
         }
     };

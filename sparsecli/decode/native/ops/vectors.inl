@@ -57,6 +57,15 @@ inline Floats fused(Floats sum, Floats a, Floats b) {
 #endif
 }
 
+// The same of one number. Of a plain expression the compiler rounds the product in some places and not in others.
+inline float fused(float sum, float a, float b) {
+#if defined(SPARSECLI_AVX512) || defined(SPARSECLI_AVX2) || defined(SPARSECLI_NEON)
+    return __builtin_fmaf(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 inline void add_product(Vector& sum, const Vector& a, const Vector& b) {
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) sum.part[p] = fused(sum.part[p], a.part[p], b.part[p]);
