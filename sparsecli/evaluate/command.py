@@ -28,7 +28,7 @@ from sparsecli.generate.backend import open_decoder
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.native_decoder import NativeDecoder
 from sparsecli.generate.torch_decoder import TorchDecoder
-from sparsecli.interchange.importing import model_folder
+from sparsecli.interchange.importing import write_model
 from sparsecli.interchange.sources import OwnModel, open_source
 from sparsecli.model.files import PACKED, Description, find_model, read_description, recipe_of
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
@@ -117,9 +117,10 @@ def _opened(
             source = open_source(reference)
             if not isinstance(source, OwnModel):
                 console.say(f"importing {reference} into a temporary folder")
-                for note in source.notes:
-                    console.warn(note)
-            folder = model_folder(source, Path(temporary) / "model")
+                folder = Path(temporary) / "model"
+                write_model(source, folder)  # a GGUF file with its own codes
+            else:
+                folder = source.folder
         description = read_description(folder)
         if description.spec.encoder:
             raise Failure(
