@@ -120,6 +120,10 @@ PAIRED = LAYER | {
     "attn_q": _module(QUERY, rows=_unpaired(_query_heads)),
     "attn_k": _module(KEY, rows=_unpaired(_key_heads)),
 }
+POST_NORMS = {
+    "post_attention_norm": _module("attention_post_norm"),
+    "post_ffw_norm": _module("feed_forward_post_norm"),
+}
 SIZES = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -145,9 +149,19 @@ ARCHITECTURES = {
     "qwen2": GgufArchitecture("qwen2", SIZES, LAYER, OUTER),
     "qwen3": GgufArchitecture("qwen3", SIZES, LAYER, OUTER, biases={"attention_bias": "attn_q"}),
     "gemma": GgufArchitecture("gemma", SIZES, LAYER, OUTER, {"hidden_activation": "gelu_pytorch_tanh"}),
+    "gemma3": GgufArchitecture(
+        "gemma3_text",
+        SIZES | {"sliding_window": "attention.sliding_window"},
+        LAYER | POST_NORMS,
+        OUTER,
+        {"hidden_activation": "gelu_pytorch_tanh"},
+    ),
+    "olmo2": GgufArchitecture("olmo2", SIZES, LAYER | POST_NORMS, OUTER),
     "gpt2": GgufArchitecture("gpt2", GPT2_SIZES, LAYER, OUTER),
 }
 """By `general.architecture`. llama.cpp writes Mistral as `llama`; its name tells."""
+GEMMA3_PERIOD, GEMMA3_LOCAL_BASE, GEMMA3_27B_LAYERS = 6, 10000.0, 62
+"""Every sixth layer of Gemma 3 sees the whole text; the others turn positions with another base."""
 ROTARY = {"gpt2": False}
 """Architectures without rotary positions."""
 UNUSED = ("attn_rot_embd", "rope_freqs")
@@ -208,6 +222,8 @@ class GgufCheckpoint:
             fields[name] = f"blk.0.{module}.bias" in tensors
         if ROTARY.get(self.kind, True):
             fields["rope_parameters"] = self._rotary(fields)
+        if self.kind == "gemma3":
+            fields |= self._gemma3(fields, layers)
         ids = {
             name: self.reader.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()
         }
@@ -233,6 +249,20 @@ class GgufCheckpoint:
             divisors = self._floats(self.reader.tensors[FREQUENCIES]).ravel()
             found |= _llama3_scaling(divisors.numpy(), found["rope_theta"])
         return found
+
+    def _gemma3(self, fields: Mapping[str, Any], layers: int) -> dict[str, Any]:
+        """What the files leave out: llama.cpp has it in its code."""
+        if layers == GEMMA3_27B_LAYERS:
+            raise Failure("gemma3 with 62 layers: the file leaves out the scale of attention; import the original")
+        local = {"rope_type": "default", "rope_theta": GEMMA3_LOCAL_BASE}
+        return {
+            "rope_parameters": {"sliding_attention": local, "full_attention": fields["rope_parameters"]},
+            "layer_types": [
+                "full_attention" if index % GEMMA3_PERIOD == GEMMA3_PERIOD - 1 else "sliding_attention"
+                for index in range(layers)
+            ],
+            "query_pre_attn_scalar": self._width(fields),
+        }
 
     def _width(self, fields: Mapping[str, Any]) -> int:
         width = fields.get("head_dim")
