@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_models import network, some_tokens
 from torch import Tensor
 
 from sparsecli.console import Mismatch
@@ -29,6 +30,7 @@ from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.spec.feed_forward import DenseFeedForwardSpec
 from sparsecli.spec.model import DEFAULT, ModelSpec, QuantizationSpec
 from sparsecli.train.controllers import unit_scores
+from sparsecli.train.distillation import Teacher
 
 WIDTH, UNITS = 24, 64
 OPTIONS = FitOptions(50, torch.Generator().manual_seed(0))
@@ -358,3 +360,18 @@ def test_a_plan_keeps_its_budget_with_the_fewest_bytes() -> None:
             rank_candidates(least, narrow, dense_loss=3.0)
         nearest = parse_budget(raised.value.message.split("`")[1].removeprefix("budget: "))
         assert rank_candidates(least, nearest, dense_loss=3.0)
+
+
+@pytest.mark.parametrize("name", ["gemma 2", "gemma 3", "smollm 3", "granite"])
+@torch.no_grad()
+def test_streams_go_through_layers_that_differ(name: str) -> None:
+    """Each with its own window and its own positions."""
+    model = network(name)
+    ids = torch.tensor([some_tokens(model.config.vocab_size, 60)])
+    streams = ResidualStreams(model, [ids])
+    for layer in model.model.layers:
+        streams.x = streams.through(layer)
+    expected = model.model(ids, use_cache=False).last_hidden_state
+    assert torch.equal(model.model.norm(streams.x[0]), expected)
+    teacher, _ = Teacher(model, bf16=False)(ids)
+    assert torch.equal(teacher, model(ids).logits)
