@@ -145,7 +145,9 @@ GPT2_SIZES = {
 LLAMA_BIASES = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
 ARCHITECTURES = {
     "llama": GgufArchitecture("llama", SIZES, PAIRED, OUTER, biases=LLAMA_BIASES),
-    "mistral": GgufArchitecture("mistral", SIZES, PAIRED, OUTER),
+    "mistral": GgufArchitecture(
+        "mistral", SIZES | {"sliding_window": "attention.sliding_window"}, PAIRED, OUTER, {"sliding_window": None}
+    ),
     "qwen2": GgufArchitecture("qwen2", SIZES, LAYER, OUTER),
     "qwen3": GgufArchitecture("qwen3", SIZES, LAYER, OUTER, biases={"attention_bias": "attn_q"}),
     "gemma": GgufArchitecture("gemma", SIZES, LAYER, OUTER, {"hidden_activation": "gelu_pytorch_tanh"}),

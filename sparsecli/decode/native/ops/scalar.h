@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "ops/ops.h"
@@ -114,6 +115,12 @@ struct GgufRow {
     }
 
     double value(int64_t col) const {
+        const auto [product, minimum] = parts(col);
+        return product + minimum;
+    }
+
+    // scale * code, and the minimum: ops sum them up apart, and both are rounded.
+    std::pair<double, double> parts(int64_t col) const {
         const bool super = type >= Q4_K, minima = type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K;
         const int64_t bits = type == Q8_0 ? 8 : type == Q6_K ? 6 : type == Q5_0 || type == Q5_1 || type == Q5_K ? 5 : 4;
         const int64_t block = gguf_block(type), in_block = col % block, size = type == Q6_K ? 16 : 32;
@@ -131,13 +138,13 @@ struct GgufRow {
         const int64_t group = in_block / size, groups = block / size;
         if (!super) {
             const double minimum = minima ? half(scales + 2 * ((groups + group) * LANES + lane)) : 0;
-            return half(scales + 2 * (group * LANES + lane)) * double(code) + minimum;
+            return {half(scales + 2 * (group * LANES + lane)) * double(code), minimum};
         }
         const uint8_t* of_block = scales + (minima ? 2 : 1) * groups * LANES;
         const int64_t byte = scales[group * LANES + lane];
         const double scale = half(of_block + 2 * lane) * double(minima ? byte : int8_t(byte));
-        if (!minima) return scale * double(code);
-        return scale * double(code) - half(of_block + 2 * (LANES + lane)) * scales[(groups + group) * LANES + lane];
+        if (!minima) return {scale * double(code), 0};
+        return {scale * double(code), -half(of_block + 2 * (LANES + lane)) * scales[(groups + group) * LANES + lane]};
     }
 };
 
@@ -161,10 +168,16 @@ inline double input(const Activations& x, int64_t type, int64_t token, int64_t c
 inline Sum matmul(const Matrix& w, int64_t row, const Activations& x, int64_t token) {
     Sum sum;
     for (int64_t col = 0; col < w.cols; ++col) {
+        if (of_gguf(w.type)) {
+            const auto [product, minimum] = GgufRow(w, row).parts(col);
+            const double x_col = input(x, w.type, token, col);
+            sum.add(product * x_col);
+            sum.add(minimum * x_col);
+            continue;
+        }
         const double weight =
-            of_gguf(w.type)  ? GgufRow(w, row).value(col)
-            : w.type >= INT4 ? Quantized(w, row).value(col)
-                             : stored(w.data, w.type, spans_offset(w, row, col)) * (w.type == INT8 ? w.scale[row] : 1);
+            w.type >= INT4 ? Quantized(w, row).value(col)
+                           : stored(w.data, w.type, spans_offset(w, row, col)) * (w.type == INT8 ? w.scale[row] : 1);
         sum.add(weight * input(x, w.type, token, col));
     }
     return sum;
