@@ -214,7 +214,8 @@ def speculate(
             stepped = time.perf_counter()
             tokens.append(sampler(tokens, decoder.step(tokens[-1])))
             ended = time.perf_counter()
-            pace.step.add(1, ended - stepped)
+            if stats.passes:  # the first step after a prompt is slow
+                pace.step.add(1, ended - stepped)
         result.step_seconds.append(ended - started)
         stats.passes += 1
         stats.tokens += len(tokens) - before
