@@ -245,6 +245,9 @@ class FixedDrafter:
     def kind(self, tokens: Sequence[int]) -> int:
         return 0
 
+    def catch_up(self, tokens: Sequence[int]) -> None:
+        """Nothing is read."""
+
     def propose(self, tokens: Sequence[int], count: int) -> Draft:
         drafted: list[int] = []
         chances: list[np.ndarray] = []

@@ -44,6 +44,9 @@ class Drafter(Protocol):
     def kind(self, tokens: Sequence[int]) -> int | None:
         """The kind of a draft after all `tokens` so far; None where there is none."""
 
+    def catch_up(self, tokens: Sequence[int]) -> None:
+        """Read what was added to the text since the last draft, where that takes long. Not before a `kind` of None."""
+
     def propose(self, tokens: Sequence[int], count: int) -> Draft:
         """`count` (at least 1) tokens after all `tokens` so far, or fewer."""
 
@@ -66,6 +69,9 @@ class LookupDrafter:
         self.read = max(self.read, len(tokens) - 1)
         sizes = range(min(LONGEST_SUFFIX, len(tokens)), SHORTEST_SUFFIX - 1, -1)
         return next((size for size in sizes if tuple(tokens[len(tokens) - size :]) in self.after), None)
+
+    def catch_up(self, tokens: Sequence[int]) -> None:
+        """`kind` reads the text."""
 
     def propose(self, tokens: Sequence[int], count: int) -> Draft:
         size = self.kind(tokens)
@@ -103,13 +109,15 @@ class ModelDrafter:
     def kind(self, tokens: Sequence[int]) -> int | None:
         return 0 if len(tokens) <= self.sequence.capacity else None
 
+    def catch_up(self, tokens: Sequence[int]) -> None:
+        self._take_back(tokens)
+        if len(tokens) - self.agreed > 2:  # more than a draft leaves
+            self._read(tokens[:-1])
+
     def propose(self, tokens: Sequence[int], count: int) -> Draft:
         count = min(count, self.sequence.capacity - len(tokens) + 1)  # the last one is not read
-        pairs = zip(self.seen[self.agreed :], tokens[self.agreed : len(tokens) - 1], strict=False)
-        self.agreed += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self.sequence.truncate(self.agreed)
-        self.seen = list(tokens)
-        logits = self.engine.prefill(self.sequence, self.seen[self.agreed :])
+        self._take_back(tokens)
+        logits = self._read(tokens)
         drafted: list[int] = []
         probabilities: list[np.ndarray] = []
         while True:
@@ -120,6 +128,20 @@ class ModelDrafter:
             logits = self.engine.step(self.sequence, token)
             self.seen.append(token)
         return Draft(drafted, probabilities or None)
+
+    def _take_back(self, tokens: Sequence[int]) -> None:
+        """Forget the drafted tokens that are not in the text."""
+        pairs = zip(self.seen[self.agreed :], tokens[self.agreed : len(tokens) - 1], strict=False)
+        self.agreed += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self.sequence.truncate(self.agreed)
+        del self.seen[self.agreed :]
+
+    def _read(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits (V,) after `tokens`, of which the agreed ones were read before."""
+        added = tokens[self.agreed :]
+        self.seen += added
+        self.agreed = len(tokens)
+        return self.engine.prefill(self.sequence, added)
 
     def _next(self, tokens: Sequence[int], logits: np.ndarray, probabilities: list[np.ndarray]) -> int:
         """The next token; unless decoding is greedy, the distribution it is drawn from goes to `probabilities`."""

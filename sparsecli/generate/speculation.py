@@ -186,19 +186,25 @@ def speculate(
     tokens = list(prompt)
     started = time.perf_counter()
     tokens.append(sampler(tokens, decoder.prefill(prompt, capacity=len(prompt) + limit)))
+    if drafter.kind(prompt) is not None:
+        drafter.catch_up(prompt)
     result.prefill_seconds = time.perf_counter() - started
     yield tokens[-1]
     while (left := len(prompt) + limit - len(tokens)) > 0:
         before = len(tokens)
         started = time.perf_counter()
-        draft = _draft(drafter, pace, tokens, left - 1)
-        if draft.tokens:
+        kind = drafter.kind(tokens) if left > 1 else None
+        count = 0 if kind is None else min(pace.length(kind), left - 1)
+        if count:
+            drafter.catch_up(tokens)
+            drafting = time.perf_counter()
+            draft = drafter.propose(tokens, count)
             drafted = time.perf_counter()
             logits = decoder.verify([tokens[-1], *draft.tokens])
             accepted = judge.extend(tokens, draft, logits)
             decoder.truncate(len(tokens) - 1)
             ended = time.perf_counter()
-            pace.drafting.add(len(draft.tokens), drafted - started)
+            pace.drafting.add(len(draft.tokens), drafted - drafting)
             pace.verifying.add(len(draft.tokens) + 1, ended - drafted)
             pace.count(draft.kind, accepted, rejected=accepted < len(draft.tokens))
             stats.verified += 1
@@ -208,18 +214,12 @@ def speculate(
             stepped = time.perf_counter()
             tokens.append(sampler(tokens, decoder.step(tokens[-1])))
             ended = time.perf_counter()
-            pace.step.add(1, ended - stepped)
+            if stats.passes:  # the first step after a prompt is slow
+                pace.step.add(1, ended - stepped)
         result.step_seconds.append(ended - started)
         stats.passes += 1
         stats.tokens += len(tokens) - before
         yield from tokens[before:]
-
-
-def _draft(drafter: Drafter, pace: Pace, tokens: Sequence[int], most: int) -> Draft:
-    """The next draft of at most so many tokens, perhaps none."""
-    kind = drafter.kind(tokens)
-    count = 0 if kind is None else min(pace.length(kind), most)
-    return drafter.propose(tokens, count) if count > 0 else Draft([])
 
 
 @dataclass(frozen=True)
