@@ -84,7 +84,13 @@ def test_even_use_gives_one_and_one_expert_gives_their_number(count: int) -> Non
 def test_the_layers_gradient_is_that_of_the_sum(count: int, gate: bool) -> None:
     """Against a layer without the loss, and the loss written out and added."""
     torch.manual_seed(0)
-    layer = MixtureFeedForward(8, 24, 6, count, "relu", 1.0, 0.0, gate, load_balancing=WEIGHT).train()
+    layer = MixtureFeedForward(
+        *(8, 24, 6, count),
+        hard_fraction=1.0,
+        temperature=0.0,
+        probability_gate="probability" if gate else None,
+        load_balancing=WEIGHT,
+    ).train()
     plain = copy.deepcopy(layer)
     plain.load_balancing = 0.0
     x = torch.randn(2, 5, 8, requires_grad=True)

@@ -114,7 +114,7 @@ def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int, shares: Sequence[f
         row = cols * WIDTHS[kind] + (SCALE_BYTES if kind == "int8" else 0)
     if slot.name in ("embedding", "positions"):
         return batch * row
-    if slot.name == "frequencies":
+    if slot.name in ("frequencies", "long_frequencies"):
         return 0  # computed, not learned
     if slot.name == "head.exact":
         return min(batch * RESCORED, slot.rows) * row

@@ -133,8 +133,8 @@ def packed_model(
 
 
 def _fill_vector(slot: Slot, array: np.ndarray, spec: ModelSpec) -> None:
-    if slot.name == "frequencies":
-        array[: slot.cols] = frequencies(spec)
+    if slot.name in ("frequencies", "long_frequencies"):
+        array[: slot.cols] = frequencies(spec, slot.name == "long_frequencies")
     elif slot.name.endswith("norm.weight") or slot.name == "importance":
         array[:] = 1
     elif slot.name == "controller.bias":  # units that only fill a block up are never chosen

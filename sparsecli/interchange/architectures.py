@@ -12,19 +12,31 @@ import torch
 
 from sparsecli.console import Failure
 from sparsecli.interchange.huggingface_configs import (
+    read_falcon,
     read_gemma,
     read_gpt2,
     read_gpt_neox,
+    read_gptj,
     read_llama,
     read_mistral,
+    read_mixtral,
+    read_olmoe,
     read_opt,
+    read_phi3,
     read_qwen2,
     read_qwen3,
+    read_qwen3_moe,
+    read_stablelm,
 )
 from sparsecli.interchange.tensor_layouts import (
+    EXPERTS,
+    EXPERTS_TRANSPOSED,
+    HALVES,
     NORM_MINUS_ONE,
     POSITIONS_AFTER_PADDING,
-    QKV_BY_HEAD,
+    QKV_BY_GROUP,
+    QKV_BY_ROWS,
+    ROTARY_PAIRS,
     TRANSPOSED,
     TRANSPOSED_QKV,
     UNCHANGED,
@@ -76,11 +88,13 @@ class ForeignArchitecture:
     Attributes:
         class_name: the class in transformers.
         prefix: of all tensor names but the head's; files of the model without a head lack it.
-        read_config: fields of a `ModelSpec` for a configuration; raises Failure for a field that ours cannot express.
+        read_config: fields of a `ModelSpec` for a configuration, and `head_bias` for a bias on the logits; raises
+            Failure for a field that ours cannot express.
         outer: modules outside the blocks.
         blocks: the list of blocks.
-        block: modules of every block.
+        block: modules of every block; a `*` stands for the numbers of experts, see `StackedReader`.
         renamed: current names of tensors by their names in older files.
+        two_norms: other names of modules in blocks that are parallel and have two norms.
     """
 
     class_name: str
@@ -90,6 +104,7 @@ class ForeignArchitecture:
     blocks: str
     block: Mapping[str, ModuleMapping]
     renamed: Mapping[str, str] = field(default_factory=dict)
+    two_norms: Mapping[str, str] = field(default_factory=dict)
 
     def spec(self, config: Any) -> ModelSpec:
         """Our architecture for a transformers configuration.
@@ -100,9 +115,11 @@ class ForeignArchitecture:
         if getattr(config, "quantization_config", None):
             raise Failure("quantization_config: only weights that are not quantized can be imported")
         tied = bool(config.tie_word_embeddings)
-        vocabulary = {"kind": "dense", "size": config.vocab_size, "tied": tied}
+        fields = self.read_config(config)
+        bias = fields.pop("head_bias", False)
+        vocabulary = {"kind": "dense", "size": config.vocab_size, "tied": tied, "bias": bias}
         try:
-            return ModelSpec.from_config({**self.read_config(config), "vocabulary": vocabulary})
+            return ModelSpec.from_config({**fields, "vocabulary": vocabulary})
         except ValueError as error:
             raise Failure(str(error)) from error
 
@@ -115,6 +132,8 @@ class ForeignArchitecture:
         for name, mapping in self._mappings(spec):
             for kind in ("weight", "bias"):
                 ours = tuple(f"{module}.{kind}" for module in mapping.ours)
+                if kind == "weight" and mapping.ours[0] in shapes:  # units of experts are tensors, not modules
+                    ours = mapping.ours
                 if ours[0] in shapes:
                     empty = [torch.empty(shapes[each], device="meta") for each in ours]
                     shape = tuple(mapping.layout.to_foreign(empty, spec).shape)
@@ -127,6 +146,8 @@ class ForeignArchitecture:
         yield from first
         for index in range(spec.layers):
             for name, mapping in self.block.items():
+                if spec.parallel and not spec.shared_norm:
+                    name = self.two_norms.get(name, name)
                 ours = tuple(f"model.layers.{index}.{module}" for module in mapping.ours)
                 yield f"{self.blocks}.{index}.{name}", ModuleMapping(ours, mapping.layout)
         yield from (last, head)
@@ -160,18 +181,39 @@ def architecture_of(kind: object) -> ForeignArchitecture:
 # -- tensor names ---------------------------------------------------------------------------------------------
 
 
+OUTER = {
+    "model.embed_tokens": _modules("model.embedding"),
+    "model.norm": _modules("model.norm"),
+    "lm_head": _modules("head"),
+}
+GATED = {
+    "mlp.gate_proj": _modules("feed_forward.gate"),
+    "mlp.up_proj": _modules("feed_forward.up"),
+    "mlp.down_proj": _modules("feed_forward.down"),
+}
+
+
+def _experts(prefix: str, gate: str, up: str, down: str) -> dict[str, ModuleMapping]:
+    """A router and its experts, by the names of an expert's matrices."""
+    return {
+        f"{prefix}.gate": _modules("feed_forward.router"),
+        f"{prefix}.experts.*.{gate}": _modules("feed_forward.gate", layout=EXPERTS),
+        f"{prefix}.experts.*.{up}": _modules("feed_forward.up", layout=EXPERTS),
+        f"{prefix}.experts.*.{down}": _modules("feed_forward.down", layout=EXPERTS_TRANSPOSED),
+    }
+
+
 def _llama_like(
-    class_name: str, read_config: Callable[[Any], dict[str, Any]], norm: TensorLayout = UNCHANGED
+    class_name: str,
+    read_config: Callable[[Any], dict[str, Any]],
+    norm: TensorLayout = UNCHANGED,
+    feed_forward: Mapping[str, ModuleMapping] = GATED,
 ) -> ForeignArchitecture:
     return ForeignArchitecture(
         class_name,
         prefix="model.",
         read_config=read_config,
-        outer={
-            "model.embed_tokens": _modules("model.embedding"),
-            "model.norm": _modules("model.norm", layout=norm),
-            "lm_head": _modules("head"),
-        },
+        outer={**OUTER, "model.norm": _modules("model.norm", layout=norm)},
         blocks="model.layers",
         block={
             "input_layernorm": _modules("attention_norm", layout=norm),
@@ -182,9 +224,7 @@ def _llama_like(
             "self_attn.k_norm": _modules("attention.projection.key_norm"),
             "self_attn.o_proj": _modules("attention.output"),
             "post_attention_layernorm": _modules("feed_forward_norm", layout=norm),
-            "mlp.gate_proj": _modules("feed_forward.gate"),
-            "mlp.up_proj": _modules("feed_forward.up"),
-            "mlp.down_proj": _modules("feed_forward.down"),
+            **feed_forward,
         },
     )
 
@@ -195,6 +235,73 @@ ARCHITECTURES = {
     "qwen2": _llama_like("Qwen2ForCausalLM", read_qwen2),
     "qwen3": _llama_like("Qwen3ForCausalLM", read_qwen3),
     "gemma": _llama_like("GemmaForCausalLM", read_gemma, norm=NORM_MINUS_ONE),
+    "phi3": ForeignArchitecture(
+        "Phi3ForCausalLM",
+        prefix="model.",
+        read_config=read_phi3,
+        outer=OUTER,
+        blocks="model.layers",
+        block={
+            "input_layernorm": _modules("attention_norm"),
+            "self_attn.qkv_proj": _modules(*QUERY_KEY_VALUE, layout=QKV_BY_ROWS),
+            "self_attn.o_proj": _modules("attention.output"),
+            "post_attention_layernorm": _modules("feed_forward_norm"),
+            "mlp.gate_up_proj": _modules("feed_forward.gate", "feed_forward.up", layout=HALVES),
+            "mlp.down_proj": _modules("feed_forward.down"),
+        },
+    ),
+    "mixtral": _llama_like(
+        "MixtralForCausalLM", read_mixtral, feed_forward=_experts("block_sparse_moe", "w1", "w3", "w2")
+    ),
+    "qwen3_moe": _llama_like(
+        "Qwen3MoeForCausalLM",
+        read_qwen3_moe,
+        feed_forward=_experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    ),
+    "olmoe": _llama_like(
+        "OlmoeForCausalLM", read_olmoe, feed_forward=_experts("mlp", "gate_proj", "up_proj", "down_proj")
+    ),
+    "stablelm": _llama_like("StableLmForCausalLM", read_stablelm),
+    "falcon": ForeignArchitecture(
+        "FalconForCausalLM",
+        prefix="transformer.",
+        read_config=read_falcon,
+        outer={
+            "transformer.word_embeddings": _modules("model.embedding"),
+            "transformer.ln_f": _modules("model.norm"),
+            "lm_head": _modules("head"),
+        },
+        blocks="transformer.h",
+        block={
+            "input_layernorm": _modules("attention_norm"),
+            "self_attention.query_key_value": _modules(*QUERY_KEY_VALUE, layout=QKV_BY_GROUP),
+            "self_attention.dense": _modules("attention.output"),
+            "post_attention_layernorm": _modules("feed_forward_norm"),
+            "mlp.dense_h_to_4h": _modules("feed_forward.up"),
+            "mlp.dense_4h_to_h": _modules("feed_forward.down"),
+        },
+        two_norms={"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"},
+    ),
+    "gptj": ForeignArchitecture(
+        "GPTJForCausalLM",
+        prefix="transformer.",
+        read_config=read_gptj,
+        outer={
+            "transformer.wte": _modules("model.embedding"),
+            "transformer.ln_f": _modules("model.norm"),
+            "lm_head": _modules("head"),
+        },
+        blocks="transformer.h",
+        block={
+            "ln_1": _modules("attention_norm"),
+            "attn.q_proj": _modules("attention.projection.query", layout=ROTARY_PAIRS),
+            "attn.k_proj": _modules("attention.projection.key", layout=ROTARY_PAIRS),
+            "attn.v_proj": _modules("attention.projection.value"),
+            "attn.out_proj": _modules("attention.output"),
+            "mlp.fc_in": _modules("feed_forward.up"),
+            "mlp.fc_out": _modules("feed_forward.down"),
+        },
+    ),
     "gpt2": ForeignArchitecture(
         "GPT2LMHeadModel",
         prefix="transformer.",
@@ -251,7 +358,7 @@ ARCHITECTURES = {
         blocks="gpt_neox.layers",
         block={
             "input_layernorm": _modules("attention_norm"),
-            "attention.query_key_value": _modules(*QUERY_KEY_VALUE, layout=QKV_BY_HEAD),
+            "attention.query_key_value": _modules(*QUERY_KEY_VALUE, layout=QKV_BY_GROUP),
             "attention.dense": _modules("attention.output"),
             "post_attention_layernorm": _modules("feed_forward_norm"),
             "mlp.dense_h_to_4h": _modules("feed_forward.up"),

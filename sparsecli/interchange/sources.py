@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsecli.console import Failure
 from sparsecli.interchange.architectures import NO_TOKENS, ForeignArchitecture, architecture_of
-from sparsecli.interchange.safetensors_files import SafetensorsReader, TensorReader
+from sparsecli.interchange.safetensors_files import SafetensorsReader, StackedReader, TensorReader
 from sparsecli.interchange.sentencepiece_tokenizer import (
     ADDED_TOKENS,
     SENTENCEPIECE_MODEL,
@@ -87,7 +87,7 @@ class ForeignModel:
             from sparsecli.interchange.gguf_file import GgufTensorReader
 
             return GgufTensorReader(self.path, self.config)
-        return SafetensorsReader(weight_files(self.path))
+        return StackedReader(SafetensorsReader(weight_files(self.path)))
 
     def generation(self) -> dict[str, Any]:
         """Its generation_config.json; empty where there is none."""

@@ -47,6 +47,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     rotary_fraction: float = DEFAULT.rotary_fraction
     rotary_scaling: dict | None = None
     parallel: bool = DEFAULT.parallel
+    shared_norm: bool = DEFAULT.shared_norm
     embedding_scale: float = DEFAULT.embedding_scale
     residual: str = DEFAULT.residual
     merge: str = DEFAULT.merge

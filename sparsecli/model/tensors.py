@@ -88,7 +88,8 @@ def _decoder_block(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
 
 def _units(spec: ModelSpec, feed_forward: FeedForwardSpec) -> Iterator[tuple[str, Shape]]:
     """A feed-forward layer and the recurrent branch beside it."""
-    yield from _norm("feed_forward_norm", spec).items()
+    if not spec.shared_norm:
+        yield from _norm("feed_forward_norm", spec).items()
     yield from _named("feed_forward", _feed_forward(feed_forward, spec.d_model)).items()
     if spec.sru:
         width = spec.sru.width
@@ -156,7 +157,9 @@ def _attention(spec: ModelSpec, attention: AttentionSpec) -> Iterator[tuple[str,
         made |= _low_rank("key", d_model, held, bias, bits, ranks[1])
         made |= _linear("value", d_model, held, bias)
         if attention.query_key_norm:
-            made |= dict.fromkeys(("query_norm.weight", "key_norm.weight"), (spec.width_of_head,))
+            whole = attention.query_key_norm == "width"
+            made["query_norm.weight"] = (spec.attention_width if whole else spec.width_of_head,)
+            made["key_norm.weight"] = (held if whole else spec.width_of_head,)
     for name, shape in made.items():
         if not (attention.share_query_key and name.partition(".")[0] == "key"):
             yield f"projection.{name}", shape
@@ -186,10 +189,12 @@ def _feed_forward(spec: FeedForwardSpec, d_model: int) -> dict[str, Shape]:
     if spec.kind == "precision":
         return shapes | _precision(spec, d_model)
     shapes |= dict.fromkeys(("up", "down"), (spec.d_ff, d_model))  # unit-major
-    if spec.kind == "mixture":
-        return shapes | {"router.weight": (spec.experts, d_model)}
     if spec.gated:
         shapes["gate"] = (spec.d_ff, d_model)
+    if spec.kind == "mixture":
+        if not spec.bias:
+            del shapes["bias"]
+        return shapes | {"router.weight": (spec.experts, d_model)}
     if spec.unit_bias:
         shapes["unit_bias"] = (spec.d_ff,)
     if spec.kind == "sparse":

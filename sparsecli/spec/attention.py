@@ -71,8 +71,9 @@ class AttentionSpec(Spec):
     """Biases on dense projections; the paper's have them."""
     output_bias: bool | None = None
     """A bias on a dense output projection; by default as `bias` says."""
-    query_key_norm: bool = False
-    """RMS norms over every head of queries and keys, before rotary positions (as in Qwen 3)."""
+    query_key_norm: bool | Literal["width"] = False
+    """RMS norms over every head of queries and keys, before rotary positions (as in Qwen 3); `width`: over all heads
+    together (as in OLMoE)."""
     query_key_rank: Width | None = None
     """Rank of queries, which two dense layers then make; keys keep as large a share of their weights. By default of
     full rank. `dense` projection only."""

@@ -109,11 +109,14 @@ def unlike_llama(spec: ModelSpec) -> str | None:
         "attention that is not dense": (attention.projection, attention.output) != ("dense", "dense"),
         "queries of low rank": attention.query_key_rank is not None,
         "a bias after attention": attention.bias and attention.output_bias is not False,
+        "norms over all heads together": attention.query_key_norm == "width",
         "norms of queries and biases together": attention.bias and attention.query_key_norm,
         "logits of another kind": vocabulary.kind != "dense" or vocabulary.bias,
         "layer norm": spec.normalization != "rms",
         "other than rotary positions": spec.positions != "rotary" or spec.rotary_fraction != 1,
         "scaled rotary positions": spec.rotary_scaling is not None and _architecture(spec) != "llama",
+        "yarn or longrope positions": spec.rotary_scaling is not None
+        and spec.rotary_scaling.kind in ("yarn", "longrope"),
         "parallel blocks": spec.parallel,
         "a scaled embedding": spec.embedding_scale != 1,
     }

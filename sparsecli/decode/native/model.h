@@ -18,6 +18,8 @@ enum Output { NO_OUTPUT = 0, DENSE_OUTPUT = 1, MULTIPLICATIVE_OUTPUT = 2, MULTIP
 enum Positions { LEARNED = 0, SINUSOIDAL = 1, ROTARY = 2 };
 enum ValueConcat { NO_CONCAT = 0, CONCAT_MODULES = 1, CONCAT_WHOLE = 2 };
 enum SharedQueryKey { OWN_KEYS = 0, ONE_PROJECTION = 1, MEAN_OF_TWO = 2 };
+enum QueryKeyNorm { NO_QUERY_KEY_NORM = 0, NORM_OF_HEADS = 1, NORM_OF_WIDTH = 2 };
+enum ProbabilityGate { NO_GATE = 0, GATE_INPUT = 1, GATE_OUTPUT = 2 };
 enum EncoderUse { NO_ENCODER = 0, CROSS_ATTENTION = 1, PREFIX = 2 };
 
 // A linear map, dense or multiplicative (D and E), whichever is bound.
@@ -37,7 +39,7 @@ struct AttentionLayer {
     Norm norm;
     Linear query, key, value, shared, output;
     Linear query_first, key_first;  // low rank: the first of two maps; the second is `query` or `key`
-    Norm query_norm, key_norm;      // over each head
+    Norm query_norm, key_norm;      // over each head, or over all of them together
     Convolution query_convolution, key_convolution, value_convolution, output_convolution;
 };
 
@@ -75,7 +77,7 @@ inline const float* values(const Matrix& vector) { return (const float*)vector.d
 
 struct Model {
     sparsecli_shape shape;
-    Matrix embedding, positions, frequencies, exact_head;
+    Matrix embedding, positions, frequencies, long_frequencies, exact_head;
     Norm norm;
     Linear head;
     std::vector<Block> blocks;
@@ -152,6 +154,7 @@ struct Model {
     void list(Names& to) {
         to = {{"embedding", &embedding}, {"positions", &positions}, {"frequencies", &frequencies}};
         to["head.exact"] = &exact_head;
+        to["long_frequencies"] = &long_frequencies;
         list(to, "norm", norm);
         list(to, "head", head);
     }

@@ -26,6 +26,8 @@ POSITIONS = (
     "rotary",
 )  # digits and coordinates are packed as a table, like learned ones
 CONCATENATIONS = ("none", "modules", "whole")
+QUERY_KEY_NORMS = (False, True, "width")
+MIXTURE_GATES = {"none": 0, "probability": 1, "output_probability": 2}
 
 
 def shape_of(model: PackedModel, poison: bool) -> Shape:
@@ -45,12 +47,13 @@ def shape_of(model: PackedModel, poison: bool) -> Shape:
         modules=modules_of(spec),
         kernel=attention.kernel,
         value_concat=CONCATENATIONS.index(attention.value_concat),
-        query_key_norm=attention.query_key_norm,
+        query_key_norm=QUERY_KEY_NORMS.index(attention.query_key_norm),
         query_rank=spec.query_rank or 0,
         key_rank=spec.key_rank or 0,
         rms=spec.normalization == "rms",
         positions=POSITIONS.index(spec.positions) if spec.positions in POSITIONS else 0,
         rotary_width=spec.rotary_width if spec.positions == "rotary" else 0,
+        rotary_switch=spec.rotary_switch or 0,
         parallel=spec.parallel,
         streams=2 if spec.residual == "reversible" else 1,
         concatenate=spec.merge == "concatenate",
@@ -69,6 +72,7 @@ def shape_of(model: PackedModel, poison: bool) -> Shape:
         poison=poison,
         epsilon=spec.normalization_epsilon,
         embedding_scale=spec.embedding_scale,
+        rotary_attention_factor=spec.rotary_attention_factor,
     )
     _describe_feed_forward(shape, spec)
     return shape
@@ -79,11 +83,12 @@ def _describe_feed_forward(shape: Shape, spec: ModelSpec) -> None:
     shape.feed_forward = FEED_FORWARDS.index(feed_forward.kind)
     shape.d_ff = feed_forward.d_ff
     shape.activation = ACTIVATIONS.index(feed_forward.activation)
+    shape.gated = feed_forward.gated
     if feed_forward.kind == "mixture":  # native/engine.h: the units of an expert, and experts
         shape.block_size, shape.rank = feed_forward.d_ff // feed_forward.experts, feed_forward.experts
-        shape.probability_gate = feed_forward.gate == "probability"
+        shape.probability_gate = MIXTURE_GATES[feed_forward.gate]
+        shape.normalized_probabilities = feed_forward.normalize_probabilities
         return
-    shape.gated = feed_forward.gated
     if feed_forward.kind == "dense":
         return
     shape.block_size = feed_forward.block_size

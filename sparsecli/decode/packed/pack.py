@@ -159,8 +159,8 @@ def _stored(name: str, slot: Slot, weights: Mapping[str, np.ndarray]) -> np.ndar
 
 def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> np.ndarray:
     """The tensor's weights (rows, cols) as float32."""
-    if slot.name == "frequencies":
-        return frequencies(spec)[None]
+    if slot.name in ("frequencies", "long_frequencies"):
+        return frequencies(spec, slot.name == "long_frequencies")[None]
     found = [_floats(name, weights) for name in slot.sources]
     if slot.name == "positions" and spec.positions != "learned":
         return position_table(spec, found)
@@ -188,10 +188,13 @@ def _floats(name: str, weights: Mapping[str, np.ndarray]) -> np.ndarray:
     return found
 
 
-def frequencies(spec: ModelSpec) -> np.ndarray:
-    """Angles a position of rotary or sinusoidal positions, float32, in the model's own arithmetic."""
+def frequencies(spec: ModelSpec, long: bool = False) -> np.ndarray:
+    """Angles a position of rotary or sinusoidal positions, float32, in the model's own arithmetic.
+
+    `long`: of a text longer than `spec.rotary_switch`.
+    """
     if spec.positions == "rotary":
-        return rotary_frequencies(spec)
+        return rotary_frequencies(spec, long)
     exponents = np.arange(0, spec.d_model, 2, dtype=np.float32) / np.float32(spec.d_model)
     return (np.float32(10000.0) ** -exponents).astype(np.float32)
 

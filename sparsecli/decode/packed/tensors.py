@@ -122,6 +122,8 @@ def _own(spec: ModelSpec) -> Iterator[Slot]:
     if spec.positions in ("rotary", "sinusoidal"):
         width = spec.rotary_width if spec.positions == "rotary" else d_model
         yield Slot(-1, "frequencies", "vector", 1, width // 2, None, ())
+        if spec.rotary_switch:
+            yield Slot(-1, "long_frequencies", "vector", 1, width // 2, None, ())
     else:
         names = _tables(spec)
         yield Slot(-1, "positions", "rows", spec.max_positions, d_model, "embedding", names)
@@ -179,9 +181,11 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
                 yield from _map(layer, f"{at}.first", f"{place}.first", rank, cols, "projection", bits=bits)
                 place, at, cols = f"{place}.second", f"{at}.second", rank
             yield from _map(layer, at, place, rows, cols, "projection", multiplied, bits)
-    for name in ("query_norm", "key_norm") if attention.query_key_norm else ():
-        norm = (f"{source}.{name}.weight",)
-        yield Slot(layer, f"{prefix}{name}.weight", "vector", 1, spec.width_of_head, None, norm)
+    whole = attention.query_key_norm == "width"
+    for name, width in (("query_norm", spec.attention_width), ("key_norm", spec.key_width)):
+        if attention.query_key_norm:
+            norm, cols = (f"{source}.{name}.weight",), width if whole else spec.width_of_head
+            yield Slot(layer, f"{prefix}{name}.weight", "vector", 1, cols, None, norm)
     kind, at = attention.output, f"{prefix}output"
     source = f"{block}.{module}.output"
     if kind == "dense":
@@ -233,18 +237,18 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     block = f"model.layers.{layer}"
     source = f"{block}.feed_forward"
     units = feed_forward.d_ff
-    yield from _norm(spec, layer, "feed_forward_norm", f"{block}.feed_forward_norm")
+    norm = "attention_norm" if spec.shared_norm else "feed_forward_norm"
+    yield from _norm(spec, layer, "feed_forward_norm", f"{block}.{norm}")
     if feed_forward.kind == "dense":
         for name in ("gate", "up") if feed_forward.gated else ("up",):
             yield from _map(layer, name, f"{source}.{name}", units, d_model, "units")
         yield from _map(layer, "down", f"{source}.down", d_model, units, "units")
         return
+    names = ["gate", "up", "down"] if feed_forward.gated else ["up", "down"]
     if feed_forward.kind == "mixture":
         router = (f"{source}.router.weight",)
         yield Slot(layer, "router", "spans", feed_forward.experts, d_model, "controller", router)
-        names = ["up", "down"]
     else:
-        names = ["gate", "up", "down"] if feed_forward.gated else ["up", "down"]
         unit_bias = (f"{source}.unit_bias",)
         yield Slot(layer, "unit_bias", "vector", 1, units, None, unit_bias, optional=True)
     if feed_forward.kind == "sparse" and chooses(spec, layer):
@@ -268,7 +272,8 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     else:
         rows_of_units = tuple(f"{source}.{name}" for name in names)
         yield Slot(layer, "units", "units", units * len(names), d_model, "units", rows_of_units)
-    yield Slot(layer, "bias", "vector", 1, d_model, None, (f"{source}.bias",))
+    bias = (f"{source}.bias",)
+    yield Slot(layer, "bias", "vector", 1, d_model, None, bias, optional=not getattr(feed_forward, "bias", True))
 
 
 def chooses(spec: ModelSpec, layer: int) -> bool:

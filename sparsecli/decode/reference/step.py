@@ -52,10 +52,12 @@ class Reference:
         self.weights, self.quantized = unpack_model(model)
         self.memory: dict[str, list[Tensor]] = defaultdict(list)
         self.length = self.first = 0  # positions held; the first token's, which a prefix precedes
+        self.tokens: list[int] = []  # where rotary frequencies depend on their number
 
     def logits(self, tokens: Iterable[int], source: np.ndarray | None = None) -> np.ndarray:
         """Logits (n, V) after each of `tokens`, of a new sequence that begins with `source`, see `read_source`."""
         self.memory.clear()
+        self.tokens.clear()
         self.length = self.first = 0
         if source is not None:
             self.read_source(source)
@@ -78,10 +80,20 @@ class Reference:
     @torch.no_grad()
     def step(self, token: int) -> np.ndarray:
         """Logits (V,) after `token`, which is added to the sequence."""
+        self.tokens.append(token)
+        if self.length == self.spec.rotary_switch:  # other angles from here on
+            self.memory.clear()
+            self.length = 0
+            for earlier in self.tokens[:-1]:
+                self._run(earlier)
+        return self._head(self._normalize("norm", self._run(token))).numpy()
+
+    def _run(self, token: int) -> Tensor:
+        """The stream after all blocks."""
         x = self._embed(token)
         merged = self._single(x) if self.spec.residual == "single" else self._merge(*self._reversible(x, x))
         self.length += 1
-        return self._head(self._normalize("norm", merged)).numpy()
+        return merged
 
     def _embed(self, token: int) -> Tensor:
         x = self.weights["embedding"].row(token) * self.spec.embedding_scale
@@ -132,7 +144,9 @@ class Reference:
         return self._linear(f"{branch}leave", y)
 
     def _angles(self) -> Tensor:
-        return self.length * self.weights["frequencies"].values[0]
+        switch = self.spec.rotary_switch
+        name = "long_frequencies" if switch and len(self.tokens) > switch else "frequencies"
+        return self.length * self.weights[name].values[0]
 
     def _normalize(self, name: str, x: Tensor) -> Tensor:
         weight, epsilon = self.weights[f"{name}.weight"].values[0], self.spec.normalization_epsilon
@@ -144,6 +158,10 @@ class Reference:
         """x (heads, width) with every head normalised."""
         weight = self.weights[f"{name}.weight"].values[0]
         return F.rms_norm(x, weight.shape, weight, self.spec.normalization_epsilon)
+
+    def _width_norm(self, name: str, x: Tensor) -> Tensor:
+        """x (heads, width) with all heads normalised together."""
+        return self._head_norm(name, x.flatten()).view_as(x)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         """The dense or multiplicative map called `name`."""
@@ -163,10 +181,13 @@ class Reference:
         q, k, v = (
             self._heads(part) for part in self._project(block, self._normalize(f"{block}attention_norm", x))
         )
-        if spec.query_key_norm:
+        if spec.query_key_norm == "width":
+            q, k = self._width_norm(f"{block}query_norm", q), self._width_norm(f"{block}key_norm", k)
+        elif spec.query_key_norm:
             q, k = self._head_norm(f"{block}query_norm", q), self._head_norm(f"{block}key_norm", k)
         if self.spec.positions == "rotary":
-            q, k = rotate(q, self._angles()), rotate(k, self._angles())
+            factor = self.spec.rotary_attention_factor
+            q, k = rotate(q, self._angles(), factor), rotate(k, self._angles(), factor)
         if spec.shares_query_key:
             k = F.rms_norm(q, q.shape[-1:], eps=UNIT_EPSILON) / self.spec.width_of_head**0.5
         keys, values = self.memory[f"{block}keys"], self.memory[f"{block}values"]
@@ -268,7 +289,7 @@ class Reference:
             return self._linear(f"{block}down", self._activated(gate, h))
         if feed_forward.kind == "precision":
             return self._precise(layer, x)
-        y = self.weights[f"{block}bias"].values[0]
+        y = self.weights[f"{block}bias"].values[0] if f"{block}bias" in self.weights else 0.0
         if feed_forward.kind == "selector":
             chosen, weights = self._selected(layer, x), torch.ones(())
             if feed_forward.bypass:
@@ -279,10 +300,10 @@ class Reference:
             chosen, weights = self._routed(block, x)
 
         up = gemv(self._units(block, chosen, "up"), x)
-        if feed_forward.kind == "mixture":
-            h = self._activated(None, up * weights)  # an expert's probability enters before the activation
+        gate = gemv(self._units(block, chosen, "gate"), x) if feed_forward.gated else None
+        if feed_forward.kind == "mixture" and feed_forward.gate == "probability":  # on what the units read
+            h = self._activated(None if gate is None else gate * weights, up * weights)
         else:
-            gate = gemv(self._units(block, chosen, "gate"), x) if feed_forward.gated else None
             h = self._activated(*self._biased(block, gate, up, chosen)) * weights
         down = self._units(block, chosen, "down")
         return (h * down.scale) @ down.values + y
@@ -318,7 +339,9 @@ class Reference:
         feed_forward = self.spec.feed_forward
         assert feed_forward.kind == "mixture"
         logits = gemv(self.weights[f"{block}router"], x)[None]
-        experts, weights = choose(logits, feed_forward.experts_per_token, feed_forward.gate == "probability")
+        experts, weights = choose(logits, feed_forward.experts_per_token, feed_forward.gate != "none")
+        if feed_forward.normalize_probabilities:
+            weights = weights / weights.sum()
         size = feed_forward.d_ff // feed_forward.experts
         return (experts[:, None] * size + torch.arange(size)).flatten(), weights.repeat_interleave(size)
 

@@ -50,7 +50,7 @@ class SeparateProjection(nn.Module):
 
     Args:
         key: None where queries serve as keys.
-        norms: of every head of queries and of keys, or None.
+        norms: of queries and of keys, of every head or of all of them together, or None.
     """
 
     def __init__(
@@ -217,6 +217,7 @@ def dense_projection(
     ranks: tuple[int, int] | None = None,
     share_query_key: bool = False,
     norm_epsilon: float | None = None,
+    norm_heads: bool = True,
 ) -> SeparateProjection:
     """Queries, keys and values by dense layers.
 
@@ -224,7 +225,8 @@ def dense_projection(
         bits: of the weights of queries and keys; None for floating point.
         ranks: of low-rank queries and keys; None for full rank.
         share_query_key: make no keys; queries serve as such.
-        norm_epsilon: of RMS norms over every head of queries and keys; None for no norms.
+        norm_epsilon: of RMS norms over queries and keys; None for no norms.
+        norm_heads: over every head; otherwise over all of them together.
     """
     query_width, key_width = heads * head_width, key_value_heads * head_width
     key: nn.Module | None = None
@@ -236,7 +238,8 @@ def dense_projection(
         key = None if share_query_key else linear(d_model, key_width, bias, bits)
     norms = None
     if norm_epsilon is not None:
-        norms = nn.RMSNorm(head_width, eps=norm_epsilon), nn.RMSNorm(head_width, eps=norm_epsilon)
+        widths = (head_width, head_width) if norm_heads else (query_width, key_width)
+        norms = nn.RMSNorm(widths[0], eps=norm_epsilon), nn.RMSNorm(widths[1], eps=norm_epsilon)
     return SeparateProjection(query, key, nn.Linear(d_model, key_width, bias), norms)
 
 

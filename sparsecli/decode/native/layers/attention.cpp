@@ -37,6 +37,7 @@ void Attention::run(Pass& pass, const AttentionLayer& layer, int64_t cache_idx) 
     const bool aligned = pass.single() && s.key_value_heads % pass.workers() == 0;
     const bool projected = aligned && pass.model.convolves() && s.modules == s.key_value_heads;
     if (!projected) pass.barrier(OTHER);
+    if (s.query_key_norm == NORM_OF_WIDTH) norm_width(pass, layer);
     pass.each(s.key_value_heads, [&](int64_t t, int64_t begin, int64_t end) {
         for (int64_t head = begin; head < end; ++head) {
             prepare_key(pass, layer, t, head);
@@ -95,6 +96,19 @@ void Attention::project_low_rank(Pass& pass, const AttentionLayer& layer, const 
     if (!pass.single()) pass.barrier(PROJECTION);
     const Activations keys = pass.readable(low_rank_key_);
     pass.linear(layer.key, keys, heads_.keys);
+}
+
+// Norms over all heads of a token's queries and keys together, each token's by one worker.
+void Attention::norm_width(Pass& pass, const AttentionLayer& layer) {
+    const sparsecli_shape& s = pass.shape;
+    const Range tokens = pass.mine(pass.count(), 1);
+    for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+        float *query = heads_.queries.row(t), *key = heads_.keys.row(t);
+        pass.ops.normalize(query, values(layer.query_norm.weight), nullptr, pass.model.attention_width(), true,
+                           s.epsilon, query);
+        pass.ops.normalize(key, values(layer.key_norm.weight), nullptr, pass.model.key_width(), true, s.epsilon, key);
+    }
+    pass.barrier(OTHER);
 }
 
 void Attention::project_multiplicative(Pass& pass, const AttentionLayer& layer, const Activations& x) {

@@ -19,6 +19,7 @@ class Attention {
     void project_low_rank(Pass& pass, const AttentionLayer& layer, const Activations& x);
     void project_multiplicative(Pass& pass, const AttentionLayer& layer, const Activations& x);
     void project_shared(Pass& pass, const AttentionLayer& layer, int64_t cache_idx, const Activations& x);
+    void norm_width(Pass& pass, const AttentionLayer& layer);
     void convolve(Pass& pass, const AttentionLayer& layer, int64_t cache_idx, int64_t t, int64_t begin, int64_t end);
     void prepare_key(Pass& pass, const AttentionLayer& layer, int64_t t, int64_t head);
     void multiply_output(Pass& pass, const AttentionLayer& layer, int64_t cache_idx);

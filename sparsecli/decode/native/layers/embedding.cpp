@@ -42,12 +42,14 @@ void Embedding::embed(Pass& pass, int64_t t) {
         read_row(pass, model.positions, position, position_.row(t));
         for (int64_t i = 0; i < d; ++i) x[i] += position_.row(t)[i];
     }
-    const float* frequency = values(model.frequencies);
+    const bool longer = s.positions == ROTARY && token.sequence->long_frequencies;
+    const float* frequency = values(longer ? model.long_frequencies : model.frequencies);
+    const float factor = float(s.rotary_attention_factor);
     const int64_t half = model.frequencies.cols;
     float* angles = pass.space.rotary.row(t);
     for (int64_t i = 0; i < half && s.positions == ROTARY; ++i) {
-        angles[i] = std::cos(float(token.position) * frequency[i]);
-        angles[half + i] = std::sin(float(token.position) * frequency[i]);
+        angles[i] = std::cos(float(token.position) * frequency[i]) * factor;
+        angles[half + i] = std::sin(float(token.position) * frequency[i]) * factor;
     }
     for (int64_t i = 0; i < half && s.positions == SINUSOIDAL && !encoded; ++i) {
         x[i] += std::sin(float(position) * frequency[i]);  // all sines, then all cosines

@@ -30,7 +30,8 @@ void HeadRows::project_output(Pass& pass, const Linear& output) const {
 
 void prepare_head(const Pass& pass, const Norm& norm, float* head, int64_t t) {
     const sparsecli_shape& s = pass.shape;
-    if (norm.weight.data) pass.ops.normalize(head, values(norm.weight), nullptr, s.head_width, true, s.epsilon, head);
+    if (norm.weight.data && s.query_key_norm == NORM_OF_HEADS)
+        pass.ops.normalize(head, values(norm.weight), nullptr, s.head_width, true, s.epsilon, head);
     if (s.positions != ROTARY) return;
     const int64_t half = s.rotary_width / 2;
     const float *cosine = pass.space.rotary.row(t), *sine = cosine + half;
