@@ -31,6 +31,9 @@ UNREAD_SIZES = {
 WRITTEN_AS = {"mistral": "llama"}
 """Architectures that llama.cpp writes with the tensor names of another."""
 
+NOT_READ = {"falcon", "gptj", "olmoe", "phi3", "stablelm"}
+"""Architectures that are imported from their original checkpoints alone."""
+
 FREQUENCIES = "rope_freqs.weight"
 
 
@@ -65,6 +68,10 @@ def _config(path: Path, reader: Any) -> dict[str, Any]:
         raise Failure(
             f"general.architecture: {kind!r} is written as {WRITTEN_AS[kind]!r} by llama.cpp, with the order of rows "
             "that it reads; import the original checkpoint"
+        )
+    if kind in NOT_READ:
+        raise Failure(
+            f"general.architecture: {kind!r} is not supported in GGUF files; import the original checkpoint"
         )
     blocks = reader.fields.get(f"{kind}.block_count")
     if blocks is not None and blocks.contents() > MOST_LAYERS:

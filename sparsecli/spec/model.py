@@ -353,7 +353,8 @@ class ModelSpec(Spec):
             return cls.model_validate({**DEFAULT.model_dump(), **given})
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "model"
+            parts = [*first["loc"], *([first["ctx"]["field"]] if first["type"] == "fault" else [])]
+            place = ".".join(str(part) for part in parts) or "model"
             raise ValueError(f"{place}: {first['msg']}") from error
 
 

@@ -182,9 +182,9 @@ def _attention(spec: ModelSpec, layer: int, prefix: str = "", module: str = "att
                 place, at, cols = f"{place}.second", f"{at}.second", rank
             yield from _map(layer, at, place, rows, cols, "projection", multiplied, bits)
     whole = attention.query_key_norm == "width"
-    for name, width in (("query_norm", spec.attention_width), ("key_norm", spec.key_width)):
+    for name, cols in (("query_norm", spec.attention_width), ("key_norm", spec.key_width)):
         if attention.query_key_norm:
-            norm, cols = (f"{source}.{name}.weight",), width if whole else spec.width_of_head
+            norm, cols = (f"{source}.{name}.weight",), cols if whole else spec.width_of_head
             yield Slot(layer, f"{prefix}{name}.weight", "vector", 1, cols, None, norm)
     kind, at = attention.output, f"{prefix}output"
     source = f"{block}.{module}.output"
