@@ -57,7 +57,10 @@ LONGROPE = {
     "partial_rotary_factor": 0.75,
 }
 EXPERTS = {**LLAMA, "num_experts": 6, "num_experts_per_tok": 2}
-STABLELM = {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}
+STABLELM = {
+    **LLAMA,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+}
 FALCON = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -109,7 +112,10 @@ MODELS: dict[str, tuple[str, dict]] = {
         {**LLAMA, "original_max_position_embeddings": 64, "rope_parameters": LONGROPE},
     ),
     "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 6, "num_experts_per_tok": 2}),
-    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "moe_intermediate_size": 24, "num_experts_per_tok": 3, "head_dim": 16}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**EXPERTS, "moe_intermediate_size": 24, "num_experts_per_tok": 3, "head_dim": 16},
+    ),
     "qwen3_moe, normalized": (
         "qwen3_moe",
         {**EXPERTS, "moe_intermediate_size": 20, "norm_topk_prob": True, "head_dim": 16},

@@ -276,7 +276,12 @@ ALONE: dict[str, dict] = {  # one field each, in a model of our own
     "slower turns": {"rotary_scaling": {"kind": "linear", "factor": 4.0}},
     "slower turns by a ramp": {"attention": {"projection": "dense"}, "rotary_scaling": YARN},
     "gated experts of scaled inputs": {
-        "feed_forward": {**EXPERTS, "gate": "probability", "normalize_probabilities": True, "activation": "relu"}
+        "feed_forward": {
+            **EXPERTS,
+            "gate": "probability",
+            "normalize_probabilities": True,
+            "activation": "relu",
+        }
     },
     "side by side": {"parallel": True},
     "side by side, no output": {

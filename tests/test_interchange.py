@@ -151,7 +151,9 @@ def test_long_texts_are_turned_by_the_long_factors(tmp_path: Path) -> None:
 
     padded = torch.cat((torch.zeros(1, 30, dtype=torch.long), start), 1)
     mask = (torch.arange(90) >= 30).long()[None]
-    left = ours.generate(padded, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0, eos_token_id=None)
+    left = ours.generate(
+        padded, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0, eos_token_id=None
+    )
     assert left[0, 30:].tolist() == text
 
     begun = ours(start, use_cache=True).past_key_values

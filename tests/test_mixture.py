@@ -113,6 +113,27 @@ def test_the_layers_gradient_is_that_of_the_sum(count: int, gate: bool) -> None:
     assert_same(gradients(layer), gradients(plain))
 
 
+@pytest.mark.parametrize("gate", ["none", "probability", "output_probability"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_way_of_reading_experts_gives_the_same(gate: str, gated: bool) -> None:
+    torch.manual_seed(0)
+    layer = MixtureFeedForward(
+        *(8, 24, 6, 3, "gelu", gated),
+        bias=not gated,
+        probability_gate=None if gate == "none" else gate,
+        normalize_probabilities=gate != "none",
+    ).eval()
+    x = torch.randn(9, 8)
+    logits = layer.router(x)
+    chosen = choose(logits, 3)
+    scale = layer._scale(logits, chosen)
+    assert scale is None or torch.allclose(scale.sum(-1), torch.ones(9))
+    masked = layer.evaluate_masked(x, chosen, scale)
+    torch.testing.assert_close(layer.evaluate_by_expert(x, chosen, scale), masked)
+    torch.testing.assert_close(layer(x), masked)
+    torch.testing.assert_close(torch.cat([layer(row[None]) for row in x]), masked)
+
+
 def sum_of_all(model: ScalingTransformerForCausalLM, ids: Tensor) -> dict[str, Tensor]:
     """Gradients of the cross-entropy and the weighted losses of all layers, added up before the backward pass."""
     losses = []

@@ -132,7 +132,9 @@ class ForeignArchitecture:
         for name, mapping in self._mappings(spec):
             for kind in ("weight", "bias"):
                 ours = tuple(f"{module}.{kind}" for module in mapping.ours)
-                if kind == "weight" and mapping.ours[0] in shapes:  # units of experts are tensors, not modules
+                if (
+                    kind == "weight" and mapping.ours[0] in shapes
+                ):  # units of experts are tensors, not modules
                     ours = mapping.ours
                 if ours[0] in shapes:
                     empty = [torch.empty(shapes[each], device="meta") for each in ours]

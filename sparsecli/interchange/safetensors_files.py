@@ -76,8 +76,8 @@ class SafetensorsReader:
 class StackedReader:
     """The tensors of another reader; those of experts, which files hold one by one, as one tensor for all of them.
 
-    Its name has a `*` in place of the expert's number, and its first axis counts experts. Where numbers, shapes or types
-    do not fit each other, the tensors keep their own names.
+    Its name has a `*` in place of the expert's number, and its first axis counts experts. Where numbers, shapes or
+    types do not fit each other, the tensors keep their own names.
     """
 
     def __init__(self, reader: TensorReader) -> None:

@@ -90,7 +90,8 @@ ROTARY_PAIRS = TensorLayout(
 """Elements that rotary positions turn together side by side, as in GPT-J; ours are half the turned width apart."""
 
 EXPERTS = TensorLayout(
-    lambda tensor, _: [tensor.flatten(0, 1)], lambda tensors, spec: tensors[0].unflatten(0, (_experts(spec), -1))
+    lambda tensor, _: [tensor.flatten(0, 1)],
+    lambda tensors, spec: tensors[0].unflatten(0, (_experts(spec), -1)),
 )
 """A stack (experts, units, inputs) of matrices, as in Mixtral; ours is one matrix."""
 

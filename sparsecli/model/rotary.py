@@ -53,7 +53,11 @@ def _ramp(spec: ModelSpec, powers: np.ndarray, scaling: YarnRotaryScaling) -> np
 
     def pair_that_turns(times: float) -> float:
         """The pair, not a whole number, that turns so many times within the original context."""
-        return width * math.log(scaling.original_positions / (times * 2 * math.pi)) / (2 * math.log(spec.rotary_base))
+        return (
+            width
+            * math.log(scaling.original_positions / (times * 2 * math.pi))
+            / (2 * math.log(spec.rotary_base))
+        )
 
     first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
     if scaling.truncate:

@@ -23,8 +23,8 @@ SHAPE_FIELDS = (
     "d_model", "layers", "heads", "head_width", "key_value_heads", "max_positions", "vocabulary", "feed_forward",
     "d_ff", "activation", "gated", "block_size", "rank", "positive", "probability_gate",
     "normalized_probabilities", "projection", "output", "modules", "kernel", "value_concat", "query_key_norm",
-    "query_rank", "key_rank", "rms", "positions",
-    "rotary_width", "rotary_switch", "parallel", "streams", "concatenate", "attention_layers", "shared_query_key", "hash_rounds",
+    "query_rank", "key_rank", "rms", "positions", "rotary_width", "rotary_switch", "parallel", "streams",
+    "concatenate", "attention_layers", "shared_query_key", "hash_rounds",
     "most_keys", "encoder", "query_modules", "recurrent_layers", "recurrent_width", "head_modules", "cache_type",
     "conv_type", "units_on_disk", "poison",
 )  # fmt: skip

@@ -272,8 +272,8 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     else:
         rows_of_units = tuple(f"{source}.{name}" for name in names)
         yield Slot(layer, "units", "units", units * len(names), d_model, "units", rows_of_units)
-    bias = (f"{source}.bias",)
-    yield Slot(layer, "bias", "vector", 1, d_model, None, bias, optional=not getattr(feed_forward, "bias", True))
+    if getattr(feed_forward, "bias", True):
+        yield Slot(layer, "bias", "vector", 1, d_model, None, (f"{source}.bias",))
 
 
 def chooses(spec: ModelSpec, layer: int) -> bool:

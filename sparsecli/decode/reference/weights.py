@@ -110,7 +110,9 @@ def unpack_model(model: PackedModel) -> tuple[dict[str, Weight], dict[str, Quant
             quantized[slot.key] = unpack_quantized(slot, model.tensors[slot.key])
         elif slot.gguf:
             stored = GGUF_TYPES[slot.gguf]
-            panels = model.tensors[slot.key][: slot.elements].reshape(stored.panel_shape(slot.rows, slot.cols))
+            panels = model.tensors[slot.key][: slot.elements].reshape(
+                stored.panel_shape(slot.rows, slot.cols)
+            )
             values = torch.from_numpy(gguf_values(stored, panels, slot.rows, slot.cols))
             weights[slot.key] = Weight("gguf", values, torch.ones(slot.rows))
         elif slot.key in model.tensors:

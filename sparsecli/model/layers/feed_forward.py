@@ -441,7 +441,8 @@ class MixtureFeedForward(nn.Module):
             if gate is not None:
                 h = h * F.linear(read, up[expert])
             given = h @ down[expert]
-            y.index_add_(0, rows, given if factor is None else given * factor)
+            given = given if factor is None else given * factor
+            y.index_add_(0, rows, given.to(y.dtype))  # narrower within autocast
         return y if self.bias is None else y + self.bias
 
     def evaluate_masked(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
