@@ -46,7 +46,7 @@ from sparsecli.model.tensors import Shape, tensor_shapes
 from sparsecli.spec.model import ModelSpec
 
 # Constant tensors in old files.
-BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
+BUFFERS = re.compile(r"\.((rotary_emb|rotary|maybe_rotary)\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
 
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 """Configuration fields that no architecture depends on; old files name tokens that do not exist."""

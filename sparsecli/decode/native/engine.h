@@ -17,10 +17,10 @@ struct sparsecli_shape {
     int64_t d_ff, activation, gated;
     int64_t block_size, rank;  // mixture: units of an expert, and experts; selector: rank of the bypass
     int64_t positive;          // selector: units above their threshold, not the best of a block
-    int64_t probability_gate;          // of a chosen unit or expert: 1 yes, of a mixture's before its activations, 2 behind
+    int64_t probability_gate;  // of a chosen unit or expert: 1 yes, of a mixture's before its activations, 2 behind
     int64_t normalized_probabilities;  // mixture: those of the chosen experts add up to 1
-    int64_t projection;  // 0 dense, 1 multiplicative, 2 dense_conv, 3 multiplicative_conv
-    int64_t output;      // 0 none, 1 dense, 2 multiplicative, 3 multiplicative_conv
+    int64_t projection;                // 0 dense, 1 multiplicative, 2 dense_conv, 3 multiplicative_conv
+    int64_t output;                    // 0 none, 1 dense, 2 multiplicative, 3 multiplicative_conv
     int64_t modules, kernel;
     int64_t value_concat;          // 0 none, 1 modules, 2 whole
     int64_t query_key_norm;        // before rotary positions: 1 over every head, 2 over all heads together

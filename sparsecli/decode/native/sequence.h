@@ -53,7 +53,7 @@ struct Sequence {
     int64_t encoder_capacity = 0, encoder_length = 0;  // rows of an encoder's output
     int64_t prefix = 0;                                // positions that an encoder's output takes before the tokens
     int64_t newest = 0;                                // last position of the pass that is running
-    std::vector<int64_t> ids;      // of all positions, where rotary frequencies depend on the length (`rotary_switch`)
+    std::vector<int64_t> ids;       // of all positions, where rotary frequencies depend on the length (`rotary_switch`)
     bool long_frequencies = false;  // turned the keys that are held
     KeyValues self_attention, cross_attention;
     Buffer<int32_t> buckets;                                   // of keys: [cache][head][round][position]

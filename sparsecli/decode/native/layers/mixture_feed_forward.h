@@ -32,12 +32,12 @@ class MixtureFeedForward : public FeedForward {
     }
 
     ChosenUnits chosen_;
-    Buffer<int32_t> experts_, own_experts_;          // (T, k), (workers, k): in the order of their numbers
+    Buffer<int32_t> experts_, own_experts_;            // (T, k), (workers, k): in the order of their numbers
     Buffer<float> probabilities_, own_probabilities_;  // the same: of the chosen experts
-    Buffer<int32_t> own_entries_;                    // (workers, T * k): token * k + choice, by expert
-    Buffer<int32_t> own_ends_;                       // (workers, experts): where the entries of an expert end
-    Buffer<float> own_router_scores_;                // (workers, experts)
-    Buffer<float> own_scaled_input_;                 // (workers, d_model): a token times its expert's probability
+    Buffer<int32_t> own_entries_;                      // (workers, T * k): token * k + choice, by expert
+    Buffer<int32_t> own_ends_;                         // (workers, experts): where the entries of an expert end
+    Buffer<float> own_router_scores_;                  // (workers, experts)
+    Buffer<float> own_scaled_input_;                   // (workers, d_model): a token times its expert's probability
 };
 
 }  // namespace sparsecli
