@@ -53,6 +53,32 @@ GEMMA2 = {
 }
 GEMMA3 = {**GEMMA2, "attn_logit_softcapping": None}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.05, 1.2],
+    "long_factor": [1.0, 2.5, 6.0],
+    "partial_rotary_factor": 0.75,
+}
+EXPERTS = {**LLAMA, "num_experts": 6, "num_experts_per_tok": 2}
+STABLELM = {
+    **LLAMA,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+}
+FALCON = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "ffn_hidden_size": 48,
+}
+GPTJ = {**GPT2, "rotary_dim": 6}
 MODELS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", LLAMA),
     "llama, tied, biases, one head of keys": (
@@ -117,6 +143,56 @@ MODELS: dict[str, tuple[str, dict]] = {
             "residual_multiplier": 0.4,
             "logits_scaling": 3.0,
         },
+    ),
+    "llama, yarn": ("llama", {**LLAMA, "rope_parameters": YARN}),
+    "qwen2, yarn with all its fields": (
+        "qwen2",
+        {
+            **LLAMA,
+            "rope_parameters": {
+                **YARN,
+                "beta_fast": 8.0,
+                "beta_slow": 2.0,
+                "mscale": 1.2,
+                "mscale_all_dim": 0.7,
+                "truncate": False,
+            },
+        },
+    ),
+    "phi3": ("phi3", LLAMA),
+    "phi3, longrope": (
+        "phi3",
+        {**LLAMA, "original_max_position_embeddings": 64, "rope_parameters": LONGROPE},
+    ),
+    "mixtral": ("mixtral", {**LLAMA, "num_local_experts": 6, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**EXPERTS, "moe_intermediate_size": 24, "num_experts_per_tok": 3, "head_dim": 16},
+    ),
+    "qwen3_moe, normalized": (
+        "qwen3_moe",
+        {**EXPERTS, "moe_intermediate_size": 20, "norm_topk_prob": True, "head_dim": 16},
+    ),
+    "olmoe": ("olmoe", {**EXPERTS, "intermediate_size": 20}),
+    "stablelm": ("stablelm", STABLELM),
+    "stablelm, parallel, biases": (
+        "stablelm",
+        {**STABLELM, "use_parallel_residual": True, "use_qkv_bias": True, "tie_word_embeddings": True},
+    ),
+    "falcon": ("falcon", FALCON),
+    "falcon, new": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, new, one norm": (
+        "falcon",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon, all heads of keys, one after the other": (
+        "falcon",
+        {**FALCON, "multi_query": False, "parallel_attn": False, "bias": True, "tie_word_embeddings": False},
+    ),
+    "gptj": ("gptj", GPTJ),
+    "gptj, tied, whole heads": (
+        "gptj",
+        {**GPTJ, "rotary_dim": 8, "tie_word_embeddings": True, "n_inner": 40},
     ),
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied, own width": (

@@ -165,6 +165,30 @@ EXTENDED = {
     "high_frequency_factor": 4.0,
     "original_positions": 16,
 }
+YARN = {
+    "kind": "yarn",
+    "factor": 4.0,
+    "original_positions": 128,
+    "attention_factor": 1.14,
+    "beta_fast": 8.0,
+}
+LONGROPE = {
+    "kind": "longrope",
+    "original_positions": 2000,
+    "short_factor": [1.0, 1.05, 1.1, 1.2],
+    "long_factor": [1.0, 2.5, 6.0, 8.0],
+    "attention_factor": 1.2,
+}
+EXPERTS = {
+    "kind": "mixture",
+    "d_ff": 8 * 50,
+    "experts": 8,
+    "experts_per_token": 3,
+    "activation": "silu",
+    "gated": True,
+    "bias": False,
+    "gate": "output_probability",
+}
 FAMILIES: dict[str, dict] = {  # as checkpoints of other projects combine what the engine can do
     "llama 3": {
         "feed_forward": SWIGLU,
@@ -279,11 +303,45 @@ FAMILIES: dict[str, dict] = {  # as checkpoints of other projects combine what t
         "residual_scale": 0.4,
         "logit_scale": 0.3,
     },
+    "phi 3": {
+        "feed_forward": SWIGLU,
+        "attention": GROUPED,
+        "normalization": "rms",
+        "rotary_fraction": 0.7,
+        "rotary_scaling": LONGROPE,
+    },
+    "mixtral": {
+        "feed_forward": {**EXPERTS, "normalize_probabilities": True, "experts_per_token": 2},
+        "attention": GROUPED,
+        "normalization": "rms",
+    },
+    "olmoe": {
+        "feed_forward": EXPERTS,
+        "attention": {**GROUPED, "query_key_norm": True, "query_key_norm_over": "projection"},
+        "normalization": "rms",
+    },
+    "gpt j": {
+        "feed_forward": DENSE,
+        "attention": {"projection": "dense", "bias": False},
+        "vocabulary": {"kind": "dense", "size": 101, "bias": True},
+        "rotary_fraction": 0.5,
+        "parallel": True,
+        "shared_norm": True,
+    },
 }
 ALONE: dict[str, dict] = {  # one field each, in a model of our own
     "narrow heads": {"head_width": 6, "attention": {"projection": "dense"}},
     "part of a head turned": {"rotary_fraction": 0.5},
     "slower turns": {"rotary_scaling": {"kind": "linear", "factor": 4.0}},
+    "slower turns by a ramp": {"attention": {"projection": "dense"}, "rotary_scaling": YARN},
+    "gated experts of scaled inputs": {
+        "feed_forward": {
+            **EXPERTS,
+            "gate": "probability",
+            "normalize_probabilities": True,
+            "activation": "relu",
+        }
+    },
     "side by side": {"parallel": True},
     "side by side, no output": {
         "feed_forward": {"kind": "mixture", "d_ff": 99, "experts": 3},

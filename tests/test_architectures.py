@@ -33,6 +33,12 @@ SMALL: dict[str, Any] = {
     "feed_forward": {"kind": "dense", "d_ff": 16},
     "vocabulary": {"kind": "dense", "size": 20},
 }
+LONGROPE = {
+    "kind": "longrope",
+    "original_positions": 8,
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.0, 2.0, 3.0],
+}
 CHOOSING = {"kind": "sparse", "d_ff": 16, "block_size": 4, "rank": 3}
 
 
@@ -75,6 +81,33 @@ def encoder(**fields: Any) -> dict[str, Any]:
         (
             {"head_width": 5, "attention": {"output_projection": "none"}},
             "model.head_width: heads that are not d_model wide together need dense projections in attention",
+        ),
+        (
+            {"shared_norm": True},
+            "model.shared_norm: needs parallel: true, and no encoder",
+        ),
+        (
+            {"feed_forward": {"kind": "mixture", "d_ff": 16, "experts": 4, "normalize_probabilities": True}},
+            "model.feed_forward.normalize_probabilities: needs a gate, which multiplies by them",
+        ),
+        (
+            {"positions": "rotary", "rotary_scaling": {**LONGROPE, "long_factor": [1.0]}},
+            "model.rotary_scaling.long_factor: 1 numbers for 3 pairs of a head",
+        ),
+        (
+            {"positions": "rotary", "rotary_scaling": LONGROPE, "attention": {"kind": "lsh"}},
+            "model.rotary_scaling.kind: longrope computes a long text anew, "
+            "which excludes attention.kind: lsh and an encoder",
+        ),
+        (
+            {
+                "positions": "rotary",
+                "rotary_scaling": {
+                    **{"kind": "yarn", "factor": 4.0, "original_positions": 16},
+                    **{"beta_fast": 1.0, "beta_slow": 2.0},
+                },
+            },
+            "model.rotary_scaling.beta_slow: 2.0 is not below beta_fast 1.0",
         ),
         (
             encoder(feed_forward={**CHOOSING, "units_per_block": [1, 2]}),
@@ -195,7 +228,15 @@ class Drawn(random.Random):
             return (
                 made
                 | {"experts": 4}
-                | self.fields(0.5, experts_per_token=[2], gate=["probability"], load_balancing=[0])
+                | self.fields(
+                    *(0.5,),
+                    experts_per_token=[2, 3],
+                    gate=["probability", "output_probability"],
+                    normalize_probabilities=[True],
+                    gated=[True],
+                    bias=[False],
+                    load_balancing=[0],
+                )
             )
         made |= {
             "block_size": self.choice([4, 8]),
@@ -218,7 +259,7 @@ class Drawn(random.Random):
             key_value_heads=[1, 2],
             bias=[False],
             output_bias=[True, False],
-            query_key_norm=[True],
+            query_key_norm=[True, "width"],
             query_key_rank=[1, 7],
             share_query_key=[True],
             kind=["lsh"],
@@ -240,6 +281,7 @@ class Drawn(random.Random):
             normalization=["rms"],
             rotary_fraction=[0.5],
             parallel=[True],
+            shared_norm=[True],
             embedding_scale=[1.5],
             sru=[{"layers": 2, "width": 3}],
             feed_forward_chunk=[3],

@@ -38,6 +38,8 @@ from sparsecli.decode.native.shape import shape_of
 from sparsecli.decode.packed.folder import read_weights
 from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.reference.step import Reference
+from sparsecli.model.auto import build_network
 from sparsecli.model.files import read_description
 from sparsecli.recipe.loader import load as load_recipe
 from sparsecli.spec.model import ModelSpec
@@ -259,6 +261,50 @@ def test_greedy_text_equals_that_of_transformers(name: str) -> None:
 @every_model
 def test_long_greedy_text_equals_that_of_transformers(name: str) -> None:
     assert_same_text(name, 2000)
+
+
+# -- texts that grow beyond the short rotary frequencies --------------------------------------------------------
+
+SWITCH = 10
+
+
+def by_length(count: int) -> tuple[PackedModel, list[int], np.ndarray]:
+    """A model whose frequencies change beyond `SWITCH` tokens, some tokens, and the logits after each by the model that
+    transformers runs, which reads every text anew."""
+    fields = spec_of("phi 3").model_dump()
+    fields["rotary_scaling"] = {**fields["rotary_scaling"], "original_positions": SWITCH}
+    torch.manual_seed(0)
+    model = build_network(ModelSpec.model_validate(fields)).eval()
+    tokens = tokens_of("phi 3", count)
+    with torch.no_grad():
+        rows = [model(torch.tensor([tokens[: end + 1]])).logits[0, -1].numpy() for end in range(count)]
+    return pack(model.config.spec, weights_of(model), EXACT), tokens, np.stack(rows)
+
+
+def test_rotary_frequencies_depend_on_the_length_of_a_text() -> None:
+    model, tokens, wanted = by_length(COUNT)
+    assert_close(Reference(model).logits(tokens), wanted)
+    engine = start(model, 2)
+    assert_close(stepped(engine, tokens), wanted)
+    for begun in (1, SWITCH, SWITCH + 1):  # prompts on either side
+        sequence = engine.sequence(COUNT)
+        assert_close(engine.prefill(sequence, tokens[:begun]), wanted[begun - 1])
+        assert_close(engine.prefill(sequence, tokens[begun:]), wanted[-1])
+        sequence.truncate(5)
+        assert_close(engine.step(sequence, tokens[5]), wanted[5])
+        assert_close(engine.prefill(sequence, tokens[6 : SWITCH + 2]), wanted[SWITCH + 1])
+
+
+def test_texts_on_both_sides_go_together() -> None:
+    model, tokens, wanted = by_length(COUNT)
+    engine = start(model, 2)
+    begun = (3, SWITCH - 1, SWITCH, 17)
+    sequences = [engine.sequence(COUNT) for _ in begun]
+    for sequence, length in zip(sequences, begun, strict=True):
+        engine.prefill(sequence, tokens[:length])
+    for after in range(3):
+        rows = engine.step_batch(sequences, [tokens[length + after] for length in begun])
+        assert_close(rows, wanted[[length + after for length in begun]])
 
 
 # -- quality -------------------------------------------------------------------------------------------------

@@ -118,6 +118,16 @@ def test_imported_models_read_the_same_in_both_backends(tmp_path: Path, text: Pa
 
 
 @needs_native
+def test_the_length_of_a_window_decides_on_rotary_frequencies(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign("phi3, longrope", tmp_path / "theirs")
+    monkeypatch.setattr("sparsecli.evaluate.losses.LOGITS_AT_ONCE", 300 * 7)
+    losses = [run(tmp_path / "theirs", text, backend=backend).loss for backend in ("native", "torch")]
+    assert losses[0].nats_per_token == pytest.approx(losses[1].nats_per_token, abs=1e-5)
+
+
+@needs_native
 def test_long_windows_are_read_in_pieces(folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(folder, text).loss
     monkeypatch.setattr("sparsecli.evaluate.losses.LOGITS_AT_ONCE", 300 * 7)

@@ -206,7 +206,7 @@ def test_sparse_feed_forward_training(name: str, hard_fraction: float, gate: boo
 @pytest.mark.parametrize(("name", "gate"), [("block_sparse_ff_eval", False), ("switch_sparse_ff_eval", True)])
 def test_mixture(name: str, gate: bool) -> None:
     g = load(name)
-    layer = MixtureFeedForward(16, 48, experts=6, probability_gate=gate).eval()
+    layer = MixtureFeedForward(16, 48, experts=6, probability_gate="probability" if gate else None).eval()
     fill_linear(layer.router, g["R"], None)
     fill(layer.up, g["W1"].T)
     fill(layer.down, g["W2"])

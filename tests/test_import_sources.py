@@ -59,6 +59,9 @@ def refused(source: Path | str, output: Path) -> str:
 # -- what ours cannot express ----------------------------------------------------------------------------------
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -67,8 +70,8 @@ def refused(source: Path | str, output: Path) -> str:
         ({"hidden_act": "quick_gelu"}, "hidden_act: 'quick_gelu' is not a supported activation"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: only weights"),
         (
-            {"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_parameters.rope_type: 'yarn' is not supported",
+            {"rope_parameters": None, "rope_scaling": LONGROPE},
+            "rope_parameters.rope_type: 'longrope' is not supported (default, linear, llama3, yarn)",
         ),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
@@ -95,6 +98,22 @@ def test_a_configuration_that_does_not_fit(fields: dict, message: str, theirs: P
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before: False"),
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim: 16"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step: 2"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers: [1]"),
+        ("qwen3_moe", {"num_experts_per_tok": 6}, "experts_per_token: 6 of 6 experts"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0"),
+        ("mixtral", {"hidden_act": "quick_gelu"}, "hidden_act: 'quick_gelu'"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm: True"),
+        ("falcon", {"alibi": True}, "alibi: only rotary positions"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn: 2"),
+        ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn: False"),
+        ("gptj", {"rotary_dim": 16}, "rotary_dim: 16 is not a part of a head of 8"),
+        ("gptj", {"rotary_dim": 5}, "rotary"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "must be one of ['longrope']",
+        ),
     ],
 )
 def test_features_that_a_family_does_not_share(kind: str, fields: dict, message: str, tmp_path: Path) -> None:
@@ -339,8 +358,12 @@ def test_prompts_begin_as_the_original_tokenizer_begins_them(theirs: Path, tmp_p
     [
         ({"origin": None}, "was not imported"),
         (
+            {"feed_forward": {"kind": "sparse", "d_ff": 48, "block_size": 8, "rank": 4}},
+            "are sparse, not dense any more",
+        ),
+        (
             {"feed_forward": {"kind": "mixture", "d_ff": 48, "experts": 3, "activation": "silu"}},
-            "are mixture, not dense any more",
+            "feed_forward is not as it was imported",
         ),
         ({"rotary_base": 5.0}, "rotary_base is not as it was imported"),
         ({"origin": {"config": {"model_type": "mpt"}}}, "origin.config: model_type: 'mpt'"),

@@ -17,6 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sparsecli.data.tokenization import beginning, encode
 from sparsecli.decode.native import binding
+from sparsecli.decode.packed.folder import pack_folder
+from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.reference.step import Reference
 from sparsecli.generate.backend import open_decoder
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.interchange import exporting, importing, safetensors_files
@@ -46,11 +49,10 @@ def imported(model: PreTrainedModel, tmp_path: Path, **options: object) -> Path:
     return tmp_path / "ours"
 
 
-def by_the_engine(folder: Path, start: list[int], tokens: int) -> list[int]:
-    """What the native engine writes greedily, with `start` in front."""
-    with closing(
-        open_decoder(folder, read_description(folder), DecoderOptions("native", threads=1))
-    ) as engine:
+def by_the_engine(folder: Path, start: list[int], tokens: int, backend: str = "native") -> list[int]:
+    """What the native engine, or another backend, writes greedily, with `start` in front."""
+    options = DecoderOptions(backend, threads=1)
+    with closing(open_decoder(folder, read_description(folder), options)) as engine:
         text = [*start, int(engine.prefill(start, len(start) + tokens).argmax())]
         while len(text) < len(start) + tokens:
             text.append(int(engine.step(text[-1]).argmax()))
@@ -73,6 +75,9 @@ def test_an_imported_model_is_the_original(name: str, tmp_path: Path) -> None:
     assert len(set(text)) > 10  # a model that says one thing only would prove little
     if binding.available() is None:
         assert by_the_engine(tmp_path / "ours", start[0].tolist(), 200) == text
+
+    twin = Reference(pack_folder(tmp_path / "ours", ours.config.spec, Precision.of("float32")))
+    np.testing.assert_allclose(twin.logits(prompt()[0].tolist()), expected[0].numpy(), atol=1e-4, rtol=1e-4)
 
     exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "back")
     assert "sparsecli" not in (tmp_path / "back" / "config.json").read_text()
@@ -115,15 +120,59 @@ def test_shards_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "config.json").stat().st_mode}
 
 
-def test_frequencies_are_those_of_transformers() -> None:
-    for name in ("llama, llama3 positions", "llama, linear positions", "neox, parallel", "qwen3"):
-        kind, fields = MODELS[name]
-        original = build(kind, **{**fields, "num_attention_heads": 1, "num_key_value_heads": 1})
-        (expected,) = (
-            module.inv_freq for module in original.modules() if hasattr(module, "original_inv_freq")
-        )
-        _, spec = read_architecture(original.config.to_dict())
-        np.testing.assert_allclose(rotary_frequencies(spec), expected.numpy(), rtol=1.2e-7)  # the last bit
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama, llama3 positions", "llama, linear positions", "neox, parallel", "qwen3", "llama, yarn"),
+        *("qwen2, yarn with all its fields", "stablelm"),
+    ],
+)
+def test_frequencies_are_those_of_transformers(name: str) -> None:
+    kind, fields = MODELS[name]
+    original = build(kind, **{**fields, "num_attention_heads": 1, "num_key_value_heads": 1})
+    (found,) = (module for module in original.modules() if hasattr(module, "original_inv_freq"))
+    _, spec = read_architecture(original.config.to_dict())
+    np.testing.assert_allclose(rotary_frequencies(spec), found.inv_freq.numpy(), rtol=1.2e-7)  # the last bit
+    assert spec.rotary_attention_factor == found.attention_scaling
+
+
+@torch.no_grad()
+def test_long_texts_are_turned_by_the_long_factors(tmp_path: Path) -> None:
+    """Phi-3 on either side of its original context of 64 tokens, and while a text grows beyond it."""
+    original = build("phi3", **MODELS["phi3, longrope"][1])
+    ours = load_network(imported(original, tmp_path))
+    ids = torch.cat((prompt(), prompt().flip(1)), 1)  # (2, 80)
+    for length in (64, 65, 80):
+        text = ids[:, :length]
+        torch.testing.assert_close(ours(text).logits, original(text).logits, atol=3e-5, rtol=1e-5)
+    start = ids[:1, :60]
+    text = greedy(original, start, 20)
+    for backend in ("torch", "native") if binding.available() is None else ("torch",):
+        assert by_the_engine(tmp_path / "ours", start[0].tolist(), 20, backend) == text
+
+    padded = torch.cat((torch.zeros(1, 30, dtype=torch.long), start), 1)
+    mask = (torch.arange(90) >= 30).long()[None]
+    left = ours.generate(
+        padded, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=0, eos_token_id=None
+    )
+    assert left[0, 30:].tolist() == text
+
+    begun = ours(start, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="beyond 64 positions"):
+        ours(ids[:1, 60:70], past_key_values=begun)
+
+
+def test_a_missing_expert(tmp_path: Path) -> None:
+    folder = save(build("mixtral", **MODELS["mixtral"][1]), tmp_path / "theirs")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.{}.w1.weight"
+    last = tensors.pop(name.format(5))
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(importing.Failure, match=r"experts\.\*\.w1\.weight is \(5, 48, 32\)"):
+        importing.run(source=str(folder), output=tmp_path / "ours")
+    save_file(tensors | {name.format(6): last}, folder / "model.safetensors")
+    with pytest.raises(importing.Failure, match=r"misses tensor model\.layers\.1\.block_sparse_moe\.experts"):
+        importing.run(source=str(folder), output=tmp_path / "ours")
 
 
 def spec_read(name: str, **changed: object) -> ModelSpec:

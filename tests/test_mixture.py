@@ -84,7 +84,13 @@ def test_even_use_gives_one_and_one_expert_gives_their_number(count: int) -> Non
 def test_the_layers_gradient_is_that_of_the_sum(count: int, gate: bool) -> None:
     """Against a layer without the loss, and the loss written out and added."""
     torch.manual_seed(0)
-    layer = MixtureFeedForward(8, 24, 6, count, "relu", 1.0, 0.0, gate, load_balancing=WEIGHT).train()
+    layer = MixtureFeedForward(
+        *(8, 24, 6, count),
+        hard_fraction=1.0,
+        temperature=0.0,
+        probability_gate="probability" if gate else None,
+        load_balancing=WEIGHT,
+    ).train()
     plain = copy.deepcopy(layer)
     plain.load_balancing = 0.0
     x = torch.randn(2, 5, 8, requires_grad=True)
@@ -105,6 +111,27 @@ def test_the_layers_gradient_is_that_of_the_sum(count: int, gate: bool) -> None:
     (other.sin().sum() + WEIGHT * loss).backward()
     torch.testing.assert_close(of_x, x.grad)
     assert_same(gradients(layer), gradients(plain))
+
+
+@pytest.mark.parametrize("gate", ["none", "probability", "output_probability"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_way_of_reading_experts_gives_the_same(gate: str, gated: bool) -> None:
+    torch.manual_seed(0)
+    layer = MixtureFeedForward(
+        *(8, 24, 6, 3, "gelu", gated),
+        bias=not gated,
+        probability_gate=None if gate == "none" else gate,
+        normalize_probabilities=gate != "none",
+    ).eval()
+    x = torch.randn(9, 8)
+    logits = layer.router(x)
+    chosen = choose(logits, 3)
+    scale = layer._scale(logits, chosen)
+    assert scale is None or torch.allclose(scale.sum(-1), torch.ones(9))
+    masked = layer.evaluate_masked(x, chosen, scale)
+    torch.testing.assert_close(layer.evaluate_by_expert(x, chosen, scale), masked)
+    torch.testing.assert_close(layer(x), masked)
+    torch.testing.assert_close(torch.cat([layer(row[None]) for row in x]), masked)
 
 
 def sum_of_all(model: ScalingTransformerForCausalLM, ids: Tensor) -> dict[str, Tensor]:

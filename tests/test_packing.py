@@ -204,7 +204,7 @@ def test_a_file_is_plain_safetensors(saved: Path) -> None:
 @pytest.mark.parametrize(
     "precision", [Precision.of("float32"), Precision.of("int8")], ids=["float32", "int8"]
 )
-@pytest.mark.parametrize("name", ["sparse", "mixture of two", "dense"])
+@pytest.mark.parametrize("name", ["sparse", "mixture of two", "mixtral", "dense"])
 def test_units_may_stay_in_the_file(name: str, precision: Precision, tmp_path: Path) -> None:
     path = tmp_path / "model.spk"
     save(packed(name, precision), path)

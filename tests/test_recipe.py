@@ -183,7 +183,7 @@ MIXTURE = SMALL.replace("    kind: sparse\n", "    kind: mixture\n").replace(
         ),
         (
             ("experts_per_token: 2", "experts_per_token: 9"),
-            "r.yaml:11:5: model.feed_forward.experts_per_token: expected one of 1, 2, got 9",
+            "r.yaml:11:5: model.feed_forward.experts_per_token: 9 of 8 experts leaves none to skip",
         ),
         (
             ("experts_per_token: 2", "load_balancing: -1"),

@@ -23,11 +23,12 @@ from sparsecli.decode.packed.precision import Precision
 from sparsecli.generate.command import generate
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.drafts import Draft, LookupDrafter, ModelDrafter
+from sparsecli.generate.native_decoder import NativeDecoder
 from sparsecli.generate.sampling import distribution, make_sampler
 from sparsecli.generate.speculation import LONGEST_DRAFT, Pace, speculate
 from sparsecli.generate.text import Generation
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
-from sparsecli.model.files import find_model
+from sparsecli.model.files import find_model, read_description
 from sparsecli.recipe.schema import GenerateSpec
 from sparsecli.spec.model import ModelSpec
 
@@ -153,6 +154,18 @@ def test_greedy_text_is_that_of_the_model_alone(
     if options.get("max_new_tokens") == 500:
         assert drafted["finish"] in ("context", "end")
         assert figures["tokens_per_pass"] > 1 or draft == "small"
+
+
+def test_a_draft_across_a_change_of_rotary_frequencies(tmp_path: Path) -> None:
+    scaling = {"kind": "longrope", "original_positions": 50}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    model = save_model(tmp_path / "model", scale=3.0, positions="rotary", rotary_scaling=scaling | factors)
+    decoder = NativeDecoder(model, read_description(model), DecoderOptions(threads=1))
+    tokens = np.random.default_rng(0).integers(0, 300, 55).tolist()
+    decoder.prefill(tokens[:47], capacity=55)
+    stepped = [decoder.step(token) for token in tokens[47:]]
+    decoder.truncate(47)
+    np.testing.assert_array_equal(decoder.verify(tokens[47:]), np.stack(stepped))
 
 
 @pytest.mark.parametrize("draft", ["lookup", "itself"])

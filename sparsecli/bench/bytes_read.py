@@ -8,7 +8,7 @@ from sparsecli.bench.random_weights import planned
 from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensor_file import WIDTHS
-from sparsecli.decode.packed.tensors import crosses, joins, shares_codes
+from sparsecli.decode.packed.tensors import FREQUENCIES, crosses, joins, shares_codes
 from sparsecli.model.gguf_types import TYPES
 from sparsecli.model.quantization import GROUP
 from sparsecli.spec.model import ModelSpec
@@ -115,7 +115,7 @@ def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int, shares: Sequence[f
         row = cols * WIDTHS[kind] + (SCALE_BYTES if kind == "int8" else 0)
     if slot.name in ("embedding", "positions"):
         return batch * row
-    if slot.name in ("frequencies", "sliding_frequencies"):
+    if slot.name in FREQUENCIES:
         return 0  # computed, not learned
     if slot.name == "head.exact":
         return min(batch * RESCORED, slot.rows) * row

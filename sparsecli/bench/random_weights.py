@@ -12,6 +12,7 @@ from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.decode.packed.pack import PackedModel, frequencies, huge_pages
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
+from sparsecli.decode.packed.tensors import FREQUENCIES
 from sparsecli.model.auto import Network, build_network
 from sparsecli.model.quantization import to_bfloat16
 from sparsecli.model.tensors import tensor_shapes
@@ -133,8 +134,8 @@ def packed_model(
 
 
 def _fill_vector(slot: Slot, array: np.ndarray, spec: ModelSpec) -> None:
-    if slot.name == "frequencies":
-        array[: slot.cols] = frequencies(spec)
+    if slot.name in FREQUENCIES:
+        array[: slot.cols] = frequencies(spec, slot.name)
     elif slot.name.endswith("norm.weight") or slot.name == "importance":
         array[:] = 1
     elif slot.name == "controller.bias":  # units that only fill a block up are never chosen

@@ -32,10 +32,10 @@ def import_(
     ] = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Import a dense model of another architecture.
+    """Import a model of another architecture.
 
-    The architectures are Llama, Mistral, Qwen 2 and 3, Gemma, GPT-2, OPT and GPT-NeoX. The result computes exactly
-    the same function as the original.
+    The architectures are Llama, Mistral, Mixtral, Qwen 2, 3 and 3-MoE, OLMoE, Phi-3, Gemma, StableLM, Falcon, GPT-2,
+    GPT-J, OPT and GPT-NeoX. The result computes exactly the same function as the original.
     """
     from sparsecli.interchange import importing
 

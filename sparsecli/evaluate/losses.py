@@ -80,6 +80,9 @@ def engine_token_losses(engine: Engine, windows: Windows, bar: Progress) -> np.n
     found = []
     sequence = engine.sequence(windows.sequence_length)
     piece = max(1, LOGITS_AT_ONCE // engine.vocabulary)  # pieces of a prompt give the logits of the whole
+    switch = engine.model.spec.rotary_switch
+    if switch and windows.sequence_length - 1 > switch:  # unless its length decides on rotary frequencies
+        piece = windows.sequence_length
     for index in range(len(windows)):
         tokens = windows[index]["input_ids"].tolist()
         sequence.truncate(0)

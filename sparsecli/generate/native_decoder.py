@@ -83,9 +83,15 @@ class NativeDecoder:
         return self.engine.step(self.sequence, token)
 
     def verify(self, tokens: Sequence[int]) -> np.ndarray:
-        """Append `tokens` in one pass and return the logits (n, V) after each, bit by bit those of single steps."""
+        """Append `tokens` in one pass, in two where rotary frequencies change among them, and return the logits (n, V)
+        after each, bit by bit those of single steps."""
         assert self.sequence
-        return self.engine.logits(self.sequence, tokens)
+        short = (self.spec.rotary_switch or 0) - self.sequence.length  # tokens that short frequencies turn
+        if not 0 < short < len(tokens):
+            return self.engine.logits(self.sequence, tokens)
+        return np.concatenate(
+            [self.engine.logits(self.sequence, part) for part in (tokens[:short], tokens[short:])]
+        )
 
     def truncate(self, length: int) -> None:
         """Forget every token but the first `length`."""

@@ -52,9 +52,14 @@ class TorchDecoder:
             capacity += model.prefix_length(len(prompt))
             prompt = [self.network.config.decoder_start_token_id]
         self.cache = DecodeCache.for_model(spec, capacity)
+        self.tokens = list(prompt)
         return self._logits(prompt)
 
     def step(self, token: int) -> np.ndarray:
+        self.tokens.append(token)
+        if len(self.tokens) - 1 == self.network.config.spec.rotary_switch:  # other frequencies from here on
+            self.cache.reset()
+            return self._logits(self.tokens)
         return self._logits([token])
 
     def _logits(self, tokens: Sequence[int]) -> np.ndarray:

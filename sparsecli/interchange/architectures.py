@@ -12,24 +12,36 @@ import torch
 
 from sparsecli.console import Failure
 from sparsecli.interchange.huggingface_configs import (
+    read_falcon,
     read_gemma,
     read_gemma2,
     read_gemma3,
     read_gpt2,
     read_gpt_neox,
+    read_gptj,
     read_granite,
     read_llama,
     read_mistral,
+    read_mixtral,
     read_olmo2,
+    read_olmoe,
     read_opt,
+    read_phi3,
     read_qwen2,
     read_qwen3,
+    read_qwen3_moe,
     read_smollm3,
+    read_stablelm,
 )
 from sparsecli.interchange.tensor_layouts import (
+    EXPERTS,
+    EXPERTS_TRANSPOSED,
+    HALVES,
     NORM_MINUS_ONE,
     POSITIONS_AFTER_PADDING,
-    QKV_BY_HEAD,
+    QKV_BY_GROUP,
+    QKV_BY_ROWS,
+    ROTARY_PAIRS,
     TRANSPOSED,
     TRANSPOSED_QKV,
     UNCHANGED,
@@ -39,7 +51,7 @@ from sparsecli.model.tensors import Shape, tensor_shapes
 from sparsecli.spec.model import ModelSpec
 
 # Constant tensors in old files.
-BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
+BUFFERS = re.compile(r"\.((rotary_emb|rotary|maybe_rotary)\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
 
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 """Configuration fields that no architecture depends on; old files name tokens that do not exist."""
@@ -81,11 +93,13 @@ class ForeignArchitecture:
     Attributes:
         class_name: the class in transformers.
         prefix: of all tensor names but the head's; files of the model without a head lack it.
-        read_config: fields of a `ModelSpec` for a configuration; raises Failure for a field that ours cannot express.
+        read_config: fields of a `ModelSpec` for a configuration, and `head_bias` for a bias on the logits; raises
+            Failure for a field that ours cannot express.
         outer: modules outside the layers.
         layers: the list of layers.
-        layer: modules of every layer.
+        layer: modules of every layer; a `*` stands for the numbers of experts, see `StackedReader`.
         renamed: current names of tensors by their names in older files.
+        two_norms: other names of modules in layers that are parallel and have two norms.
     """
 
     class_name: str
@@ -95,6 +109,7 @@ class ForeignArchitecture:
     layers: str
     layer: Mapping[str, ModuleMapping]
     renamed: Mapping[str, str] = field(default_factory=dict)
+    two_norms: Mapping[str, str] = field(default_factory=dict)
 
     def spec(self, config: Any) -> ModelSpec:
         """Our architecture for a transformers configuration.
@@ -105,9 +120,11 @@ class ForeignArchitecture:
         if getattr(config, "quantization_config", None):
             raise Failure("quantization_config: only weights that are not quantized can be imported")
         tied = bool(config.tie_word_embeddings)
-        vocabulary = {"kind": "dense", "size": config.vocab_size, "tied": tied}
+        fields = self.read_config(config)
+        bias = fields.pop("head_bias", False)
+        vocabulary = {"kind": "dense", "size": config.vocab_size, "tied": tied, "bias": bias}
         try:
-            return ModelSpec.from_config({**self.read_config(config), "vocabulary": vocabulary})
+            return ModelSpec.from_config({**fields, "vocabulary": vocabulary})
         except ValueError as error:
             raise Failure(str(error)) from error
 
@@ -120,6 +137,10 @@ class ForeignArchitecture:
         for name, mapping in self._mappings(spec):
             for kind in ("weight", "bias"):
                 ours = tuple(f"{module}.{kind}" for module in mapping.ours)
+                if (
+                    kind == "weight" and mapping.ours[0] in shapes
+                ):  # units of experts are tensors, not modules
+                    ours = mapping.ours
                 if ours[0] in shapes:
                     empty = [torch.empty(shapes[each], device="meta") for each in ours]
                     shape = tuple(mapping.layout.to_foreign(empty, spec).shape)
@@ -132,6 +153,8 @@ class ForeignArchitecture:
         yield from first
         for index in range(spec.layers):
             for name, mapping in self.layer.items():
+                if spec.parallel and not spec.shared_norm:
+                    name = self.two_norms.get(name, name)
                 ours = tuple(f"model.layers.{index}.{module}" for module in mapping.ours)
                 yield f"{self.layers}.{index}.{name}", ModuleMapping(ours, mapping.layout)
         yield from (last, head)
@@ -175,7 +198,29 @@ NORMS_AROUND = {
     "pre_feedforward_layernorm": "feed_forward_norm",
     **NORMS_AFTER,
 }
-"""Norms of a block by their foreign names."""
+"""Norms of a layer by their foreign names."""
+
+
+OUTER = {
+    "model.embed_tokens": _modules("model.embedding"),
+    "model.norm": _modules("model.norm"),
+    "lm_head": _modules("head"),
+}
+GATED = {
+    "mlp.gate_proj": _modules("feed_forward.gate"),
+    "mlp.up_proj": _modules("feed_forward.up"),
+    "mlp.down_proj": _modules("feed_forward.down"),
+}
+
+
+def _experts(prefix: str, gate: str, up: str, down: str) -> dict[str, ModuleMapping]:
+    """A router and its experts, by the names of an expert's matrices."""
+    return {
+        f"{prefix}.gate": _modules("feed_forward.router"),
+        f"{prefix}.experts.*.{gate}": _modules("feed_forward.gate", layout=EXPERTS),
+        f"{prefix}.experts.*.{up}": _modules("feed_forward.up", layout=EXPERTS),
+        f"{prefix}.experts.*.{down}": _modules("feed_forward.down", layout=EXPERTS_TRANSPOSED),
+    }
 
 
 def _llama_like(
@@ -183,16 +228,13 @@ def _llama_like(
     read_config: Callable[[Any], dict[str, Any]],
     norm: TensorLayout = UNCHANGED,
     norms: Mapping[str, str] = NORMS_BEFORE,
+    feed_forward: Mapping[str, ModuleMapping] = GATED,
 ) -> ForeignArchitecture:
     return ForeignArchitecture(
         class_name,
         prefix="model.",
         read_config=read_config,
-        outer={
-            "model.embed_tokens": _modules("model.embedding"),
-            "model.norm": _modules("model.norm", layout=norm),
-            "lm_head": _modules("head"),
-        },
+        outer={**OUTER, "model.norm": _modules("model.norm", layout=norm)},
         layers="model.layers",
         layer={
             **{name: _modules(ours, layout=norm) for name, ours in norms.items()},
@@ -202,9 +244,7 @@ def _llama_like(
             "self_attn.q_norm": _modules("attention.projection.query_norm", layout=norm),
             "self_attn.k_norm": _modules("attention.projection.key_norm", layout=norm),
             "self_attn.o_proj": _modules("attention.output"),
-            "mlp.gate_proj": _modules("feed_forward.gate"),
-            "mlp.up_proj": _modules("feed_forward.up"),
-            "mlp.down_proj": _modules("feed_forward.down"),
+            **feed_forward,
         },
     )
 
@@ -220,6 +260,73 @@ ARCHITECTURES = {
     "olmo2": _llama_like("Olmo2ForCausalLM", read_olmo2, norms=NORMS_AFTER),
     "smollm3": _llama_like("SmolLM3ForCausalLM", read_smollm3),
     "granite": _llama_like("GraniteForCausalLM", read_granite),
+    "phi3": ForeignArchitecture(
+        "Phi3ForCausalLM",
+        prefix="model.",
+        read_config=read_phi3,
+        outer=OUTER,
+        layers="model.layers",
+        layer={
+            "input_layernorm": _modules("attention_norm"),
+            "self_attn.qkv_proj": _modules(*QUERY_KEY_VALUE, layout=QKV_BY_ROWS),
+            "self_attn.o_proj": _modules("attention.output"),
+            "post_attention_layernorm": _modules("feed_forward_norm"),
+            "mlp.gate_up_proj": _modules("feed_forward.gate", "feed_forward.up", layout=HALVES),
+            "mlp.down_proj": _modules("feed_forward.down"),
+        },
+    ),
+    "mixtral": _llama_like(
+        "MixtralForCausalLM", read_mixtral, feed_forward=_experts("block_sparse_moe", "w1", "w3", "w2")
+    ),
+    "qwen3_moe": _llama_like(
+        "Qwen3MoeForCausalLM",
+        read_qwen3_moe,
+        feed_forward=_experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    ),
+    "olmoe": _llama_like(
+        "OlmoeForCausalLM", read_olmoe, feed_forward=_experts("mlp", "gate_proj", "up_proj", "down_proj")
+    ),
+    "stablelm": _llama_like("StableLmForCausalLM", read_stablelm),
+    "falcon": ForeignArchitecture(
+        "FalconForCausalLM",
+        prefix="transformer.",
+        read_config=read_falcon,
+        outer={
+            "transformer.word_embeddings": _modules("model.embedding"),
+            "transformer.ln_f": _modules("model.norm"),
+            "lm_head": _modules("head"),
+        },
+        layers="transformer.h",
+        layer={
+            "input_layernorm": _modules("attention_norm"),
+            "self_attention.query_key_value": _modules(*QUERY_KEY_VALUE, layout=QKV_BY_GROUP),
+            "self_attention.dense": _modules("attention.output"),
+            "post_attention_layernorm": _modules("feed_forward_norm"),
+            "mlp.dense_h_to_4h": _modules("feed_forward.up"),
+            "mlp.dense_4h_to_h": _modules("feed_forward.down"),
+        },
+        two_norms={"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"},
+    ),
+    "gptj": ForeignArchitecture(
+        "GPTJForCausalLM",
+        prefix="transformer.",
+        read_config=read_gptj,
+        outer={
+            "transformer.wte": _modules("model.embedding"),
+            "transformer.ln_f": _modules("model.norm"),
+            "lm_head": _modules("head"),
+        },
+        layers="transformer.h",
+        layer={
+            "ln_1": _modules("attention_norm"),
+            "attn.q_proj": _modules("attention.projection.query", layout=ROTARY_PAIRS),
+            "attn.k_proj": _modules("attention.projection.key", layout=ROTARY_PAIRS),
+            "attn.v_proj": _modules("attention.projection.value"),
+            "attn.out_proj": _modules("attention.output"),
+            "mlp.fc_in": _modules("feed_forward.up"),
+            "mlp.fc_out": _modules("feed_forward.down"),
+        },
+    ),
     "gpt2": ForeignArchitecture(
         "GPT2LMHeadModel",
         prefix="transformer.",
@@ -276,7 +383,7 @@ ARCHITECTURES = {
         layers="gpt_neox.layers",
         layer={
             "input_layernorm": _modules("attention_norm"),
-            "attention.query_key_value": _modules(*QUERY_KEY_VALUE, layout=QKV_BY_HEAD),
+            "attention.query_key_value": _modules(*QUERY_KEY_VALUE, layout=QKV_BY_GROUP),
             "attention.dense": _modules("attention.output"),
             "post_attention_layernorm": _modules("feed_forward_norm"),
             "mlp.dense_h_to_4h": _modules("feed_forward.up"),

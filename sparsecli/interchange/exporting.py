@@ -1,4 +1,4 @@
-"""`sparsecli export`: writes an imported dense model in the layout of its original architecture."""
+"""`sparsecli export`: writes an imported model in the layout of its original architecture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.interchange.architectures import ForeignArchitecture, ForeignTensor
-from sparsecli.interchange.safetensors_files import SafetensorsReader, check_finite, write_shards
+from sparsecli.interchange.safetensors_files import SafetensorsReader, check_finite, unstacked, write_shards
 from sparsecli.interchange.sources import DESCRIPTIONS, read_architecture
 from sparsecli.model.files import (
     CONFIG,
@@ -34,7 +34,7 @@ def run(*, model: str, output: Path) -> None:
     """The `export` command: a folder that transformers loads without sparsecli.
 
     Raises:
-        Failure: no model or a damaged one, one that is not dense or was never imported, or an output that is there
+        Failure: no model or a damaged one, one that was converted or never imported, or an output that is there
             already or cannot be written.
     """
     folder = find_model(model)
@@ -50,7 +50,7 @@ def run(*, model: str, output: Path) -> None:
         ours = [tensors.read(name) for name in part.ours]
         for name, tensor in zip(part.ours, ours, strict=True):
             check_finite(name, tensor)
-        return {part.name: part.layout.to_foreign(ours, spec)}
+        return unstacked(part.name, part.layout.to_foreign(ours, spec))
 
     with written_beside(output) as beside:
         config["dtype"] = fields.get("dtype", "float32")
@@ -74,7 +74,7 @@ def _original_architecture(
     folder: Path, spec: ModelSpec, fields: dict[str, Any]
 ) -> tuple[ForeignArchitecture, dict[str, Any]]:
     """The original architecture of an imported model, and its config.json."""
-    if spec.feed_forward.kind != "dense":
+    if spec.feed_forward.kind not in ("dense", "mixture"):
         raise Failure(
             f"{folder}: its feed-forward layers are {spec.feed_forward.kind}, not dense any more; "
             "no other program has such a layer"

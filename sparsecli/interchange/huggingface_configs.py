@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,8 +35,13 @@ def _require(config: Any, name: str, value: object) -> None:
         raise Failure(f"{name}: {given!r} is not supported, only {value!r}")
 
 
-def _rotary(config: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Fields of rotary positions; `given` are their parameters, by default those of the whole model."""
+def _rotary(config: Any, given: Mapping[str, Any] | None = None, longrope: bool = False) -> dict[str, Any]:
+    """Fields of rotary positions.
+
+    Args:
+        given: their parameters, by default those of the whole model.
+        longrope: whether these frequencies may be; other classes than Phi-3's mix them in a text.
+    """
     given = config.rope_parameters if given is None else given
     kind = given.get("rope_type", "default")
     scaling: dict[str, Any] | None = None
@@ -49,9 +55,63 @@ def _rotary(config: Any, given: Mapping[str, Any] | None = None) -> dict[str, An
             "high_frequency_factor": _number(given, "high_freq_factor"),
             "original_positions": int(_number(given, "original_max_position_embeddings")),
         }
+    elif kind == "yarn":
+        scaling = _yarn(config, given)
+    elif kind == "longrope" and longrope:
+        scaling = _longrope(config, given)
     elif kind != "default":
-        raise Failure(f"rope_parameters.rope_type: {kind!r} is not supported (default, linear, llama3)")
+        kinds = "default, linear, llama3, yarn" + ", longrope" * longrope
+        raise Failure(f"rope_parameters.rope_type: {kind!r} is not supported ({kinds})")
     return {"positions": "rotary", "rotary_base": _number(given, "rope_theta"), "rotary_scaling": scaling}
+
+
+def _yarn(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    original = int(_number(given, "original_max_position_embeddings"))
+    factor = config.max_position_embeddings / original
+    if given.get("factor") is not None:
+        factor = _number(given, "factor")
+
+    def magnitude(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    attention_factor = magnitude(1.0)
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        attention_factor = magnitude(_number(given, "mscale")) / magnitude(_number(given, "mscale_all_dim"))
+    if given.get("attention_factor") is not None:
+        attention_factor = _number(given, "attention_factor")
+    return {
+        "kind": "yarn",
+        "factor": factor,
+        "original_positions": original,
+        "attention_factor": attention_factor,
+        "beta_fast": _number(given, "beta_fast") if given.get("beta_fast") else 32.0,
+        "beta_slow": _number(given, "beta_slow") if given.get("beta_slow") else 1.0,
+        "truncate": bool(given.get("truncate", True)),
+    }
+
+
+def _longrope(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    original = int(_number(given, "original_max_position_embeddings"))
+    factor = config.max_position_embeddings / original
+    if given.get("factor") is not None:
+        factor = _number(given, "factor")
+    attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    if given.get("attention_factor") is not None:
+        attention_factor = _number(given, "attention_factor")
+    return {
+        "kind": "longrope",
+        "original_positions": original,
+        "short_factor": _numbers(given, "short_factor"),
+        "long_factor": _numbers(given, "long_factor"),
+        "attention_factor": attention_factor,
+    }
+
+
+def _numbers(given: Mapping[str, Any], name: str) -> list[float]:
+    values = given.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        raise Failure(f"rope_parameters.{name}: {values!r} is not a list of numbers")
+    return [float(value) for value in values]
 
 
 def _number(given: Mapping[str, Any], name: str) -> float:
@@ -69,13 +129,21 @@ def _llama(
     norms: bool = False,
     activation: str = "hidden_act",
     rope: Mapping[str, Any] | None = None,
+    longrope: bool = False,
+    partial_rotary: bool = False,
 ) -> dict[str, Any]:
-    """A gated model with RMS norms; `biases` are those of queries, keys and values, and of the output.
+    """A gated model with RMS norms.
 
-    `activation` is the name of its field; `rope` are the rotary parameters, by default those of the whole model.
+    Args:
+        biases: of queries, keys and values, and of the output.
+        norms: of queries and keys.
+        activation: the name of its field.
+        rope: the rotary parameters, by default those of the whole model.
+        longrope, partial_rotary: whether the class has such rotary positions.
     """
     rope = config.rope_parameters if rope is None else rope
-    if rope.get("partial_rotary_factor", 1.0) != 1:
+    fraction = float(rope.get("partial_rotary_factor", 1.0))
+    if fraction != 1 and not partial_rotary:
         raise Failure(
             "rope_parameters.partial_rotary_factor: only rotary positions over whole heads are supported"
         )
@@ -104,8 +172,27 @@ def _llama(
             "gated": True,
             "bias": mlp_bias,
         },
-        **_rotary(config, rope),
+        **_rotary(config, rope, longrope),
+        "rotary_fraction": fraction,
     }
+
+
+def _mixture(
+    config: Any, fields: dict[str, Any], *, experts: int, units: int, normalize: bool
+) -> dict[str, Any]:
+    """`fields` with gated experts of so many `units` in place of the feed-forward layers."""
+    feed_forward = {
+        "kind": "mixture",
+        "d_ff": experts * units,
+        "experts": experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "activation": _activation(config, "hidden_act"),
+        "gated": True,
+        "bias": False,
+        "gate": "output_probability",
+        "normalize_probabilities": normalize,
+    }
+    return {**fields, "feed_forward": feed_forward}
 
 
 def _window(config: Any) -> dict[str, Any]:
@@ -147,6 +234,101 @@ def read_qwen2(config: Any) -> dict[str, Any]:
 
 def read_qwen3(config: Any) -> dict[str, Any]:
     return _llama(config, biases=(config.attention_bias,) * 2, norms=True)
+
+
+def read_phi3(config: Any) -> dict[str, Any]:
+    return _llama(config, biases=(False, False), longrope=True, partial_rotary=True)
+
+
+def read_mixtral(config: Any) -> dict[str, Any]:
+    fields = _llama(config, biases=(False, False))
+    experts, units = config.num_local_experts, config.intermediate_size
+    return _mixture(config, fields, experts=experts, units=units, normalize=True)
+
+
+def read_qwen3_moe(config: Any) -> dict[str, Any]:
+    _require(config, "decoder_sparse_step", 1)
+    _require(config, "mlp_only_layers", [])
+    fields = _llama(config, biases=(config.attention_bias,) * 2, norms=True)
+    experts, units = config.num_experts, config.moe_intermediate_size
+    return _mixture(config, fields, experts=experts, units=units, normalize=config.norm_topk_prob)
+
+
+def read_olmoe(config: Any) -> dict[str, Any]:
+    _require(config, "clip_qkv", None)
+    fields = _llama(config, biases=(config.attention_bias,) * 2, norms=True)
+    fields["attention"]["query_key_norm_over"] = "projection"
+    experts, units = config.num_experts, config.intermediate_size
+    return _mixture(config, fields, experts=experts, units=units, normalize=config.norm_topk_prob)
+
+
+def read_stablelm(config: Any) -> dict[str, Any]:
+    _require(config, "qk_layernorm", False)
+    heads = config.num_attention_heads
+    return {
+        **_two_matrices(config, config.intermediate_size, "hidden_act"),
+        **_rotary(config),
+        "rotary_fraction": float(config.rope_parameters.get("partial_rotary_factor", 1.0)),
+        "attention": {
+            "projection": "dense",
+            "key_value_heads": None if config.num_key_value_heads == heads else config.num_key_value_heads,
+            "bias": config.use_qkv_bias,
+            "output_bias": False if config.use_qkv_bias else None,
+        },
+        "feed_forward": {
+            "kind": "dense",
+            "d_ff": config.intermediate_size,
+            "activation": _activation(config, "hidden_act"),
+            "gated": True,
+            "bias": False,
+        },
+        "parallel": config.use_parallel_residual,
+        "shared_norm": config.use_parallel_residual,
+        "normalization_epsilon": config.layer_norm_eps,
+    }
+
+
+def read_falcon(config: Any) -> dict[str, Any]:
+    if config.alibi:
+        raise Failure("alibi: only rotary positions are supported")
+    heads = config.num_attention_heads
+    if config.new_decoder_architecture:
+        _require(config, "parallel_attn", True)
+        key_value_heads, norms = config.num_kv_heads, config.num_ln_in_parallel_attn or 2
+        if norms not in (1, 2):
+            raise Failure(f"num_ln_in_parallel_attn: {norms!r} is not supported (1, 2)")
+    else:
+        _require(config, "num_ln_in_parallel_attn", config.num_ln_in_parallel_attn and 1)
+        key_value_heads, norms = 1 if config.multi_query else heads, 1
+    fields = _two_matrices(config, config.ffn_hidden_size, "activation", bool(config.bias))
+    fields["attention"]["key_value_heads"] = None if key_value_heads == heads else key_value_heads
+    return {
+        **fields,
+        **_rotary(config),
+        "parallel": bool(config.parallel_attn),
+        "shared_norm": bool(config.parallel_attn) and norms == 1,
+        "normalization_epsilon": config.layer_norm_epsilon,
+    }
+
+
+def read_gptj(config: Any) -> dict[str, Any]:
+    width = config.n_embd // config.n_head
+    if not isinstance(config.rotary_dim, int) or not 0 < config.rotary_dim <= width:
+        raise Failure(f"rotary_dim: {config.rotary_dim!r} is not a part of a head of {width}")
+    fraction = config.rotary_dim / width
+    if int(width * fraction) < config.rotary_dim:  # a quotient that was rounded down
+        fraction = math.nextafter(fraction, 1)
+    fields = _two_matrices(config, config.n_inner or 4 * config.n_embd, "activation_function")
+    fields["attention"]["bias"] = False
+    return {
+        **fields,
+        "positions": "rotary",
+        "rotary_fraction": fraction,
+        "parallel": True,
+        "shared_norm": True,
+        "normalization_epsilon": config.layer_norm_epsilon,
+        "head_bias": True,
+    }
 
 
 def read_gemma(config: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -20,6 +21,8 @@ SHARD_BYTES = 2_000_000_000
 """Largest size of a weight file, unless one tensor is larger; writing needs that much memory."""
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 Item = TypeVar("Item")
 
@@ -68,6 +71,47 @@ class SafetensorsReader:
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""
         return self.files[name].get_tensor(name)
+
+
+class StackedReader:
+    """The tensors of another reader; those of experts, which files hold one by one, as one tensor for all of them.
+
+    Its name has a `*` in place of the expert's number, and its first axis counts experts. Where numbers, shapes or
+    types do not fit each other, the tensors keep their own names.
+    """
+
+    def __init__(self, reader: TensorReader) -> None:
+        self.reader = reader
+        numbers: dict[str, list[int]] = {}
+        for name in reader.shapes:
+            if match := EXPERT.search(name):
+                stack = f"{name[: match.start(1)]}*{name[match.end(1) :]}"
+                numbers.setdefault(stack, []).append(int(match[1]))
+        self.stacks: dict[str, list[str]] = {}
+        for stack, found in numbers.items():
+            names = [stack.replace("*", str(number)) for number in range(len(found))]
+            kinds = {(reader.shapes.get(name), reader.types.get(name)) for name in names}
+            if len(kinds) == 1 and None not in next(iter(kinds)):
+                self.stacks[stack] = names
+        stacked = {name for names in self.stacks.values() for name in names}
+        self.shapes: dict[str, Shape] = {k: shape for k, shape in reader.shapes.items() if k not in stacked}
+        self.types: dict[str, torch.dtype] = {k: kind for k, kind in reader.types.items() if k not in stacked}
+        for stack, names in self.stacks.items():
+            self.shapes[stack] = (len(names), *reader.shapes[names[0]])
+            self.types[stack] = reader.types[names[0]]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, or a stack."""
+        if name not in self.stacks:
+            return self.reader.read(name)
+        return torch.stack([self.reader.read(each) for each in self.stacks[name]])
+
+
+def unstacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors of single experts in a stack, see `StackedReader`; any other tensor as it is."""
+    if "*" not in name:
+        return {name: tensor}
+    return {name.replace("*", str(number)): each for number, each in enumerate(tensor)}
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecli.console import Failure
 from sparsecli.interchange.architectures import NO_TOKENS, ForeignArchitecture, architecture_of
-from sparsecli.interchange.safetensors_files import SafetensorsReader, TensorReader
+from sparsecli.interchange.safetensors_files import SafetensorsReader, StackedReader, TensorReader
 from sparsecli.interchange.sentencepiece_tokenizer import (
     ADDED_TOKENS,
     SENTENCEPIECE_MODEL,
@@ -81,7 +81,7 @@ class ForeignModel:
             Failure: a file is missing, cut short or damaged, or a pickle.
         """
         assert self.gguf is None
-        return SafetensorsReader(weight_files(self.path))
+        return StackedReader(SafetensorsReader(weight_files(self.path)))
 
     def generation(self) -> dict[str, Any]:
         """Its generation_config.json; empty where there is none."""

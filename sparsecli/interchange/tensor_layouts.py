@@ -34,14 +34,32 @@ def _transposed(tensor: Tensor) -> Tensor:
     return tensor.t() if tensor.ndim == 2 else tensor
 
 
-def _split_heads(tensor: Tensor, spec: ModelSpec) -> Sequence[Tensor]:
-    heads = tensor.unflatten(0, (spec.heads, 3, spec.width_of_head))
-    return [part.flatten(0, 1) for part in heads.unbind(1)]
+def _split_groups(tensor: Tensor, spec: ModelSpec) -> Sequence[Tensor]:
+    groups = tensor.unflatten(0, (spec.key_value_heads, -1, spec.width_of_head))
+    return [part.flatten(0, 2) for part in groups.tensor_split((-2, -1), dim=1)]
 
 
-def _merge_heads(tensors: Sequence[Tensor], spec: ModelSpec) -> Tensor:
-    heads = [tensor.unflatten(0, (spec.heads, spec.width_of_head)) for tensor in tensors]
-    return torch.stack(heads, 1).flatten(0, 2)
+def _merge_groups(tensors: Sequence[Tensor], spec: ModelSpec) -> Tensor:
+    groups = [tensor.unflatten(0, (spec.key_value_heads, -1, spec.width_of_head)) for tensor in tensors]
+    return torch.cat(groups, 1).flatten(0, 2)
+
+
+def _pairs_apart(tensor: Tensor, spec: ModelSpec) -> Tensor:
+    """Elements 0, 2, 4 ... of the turned part of every head, then 1, 3, 5 ..."""
+    turned, rest = tensor.unflatten(0, (spec.heads, -1)).tensor_split((spec.rotary_width,), dim=1)
+    turned = turned.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat((turned, rest), 1).flatten(0, 1)
+
+
+def _pairs_together(tensor: Tensor, spec: ModelSpec) -> Tensor:
+    turned, rest = tensor.unflatten(0, (spec.heads, -1)).tensor_split((spec.rotary_width,), dim=1)
+    turned = turned.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat((turned, rest), 1).flatten(0, 1)
+
+
+def _experts(spec: ModelSpec) -> int:
+    assert spec.feed_forward.kind == "mixture"
+    return spec.feed_forward.experts
 
 
 UNCHANGED = TensorLayout(lambda tensor, _: [tensor], lambda tensors, _: tensors[0])
@@ -54,8 +72,34 @@ TRANSPOSED_QKV = TensorLayout(
 )
 """Queries, keys and values side by side, (inputs, 3 * outputs), as in GPT-2's c_attn."""
 
-QKV_BY_HEAD = TensorLayout(_split_heads, _merge_heads)
-"""Query, key and value of the first head, then of the next, (3 * outputs, inputs), as in GPT-NeoX."""
+QKV_BY_GROUP = TensorLayout(_split_groups, _merge_groups)
+"""Queries of the first head of keys, its key and its value, then those of the next, as in GPT-NeoX and Falcon."""
+
+QKV_BY_ROWS = TensorLayout(
+    lambda tensor, spec: tensor.split((spec.attention_width, spec.key_width, spec.key_width)),
+    lambda tensors, _: torch.cat(tuple(tensors)),
+)
+"""Queries, keys and values one after the other, as in Phi-3."""
+
+HALVES = TensorLayout(lambda tensor, _: tensor.chunk(2), lambda tensors, _: torch.cat(tuple(tensors)))
+"""Two matrices one after the other, as gate and up in Phi-3."""
+
+ROTARY_PAIRS = TensorLayout(
+    lambda tensor, spec: [_pairs_apart(tensor, spec)], lambda tensors, spec: _pairs_together(tensors[0], spec)
+)
+"""Elements that rotary positions turn together side by side, as in GPT-J; ours are half the turned width apart."""
+
+EXPERTS = TensorLayout(
+    lambda tensor, _: [tensor.flatten(0, 1)],
+    lambda tensors, spec: tensors[0].unflatten(0, (_experts(spec), -1)),
+)
+"""A stack (experts, units, inputs) of matrices, as in Mixtral; ours is one matrix."""
+
+EXPERTS_TRANSPOSED = TensorLayout(
+    lambda tensor, _: [tensor.transpose(1, 2).flatten(0, 1)],
+    lambda tensors, spec: tensors[0].unflatten(0, (_experts(spec), -1)).transpose(1, 2),
+)
+"""The same of matrices (outputs, units)."""
 
 NORM_MINUS_ONE = TensorLayout(
     lambda tensor, _: [tensor.float() + 1], lambda tensors, _: tensors[0].float() - 1, changes_values=True

@@ -144,6 +144,8 @@ class DecodeCache(Cache):
         super().__init__(layers=[DecodeLayer(capacity) for _ in range(layers)])
         self.prefix_length = 0
         """Positions of the encoder's output, in front of the target's (Terraformer)."""
+        self.long_rotary: bool | None = None
+        """Whether the long rotary frequencies turned the keys; None where a model has no such."""
 
     @classmethod
     def for_model(cls, spec: ModelSpec, capacity: int = 256) -> DecodeCache:
@@ -163,3 +165,4 @@ class DecodeCache(Cache):
         """See `DecodeLayer.reset`."""
         super().reset()
         self.prefix_length = 0
+        self.long_rotary = None

@@ -50,6 +50,7 @@ class ScalingTransformerConfig(PreTrainedConfig):
     sliding_rotary_base: float | None = DEFAULT.sliding_rotary_base
     rotary_layers: list | None = None
     parallel: bool = DEFAULT.parallel
+    shared_norm: bool = DEFAULT.shared_norm
     embedding_scale: float = DEFAULT.embedding_scale
     residual_scale: float = DEFAULT.residual_scale
     logit_scale: float = DEFAULT.logit_scale

@@ -17,16 +17,17 @@ from sparsecli.model.layers.attention import causal_mask
 from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.gguf import GgufEmbedding, TiedHead, use_gguf_modules
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
-from sparsecli.model.layers.positions import rotary_angles
+from sparsecli.model.layers.positions import RotaryPositions
 from sparsecli.model.layers.quantized import linear
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
 from sparsecli.model.layers.tracing import tracing
-from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.model.transformer_layers import (
     DecoderLayer,
     ReversibleLayer,
     build_norm,
     build_positions,
+    build_rotary,
+    build_sliding_rotary,
     merged,
     run_halves,
 )
@@ -98,10 +99,8 @@ class Decoder(ScalingTransformerPreTrainedModel):
         self.merge = spec.merge
         self.norm = build_norm(spec, spec.merged_width)
         use_gguf_modules(self, spec.quantization.gguf, "model.")
-        self.rotary = rotary_frequencies(spec).tolist() if spec.positions == "rotary" else None
-        self.sliding_rotary = (
-            rotary_frequencies(spec, sliding=True).tolist() if spec.sliding_rotary_base else None
-        )
+        self.rotary = build_rotary(spec)
+        self.sliding_rotary = build_sliding_rotary(spec)
         self.windows = [spec.window(layer) for layer in range(spec.layers)]
         self.rotary_tables = [spec.rotary_table(layer) for layer in range(spec.layers)]
         self.hashes = spec.attention.kind == "lsh"
@@ -196,6 +195,8 @@ class Decoder(ScalingTransformerPreTrainedModel):
             (B, T, d), or (B, T, 2 d) where streams are merged side by side, and the streams that were asked for.
         """
         past_length = cache.length if cache is not None else 0
+        if self.rotary and cache is not None:
+            self._check_rotary(self.rotary, cache, position_ids)
         inputs = self.attention_inputs(streams[0], valid, position_ids, past_length)
         layer_caches = None if cache is None else cache.layers
         if self.reversible:
@@ -210,8 +211,8 @@ class Decoder(ScalingTransformerPreTrainedModel):
         """What attention reads in each layer beside x (B, T, d): see `run_layers`."""
         new, keys = x.shape[1], past_length + x.shape[1]
         angles: dict[str, tuple[Tensor, Tensor] | None] = {"none": None}
-        for table, frequencies in (("full", self.rotary), ("sliding", self.sliding_rotary)):
-            angles[table] = rotary_angles(position_ids, frequencies) if frequencies else None
+        for table, rotary in (("full", self.rotary), ("sliding", self.sliding_rotary)):
+            angles[table] = rotary(position_ids) if rotary else None
         # None is plainly causal: one new token sees everything, a first pass is a triangle. Hashing needs no mask.
         masks: dict[int | None, Tensor | None] = {None: None}
         if not self.hashes and (valid is not None or (past_length and new > 1)):
@@ -223,6 +224,19 @@ class Decoder(ScalingTransformerPreTrainedModel):
             (masks[window], new_valid, angles[table])
             for window, table in zip(self.windows, self.rotary_tables, strict=True)
         ]
+
+    @staticmethod
+    def _check_rotary(rotary: RotaryPositions, cache: DecodeCache, position_ids: Tensor) -> None:
+        """Raise ValueError where the cache's keys were turned by other frequencies than new ones are."""
+        if rotary.long_frequencies is None or torch.compiler.is_compiling() or tracing():
+            return
+        long = rotary.is_long(position_ids)
+        if cache.length and cache.long_rotary != long:
+            raise ValueError(
+                f"a text that grows beyond {rotary.switch} positions turns all of them by its long rotary factors; "
+                "compute it anew, without a cache of its beginning"
+            )
+        cache.long_rotary = long
 
     def _one_stream(
         self,
@@ -330,6 +344,17 @@ class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
     def prefix_length_of(self, model_kwargs: dict[str, Any]) -> int:
         """Positions of the cache in front of those that `generate` counts."""
         return 0
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Empty the cache of a text that has just grown beyond the short rotary frequencies: it is computed anew."""
+        cache, rotary = kwargs.get(CACHE), self.model.rotary
+        if isinstance(cache, DecodeCache) and cache.length and rotary and rotary.long_frequencies is not None:
+            mask = kwargs.get("attention_mask")
+            tokens = input_ids.shape[1] if mask is None else int(mask.sum(-1).max())
+            if cache.long_rotary != (tokens > rotary.switch):
+                cache.reset()
+                kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _prepare_cache_for_generation(
         self,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sparsecli.model.layers.dropout import shared_dropout
-from sparsecli.model.layers.positions import rotary_angles
 from sparsecli.model.layers.reversible import Half, reversible_stack
-from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.model.transformer_layers import (
     EncoderLayer,
     ReversibleLayer,
     build_norm,
     build_positions,
+    build_rotary,
     merged,
     run_halves,
 )
@@ -31,7 +30,7 @@ class Encoder(nn.Module):
         assert spec.encoder
         self.max_positions = spec.encoder.max_positions
         self.position_embedding = build_positions(spec, self.max_positions)
-        self.rotary = rotary_frequencies(spec).tolist() if spec.positions == "rotary" else None
+        self.rotary = build_rotary(spec)
         self.dropout = spec.dropout
         self.reversible = spec.residual == "reversible"
         self.layers = nn.ModuleList(
@@ -67,7 +66,7 @@ class Encoder(nn.Module):
                 )
             x = x + self.position_embedding(position_ids.expand(x.shape[:2])).to(x.dtype)
         x = shared_dropout(x, self.dropout, self.training, (-2,))
-        angles = rotary_angles(position_ids, self.rotary) if self.rotary else None
+        angles = self.rotary(position_ids) if self.rotary else None
         mask = None
         if valid is not None:
             # A row without any token looks at its padding: what it sees means nothing, but it is finite.

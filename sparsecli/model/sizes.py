@@ -81,7 +81,8 @@ def _skipped(module: nn.Module) -> int:
         return sum(weights) * (module.block_size - module.units_per_block) // module.block_size
     if isinstance(module, MixtureFeedForward):
         unread = module.experts - module.experts_per_token
-        return (module.up.numel() + module.down.numel()) * unread // module.experts
+        weights = [weight.numel() for weight in (module.gate, module.up, module.down) if weight is not None]
+        return sum(weights) * unread // module.experts
     return 0
 
 

@@ -88,7 +88,8 @@ def _decoder_block(spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
 
 def _units(spec: ModelSpec, feed_forward: FeedForwardSpec) -> Iterator[tuple[str, Shape]]:
     """A feed-forward layer and the recurrent branch beside it."""
-    yield from _norms_around("feed_forward", spec).items()
+    norms = _norms_around("feed_forward", spec)
+    yield from () if spec.shared_norm else norms.items()
     yield from _named("feed_forward", _feed_forward(feed_forward, spec.d_model)).items()
     if spec.sru:
         width = spec.sru.width
@@ -189,10 +190,12 @@ def _feed_forward(spec: FeedForwardSpec, d_model: int) -> dict[str, Shape]:
     if spec.kind == "precision":
         return shapes | _precision(spec, d_model)
     shapes |= dict.fromkeys(("up", "down"), (spec.d_ff, d_model))  # unit-major
-    if spec.kind == "mixture":
-        return shapes | {"router.weight": (spec.experts, d_model)}
     if spec.gated:
         shapes["gate"] = (spec.d_ff, d_model)
+    if spec.kind == "mixture":
+        if not spec.bias:
+            del shapes["bias"]
+        return shapes | {"router.weight": (spec.experts, d_model)}
     if spec.unit_bias:
         shapes["unit_bias"] = (spec.d_ff,)
     if spec.kind == "sparse":

@@ -32,12 +32,14 @@ from sparsecli.model.layers.positions import (
     AxialPositions,
     DigitPositions,
     LearnedPositions,
+    RotaryPositions,
     SinusoidalPositions,
 )
 from sparsecli.model.layers.quantized import PrecisionFeedForward, SelectorFeedForward, linear
 from sparsecli.model.layers.reversible import Half
 from sparsecli.model.layers.sru import RecurrentBranch
 from sparsecli.model.layers.token_chunks import in_chunks
+from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.spec.attention import AttentionSpec, CrossAttentionSpec
 from sparsecli.spec.feed_forward import FeedForwardSpec
 from sparsecli.spec.model import ModelSpec
@@ -64,6 +66,24 @@ def build_positions(spec: ModelSpec, max_positions: int) -> nn.Module | None:
             assert spec.axial
             return AxialPositions(spec.axial.shape, spec.axial.widths)
     return None
+
+
+def build_rotary(spec: ModelSpec) -> RotaryPositions | None:
+    """Angles of rotary positions; None where there are none."""
+    if spec.positions != "rotary":
+        return None
+    switch = spec.rotary_switch
+    return RotaryPositions(
+        rotary_frequencies(spec).tolist(),
+        rotary_frequencies(spec, "long").tolist() if switch else None,
+        switch or 0,
+        spec.rotary_attention_factor,
+    )
+
+
+def build_sliding_rotary(spec: ModelSpec) -> RotaryPositions | None:
+    """Those of layers with a window; None where they are the others' (`build_rotary`)."""
+    return RotaryPositions(rotary_frequencies(spec, "sliding").tolist()) if spec.sliding_rotary_base else None
 
 
 def build_norm(spec: ModelSpec, width: int | None = None) -> nn.Module:
@@ -167,8 +187,10 @@ def build_feed_forward(spec: ModelSpec, feed_forward: FeedForwardSpec, layer_idx
     fields: dict[str, Any] = feed_forward.model_dump(exclude={"kind", "gate"})
     if isinstance(chosen := fields.get("units_per_block"), list):
         fields["units_per_block"] = chosen[layer_idx]
-    if feed_forward.kind in ("sparse", "mixture"):
+    if feed_forward.kind == "sparse":
         fields["probability_gate"] = feed_forward.gate == "probability"
+    if feed_forward.kind == "mixture":
+        fields["probability_gate"] = None if feed_forward.gate == "none" else feed_forward.gate
     return FEED_FORWARDS[feed_forward.kind](spec.d_model, dropout=spec.dropout, **fields)
 
 
@@ -186,13 +208,14 @@ class WithFeedForward(nn.Module):
     A base class: subclasses call `_add_feed_forward` after they have added their attention.
     """
 
-    feed_forward_norm: nn.Module
+    attention_norm: nn.Module
+    feed_forward_norm: nn.Module | None
     feed_forward: nn.Module
     feed_forward_post_norm: nn.Module
     sru: RecurrentBranch | None
 
     def _add_feed_forward(self, spec: ModelSpec, feed_forward: FeedForwardSpec, layer_idx: int) -> None:
-        self.feed_forward_norm = build_norm_at(spec, "before")
+        self.feed_forward_norm = None if spec.shared_norm else build_norm_at(spec, "before")
         self.feed_forward = build_feed_forward(spec, feed_forward, layer_idx)
         self.feed_forward_post_norm = build_norm_at(spec, "after")
         self.sru = build_recurrence(spec)
@@ -211,7 +234,8 @@ class WithFeedForward(nn.Module):
             valid: bool (B, T), false at padding.
             layer_cache: keeps the recurrent states; `start` is the position of the first token of x.
         """
-        y = in_chunks(self.feed_forward, self.feed_forward_norm(x), self.chunk)
+        norm = self.attention_norm if self.feed_forward_norm is None else self.feed_forward_norm
+        y = in_chunks(self.feed_forward, norm(x), self.chunk)
         y = self.feed_forward_post_norm(y)
         return y if self.sru is None else y + self.sru(x, valid, layer_cache, start)
 
@@ -356,8 +380,8 @@ class ReversibleLayer(WithFeedForward):
             found.append(Half(attend, [*norm.parameters(), *attention.parameters()]))
         layer_cache = layer_caches[0] if layer_caches is not None else None
         start = layer_cache.get_seq_length() if layer_cache is not None else 0
-        layers = [self.feed_forward_norm, self.feed_forward, *([self.sru] if self.sru else [])]
-        weights = [weight for layer in layers for weight in layer.parameters()]
+        layers = [self.feed_forward_norm, self.feed_forward, self.sru]
+        weights = [weight for layer in layers if layer is not None for weight in layer.parameters()]
         branch = partial(self.feed_forward_branch, valid=valid, layer_cache=layer_cache, start=start)
         return [*found, Half(branch, weights, self.last_swap)]
 

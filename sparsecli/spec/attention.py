@@ -74,7 +74,7 @@ class AttentionSpec(Spec):
     query_key_norm: bool = False
     """RMS norms over every head of queries and keys, before rotary positions (as in Qwen 3)."""
     query_key_norm_over: Literal["head", "projection"] = "head"
-    """What such a norm is over: each head, or all heads together (as in OLMo 2)."""
+    """What such a norm is over: each head, or all heads together (as in OLMo 2 and OLMoE)."""
     query_key_rank: Width | None = None
     """Rank of queries, which two dense layers then make; keys keep as large a share of their weights. By default of
     full rank. `dense` projection only."""

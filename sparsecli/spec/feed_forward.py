@@ -146,16 +146,23 @@ class MixtureFeedForwardSpec(Spec):
     """Number of units of all experts together."""
     experts: Annotated[int, Field(ge=2), WIDE]
     """Number of equal slices."""
-    experts_per_token: Literal[1, 2] = 1
+    experts_per_token: Width = 1
     """Experts that a token uses."""
     activation: Activation = "relu"
     """Non-linearity of a unit."""
+    gated: bool = False
+    """Multiply the activated gate by a second, linear branch (SwiGLU-like)."""
+    bias: bool = True
+    """A bias on the sum of the experts."""
     hard_fraction: Probability = 0.5
     """Share of training calls that use the hard choice."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """Scale of the Gumbel noise that is added to the log-probabilities when training."""
-    gate: Literal["none", "probability"] = "none"
-    """`probability` multiplies an expert by its router probability (as in Switch Transformer)."""
+    gate: Literal["none", "probability", "output_probability"] = "none"
+    """`probability` multiplies what an expert's units read by its router probability (as in Switch Transformer),
+    `output_probability` what it gives (as in Mixtral)."""
+    normalize_probabilities: bool = False
+    """Divide the router probabilities of the chosen experts by their sum; the same as a softmax over these alone."""
     load_balancing: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the loss that keeps all experts in use when training (as in Switch Transformer); 0 is none."""
 
@@ -166,6 +173,8 @@ class MixtureFeedForwardSpec(Spec):
             raise fault(
                 "experts_per_token", f"{self.experts_per_token} of {self.experts} experts leaves none to skip"
             )
+        if self.normalize_probabilities and self.gate == "none":
+            raise fault("normalize_probabilities", "needs a gate, which multiplies by them")
         return self
 
 

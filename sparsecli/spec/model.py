@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from sparsecli.spec.attention import AttentionSpec, CrossAttentionSpec, PrefixSpec
 from sparsecli.spec.base import Depth, Size, Spec, Width, check_multiple, fault
 from sparsecli.spec.feed_forward import FeedForwardSpec
-from sparsecli.spec.positions import AxialSpec, RotaryScaling
+from sparsecli.spec.positions import AxialSpec, LongRotaryScaling, RotaryScaling
 from sparsecli.spec.vocabulary import VocabularySpec
 
 GgufTypeName = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
@@ -114,6 +114,8 @@ class ModelSpec(Spec):
     """Which layers have rotary positions (as in SmolLM3); by default every layer. The others have no positions."""
     parallel: bool = False
     """Attention and feed-forward of a layer read the same stream (as in GPT-NeoX), not one after the other."""
+    shared_norm: bool = False
+    """With `parallel`: one norm for both (as in GPT-J)."""
     embedding_scale: Annotated[float, Field(gt=0)] = 1.0
     """Factor on the embedding of tokens (as in Gemma)."""
     residual_scale: Annotated[float, Field(gt=0)] = 1.0
@@ -147,6 +149,8 @@ class ModelSpec(Spec):
             check_multiple("d_model", self.d_model, "heads", self.heads)
         if self.positions == "rotary" and (not self.rotary_width or self.rotary_width % 2):
             raise fault("positions", "rotary positions turn an even part of a head, which this is not")
+        if self.rotary_scaling and self.rotary_scaling.kind == "longrope":
+            self._check_long_rotary(self.rotary_scaling)
         if (
             self.positions in ("learned", "sinusoidal") and self.d_model % 2
         ):  # learned ones start as sinusoids
@@ -160,6 +164,8 @@ class ModelSpec(Spec):
         self._check_streams()
         self._check_layer_lists()
         self._check_single_decoder()
+        if self.shared_norm and (not self.parallel or self.encoder):
+            raise fault("shared_norm", "needs parallel: true, and no encoder")
         if self.feed_forward_chunk:
             self._check_chunk()
         if self.positions == "axial":
@@ -270,6 +276,18 @@ class ModelSpec(Spec):
                 )
                 raise fault("feed_forward_chunk", message)
 
+    def _check_long_rotary(self, scaling: LongRotaryScaling) -> None:
+        for name, factors in (
+            ("short_factor", scaling.short_factor),
+            ("long_factor", scaling.long_factor),
+        ):
+            if self.positions == "rotary" and len(factors) != self.rotary_width // 2:
+                message = f"{len(factors)} numbers for {self.rotary_width // 2} pairs of a head"
+                raise fault(f"rotary_scaling.{name}", message)
+        if self.attention.kind == "lsh" or self.encoder:
+            message = "longrope computes a long text anew, which excludes attention.kind: lsh and an encoder"
+            raise fault("rotary_scaling.kind", message)
+
     def _check_axial(self) -> None:
         if self.axial is None:
             raise fault("axial", "missing; positions: axial needs shape and widths")
@@ -297,9 +315,14 @@ class ModelSpec(Spec):
         return self.heads * self.width_of_head
 
     @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.attention.key_value_heads or self.heads
+
+    @property
     def key_width(self) -> int:
         """Width of all heads of keys together."""
-        return self.width_of_head * (self.attention.key_value_heads or self.heads)
+        return self.width_of_head * self.key_value_heads
 
     @property
     def attention_scale(self) -> float:
@@ -335,6 +358,19 @@ class ModelSpec(Spec):
     def rotary_width(self) -> int:
         """Elements of a head that rotary positions turn."""
         return int(self.width_of_head * self.rotary_fraction)
+
+    @property
+    def rotary_switch(self) -> int | None:
+        """The longest text whose rotary frequencies are the short ones; None where they do not depend on its length."""
+        if self.positions != "rotary" or self.rotary_scaling is None:
+            return None
+        scaling = self.rotary_scaling
+        return scaling.original_positions if scaling.kind == "longrope" else None
+
+    @property
+    def rotary_attention_factor(self) -> float:
+        """What the cosines and sines of rotary angles are multiplied by."""
+        return getattr(self.rotary_scaling, "attention_factor", 1.0)
 
     def units_per_block(self, layer: int) -> int:
         """k of layer `layer`; only for feed-forward kinds that choose units in blocks."""
@@ -400,7 +436,8 @@ class ModelSpec(Spec):
             return cls.model_validate({**DEFAULT.model_dump(), **given})
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "model"
+            parts = [*first["loc"], *([first["ctx"]["field"]] if first["type"] == "fault" else [])]
+            place = ".".join(str(part) for part in parts) or "model"
             raise ValueError(f"{place}: {first['msg']}") from error
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from sparsecli.spec.base import Size, Spec, Width
+from sparsecli.spec.base import Size, Spec, Width, fault
 
 DIGIT_BASES, DIGITS = (11, 13, 14, 15), 8
 """Bases in which `positions: digits` writes a position, and how many digits."""
@@ -43,4 +43,49 @@ class Llama3RotaryScaling(Spec):
     """The context before it was extended."""
 
 
-RotaryScaling = Annotated[LinearRotaryScaling | Llama3RotaryScaling, Field(discriminator="kind")]
+class YarnRotaryScaling(Spec):
+    """Pairs that turn slowly divided by a factor, fast ones kept, a linear ramp between them (YaRN)."""
+
+    kind: Literal["yarn"]
+    factor: Annotated[float, Field(ge=1)]
+    """How many times longer the context is."""
+    original_positions: Size
+    """The context before it was extended."""
+    attention_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the cosines and sines, of queries and of keys."""
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    """Turns over the original context above which a frequency is kept."""
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    """Turns over the original context below which it is divided."""
+    truncate: bool = True
+    """Begin and end the ramp at whole pairs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> YarnRotaryScaling:
+        if self.beta_slow >= self.beta_fast:
+            raise fault("beta_slow", f"{self.beta_slow} is not below beta_fast {self.beta_fast}")
+        return self
+
+
+class LongRotaryScaling(Spec):
+    """Every frequency divided by a factor of its own; other factors where a text is longer than the original context
+    (LongRoPE, as in Phi-3).
+
+    A text that grows beyond the original context is computed anew, with all its positions turned by the long factors.
+    """
+
+    kind: Literal["longrope"]
+    original_positions: Size
+    """The context before it was extended: the longest text that the short factors turn."""
+    short_factor: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """Divisors of the frequencies in a text within the original context, one for each pair of a head."""
+    long_factor: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """Divisors in a longer text."""
+    attention_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the cosines and sines, of queries and of keys."""
+
+
+RotaryScaling = Annotated[
+    LinearRotaryScaling | Llama3RotaryScaling | YarnRotaryScaling | LongRotaryScaling,
+    Field(discriminator="kind"),
+]

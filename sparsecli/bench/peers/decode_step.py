@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sparsecli.bench.random_weights import empty_model
 from sparsecli.model.layers.layer_cache import LayerCache
-from sparsecli.model.layers.positions import rotary_angles
 from sparsecli.spec.model import ModelSpec
 
 
@@ -64,7 +63,7 @@ class DecodeStep(nn.Module):
         x = model.embedding(token) * model.embedding_scale
         if model.position_embedding is not None:
             x = x + model.position_embedding(position).to(x.dtype)
-        angles = rotary_angles(position.unsqueeze(0), model.rotary) if model.rotary else None
+        angles = model.rotary(position.unsqueeze(0)) if model.rotary else None
         for block, memory in zip(model.layers, memories, strict=True):
             x = block(x, mask, None, angles, layer_cache=memory)
         return self.causal_lm.head(model.norm(x)).argmax(-1)

@@ -114,6 +114,8 @@ def unlike_llama(spec: ModelSpec) -> str | None:
         "layer norm": spec.normalization != "rms",
         "other than rotary positions": spec.positions != "rotary" or spec.rotary_fraction != 1,
         "scaled rotary positions": spec.rotary_scaling is not None and _architecture(spec) != "llama",
+        "yarn or longrope positions": spec.rotary_scaling is not None
+        and spec.rotary_scaling.kind in ("yarn", "longrope"),
         "parallel blocks": spec.parallel,
         "a scaled embedding": spec.embedding_scale != 1,
     }

@@ -13,7 +13,7 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
-INTERFACE_VERSION = 10  # of native/engine.h
+INTERFACE_VERSION = 12  # of native/engine.h
 INSTRUCTION_SETS = (
     "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_i8mm_bf16", "neon_dotprod", "neon", "portable",
 )  # fmt: skip
@@ -21,10 +21,10 @@ KERNELS = ("auto", "native", "reference")
 
 SHAPE_FIELDS = (
     "d_model", "layers", "heads", "head_width", "key_value_heads", "max_positions", "vocabulary", "feed_forward",
-    "d_ff", "activation", "gated", "block_size", "rank", "positive", "probability_gate", "projection",
-    "output", "modules", "kernel", "value_concat", "query_key_norm", "query_rank", "key_rank", "rms",
-    "post_norms", "positions",
-    "rotary_width", "parallel", "streams", "concatenate", "attention_layers", "shared_query_key", "hash_rounds",
+    "d_ff", "activation", "gated", "block_size", "rank", "positive", "probability_gate",
+    "normalized_probabilities", "projection", "output", "modules", "kernel", "value_concat", "query_key_norm",
+    "query_rank", "key_rank", "rms", "post_norms", "positions", "rotary_width", "rotary_switch", "parallel",
+    "streams", "concatenate", "attention_layers", "shared_query_key", "hash_rounds",
     "most_keys", "encoder", "query_modules", "recurrent_layers", "recurrent_width", "head_modules", "cache_type",
     "conv_type", "units_on_disk", "poison",
 )  # fmt: skip
@@ -37,6 +37,7 @@ class Shape(Structure):
         *((name, c_int64) for name in SHAPE_FIELDS),
         ("epsilon", c_double),
         ("embedding_scale", c_double),
+        ("rotary_attention_factor", c_double),
         ("attention_scale", c_double),
         ("attention_softcap", c_double),
         ("residual_scale", c_double),

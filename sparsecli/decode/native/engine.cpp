@@ -63,6 +63,22 @@ void in_passes(const std::vector<Token>& tokens, const sparsecli_shape& shape, c
     }
 }
 
+// Sets the rotary frequencies of each sequence for its new length. Returns the tokens that it holds already, where the
+// other frequencies turned them: they are to be computed anew.
+std::vector<Token> choose_frequencies(const std::vector<Token>& tokens, const sparsecli_shape& shape) {
+    std::vector<Token> again;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        Sequence* sequence = tokens[i].sequence;
+        if (i + 1 < tokens.size() && tokens[i + 1].sequence == sequence) continue;
+        const bool longer = tokens[i].position >= shape.rotary_switch;
+        if (sequence->length && longer != sequence->long_frequencies)
+            for (int64_t position = 0; position < sequence->length; ++position)
+                again.push_back({sequence, position, sequence->ids[size_t(position)], nullptr});
+        sequence->long_frequencies = longer;
+    }
+    return again;
+}
+
 // Bounds for which no product of sizes that is computed anywhere leaves 64 bits: a tensor then has less than 2^61
 // bytes.
 std::string check(const sparsecli_shape& s) {
@@ -78,6 +94,10 @@ std::string check(const sparsecli_shape& s) {
     if (outside(s.conv_type, FLOAT32, BFLOAT16)) return wrong("the type of convolutions");
     if (outside(s.head_modules, 0, s.vocabulary)) return wrong("head_modules");
     if (outside(s.query_modules, 0, s.d_model)) return wrong("query_modules");
+    if (outside(s.query_key_norm, NO_NORM, PROJECTION_NORM)) return wrong("query_key_norm");
+    if (outside(s.probability_gate, NO_GATE, GATE_OUTPUT)) return wrong("probability_gate");
+    const bool whole_texts = s.encoder || s.hash_rounds;  // whose caches may come from elsewhere
+    if (outside(s.rotary_switch, 0, whole_texts ? 0 : int64_t(1) << 30)) return wrong("rotary_switch");
     if (outside(s.most_keys, 0, int64_t(1) << 30)) return wrong("the keys that a token attends to");
     if (s.d_model < 1 || s.d_model > 1 << 20) return wrong("d_model");
     if (s.layers < 1 || s.layers > 1 << 16) return wrong("layers");
@@ -108,7 +128,6 @@ std::string check(const sparsecli_shape& s) {
     }
     if (s.head_modules && s.vocabulary % s.head_modules) return wrong("head_modules");
     const bool plain = s.streams == 1 && s.encoder == NO_ENCODER;
-    if (s.query_key_norm < NO_NORM || s.query_key_norm > PROJECTION_NORM) return wrong("query_key_norm");
     if (!plain && (s.post_norms || s.residual_scale != 1)) return wrong("post_norms");
     for (int64_t layer = 0; layer < s.layers; ++layer) {
         const int64_t window = s.windows[layer], table = s.rotary_tables[layer];
@@ -153,7 +172,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 10 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 12 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* name, char* error) {
     const Ops* found = find_ops(name);
@@ -324,6 +343,8 @@ int64_t sparsecli_import_done(sparsecli_engine* engine, sparsecli_sequence* sequ
     const bool has_prefix = engine->model.shape.encoder == PREFIX;
     Sequence& held = sequence->held;
     const bool fine = guarded(error, [&] {
+        if (engine->model.shape.rotary_switch)
+            throw std::runtime_error("a model whose rotary frequencies depend on the length cannot import keys");
         if (engine->model.crosses())
             throw std::runtime_error("a model with cross-attention cannot import keys and values");
         if (positions < 1 || positions > held.capacity || prefix < has_prefix || prefix > (has_prefix ? positions : 0))
@@ -369,6 +390,14 @@ int64_t sparsecli_forward(sparsecli_engine* engine, sparsecli_sequence* const* s
                 logits += shape.vocabulary;
             }
         engine->forward->reserve(longest);
+        if (shape.rotary_switch) {
+            in_passes(choose_frequencies(tokens, shape), shape,
+                      [&](const std::vector<Token>& pass) { engine->forward->run(pass, false); });
+            for (const Token& token : tokens) {
+                token.sequence->ids.resize(size_t(token.position));
+                token.sequence->ids.push_back(token.id);
+            }
+        }
         in_passes(tokens, shape, [&](const std::vector<Token>& pass) {
             engine->forward->run(pass, engine->profile);
             for (const Token& token : pass) {

@@ -17,9 +17,10 @@ struct sparsecli_shape {
     int64_t d_ff, activation, gated;
     int64_t block_size, rank;  // mixture: units of an expert, and experts; selector: rank of the bypass
     int64_t positive;          // selector: units above their threshold, not the best of a block
-    int64_t probability_gate;
-    int64_t projection;  // 0 dense, 1 multiplicative, 2 dense_conv, 3 multiplicative_conv
-    int64_t output;      // 0 none, 1 dense, 2 multiplicative, 3 multiplicative_conv
+    int64_t probability_gate;  // of a chosen unit or expert: 1 yes, of a mixture's before its activations, 2 behind
+    int64_t normalized_probabilities;  // mixture: those of the chosen experts add up to 1
+    int64_t projection;                // 0 dense, 1 multiplicative, 2 dense_conv, 3 multiplicative_conv
+    int64_t output;                    // 0 none, 1 dense, 2 multiplicative, 3 multiplicative_conv
     int64_t modules, kernel;
     int64_t value_concat;          // 0 none, 1 modules, 2 whole
     int64_t query_key_norm;        // before rotary positions: 0 none, 1 over every head, 2 over all heads together
@@ -28,6 +29,7 @@ struct sparsecli_shape {
     int64_t post_norms;        // norms behind attention and the feed-forward layer, too, or only there
     int64_t positions;         // 0 learned, 1 sinusoidal, 2 rotary
     int64_t rotary_width;      // elements of a head that are turned, from its start
+    int64_t rotary_switch;     // longest text that `frequencies` turn, others by `long_frequencies`; 0: all of them
     int64_t parallel;          // attention and feed-forward of a block read the same stream
     int64_t streams;           // 2: blocks read one and add to the other, in turn
     int64_t concatenate;       // the two streams are put side by side in the end, not averaged
@@ -44,6 +46,7 @@ struct sparsecli_shape {
     int64_t units_on_disk;                      // units are mapped from a file: read a layer's chosen rows ahead
     int64_t poison;                             // fill working memory with NaN first, for tests
     double epsilon, embedding_scale;
+    double rotary_attention_factor;                     // on cosines and sines of `frequencies` and `long_frequencies`
     double attention_scale, attention_softcap;          // of scores; a limit of 0: none
     double residual_scale, logit_scale, logit_softcap;  // of what layers add, and of logits
     const int64_t* units_per_block;                     // of every layer, read once; mixture: experts a token

@@ -23,6 +23,7 @@ enum ValueConcat { NO_CONCAT = 0, CONCAT_MODULES = 1, CONCAT_WHOLE = 2 };
 enum SharedQueryKey { OWN_KEYS = 0, ONE_PROJECTION = 1, MEAN_OF_TWO = 2 };
 enum QueryKeyNorm { NO_NORM = 0, HEAD_NORM = 1, PROJECTION_NORM = 2 };
 enum RotaryTable { NO_ROTARY = 0, FULL_ROTARY = 1, SLIDING_ROTARY = 2 };
+enum ProbabilityGate { NO_GATE = 0, GATE_INPUT = 1, GATE_OUTPUT = 2 };
 enum EncoderUse { NO_ENCODER = 0, CROSS_ATTENTION = 1, PREFIX = 2 };
 
 // A linear map, dense or multiplicative (D and E), whichever is bound.
@@ -80,15 +81,15 @@ inline const float* values(const Matrix& vector) { return (const float*)vector.d
 
 struct Model {
     sparsecli_shape shape;
-    Matrix embedding, positions, frequencies, sliding_frequencies, exact_head;
+    Matrix embedding, positions, frequencies, long_frequencies, sliding_frequencies, exact_head;
     Norm norm;
     Linear head;
     std::vector<Block> blocks;
     std::vector<int64_t> chosen_in_blocks, windows, rotary_tables;  // by layer
-    std::vector<LshRotations> rotations;  // [cache][level], null where no sequence needs them
-    bool quantized = false;               // some weights are multiplied with integer activations
-    bool group_sums = false;              // some of them need sums of these, see Activations
-    bool bytes = false;                   // some weights are multiplied with activations in bytes
+    std::vector<LshRotations> rotations;                            // [cache][level], null where no sequence needs them
+    bool quantized = false;   // some weights are multiplied with integer activations
+    bool group_sums = false;  // some of them need sums of these, see Activations
+    bool bytes = false;       // some weights are multiplied with activations in bytes
 
     int64_t attention_width() const { return shape.head_width * shape.heads; }
     int64_t key_width() const { return shape.head_width * shape.key_value_heads; }
@@ -165,6 +166,7 @@ struct Model {
 
     void list(Names& to) {
         to = {{"embedding", &embedding}, {"positions", &positions}, {"frequencies", &frequencies}};
+        to["long_frequencies"] = &long_frequencies;
         to["sliding_frequencies"] = &sliding_frequencies;
         to["head.exact"] = &exact_head;
         list(to, "norm", norm);

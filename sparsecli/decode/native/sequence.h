@@ -16,16 +16,19 @@ struct KeyValues {
     int64_t positions = 0, heads = 0, head_width = 0, value_stride = 0, type = FLOAT32;
     std::vector<int64_t> slots;   // of each cache: positions that it has room for, fewer with a window, then in a ring
     std::vector<int64_t> before;  // the sum of those of earlier caches
-    bool by_rows = false;  // keys are laid out as values are, so that some of them can be read (LSH attention)
+    bool by_rows = false;         // keys are laid out as values are, so that some of them can be read (LSH attention)
     Buffer<char> keys, values;
     Buffer<float> key_scales, value_scales;
 
     HeadCache of_head(int64_t cache_idx, int64_t head) const {
         const int64_t room = slots[size_t(cache_idx)], bytes = type_bytes(type);
         const int64_t at = before[size_t(cache_idx)] * heads + head * room;
-        return {keys.data + at * (by_rows ? value_stride : head_width) * bytes, values.data + at * value_stride * bytes,
-                key_scales.data ? key_scales.data + at : nullptr, value_scales.data ? value_scales.data + at : nullptr,
-                by_rows, room};
+        return {keys.data + at * (by_rows ? value_stride : head_width) * bytes,
+                values.data + at * value_stride * bytes,
+                key_scales.data ? key_scales.data + at : nullptr,
+                value_scales.data ? value_scales.data + at : nullptr,
+                by_rows,
+                room};
     }
 };
 
@@ -57,6 +60,8 @@ struct Sequence {
     int64_t prefix = 0;                                // positions that an encoder's output takes before the tokens
     int64_t newest = 0;                                // last position of the pass that is running
     int64_t stored = 0;                                // positions that rings have taken since the sequence was empty
+    std::vector<int64_t> ids;       // of all positions, where rotary frequencies depend on the length (`rotary_switch`)
+    bool long_frequencies = false;  // turned the keys that are held
     KeyValues self_attention, cross_attention;
     Buffer<int32_t> buckets;                                   // of keys: [cache][head][round][position]
     std::vector<Hashed> hashed;                                // [cache][head]

@@ -28,6 +28,7 @@ POSITIONS = (
 NORMS = ("none", "head", "projection")  # of queries and keys
 ROTARY_TABLES = ("none", "full", "sliding")
 CONCATENATIONS = ("none", "modules", "whole")
+MIXTURE_GATES = {"none": 0, "probability": 1, "output_probability": 2}
 
 
 def shape_of(model: PackedModel, poison: bool) -> Shape:
@@ -54,6 +55,7 @@ def shape_of(model: PackedModel, poison: bool) -> Shape:
         post_norms=spec.norm_placement != "before",
         positions=POSITIONS.index(spec.positions) if spec.positions in POSITIONS else 0,
         rotary_width=spec.rotary_width if spec.positions == "rotary" else 0,
+        rotary_switch=spec.rotary_switch or 0,
         parallel=spec.parallel,
         streams=2 if spec.residual == "reversible" else 1,
         concatenate=spec.merge == "concatenate",
@@ -72,6 +74,7 @@ def shape_of(model: PackedModel, poison: bool) -> Shape:
         poison=poison,
         epsilon=spec.normalization_epsilon,
         embedding_scale=spec.embedding_scale,
+        rotary_attention_factor=spec.rotary_attention_factor,
         attention_scale=spec.attention_scale,
         attention_softcap=attention.logit_softcap or 0,
         residual_scale=spec.residual_scale,
@@ -87,11 +90,12 @@ def _describe_feed_forward(shape: Shape, spec: ModelSpec) -> None:
     shape.feed_forward = FEED_FORWARDS.index(feed_forward.kind)
     shape.d_ff = feed_forward.d_ff
     shape.activation = ACTIVATIONS.index(feed_forward.activation)
+    shape.gated = feed_forward.gated
     if feed_forward.kind == "mixture":  # native/engine.h: the units of an expert, and experts
         shape.block_size, shape.rank = feed_forward.d_ff // feed_forward.experts, feed_forward.experts
-        shape.probability_gate = feed_forward.gate == "probability"
+        shape.probability_gate = MIXTURE_GATES[feed_forward.gate]
+        shape.normalized_probabilities = feed_forward.normalize_probabilities
         return
-    shape.gated = feed_forward.gated
     if feed_forward.kind == "dense":
         return
     shape.block_size = feed_forward.block_size

@@ -15,6 +15,7 @@ from sparsecli.decode.packed.position_tables import position_table
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.quantized_layouts import arrange_panels, arrange_residual
 from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
+from sparsecli.decode.packed.tensors import FREQUENCIES
 from sparsecli.model.gguf_types import TYPES as TYPES_OF_GGUF
 from sparsecli.model.quantization import GROUP, from_bfloat16, quantize_groups, to_bfloat16, unpack_nibbles
 from sparsecli.model.rotary import rotary_frequencies
@@ -159,10 +160,8 @@ def _stored(name: str, slot: Slot, weights: Mapping[str, np.ndarray]) -> np.ndar
 
 def _source(slot: Slot, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> np.ndarray:
     """The tensor's weights (rows, cols) as float32."""
-    if slot.name == "frequencies":
-        return frequencies(spec)[None]
-    if slot.name == "sliding_frequencies":
-        return rotary_frequencies(spec, sliding=True)[None]
+    if slot.name in FREQUENCIES:
+        return frequencies(spec, slot.name)[None]
     found = [_floats(name, weights) for name in slot.sources]
     if slot.name == "positions" and spec.positions != "learned":
         return position_table(spec, found)
@@ -190,10 +189,13 @@ def _floats(name: str, weights: Mapping[str, np.ndarray]) -> np.ndarray:
     return found
 
 
-def frequencies(spec: ModelSpec) -> np.ndarray:
-    """Angles a position of rotary or sinusoidal positions, float32, in the model's own arithmetic."""
+def frequencies(spec: ModelSpec, name: str) -> np.ndarray:
+    """Angles a position of rotary or sinusoidal positions, float32, in the model's own arithmetic.
+
+    `name`: of their tensor, one of `FREQUENCIES`.
+    """
     if spec.positions == "rotary":
-        return rotary_frequencies(spec)
+        return rotary_frequencies(spec, FREQUENCIES[name])
     exponents = np.arange(0, spec.d_model, 2, dtype=np.float32) / np.float32(spec.d_model)
     return (np.float32(10000.0) ** -exponents).astype(np.float32)
 

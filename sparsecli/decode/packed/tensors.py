@@ -10,9 +10,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from sparsecli.decode.packed.layouts import LANES, Slot, padded
+from sparsecli.model.rotary import RotaryTable
 from sparsecli.spec.model import ModelSpec
 
 EMBEDDING = "model.embedding"
+FREQUENCIES: dict[str, RotaryTable] = {
+    "frequencies": "full",
+    "long_frequencies": "long",
+    "sliding_frequencies": "sliding",
+}
+"""Tensors that are computed, not learned: see `rotary_frequencies`. The first may be those of sinusoidal positions."""
 
 
 def slots(spec: ModelSpec) -> list[Slot]:
@@ -130,6 +137,8 @@ def _own(spec: ModelSpec) -> Iterator[Slot]:
     if spec.positions in ("rotary", "sinusoidal"):
         width = spec.rotary_width if spec.positions == "rotary" else d_model
         yield Slot(-1, "frequencies", "vector", 1, width // 2, None, ())
+        if spec.rotary_switch:
+            yield Slot(-1, "long_frequencies", "vector", 1, width // 2, None, ())
         if spec.sliding_rotary_base:
             yield Slot(-1, "sliding_frequencies", "vector", 1, width // 2, None, ())
     else:
@@ -246,18 +255,18 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     block = f"model.layers.{layer}"
     source = f"{block}.feed_forward"
     units = feed_forward.d_ff
-    yield from _norms_around(spec, layer, "feed_forward", f"{block}.feed_forward")
+    shared = f"{block}.attention" if spec.shared_norm else None
+    yield from _norms_around(spec, layer, "feed_forward", shared or f"{block}.feed_forward")
     if feed_forward.kind == "dense":
         for name in ("gate", "up") if feed_forward.gated else ("up",):
             yield from _map(layer, name, f"{source}.{name}", units, d_model, "units")
         yield from _map(layer, "down", f"{source}.down", d_model, units, "units")
         return
+    names = ["gate", "up", "down"] if feed_forward.gated else ["up", "down"]
     if feed_forward.kind == "mixture":
         router = (f"{source}.router.weight",)
         yield Slot(layer, "router", "spans", feed_forward.experts, d_model, "controller", router)
-        names = ["up", "down"]
     else:
-        names = ["gate", "up", "down"] if feed_forward.gated else ["up", "down"]
         unit_bias = (f"{source}.unit_bias",)
         yield Slot(layer, "unit_bias", "vector", 1, units, None, unit_bias, optional=True)
     if feed_forward.kind == "sparse" and chooses(spec, layer):
@@ -281,7 +290,8 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
     else:
         rows_of_units = tuple(f"{source}.{name}" for name in names)
         yield Slot(layer, "units", "units", units * len(names), d_model, "units", rows_of_units)
-    yield Slot(layer, "bias", "vector", 1, d_model, None, (f"{source}.bias",))
+    if getattr(feed_forward, "bias", True):
+        yield Slot(layer, "bias", "vector", 1, d_model, None, (f"{source}.bias",))
 
 
 def chooses(spec: ModelSpec, layer: int) -> bool:

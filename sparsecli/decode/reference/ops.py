@@ -114,11 +114,13 @@ def round_trip(x: Tensor, kind: str) -> Tensor:
     return x.bfloat16().float() if kind == "bfloat16" else x
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x (H, head width): turn the pairs (i, i + width / 2) of its first `width` elements by angles (width / 2,)."""
+def rotate(x: Tensor, angles: Tensor, factor: float = 1.0) -> Tensor:
+    """x (H, head width): turn the pairs (i, i + width / 2) of its first `width` elements by angles (width / 2,), and
+    multiply them by `factor`."""
     half = len(angles)
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    turned = first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()
+    cosine, sine = angles.cos() * factor, angles.sin() * factor
+    turned = first * cosine - second * sine, second * cosine + first * sine
     return torch.cat((*turned, rest), dim=-1)
 
 

@@ -53,10 +53,12 @@ class Reference:
         self.weights, self.quantized = unpack_model(model)
         self.memory: dict[str, list[Tensor]] = defaultdict(list)
         self.length = self.first = 0  # positions held; the first token's, which a prefix precedes
+        self.tokens: list[int] = []  # where rotary frequencies depend on their number
 
     def logits(self, tokens: Iterable[int], source: np.ndarray | None = None) -> np.ndarray:
         """Logits (n, V) after each of `tokens`, of a new sequence that begins with `source`, see `read_source`."""
         self.memory.clear()
+        self.tokens.clear()
         self.length = self.first = 0
         if source is not None:
             self.read_source(source)
@@ -79,11 +81,21 @@ class Reference:
     @torch.no_grad()
     def step(self, token: int) -> np.ndarray:
         """Logits (V,) after `token`, which is added to the sequence."""
+        self.tokens.append(token)
+        if self.length == self.spec.rotary_switch:  # other angles from here on
+            self.memory.clear()
+            self.length = 0
+            for earlier in self.tokens[:-1]:
+                self._run(earlier)
+        logits = self._head(self._normalize("norm", self._run(token))) * self.spec.logit_scale
+        return soft_cap(logits, self.spec.logit_softcap).numpy()
+
+    def _run(self, token: int) -> Tensor:
+        """The stream after all blocks."""
         x = self._embed(token)
         merged = self._single(x) if self.spec.residual == "single" else self._merge(*self._reversible(x, x))
         self.length += 1
-        logits = self._head(self._normalize("norm", merged)) * self.spec.logit_scale
-        return soft_cap(logits, self.spec.logit_softcap).numpy()
+        return merged
 
     def _embed(self, token: int) -> Tensor:
         x = self.weights["embedding"].row(token) * self.spec.embedding_scale
@@ -137,7 +149,10 @@ class Reference:
         return self._linear(f"{branch}leave", y)
 
     def _angles(self, table: str) -> Tensor:
+        switch = self.spec.rotary_switch
         name = "sliding_frequencies" if table == "sliding" else "frequencies"
+        if table == "full" and switch and len(self.tokens) > switch:
+            name = "long_frequencies"
         return self.length * self.weights[name].values[0]
 
     def _normalize(self, name: str, x: Tensor) -> Tensor:
@@ -179,7 +194,8 @@ class Reference:
             q, k = self._head_norm(f"{block}query_norm", q), self._head_norm(f"{block}key_norm", k)
         table = self.spec.rotary_table(layer_idx // self.spec.attention_layers)
         if table != "none":
-            q, k = rotate(q, self._angles(table)), rotate(k, self._angles(table))
+            factor = self.spec.rotary_attention_factor if table == "full" else 1.0
+            q, k = rotate(q, self._angles(table), factor), rotate(k, self._angles(table), factor)
         if spec.shares_query_key:
             k = F.rms_norm(q, q.shape[-1:], eps=UNIT_EPSILON) / self.spec.width_of_head**0.5
         keys, values = self.memory[f"{block}keys"], self.memory[f"{block}values"]
@@ -283,7 +299,7 @@ class Reference:
             return self._linear(f"{block}down", self._activated(gate, h))
         if feed_forward.kind == "precision":
             return self._precise(layer, x)
-        y = self.weights[f"{block}bias"].values[0]
+        y = self.weights[f"{block}bias"].values[0] if f"{block}bias" in self.weights else 0.0
         if feed_forward.kind == "selector":
             chosen, weights = self._selected(layer, x), torch.ones(())
             if feed_forward.bypass:
@@ -294,10 +310,10 @@ class Reference:
             chosen, weights = self._routed(block, x)
 
         up = gemv(self._units(block, chosen, "up"), x)
-        if feed_forward.kind == "mixture":
-            h = self._activated(None, up * weights)  # an expert's probability enters before the activation
+        gate = gemv(self._units(block, chosen, "gate"), x) if feed_forward.gated else None
+        if feed_forward.kind == "mixture" and feed_forward.gate == "probability":  # on what the units read
+            h = self._activated(None if gate is None else gate * weights, up * weights)
         else:
-            gate = gemv(self._units(block, chosen, "gate"), x) if feed_forward.gated else None
             h = self._activated(*self._biased(block, gate, up, chosen)) * weights
         down = self._units(block, chosen, "down")
         return (h * down.scale) @ down.values + y
@@ -333,7 +349,9 @@ class Reference:
         feed_forward = self.spec.feed_forward
         assert feed_forward.kind == "mixture"
         logits = gemv(self.weights[f"{block}router"], x)[None]
-        experts, weights = choose(logits, feed_forward.experts_per_token, feed_forward.gate == "probability")
+        experts, weights = choose(logits, feed_forward.experts_per_token, feed_forward.gate != "none")
+        if feed_forward.normalize_probabilities:
+            weights = weights / weights.sum()
         size = feed_forward.d_ff // feed_forward.experts
         return (experts[:, None] * size + torch.arange(size)).flatten(), weights.repeat_interleave(size)
 

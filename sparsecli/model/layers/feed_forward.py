@@ -293,12 +293,16 @@ class SparseFeedForward(ChosenUnits):
 
 
 class MixtureFeedForward(nn.Module):
-    """Mixture of experts over slices of consecutive units: the layers the paper compares with.
+    """Mixture of experts over slices of consecutive units: the layers the paper compares with, and those of Mixtral.
 
     Without `probability_gate` the chosen expert enters with weight 1 and the router learns through a
     straight-through mask; with it the mask is hard times probability, as in Switch Transformer.
 
     Args:
+        bias: on the sum of the experts.
+        probability_gate: `probability` multiplies what an expert's units read by its router probability,
+            `output_probability` what it gives; None for neither.
+        normalize_probabilities: divide the probabilities of the chosen experts by their sum.
         load_balancing: weight of the loss that keeps all experts in use, over all tokens of a training call, padding
             included; see `load_balancing_loss`. It enters the backward pass, not the value that is minimised.
     """
@@ -315,9 +319,12 @@ class MixtureFeedForward(nn.Module):
         experts: int,
         experts_per_token: int = 1,
         activation: str = "relu",
+        gated: bool = False,
+        bias: bool = True,
         hard_fraction: float = 0.5,
         temperature: float = 0.7,
-        probability_gate: bool = False,
+        probability_gate: str | None = None,
+        normalize_probabilities: bool = False,
         load_balancing: float = 0.01,
         dropout: float = 0.0,
     ) -> None:
@@ -325,45 +332,64 @@ class MixtureFeedForward(nn.Module):
         if d_ff % experts:
             raise ValueError(f"d_ff {d_ff} is not a multiple of experts {experts}")
         self.router = nn.Linear(d_model, experts, bias=False)
-        self.up = nn.Parameter(torch.empty(d_ff, d_model))  # unit-major, an expert's units side by side
+        # Unit-major, an expert's units side by side.
+        self.gate = nn.Parameter(torch.empty(d_ff, d_model)) if gated else None
+        self.up = nn.Parameter(torch.empty(d_ff, d_model))
         self.down = nn.Parameter(torch.empty(d_ff, d_model))
-        self.bias = nn.Parameter(torch.empty(d_model))
+        self.bias = nn.Parameter(torch.empty(d_model)) if bias else None
         self.experts = experts
         self.experts_per_token = experts_per_token
         self.activation = activation
         self.hard_fraction = hard_fraction
         self.temperature = temperature
         self.probability_gate = probability_gate
+        self.normalize_probabilities = normalize_probabilities
         self.load_balancing = load_balancing
         self.dropout = dropout
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.up)
-        nn.init.xavier_uniform_(self.down)
-        nn.init.normal_(self.bias, std=1e-6)
+        for weight in (self.gate, self.up, self.down):
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        if self.bias is not None:
+            nn.init.normal_(self.bias, std=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., d)."""
         tokens = x.reshape(-1, x.shape[-1])
         logits = self.router(tokens)  # (tokens, experts)
         if self.training:
-            y = shared_dropout(self._masked(tokens, self._training_mask(logits)), self.dropout, True, (-2,))
+            y = shared_dropout(self._masked(tokens, *self._training_masks(logits)), self.dropout, True, (-2,))
             y = self._balanced(y, logits)
         else:
             chosen = choose(logits, self.experts_per_token)
-            scale = logits.softmax(dim=-1).gather(-1, chosen) if self.probability_gate else None
-            evaluate = (
-                self.evaluate_sliced if tokens.shape[0] == 1 and not tracing() else self.evaluate_masked
-            )
-            y = evaluate(tokens, chosen, scale)
+            scale = self._scale(logits, chosen)
+            if tracing() or (torch.compiler.is_compiling() and tokens.shape[0] > 1):
+                y = self.evaluate_masked(tokens, chosen, scale)
+            elif tokens.shape[0] == 1:
+                y = self.evaluate_sliced(tokens, chosen, scale)
+            else:
+                y = self.evaluate_by_expert(tokens, chosen, scale)
         return y.view_as(x)
 
-    def _training_mask(self, logits: Tensor) -> Tensor:
+    def _scale(self, logits: Tensor, chosen: Tensor) -> Tensor | None:
+        """Probabilities of the chosen experts (tokens, k); None where there is no gate."""
         if not self.probability_gate:
-            return training_mask(logits, self.experts_per_token, self.temperature, self.hard_fraction)[0]
+            return None
+        scale = logits.float().softmax(dim=-1).gather(-1, chosen)
+        return scale / scale.sum(dim=-1, keepdim=True) if self.normalize_probabilities else scale
+
+    def _training_masks(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What multiplies the experts (tokens, experts): before their activations, and behind."""
+        if not self.probability_gate:
+            mask = training_mask(logits, self.experts_per_token, self.temperature, self.hard_fraction)[0]
+            return mask, None
         noisy, _ = training_mask(logits.detach(), self.experts_per_token, self.temperature, hard_fraction=1.0)
-        return noisy * logits.float().softmax(dim=-1)
+        mask = noisy * logits.float().softmax(dim=-1)
+        if self.normalize_probabilities:
+            mask = mask / mask.sum(dim=-1, keepdim=True)
+        return (mask, None) if self.probability_gate == "probability" else (None, mask)
 
     def _balanced(self, y: Tensor, logits: Tensor) -> Tensor:
         """y with the load-balancing loss of what decoding would choose, noise left out and soft draws alike."""
@@ -374,19 +400,71 @@ class MixtureFeedForward(nn.Module):
 
     def evaluate_sliced(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
         """x (1, d), chosen (1, k) -> (1, d), reading the chosen experts only."""
-        up, down = (weight.view(self.experts, -1, x.shape[-1]) for weight in (self.up, self.down))
-        h = F.linear(x, up[chosen[0]].flatten(0, 1)).view(chosen.shape[1], -1)  # (k, units of an expert)
-        if scale is not None:
-            h = h * scale[0, :, None]
-        h = ACTIVATIONS[self.activation](h).flatten()[None]
-        return h @ down[chosen[0]].flatten(0, 1) + self.bias
+
+        def units(weight: Tensor) -> Tensor:
+            """Rows of the chosen experts (k * units of an expert, d)."""
+            return weight.view(self.experts, -1, x.shape[-1])[chosen[0]].flatten(0, 1)
+
+        factor = None if scale is None else scale[0, :, None].to(x.dtype)
+        before = factor if self.probability_gate == "probability" else None
+
+        def products(weight: Tensor) -> Tensor:
+            """Products of x with them (k, units of an expert)."""
+            made = F.linear(x, units(weight)).view(chosen.shape[1], -1)
+            return made if before is None else made * before
+
+        h = ACTIVATIONS[self.activation](products(self.up if self.gate is None else self.gate))
+        if self.gate is not None:
+            h = h * products(self.up)
+        if factor is not None and before is None:
+            h = h * factor
+        y = h.flatten()[None] @ units(self.down)
+        return y if self.bias is None else y + self.bias
+
+    def evaluate_by_expert(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x (tokens, d), chosen (tokens, k), scale like chosen -> (tokens, d), reading each chosen expert once."""
+        gate, up, down = (
+            None if weight is None else weight.view(self.experts, -1, x.shape[-1])
+            for weight in (self.gate, self.up, self.down)
+        )
+        assert up is not None
+        assert down is not None
+        y = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            rows, choices = (chosen == expert).nonzero(as_tuple=True)
+            factor = None if scale is None else scale[rows, choices, None].to(x.dtype)
+            read = x[rows]
+            if factor is not None and self.probability_gate == "probability":
+                read, factor = read * factor, None
+            first = F.linear(read, up[expert] if gate is None else gate[expert])
+            h = ACTIVATIONS[self.activation](first)
+            if gate is not None:
+                h = h * F.linear(read, up[expert])
+            given = h @ down[expert]
+            given = given if factor is None else given * factor
+            y.index_add_(0, rows, given.to(y.dtype))  # narrower within autocast
+        return y if self.bias is None else y + self.bias
 
     def evaluate_masked(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The same as `evaluate_sliced` for any number of tokens, computing every unit and masking."""
+        """The same as `evaluate_by_expert`, computing every unit and masking: where a program is recorded."""
         values = torch.ones_like(chosen, dtype=x.dtype) if scale is None else scale.to(x.dtype)
-        return self._masked(x, x.new_zeros(x.shape[0], self.experts).scatter(-1, chosen, values))
+        mask = x.new_zeros(x.shape[0], self.experts).scatter(-1, chosen, values)
+        behind = self.probability_gate == "output_probability"
+        return self._masked(x, None, mask) if behind else self._masked(x, mask, None)
 
-    def _masked(self, x: Tensor, mask: Tensor) -> Tensor:
-        h = F.linear(x, self.up)
-        units = mask.to(h.dtype).repeat_interleave(self.up.shape[0] // self.experts, dim=-1)
-        return ACTIVATIONS[self.activation](h * units) @ self.down + self.bias
+    def _masked(self, x: Tensor, before: Tensor | None, behind: Tensor | None) -> Tensor:
+        def of_units(mask: Tensor) -> Tensor:
+            return mask.to(x.dtype).repeat_interleave(self.up.shape[0] // self.experts, dim=-1)
+
+        h, up = F.linear(x, self.up if self.gate is None else self.gate), None
+        if self.gate is not None:
+            up = F.linear(x, self.up)
+        if before is not None:
+            h, up = h * of_units(before), None if up is None else up * of_units(before)
+        h = ACTIVATIONS[self.activation](h)
+        if up is not None:
+            h = h * up
+        if behind is not None:
+            h = h * of_units(behind)
+        y = h @ self.down
+        return y if self.bias is None else y + self.bias

@@ -125,12 +125,52 @@ class AxialPositions(nn.Module):
         return torch.cat(vectors[::-1], dim=-1)
 
 
-def rotary_angles(positions: Tensor, frequencies: Sequence[float]) -> tuple[Tensor, Tensor]:
+class RotaryPositions:
+    """Cosines and sines of rotary angles. No module: nothing of it is stored.
+
+    Args:
+        frequencies: radians a position of each pair of elements, rotary_width / 2 of them.
+        long_frequencies: those of a text of more than `switch` tokens; None where they do not depend on its length.
+        attention_factor: what cosines and sines are multiplied by.
+    """
+
+    def __init__(
+        self,
+        frequencies: Sequence[float],
+        long_frequencies: Sequence[float] | None = None,
+        switch: int = 0,
+        attention_factor: float = 1.0,
+    ) -> None:
+        self.frequencies, self.long_frequencies = list(frequencies), long_frequencies
+        self.switch = switch
+        self.attention_factor = attention_factor
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (B, 1, T, rotary_width) of the angles of `positions` (B, T), float32.
+
+        The largest position tells how long the text is.
+        """
+        turns = torch.tensor(self.frequencies, device=positions.device, dtype=torch.float32)
+        if self.long_frequencies is not None:
+            long = torch.tensor(self.long_frequencies, device=positions.device, dtype=torch.float32)
+            turns = torch.where(positions.max() >= self.switch, long, turns)
+        cosine, sine = rotary_angles(positions, turns)
+        if self.attention_factor == 1:
+            return cosine, sine
+        return cosine * self.attention_factor, sine * self.attention_factor
+
+    def is_long(self, positions: Tensor) -> bool | None:
+        """Whether the long frequencies turn a text whose last tokens are at `positions`; None: there are none."""
+        if self.long_frequencies is None:
+            return None
+        return bool(positions.max() >= self.switch)
+
+
+def rotary_angles(positions: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine (B, 1, T, rotary_width) of the rotary angles of `positions` (B, T), float32.
 
-    `frequencies` are the radians a position of each pair of elements: rotary_width / 2 of them.
+    `turns` are the radians a position of each pair of elements (rotary_width / 2,).
     """
-    turns = torch.tensor(frequencies, device=positions.device, dtype=torch.float32)
     angles = positions[:, None, :, None].float() * turns
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()

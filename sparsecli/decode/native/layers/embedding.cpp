@@ -11,12 +11,12 @@ void read_row(const Pass& pass, const Matrix& table, int64_t row, float* out) {
                    table.cols, out);
 }
 
-// Cosines, then sines.
-void write_angles(const Matrix& frequencies, int64_t position, float* angles) {
+// Cosines, then sines, times `factor`.
+void write_angles(const Matrix& frequencies, int64_t position, float factor, float* angles) {
     const int64_t half = frequencies.cols;
     for (int64_t i = 0; i < half; ++i) {
-        angles[i] = std::cos(float(position) * values(frequencies)[i]);
-        angles[half + i] = std::sin(float(position) * values(frequencies)[i]);
+        angles[i] = std::cos(float(position) * values(frequencies)[i]) * factor;
+        angles[half + i] = std::sin(float(position) * values(frequencies)[i]) * factor;
     }
 }
 
@@ -51,9 +51,12 @@ void Embedding::embed(Pass& pass, int64_t t) {
         read_row(pass, model.positions, position, position_.row(t));
         for (int64_t i = 0; i < d; ++i) x[i] += position_.row(t)[i];
     }
-    if (s.positions == ROTARY) write_angles(model.frequencies, token.position, pass.space.rotary.row(t));
+    if (s.positions == ROTARY) {
+        const Matrix& frequencies = token.sequence->long_frequencies ? model.long_frequencies : model.frequencies;
+        write_angles(frequencies, token.position, float(s.rotary_attention_factor), pass.space.rotary.row(t));
+    }
     if (model.has_sliding_rotary())
-        write_angles(model.sliding_frequencies, token.position, pass.space.sliding_rotary.row(t));
+        write_angles(model.sliding_frequencies, token.position, 1, pass.space.sliding_rotary.row(t));
     const float* frequency = values(model.frequencies);
     const int64_t half = model.frequencies.cols;
     for (int64_t i = 0; i < half && s.positions == SINUSOIDAL && !encoded; ++i) {

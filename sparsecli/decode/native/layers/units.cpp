@@ -43,6 +43,7 @@ void ChosenUnits::add_all(const Pass& pass, const Block& block, int64_t count, i
 
 void add_bias(const Pass& pass, const Block& block, int64_t t, Range columns) {
     const float* bias = values(block.bias);
+    if (!bias) return;
     float* x = pass.residual(t);
     for (int64_t c = columns.begin; c < columns.end; ++c) x[c] += bias[c];
 }

@@ -29,7 +29,7 @@ class ChosenUnits {
     void read_ahead(const Pass& pass, const Block& block, int64_t t, int64_t begin, int64_t end) const;
 };
 
-// Adds columns of a layer's bias to a token's residual.
+// Adds columns of a layer's bias to a token's residual, where there is one.
 void add_bias(const Pass& pass, const Block& block, int64_t t, Range columns);
 
 }  // namespace sparsecli
