@@ -268,11 +268,12 @@ def test_long_greedy_text_equals_that_of_transformers(name: str) -> None:
 SWITCH = 10
 
 
-def by_length(count: int) -> tuple[PackedModel, list[int], np.ndarray]:
+def by_length(count: int, window: int | None = None) -> tuple[PackedModel, list[int], np.ndarray]:
     """A model whose frequencies change beyond `SWITCH` tokens, some tokens, and the logits after each by the model that
     transformers runs, which reads every text anew."""
     fields = spec_of("phi 3").model_dump()
     fields["rotary_scaling"] = {**fields["rotary_scaling"], "original_positions": SWITCH}
+    fields["attention"]["window"] = window
     torch.manual_seed(0)
     model = build_network(ModelSpec.model_validate(fields)).eval()
     tokens = tokens_of("phi 3", count)
@@ -281,8 +282,9 @@ def by_length(count: int) -> tuple[PackedModel, list[int], np.ndarray]:
     return pack(model.config.spec, weights_of(model), EXACT), tokens, np.stack(rows)
 
 
-def test_rotary_frequencies_depend_on_the_length_of_a_text() -> None:
-    model, tokens, wanted = by_length(COUNT)
+@pytest.mark.parametrize("window", [None, 4])
+def test_rotary_frequencies_depend_on_the_length_of_a_text(window: int | None) -> None:
+    model, tokens, wanted = by_length(COUNT, window)
     assert_close(Reference(model).logits(tokens), wanted)
     engine = start(model, 2)
     assert_close(stepped(engine, tokens), wanted)

@@ -34,8 +34,9 @@ def import_(
 ) -> None:
     """Import a model of another architecture.
 
-    The architectures are Llama, Mistral, Mixtral, Qwen 2, 3 and 3-MoE, OLMoE, Phi-3, Gemma, StableLM, Falcon, GPT-2,
-    GPT-J, OPT and GPT-NeoX. The result computes exactly the same function as the original.
+    The architectures are Llama, Mistral, Mixtral, Qwen 2, 3 and 3-MoE, OLMo 2, OLMoE, Phi-3, Gemma 1 to 3, SmolLM3,
+    Granite, StableLM, Falcon, GPT-2, GPT-J, OPT and GPT-NeoX. The result computes exactly the same
+    function as the original.
     """
     from sparsecli.interchange import importing
 
