@@ -37,9 +37,22 @@ def test_bytes_of_one_type_are_those_of_the_active_parameters(name: str) -> None
 @pytest.mark.parametrize("name", FAMILIES | ALONE)
 def test_bytes_of_foreign_models(name: str) -> None:
     spec = spec_of(name)
-    counted = bytes_read.bytes_per_token(spec, Precision.of("bfloat16"), 64, vectors="bfloat16")
+    context = 1  # within every window
+    counted = bytes_read.bytes_per_token(spec, Precision.of("bfloat16"), context, vectors="bfloat16")
     again = spec.tied * spec.d_model * 2  # the token's row of a table that the logits read whole
-    assert counted == count_parameters(spec).bytes_per_token("bfloat16", 64) + again
+    again += spec.shared_norm * spec.layers * 2 * spec.d_model * 2  # a norm of two layers is packed for each of them
+    assert counted == count_parameters(spec).bytes_per_token("bfloat16", context) + again
+
+
+def test_bytes_of_windows() -> None:
+    """A layer with a window reads keys and values of at most so many positions."""
+    spec = spec_of("a window in every layer")
+    window = spec.window(0)
+    assert window
+    short, long = (
+        bytes_read.bytes_per_token(spec, Precision.of("bfloat16"), context) for context in (window, 4 * window)
+    )
+    assert short == long
 
 
 def test_bytes_follow_the_packed_types() -> None:

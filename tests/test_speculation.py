@@ -100,7 +100,15 @@ def written(
 # -- the same text -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        "int8",
+        pytest.param("bfloat16", marks=pytest.mark.slow),
+        pytest.param("int4", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", small_models.MODELS | small_models.QUANTIZED)
 def test_a_pass_over_several_tokens_is_bit_by_bit_that_of_steps(name: str, dtype: str) -> None:
     """On this, lossless speculation stands."""
