@@ -53,7 +53,7 @@ def test_copied_tokens_are_all_but_special_ones_in_all_lengths(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"shortest": 9, "source_length": 9}, "9 tokens and the end are more than source_length 9"),
+        ({"shortest": 9, "source_length": 9}, "9 tokens and the end token are more than source_length 9"),
         ({"source_length": 9, "target_length": 8}, "8 is less than source_length 9"),
     ],
 )

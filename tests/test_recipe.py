@@ -218,11 +218,11 @@ def test_problem_of_a_mixture(change, line):
         ),
         (
             "data: {source: stdlib, pairs: {kind: corrupted, source_length: 1000000}}",
-            "data.pairs.target_length: 128 is less than the 200026 tokens that are left out",
+            "data.pairs.target_length: 128 is less than the 200026 tokens of a target",
         ),
         (
             "data: {source: stdlib, pairs: {kind: corrupted, noise: 0.9999999999999999}}",
-            "data.pairs.target_length: 128 is less than the 641 tokens that are left out",
+            "data.pairs.target_length: 128 is less than the 641 tokens of a target",
         ),
         ("seed: 4294967296", "seed: 4294967296 is more than 2147483647, the most that is taken"),
     ],

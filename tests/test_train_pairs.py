@@ -313,7 +313,7 @@ TEXT = {"source": "stdlib", "tokenizer": {"kind": "bpe", "vocabulary_size": 300}
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        ({}, TEXT, "data.pairs: missing; a model with an encoder learns from pairs"),
+        ({}, TEXT, "data.pairs: missing; a model with an encoder is trained on pairs"),
         (
             {"encoder": None},
             {**TEXT, "pairs": DOCSTRINGS},
@@ -339,7 +339,7 @@ TEXT = {"source": "stdlib", "tokenizer": {"kind": "bpe", "vocabulary_size": 300}
         (
             {},
             {**TEXT, "pairs": {"kind": "corrupted", "source_length": 24, "target_length": 5}},
-            "data.pairs.target_length: 5 is less than the 6 tokens that are left out",
+            "data.pairs.target_length: 5 is less than the 6 tokens of a target",
         ),
     ],
 )
@@ -355,9 +355,9 @@ def test_pairs_and_models_that_do_not_fit(model: dict, data: dict, message: str)
     [
         (
             {"train": {"max_steps": 1, "distillation": {"teacher": "runs/t"}}},
-            "a teacher reads running text, not pairs",
+            "distillation from a teacher needs running text, not pairs",
         ),
-        ({"convert": {"budget": "kept 1/4"}}, "data: a conversion reads running text, not pairs"),
+        ({"convert": {"budget": "kept 1/4"}}, "data: a conversion needs running text, not pairs"),
     ],
 )
 def test_only_training_reads_pairs(block: dict, message: str) -> None:
