@@ -146,11 +146,7 @@ LLAMA_BIASES = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
 ARCHITECTURES = {
     "llama": GgufArchitecture("llama", SIZES, PAIRED, OUTER, biases=LLAMA_BIASES),
     "mistral": GgufArchitecture(
-        "mistral",
-        SIZES | {"sliding_window": "attention.sliding_window"},
-        PAIRED,
-        OUTER,
-        {"sliding_window": None},
+        "mistral", SIZES | {"sliding_window": "attention.sliding_window"}, PAIRED, OUTER, {"sliding_window": None}
     ),
     "qwen2": GgufArchitecture("qwen2", SIZES, LAYER, OUTER),
     "qwen3": GgufArchitecture("qwen3", SIZES, LAYER, OUTER, biases={"attention_bias": "attn_q"}),
@@ -259,9 +255,7 @@ class GgufCheckpoint:
     def _gemma3(self, fields: Mapping[str, Any], layers: int) -> dict[str, Any]:
         """What the files leave out: llama.cpp has it in its code."""
         if layers == GEMMA3_27B_LAYERS:
-            raise Failure(
-                "gemma3 with 62 layers: the file leaves out the scale of attention; import the original"
-            )
+            raise Failure("gemma3 with 62 layers: the file leaves out the scale of attention; import the original")
         local = {"rope_type": "default", "rope_theta": GEMMA3_LOCAL_BASE}
         return {
             "rope_parameters": {"sliding_attention": local, "full_attention": fields["rope_parameters"]},
