@@ -210,7 +210,7 @@ def test_unwritable_output_is_found_before_anything_is_read(
     ("file", "reason"),
     [
         ("model.safetensors", "File too large"),
-        ("optimizer.pt", "not all of it could be written, as on a full disk"),
+        ("optimizer.pt", "could not be written completely; the disk may be full"),
     ],
 )
 def test_full_disk_is_one_line_and_the_run_goes_on(
