@@ -158,8 +158,8 @@ def test_rows_are_documents(tmp_path: Path, suffix: str) -> None:
             b"PK",
             r"rows\.xlsx: \.xlsx files are not supported; convert it, or leave it out \(supported:",
         ),
-        ("texts.tar.gz", b"", r"texts\.tar\.gz: \.tar\.gz files are not read"),
-        ("rows.parquet.gz", b"", r"rows\.parquet\.gz: \.parquet\.gz files are not read"),
+        ("texts.tar.gz", b"", r"texts\.tar\.gz: \.tar\.gz files are not supported"),
+        ("rows.parquet.gz", b"", r"rows\.parquet\.gz: \.parquet\.gz files are not supported"),
     ],
 )
 def test_bad_files_are_named_in_one_line(

@@ -127,7 +127,7 @@ def test_docstrings_end_with_rouge_and_samples(
     assert all(re.fullmatch(r"Return the value plus \d+\.", sample["target"]) for sample in samples)
     printed = capsys.readouterr().out
     assert "ROUGE-1, 2, Lsum" in printed
-    assert "the same of the lead" in printed
+    assert "ROUGE of the lead" in printed
     assert samples[0]["target"] in printed
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert command.Result(**facts["result"]) == result
@@ -301,7 +301,7 @@ def test_the_plan_says_at_most_how_many_tokens(
 
 def test_too_few_pairs_for_a_batch(folder: Path, tmp_path: Path) -> None:
     loaded = recipe(folder, "large", train={"per_device_train_batch_size": 99})
-    with pytest.raises(Failure, match=r"data: \d+ pairs to train on do not fill a batch of 99"):
+    with pytest.raises(Failure, match=r"data: \d+ training pairs do not fill a batch of 99"):
         run(loaded, output=tmp_path / "run")
 
 
