@@ -179,7 +179,7 @@ def test_prompts_are_rows_of_their_own_beside_torch_as_bfloat16() -> None:
 def test_part_of_a_model_reads_no_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     measured = command.run(loaded(measured_layers=1, dtypes=["float32"], prefill=24), format="json")
     assert [row.prefill for row in measured.rows] == [None, None]
-    assert "prompts are read by whole models" in capsys.readouterr().err
+    assert "the prefill is measured only for whole models" in capsys.readouterr().err
 
 
 def test_every_combination_is_a_row_with_a_key_of_its_own() -> None:
@@ -192,7 +192,7 @@ def test_every_combination_is_a_row_with_a_key_of_its_own() -> None:
     shown = render.as_markdown(measured)
     assert "| context | batch |" in shown
     assert "| threads |" not in shown
-    assert "over its sequences" in shown
+    assert "divided by its sequences" in shown
 
 
 def test_threads_are_a_case_each() -> None:

@@ -393,7 +393,7 @@ def test_a_teacher_of_another_vocabulary(place: Place, tmp_path: Path) -> None:
     other = place.folder / "other"
     network(DENSE).save_pretrained(other)
     train_byte_pairs(290, ["another text of other words"] * 5).save_pretrained(other)
-    message = r"train\.distillation\.teacher: .*other has another vocabulary than the text: the id of token .* is \d+ there"
+    message = r"train\.distillation\.teacher: .*other has another vocabulary than the text: the id of .* is \d+ there"
     with pytest.raises(Failure, match=message) as caught:
         run(load(str(place.recipe), [f"train.distillation.teacher={other}"]), output=tmp_path / "run")
     assert "\n" not in caught.value.message
@@ -406,7 +406,7 @@ def test_a_teacher_of_another_vocabulary(place: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.distillation.start_units_per_block=9", "start_units_per_block: 9 is more than the units of a block"),
+        ("train.distillation.start_units_per_block=9", "start_units_per_block: 9 is more than the model's units"),
         ("train.distillation.teacher=WIDE", r"hidden_weight: the teacher is 32 wide, the model 16; set it to 0"),
         ("train.distillation.teacher=nowhere", "nowhere: no such folder"),
         ("train.init_from=nowhere", "nowhere: no such folder"),

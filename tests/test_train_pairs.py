@@ -294,7 +294,7 @@ def test_the_plan_says_at_most_how_many_tokens(
 ) -> None:
     run(recipe(folder, "planned"), output=tmp_path / "run", dry_run=True)
     plan = capsys.readouterr().out
-    assert f"at most {6 * 4 * 56:,}, {4 * 56} a step" in plan
+    assert f"at most {6 * 4 * 56:,}, {4 * 56} per step" in plan
     assert "samples.jsonl" in plan
     assert not (tmp_path / "run").exists()
 

@@ -65,5 +65,5 @@ def why_unwritten(error: Exception) -> str | None:
         return found[1].strip()
     # torch.save does not give the reason.
     if isinstance(error, RuntimeError) and re.search("inline_container|iostream error", str(error)):
-        return "could not be written completely; the disk may be full"
+        return "not all data could be written (disk full?)"
     return None

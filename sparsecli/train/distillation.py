@@ -154,7 +154,7 @@ def check_vocabulary(
         token = min(token for token, number in (known.items() ^ meant.items()))
         raise Failure(
             f"{key}: {folder} has another vocabulary than the text: the id of token {token!a} is "
-            f"{meant.get(token, 'none')} there, {known.get(token, 'none')} here; use the tokenizer of one model throughout"
+            f"{meant.get(token, 'none')} there, {known.get(token, 'none')} here; use one model's tokenizer throughout"
         )
 
 

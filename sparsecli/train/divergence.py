@@ -17,8 +17,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     """Mean over the tokens of KL(teacher || student) in nats, times the temperature's square, as a scalar.
 
     The square keeps the gradient's size independent of the temperature. Computed in float32 for logits of any
-    type. Only
-    the student gets a gradient.
+    type. Only the student gets a gradient.
 
     Args:
         student, teacher: logits (tokens, V).
