@@ -344,7 +344,7 @@ def test_a_model_must_be_named(dense_run: tuple[LoadedRecipe, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["convert.calibration_tokens=10000000"], r"training tokens, but .* ask for 10,000,512"),
+        (["convert.calibration_tokens=10000000"], r"training tokens, but .* need 10,000,512"),
         (['data.paths=["TEXTS/../noise/*.txt"]'], "hardly better than by chance"),
     ],
 )

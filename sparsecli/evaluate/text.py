@@ -95,7 +95,7 @@ def _character_ends(offsets: Sequence[tuple[int, int]], size: int) -> np.ndarray
     together."""
     begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T.copy()
     ends = np.maximum.accumulate(ends)
-    ends[-1:] = size  # a tokenizer may leave spaces at the end to no token
+    ends[-1:] = size  # a tokenizer may drop spaces at the end
     for token in np.flatnonzero(begins[1:] < ends[:-1])[::-1]:
         ends[token] = ends[token + 1]
     return ends
