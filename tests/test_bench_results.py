@@ -125,7 +125,7 @@ def test_the_table_fits_and_keeps_what_matters(width: int) -> None:
     screen = Console(file=io.StringIO(), width=width, markup=False)
     screen.print(render.table(shown, width))
     text = " ".join(screen.file.getvalue().split())
-    assert ("Left out, for 80 characters: " in text) == (width == 80)
+    assert ("Left out to fit 80 characters: " in text) == (width == 80)
     lines = screen.file.getvalue().splitlines()
     assert max(map(cell_len, lines)) <= width
     text = "\n".join(lines)

@@ -64,7 +64,7 @@ def test_copied_tokens_that_do_not_fit(fields: dict[str, int], message: str) -> 
 
 def test_too_few_different_sequences_to_hold_some_out() -> None:
     with pytest.raises(
-        ValidationError, match="2 symbols make 1,024 sequences of 10, too few to hold some out"
+        ValidationError, match="2 symbols make 1,024 sequences of 10, too few for a held-out split"
     ):
         CopyTask(source="copy", symbols=2, length=10, examples=100, held_out=4)
     assert CopyTask(source="copy", symbols=2, length=10, examples=1, held_out=1)

@@ -286,7 +286,7 @@ def test_standard_tags_must_fit():
         ("a: *b\n", "r.yaml:1:4: not YAML: found undefined alias"),
         ("seed: 1\nx: \0\n", r"r.yaml:2:4: the character '\x00' is not allowed"),
         ('"\\UFFFFFFFF"', "r.yaml:1:1: not YAML: an escape or a number is out of range"),
-        ('description: "\\ud800"', "r.yaml:1:14: description: holds half of a character"),
+        ('description: "\\ud800"', "r.yaml:1:14: description: contains a lone surrogate"),
         ("[" * 4000, "r.yaml:1:25: not YAML: nested more than 24 deep"),
         ("? [a]\n: 1\n", "r.yaml:1:3: a key must be a word"),
         ("- seed\n", "r.yaml:1:1: expected blocks such as model, data and train, got a list"),

@@ -35,7 +35,7 @@ class Variant:
     paper: PaperFigures | None = None
     precision: PrecisionChanges = UNCHANGED
     dtypes: Sequence[str] | None = None  # None: those of the bench
-    measured_layers: int | None = None  # so many blocks are built; None: all
+    measured_layers: int | None = None  # number of blocks that are built; None: all
 
     @property
     def whole(self) -> bool:

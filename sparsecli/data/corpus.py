@@ -341,7 +341,7 @@ class Gaps:
 
 
 def _unreadable(label: str, error: BaseException) -> Failure:
-    while error.__cause__ is not None:  # the library's outermost message only says that something failed
+    while error.__cause__ is not None:  # the library's outermost message does not give the reason
         error = error.__cause__
     path = Path(label)
     if isinstance(error, StopIteration) or type(error).__name__ == "EmptyDataError" or _is_empty(path):

@@ -16,7 +16,7 @@ def corrupt(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Remove `counts.spans` spans from tokens (counts.window,), of which the first is always kept.
 
-    Returns the source, in which a sentinel stands for each span, and the target: each sentinel and then its span.
+    Returns the source, in which a sentinel replaces each span, and the target: each sentinel followed by its span.
     Kept and hidden tokens are each cut into that many pieces, all ways equally likely. Both results end with the end
     token.
     """

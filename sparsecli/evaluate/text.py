@@ -65,8 +65,8 @@ def tokenize(
     """The tokens of the documents.
 
     Args:
-        tokens: stop after so many tokens.
-        bytes: stop after so many bytes of text.
+        tokens: stop after this number of tokens.
+        bytes: stop after this number of bytes of text.
     Raises:
         Failure: a document is not Unicode, or has a token that the model does not have.
     """

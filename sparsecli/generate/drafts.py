@@ -82,13 +82,13 @@ class LookupDrafter:
 
 
 class ModelDrafter:
-    """Proposes what a second model generates, by the same sampling options.
+    """Proposes tokens of a second model, drawn with the same sampling options.
 
     Args:
         engine: the second model.
         vocabulary: tokens of the target model. Either model may have a few more, which the tokenizer does not use.
         capacity: tokens of the longest text.
-        seed: decides what is drawn.
+        seed: of the draws.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ FIRST_REST, LONGEST_REST = 16, 512
 TRIAL = 2
 """Tokens of a draft that only tests whether drafts pay again."""
 FORGET = 0.95
-"""Weight of what was measured before, at each new measurement."""
+"""Factor for the weights of earlier measurements at each new measurement."""
 OUTLIER = 4.0
 """Times above this multiple of the expected time are caused by other programs, and are clipped to it."""
 

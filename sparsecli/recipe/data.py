@@ -264,7 +264,7 @@ class CopyTask(Spec):
             sequences = self.symbols**self.length
             raise fault(
                 "length",
-                f"{self.symbols} symbols make {sequences:,} sequences of {self.length}, too few to hold some out",
+                f"{self.symbols} symbols make {sequences:,} sequences of {self.length}, too few for a held-out split",
             )
         return self
 

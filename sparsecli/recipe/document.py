@@ -184,7 +184,7 @@ class _Reading:
             return items
         if isinstance(node, yaml.ScalarNode) and node.tag not in (_MAP, _LIST):
             return self.scalar(node, path)
-        self.refuse(node, path, f"the tag {node.tag!a} does not fit what follows it")
+        self.refuse(node, path, f"the tag {node.tag!a} does not fit its value")
         return None
 
     def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class _Reading:
             self.refuse(node, path, f"{text[:40]!a} does not fit its tag")
             return None
         if _surrogates(text):
-            self.refuse(node, path, "holds half of a character (a lone surrogate)")
+            self.refuse(node, path, "contains a lone surrogate, which is not a character")
             return None
         return text
 

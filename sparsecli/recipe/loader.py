@@ -35,7 +35,7 @@ class LoadedRecipe:
 
     @property
     def output(self) -> Path:
-        """Where a run goes unless the command line says otherwise."""
+        """The default run directory, which `--output` overrides."""
         return Path(self.recipe.output or f"runs/{self.name}")
 
 

@@ -52,7 +52,7 @@ Method = Literal["precision", "selector", "controller", "exact"]
 
 
 class KeptAttention(Spec):
-    """Attention stays as it is."""
+    """Attention is not changed."""
 
     kind: Literal["keep"] = "keep"
 
@@ -232,7 +232,7 @@ class BenchSpec(Spec):
     variants: Annotated[list[VariantSpec], Field(min_length=1)] | None = None
     """Rows of the table; the first of group `dense` is the baseline. Trained runs (`--model`) need none."""
     equal_sizes: bool = True
-    """Require the same number of parameters in all variants, within 1 %; the paper's own variants differ."""
+    """Expect the same number of parameters in all variants, within 1 %; the paper's own variants differ."""
     backends: Annotated[list[Literal["native", "torch"]], Field(min_length=1)] | None = None
     """Decode backends; by default native where it can be used, else torch."""
     peers: list[Literal["llama.cpp", "openvino", "ctranslate2", "torch.compile"]] = Field(default=[])
@@ -278,7 +278,7 @@ class BenchSpec(Spec):
 
 
 class Recipe(Spec):
-    """A recipe: what to build, on which text, and how to train, convert, run and measure it."""
+    """A recipe: the model, its text, and the settings of training, conversion, generation and benchmark."""
 
     description: str = ""
     """One line, shown by `recipes ls`."""

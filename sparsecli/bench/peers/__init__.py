@@ -70,7 +70,7 @@ class Peer:
     reads_prompts: bool = False  # its decoders are `PromptPeerDecoder`s
 
     def missing(self) -> str | None:
-        """What is missing to run it, as the end of a sentence; None if nothing is."""
+        """The missing requirement, as the end of a sentence; None if the program can be used."""
         if any(importlib.util.find_spec(package) is None for package in self.packages):
             return f"it is not installed; pip install 'sparsecli[{self.extra}]'"
         if not self.packages and shutil.which(os.environ.get("CXX", "g++")) is None:

@@ -150,7 +150,7 @@ def run(
             step = in_a_process(kind, shape, layers, device, threads)
             found[kind].append(step)
             figures = (
-                f"{step.activations / MIB:,.0f} MiB, {step.peak / MIB:,.0f} MiB in all, {step.seconds:.1f} s"
+                f"{step.activations / MIB:,.0f} MiB, {step.peak / MIB:,.0f} MiB total, {step.seconds:.1f} s"
             )
             console.say(f"{kind}, {layers} layers: {figures}")
     read = f"{shape.source} + {shape.tokens}" if shape.source else f"{shape.tokens}"

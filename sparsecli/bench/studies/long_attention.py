@@ -232,7 +232,7 @@ def _run(given: argparse.Namespace) -> None:
     found = [
         compare_decoding(length, spec, given.heads, given.device, given.repeats) for length in given.lengths
     ]
-    _print(found, f"one token after so many, {shape}")
+    _print(found, f"one token after this number of tokens, {shape}")
 
 
 def _print(found: Sequence[Seconds], title: str) -> None:
