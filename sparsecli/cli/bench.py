@@ -91,7 +91,9 @@ def bench(
         Path | None,
         typer.Option(metavar="DIR", help="Folder for the temporary file.", show_default=False),
     ] = None,
-    rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds; a variant has one turn in each.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", help="Rounds; a variant has one turn in each.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(metavar="N", help="Measured tokens in a turn.")] = None,
     seed: Seed = None,
     format: Annotated[Format, typer.Option(help="Format of the result on stdout.")] = "table",

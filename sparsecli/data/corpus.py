@@ -216,7 +216,7 @@ def _endings(path: Path) -> tuple[str, str]:
     compression = suffix if suffix in COMPRESSIONS else ""
     ending = Path(path.stem).suffix.lower() if compression else suffix
     if ending in NO_TEXT or (compression and ending in (".parquet", ".arrow")):
-        kinds = f"text, {', '.join(LOADERS)}, and with {', '.join(COMPRESSIONS)} behind text, JSON and CSV"
+        kinds = f"text, {', '.join(LOADERS)}; text, JSON and CSV also as {', '.join(COMPRESSIONS)}"
         raise Failure(
             f"{path}: {ending}{compression} files are not supported; convert it, or leave it out (supported: {kinds})"
         )
