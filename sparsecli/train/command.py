@@ -190,7 +190,7 @@ def _check_resumable(
     if checkpoint and facts.get("processes", arguments.world_size) != arguments.world_size:
         raise Failure(
             f"{output}: cannot be resumed with another number of processes ({facts['processes']} then, "
-            f"{arguments.world_size} now): batches, their order and random numbers depend on it; use as many"
+            f"{arguments.world_size} now): batches, their order and random numbers depend on it; use the same number"
         )
 
 
