@@ -302,4 +302,4 @@ def test_a_full_disk_leaves_the_peer_out(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     report = convert()
     assert not any(row.peer for row in report.models)
-    assert "0.0 GB are free; make room" in " ".join(capsys.readouterr().err.split())
+    assert "0.0 GB are free; free some space" in " ".join(capsys.readouterr().err.split())
