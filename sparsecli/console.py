@@ -1,6 +1,6 @@
 """Output and errors: results go to stdout, messages to stderr. No other module prints.
 
-rich is imported on first use, so that modules which need only an error class import fast.
+rich is imported on first use, so that modules that need only an error class import fast.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PLAIN_SECONDS = 10.0
-"""Seconds between two progress lines where stderr is not a terminal."""
+"""Seconds between two progress lines if stderr is not a terminal."""
 
-# Rich lets escape sequences through; text from a recipe or a model must not drive the terminal.
+# Rich does not remove escape sequences. Text from a recipe or a model must not control the terminal.
 _UNPRINTABLE = {
     code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
 }
@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"[-+]?[\d.,]+ ?[%x]?|—|")
 
 
 class Failure(Exception):
-    """An expected error: one clear line that says where, what was wrong, and what to do.
+    """An expected error. Its message is one line: where, what was wrong, and what to do.
 
     Any module may raise it. The command line shows it without a traceback and exits with `exit_code`.
     """
@@ -46,7 +46,7 @@ class Failure(Exception):
 
 
 class RecipeError(Failure):
-    """The recipe or an override is wrong; `message` has one line for each problem."""
+    """The recipe or an override is wrong. `message` has one line for each problem."""
 
     exit_code = 2
 
@@ -58,13 +58,13 @@ class Regression(Failure):
 
 
 class Mismatch(Failure):
-    """Outputs that should agree differ."""
+    """Two outputs differ that must be equal."""
 
     exit_code = 4
 
 
 class Stopped(Failure):
-    """A signal stopped the command after it had saved everything that resuming needs."""
+    """A signal stopped the command, which has saved its state and can be resumed."""
 
     exit_code = 75
 
@@ -93,7 +93,7 @@ def out(text: str = "", end: str = "\n") -> None:
 
 
 def first_process() -> bool:
-    """Whether this is the first of the processes that `torchrun` starts; the others write no messages."""
+    """Whether this is the first process of `torchrun`. Only the first process writes messages."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -114,7 +114,7 @@ def warn(text: str) -> None:
 
 @cache
 def warn_once(text: str) -> None:
-    """Write a warning to stderr, unless the same one was written before."""
+    """Write a warning to stderr, unless the same warning was written before."""
     warn(text)
 
 
@@ -167,7 +167,7 @@ class Progress(Protocol):
     """The progress of a loop, as `progress` shows it."""
 
     def advance(self, steps: int = 1, **fields: object) -> None:
-        """Count `steps` more; `fields` such as a loss or a speed are shown beside the count."""
+        """Advance by `steps`. `fields`, such as a loss or a speed, are shown beside the count."""
 
 
 def _describe(fields: dict[str, object]) -> str:
@@ -187,7 +187,7 @@ class _Bar:
 
 
 class _Lines:
-    """A line every few seconds, for logs, and one for the last step."""
+    """A line every few seconds, for logs, and a line for the last step."""
 
     def __init__(self, description: str, total: int | None) -> None:
         self.description, self.total, self.done = description, total, 0

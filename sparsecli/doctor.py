@@ -1,4 +1,4 @@
-"""The `doctor` command: the facts about machine and installation that decide the speed of decoding."""
+"""The `doctor` command: reports the machine and the installation, which determine the speed of decoding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend, and the reason why it is usable here or not."""
+    """A backend, whether it is usable here, and the reason."""
 
     name: str
     usable: bool
@@ -43,7 +43,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that `doctor` shows; None for a figure that the system does not give."""
+    """The facts that `doctor` shows. A figure is None if the system does not give it."""
 
     versions: dict[str, str | None]
     cpu: str
@@ -57,14 +57,14 @@ class Diagnosis:
     memory_gb: float
     available_gb: float
     bandwidth_gb_s: float
-    """Bandwidth of reading memory with all of torch's threads."""
+    """Memory read bandwidth with all of torch's threads."""
     engine_share: dict[str, float] | None
-    """Share of that bandwidth that the native engine's gemv reaches, by weight type."""
+    """Share of this bandwidth that the native engine's gemv reaches, by weight type."""
     backends: list[Backend]
 
 
 def run(format: Literal["table", "json"]) -> None:
-    """Examine the machine, which takes a few seconds, and show the result on stdout."""
+    """Examine the machine for a few seconds, and show the result on stdout."""
     diagnosis = examine()
     if format == "json":
         console.json_out(asdict(diagnosis))
@@ -104,7 +104,7 @@ def examine(cpuinfo: Path = host.CPUINFO) -> Diagnosis:
 
 
 def _native() -> Backend:
-    """The native engine with its instruction set, or the reason why it is not usable."""
+    """The native engine's instruction set, or the reason why the engine is not usable."""
     try:
         reason = binding.available()
     except console.Failure as failure:  # a wrong environment variable
@@ -137,7 +137,7 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
         ("bandwidth", f"{limit:.1f} GB/s", f"1 GB of weights per token: at best {limit:.1f} tokens/s"),
     ]
     for kind, share in (diagnosis.engine_share or {}).items():
-        note = "" if share >= LEAST_SHARE else "slow: speed-ups over such dense rows mean little"
+        note = "" if share >= LEAST_SHARE else "slow: speed-ups over dense rows of this type mean little"
         result.append(
             (f"engine: {kind}", f"{share:.0%}", note or "share of the bandwidth, one token at a time")
         )
@@ -147,7 +147,7 @@ def rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
 
 
 def _note(package: str, found: str | None) -> str:
-    """What to do about a package; empty if nothing."""
+    """What to do about a package, such as its installation; empty if nothing."""
     if found is None:
         return f"pip install {package}"
     return (package == "transformers" and never_tried(found)) or ""

@@ -39,7 +39,7 @@ def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = F
         named = source if source.name else source.absolute()
         output = named.with_name(f"{named.name}-{dtype}")
     if output.exists():
-        raise Failure(f"{output}: exists already; choose another --output")
+        raise Failure(f"{output}: already exists; choose another --output")
     copied = [name for name in (CONFIG, *FILES) if (source / name).is_file()]
     if dry_run:
         console.print_table(

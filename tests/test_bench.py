@@ -189,7 +189,7 @@ def test_without_the_native_engine_torch_measures_and_says_so(
     assert {(row.backend, row.dtype) for row in measured.rows} == {("torch", "float32")}
     told = capsys.readouterr().err
     assert "measuring with PyTorch: it was not built" in told
-    assert "rows left out: int8, int4, what has a precision of its own" in told
+    assert "rows left out: int8, int4, rows with a precision of their own" in told
     with pytest.raises(console.Failure, match="--backend native: it was not built"):
         command.run(loaded(backends=["native"]))
     with pytest.raises(console.Failure, match="need the native backend"):
@@ -290,7 +290,7 @@ def test_a_folder_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     monkeypatch.setattr(host.psutil, "disk_partitions", lambda all: mounts)
     with pytest.raises(
-        console.Failure, match=f"is a {kind}, which lies in memory; name a --disk-folder on a disk"
+        console.Failure, match=f"is on {kind}, which is in memory; choose a --disk-folder on a disk"
     ):
         host.check_evictable(tmp_path / "below")
     host.check_evictable(tmp_path.parent)

@@ -28,7 +28,7 @@ def test_a_speedup_over_a_slow_dense_row_is_marked() -> None:
     slow, both = rated(row("dense", 50, bandwidth_fraction=0.24), sparse())
     assert (slow.baseline_bandwidth_fraction, both.baseline_bandwidth_fraction) == (None, 0.24)
     (line,) = figures.warnings([slow, both])
-    assert "dense float32 row (native) reaches 24% of the memory's speed" in line
+    assert "dense float32 row (native) reaches 24% of the memory bandwidth" in line
 
 
 def test_a_good_dense_row_is_not() -> None:
@@ -101,5 +101,6 @@ def test_units_that_did_not_come_from_the_disk_are_told() -> None:
     warm = sparse(disk_bytes_per_token=89_000_000, disk_bytes_expected=100_000_000)
     assert figures.warm([cold, sparse()]) == []
     assert figures.warm([warm]) == [
-        "both (float32): 89.0 MB a token came from the disk, its units have 100.0: they were not cold"
+        "both (float32): 89.0 MB per token came from the disk, but its units have 100.0 MB: "
+        "some were in the system's cache"
     ]

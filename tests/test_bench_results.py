@@ -125,7 +125,7 @@ def test_the_table_fits_and_keeps_what_matters(width: int) -> None:
     screen = Console(file=io.StringIO(), width=width, markup=False)
     screen.print(render.table(shown, width))
     text = " ".join(screen.file.getvalue().split())
-    assert ("Left out, for 80 characters: " in text) == (width == 80)
+    assert ("Left out to fit 80 characters: " in text) == (width == 80)
     lines = screen.file.getvalue().splitlines()
     assert max(map(cell_len, lines)) <= width
     text = "\n".join(lines)
@@ -182,9 +182,9 @@ def set_all(record: object, name: str, value: object) -> None:
     [
         ("cpu", "b", "machine.cpu was 'b'"),
         ("isa", "none", "machine.isa was 'none'"),
-        ("threads", 3, "dense was measured at 3 threads, context 8, is at 1 thread, context 8"),
-        ("context", 9, "dense was measured at 1 thread, context 9, is at 1 thread, context 8"),
-        ("batch", 4, "dense was measured at 1 thread, context 8, batch 4, is at 1 thread, context 8"),
+        ("threads", 3, "dense was measured at 3 threads, context 8, now at 1 thread, context 8"),
+        ("context", 9, "dense was measured at 1 thread, context 9, now at 1 thread, context 8"),
+        ("batch", 4, "dense was measured at 1 thread, context 8, batch 4, now at 1 thread, context 8"),
         ("parameters", 7, "parameters of dense was 7"),
         ("active_parameters", 7, "active_parameters of dense was 7"),
         ("bytes_per_token", 7, "bytes_per_token of dense was 7"),

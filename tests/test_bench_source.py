@@ -121,7 +121,7 @@ def test_decoders_with_a_source_are_measured(batch: int) -> None:
 
 
 def test_other_backends_have_no_such_decoders() -> None:
-    with pytest.raises(Failure, match="decoders of an encoder's output need the native backend"):
+    with pytest.raises(Failure, match="models with an encoder need the native backend"):
         command.run(loaded(backends=["torch"], dtypes=["float32"]), format="json")
 
 

@@ -40,7 +40,9 @@ def test_bytes_of_foreign_models(name: str) -> None:
     context = 1  # within every window
     counted = bytes_read.bytes_per_token(spec, Precision.of("bfloat16"), context, vectors="bfloat16")
     again = spec.tied * spec.d_model * 2  # the token's row of a table that the logits read whole
-    again += spec.shared_norm * spec.layers * 2 * spec.d_model * 2  # a norm of two layers is packed for each of them
+    again += (
+        spec.shared_norm * spec.layers * 2 * spec.d_model * 2
+    )  # a norm of two layers is packed for each of them
     assert counted == count_parameters(spec).bytes_per_token("bfloat16", context) + again
 
 
@@ -50,7 +52,8 @@ def test_bytes_of_windows() -> None:
     window = spec.window(0)
     assert window
     short, long = (
-        bytes_read.bytes_per_token(spec, Precision.of("bfloat16"), context) for context in (window, 4 * window)
+        bytes_read.bytes_per_token(spec, Precision.of("bfloat16"), context)
+        for context in (window, 4 * window)
     )
     assert short == long
 
@@ -192,7 +195,7 @@ def test_prompts_are_rows_of_their_own_beside_torch_as_bfloat16() -> None:
 def test_part_of_a_model_reads_no_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     measured = command.run(loaded(measured_layers=1, dtypes=["float32"], prefill=24), format="json")
     assert [row.prefill for row in measured.rows] == [None, None]
-    assert "prompts are read by whole models" in capsys.readouterr().err
+    assert "the prefill is measured only for whole models" in capsys.readouterr().err
 
 
 def test_every_combination_is_a_row_with_a_key_of_its_own() -> None:
@@ -205,7 +208,7 @@ def test_every_combination_is_a_row_with_a_key_of_its_own() -> None:
     shown = render.as_markdown(measured)
     assert "| context | batch |" in shown
     assert "| threads |" not in shown
-    assert "over its sequences" in shown
+    assert "divided by its sequences" in shown
 
 
 def test_threads_are_a_case_each() -> None:

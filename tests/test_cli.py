@@ -270,7 +270,7 @@ def test_overrides_that_would_change_nothing_are_refused(run, calls, capsys, wor
     assert run(*words) == 2
     shown = capsys.readouterr().err
     key = words[-1].partition("=")[0]
-    assert shown.startswith(f"error: {key}: would change nothing: {words[0]}")
+    assert shown.startswith(f"error: {key}: has no effect: {words[0]}")
     assert shown.count("\n") == 1
     assert calls.first is None
 

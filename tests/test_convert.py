@@ -278,7 +278,7 @@ def test_layers_that_do_not_fit(
             "convert.quantization: needs dense projections",
         ),
         (64, ["convert.budget=kept 1/0"], r"convert\.budget.*keeps inf of the units"),
-        (64, ["convert.budget=quick"], "'quick' is no budget; expected `loss"),
+        (64, ["convert.budget=quick"], "'quick' is not a budget; expected `loss"),
     ],
 )
 def test_a_search_that_cannot_be(
@@ -313,7 +313,7 @@ def test_two_streams_are_not_converted(dense_run: tuple[LoadedRecipe, Path], tmp
     ("overrides", "message"),
     [
         (["convert.feed_forward=null"], "give a budget to search within, or feed_forward"),
-        (["convert.budget=loss +1 %"], r"one of them; convert\.feed_forward=null .* takes the other away"),
+        (["convert.budget=loss +1 %"], r"give only one: .*; convert\.feed_forward=null .* removes the other"),
         (
             ["convert.attention={kind: low_rank, rank: 33}"],
             "convert.attention: a rank of 33 is more than the full rank 32",
@@ -344,7 +344,7 @@ def test_a_model_must_be_named(dense_run: tuple[LoadedRecipe, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["convert.calibration_tokens=10000000"], r"training tokens, but .* ask for 10,000,512"),
+        (["convert.calibration_tokens=10000000"], r"training tokens, but .* need 10,000,512"),
         (['data.paths=["TEXTS/../noise/*.txt"]'], "hardly better than by chance"),
     ],
 )

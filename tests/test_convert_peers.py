@@ -190,7 +190,7 @@ def test_models_that_cannot_be_written(
     spec = ModelSpec.model_validate({**LLAMA, **changes})
     assert not measures_llama(["llama.cpp"], spec)
     told = " ".join(capsys.readouterr().err.split())
-    assert f"llama.cpp is not measured: no file can be written for it of a model with {why}" in told
+    assert f"llama.cpp is not measured: its files cannot hold a model with {why}" in told
 
 
 def test_without_llama_cpp_one_line_says_so(
@@ -302,4 +302,4 @@ def test_a_full_disk_leaves_the_peer_out(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     report = convert()
     assert not any(row.peer for row in report.models)
-    assert "0.0 GB are free; make room" in " ".join(capsys.readouterr().err.split())
+    assert "0.0 GB are free; free some space" in " ".join(capsys.readouterr().err.split())

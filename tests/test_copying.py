@@ -53,7 +53,7 @@ def test_copied_tokens_are_all_but_special_ones_in_all_lengths(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"shortest": 9, "source_length": 9}, "9 tokens and the end are more than source_length 9"),
+        ({"shortest": 9, "source_length": 9}, "9 tokens and the end token are more than source_length 9"),
         ({"source_length": 9, "target_length": 8}, "8 is less than source_length 9"),
     ],
 )
@@ -64,7 +64,7 @@ def test_copied_tokens_that_do_not_fit(fields: dict[str, int], message: str) -> 
 
 def test_too_few_different_sequences_to_hold_some_out() -> None:
     with pytest.raises(
-        ValidationError, match="2 symbols make 1,024 sequences of 10, too few to hold some out"
+        ValidationError, match="2 symbols make 1,024 sequences of 10, too few for a held-out split"
     ):
         CopyTask(source="copy", symbols=2, length=10, examples=100, held_out=4)
     assert CopyTask(source="copy", symbols=2, length=10, examples=1, held_out=1)

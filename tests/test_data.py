@@ -88,7 +88,7 @@ def test_held_out_paths_never_meet_the_training_text(folder: Path) -> None:
 
 
 def test_everything_held_out_is_a_failure(folder: Path) -> None:
-    with pytest.raises(Failure, match="no text is left to train on"):
+    with pytest.raises(Failure, match="the training split has no text"):
         read_documents(spec(paths=[f"{folder}/7.txt"], held_out_paths=[f"{folder}/*.txt"]))
 
 
@@ -127,7 +127,7 @@ def test_rows_are_documents(tmp_path: Path, suffix: str) -> None:
         (
             "broken.jsonl",
             b'{"text": "a"}\n{"text": ',
-            r"broken\.jsonl:2: is not JSON: .*; every line is an obj",
+            r"broken\.jsonl:2: is not JSON: .*; every line must be an obj",
         ),
         ("lists.jsonl", b'{"text": "a"}\n\n["b"]\n', r"lists\.jsonl:3: is a list, not an object such as "),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', r"latin\.jsonl:1: byte 13 of the line is not UTF-8 text"),
@@ -147,7 +147,7 @@ def test_rows_are_documents(tmp_path: Path, suffix: str) -> None:
         (
             "broken.ndjson.gz",
             gzip.compress(b'{"text": "a"}\n{"text": ', mtime=0),
-            r"broken\.ndjson\.gz:2: is not JSON: .*; every line is an obj",
+            r"broken\.ndjson\.gz:2: is not JSON: .*; every line must be an obj",
         ),
         ("noise.txt.gz", b"noise", r"noise\.txt\.gz: Not a gzipped file"),
         ("cut.txt.gz", gzip.compress(b"text", mtime=0)[:-9], r"cut\.txt\.gz: Compressed file ended before"),
@@ -156,10 +156,10 @@ def test_rows_are_documents(tmp_path: Path, suffix: str) -> None:
         (
             "rows.xlsx",
             b"PK",
-            r"rows\.xlsx: \.xlsx files are not read; convert it, or leave it out \(read are",
+            r"rows\.xlsx: \.xlsx files are not supported; convert it, or leave it out \(supported:",
         ),
-        ("texts.tar.gz", b"", r"texts\.tar\.gz: \.tar\.gz files are not read"),
-        ("rows.parquet.gz", b"", r"rows\.parquet\.gz: \.parquet\.gz files are not read"),
+        ("texts.tar.gz", b"", r"texts\.tar\.gz: \.tar\.gz files are not supported"),
+        ("rows.parquet.gz", b"", r"rows\.parquet\.gz: \.parquet\.gz files are not supported"),
     ],
 )
 def test_bad_files_are_named_in_one_line(
@@ -194,7 +194,7 @@ def test_plain_text_is_read_without_its_mark_and_told(
         (tmp_path / name).write_bytes(name.encode())
     splits = read_documents(spec(paths=[f"{tmp_path}/*"]))
     assert len(splits.train + splits.held_out) == 5
-    told = "data.paths: read as plain text, a document each: files with .log (2), no ending (1)\n"
+    told = "data.paths: reading as plain text, one document per file: .log (2), no ending (1)\n"
     assert capsys.readouterr().err == told
 
 
@@ -231,7 +231,7 @@ def test_packages_are_trained_on_and_never_held_out(tmp_path: Path, monkeypatch:
     assert both.held_out == alone.held_out
     assert both.train == [*alone.train, "# site-packages/more/sub/a.py\n"]
     with pytest.raises(
-        Failure, match=r"data.packages: json is in the standard library, which is read anyway"
+        Failure, match=r"data.packages: json is part of the standard library, which is always read"
     ):
         read_documents(spec("stdlib", packages=["json"]))
     for name in ("less", "no.name", "json.decoder", "__main__"):
@@ -360,9 +360,7 @@ def test_a_disk_that_fills_up_is_one_line_whatever_writes(tmp_path: Path, librar
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
     try:
-        with pytest.raises(
-            Failure, match=r"key: cannot be written: (File too large|not all of it)"
-        ) as caught:
+        with pytest.raises(Failure, match=r"key: cannot be written: (File too large|not all data)") as caught:
             write_folder(tmp_path / "key", writers[library])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

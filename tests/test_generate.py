@@ -299,7 +299,7 @@ def test_a_packed_model_is_for_the_native_engine_as_it_is(folder: Path, tmp_path
         Failure, match=r"model.safetensors: no such file \(model.spk is packed for the native"
     ):
         run(packed, backend="torch")
-    with pytest.raises(Failure, match="exists already; choose another --output"):
+    with pytest.raises(Failure, match="already exists; choose another --output"):
         pack.run(model=str(folder), output=packed, dtype="bfloat16")
     whole = (packed / "model.spk").read_bytes()
     (packed / "model.spk").write_bytes(whole[: len(whole) // 2])

@@ -130,7 +130,9 @@ def test_functions_of_a_file_are_in_one_split_and_no_source_in_both(tmp_path: Pa
 
 def test_text_without_functions_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("plain words\nand more of them\n")
-    with pytest.raises(Failure, match=r"data\.pairs: the text to train on holds no pair of kind docstrings"):
+    with pytest.raises(
+        Failure, match=r"data\.pairs: the text to train on contains no pair of kind docstrings"
+    ):
         prepare(spec("files", {"kind": "docstrings"}, paths=[f"{tmp_path}/*.txt"]))
 
 
@@ -165,7 +167,7 @@ def test_rows_without_both_texts_are_left_out_and_counted(
         file.write('{"article": "no abstract"}\n')
     prepared = prepare(spec("files", FIELDS, paths=[str(path)], held_out_fraction=0.3))
     assert len(prepared.train) + len(prepared.held_out) == 9
-    told = f"{path}: 3 of 12 rows are left out, without text in 'abstract' (2), 'article' (1)"
+    told = f"{path}: 3 of 12 rows are left out: they have no text in 'abstract' (2), 'article' (1)"
     assert capsys.readouterr().err.splitlines().count(told) == 1
 
 
@@ -205,7 +207,7 @@ def test_columns_that_are_not_there(tmp_path: Path, change: dict[str, str], mess
 
 def test_text_files_have_no_columns(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(Failure, match=r"a\.txt: has no columns; pairs are read from \.jsonl"):
+    with pytest.raises(Failure, match=r"a\.txt: has no columns; pairs need \.jsonl"):
         prepare(spec("files", FIELDS, paths=[f"{tmp_path}/*.txt"]))
 
 

@@ -218,11 +218,11 @@ def test_problem_of_a_mixture(change, line):
         ),
         (
             "data: {source: stdlib, pairs: {kind: corrupted, source_length: 1000000}}",
-            "data.pairs.target_length: 128 is less than the 200026 tokens that are left out",
+            "data.pairs.target_length: 128 is less than the 200026 tokens of a target",
         ),
         (
             "data: {source: stdlib, pairs: {kind: corrupted, noise: 0.9999999999999999}}",
-            "data.pairs.target_length: 128 is less than the 641 tokens that are left out",
+            "data.pairs.target_length: 128 is less than the 641 tokens of a target",
         ),
         ("seed: 4294967296", "seed: 4294967296 is more than 2147483647, the most that is taken"),
     ],
@@ -286,7 +286,7 @@ def test_standard_tags_must_fit():
         ("a: *b\n", "r.yaml:1:4: not YAML: found undefined alias"),
         ("seed: 1\nx: \0\n", r"r.yaml:2:4: the character '\x00' is not allowed"),
         ('"\\UFFFFFFFF"', "r.yaml:1:1: not YAML: an escape or a number is out of range"),
-        ('description: "\\ud800"', "r.yaml:1:14: description: holds half of a character"),
+        ('description: "\\ud800"', "r.yaml:1:14: description: contains a lone surrogate"),
         ("[" * 4000, "r.yaml:1:25: not YAML: nested more than 24 deep"),
         ("? [a]\n: 1\n", "r.yaml:1:3: a key must be a word"),
         ("- seed\n", "r.yaml:1:1: expected blocks such as model, data and train, got a list"),

@@ -152,7 +152,7 @@ def test_a_second_signal_leaves_the_checkpoint_to_be_written(
         patch.setattr(trainer, "seal", interrupted)
         with pytest.raises(Stopped if further == 1 else KeyboardInterrupt):
             run(tiny, output=output)
-    told = "stopping with a checkpoint after this step; a further signal ends at once, without it"
+    told = "stopping after this step with a checkpoint; another signal stops at once, without the checkpoint"
     assert capsys.readouterr().err.splitlines().count(told) == 1
     newest, skipped = checkpoint.newest_sound(output / "checkpoints")
     assert newest is not None
@@ -398,9 +398,9 @@ def damage(path: Path, how: str) -> None:
     ("file", "how", "reason"),
     [
         ("optimizer.pt", "truncated", "optimizer.pt has .* bytes, not"),
-        ("model.safetensors", "changed", "model.safetensors is not what was written"),
+        ("model.safetensors", "changed", "model.safetensors has changed since it was written"),
         ("rng_state.pth", "missing", "rng_state.pth is missing"),
-        ("manifest.json", "missing", "no manifest.json: it was not written to the end"),
+        ("manifest.json", "missing", "no manifest.json: it was not written completely"),
         ("manifest.json", "truncated", "manifest.json cannot be used"),
     ],
 )
@@ -430,7 +430,7 @@ def test_resume_past_a_damaged_checkpoint_ends_the_same(
 def test_no_whole_checkpoint_left_is_a_failure(stopped_run: Path, tiny: LoadedRecipe) -> None:
     for folder in (stopped_run / "checkpoints").iterdir():
         damage(folder / "model.safetensors", "truncated")
-    with pytest.raises(Failure, match="none of its checkpoints is whole"):
+    with pytest.raises(Failure, match="all of its checkpoints are damaged"):
         run(tiny, output=stopped_run, resume="auto")
 
 
@@ -448,14 +448,14 @@ def test_damaged_metrics_are_one_line(
     stopped_run: Path, tiny: LoadedRecipe, content: bytes, number: int
 ) -> None:
     (stopped_run / "metrics.jsonl").write_bytes(content)
-    with pytest.raises(Failure, match=rf"metrics\.jsonl:{number}: is no row of metrics; delete the line"):
+    with pytest.raises(Failure, match=rf"metrics\.jsonl:{number}: is not a row of metrics; delete the line"):
         run(tiny, output=stopped_run, resume="auto")
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b'{"result": 5}', b'{"result": {"x": 1}}'])
 def test_damaged_facts_are_one_line(stopped_run: Path, tiny: LoadedRecipe, content: bytes) -> None:
     (stopped_run / "run.json").write_bytes(content)
-    with pytest.raises(Failure, match=r"run\.json: .*; delete it to go on without it") as caught:
+    with pytest.raises(Failure, match=r"run\.json: .*; delete it to continue without it") as caught:
         run(tiny, output=stopped_run, resume="auto")
     assert "\n" not in caught.value.message
 
@@ -468,7 +468,7 @@ def test_damaged_facts_are_one_line(stopped_run: Path, tiny: LoadedRecipe, conte
     [
         (
             "train.max_steps=20",
-            r"train\.max_steps \(12 then, 20 now\), on which the learning rate of all steps depends",
+            r"train\.max_steps \(12 then, 20 now\), which determines the learning rate of every step",
         ),
         ("train.weight_decay=0.2", r"train\.weight_decay \(0\.1 then, 0\.2 now\)"),
         ("model.d_model=32", r"model\.d_model \(16 then, 32 now\)"),
@@ -540,7 +540,7 @@ def test_changed_text_cannot_resume(stopped_run: Path, recipe_file: Path, tmp_pa
     extra = recipe_file.parent / "texts" / "extra.txt"
     extra.write_text("some text that was not there before")
     try:
-        with pytest.raises(Failure, match="the text or its tokenizer is not what this run was started with"):
+        with pytest.raises(Failure, match="the text or its tokenizer has changed since this run was started"):
             run(load(str(recipe_file)), output=stopped_run, resume="auto")
     finally:
         extra.unlink()

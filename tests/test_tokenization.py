@@ -180,5 +180,5 @@ def test_other_tokenizers_are_not_for_pairs(tmp_path: Path) -> None:
     plain, few = ({"kind": "saved", "path": str(tmp_path / name)} for name in ("plain", "few"))
     with pytest.raises(Failure, match=r"data\.tokenizer\.path: pairs need padding 0 and end of text 1"):
         load_or_train(spec("stdlib", pairs={"kind": "docstrings"}, tokenizer=plain), [])
-    with pytest.raises(Failure, match=r"has no token <extra_id_3>; spans that are left out need 28 of them"):
+    with pytest.raises(Failure, match=r"has no token <extra_id_3>; span corruption needs 28 sentinels"):
         load_or_train(spec("stdlib", pairs={"kind": "corrupted"}, tokenizer=few), [])

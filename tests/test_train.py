@@ -138,8 +138,8 @@ def test_what_accelerate_launch_changes_is_said(
         monkeypatch.setenv(name, value)
     run(load(str(recipe_file), ["train.max_steps=1"]), output=tmp_path / "run")
     said = capsys.readouterr().err
-    assert "accelerate launch --mixed_precision bf16 comes before train.bf16" in said
-    assert "accelerate launch --cpu starts one process" in said
+    assert "accelerate launch --mixed_precision bf16 overrides train.bf16" in said
+    assert "accelerate launch --cpu ignores --num_processes and starts one process" in said
 
 
 def test_reversible_blocks_have_nothing_to_recompute(
@@ -147,7 +147,10 @@ def test_reversible_blocks_have_nothing_to_recompute(
 ) -> None:
     asked = ["model.residual=reversible", "train.gradient_checkpointing=true", "train.max_steps=1"]
     assert run(load(str(recipe_file), asked), output=tmp_path / "run") is not None
-    assert "train.gradient_checkpointing: reversible blocks store no activations" in capsys.readouterr().err
+    assert (
+        "train.gradient_checkpointing: no effect, because reversible blocks store no activations"
+        in capsys.readouterr().err
+    )
 
 
 def test_bfloat16_and_recomputation_train(recipe_file: Path, tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_bfloat16_is_left_out_where_it_would_be_imitated(
         assert result
         losses.append(result.held_out_loss)
     assert (losses[0] == losses[1]) is not there
-    said = "train.bf16: this processor has no products in bfloat16; they are in float32, which is faster here"
+    said = "train.bf16: this processor has no bfloat16 products; float32 is used, which is faster here"
     assert (said in capsys.readouterr().err.splitlines()) is not there
 
 
@@ -210,7 +213,7 @@ def test_unwritable_output_is_found_before_anything_is_read(
     ("file", "reason"),
     [
         ("model.safetensors", "File too large"),
-        ("optimizer.pt", "not all of it could be written, as on a full disk"),
+        ("optimizer.pt", r"not all data could be written \(disk full\?\)"),
     ],
 )
 def test_full_disk_is_one_line_and_the_run_goes_on(
@@ -229,7 +232,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.LanguageModelTrainer, "_save_checkpoint", save_checkpoint)
-        with pytest.raises(Failure, match=f"{reason}; once that is mended, resume with: spa") as caught:
+        with pytest.raises(Failure, match=f"{reason}; fix this, then resume with: spa") as caught:
             run(tiny, output=output)
     assert "\n" not in caught.value.message
     assert not (output / "model").exists()
@@ -251,7 +254,7 @@ def test_full_disk_is_one_line_of_tensorboard_s_file_too(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal.Board, "write", write)
-        with pytest.raises(Failure, match=r"File too large; once that is mended, resume with") as caught:
+        with pytest.raises(Failure, match=r"File too large; fix this, then resume with") as caught:
             run(tiny, output=output)
     assert "\n" not in caught.value.message
     run(tiny, output=output, resume="auto")
@@ -268,7 +271,7 @@ def test_full_disk_leaves_no_half_written_model(
     shutil.copytree(finished[0], output, ignore=shutil.ignore_patterns("model"))
     with (
         files_up_to((finished[0] / "model" / "model.safetensors").stat().st_size - 1),
-        pytest.raises(Failure, match="File too large; once that is mended, resume with: sparsecli train"),
+        pytest.raises(Failure, match="File too large; fix this, then resume with: sparsecli train"),
     ):
         run(tiny, output=output, resume="auto")
     assert not (output / "model").exists()

@@ -127,7 +127,7 @@ def test_docstrings_end_with_rouge_and_samples(
     assert all(re.fullmatch(r"Return the value plus \d+\.", sample["target"]) for sample in samples)
     printed = capsys.readouterr().out
     assert "ROUGE-1, 2, Lsum" in printed
-    assert "the same of the lead" in printed
+    assert "ROUGE of the lead" in printed
     assert samples[0]["target"] in printed
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert command.Result(**facts["result"]) == result
@@ -294,14 +294,14 @@ def test_the_plan_says_at_most_how_many_tokens(
 ) -> None:
     run(recipe(folder, "planned"), output=tmp_path / "run", dry_run=True)
     plan = capsys.readouterr().out
-    assert f"at most {6 * 4 * 56:,}, {4 * 56} a step" in plan
+    assert f"at most {6 * 4 * 56:,}, {4 * 56} per step" in plan
     assert "samples.jsonl" in plan
     assert not (tmp_path / "run").exists()
 
 
 def test_too_few_pairs_for_a_batch(folder: Path, tmp_path: Path) -> None:
     loaded = recipe(folder, "large", train={"per_device_train_batch_size": 99})
-    with pytest.raises(Failure, match=r"data: \d+ pairs to train on do not fill a batch of 99"):
+    with pytest.raises(Failure, match=r"data: \d+ training pairs do not fill a batch of 99"):
         run(loaded, output=tmp_path / "run")
 
 
@@ -313,7 +313,7 @@ TEXT = {"source": "stdlib", "tokenizer": {"kind": "bpe", "vocabulary_size": 300}
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        ({}, TEXT, "data.pairs: missing; a model with an encoder learns from pairs"),
+        ({}, TEXT, "data.pairs: missing; a model with an encoder is trained on pairs"),
         (
             {"encoder": None},
             {**TEXT, "pairs": DOCSTRINGS},
@@ -339,7 +339,7 @@ TEXT = {"source": "stdlib", "tokenizer": {"kind": "bpe", "vocabulary_size": 300}
         (
             {},
             {**TEXT, "pairs": {"kind": "corrupted", "source_length": 24, "target_length": 5}},
-            "data.pairs.target_length: 5 is less than the 6 tokens that are left out",
+            "data.pairs.target_length: 5 is less than the 6 tokens of a target",
         ),
     ],
 )
@@ -355,9 +355,9 @@ def test_pairs_and_models_that_do_not_fit(model: dict, data: dict, message: str)
     [
         (
             {"train": {"max_steps": 1, "distillation": {"teacher": "runs/t"}}},
-            "a teacher reads running text, not pairs",
+            "distillation from a teacher needs running text, not pairs",
         ),
-        ({"convert": {"budget": "kept 1/4"}}, "data: a conversion reads running text, not pairs"),
+        ({"convert": {"budget": "kept 1/4"}}, "data: a conversion needs running text, not pairs"),
     ],
 )
 def test_only_training_reads_pairs(block: dict, message: str) -> None:

@@ -1,1 +1,1 @@
-"""Benchmark of decoding: every `Variant` makes cases, a `Case` is timed, and a `Row` is its result."""
+"""Benchmark of decoding. Each `Variant` gives cases; each `Case` is timed and gives a `Row` of the result."""

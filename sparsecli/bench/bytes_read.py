@@ -28,16 +28,16 @@ def bytes_per_token(
     shares: Sequence[float] | None = None,
     source: int = 0,
 ) -> int:
-    """Bytes of one step of `batch` sequences with `context` cached tokens each, over the sequences.
+    """Bytes per sequence of one step of `batch` sequences with `context` cached tokens each.
 
-    Weights are read once for all sequences. Of a sparse layer only chosen units count: k/N of them for one token,
-    for a batch as many different ones as independent choices make on average. `vectors` is the type of biases and
-    normalisation weights. Padding, activations and the state of convolutions do not count. Hashed attention reads
-    the keys and values that it chooses, and what it chooses them by.
+    Weights are read once for all sequences. Of a sparse layer only chosen units count: k/N of them for one token; for
+    a batch the expected number of different units, if the choices are independent. `vectors` is the type of biases
+    and normalisation weights. Padding, activations and the state of convolutions do not count. LSH attention reads
+    the keys and values that it chooses, the buckets, and the rotations.
 
     Args:
-        shares: share of its units that a token used, by block, where it was counted.
-        source: tokens of the source, where an encoder made one.
+        shares: measured share of units that a token uses, by block; by default the planned share.
+        source: tokens of the encoder's input, if there is an encoder.
     """
     if shares is None:
         shares = [spec.chosen_share(layer) for layer in range(spec.layers)]
@@ -52,15 +52,15 @@ def bytes_per_token(
 
 
 def chosen_unit_bytes(spec: ModelSpec, precision: Precision, batch: int = 1) -> int:
-    """Bytes of the rows of chosen units for one step of `batch` sequences, over the sequences."""
+    """Bytes per sequence of the rows of chosen units in one step of `batch` sequences."""
     shares = [spec.chosen_share(layer) for layer in range(spec.layers)]
     units = ((slot, kind) for slot, kind in planned(spec, precision) if slot.layout == "units")
     return round(sum(_read(slot, kind, spec, batch, shares) for slot, kind in units) / batch)
 
 
 def _cache_read(spec: ModelSpec, precision: Precision, held: int) -> tuple[int, int]:
-    """Bytes of the LSH rotations, and of what is read of `held` positions: keys and values, of all or
-    of some, then with the buckets of all."""
+    """Bytes of the LSH rotations, and of the cache of `held` positions that is read: all keys and values, or some of
+    them and all buckets."""
     hashing = spec.attention.hashing
     if hashing is None:
         share = sum(min(held, spec.window(layer) or held) for layer in range(spec.layers)) / spec.layers
@@ -76,19 +76,19 @@ def _cache_read(spec: ModelSpec, precision: Precision, held: int) -> tuple[int, 
 
 
 def cached_bytes(spec: ModelSpec, precision: Precision) -> int:
-    """Bytes of the keys and values of one token, the scales of int8 ones included."""
+    """Bytes of the keys and values of one token, with the scales of int8 ones."""
     heads = spec.attention.key_value_heads or spec.heads
     return spec.layers * spec.attention_layers * heads * _head_bytes(spec, precision)
 
 
 def bucket_bytes(spec: ModelSpec) -> int:
-    """Bytes of the buckets of one token's keys, where attention hashes them."""
+    """Bytes of the buckets of one token's keys in LSH attention."""
     rounds = spec.attention.hashing.rounds if spec.attention.hashing else 0
     return spec.layers * spec.attention_layers * spec.heads * rounds * BUCKET_BYTES
 
 
 def source_bytes(spec: ModelSpec, precision: Precision) -> int:
-    """The same of one token of a source."""
+    """Bytes of keys and values of one token of the encoder's input."""
     if crosses(spec):
         return spec.layers * spec.heads * _head_bytes(spec, precision)
     return cached_bytes(spec, precision) if joins(spec) else 0
@@ -103,7 +103,7 @@ def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int, shares: Sequence[f
     cols = slot.cols
     if slot.name.startswith(("cross.key", "cross.value")):
         return 0  # read once for a source
-    if slot.name == "controller.bias":  # its blocks are filled up
+    if slot.name == "controller.bias":  # its blocks are padded
         cols = cols // padded(slot.group, LANES) * slot.group
     if slot.gguf:
         row = TYPES[slot.gguf].block_bytes * cols / TYPES[slot.gguf].block

@@ -1,4 +1,4 @@
-"""Cases: what is measured, every variant in each weight type on each decoder and at each size."""
+"""Cases of a bench: each variant with each weight type, decoder and size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPT_DTYPE = "bfloat16"  # PyTorch reads a prompt fastest in this type
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One thing to be measured: a variant in a weight type on a decoder, at one size."""
+    """One measurement: a variant with a weight type on a decoder, at one size."""
 
     variant: Variant
     backend: str  # native, torch, or the name of a peer
@@ -34,34 +34,34 @@ class Case:
     context: int
     settings: Settings
     batch: int = 1
-    prefill: int = 0  # tokens of the prompt whose reading is measured; 0: decoding is
+    prefill: int = 0  # tokens of the prompt whose prefill is measured; 0: decoding is measured
     from_disk: bool = False
     peer: PeerModel | None = None
 
     @property
     def model(self) -> tuple[object, ...]:
-        """Equal for cases that one model in memory serves."""
+        """Key of the model in memory; cases with the same key share it."""
         return id(self.variant), self.backend, self.dtype, self.threads
 
     @property
     def capacity(self) -> int:
-        """Tokens that the cache has to hold."""
+        """Tokens for which the cache needs room."""
         return self.prefill or self.context + self.settings.warmup_tokens + self.settings.tokens_per_round
 
     @property
     def source(self) -> int:
-        """Tokens of the source that the decoder has; 0 without an encoder."""
+        """Tokens of the encoder's input; 0 without an encoder."""
         return self.settings.source or 0 if self.variant.spec.encoder else 0
 
     @property
     def precision(self) -> Precision:
-        """The types of the model's parts, where it is ours."""
+        """The weight types of the parts of our model."""
         changes = {name: value for name, value in self.variant.precision if value is not None}
         return Precision.of(self.dtype, **changes)
 
     @property
     def key(self) -> RowKey:
-        """That of its row."""
+        """The key of its row."""
         return RowKey(
             self.variant.name,
             self.backend,
@@ -99,7 +99,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cases, in order, and how they are measured."""
+    """All cases in order, and the settings of the measurement."""
 
     cases: Sequence[Case]
     settings: Settings
@@ -107,7 +107,7 @@ class Plan:
 
     @cached_property
     def models(self) -> list[list[Case]]:
-        """The models in memory that the cases need, each as the cases that it serves, in order."""
+        """The cases, in order, in one list for each model in memory."""
         served: dict[tuple[object, ...], list[Case]] = {}
         for case in self.cases:
             served.setdefault(case.model, []).append(case)
@@ -115,7 +115,7 @@ class Plan:
 
     @property
     def variants(self) -> list[Variant]:
-        """Those that our own backends measure."""
+        """The variants that our own backends measure."""
         return list({id(case.variant): case.variant for case in self.cases if not case.peer}.values())
 
     @property
@@ -125,7 +125,7 @@ class Plan:
 
 
 def built(cases: Sequence[Case]) -> ModelSpec:
-    """The part of a model that is built to serve `cases`. Random positions are made up for a long context."""
+    """The architecture that is built for `cases`, perhaps with fewer blocks. Random models get enough positions."""
     variant = cases[0].variant
     spec = variants.part(variant.spec, variant.measured_layers)
     if variant.run or cases[0].peer:
@@ -137,10 +137,10 @@ def built(cases: Sequence[Case]) -> ModelSpec:
 
 
 def plan(chosen: Sequence[Variant], bench: BenchSpec) -> Plan:
-    """Every combination that a backend can compute, then those of peers; one line says what was left out.
+    """All combinations that a backend can compute, then those of peers. One message lists the others.
 
-    With `bench.prefill`, each whole model reads a prompt too, and so does the first dense one in PyTorch as bfloat16.
-    Raises `Failure` when nothing is left.
+    With `bench.prefill`, each whole model also reads a prompt, and so does the first dense one in PyTorch as bfloat16.
+    Raises `Failure` when no combination is left.
     """
     settings = Settings(
         context=bench.context[0],
@@ -183,7 +183,9 @@ def _own_cases(
                 if variant.whole
             ]
     if bench.prefill and not all(variant.whole for variant in chosen):
-        console.say("rows left out: prompts are read by whole models, not by some of their blocks")
+        console.say(
+            "rows left out: the prefill is measured only for whole models, not for some of their blocks"
+        )
     if bench.prefill and not from_disk:
         cases += _torch_prompt(cases, chosen, bench.prefill, settings, max(threads))
     return cases
@@ -202,8 +204,10 @@ def _nothing_left(backends: Sequence[str], from_disk: bool) -> str:
     if from_disk:
         return "--from-disk is for sparse layers on the native backend"
     if "native" in backends:
-        return "in PyTorch, int8, int4, what has a precision of its own, and decoders of an encoder's output"
-    return "int8, int4, what has a precision of its own, and decoders of an encoder's output need the native backend"
+        return "in PyTorch, int8, int4, rows with a precision of their own, and models with an encoder"
+    return (
+        "int8, int4, rows with a precision of their own, and models with an encoder need the native backend"
+    )
 
 
 def _torch_prompt(
@@ -220,7 +224,7 @@ def _torch_prompt(
 def _peer_cases(
     chosen: Sequence[Variant], bench: BenchSpec, settings: Settings, threads: Sequence[int]
 ) -> list[Case]:
-    """Peers decode one sequence with whole models, and some of them read a prompt; `peers.choose` has the rules."""
+    """The cases of peers: one sequence, whole models, and for some peers a prompt; see `peers.choose`."""
     positions = max(bench.context) + bench.warmup_tokens + bench.tokens_per_round
     ours = [
         replace(each, spec=variants.with_positions(each.spec, max(positions, bench.prefill or 0)))
@@ -256,7 +260,7 @@ def _peer_cases(
 
 
 def check_positions(cases: Sequence[Case]) -> None:
-    """Raise `Failure` when a trained model has fewer positions than a case needs."""
+    """Raise `Failure` if a trained model has fewer positions than a case needs."""
     for case in cases:
         spec, needed = case.variant.spec, case.capacity
         if not case.variant.run or spec.max_positions >= needed:

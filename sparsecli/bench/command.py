@@ -1,4 +1,4 @@
-"""The command `bench`: choose the cases, measure them, show the result."""
+"""The command `bench`: chooses the cases, measures them, and shows the result."""
 
 from __future__ import annotations
 
@@ -45,14 +45,16 @@ def run(
     dry_run: bool = False,
     runs: Sequence[str] = (),
 ) -> BenchResult | None:
-    """Measure what the recipe's `bench:` block says, and show it in `format`; the result, or None for a dry run.
+    """Run the recipe's `bench:` block and show the result in `format`. Returns the result, or None for a dry run.
 
-    `over` names a backend and a weight type, `torch:bfloat16`, with whose dense row all rows are compared.
-    `runs` are trained models to measure in place of the recipe's variants; `names` chooses some of either. Packed
-    models to read from disk are in `disk_folder` (the working directory) for as long as it takes. `fail_above`
-    is a fraction (0.05: five per cent).
-    Raises `Failure` for anything that cannot be measured or compared, `Regression` when a row is slower than
-    in `against` by more than `fail_above`.
+    `over` names a backend and a weight type, as in `torch:bfloat16`; all rows are compared with that dense row.
+    `runs` are trained models to measure instead of the recipe's variants; `names` selects among either. Packed models
+    that are read from disk are written to `disk_folder` (by default the working directory) during the measurement.
+    `fail_above` is a fraction (0.05: five per cent).
+
+    Raises:
+        Failure: something cannot be measured or compared.
+        Regression: a row is slower than in `against` by more than `fail_above`.
     """
     if fail_above is not None and against is None:
         raise console.Failure("--fail-above needs --against FILE, an earlier result in JSON", exit_code=2)
@@ -116,7 +118,7 @@ def _variants(loaded: LoadedRecipe, runs: Sequence[str]) -> list[Variant]:
 
 
 def _resolved(bench: BenchSpec, chosen: Sequence[Variant], trained: bool) -> BenchSpec:
-    """`bench` with its backends, and with a context that trained models have positions for where it has none."""
+    """`bench` with its backends, and with a default context for which trained models have enough positions."""
     backends = bench.backends or _default_backends()
     if "native" in backends and (reason := binding.available()):
         raise console.Failure(f"--backend native: {reason}")
@@ -140,7 +142,7 @@ def _default_backends() -> list[Literal["native", "torch"]]:
 
 
 def _check_over(over: str | None, plan: Plan) -> None:
-    """Before an expensive measurement: is there such a row?"""
+    """Check, before an expensive measurement, that the row of `--over` exists."""
     there = {
         f"{case.backend}:{case.dtype}": None for case in plan.cases if case.facts["group"] in figures.COMPARED
     }
@@ -157,7 +159,7 @@ def _isa(plan: Plan) -> str:
 
 
 def _show_plan(plan: Plan, output: Path | None, folder: Path, format: str) -> None:
-    """The rows without their figures, memory, disk and files; in `format`, what is not JSON as a table."""
+    """Print the rows without figures, the memory, the disk space and the files, as JSON or else as a table."""
     disk_bytes = models.disk_bytes(plan) if plan.from_disk else None
     if format == "json":
         console.json_out(
@@ -186,10 +188,12 @@ def _show_plan(plan: Plan, output: Path | None, folder: Path, format: str) -> No
     columns = ("variant", "backend", "weights", "sizes", "parameters", "active", "MB / token")
     console.print_table(columns, rows, title="dry run: nothing is measured")
     if any(case.facts["projected"] for case in plan.cases):
-        console.say("* projected: some of its blocks would be measured and their time multiplied out")
+        console.say(
+            "* projected: only some blocks would be measured, and their time scaled to the whole model"
+        )
     console.say(f"memory needed: about {models.memory_bytes(plan) / 1e9:.1f} GB")
     if disk_bytes is not None:
-        console.say(f"disk needed meanwhile: {disk_bytes / 1e9:.1f} GB in {folder.absolute()}")
+        console.say(f"temporary disk space needed: {disk_bytes / 1e9:.1f} GB in {folder.absolute()}")
     console.say(f"files to be written: {output or 'none'}")
 
 
@@ -208,7 +212,7 @@ def _measure(
     timings, disk_speed = models.load(plan, folder)
     probes = [host.bandwidth()]
 
-    def probe() -> None:  # the memory of a virtual machine has several speeds within a minute
+    def probe() -> None:  # the memory speed of a virtual machine varies within a minute
         torch.set_num_threads(processor.threads)
         probes.append(host.bandwidth(seconds=BETWEEN_ROUNDS))
 
@@ -219,8 +223,8 @@ def _measure(
     bandwidths = Bandwidth(before=round(probes[0], 2), after=round(probes[-1], 2), best=round(max(probes), 2))
     if host.drifted(bandwidths.before, bandwidths.after):
         console.warn(
-            f"memory bandwidth went from {bandwidths.before:.1f} to {bandwidths.after:.1f} GB/s meanwhile: the "
-            "machine was busy or changed; trust ratios more than milliseconds, or measure again"
+            f"memory bandwidth went from {bandwidths.before:.1f} to {bandwidths.after:.1f} GB/s meanwhile: the machine "
+            "was busy or changed; rely on ratios rather than milliseconds, or measure again"
         )
     rows = figures.rows(list(zip(plan.cases, timings, strict=True)), bandwidths.best, over)
     rows = figures.rated(rows, host.last_level_cache())
@@ -241,7 +245,7 @@ def _measure(
 
 
 def _as_run(loaded: LoadedRecipe, bench: BenchSpec, plan: Plan) -> dict[str, Any] | None:
-    """The recipe with the variants that were chosen, or None for trained runs: it does not describe them."""
+    """The recipe with the variants that were chosen; None for trained runs, which it does not describe."""
     if any(variant.run for variant in plan.variants):
         return None
     names = {variant.name for variant in plan.variants}
@@ -250,7 +254,7 @@ def _as_run(loaded: LoadedRecipe, bench: BenchSpec, plan: Plan) -> dict[str, Any
     return recipe.model_dump(mode="json", exclude_none=True)
 
 
-# -- saying it -----------------------------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------------------
 
 
 def _show(result: BenchResult, format: str) -> None:
@@ -271,7 +275,7 @@ def _text(result: BenchResult, format: str) -> str:
 
 
 def _check_writable(output: Path) -> None:
-    """Before an expensive measurement, not after it."""
+    """Check, before an expensive measurement, that the output can be written."""
     if output.is_dir():
         raise console.Failure(f"{output}: is a directory; name a file for --output")
     if not output.parent.is_dir():
@@ -281,7 +285,7 @@ def _check_writable(output: Path) -> None:
 
 
 def _write(result: BenchResult, output: Path) -> None:
-    """The format follows the suffix: .csv, .md, else JSON. Written beside, then renamed."""
+    """Write the result to a temporary file, then rename it. The suffix gives the format: .csv, .md, else JSON."""
     format = {".csv": "csv", ".md": "markdown"}.get(output.suffix, "json")
     beside = output.with_name(output.name + ".tmp")
     try:
@@ -294,7 +298,7 @@ def _write(result: BenchResult, output: Path) -> None:
 
 
 def _judge(result: BenchResult, earlier: BenchResult, fail_above: float | None) -> None:
-    """Raise `Regression` for slower rows when a threshold was given."""
+    """Raise `Regression` for slower rows if there is a threshold."""
     before, now = earlier.machine.bandwidth_gb_s.mean, result.machine.bandwidth_gb_s.mean
     if host.drifted(before, now):
         console.warn(

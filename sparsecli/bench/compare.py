@@ -1,4 +1,4 @@
-"""Comparison with an earlier bench: what is slower beyond the threshold and beyond the noise."""
+"""Comparison with an earlier bench: finds rows that are slower beyond the threshold and the noise."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sparsecli.bench.host import drifted
 from sparsecli.bench.result import BenchResult, Change, Processor, Row
 
 LARGEST = 64 << 20
-"""Bytes of an earlier result; each of its samples takes some twenty."""
+"""Largest size in bytes of an earlier result; a sample takes some twenty bytes."""
 MOST_SAMPLES = 2**17
 RESAMPLES = 2000
 AT_ONCE = 2**22
-"""Samples that are drawn before their medians are taken; it bounds the memory, and far less is usual."""
+"""Most samples of a row. It bounds the memory of the bootstrap; usual results have far fewer."""
 INTERVAL = (2.5, 97.5)  # percentiles of the resampled ratios
 
 
@@ -38,19 +38,17 @@ def read(path: Path) -> BenchResult:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
         raise console.Failure(
-            f"{path}: not a bench result of schema 1: {where}: {first['msg']}; make one by --output FILE.json"
+            f"{path}: not a bench result of schema 1: {where}: {first['msg']}; make one with --output FILE.json"
         ) from error
     if (samples := result.settings.rounds * result.settings.tokens_per_round) > MOST_SAMPLES:
-        raise console.Failure(
-            f"{path}: has {samples} samples a row; {MOST_SAMPLES} are the most that is compared"
-        )
+        raise console.Failure(f"{path}: has {samples} samples a row; at most {MOST_SAMPLES} can be compared")
     return result
 
 
 def check_comparable(processor: Processor, cases: Sequence[Case], before: BenchResult, path: Path) -> None:
-    """Raise `Failure` unless what is to be measured is what `before`, read from `path`, measured.
+    """Raise `Failure` unless the cases and settings are those of `before`, which was read from `path`.
 
-    All of this is known before measuring. The memory's bandwidth is not: `compare` allows for it.
+    They are known before measuring. The memory's bandwidth is not; `compare` corrects for it.
     """
     pairs: list[tuple[str, object, object]] = [
         ("machine.cpu", before.machine.cpu, processor.cpu),
@@ -72,21 +70,20 @@ def check_comparable(processor: Processor, cases: Sequence[Case], before: BenchR
 
 
 def _difference(cases: Sequence[Case], before: BenchResult) -> str:
-    """What keeps two results from having a row in common."""
+    """The reason why two results have no row in common."""
     for case in cases:
         for row in before.rows:
             if row.key[:3] == case.key[:3]:
                 theirs, ours = row.key.sizes, case.key.sizes
-                return f"the same sizes as this bench: {row.variant} was measured at {theirs}, is at {ours}"
+                return f"the same sizes as this bench: {row.variant} was measured at {theirs}, now at {ours}"
     return "the same variant, backend and dtype as this bench"
 
 
 def compare(now: BenchResult, before: BenchResult, threshold: float) -> list[Change]:
-    """Every row that both results have. `threshold` is a fraction: 0.05 lets a row be 5 % slower.
+    """A comparison of every row that both results have. `threshold` is a fraction: 0.05 allows a row to be 5 % slower.
 
-    A row is `slower` when the ratio of the medians exceeds 1 + threshold and even the lower end of its 95 %
-    interval exceeds 1. When the probes say that the machine's memory itself has become slower by more than
-    `host.DRIFT`, so much slowness is explained and is taken off first.
+    A row is `slower` if the ratio of the medians exceeds 1 + threshold and the lower end of its 95 % interval exceeds
+    1. If the machine's memory has become slower by more than `host.DRIFT`, both limits are multiplied by that slowdown.
     """
     bandwidths = before.machine.bandwidth_gb_s.mean, now.machine.bandwidth_gb_s.mean
     explained = bandwidths[0] / bandwidths[1] if drifted(*bandwidths) else 1.0
@@ -120,15 +117,15 @@ def _change(row: Row, earlier: Row, rounds: tuple[int, int], threshold: float, e
 
 
 def rounds_of(samples: list[float], rounds: int) -> np.ndarray:
-    """Samples as (rounds, tokens of a round)."""
+    """The samples as an array (rounds, tokens of a round)."""
     return np.array(samples).reshape(rounds, -1)
 
 
 def ratio_interval(now: np.ndarray, before: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95 % interval of median(now) / median(before), both (rounds, tokens), by a two-stage bootstrap.
 
-    Tokens of one round share whatever disturbed that round, so rounds are drawn first, then tokens in them;
-    drawing tokens alone would call such a disturbance a difference.
+    All tokens of a round share its disturbances. So rounds are drawn first, then tokens within them; drawing only
+    tokens would report such a disturbance as a difference.
     """
     random = np.random.default_rng(seed)
     medians = [_medians(samples, random) for samples in (now, before)]
@@ -137,7 +134,7 @@ def ratio_interval(now: np.ndarray, before: np.ndarray, seed: int = 0) -> tuple[
 
 
 def _medians(samples: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The medians (RESAMPLES,) of as many draws from (rounds, tokens)."""
+    """The medians (RESAMPLES,) of resamples of samples (rounds, tokens)."""
     rounds, tokens = samples.shape
     draws = max(1, min(RESAMPLES, AT_ONCE // samples.size))
     found = []

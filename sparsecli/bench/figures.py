@@ -1,4 +1,4 @@
-"""Figures: rows from the times of cases, their speed-ups, and how good the rows are that speed-ups rest on."""
+"""Figures: rows from the times of cases, their speed-ups, and the quality of the baselines."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ FEED_FORWARD_PARTS = (
     "unit rows in",
     "unit rows out",
     "dense feed-forward",
-    "barriers",  # all of them: the native layer is charged rather too much than too little
+    "barriers",  # all of them: rather too much is attributed to the native layer than too little
     "feed-forward",
 )
-"""Parts of a profile that count as the feed-forward layer's, the native engine's and PyTorch's."""
-LEAST_SHARE = 0.7  # of the memory limit, below which a dense row is no good baseline
-DENSE_SHARE = 0.5  # of its parameters that a dense model uses for a token: all but its table of tokens
+"""Parts of a profile that belong to the feed-forward layer, in the native engine and in PyTorch."""
+LEAST_SHARE = 0.7  # share of the memory limit; a dense row below it is not a good baseline
+DENSE_SHARE = 0.5  # share of parameters that a dense model uses for a token: all but its embedding
 MEASURED_PARTS = ("units", "projection", "controller", "multiplicative", "head")
-COLD_SHARE = 0.9  # of the bytes of chosen units that have to come from the disk
+COLD_SHARE = 0.9  # share of the bytes of chosen units that must come from the disk
 
 COMPARED = ("dense", "peer")
-"""Groups whose rows `over` may name."""
+"""Groups of rows with which `over` may compare."""
 
 Measured = tuple[Case, Timing]
 
 
 def rows(measured: Sequence[Measured], gb_per_second: float, over: str | None) -> list[Row]:
-    """The measured rows; a dense row is the baseline of rows of the same backend, dtype and sizes.
+    """The measured rows. A dense row is the baseline of rows with the same backend, dtype and sizes.
 
-    `over` names the backend and dtype of another row that they are compared with, `torch:bfloat16`.
+    `over` names the backend and dtype of another baseline, as in `torch:bfloat16`.
     """
     baselines: dict[tuple[object, ...], Measured] = {}
     named: dict[tuple[object, ...], Measured] = {}
@@ -91,13 +91,13 @@ def _speedup(baseline: Measured | None, milliseconds: float) -> float | None:
     return round(times(baseline[1].token_ms).p50 / milliseconds, 4) if baseline else None
 
 
-# -- what speed-ups rest on ----------------------------------------------------------------------------------
+# -- the baselines of speed-ups ------------------------------------------------------------------------------
 
 
 def rated(rows: Sequence[Row], cache_bytes: int) -> list[Row]:
     """The rows with `baseline_bandwidth_fraction` and `speedup_over_peer`.
 
-    A dense row whose bytes fit into the last-level cache (`cache_bytes`) is not measured by the memory's speed.
+    A dense row whose bytes fit into the last-level cache (`cache_bytes`) is not compared with the memory's speed.
     """
     baselines = {row.key[1:]: row for row in reversed(rows) if row.group == "dense"}
     return [
@@ -112,24 +112,24 @@ def rated(rows: Sequence[Row], cache_bytes: int) -> list[Row]:
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """A line for every kind of weights whose dense row is too slow to be compared with."""
+    """A warning for every weight type whose dense row is too slow to be a baseline."""
     weak = {
         (row.backend, row.dtype): row.baseline_bandwidth_fraction
         for row in rows
         if row.baseline_bandwidth_fraction
     }
     return [
-        f"the dense {dtype} row ({backend}) reaches {share:.0%} of the memory's speed, less than {LEAST_SHARE:.0%}: "
-        "speed-ups against it (marked ~) are larger than against a good dense row"
+        f"the dense {dtype} row ({backend}) reaches {share:.0%} of the memory bandwidth, less than {LEAST_SHARE:.0%}: "
+        "speed-ups over it (marked ~) are larger than over a good dense row"
         for (backend, dtype), share in weak.items()
     ]
 
 
 def warm(rows: Sequence[Row]) -> list[str]:
-    """A line for every row whose units did not come from the disk."""
+    """A warning for every row whose units did not come from the disk."""
     return [
-        f"{row.variant} ({row.dtype}): {row.disk_bytes_per_token / 1e6:.1f} MB a token came from the disk, its units "
-        f"have {row.disk_bytes_expected / 1e6:.1f}: they were not cold"
+        f"{row.variant} ({row.dtype}): {row.disk_bytes_per_token / 1e6:.1f} MB per token came from the disk, but its "
+        f"units have {row.disk_bytes_expected / 1e6:.1f} MB: some were in the system's cache"
         for row in rows
         if row.disk_bytes_per_token is not None
         and row.disk_bytes_expected
@@ -138,7 +138,7 @@ def warm(rows: Sequence[Row]) -> list[str]:
 
 
 def bits_of(row: Row) -> int:
-    """Bits of a weight, the fewest of a row whose parts have several: `bfloat16` 16, `q4_0` 4."""
+    """Bits of a weight, as 16 for `bfloat16` and 4 for `q4_0`; the fewest if parts have different types."""
     kinds = [row.dtype]
     if row.precision:
         kinds += [str(row.precision[part]) for part in MEASURED_PARTS if part in row.precision]
@@ -156,7 +156,7 @@ def _weak_share(baseline: Row | None, row: Row, cache_bytes: int) -> float | Non
 
 
 def _over_peer(row: Row, rows: Sequence[Row]) -> float | None:
-    """Over the fastest dense row of another program that has as many bits or more, at the same sizes."""
+    """The speed-up over the fastest dense row of another program with at least as many bits, at the same sizes."""
     if row.group == "peer":
         return None
     times = [

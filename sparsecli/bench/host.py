@@ -1,4 +1,4 @@
-"""The machine that measures: its processor, how fast memory, disk and the engine read, and whether others use it."""
+"""The measuring machine: its processor, its load, and the read speed of memory, disk and engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BUSY_SECONDS = 0.5
 
 
 def processor(cpuinfo: Path = CPUINFO) -> tuple[str, set[str] | None]:
-    """Name and instruction flags of the first processor; flags are None where the system does not tell.
+    """Name and instruction flags of the first processor; flags are None if the system does not give them.
 
     Python's own answer is often only the architecture.
     """
@@ -52,7 +52,7 @@ def processor(cpuinfo: Path = CPUINFO) -> tuple[str, set[str] | None]:
 
 
 def last_level_cache(path: Path = CACHE_SIZE) -> int:
-    """Bytes of the last-level cache; 0 where the system does not say."""
+    """Bytes of the last-level cache; 0 if the system does not give them."""
     try:
         number, unit = re.fullmatch(r"(\d+)([KM]?)", path.read_text().strip()).groups()  # type: ignore[union-attr]
     except (OSError, AttributeError):
@@ -62,7 +62,7 @@ def last_level_cache(path: Path = CACHE_SIZE) -> int:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute with so many threads meanwhile."""
+    """Compute with this number of threads while open."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -72,22 +72,22 @@ def threads(count: int) -> Iterator[None]:
 
 
 def warn_if_busy() -> None:
-    """Threads of one step wait for one another, so one that has to share its processor delays them all."""
+    """Warn if other processes are busy. Threads of a step wait for each other: one that shares its CPU delays all."""
     processors = psutil.cpu_count() or 1
     others = psutil.cpu_percent(interval=BUSY_SECONDS) / 100 * processors  # while this process sleeps
     own = torch.get_num_threads()
     if own > 1 and others + own > processors + 0.5:
         console.warn(
-            f"other processes use {others:.1f} of {processors} processors, and {own} threads have to share: "
-            "expect several times slower rows, or use fewer --threads"
+            f"other processes use {others:.1f} of {processors} processors, which {own} threads must share with "
+            "them: rows may be several times slower; use fewer --threads"
         )
 
 
 # -- memory --------------------------------------------------------------------------------------------------
 
-BANDWIDTH_BYTES = 512 * 2**20  # several times the largest last-level caches: every pass comes from memory
+BANDWIDTH_BYTES = 512 * 2**20  # several times the largest last-level caches, so that every pass reads memory
 BANDWIDTH_SECONDS = 0.3
-DRIFT = 0.15  # relative difference of two probes from which the machine counts as having changed
+DRIFT = 0.15  # relative difference of two probes from which on the machine has changed
 
 
 def bandwidth(probe_bytes: int = BANDWIDTH_BYTES, seconds: float = BANDWIDTH_SECONDS) -> float:
@@ -108,12 +108,12 @@ def bandwidth(probe_bytes: int = BANDWIDTH_BYTES, seconds: float = BANDWIDTH_SEC
 
 
 def drifted(before: float, after: float) -> bool:
-    """Whether two bandwidths (same unit) differ so much that times measured beside them do not compare."""
+    """Whether two bandwidths (same unit) differ so much that times measured with them are not comparable."""
     return abs(before - after) > DRIFT * max(before, after)
 
 
 def peak_memory_gb() -> float | None:
-    """The most memory that this process has held at once; None where the system does not tell."""
+    """Peak memory of this process; None if the system does not give it."""
     try:
         import resource
     except ImportError:
@@ -133,24 +133,24 @@ MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 
 
 def check_evictable(folder: Path) -> None:
-    """Raise `Failure` where the pages of a file in `folder` cannot be made to leave the memory."""
+    """Raise `Failure` if the pages of a file in `folder` cannot be evicted from memory."""
     if (kind := file_system(folder)) in MEMORY_FILE_SYSTEMS:
         raise Failure(
-            f"--from-disk: {folder.absolute()} is a {kind}, which lies in memory; name a --disk-folder on a disk"
+            f"--from-disk: {folder.absolute()} is on {kind}, which is in memory; choose a --disk-folder on a disk"
         )
     if not hasattr(os, "posix_fadvise") or not hasattr(mmap, "MADV_DONTNEED"):
-        raise Failure("--from-disk needs Linux, which can drop a file from memory")
+        raise Failure("--from-disk needs Linux, which can evict a file from memory")
 
 
 def file_system(folder: Path) -> str:
-    """Type of the file system that `folder` lies on; empty where the system does not say."""
+    """Type of the file system of `folder`; empty if the system does not give it."""
     path = folder.resolve()
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     return next((mounts[place] for place in (path, *path.parents) if place in mounts), "")
 
 
 def disk_speed(path: Path) -> Disk:
-    """Read a file past the system's cache, in large pieces one after the other and in small ones at random."""
+    """Read a file without the system's cache, in large sequential pieces and in small random ones."""
     size = path.stat().st_size
     at = np.random.default_rng(0).integers(max(size - RANDOM_BYTES, 1), size=1 << 16)
     random = [int(offset) // ALIGNMENT * ALIGNMENT for offset in at]
@@ -163,8 +163,8 @@ def disk_speed(path: Path) -> Disk:
 
 
 def _read_speed(path: Path, offsets: Sequence[int], length: int) -> float:
-    """MB/s of reads of `length` bytes at `offsets`, so many of them as DISK_SECONDS allow."""
-    # Where a file system refuses to be read past its cache, the file's pages are at least dropped first.
+    """MB/s of reads of `length` bytes at `offsets`, as many of them as DISK_SECONDS allow."""
+    # If a file system has no direct reads, the file's pages are at least evicted first.
     flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
     try:
         file = os.open(path, flags)
@@ -204,7 +204,7 @@ def engine_shares(gb_per_second: float) -> dict[str, float]:
     It is measured on one dense layer with about ENGINE_BYTES of weights.
 
     Raises:
-        Failure: memory does not suffice, or the native engine cannot be used.
+        Failure: there is too little memory, or the native engine cannot be used.
     """
     return {kind: round(_engine_speed(kind, ENGINE_BYTES) / gb_per_second, 3) for kind in ENGINE_TYPES}
 

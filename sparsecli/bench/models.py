@@ -1,4 +1,4 @@
-"""Models in memory: whether they fit, how they are loaded, and a decoder of theirs for each case."""
+"""Models in memory: their size is checked, they are loaded, and each case gets a decoder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WORKSPACE_BYTES = 2**30  # the interpreter, activations and the bandwidth probe'
 
 
 def pool_elements(plan: Plan) -> dict[str, int]:
-    """Elements that the shared memory of the random models needs, by type."""
+    """Elements of the shared pools of the random models, by type."""
     needs = []
     for cases in plan.models:
         case = cases[0]
@@ -87,7 +87,7 @@ def memory_bytes(plan: Plan) -> int:
             total += _packed_bytes(cases, units=not cases[0].from_disk)
         spec, precision = built(cases), cases[0].precision
         kept = cached_bytes(spec, precision) + bucket_bytes(spec)
-        if "conv" in spec.attention.projection:  # the convolutions' inputs, with their margins
+        if "conv" in spec.attention.projection:  # the convolutions' inputs, with their padding
             rows = spec.layers * spec.attention_layers
             kept += round(1.2 * rows * spec.d_model * WIDTHS[precision.convolution])
         held = source_bytes(spec, precision) + bucket_bytes(spec)
@@ -96,7 +96,7 @@ def memory_bytes(plan: Plan) -> int:
 
 
 def check_memory(plan: Plan) -> None:
-    """Raise `Failure` when less memory is available than `memory_bytes`."""
+    """Raise `Failure` if less memory is available than `memory_bytes`."""
     needed, available = memory_bytes(plan), psutil.virtual_memory().available
     if needed > available:
         raise console.Failure(
@@ -107,7 +107,7 @@ def check_memory(plan: Plan) -> None:
 
 
 def check_disk(plan: Plan, folder: Path) -> None:
-    """Raise `Failure` when the packed models do not fit beside what is in `folder`."""
+    """Raise `Failure` if `folder` has no room for the packed models."""
     needed = disk_bytes(plan)
     try:
         free = shutil.disk_usage(folder).free
@@ -124,9 +124,9 @@ def check_disk(plan: Plan, folder: Path) -> None:
 
 
 def load(plan: Plan, folder: Path) -> tuple[list[Timing], Disk | None]:
-    """Build the models, and a decoder to time for every case; files to read from are in `folder` for a moment.
+    """Build the models, and a decoder for every case. Files to read from are in `folder` only while they are opened.
 
-    Raises `Failure` when memory or disk do not suffice, or a trained model does not load.
+    Raises `Failure` if memory or disk space is too small, or a trained model does not load.
     """
     pools = Pools.of(pool_elements(plan))
     timings: dict[Case, Timing] = {}
@@ -146,7 +146,7 @@ def load(plan: Plan, folder: Path) -> tuple[list[Timing], Disk | None]:
 
 
 class _LoadedModel(ABC):
-    """A model in memory, which gives a decoder for each case."""
+    """A model in memory that makes the decoder of each case."""
 
     def __init__(self, cases: Sequence[Case], pools: Pools) -> None:
         self.case, self.pools, self.spec = cases[0], pools, built(cases)
@@ -180,10 +180,10 @@ class _LoadedNative(_LoadedModel):
 
 
 def _mapped(model: PackedModel, folder: Path, *, probed: bool) -> tuple[PackedModel, int, Disk | None]:
-    """`model` with its units mapped from a file in `folder`, that file open, and if `probed` the disk's speed.
+    """`model` with its units mapped from a file in `folder`, the open file, and, if `probed`, the disk's speed.
 
-    The file has no name from then on: its space is free again when the program ends, however it ends.
-    Raises `Failure` when it cannot be written.
+    The file is unlinked at once, so that the system frees its space when the program ends, however it ends.
+    Raises `Failure` if the file cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix=".sparsecli-bench-", dir=folder) as temporary:
         path = Path(temporary) / "model.spk"

@@ -1,4 +1,4 @@
-"""Random weights: all models of a bench lie on the same memory, since they never run at once."""
+"""Random weights. All models of a bench share the same memory, because they never run at the same time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsecli.model.quantization import to_bfloat16
 from sparsecli.model.tensors import tensor_shapes
 from sparsecli.spec.model import ModelSpec
 
-TILE = 4_194_301  # prime, so that no two matrices start at the same phase of the repeated tile
+TILE = 4_194_301  # prime, so that no two matrices start at the same place of the repeated tile
 STANDARD_DEVIATION = 0.02
 INTEGER_DEVIATION = 40
 BIAS_SCALE = 1e-3
@@ -27,16 +27,16 @@ LINE = 64  # bytes: a cache line, on which every matrix starts
 
 @dataclass(frozen=True)
 class Pools:
-    """Normal numbers, one piece of memory for each weight type: float32, bfloat16 as uint16, int8; codes are bytes."""
+    """Pools of normal numbers, one for each weight type: float32, bfloat16 as uint16, int8; codes are bytes."""
 
     arrays: Mapping[str, np.ndarray]
 
     @classmethod
     def of(cls, elements: Mapping[str, int]) -> Pools:
-        """Pools of so many elements. One random tile is repeated: drawing billions takes longer than measuring.
+        """Pools of these numbers of elements. A random tile is repeated: drawing billions takes longer than measuring.
 
         Raises:
-            Failure: there is not so much memory.
+            Failure: there is too little memory.
         """
         normal = np.random.default_rng(0).standard_normal(TILE, dtype=np.float32)
         small = normal * np.float32(STANDARD_DEVIATION)
@@ -44,7 +44,7 @@ class Pools:
             "float32": lambda: small,
             "bfloat16": lambda: to_bfloat16(small),
             "int8": lambda: np.clip(np.rint(normal * INTEGER_DEVIATION), -127, 127).astype(np.int8),
-            # Scales lie between the codes: as bfloat16 these bytes are small numbers.
+            # Scales are stored between the codes; as bfloat16 these bytes are small numbers.
             "uint8": lambda: np.random.default_rng(0).integers(0x38, 0x3C, TILE, np.uint8),
         }
         arrays = {}
@@ -65,7 +65,7 @@ class Pools:
 
 
 def largest(needs: list[dict[str, int]]) -> dict[str, int]:
-    """Elements of each type that suffice for every one of `needs`."""
+    """The maximum of `needs` for each type."""
     return {
         kind: max(need.get(kind, 0) for need in needs)
         for kind in WIDTHS
@@ -106,7 +106,7 @@ def packed_model(
 ) -> PackedModel:
     """A packed model whose matrices are views into `pools`; its vectors and scales have memory of their own.
 
-    `overlapping`: every matrix starts at the beginning of its pool. Such a model is to be written to a file.
+    `overlapping`: every matrix starts at the beginning of its pool. This is for models that are written to a file.
     """
     arrays: dict[str, np.ndarray] = {}
     taken: dict[str, int] = {}
@@ -138,7 +138,7 @@ def _fill_vector(slot: Slot, array: np.ndarray, spec: ModelSpec) -> None:
         array[: slot.cols] = frequencies(spec, slot.name)
     elif slot.name.endswith("norm.weight") or slot.name == "importance":
         array[:] = 1
-    elif slot.name == "controller.bias":  # units that only fill a block up are never chosen
+    elif slot.name == "controller.bias":  # units that pad a block are never chosen
         width = padded(slot.group, LANES)
         blocks = array[: slot.cols].reshape(-1, width)
         blocks[:, slot.group :] = -np.inf
@@ -148,7 +148,7 @@ def _fill_vector(slot: Slot, array: np.ndarray, spec: ModelSpec) -> None:
 
 
 def empty_model(spec: ModelSpec) -> Network:
-    """The model without storage: nothing but its parameters is ever stored, so that they are all it lacks."""
+    """The model on the meta device. It stores nothing but parameters, so that only these are missing."""
     with torch.device("meta"):
         return build_network(spec)
 

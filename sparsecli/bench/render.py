@@ -19,7 +19,7 @@ from sparsecli.bench.result import BenchResult, Change, Row
 
 
 def milliseconds(value: float) -> str:
-    """Three significant digits or so: 126, 19.4, 3.62, 0.065."""
+    """About three significant digits: 126, 19.4, 3.62, 0.065."""
     decimals = next((index for index, limit in enumerate((100, 10, 1)) if value >= limit), 3)
     return f"{value:.{decimals}f}"
 
@@ -39,7 +39,7 @@ def megabytes(value: int) -> str:
 
 @dataclass(frozen=True)
 class ResultColumn:
-    """A column: two-line title, cells, and the rank in which it is left out (the highest first; 0 stays)."""
+    """A column: two-line title, cells, and its rank. Columns of the highest rank are left out first; 0 always stays."""
 
     title: str
     cell: Callable[[Row], str | None]
@@ -102,9 +102,9 @@ COLUMNS = (
 )
 
 
-NAMING = 7  # columns that say which row it is
+NAMING = 7  # columns that identify the row
 SAID_BELOW = ("backend\n", "threads\n", "context\n", "batch\n")
-"""Columns that are left out when all their cells are alike: the caption has it once."""
+"""Columns that are left out if all their cells are equal: the caption gives the value once."""
 
 
 def _speedup(row: Row) -> str | None:
@@ -114,7 +114,7 @@ def _speedup(row: Row) -> str | None:
 
 
 def _filled(result: BenchResult) -> list[tuple[ResultColumn, list[str]]]:
-    """The columns that have figures, with their cells; a missing figure is a dash."""
+    """The columns that have figures. A missing figure is a dash."""
     columns = []
     for column in COLUMNS:
         cells = [column.cell(row) for row in result.rows]
@@ -131,7 +131,7 @@ def _width(columns: Sequence[tuple[ResultColumn, list[str]]]) -> int:
 
 
 def table(result: BenchResult, width: int) -> Table:
-    """The rows as a table that fits `width` cells: columns that matter less are left out until it does."""
+    """The rows as a table of at most `width` characters. The least important columns are left out to fit."""
     columns, left_out = _filled(result), []
     while _width(columns) > width:
         dispensable = [column for column, _ in columns if column.drop_rank]
@@ -142,7 +142,7 @@ def table(result: BenchResult, width: int) -> Table:
         left_out.append(dropped.name)
     below = caption(result)
     if left_out:
-        below += f" Left out, for {width} characters: {', '.join(left_out)}; --format csv has all."
+        below += f" Left out to fit {width} characters: {', '.join(left_out)}; --format csv has all columns."
     shown = Table(box=box.SIMPLE_HEAD, caption=below, caption_justify="left", padding=(0, 1, 0, 0))
     for column, _ in columns:
         shown.add_column(column.title, justify="left" if column.left else "right", no_wrap=not column.left)
@@ -155,7 +155,7 @@ def table(result: BenchResult, width: int) -> Table:
 
 
 def caption(result: BenchResult) -> str:
-    """What the figures were measured with, in plain sentences."""
+    """The caption: the machine and the settings of the measurement, in sentences."""
     machine, settings = result.machine, result.settings
     threads, contexts, batches = (
         sorted({getattr(row, name) for row in result.rows}) for name in ("threads", "context", "batch")
@@ -184,13 +184,13 @@ def caption(result: BenchResult) -> str:
             f"{machine.disk.random_mb_s:.0f} in random pieces of {machine.disk.random_kb} KiB."
         )
     if any(row.batch > 1 for row in result.rows):
-        text += " Times of a batch are over its sequences."
+        text += " Times of a batch are divided by its sequences."
     if result.over:
         text += f" --over: speed-up over the first dense or peer row of {result.over}, at the same sizes."
     if weak := figures.warnings(result.rows):
         text += "".join(f" ~ {line}." for line in weak)
     if any(row.projected for row in result.rows):
-        text += " * projected: some blocks were measured and their time multiplied out."
+        text += " * projected: only some blocks were measured, and their time scaled to the whole model."
     for backend, used in {row.backend: row.peer_settings for row in result.rows if row.peer_settings}.items():
         text += f" {backend}: {used}."
     return text
@@ -200,9 +200,9 @@ LEAST_SHARE = 0.005
 
 
 def parts_table(result: BenchResult) -> Table | None:
-    """Where a token's time goes, one line for each part, the largest first; None where it was not timed.
+    """A token's time by part, the largest first; None if it was not measured.
 
-    Parts of less than half a per cent are left to the JSON.
+    Parts of less than half a per cent are only in the JSON.
     """
     timed = [row for row in result.rows if row.parts]
     if not timed:
@@ -263,18 +263,19 @@ def changes_table(changes: Sequence[Change]) -> Table:
 
 
 def as_json(result: BenchResult) -> str:
-    """The whole record, samples included."""
+    """The complete result with samples."""
     return result.model_dump_json(by_alias=True, indent=2)
 
 
 def as_csv(result: BenchResult) -> str:
-    """One line a row; nested figures as `ms_per_token_p50`; samples only in JSON; an empty cell is null."""
+    """One line per row. Nested figures have names such as `ms_per_token_p50`; an empty cell is null. Samples are only
+    in JSON."""
     lines = []
     for row in result.rows:
         line = row.model_dump(mode="json", exclude={"ms_per_token": {"samples"}})
         for name in ("paper", "precision", "parts"):
             if line[name] is None:
-                del line[name]  # an object elsewhere: its columns stay empty
+                del line[name]  # an object in other rows: its columns stay empty
         lines.append(_flat(line))
     text = io.StringIO()
     names = list(dict.fromkeys(name for line in lines for name in line))

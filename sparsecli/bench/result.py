@@ -21,14 +21,14 @@ class _Record(BaseModel):
 
 
 class Bandwidth(_Record):
-    """Sequential read bandwidth of all threads together, probed around the measurement."""
+    """Sequential read bandwidth of all threads together, measured before and after."""
 
     before: Annotated[float, Field(gt=0)]
     """GB/s before the first round."""
     after: Annotated[float, Field(gt=0)]
     """GB/s after the last round."""
     best: float
-    """GB/s of the best of several probes over the whole run: what the memory limit is computed with."""
+    """GB/s of the best of several probes over the whole run. The memory limit is computed from it."""
 
     @property
     def mean(self) -> float:
@@ -37,18 +37,18 @@ class Bandwidth(_Record):
 
 
 class Processor(_Record):
-    """What computes, as far as it is known before measuring."""
+    """The machine, as far as it is known before measuring."""
 
     cpu: str
     """Model name of the processor."""
     isa: str
-    """Vector instructions in use: the native engine's where it is measured, else PyTorch's."""
+    """Vector instructions in use: the native engine's if it is measured, else PyTorch's."""
     threads: Counted
-    """Threads of one decode step; the most, where several numbers are measured."""
+    """Threads of one decode step; the largest number if several are measured."""
 
 
 class Disk(_Record):
-    """How fast a disk reads past the system's cache, many reads at once."""
+    """Read speed of a disk without the system's cache, with many reads in flight."""
 
     sequential_mb_s: float
     """MB/s in pieces of 1 MiB, one after the other."""
@@ -66,33 +66,33 @@ class Machine(Processor):
     memory_gb: float
     """Main memory."""
     disk: Disk | None = None
-    """The disk that weights were left on (`--from-disk`)."""
+    """The disk that weights are read from (`--from-disk`)."""
 
 
 class Settings(_Record):
     """How the rows were measured."""
 
     context: Counted
-    """Tokens in the cache at the start of every turn; the first, where several lengths are measured."""
+    """Tokens in the cache at the start of every turn; the first number if several are measured."""
     source: Counted | None = None
-    """Tokens of the source, where a row decodes what an encoder made of one."""
+    """Tokens of the encoder's input, if a model has an encoder."""
     rounds: Annotated[int, Field(gt=0)]
     """Turns of every row."""
     tokens_per_round: Annotated[int, Field(gt=0)]
-    """Measured tokens of a turn, one after the other; samples are in order, turn after turn."""
+    """Measured tokens of a turn; samples are in order, turn after turn."""
     warmup_tokens: Counted
-    """Unmeasured tokens before them."""
+    """Unmeasured tokens at the start of a turn."""
 
 
 class Spread(_Record):
     """Percentiles in milliseconds."""
 
     p10: float
-    """Nine in ten were slower."""
+    """10th percentile."""
     p50: Milliseconds
     """The median."""
     p90: float
-    """Nine in ten were faster."""
+    """90th percentile."""
 
 
 class Times(Spread):
@@ -103,7 +103,7 @@ class Times(Spread):
 
 
 class RowKey(NamedTuple):
-    """What makes a row the same row in another result."""
+    """The key that identifies a row in another result."""
 
     variant: str
     backend: str
@@ -116,7 +116,7 @@ class RowKey(NamedTuple):
 
     @property
     def sizes(self) -> str:
-        """What the row is measured at, in words: `2 threads, context 64`."""
+        """The sizes in words: `2 threads, context 64`."""
         words = [f"{self.threads} thread{'' if self.threads == 1 else 's'}"]
         words.append(f"prompt {self.prefill}" if self.prefill else f"context {self.context}")
         words += [f"batch {self.batch}"] * (self.batch > 1)
@@ -137,23 +137,23 @@ class _Keyed(_Record):
     context: Counted
     """Tokens in the cache at the start of a turn."""
     batch: Counted = 1
-    """Sequences that a step decodes; times are over them."""
+    """Sequences that a step decodes; times are divided by them."""
     prefill: Counted | None = None
-    """Tokens of the prompt whose reading was measured, times are over them; null: decoding was measured."""
+    """Tokens of the prompt whose prefill was measured, divided by them; null: decoding was measured."""
     from_disk: bool = False
     """The units of sparse layers were read from disk."""
 
     @property
     def key(self) -> RowKey:
-        """What makes it the same row in another result."""
+        """The key that identifies it in another result."""
         return RowKey(**{name: getattr(self, name) for name in RowKey._fields})
 
 
 class Row(_Keyed):
-    """What was measured of one case. A figure that was not measured is null."""
+    """The figures of one case. A figure that was not measured is null."""
 
     group: Literal["dense", "sparse", "mixture", "peer"]
-    """What it is compared as; `peer` is another program."""
+    """The variant's group; `peer` is another program."""
     precision: dict[str, str | bool] | None = None
     """Weight type of each part, on the native backend."""
     parameters: Counted
@@ -163,45 +163,45 @@ class Row(_Keyed):
     bytes_per_token: Counted
     """Bytes of weights and of key-value cache that one token reads."""
     projected: bool = False
-    """Only some of the blocks are built; their time is multiplied out."""
+    """Only some of the blocks are built; their time is scaled to the whole model."""
     ms_per_token: Times
-    """Milliseconds a token: embedding, blocks, logits and the choice of the next token."""
+    """Milliseconds per token, with embedding, blocks, logits and the choice of the next token."""
     ms_per_block: Spread | None
-    """Milliseconds a block: the time of the block stack over the number of blocks."""
+    """Milliseconds per block: the time of the block stack divided by the number of blocks."""
     tokens_per_second: float
     """At the median."""
     speedup: float | None
-    """Median of the dense row of the same backend, dtype and sizes over this median."""
+    """Median of the dense row with the same backend, dtype and sizes, divided by this median."""
     speedup_over: float | None = None
-    """The same over the row that `--over` names."""
+    """Speed-up over the row that `--over` names."""
     baseline_bandwidth_fraction: float | None = None
-    """Share of the memory limit of the dense row that `speedup` is over, where it is less than 70 %; else null."""
+    """Share of the memory limit that the baseline of `speedup` reaches, if less than 70 %; else null."""
     speedup_over_peer: float | None = None
-    """Over the fastest dense row of another program with as many bits or more (`--peer`)."""
+    """Speed-up over the fastest dense row of another program with at least as many bits (`--peer`)."""
     bandwidth_fraction: float | None
-    """Share of the memory limit reached."""
+    """Share of the memory limit that the row reaches."""
     held_out_loss: float | None
-    """Held-out loss of a trained run, in nats a token."""
+    """Held-out loss of a trained run, in nats per token."""
     paper: PaperFigures | None = None
     """The paper's figures for this row."""
     paper_speedup: float | None = None
     """The paper's speed-up of this row."""
     parts: dict[str, float] | None = None
-    """Mean milliseconds a token by part (`--profile`); `rest` is what no part accounts for."""
+    """Mean milliseconds per token by part (`--profile`); `rest` is the time outside of all parts."""
     ms_feed_forward: float | None = None
-    """Mean milliseconds a token that one feed-forward layer takes (`--profile`); waiting counts as its time."""
+    """Mean milliseconds per token of one feed-forward layer (`--profile`), including the time that threads wait."""
     disk_bytes_per_token: Counted | None = None
-    """Bytes that the system fetched from disk for a token, the median (`--from-disk`)."""
+    """Median of the bytes that the system read from disk for a token (`--from-disk`)."""
     disk_bytes_expected: Counted | None = None
-    """Bytes of the units that a token chooses: cold ones are fetched all (`--from-disk`)."""
+    """Bytes of the units that a token chooses; uncached, all of them are read from disk (`--from-disk`)."""
     disk_mb_s: float | None = None
-    """Those bytes over the token's time."""
+    """The bytes read from disk divided by the token's time."""
     peer_settings: str | None = None
     """Version and settings of another program."""
 
     @property
     def weights(self) -> str:
-        """Its weight type, and the parts of other types: `bfloat16, int8 head`."""
+        """Its weight type, and the parts with other types: `bfloat16, int8 head`."""
         return weight_types(self.dtype, self.precision)
 
 
@@ -230,7 +230,7 @@ class BenchResult(_Record):
     command: str
     """The command line that made it."""
     recipe: dict[str, Any] | None
-    """The recipe as it was run, the command line's options included; null for trained runs (`--model`)."""
+    """The recipe with the options of the command line; null for trained runs (`--model`)."""
     settings: Settings
     """How the rows were measured."""
     versions: dict[str, str]
@@ -240,11 +240,11 @@ class BenchResult(_Record):
     rows: list[Row]
     """The figures."""
     over: str | None = None
-    """Backend and dtype, `torch:bfloat16`, over whose dense row `speedup_over` is."""
+    """Backend and dtype of the dense row that is the baseline of `speedup_over`, as in `torch:bfloat16`."""
     peak_memory_gb: float | None = None
-    """The most memory that the process held at once."""
+    """Peak memory of the process."""
     comparison: list[Change] | None = None
-    """Against an earlier result (`--against`)."""
+    """The comparison with an earlier result (`--against`)."""
 
     @model_validator(mode="after")
     def _check(self) -> BenchResult:
@@ -256,7 +256,7 @@ class BenchResult(_Record):
 
 
 def weight_types(dtype: str, precision: Mapping[str, str | bool] | None) -> str:
-    """A row's weight type, and the parts that have another one: `bfloat16, int8 head`."""
+    """A row's weight type, and the parts with another type: `bfloat16, int8 head`."""
     if precision is None:
         return dtype
     usual = vars(Precision.of(dtype))

@@ -1,4 +1,4 @@
-"""Timing of decoders: they take turns, round after round, so that a disturbance hits all alike."""
+"""Interleaved timing of decoders: they take turns in rounds, so that a disturbance affects all equally."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sparsecli.bench.result import Spread, Times
 from sparsecli.console import Progress
 
 PERCENTILES = (10, 50, 90)
-SETTLE_SECONDS = 0.01  # other programs' threads go on spinning for milliseconds after a step
+SETTLE_SECONDS = 0.01  # threads of other programs still spin for milliseconds after a step
 NEVER_REPEATED = ("head",)  # parts outside of the blocks
 
 
 @dataclass
 class Timing:
-    """A decoder and the times of its steps, which fill up round after round."""
+    """A decoder and the times of its steps, to which every round adds."""
 
     decoder: TimedDecoder
     vocabulary: int
@@ -39,7 +39,7 @@ class Timing:
 
     @property
     def token_ms(self) -> np.ndarray:
-        """Milliseconds a token of every measured step; missing blocks cost what the measured ones did."""
+        """Milliseconds per token of every measured step; blocks that were not built get the time of the others."""
         nanoseconds = np.array(self.token_ns, dtype=np.float64)
         if self._whole > 1:
             nanoseconds += (self._whole - 1) * np.array(self.block_stack_ns, dtype=np.float64)
@@ -47,14 +47,14 @@ class Timing:
 
     @property
     def block_ms(self) -> np.ndarray | None:
-        """Milliseconds a token and block of every measured step; None where the decoder does not know."""
+        """Milliseconds per token and block of every measured step; None if the decoder does not measure them."""
         if None in self.block_stack_ns:
             return None
         return np.array(self.block_stack_ns, dtype=np.float64) / self.measured_layers / 1e6 / self.tokens
 
     @property
     def parts(self) -> dict[str, float]:
-        """Mean milliseconds a token by part; `rest` is what no part accounts for. Empty where nothing was timed."""
+        """Mean milliseconds per token by part; `rest` is the time outside of all parts. Empty if not measured."""
         if not self.part_seconds:
             return {}
         tokens = len(self.token_ns) * self.tokens
@@ -77,10 +77,10 @@ def measure(
     progress: Progress,
     between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Give every decoder its turn, `rounds` times over, so that a disturbance hits all of them alike.
+    """Run `rounds` rounds, in each of which every decoder has one turn, so that a disturbance affects all equally.
 
-    A turn starts from the same cached context every time, with a token that is new in every round: greedy
-    decoding from the same token would read the same units in every round. `between` is called between rounds.
+    Each turn starts from the same cached context, but from another token in each round: greedy decoding from the same
+    token would read the same units in every round. `between` is called between rounds.
     """
     random = np.random.default_rng(seed)
     # Tokens as fractions of the vocabulary, whose size may differ between models.
@@ -90,7 +90,7 @@ def measure(
         timing.decoder.prefill([int(fraction * timing.vocabulary) for fraction in prompt[: timing.context]])
         progress.advance()
     gc.collect()
-    gc.freeze()  # what is there stays: to look through it again in every turn would take longer than many a turn
+    gc.freeze()  # freeze existing objects: to scan them again in every turn could take longer than the turn
     try:
         for index, start in enumerate(starts):
             if index:
@@ -103,7 +103,7 @@ def measure(
 
 
 def _take_turn(timing: Timing, token: int) -> None:
-    """Warm up, then time every step; the garbage collector waits meanwhile."""
+    """Warm up, then time every step, with the garbage collector switched off."""
     decoder, evicting = timing.decoder, timing.evicting
     decoder.rewind()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Variants: the models that are measured, those of a recipe with random weights or trained runs."""
+"""Variants: the models to measure, from a recipe with random weights or from trained runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNCHANGED = PrecisionChanges()
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to measure: what a recipe's variant or `--model` names."""
+    """A model to measure: a recipe's variant, or a trained model of `--model`."""
 
     name: str
     group: Group
@@ -35,11 +35,11 @@ class Variant:
     paper: PaperFigures | None = None
     precision: PrecisionChanges = UNCHANGED
     dtypes: Sequence[str] | None = None  # None: those of the bench
-    measured_layers: int | None = None  # so many blocks are built; None: all
+    measured_layers: int | None = None  # number of blocks that are built; None: all
 
     @property
     def whole(self) -> bool:
-        """Whether all of its blocks are built."""
+        """Whether all blocks are built."""
         return self.measured_layers is None or self.measured_layers >= self.spec.layers
 
 
@@ -66,7 +66,7 @@ def _from_spec(variant: VariantSpec, spec: ModelSpec, measured_layers: int | Non
 
 def from_runs(references: Sequence[str]) -> list[Variant]:
     """Trained models: run directories (with their held-out loss) or Hugging Face folders."""
-    # The absolute path tells models apart and names them; messages keep to the path as it was given.
+    # Models are distinguished and named by absolute path; messages use the path as it was given.
     folders = {Path(os.path.abspath(folder)): folder for folder in map(find_model, references)}
     runs = [path.parent if path.name == "model" else path for path in folders]
     named = zip(_names(runs), runs, folders.values(), strict=True)
@@ -83,7 +83,7 @@ def _from_run(name: str, run: Path, folder: Path) -> Variant:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, after as many parts above it as tell it from the others."""
+    """The last part of each path, with as many parts above it as make it unique."""
     names = []
     for folder in folders:
         length = 1
@@ -94,7 +94,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _group(spec: ModelSpec) -> Group:
-    """Mixture: of experts. Dense: no unit of the feed-forward layer is skipped, and no layer is multiplicative."""
+    """The group of a model. A mixture has experts; a dense model skips no unit and has no multiplicative layer."""
     if spec.feed_forward.kind == "mixture":
         return "mixture"
     attention = spec.attention
@@ -115,9 +115,9 @@ def choose(
     mixture: bool = False,
     names: Sequence[str] | None = None,
 ) -> list[Variant]:
-    """Those of the chosen groups and names; no flag means all groups.
+    """The variants of the chosen groups and names; without a flag, all groups.
 
-    Raises `Failure` when none is left, or for a name that none has.
+    Raises `Failure` if no variant is left, or if none has one of the names.
     """
     known = ", ".join(variant.name for variant in variants)
     for name in names or ():
@@ -136,19 +136,19 @@ def choose(
 
 
 def check_same_size(variants: Sequence[Variant]) -> str | None:
-    """A sentence when the parameter counts differ by more than `TOLERANCE`, else None."""
+    """A warning if the parameter counts differ by more than `TOLERANCE`, else None."""
     smallest = min(variants, key=lambda variant: variant.sizes.total)
     largest = max(variants, key=lambda variant: variant.sizes.total)
     if disagreement([variant.sizes for variant in variants]) <= TOLERANCE:
         return None
     return (
         f"the models differ in size: {smallest.name} has {smallest.sizes.total:,} parameters, "
-        f"{largest.name} {largest.sizes.total:,}; speed-ups between them are not of equal models"
+        f"{largest.name} {largest.sizes.total:,}; speed-ups between them do not compare equal models"
     )
 
 
 def part(spec: ModelSpec, layers: int | None) -> ModelSpec:
-    """The model with only so many of its blocks; None: all of them."""
+    """The model with this number of blocks; None: all of them."""
     if layers is None or layers >= spec.layers:
         return spec
     changed: dict[str, object] = {"layers": layers}
@@ -161,7 +161,7 @@ def part(spec: ModelSpec, layers: int | None) -> ModelSpec:
 
 
 def with_positions(spec: ModelSpec, positions: int) -> ModelSpec:
-    """The model with room for so many positions: tables of learned ones grow, of which a token reads one row each."""
+    """The model with at least this many positions. Learned ones need a larger table, of which a token reads one row."""
     positions = max(positions, spec.max_positions)
     changed: dict[str, object] = {"max_positions": positions}
     if spec.positions == "axial":

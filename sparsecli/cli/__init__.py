@@ -1,4 +1,4 @@
-"""The command line: one file a command with its arguments. The module that a command imports does the work."""
+"""The command line. Each command is a file with its arguments, and imports the module that does the work."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ debug = False
 
 
 def main() -> None:
-    """Entry point: every error ends as one clear line and an exit code."""
+    """Entry point. Every error becomes one line on stderr and an exit code."""
     code = None
     try:
         code = app(prog_name="sparsecli", standalone_mode=False)

@@ -30,18 +30,18 @@ def bench(
     overrides: Overrides = None,
     dense: Annotated[bool, typer.Option("--dense", help="Only dense variants.")] = False,
     sparse: Annotated[
-        bool, typer.Option("--sparse", help="Only sparse variants; with --dense, both.")
+        bool, typer.Option("--sparse", help="Measure only sparse variants; with --dense, both.")
     ] = False,
     mixture: Annotated[
-        bool, typer.Option("--mixture", help="Only mixtures of experts; without these three, all.")
+        bool, typer.Option("--mixture", help="Measure only mixtures; without these three, all.")
     ] = False,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="DIR", help="A trained run in place of random weights; may be repeated."),
+        typer.Option(metavar="DIR", help="A trained run instead of random weights; may be repeated."),
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Only this variant; may be repeated.", show_default=False),
+        typer.Option(metavar="NAME", help="Measure only this variant; may be repeated.", show_default=False),
     ] = None,
     backend: Annotated[
         list[str] | None,
@@ -50,14 +50,14 @@ def bench(
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Another program beside ours; may be repeated.", show_default=False
+            metavar="NAME", help="Another program to measure too; may be repeated.", show_default=False
         ),
     ] = None,
     over: Annotated[
         str | None,
         typer.Option(
             metavar="BACKEND:TYPE",
-            help="Also the speed-up over that dense row: torch:bfloat16.",
+            help="Also show the speed-up over this dense row, e.g. torch:bfloat16.",
             show_default=False,
         ),
     ] = None,
@@ -81,20 +81,22 @@ def bench(
     ] = None,
     prefill: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Also read a prompt of N tokens.", show_default=False),
+        typer.Option(metavar="N", help="Also measure the prefill of N tokens.", show_default=False),
     ] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Time the parts of a token.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Time the parts of a decode step.")] = False,
     from_disk: Annotated[
-        bool, typer.Option("--from-disk", help="Read sparse units from a file, cold.")
+        bool, typer.Option("--from-disk", help="Read sparse units from disk, uncached.")
     ] = False,
     disk_folder: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where that file lies for the time.", show_default=False),
+        typer.Option(metavar="DIR", help="Folder for the temporary file.", show_default=False),
     ] = None,
-    rounds: Annotated[int | None, typer.Option(metavar="N", help="Turns of every variant.")] = None,
-    tokens: Annotated[int | None, typer.Option(metavar="N", help="Measured tokens of a turn.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", help="Rounds; a variant has one turn in each.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(metavar="N", help="Measured tokens in a turn.")] = None,
     seed: Seed = None,
-    format: Annotated[Format, typer.Option(help="Of the result on stdout.")] = "table",
+    format: Annotated[Format, typer.Option(help="Format of the result on stdout.")] = "table",
     json: AsJson = False,
     output: Annotated[
         Path | None,
@@ -114,9 +116,9 @@ def bench(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure decoding, dense against sparse.
+    """Compare the decoding speed of dense and sparse models.
 
-    Without a recipe: the paper's Table 1 at 800M parameters, one token at a time, random weights.
+    Without a recipe, the models are those of the paper's Table 1 at 800M parameters, with random weights.
     """
     recipe, overrides = shift(recipe, overrides)
     from sparsecli.bench import command

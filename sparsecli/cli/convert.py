@@ -37,7 +37,7 @@ def sparsify_convert(
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="llama.cpp: also measure the dense model there.", show_default=False
+            metavar="NAME", help="llama.cpp: also measure the dense model with it.", show_default=False
         ),
     ] = None,
     dry_run: DryRun = False,

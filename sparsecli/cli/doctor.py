@@ -18,7 +18,7 @@ def doctor(
     ] = "table",
     json: AsJson = False,
 ) -> None:
-    """Show what this machine and this installation can do."""
+    """Examine this machine and this installation."""
     from sparsecli import doctor as implementation
 
     implementation.run("json" if json else format)

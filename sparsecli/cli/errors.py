@@ -1,4 +1,4 @@
-"""How the program ends: every error is one line, `where: what was wrong; what to do`, and an exit code."""
+"""Errors of the command line. Every error is one line, `where: what was wrong; what to do`, and an exit code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def end(error: BaseException, debug: bool) -> None:
     if debug:
         console.say(traceback.format_exc())
     console.fail(failure)
-    # What stdout still holds cannot be written when it is full or gone. Python would complain once more on exit.
+    # If stdout is full or closed, its buffer cannot be written, and Python would report another error on exit.
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -49,7 +49,7 @@ def end(error: BaseException, debug: bool) -> None:
 
 
 def as_failure(error: BaseException) -> Failure:
-    """The expected error with the message and the exit code of any error."""
+    """Convert any error to an expected error with its message and exit code."""
     match error:
         case Failure():
             return error
@@ -68,9 +68,9 @@ def as_failure(error: BaseException) -> Failure:
 
 
 def _usage(error: TyperException) -> Failure:
-    """A wrong command line in the form of our own checks: `--option: expected a value, got another`."""
+    """Typer's error in the form of our own checks: `--option: expected a value, got another`."""
     message = error.format_message()
-    if len(message.splitlines()) > 1:  # the help, shown where a command group has no argument
+    if len(message.splitlines()) > 1:  # the help, shown if a command group has no argument
         console.say(message)
         sys.exit(error.exit_code)
     if wrong := re.fullmatch(r"Invalid value for '(.+?)': (.+)", message):
@@ -83,7 +83,7 @@ def _usage(error: TyperException) -> Failure:
 
 
 def _wrong_value(error: TyperException, message: str) -> str:
-    """What was expected, and what was found in its place."""
+    """The expected and the found value, in words."""
     if choice := re.search(r"('.*') is not one of (.+?)\.?$", message):
         return f"expected one of {choice[2].replace(chr(39), '')}, got {choice[1]}"
     problems: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()

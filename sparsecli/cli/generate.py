@@ -53,7 +53,7 @@ def generate(
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Sample from the N likeliest tokens; default 0, which is all."),
+        typer.Option(metavar="N", help="Sample from the N likeliest tokens; default 0, which means all."),
     ] = None,
     top_p: Annotated[
         float | None,
@@ -76,7 +76,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Draft tokens that the model checks: a small model, or lookup (in the text), or self.",
+            help="Source of draft tokens for speculative decoding: a small model, lookup (in the text), or self.",
             show_default=False,
         ),
     ] = None,
@@ -99,7 +99,7 @@ def generate(
     keep: Annotated[
         bool,
         typer.Option(
-            "--keep/--no-keep", help="Keep packed weights for the next start, if packing took long."
+            "--keep/--no-keep", help="Keep packed weights for the next start, if packing takes long."
         ),
     ] = True,
 ) -> None:

@@ -28,7 +28,9 @@ def import_(
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        typer.Option(help="Type of the written weights; auto keeps the original's, also GGUF's own."),
+        typer.Option(
+            help="Type of the written weights; auto keeps the original type, including GGUF's types."
+        ),
     ] = "auto",
     dry_run: DryRun = False,
 ) -> None:

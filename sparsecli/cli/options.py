@@ -81,7 +81,7 @@ def load_recipe(reference: str, overrides: list[str] | None, seed: int | None = 
 def load_optional_recipe(
     reference: str | None, overrides: list[str] | None, seed: int | None
 ) -> LoadedRecipe | None:
-    """The same where the recipe may be left out; then no override is allowed."""
+    """`load_recipe` for an optional recipe. Without a recipe no override is allowed."""
     reference, overrides = shift(reference, overrides)
     if reference:
         return load_recipe(reference, overrides, seed)
@@ -91,7 +91,7 @@ def load_optional_recipe(
 
 
 def shift(reference: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
-    """Where the recipe is left out, the first override stands in its place."""
+    """If the recipe is left out, its argument holds the first override."""
     if reference and "=" in reference and not Path(reference).exists():
         return None, [reference, *(overrides or [])]
     return reference, overrides or []

@@ -67,7 +67,7 @@ class Contender(Protocol):
     def loaded(
         self, positions: int, prompt: int
     ) -> AbstractContextManager[tuple[TimedDecoder, TimedDecoder]]:
-        """A decoder for `positions` tokens, and one for prompts of `prompt` tokens, until the context ends."""
+        """A context manager with a decoder for `positions` tokens, and one for prompts of `prompt` tokens."""
 
 
 @dataclass(frozen=True)

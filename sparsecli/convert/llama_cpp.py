@@ -70,7 +70,7 @@ class LlamaContender:
 def unsupported_reason(spec: ModelSpec) -> str | None:
     """Why llama.cpp cannot run such a dense model, as the end of a sentence; None if it can."""
     unlike = unlike_llama(spec)
-    return f"no file can be written for it of a model with {unlike}" if unlike else None
+    return f"its files cannot hold a model with {unlike}" if unlike else None
 
 
 def llama_contenders(

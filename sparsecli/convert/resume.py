@@ -38,7 +38,7 @@ HINT = "run the same command again to resume"
 
 @contextmanager
 def open_work_folder(output: Path, recipe: Recipe, source: str) -> Iterator[WorkFolder]:
-    """The work folder of an earlier attempt at `output`, or a new one; no other process can open it meanwhile.
+    """The work folder of an earlier attempt at `output`, or a new one. No other process can open it while it is open.
 
     It stays for the next attempt if a step in it is finished.
 

@@ -321,8 +321,8 @@ class Conversion:
         least = loss_budget(self.budget, loss.increase, dense_loss)
         change = f"{loss.relative_increase:+z.2%} loss, {loss}" if self.budget.kind == "loss" else f"{loss}"
         raise Mismatch(
-            f"convert.budget: {self.budget} is exceeded on held-out text: {change}; `budget: {least}` takes the model "
-            f"as it is built, a new --output searches again"
+            f"convert.budget: {self.budget} is exceeded on held-out text: {change}; `budget: {least}` accepts this "
+            f"model, a new --output searches again"
         )
 
     def _peers(self, folder: Path) -> Sequence[Contender]:

@@ -182,6 +182,6 @@ def rank_candidates(
 
 
 def loss_budget(budget: Budget, increase: float, dense_loss: float) -> str:
-    """The least budget of the same kind that allows an increase of the loss (nats/token), rounded up to 0.1 %."""
+    """The smallest budget of the same kind that allows this increase of the loss (nats/token), rounded up to 0.1 %."""
     share = increase / dense_loss if budget.kind == "loss" else math.expm1(increase)
     return str(Budget(budget.kind, max(1, math.ceil(share * 1000)) / 1000))

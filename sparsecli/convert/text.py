@@ -81,7 +81,7 @@ def read_text(
     if len(windows) < sum(needed):
         have = len(windows) * data.sequence_length
         raise Failure(
-            f"data: {have:,} training tokens, but convert.calibration_tokens and tuning_tokens ask for "
+            f"data: {have:,} training tokens, but convert.calibration_tokens and tuning_tokens need "
             f"{calibration_tokens + tuning_tokens:,}; add text or lower them"
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -109,5 +109,5 @@ def check_text(dense_tuning: np.ndarray, dense_held_out: np.ndarray, vocabulary:
     if abs(held_out - tuning) > MISMATCH:
         raise Failure(
             f"data: calibration and held-out text are of different kinds ({tuning:.2f} and {held_out:.2f} nats/token); "
-            f"calibrate on text like that which the model will be used on"
+            f"calibrate on text that resembles the model's later input"
         )

@@ -1,4 +1,4 @@
-"""Arrays on disk: a folder of them is made once, appears whole or not at all, and is then memory-mapped."""
+"""Memory-mapped arrays on disk. A folder of arrays is written once, and appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INDEX = "index.json"
 
 
 class ArrayWriter:
-    """Appends to arrays whose length is not known before; an index of them is the last file written."""
+    """Appends to arrays whose length is not known in advance. The last file that it writes is their index."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -27,7 +27,7 @@ class ArrayWriter:
         self._open = ExitStack()
 
     def append(self, name: str, values: np.ndarray) -> None:
-        """Add `values`, one axis, to the array called `name`."""
+        """Append `values`, of one axis, to the array `name`."""
         if name not in self._files:
             self._files[name] = self._open.enter_context((self.folder / f"{name}.bin").open("wb"))
             self.index[name] = {"dtype": values.dtype.name, "length": 0}
@@ -44,7 +44,7 @@ class ArrayWriter:
 
 
 def stored_arrays(folder: Path, fill: Callable[[ArrayWriter], None]) -> dict[str, np.ndarray]:
-    """The arrays in `folder`, memory-mapped; `fill` writes them where they are missing or damaged.
+    """The arrays in `folder`, memory-mapped. `fill` writes them if they are missing or damaged.
 
     Raises `Failure` when they cannot be written.
     """
@@ -66,7 +66,7 @@ def stored_arrays(folder: Path, fill: Callable[[ArrayWriter], None]) -> dict[str
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with the arrays in a folder, or None."""
+    """The damage of the arrays in a folder, in words; None if they are sound."""
     try:
         for name, entry in json.loads((folder / INDEX).read_text()).items():
             expected = entry["length"] * np.dtype(entry["dtype"]).itemsize

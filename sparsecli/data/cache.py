@@ -1,4 +1,4 @@
-"""Folders on disk that are keyed by what they were made from and appear whole or not at all."""
+"""The cache: folders whose names are hashes of their inputs, and which appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsecli.console import Failure
 
 
 def cache_folder(given: Path | None = None) -> Path:
-    """`given`, else `$SPARSECLI_CACHE`, else `~/.cache/sparsecli`; made when missing.
+    """The cache folder: `given`, else `$SPARSECLI_CACHE`, else `~/.cache/sparsecli`. It is created if missing.
 
     Raises `Failure` when it cannot be written to.
     """
@@ -30,7 +30,7 @@ def cache_folder(given: Path | None = None) -> Path:
 
 
 def digest(*parts: str) -> str:
-    """Hash of a list of texts; the lengths are hashed too, so that no two lists read the same."""
+    """Hash of a list of texts and their lengths, so that texts that are split differently have different hashes."""
     state = hashlib.sha256()
     for part in parts:
         encoded = part.encode()
@@ -40,7 +40,7 @@ def digest(*parts: str) -> str:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write into a folder beside `folder`, then rename it; another process may be first."""
+    """Let `fill` write a temporary folder, then rename it to `folder`. Another process may do so first."""
     beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         fill(beside)
@@ -60,10 +60,10 @@ def why_unwritten(error: Exception) -> str | None:
     """The system's reason why a file could not be written or read; None for an error of another kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    # safetensors and tokenizers pass on Rust's words, in exceptions of no common type.
+    # safetensors and tokenizers raise Rust's messages, in exceptions without a common type.
     if found := re.search(r"([^:]+) \(os error \d+\)", str(error)):
         return found[1].strip()
-    # torch.save does not pass on why.
+    # torch.save does not give the reason.
     if isinstance(error, RuntimeError) and re.search("inline_container|iostream error", str(error)):
-        return "not all of it could be written, as on a full disk"
+        return "not all data could be written (disk full?)"
     return None

@@ -1,4 +1,4 @@
-"""Copying: random symbols or tokens, to be written again. No sequence is ever seen twice."""
+"""The copy task: the target is the source, of random symbols or tokens. No sequence is used twice."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EXAMPLES, HELD_OUT = 1_000_000, 512
-"""Sequences of random tokens to train and to evaluate on."""
+"""Sequences of random tokens for training and evaluation."""
 
 
 def prepare_copies(task: CopyTask) -> Prepared:
-    """Sequences to train on and others to evaluate on, and a tokenizer that reads symbols as numbers."""
+    """Sequences for training, others for evaluation, and a tokenizer that reads symbols as numbers."""
     symbols = np.arange(len(PAIR_TOKENS), len(PAIR_TOKENS) + task.symbols)
     lengths = task.length, task.length
     train, held_out = Copies(symbols, lengths, 0, task.examples), Copies(symbols, lengths, 1, task.held_out)
@@ -30,7 +30,7 @@ def prepare_copies(task: CopyTask) -> Prepared:
 
 
 def prepare_copied_tokens(data: TextSpec, pairs: CopiedPairs, cache_dir: Path | None = None) -> Prepared:
-    """The same of the tokens of a text's tokenizer, in sequences of different lengths.
+    """Sequences of random tokens of a text's tokenizer, with different lengths.
 
     Raises `Failure` when the text or the tokenizer cannot be read or the cache cannot be written.
     """
@@ -44,11 +44,11 @@ def prepare_copied_tokens(data: TextSpec, pairs: CopiedPairs, cache_dir: Path | 
 
 
 class Copies(PairExamples):
-    """Sequences, drawn when they are asked for, the same ones every time.
+    """Sequences that are drawn on access. An index always gives the same sequence.
 
     Args:
         symbols: token ids (n,) to draw from.
-        lengths: of the shortest sequence and of the longest, without the end token.
+        lengths: tokens of the shortest and of the longest sequence, without the end token.
         split: sequences of different splits are drawn independently.
     """
 
@@ -67,7 +67,7 @@ class Copies(PairExamples):
 
 
 def symbol_tokenizer(symbols: int) -> PreTrainedTokenizerFast:
-    """Reads and writes symbols as numbers from 0, with spaces between them; what is no symbol reads as padding."""
+    """Reads and writes symbols as numbers from 0, with spaces between them. Any other word is read as padding."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [*PAIR_TOKENS, *map(str, range(symbols))]

@@ -33,7 +33,7 @@ LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Files of rows by their endings, and the `datasets` loader that reads them with its options."""
 
 TEXT = {".txt", ".md", ".py"}
-"""Endings of files that are one document of text each. So is every other file, which is told, but for those:"""
+"""Endings of plain text, one document a file. Files with other endings are read so too, with a message, except:"""
 
 NO_TEXT = {
     *(".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".zstd", ".lzma"),
@@ -41,10 +41,10 @@ NO_TEXT = {
     *(".xls", ".xlsx", ".ods", ".db", ".sqlite", ".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub"),
     *(".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".gguf"),
 }
-"""Endings of archives, tables and documents that would be nonsense, or no text at all, if they were read as text."""
+"""Endings of archives, tables and documents that cannot be read as plain text. They are refused."""
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstandard"}
-"""Endings behind those of text, JSON and CSV, and the module that opens such files."""
+"""Endings that may follow those of text, JSON and CSV files, and the modules that decompress them."""
 
 Document = TypeVar("Document")
 Row = tuple[str, ...]
@@ -59,7 +59,7 @@ class Splits(Generic[Document]):
 
 
 class Column(NamedTuple):
-    """A column of texts, and the key of a recipe that names it."""
+    """A column of texts, and the recipe's key for its name."""
 
     name: str
     key: str
@@ -91,11 +91,11 @@ def read_files(patterns: Sequence[str], text_field: str, key: str) -> list[str]:
 
 
 def read_rows(data: TextSpec, columns: Sequence[Column]) -> Splits[Row]:
-    """All rows of `data`, in a fixed order, without those that have an empty text and without repetitions.
+    """All rows of `data`, in a fixed order, without repetitions and without rows that have an empty text.
 
     A row is held out when the hash of its first text falls below `held_out_fraction`, so the split does not
-    depend on names, order or neighbours. A lone document is cut in two. `packages` are trained on only. Raises
-    `Failure` when the text cannot be read or when one split has no row.
+    depend on names, order or neighbours. A single document is cut in two. Files of `packages` are for
+    training only. Raises `Failure` when the text cannot be read or when one split has no row.
     """
     gaps = Gaps(columns)
     if data.source == "stdlib":
@@ -125,9 +125,9 @@ def read_rows(data: TextSpec, columns: Sequence[Column]) -> Splits[Row]:
         splits.train.extend(row for row in _distinct(more) if row not in known)
 
     if not splits.held_out:
-        raise Failure("data: no text is left to evaluate on; add documents or change data.held_out_fraction")
+        raise Failure("data: the held-out split has no text; add documents or change data.held_out_fraction")
     if not splits.train:
-        raise Failure("data: no text is left to train on; add documents that are not held out")
+        raise Failure("data: the training split has no text; add documents that are not held out")
     return splits
 
 
@@ -149,32 +149,34 @@ def _split(rows: list[Row], fraction: float) -> Splits[Row]:
 
 
 def _place(text: str) -> float:
-    """Where a document falls between 0 and 1."""
+    """A hash of a document, as a number from 0 to 1."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 def _python_files(root: Path) -> Iterator[str]:
-    """Those below `root`, but none of packages that were installed there."""
+    """The Python files below `root`, without those of packages that were installed there."""
     for path in sorted(root.rglob("*.py")):
         if {"site-packages", "dist-packages"} & set(path.relative_to(root).parts):
             continue
         try:
             yield path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
-            continue  # a few of the library's own tests are in other encodings on purpose
+            continue  # some of the library's tests use other encodings on purpose
 
 
 def _package(name: str) -> Path:
-    """Folder of an installed package, by the name that is imported. Raises `Failure` where there is none."""
+    """Folder of an installed package, by its import name. Raises `Failure` if it is not installed."""
     if name in sys.stdlib_module_names:
-        raise Failure(f"data.packages: {name} is in the standard library, which is read anyway; leave it out")
+        raise Failure(
+            f"data.packages: {name} is part of the standard library, which is always read; leave it out"
+        )
     try:
         found = find_spec(name) if name.isidentifier() else None
-    except ValueError:  # a module that was not imported in the usual way, such as __main__
+    except ValueError:  # a module without an import spec, such as __main__
         found = None
     if found is None or not found.submodule_search_locations:
         raise Failure(
-            f"data.packages: no package {name} is installed (the name is the one that is imported); "
+            f"data.packages: no package {name} is installed (use the import name); "
             f"install it, or leave it out"
         )
     return Path(found.submodule_search_locations[0])
@@ -195,28 +197,28 @@ def _files(patterns: Sequence[str], key: str, gaps: Gaps) -> Iterator[Row]:
                 rows = _load(str(path), loader, data_files=str(path), **options)
                 yield from _texts(rows, gaps, str(path), None)
             elif len(gaps.columns) > 1:
-                raise Failure(f"{path}: has no columns; pairs are read from {', '.join(LOADERS)} files")
+                raise Failure(f"{path}: has no columns; pairs need {', '.join(LOADERS)} files")
             else:
                 if ending not in TEXT:
                     assumed[ending or "no ending"] += 1
                 yield (_text(path),)
     if assumed:
         kinds = ", ".join(f"{ending} ({count:,})" for ending, count in assumed.items())
-        say(f"{key}: read as plain text, a document each: files with {kinds}")
+        say(f"{key}: reading as plain text, one document per file: {kinds}")
 
 
 def _endings(path: Path) -> tuple[str, str]:
-    """The ending that says what is in a file, and that of its compression or nothing; in lower case.
+    """The ending of a file's format, and the ending of its compression or nothing, in lower case.
 
-    Raises `Failure` where such files are not read.
+    Raises `Failure` for formats that are not supported.
     """
     suffix = path.suffix.lower()
     compression = suffix if suffix in COMPRESSIONS else ""
     ending = Path(path.stem).suffix.lower() if compression else suffix
     if ending in NO_TEXT or (compression and ending in (".parquet", ".arrow")):
-        kinds = f"text, {', '.join(LOADERS)}, and with {', '.join(COMPRESSIONS)} behind text, JSON and CSV"
+        kinds = f"text, {', '.join(LOADERS)}; text, JSON and CSV also as {', '.join(COMPRESSIONS)}"
         raise Failure(
-            f"{path}: {ending}{compression} files are not read; convert it, or leave it out (read are {kinds})"
+            f"{path}: {ending}{compression} files are not supported; convert it, or leave it out (supported: {kinds})"
         )
     if compression and find_spec(COMPRESSIONS[compression]) is None:
         package = COMPRESSIONS[compression]
@@ -236,7 +238,7 @@ def _open(path: Path) -> BinaryIO:
 def _text(path: Path) -> str:
     try:
         with _open(path) as file:
-            return file.read().decode("utf-8-sig")  # without the mark that some editors put first
+            return file.read().decode("utf-8-sig")  # without a byte-order mark
     except UnicodeDecodeError as error:
         raise Failure(
             f"{path}: not UTF-8 text (byte {error.start}); convert it, or leave it out of data.paths"
@@ -261,19 +263,19 @@ def _hub(data: HubCorpus, split: str, gaps: Gaps) -> Iterator[Row]:
 
 
 def _load(label: str, loader: str, **arguments: Any) -> Iterable[dict[str, Any]]:
-    """Rows of a dataset; local files are streamed, so that nothing stale comes from a cache of theirs."""
+    """Rows of a dataset. Local files are streamed, because the library's cache of them may be outdated."""
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error is raised, too
+    datasets.logging.set_verbosity(logging.CRITICAL)  # errors that it logs are also raised
     try:
         return datasets.load_dataset(loader, **{"split": "train", "streaming": True, **arguments})
-    except Exception as error:  # the library raises whatever its many readers raise
+    except Exception as error:  # the library's readers raise many types
         raise _unreadable(label, error) from None
 
 
 def _texts(rows: Iterable[dict[str, Any]], gaps: Gaps, label: str, limit: int | None) -> Iterator[Row]:
-    """The texts of some columns; rows that lack one are left out, and counted."""
+    """The texts of some columns. Rows without one of the texts are left out and counted."""
     taken = itertools.islice(iter(rows), limit)
     for number in itertools.count():
         try:
@@ -296,7 +298,7 @@ def _texts(rows: Iterable[dict[str, Any]], gaps: Gaps, label: str, limit: int | 
 
 @dataclass
 class Gaps:
-    """Rows that have no text in one of `columns`: how many of how many, in which columns and where."""
+    """Counts of rows without text in one of `columns`, by column, and the files they are in."""
 
     columns: Sequence[Column]
     rows: int = 0
@@ -304,10 +306,10 @@ class Gaps:
     empty: Counter[Column] = field(default_factory=Counter)
     """Rows without text in a column."""
     places: dict[str, None] = field(default_factory=dict)
-    """Labels of the files or the dataset that they are in, in order."""
+    """Labels of the files, or of the dataset, with such rows, in order."""
 
     def check(self, texts: Row, label: str) -> bool:
-        """Count a row; whether it has all its texts."""
+        """Count a row; returns whether it has all its texts."""
         empty = [column for column, text in zip(self.columns, texts, strict=True) if not text.strip()]
         self.rows += 1
         if empty:
@@ -317,15 +319,15 @@ class Gaps:
         return not empty
 
     def tell(self) -> None:
-        """Say what was left out, if anything was."""
+        """Report the rows that were left out, if there are any."""
         if self.left_out:
             counts = ", ".join(f"{column.name!r} ({count:,})" for column, count in self.empty.items())
             say(
-                f"{self._places()}: {self.left_out:,} of {self.rows:,} rows are left out, without text in {counts}"
+                f"{self._places()}: {self.left_out:,} of {self.rows:,} rows are left out: they have no text in {counts}"
             )
 
     def reason(self) -> str | None:
-        """Why no row is left; None where there was none."""
+        """The reason why no row is left; None if no row was left out."""
         if not self.left_out:
             return None
         without = [column for column, count in self.empty.items() if count == self.rows] or list(self.empty)
@@ -339,7 +341,7 @@ class Gaps:
 
 
 def _unreadable(label: str, error: BaseException) -> Failure:
-    while error.__cause__ is not None:  # the library's outermost message only says that something failed
+    while error.__cause__ is not None:  # the library's outermost message does not give the reason
         error = error.__cause__
     path = Path(label)
     if isinstance(error, StopIteration) or type(error).__name__ == "EmptyDataError" or _is_empty(path):
@@ -351,7 +353,7 @@ def _unreadable(label: str, error: BaseException) -> Failure:
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether it is a whole parquet file without rows, which the library has no words for."""
+    """Whether it is a sound parquet file without rows, for which the library has no message."""
     import pyarrow.parquet
 
     if path.suffix.lower() != ".parquet":
@@ -363,7 +365,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _not_json(path: Path) -> str | None:
-    """What is wrong with the first line of `path` that is no JSON object; None where all lines are."""
+    """The error of the first line of `path` that is not a JSON object; None if all lines are."""
     with suppress(OSError, EOFError), _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path}:{number}"
@@ -372,7 +374,9 @@ def _not_json(path: Path) -> str | None:
             except UnicodeDecodeError as error:
                 return f"{place}: byte {error.start} of the line is not UTF-8 text"
             except (ValueError, RecursionError) as error:
-                return f'{place}: is not JSON: {error}; every line is an object such as {{"text": "..."}}'
+                return (
+                    f'{place}: is not JSON: {error}; every line must be an object such as {{"text": "..."}}'
+                )
             if not isinstance(value, dict):
                 return f'{place}: is {found_as(value)}, not an object such as {{"text": "..."}}'
     return None

@@ -1,4 +1,4 @@
-"""Span corruption (T5; Terraformer's pre-training): text with spans left out, and the spans."""
+"""Span corruption, the pre-training of T5 and Terraformer: text without some spans, and those spans."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from sparsecli.spec.vocabulary import END
 def corrupt(
     tokens: np.ndarray, counts: SpanCounts, sentinels: Sequence[int], random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Leave `counts.spans` spans out of tokens (counts.window,), which begin with a token that is kept.
+    """Remove `counts.spans` spans from tokens (counts.window,), of which the first is always kept.
 
-    Returns the source, in which a sentinel stands for each span, and the target: each sentinel and then its span.
-    Every way to cut the kept and the hidden tokens into as many pieces is equally likely. Both end with the end token.
+    Returns the source, in which a sentinel replaces each span, and the target: each sentinel followed by its span.
+    Kept and hidden tokens are each cut into that many pieces, all ways equally likely. Both results end with the end
+    token.
     """
     kept = _pieces(counts.window - counts.hidden, counts.spans, random)
     hidden = _pieces(counts.hidden, counts.spans, random)
@@ -30,18 +31,18 @@ def corrupt(
 
 
 def _pieces(total: int, pieces: int, random: np.random.Generator) -> np.ndarray:
-    """Lengths of `pieces` pieces of at least 1 that are `total` together, drawn evenly among all ways."""
+    """Lengths of `pieces` pieces, each at least 1, with the sum `total`; all compositions are equally likely."""
     cuts = np.sort(random.choice(total - 1, pieces - 1, replace=False)) + 1
     return np.diff(cuts, prepend=0, append=total)
 
 
 class CorruptedSpans(PairExamples):
-    """Windows of a stream of tokens, each corrupted the same way every time.
+    """Windows of a stream of tokens. Each window is always corrupted in the same way.
 
     Args:
-        tokens: the stream; what does not fill a window at its end is left out.
+        tokens: the stream; an incomplete window at its end is dropped.
         sentinels: token ids, at least one for each span.
-        seed: of the spans; with the index of a window it decides where they are.
+        seed: determines, with the index of a window, the places of its spans.
         limit: use at most this many windows.
     """
 

@@ -1,4 +1,4 @@
-"""What a model is trained and evaluated on: windows of running text, or sources and their targets."""
+"""The examples of training and evaluation: windows of running text, or pairs of source and target."""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ Example = dict[str, Tensor]
 
 
 class Examples(Protocol):
-    """A fixed list of examples, and what the training loop asks about them."""
+    """A fixed list of examples, with the methods that the training loop calls."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
     def lengths(self) -> np.ndarray | None:
-        """Tokens that are read of each example, (n,); None where they are equally many."""
+        """Tokens of each example, (n,); None if all examples are equally long."""
 
     def collate(self, examples: Sequence[Example]) -> Example:
-        """One batch, the arguments of the model's forward."""
+        """A batch: the arguments of the model's forward."""
 
     def predicted(self, batch: Example) -> int:
-        """How many tokens the loss of a batch is the mean of."""
+        """Number of tokens over which the loss of a batch is averaged."""
 
     def bytes_per_token(self, tokenizer: PreTrainedTokenizerFast) -> float:
-        """UTF-8 bytes of the predicted text over its tokens; turns nats per token into bits per byte."""
+        """UTF-8 bytes of the predicted text per token; converts nats per token into bits per byte."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The examples of a recipe, ready to train on."""
+    """The examples of a recipe, ready for training."""
 
     train: Examples
     held_out: Examples
     tokenizer: PreTrainedTokenizerFast
     fingerprint: str
-    """Changes with the text, the split, the tokenizer and what examples are made of them."""
+    """A hash of the text, the split, the tokenizer and the format of the examples."""
 
 
 class PairExamples(Dataset[Example]):
-    """Sources and targets as token ids, both with the end token; the kinds differ in `pair` and `__len__`."""
+    """Sources and targets as token ids, both with the end token. Subclasses define `pair` and `__len__`."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of a source and of its target, each of one axis."""
+        """Token ids of a source (L1,) and of its target (L2,)."""
 
     def __getitem__(self, index: int) -> Example:
         """`input_ids` (L1,) and `labels` (L2,), int64."""
@@ -86,11 +86,11 @@ class PairExamples(Dataset[Example]):
         }
 
     def predicted(self, batch: Example) -> int:
-        """Tokens of the targets, their end tokens included."""
+        """Tokens of the targets, with their end tokens."""
         return int((batch["labels"] != IGNORED).sum())
 
     def bytes_per_token(self, tokenizer: PreTrainedTokenizerFast) -> float:
-        """Bytes of the targets over their tokens; the end token and sentinels stand for no byte."""
+        """Bytes of the targets per token. The end token and sentinels have no bytes."""
         targets = [self.pair(index)[1] for index in range(len(self))]
         texts = tokenizer.batch_decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return sum(len(text.encode()) for text in texts) / sum(map(len, targets))

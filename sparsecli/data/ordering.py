@@ -1,4 +1,4 @@
-"""The order of examples of different lengths: random, yet with those of one batch nearly equally long."""
+"""A random order of examples in which the examples of a batch have similar lengths."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 from torch.utils.data import Sampler
 
 POOL = 32
-"""Batches that are sorted together. More would pad less, and mix less."""
+"""Batches that are sorted together. A larger number reduces padding, but also randomness."""
 
 
 class SimilarLengths(Sampler[int]):
-    """Indices of all examples, each once an epoch; the order depends on the seed and the epoch alone.
+    """Indices of all examples, each once per epoch. The order depends only on the seed and the epoch.
 
     Args:
-        lengths: of the examples, (n,).
+        lengths: lengths of the examples, (n,).
         batch_size: consecutive indices that become one batch.
     """
 
@@ -24,7 +24,7 @@ class SimilarLengths(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose another order."""
+        """Set the epoch, and with it the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:

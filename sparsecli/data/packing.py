@@ -1,4 +1,4 @@
-"""Token ids on disk: made once from a corpus and a tokenizer, then memory-mapped."""
+"""Token ids on disk: written once from a corpus and a tokenizer, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = "packed-2"
-"""Part of the cache key; a change of the files below needs a new one."""
+"""Part of the cache key. A change of the file format needs a new version."""
 
 
 # -- running text --------------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ FORMAT = "packed-2"
 class Windows(Dataset[Example]):
     """Consecutive windows of a stream: `input_ids` and `labels`, both int64 (sequence_length,).
 
-    The labels are the same tokens; the model shifts them. What does not fill a window at the end is left out.
+    The labels are the same tokens; the model shifts them. An incomplete window at the end is dropped.
 
     Args:
         tokens: the stream, (number of tokens,).
@@ -65,13 +65,13 @@ class Windows(Dataset[Example]):
         return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
     def predicted(self, batch: Example) -> int:
-        """Tokens of the batch, all of a window but its first."""
+        """Predicted tokens of the batch: all tokens of a window except the first."""
         return batch["labels"][:, 1:].numel()
 
     def bytes_per_token(self, tokenizer: PreTrainedTokenizerFast) -> float:
-        """UTF-8 bytes of the text in these windows over its tokens; turns nats per token into bits per byte.
+        """UTF-8 bytes of the text in these windows per token; converts nats per token into bits per byte.
 
-        The end-of-text token stands for no byte. A character that the last window cuts counts as three.
+        The end-of-text token has no bytes. A character that the last window cuts counts as three bytes.
         """
         tokens = np.asarray(self.tokens[: len(self) * self.stride])
         is_end = tokens == tokenizer.eos_token_id
@@ -105,17 +105,17 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class PackedCorpus:
-    """A corpus ready to train on."""
+    """A corpus ready for training."""
 
     train: TokenStream
     held_out: TokenStream
     tokenizer: PreTrainedTokenizerFast
     fingerprint: str
-    """Changes with the text, the split, the tokenizer and the file format."""
+    """A hash of the text, the split, the tokenizer and the file format."""
 
 
 def pack(data: TextSpec, cache_dir: Path | None = None) -> PackedCorpus:
-    """Read, tokenize and pack the running text of a recipe, or map what an earlier call has packed.
+    """Read, tokenize and pack the running text of a recipe, or map the files of an earlier call.
 
     Raises `Failure` when the text or the tokenizer cannot be read or the cache cannot be written.
     """
@@ -125,7 +125,7 @@ def pack(data: TextSpec, cache_dir: Path | None = None) -> PackedCorpus:
     key = digest(FORMAT, *_identity(tokenizer), digest(*splits.train), digest(*splits.held_out))
 
     def fill(writer: ArrayWriter) -> None:
-        say(f"packing {len(splits.train):,} documents to train on and {len(splits.held_out):,} held out")
+        say(f"packing {len(splits.train):,} training and {len(splits.held_out):,} held-out documents")
         with progress("tokenizing", len(splits.train) + len(splits.held_out)) as bar:
             for name, documents in (("train", splits.train), ("held_out", splits.held_out)):
                 for ids in encode(tokenizer, documents):
@@ -148,11 +148,11 @@ def _tokens(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> np.ndarra
 
 
 class PackedPairs(PairExamples):
-    """Sources and targets in one row of tokens.
+    """Sources and targets, concatenated into one array of tokens.
 
     Args:
-        tokens: source and target of one pair after the other, each with its end token.
-        ends: where each of them ends, (2 n,).
+        tokens: the source and the target of each pair in turn, each with its end token.
+        ends: end of each source and target in `tokens`, (2 n,).
     """
 
     def __init__(self, tokens: np.ndarray, ends: np.ndarray) -> None:
@@ -171,7 +171,7 @@ class PackedPairs(PairExamples):
         return np.diff(self.ends, prepend=0)[::2]
 
     def first(self, target_tokens: int) -> PackedPairs:
-        """As many pairs as have `target_tokens` in their targets together, at least one."""
+        """The first pairs whose targets have `target_tokens` tokens together; at least one pair."""
         lengths = np.diff(self.ends, prepend=0)[1::2]
         count = max(1, int((lengths.cumsum() <= target_tokens).sum()))
         return PackedPairs(self.tokens, self.ends[: 2 * count])
@@ -180,8 +180,8 @@ class PackedPairs(PairExamples):
 def pack_pairs(data: TextSpec, cache_dir: Path | None = None) -> Prepared:
     """Read, tokenize and pack the pairs of a recipe (kinds `fields` and `docstrings`), or map those packed before.
 
-    What is longer than the recipe's lengths is cut. Raises `Failure` when the text or the tokenizer cannot be read,
-    there are no pairs in it, or the cache cannot be written.
+    Sources and targets are truncated to the recipe's lengths. Raises `Failure` when the text or the tokenizer cannot be
+    read, the text contains no pairs, or the cache cannot be written.
     """
     assert data.pairs
     spec, cache = data.pairs, cache_folder(cache_dir)
@@ -191,9 +191,9 @@ def pack_pairs(data: TextSpec, cache_dir: Path | None = None) -> Prepared:
     key = digest(FORMAT, *_identity(tokenizer), spec.model_dump_json(), *texts)
 
     def fill(writer: ArrayWriter) -> None:
-        say(f"making pairs of {len(rows.train):,} documents and {len(rows.held_out):,} held out")
+        say(f"making pairs from {len(rows.train):,} training and {len(rows.held_out):,} held-out documents")
         pairs = make_pairs(spec, rows)
-        say(f"packing {len(pairs.train):,} pairs to train on and {len(pairs.held_out):,} held out")
+        say(f"packing {len(pairs.train):,} training and {len(pairs.held_out):,} held-out pairs")
         for name, split in (("train", pairs.train), ("held_out", pairs.held_out)):
             end = 0
             for ids in _halves(split, tokenizer, spec.source_length, spec.target_length):
@@ -211,7 +211,7 @@ def pack_pairs(data: TextSpec, cache_dir: Path | None = None) -> Prepared:
 def _halves(
     pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerFast, source_length: int, target_length: int
 ) -> Iterable[list[int]]:
-    """Source and target of each pair, cut to their lengths and ended."""
+    """Source and target of each pair, truncated to their lengths and followed by the end token."""
     pairs = list(pairs)
     sources = encode(tokenizer, [pair.source for pair in pairs])
     targets = encode(tokenizer, [pair.target for pair in pairs])

@@ -1,4 +1,4 @@
-"""Sources and the targets that a model with an encoder learns to write for them."""
+"""Pairs of source and target, for models with an encoder."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from sparsecli.data.corpus import Column, Row, Splits
 from sparsecli.recipe.data import FieldPairs, PairsSpec, TextSpec
 
 SHORTEST_SUMMARY = 3
-"""Words below which the first line of a docstring says too little."""
+"""Fewest words of a docstring's first line; shorter ones say too little."""
 
 
 class Pair(NamedTuple):
-    """What is read, and what is to be written."""
+    """The text that the encoder reads, and the text to generate."""
 
     source: str
     target: str
 
 
 def columns_of(data: TextSpec) -> list[Column]:
-    """The columns that pairs are made of: two, or one of text."""
+    """The columns that pairs are read from: source and target, or one column of text."""
     if isinstance(data.pairs, FieldPairs):
         named = (data.pairs.input, "data.pairs.input"), (data.pairs.target, "data.pairs.target")
         return [Column(name, key) for name, key in named]
@@ -33,10 +33,10 @@ def columns_of(data: TextSpec) -> list[Column]:
 
 
 def make_pairs(spec: PairsSpec, rows: Splits[Row]) -> Splits[Pair]:
-    """The pairs of kind `fields` or `docstrings` that are in rows of text, without repetitions.
+    """The pairs of kind `fields` or `docstrings` in rows of text, without repetitions.
 
-    No source is in both splits, and functions of one file are all in the same one. Held-out pairs are in the order
-    of their hashes, so that the first ones are a sample of all. Raises `Failure` when one split has no pair.
+    No source is in both splits, and all functions of a file are in the same split. Held-out pairs are sorted by their
+    hashes, so that the first ones are a random sample. Raises `Failure` when one split has no pair.
     """
     if isinstance(spec, FieldPairs):
         train, held_out = ([Pair(*row) for row in split] for split in (rows.train, rows.held_out))
@@ -46,7 +46,7 @@ def make_pairs(spec: PairsSpec, rows: Splits[Row]) -> Splits[Pair]:
     held_out = sorted((pair for pair in held_out if pair.source not in known), key=lambda pair: digest(*pair))
     for pairs, use in ((train, "train"), (held_out, "evaluate")):
         if not pairs:
-            raise Failure(f"data.pairs: the text to {use} on holds no pair of kind {spec.kind}")
+            raise Failure(f"data.pairs: the text to {use} on contains no pair of kind {spec.kind}")
     return Splits(train, held_out)
 
 
@@ -55,15 +55,15 @@ def _functions(documents: Iterable[Row]) -> list[Pair]:
 
 
 def docstring_pairs(document: str) -> Iterator[Pair]:
-    """Every function and method of a Python file, its docstring taken out, with the docstring's first line.
+    """Every function and method of a Python file without its docstring, and the docstring's first line.
 
-    Left out are functions that do nothing or share a line with their docstring, and docstrings that begin with an
-    example or with a word or two. A file that is no Python has no pairs.
+    Functions that do nothing or share a line with their docstring are left out. So are docstrings that begin with an
+    example, or with fewer than SHORTEST_SUMMARY words. A file that is not Python has no pairs.
     """
     lines = document.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in other people's strings
+            warnings.simplefilter("ignore")  # about escapes in the strings of those files
             tree = ast.parse("\n".join(lines))
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: too deep for the parser
         return
@@ -85,5 +85,5 @@ def docstring_pairs(document: str) -> Iterator[Pair]:
 
 
 def _without_indent(line: str, indent: int) -> str:
-    """The line of a function that begins at column `indent`; that of a string may begin before."""
+    """A line of a function, without `indent` columns; a line within a string may have fewer."""
     return line[indent:] if line[:indent].isspace() else line

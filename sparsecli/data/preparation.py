@@ -1,4 +1,4 @@
-"""From the words of a recipe to examples, whatever they are."""
+"""Prepares the examples of a recipe, of every kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsecli.recipe.data import CopiedPairs, CopyTask, CorruptedPairs, DataSpe
 
 
 def prepare(data: DataSpec, cache_dir: Path | None = None) -> Prepared:
-    """Examples to train on and others to evaluate on, with their tokenizer.
+    """Training and held-out examples, with their tokenizer.
 
     Raises `Failure` when the text or the tokenizer cannot be read, there is too little text, or the cache cannot be
     written.

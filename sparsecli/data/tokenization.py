@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 PAIR_TOKENS = ("<pad>", "</s>")
-"""Padding and end of text for models with an encoder; first in the vocabulary, as in T5's."""
+"""Padding and end of text for models with an encoder. They come first in the vocabulary, as in T5's."""
 FORMAT = "bpe-2"
-"""Part of the cache key; a change of the training below needs a new one."""
+"""Part of the cache key. A change of the training below needs a new version."""
 WORDS = r"\p{Lu}?\p{Ll}+|\p{Lu}+(?!\p{Ll})|\d|_+|\s+|[^\p{L}\d_\s]+"
-"""The words of names and sentences and what stands between them."""
+"""Matches the words of names and sentences, and the characters between them."""
 PIECE = 1 << 20
-"""Characters that a tokenizer is given at once; it needs some 250 bytes of memory for each of their tokens."""
+"""Characters per call of a tokenizer, which needs some 250 bytes of memory for each of their tokens."""
 
 
 def sentinel(index: int) -> str:
-    """The token that stands for the span left out at place `index` of a text, named as in T5's vocabulary."""
+    """The sentinel token for removed span number `index` of a text, named as in T5's vocabulary."""
     return f"<extra_id_{index}>"
 
 
@@ -37,9 +37,9 @@ def load_or_train(
 ) -> PreTrainedTokenizerFast:
     """The tokenizer that `data.tokenizer` names; a `bpe` one is trained on `train_documents` alone.
 
-    Its end-of-text token separates documents, and also pads where the tokenizer has no padding of its own. One for
-    pairs has padding 0, end of text 1, and a sentinel for every span that may be left out. Code that comes with a
-    tokenizer is never run. Raises `Failure` when the tokenizer cannot be loaded or is not made for pairs.
+    Its end-of-text token separates documents, and also pads where the tokenizer has no padding of its own. A
+    tokenizer for pairs has padding 0, end of text 1, and a sentinel for every span that may be removed. Code that
+    comes with a tokenizer is never run. Raises `Failure` when the tokenizer cannot be loaded or is not made for pairs.
     """
     spec = data.tokenizer
     if spec is None:
@@ -64,15 +64,15 @@ def load_or_train(
 
 
 def _check_knows(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], key: str) -> None:
-    """Refuse a tokenizer that is not made for such text, as that of the copy task's symbols."""
+    """Refuse a tokenizer that is not made for text, such as that of the copy task's symbols."""
     backend = tokenizer.backend_tokenizer
     unknown = backend.token_to_id(getattr(backend.model, "unk_token", None) or "")
     tokens = [token for ids in encode(tokenizer, [text[:2000] for text in documents[:8]]) for token in ids]
     known = sum(token != unknown for token in tokens)
     if 2 * known < len(tokens):
         raise Failure(
-            f"{key}: the tokenizer knows {known} of the first {len(tokens)} words of the text; take one that was "
-            f"made for such text"
+            f"{key}: the tokenizer knows {known} of the first {len(tokens)} words of the text; use one that was "
+            f"trained on such text"
         )
 
 
@@ -80,14 +80,14 @@ def _check_pairs(tokenizer: PreTrainedTokenizerFast, sentinels: Sequence[str], k
     found = tokenizer.pad_token_id, tokenizer.eos_token_id
     if found != (PADDING, END):
         raise Failure(
-            f"{key}: pairs need padding {PADDING} and end of text {END}, as T5's tokenizers have; here they are "
+            f"{key}: pairs need padding {PADDING} and end of text {END}, as in T5's tokenizers; this one has "
             f"{found[0]} and {found[1]}"
         )
     known = tokenizer.get_vocab()
     if missing := [token for token in sentinels if token not in known]:
         raise Failure(
-            f"{key}: has no token {missing[0]}; spans that are left out need {len(sentinels)} of them, "
-            f"as T5's tokenizers have and one of kind bpe gets"
+            f"{key}: has no token {missing[0]}; span corruption needs {len(sentinels)} sentinels; "
+            f"use a tokenizer of T5 or one of kind bpe"
         )
 
 
@@ -98,10 +98,10 @@ def train_byte_pairs(
     *,
     split_names: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocabulary_size` tokens; any UTF-8 text goes through it unchanged.
+    """A byte-level BPE of at most `vocabulary_size` tokens. Decoding restores any UTF-8 text exactly.
 
-    The special tokens come first. Where they begin with `PAIR_TOKENS`, a text gets its end token as in T5. With
-    `split_names` tokens end where the words of a name do, and no word has the space before it in its token.
+    The special tokens come first. If they begin with `PAIR_TOKENS`, every text ends with the end token, as in T5. With
+    `split_names` tokens end at the words of a name, and no token joins a word with the space before it.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -136,7 +136,7 @@ def train_byte_pairs(
 
 
 def for_pairs(tokenizer: Tokenizer, sentinels: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """`tokenizer`, which has `PAIR_TOKENS` and `sentinels`, as transformers has it; it ends every text."""
+    """`tokenizer`, with `PAIR_TOKENS` and `sentinels`, for transformers. It ends every text with the end token."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
@@ -152,17 +152,17 @@ def for_pairs(tokenizer: Tokenizer, sentinels: Sequence[str] = ()) -> PreTrained
 
 
 def beginning(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """What the tokenizer puts before every text where it is asked to, such as Llama's first token; mostly nothing."""
+    """The special tokens that the tokenizer puts before a text, such as Llama's first token; often none."""
     text = "a"
     (plain,), whole = _encode(tokenizer, [text]), tokenizer(text)["input_ids"]
     return next(list(whole[:size]) for size in range(len(whole)) if whole[size : size + len(plain)] == plain)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Iterator[list[int]]:
-    """Token ids of each document. The name of a special token that occurs in a text is plain text here.
+    """Token ids of each document. The name of a special token in a text is plain text here.
 
-    A document of more than `PIECE` characters is encoded in pieces that end with a line. Around the cuts, and only
-    there, its tokens may differ from those of the whole.
+    A document of more than `PIECE` characters is encoded in pieces that end with a line. Only around the cuts, tokens
+    may differ from those of the whole document.
     """
     for batch in _batches(documents):
         if len(batch) > 1:
@@ -184,7 +184,7 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[li
 
 
 def _batches(documents: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Neighbours of at most `PIECE` characters together; a longer document is alone."""
+    """Groups of consecutive documents of at most `PIECE` characters together; a longer document is one group."""
     start = size = 0
     for index, document in enumerate(documents):
         size += len(document)
@@ -196,7 +196,7 @@ def _batches(documents: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def pieces(document: str) -> Iterator[str]:
-    """The document in pieces of at most `PIECE` characters, cut behind a line end where there is one."""
+    """The document in pieces of at most `PIECE` characters, cut after a line end if possible."""
     start = 0
     while len(document) - start > PIECE:
         end = document.rfind("\n", start, start + PIECE) + 1 or start + PIECE

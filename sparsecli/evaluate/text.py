@@ -65,8 +65,8 @@ def tokenize(
     """The tokens of the documents.
 
     Args:
-        tokens: stop after so many tokens.
-        bytes: stop after so many bytes of text.
+        tokens: stop after this number of tokens.
+        bytes: stop after this number of bytes of text.
     Raises:
         Failure: a document is not Unicode, or has a token that the model does not have.
     """
@@ -95,7 +95,7 @@ def _character_ends(offsets: Sequence[tuple[int, int]], size: int) -> np.ndarray
     together."""
     begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T.copy()
     ends = np.maximum.accumulate(ends)
-    ends[-1:] = size  # a tokenizer may leave spaces at the end to no token
+    ends[-1:] = size  # a tokenizer may drop spaces at the end
     for token in np.flatnonzero(begins[1:] < ends[:-1])[::-1]:
         ends[token] = ends[token + 1]
     return ends

@@ -93,7 +93,7 @@ def generate(
 ) -> None:
     """Generate with the model in `folder`. The text goes to stdout as it grows, or as one JSON document.
 
-    With `is_input` the prompt is the input of an encoder. `draft` is what drafts tokens: see `open_drafter`.
+    With `is_input` the prompt is the input of an encoder. `draft` is the source of drafts: see `open_drafter`.
 
     Raises:
         Failure: a damaged model, a prompt that does not fit, an input for a model without an encoder, or a backend

@@ -55,14 +55,14 @@ class Drafter(Protocol):
 
 
 class LookupDrafter:
-    """Proposes what followed the longest end of the text where it occurred before, most recently (prompt lookup)."""
+    """Proposes the tokens after the most recent earlier occurrence of the text's longest suffix (prompt lookup)."""
 
     def __init__(self) -> None:
-        self.after: dict[tuple[int, ...], int] = {}  # n-gram to the place behind it
+        self.after: dict[tuple[int, ...], int] = {}  # n-gram to the place after it
         self.read = 0
 
     def kind(self, tokens: Sequence[int]) -> int | None:
-        """Tokens of the longest end of the text that occurred before."""
+        """Tokens of the longest suffix of the text that occurred before."""
         for end in range(self.read + 1, len(tokens)):  # all n-grams but those at the very end
             for size in range(SHORTEST_SUFFIX, min(LONGEST_SUFFIX, end) + 1):
                 self.after[tuple(tokens[end - size : end])] = end
@@ -88,13 +88,13 @@ class LookupDrafter:
 
 
 class ModelDrafter:
-    """Proposes what a second model generates, by the same sampling options.
+    """Proposes tokens of a second model, drawn with the same sampling options.
 
     Args:
         engine: the second model.
         vocabulary: tokens of the target model. Either model may have a few more, which the tokenizer does not use.
         capacity: tokens of the longest text.
-        seed: decides what is drawn.
+        seed: of the draws.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ModelDrafter:
         self.sequence = engine.sequence(min(capacity, engine.model.spec.max_positions))
         self.generator = np.random.default_rng((seed, 1))  # not the numbers that decide on the drafts
         self.seen: list[int] = []  # tokens of the sequence
-        self.agreed = 0  # of them, those that are in the text for good
+        self.agreed = 0  # of them, those that are accepted
 
     def kind(self, tokens: Sequence[int]) -> int | None:
         return 0 if len(tokens) <= self.sequence.capacity else None

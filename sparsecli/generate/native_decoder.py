@@ -44,7 +44,7 @@ class NativeDecoder:
         self.isa = binding.isa()
         try:
             self.engine = Engine(packed, threads=options.threads)
-        except ValueError as error:  # a packed file that is whole, but not of this model
+        except ValueError as error:  # a sound packed file of another model
             raise Failure(f"{folder}: {error}") from error
         self.threads = self.engine.threads
         self.spec = model.spec
@@ -75,7 +75,7 @@ class NativeDecoder:
         return self.engine.prefill(self.sequence, prompt)
 
     def _hashes_prompts(self) -> bool:
-        """Whether the decoder's prefill may hash. With cross-attention the prefill is one token, and never hashes."""
+        """Whether the decoder's prefill may use LSH. With cross-attention the prefill is one token, and never does."""
         return self.spec.attention.hashing is not None and not crosses(self.spec)
 
     def step(self, token: int) -> np.ndarray:
@@ -94,7 +94,7 @@ class NativeDecoder:
         )
 
     def truncate(self, length: int) -> None:
-        """Forget every token but the first `length`."""
+        """Keep only the first `length` tokens."""
         assert self.sequence
         self.sequence.truncate(length)
 

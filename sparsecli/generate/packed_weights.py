@@ -70,7 +70,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Tells the weight files and config.json from what they were at another time."""
+    """A fingerprint of the weight files and config.json, which changes when they change."""
     facts = [
         (path.name, found.st_size, found.st_mtime_ns)
         for path in weight_files(folder)

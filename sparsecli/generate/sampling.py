@@ -48,7 +48,7 @@ def draw(weights: np.ndarray, generator: np.random.Generator) -> int:
 def distribution(tokens: Sequence[int], logits: Logits, options: GenerateSpec) -> np.ndarray:
     """Probabilities (V,) float32 of the next token, for a temperature above 0. Excluded tokens have zero."""
     scores = penalized(logits, tokens, options.repetition_penalty)
-    # Relative to the largest, so that float32 stands every low temperature; the distribution stays the same.
+    # Relative to the largest, so that no low temperature overflows float32. The distribution stays the same.
     best = scores.max()  # NaN, if there is one
     _check(best)
     with np.errstate(over="ignore"):

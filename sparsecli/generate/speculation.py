@@ -29,14 +29,13 @@ FIRST_DRAFT = 4
 MEASURED = 2
 """Steps, and verifying passes, that are timed before draft lengths are chosen by them."""
 FIRST_REST, LONGEST_REST = 16, 512
-"""Tokens that are decoded without drafts where these do not pay, before they are tried again, and twice as many each
-time."""
+"""Tokens that are decoded without drafts if drafts do not pay, before the next trial; each time twice as many."""
 TRIAL = 2
-"""Tokens of a draft that only finds out whether drafts pay by now."""
+"""Tokens of a draft that only tests whether drafts pay again."""
 FORGET = 0.95
-"""Weight of what was measured before, at each new measurement."""
+"""Factor for the weights of earlier measurements at each new measurement."""
 OUTLIER = 4.0
-"""Times longer than so many times the expected one belong to other programs, and count as so many."""
+"""Times above this multiple of the expected time are caused by other programs, and are clipped to it."""
 
 
 @dataclass
@@ -114,7 +113,7 @@ class PassTime:
 
 @dataclass
 class Rest:
-    """Tokens to decode without drafts, where these do not pay, before they are tried again."""
+    """Tokens to decode without drafts, if drafts do not pay, before the next trial."""
 
     length: int = FIRST_REST
     passed: int = 0

@@ -20,7 +20,7 @@ from sparsecli.spec.vocabulary import START
 
 
 class StopFilter:
-    """Passes text on, but holds back an end that may begin a stop string.
+    """Passes text on, but holds back a suffix that may begin a stop string.
 
     Special tokens are not shown, but a stop string may name them.
     """
@@ -47,7 +47,7 @@ class StopFilter:
         return self._release(len(self.held) - longest), False
 
     def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins `stop`."""
+        """Length of the longest suffix of the held text that is a prefix of `stop`."""
         sizes = range(min(len(stop), len(self.held)), 0, -1)
         return next((size for size in sizes if self.held.endswith(stop[:size])), 0)
 
@@ -72,7 +72,7 @@ class Generation:
     finish: str = "length"  # length | context | end | stop
     prefill_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
-    """Of each step; with speculative decoding, of each pass, whatever tokens it gave."""
+    """Seconds of each step; with speculative decoding, of each pass, for any number of tokens."""
     speculation: SpeculationStats | None = None
 
     def stats(self) -> dict[str, Any]:

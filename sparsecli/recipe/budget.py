@@ -1,4 +1,4 @@
-"""What a conversion may cost, as people write it: `loss +2 %`, `perplexity +5 %`, `kept 1/4`, `bytes 100 MB`."""
+"""Budgets of a conversion, as text in a recipe: `loss +2 %`, `perplexity +5 %`, `kept 1/4`, `bytes 100 MB`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Budget:
     """A limit on the converted model.
 
     Attributes:
-        kind: `loss`: held-out nats a token over the dense model's, `perplexity`: the same for its exponential, both as
-            a share; `kept`: share of the units that a token computes in full; `bytes` that a token reads.
+        kind: `loss` and `perplexity` limit the increase over the dense model on held-out text, as a share; `kept`
+            limits the share of units that a token computes in full; `bytes` limits the bytes that a token reads.
     """
 
     kind: Literal["loss", "perplexity", "kept", "bytes"]
@@ -42,10 +42,10 @@ def _plain(value: float) -> str:
 
 
 def parse_budget(text: str) -> Budget:
-    """The budget that `text` writes.
+    """Parse a budget.
 
     Raises:
-        ValueError: it is none of the forms, or out of range.
+        ValueError: `text` has none of the forms, or its value is out of range.
     """
     words = text.strip().lower()
     if found := re.fullmatch(r"(loss|perplexity)\s*\+?\s*(\d+(?:\.\d+)?)\s*%", words):
@@ -58,4 +58,4 @@ def parse_budget(text: str) -> Budget:
         return Budget("kept", share)
     if found := re.fullmatch(r"bytes\s*(\d+(?:\.\d+)?)\s*([kmg]b)", words):
         return Budget("bytes", float(found[1]) * UNITS[found[2]])
-    raise ValueError(f"{text!r} is no budget; {EXPECTED}")
+    raise ValueError(f"{text!r} is not a budget; {EXPECTED}")

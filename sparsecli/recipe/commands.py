@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 
 def list_shipped() -> None:
-    """Names and descriptions, to stdout."""
+    """Write names and descriptions to stdout."""
     rows = [(name, load(name).recipe.description) for name in shipped()]
     console.print_table(["recipe", "description"], rows)
 
 
 def show(name: str) -> None:
-    """The text of a recipe, to stdout. Raises RecipeError for an unknown name or an invalid recipe."""
+    """Write the text of a recipe to stdout. Raises RecipeError for an unknown name or an invalid recipe."""
     console.out(load(name).path.read_text(encoding="utf-8"), end="")
 
 
 def copy(name: str, destination: Path | None) -> None:
-    """Copy a recipe to a file or into a folder, here by default. Raises RecipeError, never overwrites."""
+    """Copy a recipe to a file or a folder, by default the working directory. Raises RecipeError if the file exists."""
     source = load(name).path
     target = destination or Path()
     if target.is_dir():
         target = target / source.name
     try:
-        with target.open("x", encoding="utf-8") as file:  # "x" fails where something stands already
+        with target.open("x", encoding="utf-8") as file:  # "x" fails if the file exists
             file.write(source.read_text(encoding="utf-8"))
     except FileExistsError:
         raise RecipeError(f"{target} exists; name another destination") from None
@@ -77,7 +77,7 @@ def check(references: Sequence[str]) -> None:
 
 
 def sizes(recipe: Recipe) -> list[tuple[str, Sizes]]:
-    """Names and sizes of a bench's variants, else the model's, without a name; empty without a model."""
+    """Names and sizes of a bench's variants, else the size of the model, without a name; empty without a model."""
     if recipe.model is None:
         return []
     from sparsecli.model.sizes import count_parameters  # torch
@@ -89,7 +89,7 @@ def sizes(recipe: Recipe) -> list[tuple[str, Sizes]]:
 
 
 def schema() -> None:
-    """The JSON schema of a recipe, to stdout; editors complete and check recipes with it."""
+    """Write the JSON schema of a recipe to stdout; editors complete and check recipes with it."""
     document = Recipe.model_json_schema()
     described = {block.__name__: _docstrings(block) for block in _subclasses(Spec)}
     for name, block in {Recipe.__name__: document, **document["$defs"]}.items():

@@ -1,4 +1,4 @@
-"""What a recipe may say about text: where it comes from, how it becomes tokens, and how it becomes pairs."""
+"""The `data:` block of a recipe: sources of text, tokenizers, and pairs of source and target."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class TrainedTokenizer(Spec):
 
     kind: Literal["bpe"]
     vocabulary_size: Annotated[int, Field(ge=257), MANY]
-    """Tokens of the vocabulary, the 256 bytes and the special tokens included."""
+    """Size of the vocabulary, with the 256 bytes and the special tokens."""
     split_names: bool = False
-    """A word is the same token in a name (`read_text`, `readText`) as in a sentence; spaces are tokens of their own."""
+    """Encode a word in a name (`read_text`, `readText`) as in a sentence; spaces are separate tokens."""
 
 
 class SavedTokenizer(Spec):
@@ -51,7 +51,7 @@ TokenizerSpec = Annotated[TrainedTokenizer | SavedTokenizer | HubTokenizer, Fiel
 
 
 class _Pairs(Spec):
-    """Fields that all kinds of pairs share. Lengths count the end token; what is longer is cut."""
+    """Fields that all kinds of pairs share. Lengths count the end token; longer texts are truncated."""
 
     source_length: Annotated[Whole, Field(ge=2)] = 512
     """Longest source, in tokens."""
@@ -70,13 +70,13 @@ class FieldPairs(_Pairs):
 
 
 class DocstringPairs(_Pairs):
-    """Functions of Python source, and what the first line of each one's docstring says about it."""
+    """Functions of Python source, and the first line of each function's docstring."""
 
     kind: Literal["docstrings"]
 
 
 class SpanCounts(NamedTuple):
-    """How much of a window of text is corrupted, in tokens."""
+    """Tokens of a window, tokens removed from it, and the number of their spans."""
 
     window: int
     hidden: int
@@ -84,18 +84,18 @@ class SpanCounts(NamedTuple):
 
 
 class CorruptedPairs(_Pairs):
-    """Text with spans left out, and the spans (T5's pre-training, and Terraformer's)."""
+    """Span corruption, the pre-training of T5 and Terraformer: text without some spans, and those spans."""
 
     kind: Literal["corrupted"]
     noise: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the tokens that is left out."""
+    """Share of the tokens that are removed."""
     mean_span: Annotated[float, Field(ge=1)] = 3.0
     """Mean length of a span, in tokens."""
 
     def counts(self) -> SpanCounts:
-        """Of the longest window whose source, with a sentinel for every span and the end token, is not too long.
+        """Of the longest window whose source, with a sentinel per span and the end token, fits `source_length`.
 
-        No window is longer than a source and a target, from which more is left out than a target holds.
+        Windows longer than a source and a target together are not tried: more would be removed than a target holds.
         """
         # A longer window never has a shorter source.
         windows = range(2, self.source_length + self.target_length + 1)
@@ -116,29 +116,27 @@ class CorruptedPairs(_Pairs):
             raise fault("source_length", f"{self.source_length} tokens leave no room for text")
         _, hidden, spans = self.counts()
         if (length := hidden + spans + 1) > self.target_length:
-            raise fault(
-                "target_length", f"{self.target_length} is less than the {length} tokens that are left out"
-            )
+            raise fault("target_length", f"{self.target_length} is less than the {length} tokens of a target")
         return self
 
 
 class CopiedPairs(_Pairs):
-    """Random tokens of the text's tokenizer, and the same once more.
+    """Random tokens of the text's tokenizer as source, and the same tokens as target.
 
-    No token follows from the ones before it, and sources differ in length: what is left to learn is to find in the
-    source what was written last, and to go on as it does.
+    The tokens before a token do not predict it, and sources differ in length. So the model has to find the last
+    written tokens in the source, and to copy the token after them.
     """
 
     kind: Literal["copied"]
     shortest: Annotated[Whole, Field(ge=3)] = 4
-    """Tokens of the shortest source; lengths are drawn evenly up to the longest. Fewer would be in both splits."""
+    """Tokens of the shortest source; lengths are uniform up to the longest. Shorter sources could be in both splits."""
 
     @model_validator(mode="after")
     def _check(self) -> CopiedPairs:
         if self.shortest >= self.source_length:
             raise fault(
                 "shortest",
-                f"{self.shortest} tokens and the end are more than source_length {self.source_length}",
+                f"{self.shortest} tokens and the end token are more than source_length {self.source_length}",
             )
         if self.target_length < self.source_length:
             raise fault(
@@ -157,9 +155,9 @@ class _Corpus(Spec):
     """Fields that every source of text shares."""
 
     tokenizer: TokenizerSpec | None = None
-    """Where the tokenizer comes from; by default from the model that training starts from or that is converted."""
+    """The tokenizer; by default that of the model that training starts from or that is converted."""
     pairs: PairsSpec | None = None
-    """Sources and targets for a model with an encoder; by default the text is read as it runs."""
+    """Sources and targets for a model with an encoder; by default the data are running text."""
     sequence_length: Annotated[Whole, Field(ge=2)] = 256
     """Tokens of one training window of running text."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -169,7 +167,7 @@ class _Corpus(Spec):
 
     @property
     def copies(self) -> bool:
-        """Whether targets are their sources, of random tokens."""
+        """Whether each target is a copy of its source, of random tokens."""
         return self.pairs is not None and self.pairs.kind == "copied"
 
     @property
@@ -183,7 +181,7 @@ class StdlibCorpus(_Corpus):
 
     source: Literal["stdlib"]
     packages: Names | None = None
-    """Installed packages whose Python source is trained on, too; all that is held out is the standard library's."""
+    """Installed packages whose Python source is added to the training text, but not to the held-out text."""
 
     @model_validator(mode="after")
     def _check(self) -> StdlibCorpus:
@@ -195,7 +193,7 @@ class StdlibCorpus(_Corpus):
 
 
 class FilesCorpus(_Corpus):
-    """Local files: jsonl, ndjson, json, csv, tsv, parquet, arrow; others are one document of text each."""
+    """Local files: jsonl, ndjson, json, csv, tsv, parquet, arrow; every other file is one document of plain text."""
 
     source: Literal["files"]
     paths: Names
@@ -238,7 +236,7 @@ TextSpec = Annotated[StdlibCorpus | FilesCorpus | HubCorpus, Field(discriminator
 
 
 class CopyTask(Spec):
-    """Random symbols as source and, again, as target: what a model must do to copy can be counted exactly."""
+    """The copy task: random symbols as source, and the same symbols as target."""
 
     source: Literal["copy"]
     symbols: Annotated[int, Field(ge=2), MANY] = 126
@@ -246,9 +244,10 @@ class CopyTask(Spec):
     length: Size = 127
     """Symbols of a source."""
     examples: Size = 1_000_000
-    """Sequences to train on; drawn when they are needed."""
+    """Sequences to train on; each is drawn when it is needed."""
     held_out: Size = 512
-    """Sequences to evaluate on; there must be so many different ones that none of these is likely to be trained on."""
+    """Sequences to evaluate on. The symbols and the length must allow so many sequences that training is
+    unlikely to draw one of these."""
 
     copies: ClassVar[bool] = True
 
@@ -259,13 +258,13 @@ class CopyTask(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> CopyTask:
-        # In the mean, held_out * examples / sequences of the held-out ones are drawn for training, too.
+        # The expected number of held-out sequences that training also draws is held_out * examples / sequences.
         needed = 1000 * self.held_out * self.examples
         if self.length * math.log(self.symbols) < math.log(needed):
             sequences = self.symbols**self.length
             raise fault(
                 "length",
-                f"{self.symbols} symbols make {sequences:,} sequences of {self.length}, too few to hold some out",
+                f"{self.symbols} symbols make {sequences:,} sequences of {self.length}, too few for a held-out split",
             )
         return self
 

@@ -1,7 +1,7 @@
-"""YAML text to plain data that remembers where every value stands.
+"""Parses YAML text into plain data with the position of every value.
 
 Recipes are inert: no tags, no merge keys, no dates. Scalars follow YAML 1.2 (`1e-4` is a number, `no` is a
-word), and depth and aliases are limited, so that no text can make reading it expensive.
+word). Depth and aliases are limited, so that no text is expensive to read.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where something stands: in the file, or in an override (which sorts after the file)."""
+    """A position in the file, or in an override (which sorts after the file)."""
 
     override: int
     """0 for the file, else the number of the override."""
     line: int
     column: int
     label: str = ""
-    """What a message starts with: `file:line:column` or `override #1 (train.learning_rate)`."""
+    """The start of a message: `file:line:column` or `override #1 (train.learning_rate)`."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, with where it is."""
+    """One error, with its position."""
 
     place: Place
     path: Path
@@ -63,7 +63,7 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
     def place(self, path: Path) -> Place:
-        """The place of the nearest enclosing value that stands somewhere."""
+        """The place of the nearest enclosing value that has one."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places[path]
@@ -121,7 +121,7 @@ for _tag, _pattern in SCALARS:
 
 
 def read_document(text: str, name: str, override: int = 0) -> Document:
-    """Parse `text`. Whatever is wrong is in the result's `problems`; nothing is raised.
+    """Parse `text`. The result's `problems` list all errors; none is raised.
 
     For a file, `name` is its path and places read `name:line:column`; for an override (its number above 0),
     `name` is its key and places read `override #1 (name)`.
@@ -154,7 +154,7 @@ def read_document(text: str, name: str, override: int = 0) -> Document:
 
 
 class _Reading:
-    """One walk over a node tree, filling a document."""
+    """Fills a document in one walk over a node tree."""
 
     def __init__(self, document: Document, place: Any) -> None:
         self.document, self.place, self.count = document, place, 0
@@ -184,7 +184,7 @@ class _Reading:
             return items
         if isinstance(node, yaml.ScalarNode) and node.tag not in (_MAP, _LIST):
             return self.scalar(node, path)
-        self.refuse(node, path, f"the tag {node.tag!a} does not fit what follows it")
+        self.refuse(node, path, f"the tag {node.tag!a} does not fit its value")
         return None
 
     def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class _Reading:
             self.refuse(node, path, f"{text[:40]!a} does not fit its tag")
             return None
         if _surrogates(text):
-            self.refuse(node, path, "holds half of a character (a lone surrogate)")
+            self.refuse(node, path, "contains a lone surrogate, which is not a character")
             return None
         return text
 

@@ -1,4 +1,4 @@
-"""A recipe file and its overrides to one frozen `Recipe`, or to an error that lists all that is wrong."""
+"""Loads a recipe file and its overrides into one frozen `Recipe`; one error lists all problems."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsecli.recipe.schema import GenerateSpec, Recipe
 MAX_BYTES = 256 * 1024
 SUFFIXES = (".yaml", ".yml")
 EXPLAINED, SHOWN = 500, 50
-"""Errors that are put into words, and problems that are listed; what is wrong all over is told by their number."""
+"""The most errors that are formatted, and the most problems that are listed; further ones are only counted."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LoadedRecipe:
 
     @property
     def output(self) -> Path:
-        """Where a run goes unless the command line says otherwise."""
+        """The default run directory, which `--output` overrides."""
         return Path(self.recipe.output or f"runs/{self.name}")
 
 
@@ -46,8 +46,8 @@ def load(
 ) -> LoadedRecipe:
     """Read the recipe at a path, or the shipped one of that name, with `key.path=value` overrides on top.
 
-    `options` of the command line go on top of both: by the option's name, with which its errors begin, the key that it
-    sets and its value, None where it is not given. Raises RecipeError with every problem, one line each.
+    `options` of the command line override both. Each maps the option's name, with which its errors begin, to the key
+    that it sets and its value; None: not given. Raises RecipeError with every problem, one line each.
     """
     path = _find(reference)
     text = _read(path)
@@ -61,7 +61,7 @@ def parse(
     overrides: Sequence[str] = (),
     options: Mapping[str, tuple[str, object]] = MappingProxyType({}),
 ) -> Recipe:
-    """The recipe that `text` holds; `name` is what its errors call it. See `load`. Raises RecipeError."""
+    """Parse the recipe in `text`; errors begin with `name`. See `load`. Raises RecipeError."""
     read = read_document(text, name)
     if not read.problems:
         if read.data is None:
@@ -84,7 +84,7 @@ def parse(
         more = max(0, len(errors) - EXPLAINED)
         explained = [messages.explain(entry) for entry in errors[:EXPLAINED]]
         for where, message in explained:
-            # What is wrong within a list says more than that it is not the number that it might be, too.
+            # An error within a list says more than the error that the list is not a number.
             if not any(where == other[: len(where)] and where != other for other, _ in explained):
                 read.problems.append(Problem(read.place(where), where, message))
     if read.problems or recipe is None:
@@ -96,7 +96,7 @@ def parse(
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that loads to the same recipe, defaults written out."""
+    """The recipe as YAML that loads to the same recipe, with all defaults."""
     values = recipe.model_dump(mode="json", exclude_none=True)
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
@@ -138,12 +138,12 @@ def require(loaded: LoadedRecipe, *blocks: str) -> None:
 
 
 def check_unread(overrides: Sequence[str], command: str, blocks: Collection[str]) -> None:
-    """Raise RecipeError for a change of a block that `command`, which loads a trained model, does not read."""
+    """Raise RecipeError for an override in a block that `command` does not read, because it loads a trained model."""
     for key in (override.partition("=")[0] for override in overrides):
         if (block := key.partition(".")[0]) in blocks:
             raise RecipeError(
-                f"{key}: would change nothing: {command} does not read `{block}:`, it takes the model as it was "
-                f"trained; `sparsecli train` with train.init_from goes on from it with another recipe"
+                f"{key}: has no effect: {command} does not read `{block}:` and uses the model as it was trained; "
+                f"to train the model further with another recipe, use `sparsecli train` with train.init_from"
             )
 
 
@@ -220,7 +220,7 @@ def _apply(read: Document, override: str, number: int) -> None:
 
 
 def _put(read: Document, parts: Sequence[str], given: Document) -> None:
-    """Put a value into the data at the path of `parts`, and its places over the places of what it replaces."""
+    """Put a value into the data at the path `parts`, and replace the places there by those of the value."""
     place = given.place(())
     train = read.data.get("train")
     start = train.get("init_from") if isinstance(train, dict) else None

@@ -1,4 +1,4 @@
-"""Pydantic's errors in plain words: which key, what was expected, what was found, what was perhaps meant."""
+"""Plain messages for Pydantic's errors: the key, the expected value, the value found, and a suggestion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Field = tuple[Any, tuple[Any, ...]]
 """A type and the limits (Gt, Le, MinLen ...) on it."""
 
 TAGS = ("kind", "source")
-"""Fields that tell the members of a closed union apart."""
+"""Fields that discriminate the members of a closed union."""
 
 
 def explain(error: Any) -> tuple[Path, str]:
@@ -31,7 +31,7 @@ def explain(error: Any) -> tuple[Path, str]:
             return (*path, *steps), context["message"]
         case "limit":
             return path, context["message"]
-        case "value_error":  # of a validator of ours, which says what it wants
+        case "value_error":  # from our own validator, with its own message
             return path, str(context["error"])
         case "missing":
             return path, f"missing, expected {expected(annotation, limits)}"

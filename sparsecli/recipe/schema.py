@@ -1,6 +1,6 @@
-"""What a recipe may say: one frozen model per block, one documented line per field.
+"""The schema of a recipe: one frozen model per block, one documented line per field.
 
-A recipe is inert data. Unions are closed and told apart by a literal field; nothing here names code.
+A recipe is inert data. Unions are closed and discriminated by a literal field. No field names code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _listed(value: Any) -> Any:
 Sweep = Annotated[
     list[Size], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=Size | list[Size])
 ]
-"""One number, or a list of them for a row each."""
+"""One number, or a list with one row for each number."""
 
 
 # -- convert -------------------------------------------------------------------------------------------------
@@ -52,22 +52,22 @@ Method = Literal["precision", "selector", "controller", "exact"]
 
 
 class KeptAttention(Spec):
-    """Attention stays as it is."""
+    """Attention is not changed."""
 
     kind: Literal["keep"] = "keep"
 
 
 class LowRankAttention(Spec):
-    """Queries and keys by two maps each, the best for the calibration text."""
+    """Queries and keys by low-rank products of two linear layers, fitted to the calibration text."""
 
     kind: Literal["low_rank"]
     rank: Width
-    """Numbers between the two maps of queries; keys keep as large a share of their weights."""
+    """Rank of the queries' product; the rank of the keys keeps the same share of their weights."""
 
 
 class MultiplicativeAttention(Spec):
-    """Queries, keys and values by multiplicative layers (paper section 3.2), a module for every head; a beginning for
-    a long distillation, not for use as it is."""
+    """Queries, keys and values by multiplicative layers (paper section 3.2) with one module per head. The result is
+    the start of a long distillation and not usable without it."""
 
     kind: Literal["multiplicative"]
 
@@ -78,39 +78,38 @@ ConvertedAttention = Annotated[
 
 
 class ConvertSpec(Spec):
-    """Make a dense model faster: within a budget, by a search, or into given layers."""
+    """Make a dense model faster: search within a budget, or convert to given layers."""
 
     model: str | None = None
     """The dense model: a run, a model folder, a Hugging Face folder or name on the hub, or a GGUF file; `--model` on
-    the command line goes first."""
+    the command line takes precedence."""
     budget: Annotated[str, AfterValidator(_budget)] | None = None
     """Search for the fastest model within `loss +2 %` or `perplexity +5 %` of the dense one on held-out text, or the
     best within `kept 1/4` of the units or `bytes 100 MB` a token."""
     feed_forward: ConvertedFeedForward | None = None
-    """Without a budget: what every feed-forward layer becomes; its units must be the dense model's."""
+    """Without a budget: the layer that replaces every feed-forward layer; it must have the dense model's units."""
     attention: ConvertedAttention = KeptAttention()
-    """What every attention layer becomes, with a budget, given layers, or dense ones as they are."""
+    """The layer that replaces every attention layer; with a budget, with given feed-forward layers, or alone."""
     methods: Annotated[list[Method], Field(min_length=1)] | None = None
-    """What the search tries; by default every method that fits the model's activation."""
+    """Methods that the search tries; by default every method that fits the model's activation."""
     rank: Width = 128
     """Rank of the controllers that the search tries."""
     quantization: QuantizationSpec | None = None
-    """Bits of attention and logits; by default the search decides, and given layers leave them as they are."""
+    """Bits of attention and logits; by default a search chooses them, and without a search they do not change."""
     decode_dtype: Dtype = "int8"
-    """Weight type of what has no bits of its own, as the result is measured and checked."""
+    """Weight type of parts without bits of their own, when the result is measured and checked."""
     calibration_tokens: Size = 16384
-    """Training tokens that layers are fitted on."""
+    """Training tokens on which layers are fitted."""
     tuning_tokens: Size = 8192
-    """Training tokens, others, that the search compares candidates on."""
+    """Further training tokens, on which the search compares candidates."""
     controller_steps: Count = 200
     """Optimizer steps of each controller's fit."""
     refit: bool = True
-    """Solve for the W_down, bias and bypass that make up for the units left out."""
+    """Solve for W_down, bias and bypass, to compensate for the units that are left out."""
     distillation: RecoverySpec = RecoverySpec()
-    """Recovery after the fit; a search that has met its budget leaves it out."""
+    """Recovery after the fit; a search that meets its budget without it skips it."""
     peers: list[Literal["llama.cpp"]] = Field(default=[])
-    """Other programs whose rows, of the same dense model, stand beside ours; one that is not installed is skipped
-    with a line."""
+    """Other programs to measure with the same dense model; one that is not installed is skipped with a warning."""
 
     @model_validator(mode="after")
     def _check(self) -> ConvertSpec:
@@ -118,7 +117,7 @@ class ConvertSpec(Spec):
         if self.budget is not None and self.feed_forward is not None:
             raise fault(
                 "budget",
-                f"give {either}, one of them; convert.feed_forward=null (or convert.budget=null) takes the other away",
+                f"give only one: {either}; convert.feed_forward=null (or convert.budget=null) removes the other",
             )
         if (self.budget, self.feed_forward, self.attention.kind) == (None, None, "keep"):
             raise fault("budget", f"give {either}")
@@ -132,19 +131,19 @@ class GenerateSpec(Spec):
     """Defaults of `generate`; every field is also a command-line option."""
 
     prompt: str | None = None
-    """Text to go on from."""
+    """Text to continue."""
     max_new_tokens: Size = 128
     """Stop after this many tokens."""
     temperature: NonNegative = 0.8
-    """Below 1 sharper, above 1 flatter; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_k: Count = 0
-    """Sample among the k likeliest tokens; 0 is all."""
+    """Sample among the k likeliest tokens; 0 means all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Sample among the likeliest tokens that hold this much probability."""
     min_p: Probability = 0.0
-    """Drop tokens below this share of the likeliest one's probability."""
+    """Drop tokens below this share of the highest probability."""
     repetition_penalty: Positive = 1.0
-    """Above 1 makes tokens that were already used less likely."""
+    """Values above 1 reduce repetition."""
     stop: list[str] = Field(default=[])
     """Texts that end the generation; they are not printed."""
 
@@ -153,12 +152,12 @@ class GenerateSpec(Spec):
 
 
 class PaperFigures(Spec):
-    """What the paper's Table 1 gives for this row."""
+    """The figures of the paper's Table 1 for this row."""
 
     ms_per_token: Positive
     """Milliseconds a token."""
     ms_per_block: Positive | None = None
-    """Milliseconds a decoder block, where it is given."""
+    """Milliseconds a decoder block, if the paper gives them."""
 
 
 class VariantModel(Spec):
@@ -181,7 +180,7 @@ class VariantModel(Spec):
 
 
 class PrecisionChanges(Spec):
-    """Parts of the model whose weights are of another type than the row's; only the native backend has them."""
+    """Weight types of parts that differ from the row's weight type; native backend only."""
 
     units: WeightDtype | None = None
     """Feed-forward matrices, dense or sparse; int4 is for dense ones."""
@@ -190,7 +189,7 @@ class PrecisionChanges(Spec):
     controller: Dtype | None = None
     """Controllers and routers."""
     multiplicative: Dtype | None = None
-    """D and E of multiplicative layers, the sparse loss layer's too."""
+    """D and E of multiplicative layers, including the sparse loss layer."""
     convolution: Literal["float32", "bfloat16"] | None = None
     """Convolution kernels."""
     head: WeightDtype | None = None
@@ -209,15 +208,15 @@ class VariantSpec(Spec):
     name: str
     """Row label."""
     group: Literal["dense", "sparse", "mixture"]
-    """`--dense`, `--sparse` and `--mixture` choose by this."""
+    """`--dense`, `--sparse` and `--mixture` select rows by their group."""
     model: VariantModel = VariantModel()
-    """What differs from the recipe's model."""
+    """Differences from the recipe's model."""
     precision: PrecisionChanges = PrecisionChanges()
-    """What differs from the row's weight type."""
+    """Differences from the row's weight type."""
     dtypes: Annotated[list[WeightDtype], Field(min_length=1)] | None = None
     """Weight types that this row is measured in; those of the bench by default."""
     measured_layers: Size | None = None
-    """Build only this many blocks of this row and multiply out; the row says so."""
+    """Build only this many blocks of this row, and scale their time to the whole model; the row is marked."""
     paper: PaperFigures | None = None
     """The paper's figures, printed beside ours."""
 
@@ -228,16 +227,16 @@ class VariantSpec(Spec):
 
 
 class BenchSpec(Spec):
-    """Single-token decoding, variants interleaved."""
+    """Single-token decoding, with interleaved variants."""
 
     variants: Annotated[list[VariantSpec], Field(min_length=1)] | None = None
     """Rows of the table; the first of group `dense` is the baseline. Trained runs (`--model`) need none."""
     equal_sizes: bool = True
-    """All variants should have the same number of parameters, within 1 %; the paper's own do not."""
+    """Expect the same number of parameters in all variants, within 1 %; the paper's own variants differ."""
     backends: Annotated[list[Literal["native", "torch"]], Field(min_length=1)] | None = None
     """Decode backends; by default native where it can be used, else torch."""
     peers: list[Literal["llama.cpp", "openvino", "ctranslate2", "torch.compile"]] = Field(default=[])
-    """Other programs to measure beside ours; one that is not installed is skipped with a line."""
+    """Other programs to measure beside ours; one that is not installed is skipped with a warning."""
     peer_variants: Names | None = None
     """Variants that peers without a model of their own run; by default the first dense and the last sparse one."""
     dtypes: Annotated[list[WeightDtype], Field(min_length=1)] = Field(default=["float32", "bfloat16", "int8"])
@@ -247,23 +246,24 @@ class BenchSpec(Spec):
     context: Sweep = Field(default=[64])
     """Tokens in the cache before the first measured one."""
     source: Size = 16
-    """Tokens of the source, for decoders that an encoder's output is handed to; the encoder is not measured."""
+    """Tokens of the encoder's input, for models with an encoder; the encoder itself is not measured."""
     batch: Sweep = Field(default=[1])
     """Sequences that are decoded at once."""
     prefill: Size | None = None
-    """Measure reading a prompt of this many tokens too."""
+    """Also measure the prefill of a prompt of this many tokens."""
     profile: bool = False
-    """Time the parts of a token."""
+    """Time each part of the model in a decode step."""
     from_disk: bool = False
-    """Leave the units of sparse layers in a file and read a token's from disk, cold."""
+    """Keep the units of sparse layers in a file, and read the units of each token from disk, uncached."""
     rounds: Size = 5
-    """Times that every variant gets its turn."""
+    """Rounds; every variant has one turn in each."""
     tokens_per_round: Size = 4
-    """Measured tokens of one turn."""
+    """Measured tokens in a turn."""
     warmup_tokens: Count = 2
     """Unmeasured tokens at the start of each turn."""
     measured_layers: Size | None = None
-    """Build only this many blocks and multiply out, for models larger than memory; the rows say so."""
+    """Build only this many blocks, and scale their time to the whole model; for models larger than memory. The rows
+    are marked."""
 
     @model_validator(mode="after")
     def _check(self) -> BenchSpec:
@@ -278,14 +278,14 @@ class BenchSpec(Spec):
 
 
 class Recipe(Spec):
-    """A recipe: what to build, on which text, and how to train, convert, run and measure it."""
+    """A recipe: the model, its text, and the settings of training, conversion, generation and benchmark."""
 
     description: str = ""
     """One line, shown by `recipes ls`."""
     output: str | None = None
     """Run directory; `runs/<name of the recipe>` by default."""
     seed: Count = 0
-    """Seeds weights, the order of the data, noise and sampling."""
+    """Seed of the weights, the data order, noise and sampling."""
     model: ModelSpec | None = None
     """The architecture."""
     data: DataSpec | None = None
@@ -317,12 +317,14 @@ class Recipe(Spec):
 
     def _check_data(self, data: DataSpec) -> None:
         if self.convert and data.pair_lengths:
-            raise fault("data", "a conversion reads running text, not pairs")
+            raise fault("data", "a conversion needs running text, not pairs")
         if self.train and self.train.distillation and data.pair_lengths:
-            raise fault("train.distillation", "a teacher reads running text, not pairs")
+            raise fault("train.distillation", "distillation from a teacher needs running text, not pairs")
         starts = self.convert or (self.train and self.train.init_from)
         if not isinstance(data, CopyTask) and data.tokenizer is None and not starts:
-            raise fault("data.tokenizer", "missing; only a model that is there already can bring its own")
+            raise fault(
+                "data.tokenizer", "missing; only train.init_from and convert take the tokenizer from a model"
+            )
         if self.model:
             self._check_lengths(data, self.model)
             self._check_vocabulary(data, self.model.vocabulary.size)
@@ -336,7 +338,7 @@ class Recipe(Spec):
             source, target = "data.pairs.source_length", "data.pairs.target_length"
             if data.pairs is None:
                 if model.encoder:
-                    raise fault("data.pairs", "missing; a model with an encoder learns from pairs")
+                    raise fault("data.pairs", "missing; a model with an encoder is trained on pairs")
                 if (length := data.sequence_length) > model.max_positions:
                     message = f"{length} is longer than model.max_positions {model.max_positions}"
                     raise fault("data.sequence_length", message)

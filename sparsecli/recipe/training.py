@@ -1,4 +1,4 @@
-"""What a recipe may say about training: from the text, from a teacher, or to recover from a conversion."""
+"""The parts of a recipe about training: from text, from a teacher, and recovery after a conversion."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Objective(Spec):
-    """What a student learns from its teacher: a weighted sum of these terms.
+    """The objective of distillation: a weighted sum of these terms.
 
-    Layers that choose units choose as they will decode: hard and without noise.
+    Layers choose units as in decoding: hard and without noise.
     """
 
     temperature: Positive = 1.0
-    """Divides the logits of both before they are compared; above 1 shows more of the unlikely tokens."""
+    """Divides the logits of both models; values above 1 give unlikely tokens more weight."""
     kl_weight: NonNegative = 1.0
     """Weight of KL(teacher || student) over the vocabulary, in nats per token times the temperature's square."""
     hidden_weight: NonNegative = 0.0
@@ -27,15 +27,15 @@ class Objective(Spec):
     cross_entropy_weight: NonNegative = 0.0
     """Weight of the cross-entropy on the text itself."""
     controller_weight: NonNegative = 0.0
-    """Weight of the controllers' own cross-entropy towards the units that add most to their layer (kind sparse)."""
+    """Weight of the controllers' cross-entropy, whose targets are the units that contribute most (kind sparse)."""
     start_units_per_block: Size | None = None
-    """Choose this many units at first and half as many at each stage, down to the model's own k at half of the
-    steps; by default the model's own k from the start."""
+    """Active units per block at the start. Each stage halves them, down to the model's own k after half of the steps;
+    by default they are the model's own k from the start."""
 
     @model_validator(mode="after")
     def _check(self) -> Objective:
         if not (self.kl_weight or self.hidden_weight or self.cross_entropy_weight):
-            raise fault("kl_weight", "all weights are 0; there is nothing to learn from")
+            raise fault("kl_weight", "all weights are 0; set at least one of them above 0")
         return self
 
 
@@ -43,14 +43,14 @@ class DistillationSpec(Objective):
     """Train towards another model's predictions."""
 
     teacher: str
-    """The model to learn from: a run or a model folder, of the same vocabulary."""
+    """The teacher: a run or a model folder, with the same vocabulary."""
 
 
 class TrainSpec(Spec):
-    """Training, in the words of transformers' `TrainingArguments`."""
+    """Training, with the names of transformers' `TrainingArguments`."""
 
     max_steps: Size
-    """Optimizer steps in all."""
+    """Total number of optimizer steps."""
     per_device_train_batch_size: Size = 8
     """Windows or pairs per step and device."""
     gradient_accumulation_steps: Size = 1
@@ -64,21 +64,21 @@ class TrainSpec(Spec):
     )
     """Shape of the learning rate after the warm-up."""
     min_lr_rate: Probability = 0.05
-    """Where the cosine ends, as a share of the peak."""
+    """Final learning rate of the cosine schedule, as a share of the peak."""
     warmup_steps: Count = 0
     """Steps of linear warm-up."""
     optim: Literal["adamw_torch", "adafactor"] = "adamw_torch"
     """Optimizer."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW's first decay."""
+    """AdamW's decay rate of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """AdamW's second decay."""
+    """AdamW's decay rate of the second moment."""
     weight_decay: NonNegative = 0.1
-    """Decay of matrices; controllers, embeddings, norms and biases have none."""
+    """Weight decay of matrices; controllers, embeddings, norms and biases have none."""
     max_grad_norm: NonNegative = 1.0
     """Clip the gradient to this norm; 0 turns clipping off."""
     bf16: bool = False
-    """Run matrix products in bfloat16 (weights stay float32); in float32 on processors that would only imitate them."""
+    """Compute matrix products in bfloat16, with float32 weights. Processors that only emulate bfloat16 use float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     torch_compile: bool = False
@@ -86,22 +86,22 @@ class TrainSpec(Spec):
     logging_steps: Size = 10
     """Steps between lines of the log."""
     eval_steps: Size = 250
-    """Steps between evaluations on what is held out."""
+    """Steps between evaluations on held-out data."""
     eval_samples: Count = 128
-    """Held-out sources for which every evaluation writes targets, greedily: their ROUGE, or of copies the exact ones.
-    0 writes none."""
+    """Held-out sources whose targets every evaluation generates greedily, to measure ROUGE or, for copies, the share
+    of exact ones; 0 generates none."""
     save_steps: Size = 250
     """Steps between checkpoints."""
     save_total_limit: Annotated[Whole, Field(ge=2)] = 2
-    """Checkpoints kept; two at least, so that a torn one never is the only one."""
+    """Checkpoints to keep; at least two, so that a damaged one is never the only one."""
     init_from: str | None = None
-    """Start from the weights of this run or model folder, whose architecture and tokenizer the recipe may leave out."""
+    """Start from the weights of this run or model folder; the recipe may omit its architecture and tokenizer."""
     distillation: DistillationSpec | None = None
     """Learn from a teacher instead of from the text alone."""
 
     @property
     def bound_to_max_steps(self) -> str | None:
-        """What every step has because of their number in all, so that a run cannot become longer; None if nothing."""
+        """The quantity that depends on `max_steps` in every step, so that a run cannot be extended; None if none."""
         if self.lr_scheduler_type in ("cosine", "linear"):
             return "the learning rate"
         if self.distillation and self.distillation.start_units_per_block:
@@ -120,7 +120,7 @@ class RecoverySpec(Objective):
     """Peak learning rate (cosine to 5 %)."""
 
     def training(self, sequence_length: int) -> TrainSpec:
-        """The training that these words stand for, on windows of `sequence_length` tokens."""
+        """The `train` block for these fields, on windows of `sequence_length` tokens."""
         steps = max(1, round(self.tokens / (self.batch_size * sequence_length)))
         return TrainSpec(
             max_steps=steps,

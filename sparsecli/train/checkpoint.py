@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not used: written beside, sealed with a manifest, then renamed."""
+"""Checkpoints: written to a temporary folder, sealed with a manifest, then renamed. Damaged ones are not used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIX = "checkpoint-"
 
 
 def seal(written: Path, checkpoints: Path) -> Path:
-    """Put a finished checkpoint folder in its place under `checkpoints`.
+    """Move a finished checkpoint folder to its place under `checkpoints`.
 
     The manifest lists every file's size and SHA-256 and is the last file written.
     """
@@ -27,20 +27,20 @@ def seal(written: Path, checkpoints: Path) -> Path:
     beside.rename(written / MANIFEST)
     place = checkpoints / written.name
     if place.exists():
-        shutil.rmtree(place)  # only a damaged one can be in the way: a sound one would have been resumed from
+        shutil.rmtree(place)  # only a damaged one can exist here: the run would have resumed from a sound one
     written.rename(place)
     return place
 
 
 def prune(checkpoints: Path, newest: Path, keep: int) -> None:
-    """Drop all checkpoints but `keep` up to and with `newest`; those after it are left."""
+    """Delete all checkpoints but the last `keep` up to `newest`, which is kept; later ones stay."""
     older = [folder for folder in _newest_first(checkpoints) if step_of(folder) <= step_of(newest)]
     for folder in older[keep:]:
         shutil.rmtree(folder)
 
 
 def newest_sound(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that agrees with its manifest, and a line for each newer one that does not."""
+    """The newest checkpoint that matches its manifest, and a message for each newer one that does not."""
     skipped: list[str] = []
     for folder in _newest_first(checkpoints):
         damage = _damage(folder)
@@ -51,7 +51,7 @@ def newest_sound(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimizer steps done at a checkpoint, from its folder's name."""
+    """Number of optimizer steps at a checkpoint, from its folder's name."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
@@ -71,9 +71,9 @@ def _damage(folder: Path) -> str | None:
             if size != entry["bytes"]:
                 return f"{name} has {size:,} bytes, not {entry['bytes']:,}"
             if _sha256(present[name]) != entry["sha256"]:
-                return f"{name} is not what was written (SHA-256 differs)"
+                return f"{name} has changed since it was written (SHA-256 differs)"
     except FileNotFoundError:
-        return f"no {MANIFEST}: it was not written to the end"
+        return f"no {MANIFEST}: it was not written completely"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be used ({type(error).__name__})"
     return None

@@ -1,4 +1,4 @@
-"""`sparsecli train`: a recipe to a run directory with checkpoints, metrics and a model."""
+"""`sparsecli train`: trains a recipe's model into a run directory with checkpoints, metrics and the model."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ def run(
 ) -> Result | None:
     """Train the recipe's model into `output` and print the final figures; a dry run prints the plan instead.
 
-    Under `torchrun` every process calls this; the first one alone prints, writes and returns the figures.
-    Raises `RecipeError` when the recipe cannot be trained; `Failure` when `output` is taken or cannot be
-    written (now or later, as on a full disk), when the text cannot be read, or when a run cannot be resumed as
-    asked; `Stopped` after SIGTERM or SIGINT before the last step. One that comes later has nothing left to
-    stop: the run ends as if none had.
+    Under `torchrun` every process calls this. Only the first process prints, writes and returns the figures.
+
+    Raises:
+        RecipeError: the recipe cannot be trained.
+        Failure: `output` holds something else or cannot be written (also later, as on a full disk), the text cannot
+            be read, or the run cannot be resumed.
+        Stopped: after SIGTERM or SIGINT before the last step. A later signal has no effect.
     """
     recipe = resolved(loaded)
     assert recipe.model
@@ -50,7 +52,8 @@ def run(
     assert recipe.train
     if resume not in (None, "auto"):
         raise Failure(
-            f"--resume {resume}: expected auto, which takes the newest whole checkpoint", exit_code=2
+            f"--resume {resume}: expected auto, which resumes from the newest undamaged checkpoint",
+            exit_code=2,
         )
     first = first_process()
     if first:
@@ -96,15 +99,17 @@ def run(
 
 
 def _report_accelerate_options(environment: Mapping[str, str]) -> None:
-    """`accelerate launch` leaves its options in the environment, where they come before the recipe's."""
+    """Report options of `accelerate launch`, which it sets in the environment and which override the recipe's."""
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         say(
-            f"accelerate launch --mixed_precision {precision} comes before train.bf16; leave it out for the recipe's"
+            f"accelerate launch --mixed_precision {precision} overrides train.bf16; leave it out to use train.bf16"
         )
     several = "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment
     if several and environment.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        say("accelerate launch --cpu starts one process, whatever --num_processes; torchrun starts several")
+        say(
+            "accelerate launch --cpu ignores --num_processes and starts one process; use torchrun to start several"
+        )
 
 
 def _check_vocabulary_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, file: str) -> None:
@@ -114,7 +119,7 @@ def _check_vocabulary_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, f
     assert recipe.train
     size = recipe.model.vocabulary.size
     ordinary, special = beyond(tokenizer.backend_tokenizer, size)
-    # An older model may lack special tokens that its tokenizer got later; of these running text has the end alone.
+    # A model may lack special tokens that were added to its tokenizer later. Running text has only the end token.
     lenient = recipe.train.init_from and not recipe.data.pair_lengths and tokenizer.eos_token_id < size
     if ordinary or (special and not lenient):
         raise RecipeError(
@@ -123,7 +128,7 @@ def _check_vocabulary_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, f
 
 
 def _check_vocabularies(train: TrainSpec, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise Failure unless the models that the training starts from and learns from read the text's tokens alike."""
+    """Raise Failure unless the initial model and the teacher have the same vocabulary as the text."""
     models = {"train.init_from": train.init_from}
     if train.distillation:
         models["train.distillation.teacher"] = train.distillation.teacher
@@ -149,7 +154,7 @@ def _train(
     _check_batch(recipe, prepared)
     spec = recipe.model
     longest = spec.encoder.max_positions if spec.encoder else spec.max_positions
-    prepared.tokenizer.model_max_length = longest  # of the input, for those who ask it to cut texts
+    prepared.tokenizer.model_max_length = longest  # of the input, for callers that truncate texts
     set_seed(recipe.seed)
     model = _model(recipe, prepared.tokenizer, checkpoint)
     model.generation_config.repetition_penalty = recipe.generate.repetition_penalty
@@ -179,26 +184,24 @@ def _check_resumable(
     output: Path,
     checkpoint: Path | None,
 ) -> None:
-    """Raise Failure where the run in `output` was started with another text or number of processes."""
+    """Raise Failure if the run in `output` was started with another text or another number of processes."""
     if facts.get("corpus", prepared.fingerprint) != prepared.fingerprint:
-        raise Failure(f"{output}: the text or its tokenizer is not what this run was started with")
+        raise Failure(f"{output}: the text or its tokenizer has changed since this run was started")
     if checkpoint and facts.get("processes", arguments.world_size) != arguments.world_size:
         raise Failure(
             f"{output}: cannot be resumed with another number of processes ({facts['processes']} then, "
-            f"{arguments.world_size} now): batches, their order and random numbers depend on it; start as many"
+            f"{arguments.world_size} now): batches, their order and random numbers depend on it; use the same number"
         )
 
 
 def _check_batch(recipe: Recipe, prepared: Prepared) -> None:
-    """Raise Failure where the training examples do not fill a batch."""
+    """Raise Failure if the training examples do not fill a batch."""
     assert recipe.data
     assert recipe.train
     batch = recipe.train.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
     if len(prepared.train) < batch:
         pairs = recipe.data.pair_lengths
-        what = (
-            "pairs to train on" if pairs else f"training windows of {longest_example(recipe.data)[0]} tokens"
-        )
+        what = "training pairs" if pairs else f"training windows of {longest_example(recipe.data)[0]} tokens"
         raise Failure(
             f"data: {len(prepared.train)} {what} do not fill a batch of {batch}; add text or lower "
             f"train.per_device_train_batch_size"
@@ -227,7 +230,7 @@ def _started(
 
 
 def _samples(recipe: Recipe, prepared: Prepared, output: Path) -> Samples | None:
-    """Held-out sources for which the model writes targets; None where nothing judges them."""
+    """Held-out sources whose targets the model generates; None if they are not measured."""
     assert recipe.data
     assert recipe.train
     judge = judge_of(recipe)
@@ -252,17 +255,17 @@ def _trainer(
     model: Network,
     samples: Samples | None,
 ) -> LanguageModelTrainer:
-    """The recipe's trainer; it reports options that change nothing here."""
+    """The recipe's trainer. Options that have no effect are reported."""
     assert recipe.train
     train = recipe.train
     if arguments.activation_checkpointing and not model.supports_gradient_checkpointing:
-        say("train.gradient_checkpointing: reversible blocks store no activations; there is nothing to do")
+        say(
+            "train.gradient_checkpointing: no effect, because reversible blocks store no activations; leave it out"
+        )
         arguments.activation_checkpointing = False
     bf16 = train.bf16 and has_bfloat16(arguments.device.type)
     if train.bf16 and not bf16:
-        say(
-            "train.bf16: this processor has no products in bfloat16; they are in float32, which is faster here"
-        )
+        say("train.bf16: this processor has no bfloat16 products; float32 is used, which is faster here")
     parts: dict[str, Any] = {
         "model": model,
         "arguments": arguments,
@@ -283,21 +286,21 @@ def _trainer(
 
 
 def _save_model(trainer: LanguageModelTrainer, output: Path, first: bool) -> None:
-    """Write the model beside `output/model`, then rename it; all processes take part."""
+    """Write the model to a temporary folder, then rename it to `output/model`. All processes take part."""
     beside, place = output / "model.tmp", output / "model"
     if first:
         shutil.rmtree(beside, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(beside))
     if first:
-        (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody may load
+        (beside / "training_args.bin").unlink(missing_ok=True)  # a pickle, which must not be loaded
         share(beside)
         shutil.rmtree(place, ignore_errors=True)
         beside.rename(place)
 
 
 def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None) -> Network:
-    """The recipe's model with fresh weights, or with those of a checkpoint or of the model that it starts from."""
+    """The recipe's model with random weights, or with those of a checkpoint or of `train.init_from`."""
     assert recipe.model
     if checkpoint:
         return load_network(checkpoint)

@@ -1,4 +1,4 @@
-"""What controllers learn from: the units that add most to their layer's output."""
+"""Targets of controllers: the units that contribute most to their layer's output."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sparsecli.model.layers.feed_forward import ACTIVATIONS, SparseFeedForward
 
 @torch.no_grad()
 def unit_scores(sparse: SparseFeedForward, x: Tensor) -> Tensor:
-    """How much each unit adds to the output for x (tokens, d): |h| times the norm of its row of W_down.
+    """The contribution of each unit to the output for x (tokens, d): |h| times the norm of its row of W_down.
 
-    Returns (tokens, blocks, N). The best k of a block are what a perfect controller would choose.
+    Returns (tokens, blocks, N). A perfect controller chooses the k best of each block.
     """
     h = F.linear(x, sparse.up if sparse.gate is None else sparse.gate, sparse.unit_bias)
     h = ACTIVATIONS[sparse.activation](h)
@@ -25,7 +25,7 @@ def unit_scores(sparse: SparseFeedForward, x: Tensor) -> Tensor:
 def controller_loss(sparse: SparseFeedForward, x: Tensor, scores: Tensor) -> Tensor:
     """Cross-entropy of the controller on x (tokens, d) towards each block's shares of `scores` (tokens, blocks, N).
 
-    Blocks that add much count more; a block with no active unit has nothing to learn from.
+    Blocks that contribute more have more weight. A block without an active unit has none.
     """
     mass = scores.sum(dim=-1, keepdim=True)
     weight = mass.squeeze(-1) / mass.mean().clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""Learning from a teacher: its predictions, its final hidden state, and which units it pays to choose."""
+"""Distillation from a teacher's predictions and final hidden state, and training of controllers by unit scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sparsecli.train.run_directory import CHECKPOINTS, writing
 from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
 
 SCORED = 4
-"""Of this many tokens one teaches the controllers: scoring every unit for all tokens took a fifth of a step."""
+"""One of this many tokens trains the controllers: scoring every unit for all tokens took a fifth of a step."""
 
 
 def distil(
@@ -46,12 +46,12 @@ def distil(
 ) -> None:
     """Train `student` in place, writing metrics and checkpoints under `folder` and resuming from those that exist.
 
-    However often it is stopped on the way, the weights in the end are the same bit for bit.
+    The final weights are the same bit for bit, however often the training is stopped and resumed.
 
     Args:
-        data: its window length and held-out tokens are used; the text is that of `corpus`.
+        data: gives the window length and the number of held-out tokens; the text is that of `corpus`.
         train: the optimizer and its schedule.
-        hint: how to resume, the end of the message when this is stopped or cannot write.
+        hint: how to resume; the end of the message when the training is stopped or cannot write.
         beginning: token ids that every window begins with.
     Raises:
         Failure: the two models do not fit, `folder` cannot be written, or there is too little text.
@@ -95,7 +95,7 @@ def distil(
 
 
 class Teacher:
-    """A model that only predicts; its matrices are bfloat16 copies where products are."""
+    """A model for inference alone. Its linear layers have bfloat16 weights if products are in bfloat16."""
 
     def __init__(self, network: ScalingTransformerForCausalLM, bf16: bool) -> None:
         self.bf16 = bf16
@@ -111,7 +111,7 @@ class Teacher:
 
 
 def _narrowed(network: ScalingTransformerForCausalLM) -> ScalingTransformerForCausalLM:
-    """The same model, sharing its tensors, but with bfloat16 copies of the linear maps: no cast at every step."""
+    """The same model with shared tensors, but bfloat16 copies of the linear weights, to avoid a cast at every step."""
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
     narrow = {
         id(weight): nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
@@ -127,14 +127,14 @@ def _narrowed(network: ScalingTransformerForCausalLM) -> ScalingTransformerForCa
 
 
 def check_teacher(objective: Objective, student: ModelSpec, teacher: ModelSpec) -> None:
-    """Raise Failure unless a model of `student` can learn from one of `teacher` as `objective` says."""
+    """Raise Failure unless `student` can be distilled from `teacher` with this objective."""
     if student.encoder or teacher.encoder:
-        raise Failure("distillation: a model with an encoder neither teaches nor learns from a teacher yet")
+        raise Failure(
+            "distillation: models with an encoder are not supported yet, neither as teacher nor as student"
+        )
     ours, theirs = student.vocabulary.size, teacher.vocabulary.size
     if ours != theirs:
-        raise Failure(
-            f"distillation: the teacher has a vocabulary of {theirs:,} tokens, the model of {ours:,}"
-        )
+        raise Failure(f"distillation: the teacher's vocabulary has {theirs:,} tokens, the model's {ours:,}")
     if objective.hidden_weight and student.merged_width != teacher.merged_width:
         raise Failure(
             f"distillation.hidden_weight: the teacher is {teacher.merged_width} wide, "
@@ -142,21 +142,19 @@ def check_teacher(objective: Objective, student: ModelSpec, teacher: ModelSpec) 
         )
     start = objective.start_units_per_block
     if start is not None and start > getattr(student.feed_forward, "block_size", 0):
-        raise Failure(
-            f"distillation.start_units_per_block: {start} is more than the units of a block of the model"
-        )
+        raise Failure(f"distillation.start_units_per_block: {start} is more than the model's units per block")
 
 
 def check_vocabulary(
     ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, key: str, folder: Path
 ) -> None:
-    """Raise Failure, naming the recipe's `key`, unless the model in `folder` reads the text's tokens alike."""
+    """Raise Failure, naming the recipe's `key`, unless the model in `folder` has the vocabulary of the text."""
     known, meant = ours.get_vocab(), theirs.get_vocab()
     if known != meant:
         token = min(token for token, number in (known.items() ^ meant.items()))
         raise Failure(
-            f"{key}: {folder} has another vocabulary than the text: token {token!a} is {meant.get(token, 'none')} "
-            f"there, {known.get(token, 'none')} here; use the tokenizer of one model throughout"
+            f"{key}: {folder} has another vocabulary than the text: the id of token {token!a} is "
+            f"{meant.get(token, 'none')} there, {known.get(token, 'none')} here; use one model's tokenizer throughout"
         )
 
 
@@ -164,7 +162,7 @@ def check_vocabulary(
 
 
 class DistillationTrainer(LanguageModelTrainer):
-    """Trains towards a teacher; evaluations tell how far from it the model still is."""
+    """Trains by distillation. Evaluations also give the KL divergence from the teacher."""
 
     teacher: Teacher
 
@@ -173,7 +171,7 @@ class DistillationTrainer(LanguageModelTrainer):
         self.teacher, self.objective = teacher, objective
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One batch, forward and backward, with the units of this step chosen as they will be when decoding."""
+        """Forward and backward of one batch, with the number of active units of this step, chosen as in decoding."""
         assert isinstance(self.model, nn.Module)
         halvings = self.objective.start_units_per_block, self.state.global_step, self.state.max_steps
         with choosing_as_decoding(self.model, *halvings):
@@ -206,9 +204,9 @@ class DistillationTrainer(LanguageModelTrainer):
 def choosing_as_decoding(
     model: nn.Module, start: int | None = None, step: int = 0, steps: int = 1
 ) -> Iterator[None]:
-    """While open, layers choose hard and without noise, and more units than their own k in the first half of `steps`.
+    """While open, layers choose hard and without noise, and more than their k units in the first half of `steps`.
 
-    They choose `start` units of a block at first and half as many at every stage, until all have reached their k.
+    They start with `start` active units per block. Each stage halves the number, until all layers have reached their k.
     """
     choosing = [
         module for module in model.modules() if {"hard_fraction", "units_per_block"} & vars(module).keys()
@@ -232,7 +230,7 @@ def choosing_as_decoding(
 
 
 def _stage(start: int, least: int, step: int, steps: int) -> int:
-    """How often `start` is halved at a step: evenly over the first half of all, until it is `least` or below."""
+    """How often `start` has been halved at a step: at equal intervals in the first half, until at most `least`."""
     stages = 0
     while start >> stages > least:
         stages += 1
@@ -241,9 +239,9 @@ def _stage(start: int, least: int, step: int, steps: int) -> int:
 
 @contextmanager
 def _controller_inputs(model: nn.Module) -> Iterator[dict[SparseFeedForward, Tensor]]:
-    """What the sparse layers that have a choice read (tokens, d) while open, every `SCORED`-th token's.
+    """While open, records the inputs (tokens, d) of sparse layers that choose, of every `SCORED`-th token.
 
-    It is cut off from what it was computed from.
+    The inputs are detached.
     """
     seen: dict[SparseFeedForward, Tensor] = {}
 

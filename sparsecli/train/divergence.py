@@ -9,26 +9,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SLICE = 2**21
-"""Logits that are worked on at a time. At 50k tokens of vocabulary, whole float32 copies of the logits took longer
-than a fifth of a training step."""
+"""Logits per slice. With a vocabulary of 50k tokens, whole float32 copies of the logits took longer than a fifth of a
+training step."""
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Mean over the tokens of KL(teacher || student) in nats, times the temperature's square, as a scalar.
 
-    The square keeps the gradient's size independent of the temperature. Computed in float32 whatever the logits are;
-    the gradient reaches the student alone.
+    The square keeps the gradient's size independent of the temperature. Computed in float32 for logits of any
+    type. Only the student gets a gradient.
 
     Args:
         student, teacher: logits (tokens, V).
-        temperature: divides both.
+        temperature: divides the logits of both.
     """
     loss: Tensor = _Divergence.apply(student, teacher, temperature)
     return loss
 
 
 class _Divergence(torch.autograd.Function):
-    """Computes the gradient on the way: T (q - p) / tokens."""
+    """The forward pass also computes the gradient: T (q - p) / tokens."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

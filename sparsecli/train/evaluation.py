@@ -21,16 +21,16 @@ from sparsecli.train.divergence import divergence
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a model does on text it has not seen."""
+    """Figures of a model on held-out text."""
 
     nats_per_token: float
     bits_per_byte: float
     tokens: int
-    """Tokens that were predicted."""
+    """Number of predicted tokens."""
     never_chosen: float | None
-    """Share of the sparse layers' units, or of a mixture's experts, that no token chose; None without either."""
+    """Share of the sparse layers' units, or of a mixture's experts, that no token chose; None for dense layers."""
     balance: float | None
-    """Entropy of the choices in a block, or among experts, over that of even choices, their mean; 1 is even."""
+    """Mean entropy of the choices in a block, or among experts, over that of uniform choices; 1 means uniform."""
     kl_to_teacher: float | None = None
     """KL(teacher || model) in nats per predicted token; None without a teacher."""
 
@@ -54,8 +54,8 @@ def evaluate(
 ) -> HeldOut | None:
     """Evaluate `model` as it decodes: in eval mode, with the argmax units.
 
-    No random number is drawn. Of several processes each takes every `ranks`-th batch, and `add_up` sums a
-    tensor over them. Returns None when `stopped` comes true on the way.
+    No random number is drawn. With several processes, each takes every `ranks`-th batch, and `add_up` sums a
+    tensor over the processes. Returns None if `stopped` becomes true before the end.
     """
     was_training = model.training
     model.eval()
@@ -102,19 +102,19 @@ def evaluate(
 
 
 def _read(model: PreTrainedModel, batch: Example) -> tuple[Tensor, Tensor]:
-    """Where the layers of the decoder and those of the encoder read tokens, not padding: bool (B, T) and (B, S)."""
+    """Masks of tokens that are not padding, for layers of the decoder, bool (B, T), and of the encoder, bool (B, S)."""
     target = batch["labels"] != IGNORED
     if "attention_mask" not in batch:  # running text
         return target, target
     source = batch["attention_mask"].bool()
     if isinstance(model, TerraformerForConditionalGeneration):
-        # One sequence of both, with the padding of the source, which lies behind it here, in front.
+        # Source and target are one sequence. Here the source's padding follows it; in that sequence it comes first.
         return torch.cat((source.flip(1), target), dim=1), source
     return target, source
 
 
 class _Choices:
-    """How often each unit of a layer is chosen, `counts`: int64 (blocks, N). Experts are one block."""
+    """Counts of how often each unit of a layer is chosen: `counts`, int64 (blocks, N). Experts are one block."""
 
     def __init__(self, name: str, layer: SparseFeedForward | MixtureFeedForward) -> None:
         self.of_encoder = "encoder" in name.split(".")
@@ -128,7 +128,7 @@ class _Choices:
         self.counts = torch.zeros(shape, dtype=torch.int64, device=layer.up.device)
 
     def expect(self, read: Tensor) -> None:
-        """The layer is to see a batch; only where `read`, bool (B, T), is true its choices count."""
+        """Set the mask of the layer's next batch: choices count only where `read`, bool (B, T), is true."""
         self.read = read.flatten()
 
     def count(self, chooser: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
@@ -141,7 +141,7 @@ class _Choices:
 
 
 def _evenness(counts: list[Tensor]) -> tuple[float | None, float | None]:
-    """Share of units never chosen, and balance, of the counts (blocks, N) of all layers that choose."""
+    """Share of units that were never chosen, and balance, by the counts (blocks, N) of all layers that choose."""
     if not counts:
         return None, None
     never = torch.cat([(blocks == 0).flatten() for blocks in counts]).double()
@@ -150,6 +150,6 @@ def _evenness(counts: list[Tensor]) -> tuple[float | None, float | None]:
 
 
 def _balance(blocks: Tensor) -> Tensor:
-    """Entropy of the choices of every block over that of even ones, of counts (blocks, N): (blocks,)."""
+    """Entropy of the choices in every block over that of uniform ones, by counts (blocks, N): (blocks,)."""
     shares = blocks / blocks.sum(dim=-1, keepdim=True).clamp(min=1)
     return torch.special.entr(shares).sum(dim=-1) / math.log(blocks.shape[-1])

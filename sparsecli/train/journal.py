@@ -1,4 +1,4 @@
-"""The metrics of a run as it goes: rows on disk, TensorBoard events, a picture, a progress bar."""
+"""The journal of a run: metrics in a file, TensorBoard events, a plot of the loss, and a progress bar."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FIGURES = (
     *("held_out_loss", "bits_per_byte", "never_chosen", "balance", "kl_to_teacher"),
     *("exact_match", "rouge_1", "rouge_2", "rouge_lsum"),
 )
-"""What an evaluation may find."""
+"""Names of the figures of an evaluation."""
 
 
 class Journal(TrainerCallback):
-    """Writes `metrics.jsonl`, TensorBoard events and `loss.png`, and shows how far training is.
+    """Writes `metrics.jsonl`, TensorBoard events and `loss.png`, and shows the progress.
 
-    A resumed run drops the rows written after it, so that every step is there once.
+    A resumed run deletes the rows after its checkpoint, so that every step has one row.
     """
 
     def __init__(self, output: Path, start_step: int, progress: Progress) -> None:
@@ -33,7 +33,7 @@ class Journal(TrainerCallback):
         self.rows = read_metrics(output, start_step)
         replace_text(output / METRICS, "".join(f"{json.dumps(row)}\n" for row in self.rows))
         self.board = Board(output / "tensorboard", start_step + 1)
-        self.seconds = self.step_start = 0.0  # spent in training steps, evaluation and saving left out
+        self.seconds = self.step_start = 0.0  # spent in training steps, without evaluation and saving
         self.shown: dict[str, float] = {}
         self.tokens_start = self.tokens_logged = self.seconds_logged = 0.0
 
@@ -43,7 +43,7 @@ class Journal(TrainerCallback):
         return (self.tokens_logged - self.tokens_start) / self.seconds if self.seconds else None
 
     def held_out_at(self, step: int) -> dict[str, Any] | None:
-        """The evaluation done at `step`."""
+        """The row of the evaluation at `step`."""
         return next(
             (row for row in reversed(self.rows) if row["step"] == step and "held_out_loss" in row), None
         )
@@ -111,24 +111,24 @@ class Journal(TrainerCallback):
 
 
 class Board:
-    """A file of TensorBoard events, written at once and not by a thread: a full disk is an error of who writes.
+    """A file of TensorBoard events, written without a thread, so that a full disk raises an error at the call.
 
     Args:
-        folder: where the file goes; made when missing.
-        first_step: events of this step and later ones in the folder's other files count no more.
+        folder: folder of the file; created if missing.
+        first_step: TensorBoard ignores events of this step and later ones in the folder's older files.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard goes by the beginning of the name and reads files in the order of their names.
+        # TensorBoard finds files by the beginning of their names and reads them in the order of their names.
         self.path = folder / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
         self._add(file_version="brain.Event:2")
         self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, values: dict[str, float], step: int) -> None:
-        """A point of each named curve."""
+        """Write a point of each named curve."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]

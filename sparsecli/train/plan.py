@@ -1,4 +1,4 @@
-"""What a run trains: the recipe completed by the model that it starts from, and the plan that a dry run prints."""
+"""The plan of a run: the recipe, completed from its initial model, and the table that a dry run prints."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sparsecli.train.samples import SAMPLES
 
 
 def resolved(loaded: LoadedRecipe) -> Recipe:
-    """The recipe with the architecture and the tokenizer of the model that it starts from.
+    """The recipe, completed with the architecture and the tokenizer of its initial model.
 
     Raises:
         RecipeError: a block is missing, or the two do not agree.
-        Failure: there is no such model, or the teacher does not fit it.
+        Failure: the initial model does not exist, or the teacher does not fit it.
     """
     recipe = loaded.recipe
     start = recipe.train and recipe.train.init_from
@@ -44,8 +44,8 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
                 f"model.{key}: {there} in the model, {here} in the recipe" for key, there, here in differ
             )
             raise RecipeError(
-                f"{loaded.path.name}: model: is not the one in train.init_from {start}: {listed}; "
-                f"leave the block out to take it from there"
+                f"{loaded.path.name}: model: differs from the model of train.init_from {start}: {listed}; "
+                f"leave the block out to use that model's architecture"
             )
         data = recipe.data
         if not isinstance(data, CopyTask) and data.tokenizer is None:
@@ -60,7 +60,7 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
 
 
 def print_plan(recipe: Recipe, output: Path) -> None:
-    """What a run would do, from the recipe alone."""
+    """Print the plan of a run, from the recipe alone."""
     assert recipe.model
     assert recipe.data
     assert recipe.train
@@ -69,28 +69,28 @@ def print_plan(recipe: Recipe, output: Path) -> None:
     batch = train.per_device_train_batch_size * predicted
     step = train.per_device_train_batch_size * train.gradient_accumulation_steps * read
     copies = 4 if train.optim == "adamw_torch" else 3  # weights, gradients, the optimizer's averages
-    logits = 3 * batch * recipe.model.vocabulary.size  # themselves, their softmax and their gradient
+    logits = 3 * batch * recipe.model.vocabulary.size  # the logits, their softmax and their gradient
     written: tuple[str, ...] = (RECIPE, run_directory.FACTS, run_directory.METRICS, "loss.png")
     at_most = "at most " if recipe.data.pair_lengths else ""
     if judge_of(recipe):
         written = (*written, SAMPLES)
     starts = [("starts from", train.init_from)] if train.init_from else []
-    teachers = [("learns from", train.distillation.teacher)] if train.distillation else []
+    teachers = [("teacher", train.distillation.teacher)] if train.distillation else []
     rows = [
         *starts,
         *teachers,
-        ("parameters", f"{sizes.total:,}, of which a token reads {sizes.active:,}"),
+        ("parameters", f"{sizes.total:,}, {sizes.active:,} active per token"),
         ("weights, gradients, optimizer", f"about {sizes.total * copies * 4 / 2**20:,.0f} MiB"),
         ("logits of a batch", f"about {logits * 4 / 2**20:,.0f} MiB"),
         ("steps", f"{train.max_steps:,}"),
-        ("tokens", f"{at_most}{train.max_steps * step:,}, {step:,} a step and process"),
+        ("tokens", f"{at_most}{train.max_steps * step:,}, {step:,} per step and process"),
         ("files", f"{', '.join(written)}, tensorboard/, checkpoints/, model/ in {output}"),
     ]
     print_table(["plan", ""], rows)
 
 
 def longest_example(data: DataSpec) -> tuple[int, int]:
-    """Most tokens of one example that are read, and that are predicted."""
+    """The most tokens of an example that are read, and the most that are predicted."""
     if data.pair_lengths:
         source, target = data.pair_lengths
         return source + target, target
@@ -99,7 +99,7 @@ def longest_example(data: DataSpec) -> tuple[int, int]:
 
 
 def judge_of(recipe: Recipe) -> Literal["rouge", "exact"] | None:
-    """How what the model writes for held-out sources is judged; None where it writes nothing."""
+    """The measure of generated targets: ROUGE or exact matches; None if no targets are generated."""
     assert recipe.data
     assert recipe.train
     if not recipe.train.eval_samples or not recipe.data.pair_lengths:

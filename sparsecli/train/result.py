@@ -15,7 +15,7 @@ from sparsecli.train import run_directory
 from sparsecli.train.samples import ROUGE, SAMPLES
 
 SHOWN, WIDTH = 5, 60
-"""Samples that are printed when training is done, and characters of each text."""
+"""Number of samples that are printed after training, and the characters of each text."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Result:
     balance: float | None = None
     kl_to_teacher: float | None = None
     exact_match: float | None = None
-    """Share of the sampled sources whose target was written exactly."""
+    """Share of the sampled sources whose target was generated exactly."""
     rouge: dict[str, float] | None = None
-    """`rouge_1`, `rouge_2` and `rouge_lsum` of what was written for the sampled sources, 0 to 100."""
+    """`rouge_1`, `rouge_2` and `rouge_lsum` of the generated targets, 0 to 100."""
     lead_rouge: dict[str, float] | None = None
-    """The same of the sources' first tokens."""
+    """The same scores for the first tokens of the sources."""
 
     @classmethod
     def of(
@@ -59,19 +59,21 @@ class Result:
 
 
 def known_result(output: Path) -> Result | None:
-    """The figures of a run that was finished. Raises `Failure` where they are damaged."""
+    """The figures of a finished run. Raises `Failure` if they are damaged."""
     figures = run_directory.read_facts(output).get("result")
     try:
         result = Result(**figures) if figures else None
         return result if result is None or result.steps >= 0 else None
     except TypeError:
         place = output / run_directory.FACTS
-        raise Failure(f"{place}: its result is not that of a run; delete it to go on without it") from None
+        raise Failure(
+            f"{place}: does not hold the result of a run; delete it to continue without it"
+        ) from None
 
 
 def print_result(result: Result, recipe: Recipe, output: Path) -> None:
-    """The figures that there are and that say something of such a model and such data."""
-    copies = recipe.data is not None and recipe.data.copies  # of what is no text
+    """Print the figures that exist and apply to this model and data."""
+    copies = recipe.data is not None and recipe.data.copies  # symbols or random tokens, not text
     mixed = recipe.model is not None and recipe.model.feed_forward.kind == "mixture"
     figures = [
         ("held-out loss (nats/token)", result.held_out_loss, ".4f"),
@@ -83,15 +85,15 @@ def print_result(result: Result, recipe: Recipe, output: Path) -> None:
         ("copied exactly", result.exact_match, ".2%"),
     ]
     rows = [(label, format(value, digits)) for label, value, digits in figures if value is not None]
-    for label, scores in (("ROUGE-1, 2, Lsum", result.rouge), ("the same of the lead", result.lead_rouge)):
+    for label, scores in (("ROUGE-1, 2, Lsum", result.rouge), ("ROUGE of the lead", result.lead_rouge)):
         if scores:
             rows.append((label, ", ".join(f"{value:.1f}" for value in scores.values())))
     print_table(["result", ""], [*rows, ("model", str(output / "model"))])
 
 
 def print_samples(output: Path) -> None:
-    """The first things that the finished model wrote, beside what was wanted."""
-    with (output / SAMPLES).open() as lines:  # texts may hold what `splitlines` would take for a line's end
+    """Print the first sources, their targets, and the targets that the model generated."""
+    with (output / SAMPLES).open() as lines:  # texts may contain characters at which `splitlines` would split
         samples = [json.loads(line) for line in islice(lines, SHOWN)]
     rows = []
     for sample in samples:

@@ -1,4 +1,4 @@
-"""The run directory: who may write there, and the small files it holds."""
+"""The run directory: checks before a run writes there, and its small files."""
 
 from __future__ import annotations
 
@@ -30,15 +30,14 @@ FREE = {
     *("train.per_device_eval_batch_size", "train.logging_steps", "train.eval_steps", "train.eval_samples"),
     *("train.save_steps", "train.save_total_limit"),
 }
-"""Keys of a recipe that change no step of the training."""
+"""Keys of a recipe that do not affect any training step."""
 
 
 def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | None:
-    """Make sure that a run may go to `output`; the checkpoint to resume from, or None to start at step 0.
+    """Check that a run may write to `output`. Returns the checkpoint to resume from, or None to start at step 0.
 
-    `hint` says what to do about a run that is there already. Raises `Failure` when `output` cannot be written,
-    holds something else, or holds a run that is not to be resumed, was started with another recipe, or has no
-    whole checkpoint left.
+    `hint` ends the message about an existing run. Raises `Failure` if `output` cannot be written, holds something
+    else, or holds a run that is not to be resumed, was started with another recipe, or has no undamaged checkpoint.
     """
     if not output.is_dir() or not any(output.iterdir()):
         _probe(output)
@@ -54,7 +53,7 @@ def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | No
     for line in skipped:
         warn(f"skipped {line}")
     if checkpoint is None and skipped:
-        raise Failure(f"{output}: none of its checkpoints is whole; delete the folder to start again")
+        raise Failure(f"{output}: all of its checkpoints are damaged; delete the folder to start again")
     return checkpoint
 
 
@@ -65,9 +64,9 @@ def resume_hint(output: Path) -> str:
 
 @contextmanager
 def writing(place: Path, hint: str) -> Iterator[None]:
-    """Turn a write that fails (a full disk) into a `Failure`, in whichever library it fails.
+    """Turn a failed write (a full disk) of any library into a `Failure`.
 
-    The message names the file, or `place` where the library does not, and says what `hint` says to do then.
+    The message names the file, or `place` if the library does not name it, and ends with `hint`.
     """
     try:
         yield
@@ -78,11 +77,11 @@ def writing(place: Path, hint: str) -> Iterator[None]:
         if reason is None:
             raise
         file = getattr(error, "filename", None) or place
-        raise Failure(f"{file}: {reason}; once that is mended, {hint}") from None
+        raise Failure(f"{file}: {reason}; fix this, then {hint}") from None
 
 
 def _probe(output: Path) -> None:
-    """Raise `Failure` unless a file can be written where `output` is or will be."""
+    """Raise `Failure` unless a file can be written in `output`, or in the nearest folder above it that exists."""
     place = output.absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -96,9 +95,9 @@ def _probe(output: Path) -> None:
 def _compare(stored: Path, recipe: Recipe) -> None:
     """Raise `Failure` unless the run at `stored` was started with the same model, data, training and seed.
 
-    What only decides when something is logged, evaluated or saved may change, and there may be more steps where none
-    depends on how many there are. The penalty for repetitions counts, too: it is saved with the model, and what
-    evaluations write depends on it.
+    Keys that only determine when the run logs, evaluates or saves may change. `max_steps` may increase if no step
+    depends on it. The repetition penalty must be the same: it is saved with the model, and generated targets depend on
+    it.
     """
     decisive = {
         "model": True,
@@ -119,7 +118,7 @@ def _compare(stored: Path, recipe: Recipe) -> None:
             del found["train.max_steps"]
     differ = [f"{key} ({then} then, {now} now)" for key, (then, now) in found.items()]
     if why:
-        differ[list(found).index("train.max_steps")] += f", on which {why} of all steps depends"
+        differ[list(found).index("train.max_steps")] += f", which determines {why} of every step"
     if differ:
         raise Failure(
             f"{stored.parent}: cannot be resumed with another recipe: {', '.join(differ)}; "
@@ -128,9 +127,9 @@ def _compare(stored: Path, recipe: Recipe) -> None:
 
 
 def differences(one: Spec, other: Spec, include: dict[str, Any] | None = None) -> list[tuple[str, str, str]]:
-    """The keys in which two blocks of recipes differ, and both values in plain words.
+    """The keys in which two blocks of recipes differ, with both values as text.
 
-    Of a block that is there once, or is of two kinds, it is the block's own key or its kind.
+    If only one has a block, the key is the block's. If the kinds of a block differ, the key is its `kind`.
     """
 
     def compare(path: str, left: Any, right: Any) -> Iterator[tuple[str, str, str]]:
@@ -152,14 +151,14 @@ def _written(value: Any) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file beside and rename it, so that it is never half-written."""
+    """Write a temporary file and rename it, so that the file is never incomplete."""
     beside = path.with_name(f"{path.name}.tmp")
     beside.write_text(text)
     beside.replace(path)
 
 
 def environment() -> dict[str, Any]:
-    """What the figures of a run depend on besides its recipe."""
+    """The software and machine that the figures of a run depend on."""
     packages = ("sparsecli", "torch", "transformers", "accelerate", "tokenizers")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
@@ -170,16 +169,16 @@ def environment() -> dict[str, Any]:
 
 
 def read_facts(output: Path) -> dict[str, Any]:
-    """`run.json` of a run, empty where there is none. Raises `Failure` for one that is damaged."""
+    """`run.json` of a run; empty if it does not exist. Raises `Failure` if it is damaged."""
     path = output / FACTS
     if not path.exists():
         return {}
     try:
         facts = read_json(path)
     except Failure as failure:
-        raise Failure(f"{failure}; delete it to go on without it") from None
+        raise Failure(f"{failure}; delete it to continue without it") from None
     if not isinstance(facts.get("result") or {}, dict):
-        raise Failure(f"{path}: is not what a run writes there; delete it to go on without it")
+        raise Failure(f"{path}: does not hold the facts of a run; delete it to continue without it")
     return facts
 
 
@@ -189,9 +188,9 @@ def write_facts(output: Path, facts: dict[str, Any]) -> None:
 
 
 def read_metrics(output: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`, those after `up_to_step` and a torn last one left out.
+    """Rows of `metrics.jsonl` up to `up_to_step`, without an incomplete last row.
 
-    Raises `Failure` when another line is no row: a step, and numbers by their names.
+    Raises `Failure` if another line is not a row: a step, and numbers by name.
     """
     path = output / METRICS
     rows = []
@@ -202,7 +201,7 @@ def read_metrics(output: Path, up_to_step: int | None = None) -> list[dict[str, 
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not _is_row(row):
-            raise Failure(f"{path}:{number}: is no row of metrics; delete the line to go on without it")
+            raise Failure(f"{path}:{number}: is not a row of metrics; delete the line to continue without it")
         if up_to_step is None or row["step"] <= up_to_step:
             rows.append(row)
     return rows

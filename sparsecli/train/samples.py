@@ -1,4 +1,4 @@
-"""What a model with an encoder writes for held-out sources, and how near it comes to their targets."""
+"""Generated targets for held-out sources of a model with an encoder, and their ROUGE or exact matches."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sparsecli.train.run_directory import replace_text
 
 SAMPLES = "samples.jsonl"
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_lsum": "rougeLsum"}
-"""Our names of the figures, and rouge-score's."""
+"""Our names of the figures, with those of rouge-score."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out pair and what the model wrote, as text."""
+    """A held-out pair and the generated target, as text."""
 
     source: str
     target: str
@@ -32,12 +32,12 @@ class Sample:
 
 
 class Samples:
-    """The first held-out pairs, whose targets are written anew at every evaluation.
+    """The first held-out pairs. Every evaluation generates their targets.
 
     Args:
-        judge: `rouge`, or `exact` for the share that is right to the last token.
-        longest: most tokens to write.
-        folder: where `samples.jsonl` is put after every evaluation; None keeps nothing.
+        judge: `rouge`, or `exact` for the share of targets with every token right.
+        longest: most tokens to generate.
+        folder: folder of `samples.jsonl`, which every evaluation replaces; None: it is not written.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Samples:
     ) -> dict[str, float] | None:
         """`exact_match` from 0 to 1, or `rouge_1`, `rouge_2` and `rouge_lsum` from 0 to 100.
 
-        No random number is drawn. None when `stopped` comes true on the way.
+        No random number is drawn. Returns None if `stopped` becomes true before the end.
         """
         was_training = model.training
         model.eval()
@@ -86,7 +86,7 @@ class Samples:
         return rouge([sample.written for sample in samples], [sample.target for sample in samples])
 
     def lead(self) -> dict[str, float]:
-        """ROUGE of the first tokens of each source, as many as targets have in the mean: what any model must beat."""
+        """ROUGE of the first tokens of each source, as many as targets have on average: the baseline of a model."""
         pairs = [self.examples[index] for index in range(self.count)]
         length = round(sum(len(pair["labels"]) - 1 for pair in pairs) / len(pairs))
         beginnings = [self._text(pair["input_ids"][:length]) for pair in pairs]
@@ -98,7 +98,7 @@ class Samples:
 
 @torch.no_grad()
 def write_greedily(model: PreTrainedModel, sources: Tensor, mask: Tensor, longest: int) -> list[Tensor]:
-    """The likeliest next token, again and again, for sources and mask (B, L1): ids up to and with the end token.
+    """Greedy decoding for sources and mask (B, L1): token ids, including the end token.
 
     The `repetition_penalty` of the model's generation config makes tokens that were already written less likely
     (Keskar et al. 2019, section 4.1).
@@ -111,7 +111,7 @@ def write_greedily(model: PreTrainedModel, sources: Tensor, mask: Tensor, longes
         do_sample=False,
         num_beams=1,
     )
-    return [_until_end(ids[1:]) for ids in written.cpu()]  # behind the token that every target starts with
+    return [_until_end(ids[1:]) for ids in written.cpu()]  # after the start token of every target
 
 
 def _until_end(ids: Tensor) -> Tensor:
@@ -138,5 +138,5 @@ def rouge(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
 
 
 def sentences(text: str) -> str:
-    """`text` with a sentence on each line, as ROUGE-Lsum wants it."""
+    """`text` with one sentence per line, as ROUGE-Lsum expects."""
     return re.sub(r"(?<=[.!?])\s+", "\n", text)

@@ -1,4 +1,4 @@
-"""transformers' `Trainer` with our evaluation, our checkpoints and a way to stop it."""
+"""transformers' `Trainer` with our evaluation and checkpoints, and a clean stop at a signal."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from sparsecli.train.journal import Journal
 from sparsecli.train.samples import Samples
 
 UNFINISHED = ".unfinished"
-"""Folder under `checkpoints/` where a checkpoint is written before it is renamed."""
+"""Folder under `checkpoints/` in which a checkpoint is written before it is renamed."""
 SUMS = "sums.json"
-"""File of a checkpoint: what the next line of the log is the mean of, as far as it is known."""
+"""File of a checkpoint: the sums since the last log, for the means of the next one."""
 
 
 def training_arguments(
     train: TrainSpec, seed: int, checkpoints: Path, *, evaluations: bool = True
 ) -> TrainingArguments:
-    """A recipe's `train` block in transformers' words, which are nearly the same."""
+    """A recipe's `train` block as transformers' `TrainingArguments`, whose names are nearly the same."""
     ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit", "gradient_checkpointing"}
     ours |= {"init_from", "distillation", "bf16", "optim", "eval_samples"}
     schedule: dict[str, Any] = {"lr_scheduler_type": train.lr_scheduler_type}
@@ -58,16 +58,16 @@ def training_arguments(
         output_dir=str(checkpoints / UNFINISHED),
         **train.model_dump(exclude=ours),
         **schedule,
-        # One pass over the weights in place of a dozen: five times faster on a CPU.
+        # One pass over the weights instead of a dozen: five times faster on a CPU.
         optim="adamw_torch_fused" if train.optim == "adamw_torch" else train.optim,
         activation_checkpointing=train.gradient_checkpointing,
         eval_strategy="steps" if evaluations else "no",
         save_strategy="steps",
         seed=seed,
         data_seed=seed,
-        # A stage that chooses every unit leaves the controllers out.
+        # A stage in which every unit is active does not use the controllers.
         ddp_find_unused_parameters=train.distillation is not None,
-        ddp_timeout=24 * 3600,  # seconds; processes wait for the first one, which prepares the text
+        ddp_timeout=24 * 3600,  # seconds; the other processes wait while the first one prepares the text
         use_cpu=not torch.accelerator.is_available(),
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -80,10 +80,10 @@ def training_arguments(
 
 
 class Signals:
-    """Takes note of SIGTERM and SIGINT while open.
+    """Records SIGTERM and SIGINT while open.
 
-    A second one changes nothing: the checkpoint that the first asked for may be half-written. A third one does what it
-    always does.
+    A second signal has no effect, because the checkpoint that the first one requested may be incomplete. A third one
+    has its default effect.
     """
 
     def __init__(self) -> None:
@@ -104,18 +104,20 @@ class Signals:
             self.received = signal.Signals(number)
             return
         self.__exit__()
-        with suppress(RuntimeError):  # it came while something else was being said
-            say("stopping with a checkpoint after this step; a further signal ends at once, without it")
+        with suppress(RuntimeError):  # the signal arrived during another write
+            say(
+                "stopping after this step with a checkpoint; another signal stops at once, without the checkpoint"
+            )
 
 
 class LanguageModelTrainer(Trainer):
-    """Trains on examples; evaluates with hard choices; seals its checkpoints.
+    """Trains on examples, evaluates with hard choices, and seals its checkpoints.
 
     Args:
-        samples: held-out sources for which the model writes targets at every evaluation.
+        samples: held-out sources whose targets the model generates at every evaluation.
         bf16: matrix products in bfloat16. Transformers' own option would also copy the logits to float32.
         keep: checkpoints to keep under `checkpoints`.
-        signals: stops training at the end of the step, with a checkpoint, once it has received one.
+        signals: once it has received a signal, training stops at the end of the step, with a checkpoint.
     """
 
     control: TrainerControl
@@ -150,9 +152,9 @@ class LanguageModelTrainer(Trainer):
         self.mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureFeedForward)]
         self.sums: dict[str, Tensor | float] = {}  # over the batches since the last log
         self.logged_step = 0
-        # All target tokens of a step count alike: the Trainer hands the model their number. A step of windows, which
-        # are equally long, is the mean of its batches' means; the number would include their first tokens, which are
-        # not predicted.
+        # All target tokens of a step have the same weight: the Trainer passes their number to the model. Windows are
+        # equally long, so a step's loss is the mean over its batches; the Trainer's number would include the first
+        # token of each window, which is not predicted.
         self.model_accepts_loss_kwargs = isinstance(examples, PairExamples)
         self.remove_callback(PrinterCallback)
         self.add_callback(_StopAtSignal(self))
@@ -160,12 +162,14 @@ class LanguageModelTrainer(Trainer):
         self.add_callback(_StepsOfRecipe())
 
     def compute_loss_context_manager(self) -> Any:
-        """What training and evaluation run in."""
+        """The autocast context of training and evaluation."""
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One batch, forward and backward."""
-        for layer in self.mixtures:  # their own loss does not pass through the Trainer, which would divide it
+        """Forward and backward of one batch."""
+        for layer in (
+            self.mixtures
+        ):  # the load-balancing loss does not pass through the Trainer, which would divide it
             layer.balancing_share = 1 / self.current_gradient_accumulation_steps
         loss = super().training_step(*args, **kwargs)
         noted = [layer.balancing for layer in self.mixtures if layer.balancing is not None]
@@ -176,9 +180,9 @@ class LanguageModelTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log what the Trainer has, and beside the loss the load-balancing loss of mixtures.
+        """Log the Trainer's figures, and the load-balancing loss of mixtures.
 
-        The Trainer's loss is that of the steps since this process began; ours, of those since the last log.
+        The Trainer's loss covers the steps since this process began. Ours covers those since the last log.
         """
         if "loss" in logs:
             sums, self.sums = self._sums(), {}
@@ -189,7 +193,7 @@ class LanguageModelTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _sums(self) -> dict[str, float]:
-        """`sums`, the mean of all processes; all of them ask."""
+        """`sums`, averaged over all processes. All of them have to call this."""
         processes = self.args.world_size
         sums = {name: torch.as_tensor(value) for name, value in self.sums.items()}
         return {
@@ -198,9 +202,9 @@ class LanguageModelTrainer(Trainer):
         }
 
     def restore_sums(self, checkpoint: Path) -> None:
-        """Go on with the sums that were saved with a checkpoint.
+        """Continue with the sums that were saved with a checkpoint.
 
-        Earlier versions saved none: the next line of the log is then the mean of the steps after the checkpoint.
+        Earlier versions saved none. The next log then covers only the steps after the checkpoint.
         """
         path = checkpoint / SUMS
         saved = json.loads(path.read_text()) if path.exists() else {}
@@ -213,7 +217,7 @@ class LanguageModelTrainer(Trainer):
         return SimilarLengths(lengths, self.args.train_batch_size, self.args.seed)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices, but not those of embeddings and of what chooses units or experts."""
+        """Names of all matrices except embeddings, controllers and routers."""
         spared: set[int] = set()
         for module in model.modules():
             if isinstance(module, nn.Embedding | LearnedPositions | Controller):
@@ -224,7 +228,8 @@ class LanguageModelTrainer(Trainer):
         return [name for name, parameter in named if parameter.ndim >= 2 and id(parameter) not in spared]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out figures, logged; empty when a signal cuts it short and training is to stop with a checkpoint."""
+        """Held-out figures, which are also logged. They are empty if a signal interrupts the evaluation; training then
+        stops with a checkpoint."""
         assert isinstance(self.model, PreTrainedModel)
         alone = self.args.world_size == 1
         with self.compute_loss_context_manager():
@@ -258,15 +263,15 @@ class LanguageModelTrainer(Trainer):
         return known
 
     def _cut_short(self) -> bool:
-        """Whether to end an evaluation. Several processes may not part ways in it; they agree at the end of a step."""
+        """Whether to end an evaluation early. Several processes never do: they stop together, at the end of a step."""
         return self.args.world_size == 1 and self.signals.received is not None
 
     def stop_received(self) -> bool:
-        """Whether this process or another one of the same run has received a signal."""
+        """Whether any process of the run has received a signal."""
         return self.anywhere(self.signals.received is not None)
 
     def anywhere(self, here: bool) -> bool:
-        """Whether something is true in this process or in another one of the same run; all of them ask."""
+        """Whether `here` is true in any process of the run. All processes have to call this."""
         return here if self.args.world_size == 1 else bool(self._add_up(torch.tensor(float(here))))
 
     def _add_up(self, sums: Tensor) -> Tensor:
@@ -283,16 +288,16 @@ class LanguageModelTrainer(Trainer):
         if self.args.should_save:
             written = unfinished / f"checkpoint-{self.state.global_step}"
             (written / SUMS).write_text(json.dumps({"logged_step": self.logged_step, "sums": sums}))
-            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody may load
+            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle, which must not be loaded
             prune(self.checkpoints, seal(written, self.checkpoints), self.keep)
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class OrderOfEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins.
+    """Sets the epoch of the sampler.
 
-    The Trainer does so, too, but does not get through to one of ours in a process of several that goes on within an
-    epoch: its batches come from the sampler through one that shares them out and one that skips those seen before.
+    The Trainer does so too, but does not reach our sampler if one of several processes resumes within an epoch. There
+    two other samplers wrap ours: one distributes the batches, and one skips those before the checkpoint.
     """
 
     def on_epoch_begin(
@@ -306,7 +311,7 @@ class OrderOfEpoch(TrainerCallback):
 
 
 class _StepsOfRecipe(TrainerCallback):
-    """Has a run that goes on log, evaluate and save when its recipe says; the Trainer keeps to the checkpoint's."""
+    """Sets the logging, evaluation and save steps of a resumed run by its recipe, not by its checkpoint."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -315,7 +320,7 @@ class _StepsOfRecipe(TrainerCallback):
 
 
 class _StopAtSignal(TrainerCallback):
-    """Ends training after the step in which a signal arrived; the last step ends as if none had."""
+    """Ends training after the step in which a signal arrived. In the last step a signal has no effect."""
 
     def __init__(self, trainer: LanguageModelTrainer) -> None:
         self.trainer = trainer
@@ -331,10 +336,10 @@ class _StopAtSignal(TrainerCallback):
 def run_steps(
     trainer: LanguageModelTrainer, output: Path, checkpoint: Path | None, *, description: str, hint: str
 ) -> Journal | None:
-    """Run `trainer` to its last step, from `checkpoint` where there is one, with a journal in `output`.
+    """Run `trainer` to its last step, from `checkpoint` if given, with a journal in `output`.
 
     Returns the journal, in the first process. Raises `Stopped`, whose message ends with `hint`, after SIGTERM or
-    SIGINT before the last step. One that comes later has nothing left to stop.
+    SIGINT before the last step. A later signal has no effect.
     """
     start_step, steps = step_of(checkpoint) if checkpoint else 0, trainer.args.max_steps
     with trainer.signals as signals, progress(description, steps) as bar:

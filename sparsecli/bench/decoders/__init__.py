@@ -1,4 +1,4 @@
-"""Decoders that are timed: what they have in common. Each module has one backend; `bench.peers` has other programs."""
+"""The interfaces of timed decoders. Each module has one backend; `bench.peers` has other programs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class TimedDecoder(Protocol):
         """Start the sequence with these tokens."""
 
     def rewind(self) -> None:
-        """Forget every token after the prefill."""
+        """Remove all tokens after the prefill from the cache."""
 
     def step(self, token: int) -> tuple[int, int | None]:
-        """Add one token; the greedy next one, and the nanoseconds that the block stack took, where that is known."""
+        """Append one token. Returns the greedy next token, and the nanoseconds of the block stack if measured."""
 
 
 class ProfiledDecoder(TimedDecoder, Protocol):
@@ -27,10 +27,10 @@ class ProfiledDecoder(TimedDecoder, Protocol):
 
 
 class EvictingDecoder(TimedDecoder, Protocol):
-    """A decoder that leaves weights in a file."""
+    """A decoder that reads weights from a file."""
 
     def evict(self) -> None:
-        """Make the file's weights leave the memory."""
+        """Evict the file's weights from memory."""
 
     def bytes_read(self) -> int:
         """Bytes that the process has read from disk so far."""
@@ -48,7 +48,7 @@ class PromptReader:
         self.tokens = tokens
 
     def rewind(self) -> None:
-        """See `TimedDecoder.rewind`; every step starts anew."""
+        """See `TimedDecoder.rewind`. Every step starts a new sequence."""
 
     def step(self, token: int) -> tuple[int, None]:
         """Read the prompt, shifted by `token` so that no two rounds read the same one."""
@@ -57,5 +57,5 @@ class PromptReader:
 
 
 def others(token: int, index: int, vocabulary: int) -> int:
-    """A token for sequence `index` of a batch whose first sequence has `token`: theirs should differ."""
+    """A token for sequence `index` of a batch whose first sequence has `token`, so that their tokens differ."""
     return (token + 7919 * index) % vocabulary

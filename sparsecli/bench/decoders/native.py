@@ -16,7 +16,7 @@ INPUT_OUTPUT = Path("/proc/self/io")
 
 
 class NativeDecoder:
-    """One sequence, or a batch of them: see `TimedDecoder`. What an encoder made of `source` tokens is random."""
+    """One sequence, or a batch of sequences: see `TimedDecoder`. The encoder's output for `source` tokens is random."""
 
     def __init__(self, engine: Engine, capacity: int, batch: int = 1, source: int = 0) -> None:
         self.engine = engine
@@ -42,7 +42,7 @@ class NativeDecoder:
         self.next = []
 
     def step(self, token: int) -> tuple[int, int]:
-        """See `TimedDecoder.step`; the other sequences of a batch go on with their own greedy tokens."""
+        """See `TimedDecoder.step`. The other sequences of a batch continue with their own greedy tokens."""
         if len(self.texts) == 1:
             return int(self.engine.step(self.texts[0], token).argmax()), self.engine.block_stack_ns
         added = self.next or [
@@ -57,7 +57,7 @@ class NativeDecoder:
 
 
 class DiskDecoder(NativeDecoder):
-    """A decoder whose units are mapped from an open `file`, and can leave the memory: see `EvictingDecoder`."""
+    """A decoder whose units are mapped from an open `file` and can be evicted: see `EvictingDecoder`."""
 
     def __init__(self, engine: Engine, capacity: int, batch: int, source: int, file: int) -> None:
         super().__init__(engine, capacity, batch, source)
@@ -66,12 +66,12 @@ class DiskDecoder(NativeDecoder):
         self.mapping = _mapping(next(units))
 
     def evict(self) -> None:
-        """Drop the mapped pages, then the system's copies of them: mapped ones would stay."""
+        """Drop the mapped pages, then evict them from the system's cache, which keeps mapped pages."""
         self.mapping.madvise(mmap.MADV_DONTNEED)
         os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def bytes_read(self) -> int:
-        """What the system says it fetched from disk for this process, on all its threads."""
+        """Bytes that the system has read from disk for all threads of this process."""
         counters = dict(line.split(": ") for line in INPUT_OUTPUT.read_text().splitlines())
         return int(counters["read_bytes"])
 

@@ -1,4 +1,4 @@
-"""The PyTorch decoder: the model as `transformers` runs it, eager, with the preallocated cache."""
+"""The PyTorch decoder: the model in eager mode, as `transformers` runs it, with the preallocated cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsecli.spec.model import ModelSpec
 
 
 class TorchModel:
-    """A model with its weights, which are used in place; `profile` times its attention, feed-forward and head."""
+    """A model that uses the given weights without a copy. `profile` times attention, feed-forward and head."""
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, torch.Tensor], profile: bool = False) -> None:
         self.spec = spec
@@ -26,7 +26,7 @@ class TorchModel:
         self.network.eval()
         self.stack = _Stopwatch()
         blocks = self.network.model.layers
-        # Not the blocks themselves: reversible ones are run by halves.
+        # Not the blocks themselves: reversible blocks are run in halves.
         last = "feed_forward" if self.spec.sru is None else "sru"
         self.stack.watch(blocks[0].get_submodule("attention_norm"), blocks[-1].get_submodule(last))
         self.parts: dict[str, _Stopwatch] = {}
@@ -56,13 +56,13 @@ class _Stopwatch:
         self.total += time.perf_counter_ns() - self.started
 
     def read(self) -> int:
-        """What has come together since the last reading."""
+        """The sum since the last reading."""
         total, self.total = self.total, 0
         return total
 
 
 class TorchDecoder:
-    """One sequence, or a batch of them that start alike: see `TimedDecoder`."""
+    """One sequence, or a batch of sequences with prompts of the same length: see `TimedDecoder`."""
 
     def __init__(self, model: TorchModel, threads: int, capacity: int, batch: int = 1) -> None:
         self.model, self.threads, self.batch = model, threads, batch
@@ -85,7 +85,7 @@ class TorchDecoder:
         self.next = []
 
     def step(self, token: int) -> tuple[int, int]:
-        """See `TimedDecoder.step`; the other sequences of a batch go on with their own greedy tokens."""
+        """See `TimedDecoder.step`. The other sequences of a batch continue with their own greedy tokens."""
         size = self.model.spec.vocabulary.size
         added = self.next or [others(token, index, size) for index in range(self.batch)]
         self.model.stack.read()

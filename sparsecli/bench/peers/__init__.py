@@ -1,4 +1,4 @@
-"""Peers, other programs that are measured beside ours: which models they run, what they need, how they are loaded."""
+"""Peers: other programs that are measured beside ours, with their models, requirements and loading."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "q8_0": 34 / 32, "
 
 
 class PeerDecoder(Protocol):
-    """A `TimedDecoder` of another program; the time of its blocks alone is not known."""
+    """A `TimedDecoder` of another program. It does not measure the time of the blocks."""
 
     settings: str
-    """The program's version and settings, in words; final once something was decoded."""
+    """The program's version and settings, in words. They are final after the first decoded token."""
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Start the sequence with these tokens."""
 
     def rewind(self) -> None:
-        """Forget every token after the prefill."""
+        """Remove all tokens after the prefill from the cache."""
 
     def step(self, token: int) -> tuple[int, None]:
-        """Add one token; the greedy next one, and None for the time of the blocks."""
+        """Append one token. Returns the greedy next token, and None for the time of the blocks."""
 
 
 class PromptPeerDecoder(PeerDecoder, Protocol):
-    """A decoder of a program whose reading of prompts is measured, too."""
+    """A decoder of a program whose prefill is also measured."""
 
     def reader(self, length: int) -> PeerDecoder:
-        """Another decoder with the same weights, whose prefill of `length` tokens is as fast as the program can."""
+        """Another decoder with the same weights, with the program's fastest prefill of `length` tokens."""
 
 
 class PeerModule(Protocol):
-    """What each module of this package offers."""
+    """The interface of the modules of this package."""
 
     def refusal(self, spec: ModelSpec, dtype: str) -> str | None:
-        """Why the program cannot run such a model here; None when it can."""
+        """The reason why the program cannot run this model here; None if it can."""
 
     def load(
         self, spec: ModelSpec, weights: Mapping[str, Tensor], dtype: str, capacity: int, threads: int
@@ -70,15 +70,15 @@ class Peer:
     reads_prompts: bool = False  # its decoders are `PromptPeerDecoder`s
 
     def missing(self) -> str | None:
-        """What it lacks here, as the end of a sentence; None when it can be used."""
+        """The missing requirement, as the end of a sentence; None if the program can be used."""
         if any(importlib.util.find_spec(package) is None for package in self.packages):
             return f"it is not installed; pip install 'sparsecli[{self.extra}]'"
         if not self.packages and shutil.which(os.environ.get("CXX", "g++")) is None:
-            return "it needs a C++ compiler, and there is none; install g++ or set CXX"
+            return "it needs a C++ compiler; install g++ or set CXX"
         return None
 
     def load_module(self) -> PeerModule:
-        """Its module; importing it imports the program."""
+        """Its module. Importing the module imports the program."""
         return cast(PeerModule, importlib.import_module(f"{__name__}.{self.module}"))
 
 
@@ -123,12 +123,12 @@ class PeerModel:
     dtype: str  # the peer's
 
     def bytes_per_token(self, context: int, prefill: int = 0) -> int:
-        """Bytes that a token reads after `context` others, or as one of a prompt of `prefill` tokens."""
+        """Bytes that a token reads after `context` others, or in a prompt of `prefill` tokens."""
         weights = self.variant.sizes.active * WEIGHT_BYTES[self.dtype]
         return round(weights / max(prefill, 1) + self._cached_bytes(context))
 
     def needed_bytes(self, positions: int) -> int:
-        """Memory that it takes beside our weights, about: each peer holds its own copy."""
+        """Approximate memory beside our weights, because each peer holds its own copy."""
         weights = self.variant.sizes.total * WEIGHT_BYTES[self.dtype]
         return round(weights + self._cached_bytes(positions))
 
@@ -136,9 +136,9 @@ class PeerModel:
         return positions * self.variant.sizes.cached_per_position * self.peer.cache_bytes[self.dtype]
 
     def load(self, weights: Mapping[str, Tensor], capacity: int, threads: int) -> PeerDecoder:
-        """A decoder; `weights` are those of `beside` in `our_dtype`, ignored where the peer has its own model.
+        """A decoder. `weights` are those of `beside` in `our_dtype`; a peer with its own model ignores them.
 
-        Raises `Failure` when there is no room on the disk, or the program refuses the model.
+        Raises `Failure` if the disk is full, or the program refuses the model.
         """
         module = self.peer.load_module()
         return module.load(self.variant.spec, weights, self.dtype, capacity, threads)
@@ -150,10 +150,10 @@ def choose(
     dtypes: Sequence[str],
     own_variants: Sequence[str] | None = None,
 ) -> list[PeerModel]:
-    """The models of the peers called `names`, in their order; what cannot be measured is reported on stderr.
+    """The models of the peers `names`, in order. Peers that cannot be measured are reported on stderr.
 
-    `own_variants` are those that peers without a model of their own run; by default the first dense one, and the last
-    sparse one with the same vocabulary layer.
+    Peers without a model of their own run `own_variants`; by default the first dense variant, and the last sparse one
+    with the same vocabulary layer.
     """
     whole = [variant for variant in variants if variant.measured_layers is None]
     found = []
@@ -162,7 +162,7 @@ def choose(
         lack = peer.missing()
         if lack or not whole:
             console.warn(
-                f"{name} is not measured: {lack or 'peers run whole models, these are built in part'}"
+                f"{name} is not measured: {lack or 'peers run whole models, but only some blocks of these are built'}"
             )
             continue
         pairs = _llama_shaped(whole[0]) if peer.own_model else _ours(whole, own_variants)
@@ -204,7 +204,7 @@ def _models(
 
 
 def _unknown_parts(spec: ModelSpec) -> str | None:
-    """Why there is nothing like `spec` in other programs; None where there is."""
+    """The reason why other programs have no model like `spec`; None if they have."""
     if spec.encoder or spec.residual == "reversible" or spec.sru or spec.attention.shares_query_key:
         return "peers run decoders of one stream, without an encoder, recurrent layers or shared queries and keys"
     return f"peers run models without {spec.beyond_llama}" if spec.beyond_llama else None

@@ -22,7 +22,7 @@ from sparsecli.spec.model import ModelSpec
 
 COMPUTE_TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8_float32"}
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-SCALE = 32 / STANDARD_DEVIATION  # int8 weights are this times the real ones
+SCALE = 32 / STANDARD_DEVIATION  # int8 weights are the real ones times this
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
 
 
@@ -127,7 +127,7 @@ def _typed(values: np.ndarray, dtype: str) -> Any:
 def load(
     spec: ModelSpec, weights: Mapping[str, Tensor], dtype: str, capacity: int, threads: int
 ) -> CTranslate2Decoder:
-    """See `PeerModule.load`. The files are gone when this returns or raises."""
+    """See `PeerModule.load`. The files are deleted before this returns or raises."""
     with tempfile.TemporaryDirectory(prefix="sparsecli-") as name:
         write_model(Path(name), spec, dtype)
         kind = COMPUTE_TYPES[dtype]
@@ -141,9 +141,9 @@ def load(
 class CTranslate2Decoder:
     """See `PeerDecoder`.
 
-    CTranslate2 generates whole texts. A thread of its own does, and its callback waits after every token until the
-    next one is asked for. It keeps the prompt's state and goes on with its own greedy tokens: only the first step
-    after a rewind takes its token from outside.
+    CTranslate2 generates whole texts. So it runs in a thread, whose callback waits after every token until the next
+    one is requested. It keeps the prompt's state and continues with its own greedy tokens. Only the first step after
+    a rewind uses the given token.
     """
 
     def __init__(self, generator: Any, settings: str, vocabulary: int, capacity: int) -> None:
@@ -174,7 +174,7 @@ class CTranslate2Decoder:
 
 
 class Generation:
-    """A text that is generated token by token, as they are asked for."""
+    """A text that is generated token by token on request."""
 
     def __init__(self, generator: Any, prompt: list[str], start: str, capacity: int) -> None:
         self.asked: SimpleQueue[bool] = SimpleQueue()

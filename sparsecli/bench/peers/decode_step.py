@@ -13,7 +13,7 @@ from sparsecli.spec.model import ModelSpec
 
 
 class DecodeStep(nn.Module):
-    """token (1, 1), position (1,) and the caches -> the greedy next token (1, 1), and the caches as they are then.
+    """token (1, 1), position (1,) and the caches -> the greedy next token (1, 1) and the updated caches.
 
     A block's caches are keys and values (1, H, positions, d_head) and, for each of its convolutions over positions,
     the rows that the next one needs (1, before, width).
@@ -30,7 +30,7 @@ class DecodeStep(nn.Module):
         self.dtype = next(self.parameters()).dtype
 
     def new_caches(self, positions: int) -> list[Tensor]:
-        """Zeros: keys and values of so many positions, and the convolutions' rows, of every block."""
+        """Zeros for every block: keys and values of this number of positions, and the convolutions' rows."""
         spec, attention = self.spec, self.spec.attention
         heads = attention.key_value_heads or spec.heads
         cached = 1, heads, positions, spec.d_model // spec.heads
@@ -39,7 +39,7 @@ class DecodeStep(nn.Module):
         return [torch.zeros(shape, dtype=self.dtype) for _ in range(spec.layers) for shape in shapes]
 
     def _convolutions(self) -> dict[str, int]:
-        """Width of what each convolution of a block keeps, by the name that attention gives it."""
+        """Width of the state of each convolution in a block, by attention's name for it."""
         spec, attention = self.spec, self.spec.attention
         kept = {}
         if attention.projection.endswith("_conv"):
@@ -90,34 +90,34 @@ class GrowingStep(DecodeStep):
 
 
 class _ConvolutionState:
-    """The convolutions' side of `layer_cache.LayerCache`: the last rows, and nothing before them."""
+    """The convolution states of `layer_cache.LayerCache`: only the last rows."""
 
     rows: dict[str, Tensor]
 
     def get_seq_length(self) -> int:
-        """0: a compiled step cannot depend on a Python number."""
+        """0, because a compiled step cannot depend on a Python number."""
         return 0
 
     def append(self, name: str, rows: Tensor, start: int, before: int) -> Tensor:
-        """Put the kept rows in front of `rows` (1, 1, width), and keep the last `before`."""
+        """Prepend the kept rows to `rows` (1, 1, width), and keep the last `before` rows."""
         window = torch.cat((self.rows[name], rows), 1)
         self.keep(name, window[:, 1:])
         return window
 
     def keep(self, name: str, rows: Tensor) -> None:
-        """Remember the rows (1, before, width)."""
+        """Keep the rows (1, before, width)."""
         self.rows[name] = rows
 
 
 class FixedMemory(_ConvolutionState):
-    """What one layer keeps between calls, in tensors that are written in place at `position` (1,)."""
+    """The cache of one layer, in tensors that are written in place at `position` (1,)."""
 
     def __init__(self, position: Tensor, keys: Tensor, values: Tensor, rows: dict[str, Tensor]) -> None:
         self.position = position
         self.keys, self.values, self.rows = keys, values, rows
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (1, H, 1, d_head); all there are, later positions too, which a mask must hide."""
+        """Write keys and values (1, H, 1, d_head). Returns all positions; a mask must hide the later ones."""
         self.keys.index_copy_(2, self.position, keys)
         self.values.index_copy_(2, self.position, values)
         return self.keys, self.values
@@ -128,13 +128,13 @@ class FixedMemory(_ConvolutionState):
 
 
 class GrowingMemory(_ConvolutionState):
-    """What one layer keeps between calls, in new tensors."""
+    """The cache of one layer, in new tensors at each call."""
 
     def __init__(self, keys: Tensor, values: Tensor, rows: dict[str, Tensor]) -> None:
         self.keys, self.values, self.rows = keys, values, rows
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (1, H, 1, d_head); all there are."""
+        """Append keys and values (1, H, 1, d_head). Returns all of them."""
         self.keys = torch.cat((self.keys, keys), 2)
         self.values = torch.cat((self.values, values), 2)
         return self.keys, self.values

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: it loads and quantises GGUF files, decodes, and reads prompts."""
+"""llama.cpp through llama-cpp-python: quantizes and loads GGUF files, decodes, and reads prompts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refusal(spec: ModelSpec, dtype: str) -> str | None:
 def load(
     spec: ModelSpec, weights: Mapping[str, Tensor], dtype: str, capacity: int, threads: int
 ) -> LlamaDecoder:
-    """See `PeerModule.load`. The file is gone when this returns or raises."""
+    """See `PeerModule.load`. The file is deleted before this returns or raises."""
     with tempfile.TemporaryDirectory(prefix="sparsecli-") as folder:
         path = Path(folder) / "model.gguf"
         write_random(path, spec, dtype)
@@ -53,7 +53,7 @@ def load(
 
 
 SAID: deque[str] = deque(maxlen=200)
-"""llama.cpp's latest messages, which it would print."""
+"""llama.cpp's latest log messages, which are not printed."""
 
 
 @llama_cpp.llama_log_callback
@@ -62,12 +62,12 @@ def _listen(level: int, text: bytes, _: object) -> None:
 
 
 def quantise(source: Path, target: Path, dtype: str, threads: int) -> None:
-    """Let llama.cpp write the file `source` as it distributes `dtype` (q8_0, q4_0, q4_k_m).
+    """Quantize the file `source` with llama.cpp, to `dtype` as it is distributed (q8_0, q4_0, q4_k_m).
 
-    Where its blocks do not divide the rows of a matrix, it takes a type with smaller ones.
+    If its blocks do not divide the rows of a matrix, llama.cpp uses a type with smaller blocks.
 
     Raises:
-        Failure: no room, or it refuses.
+        Failure: the disk is full, or llama.cpp refuses.
     """
     check_room(target.parent, source.stat().st_size, MAKE_ROOM)
     llama_cpp.llama_log_set(_listen, ctypes.c_void_p(0))
@@ -78,7 +78,7 @@ def quantise(source: Path, target: Path, dtype: str, threads: int) -> None:
 
 
 class LlamaModel:
-    """The model of a GGUF file, which may be deleted once this is there."""
+    """The model of a GGUF file. The file may be deleted after loading."""
 
     def __init__(self, path: Path, spec: ModelSpec, threads: int) -> None:
         llama_cpp.llama_log_set(_listen, ctypes.c_void_p(0))
@@ -88,13 +88,15 @@ class LlamaModel:
         self.handle = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         if not self.handle:
             raise console.Failure(f"llama.cpp cannot load its model: {_last_error()}")
-        weakref.finalize(self, llama_cpp.llama_model_free, self.handle)  # after its sequences, which hold it
+        weakref.finalize(
+            self, llama_cpp.llama_model_free, self.handle
+        )  # after its sequences, which refer to it
         self.vocabulary = spec.vocabulary.size
         self.threads = threads
 
 
 def settings(threads: int) -> str:
-    """llama.cpp's version, and how it is run."""
+    """llama.cpp's version and settings."""
     return (
         f"llama-cpp-python {version('llama-cpp-python')}, threads {threads}, not memory-mapped, repacked weights "
         "where it can"
@@ -102,7 +104,7 @@ def settings(threads: int) -> str:
 
 
 class LlamaSequence:
-    """Tokens in a float16 cache with room for `capacity` of them; `attention` is one of ATTENTIONS."""
+    """A sequence with a float16 cache for `capacity` tokens; `attention` is one of ATTENTIONS."""
 
     def __init__(self, model: LlamaModel, capacity: int, attention: str = "plain attention") -> None:
         capacity = -(-capacity // CONTEXT_STEP) * CONTEXT_STEP
@@ -122,13 +124,13 @@ class LlamaSequence:
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.handle), 0, length, -1)
 
     def add(self, tokens: Sequence[int]) -> int:
-        """Add `tokens`; the greedy next one."""
+        """Append `tokens` and return the greedy next one."""
         array = (llama_cpp.llama_token * len(tokens))(*tokens)
         self._decode(llama_cpp.llama_batch_get_one(array, len(tokens)))
         return int(self._logits(-1, 1).argmax())
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Logits (T, vocabulary) after each of the `tokens`, which start anew."""
+        """Logits (T, vocabulary) after each of the `tokens`, which begin a new sequence."""
         self.truncate(0)
         batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
         try:
@@ -148,7 +150,7 @@ class LlamaSequence:
             raise console.Failure(f"llama.cpp cannot decode (status {status}): {_last_error()}")
 
     def _logits(self, index: int, rows: int) -> np.ndarray:
-        """A view of those from the row `index` on, into llama.cpp's memory."""
+        """A view of the logits from row `index` on, in llama.cpp's memory."""
         logits = llama_cpp.llama_get_logits_ith(self.handle, index)
         return np.ctypeslib.as_array(logits, (rows, self.model.vocabulary))
 
@@ -158,7 +160,7 @@ def _last_error() -> str:
     return lines[-1] if lines else "it gives no reason"
 
 
-# -- what is measured ----------------------------------------------------------------------------------------
+# -- decoders ----------------------------------------------------------------------------------------
 
 
 class LlamaDecoder:
@@ -200,7 +202,7 @@ class LlamaDecoder:
         return self.sequence
 
     def _try(self, sequence: LlamaSequence, tokens: Sequence[int]) -> float:
-        """Prefill, then seconds of a token."""
+        """Seconds of a token after a prefill."""
         token = sequence.add(tokens)
         seconds = []
         for _ in range(TRIAL_TOKENS):
@@ -219,7 +221,7 @@ class LlamaReader:
         prompt = [index % self.vocabulary for index in range(length)]
         seconds = []
         for self.sequence in tried:
-            self.prefill(prompt)  # the first time, its memory is new
+            self.prefill(prompt)  # the first run allocates memory
             start = time.perf_counter()
             self.prefill(prompt)
             seconds.append(time.perf_counter() - start)
@@ -233,7 +235,7 @@ class LlamaReader:
         self.sequence.add(tokens)
 
     def rewind(self) -> None:
-        """Forget the prompt."""
+        """Remove the prompt from the cache."""
         self.sequence.truncate(0)
 
     def step(self, token: int) -> tuple[int, None]:

@@ -25,7 +25,7 @@ TYPES = {
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
     "q4_0": gguf.GGMLQuantizationType.Q4_0,
 }
-MAKE_ROOM = "make room, and start it again"
+MAKE_ROOM = "free some space, and start again"
 NAMES = {
     "query": "attn_q",
     "key": "attn_k",
@@ -41,7 +41,7 @@ NAMES = {
     "embedding": "token_embd",
     "norm": "output_norm",
 }
-"""llama.cpp's names by the last part of ours."""
+"""llama.cpp's names, by the last part of our names."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Stored:
 
     @property
     def blocks(self) -> int:
-        """Its blocks of weights that share a scale."""
+        """Number of its blocks of weights that share a scale."""
         return math.prod(self.shape) // gguf.GGML_QUANT_SIZES[self.kind][0]
 
     @property
@@ -67,7 +67,7 @@ class Stored:
 
 
 def write_random(path: Path, spec: ModelSpec, dtype: str) -> None:
-    """A file of random weights in `dtype`. Raises `Failure` when it cannot be written."""
+    """Write a file of random weights in `dtype`. Raises `Failure` if it cannot be written."""
     kind = TYPES[dtype]
     stored = [Stored(_matrix(name), shape, kind) for name, shape in matrices(spec).items()]
     names = ["output_norm"] + [f"blk.{n}.{part}_norm" for n in range(spec.layers) for part in ("attn", "ffn")]
@@ -78,7 +78,7 @@ def write_random(path: Path, spec: ModelSpec, dtype: str) -> None:
     def values() -> Iterable[np.ndarray]:
         _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         tile = gguf.quants.quantize(random_tile(), kind).view(np.uint8).reshape(-1, block_bytes)
-        # Whole blocks, so that weights start at one, wherever they start in the tile.
+        # Whole blocks, so that every tensor starts at a block of the tile.
         whole = tile.view(np.dtype((np.void, block_bytes))).ravel()
         for _, blocks in repeated(whole, {each.name: each.blocks for each in stored}):
             yield blocks.view(np.uint8)
@@ -99,7 +99,7 @@ def _matrix(name: str) -> str:
 
 
 def unlike_llama(spec: ModelSpec) -> str | None:
-    """What of the model llama.cpp has no architecture for that could be written; None where it has one."""
+    """The part of the model that llama.cpp has no architecture for; None if it can run the model."""
     feed_forward, attention, vocabulary = spec.feed_forward, spec.attention, spec.vocabulary
     if feed_forward.kind != "dense" or spec.quantization != QuantizationSpec():
         return "layers that are not dense"
@@ -123,9 +123,9 @@ def unlike_llama(spec: ModelSpec) -> str | None:
 
 
 def write_weights(path: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
-    """A file of `weights`, by our names and without a tied head: matrices as float16, vectors as float32.
+    """Write a file of `weights`, by our names, without a tied head: matrices as float16, vectors as float32.
 
-    Raises `Failure` when it cannot be written.
+    Raises `Failure` if it cannot be written.
     """
     stored = [
         Stored(_name(name), tuple(tensor.shape), TYPES["float16" if tensor.ndim == 2 else "float32"])
@@ -148,7 +148,7 @@ def write_weights(path: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) ->
 
 
 def _architecture(spec: ModelSpec) -> str:
-    """llama.cpp's name of it. Mistral is a `llama` there."""
+    """llama.cpp's name of the architecture. Mistral is a `llama` there."""
     if spec.attention.query_key_norm:
         return "qwen3"
     return "qwen2" if spec.attention.bias else "llama"
@@ -164,7 +164,7 @@ def _name(ours: str) -> str:
 
 
 def _in_their_order(name: str, values: np.ndarray, spec: ModelSpec) -> np.ndarray:
-    """Its `llama` turns neighbours of a head together, ours element i with i + width / 2."""
+    """Reorder for RoPE: its `llama` rotates neighbouring elements of a head, ours element i with i + width / 2."""
     turned = name.split(".")[-2] in ("query", "key")
     if not turned or _architecture(spec) != "llama":
         return np.ascontiguousarray(values)
@@ -178,7 +178,7 @@ def _in_their_order(name: str, values: np.ndarray, spec: ModelSpec) -> np.ndarra
 def _write(
     path: Path, spec: ModelSpec, architecture: str, stored: Sequence[Stored], values: Iterable[np.ndarray]
 ) -> None:
-    """The tensors `stored` with their `values`, in order, and no tokenizer."""
+    """Write the tensors `stored` with their `values`, in order, without a tokenizer."""
     writer = gguf.GGUFWriter(path, architecture)
     _describe(writer, spec)
     for each in stored:
@@ -196,7 +196,7 @@ def _write(
 
 
 def check_room(folder: Path, size: int, hint: str) -> None:
-    """Raise `Failure` unless a file of `size` bytes fits in `folder`; `hint` says what to do where it does not."""
+    """Raise `Failure` unless a file of `size` bytes fits in `folder`; `hint` ends the message."""
     free = shutil.disk_usage(folder).free
     if free < 1.1 * size:
         raise console.Failure(

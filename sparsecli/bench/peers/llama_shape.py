@@ -1,4 +1,4 @@
-"""A dense Llama-shaped model as large as ours: what people would run in its place."""
+"""A dense Llama-shaped model of the same size, as an alternative to ours."""
 
 from __future__ import annotations
 

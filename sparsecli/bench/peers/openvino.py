@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsecli.bench.peers.decode_step import GrowingStep
 from sparsecli.spec.model import ModelSpec
 
-# Importing OpenVINO reports the import to its makers where this package is found; without it a stub takes over.
+# If this package is found, OpenVINO sends telemetry at its import; without it OpenVINO uses a stub.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import openvino  # noqa: E402
@@ -26,7 +26,7 @@ from openvino.frontend import FrontEndManager  # noqa: E402
 from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder  # noqa: E402
 
 TYPES = {"float32": "f32", "bfloat16": "bf16"}
-EXAMPLE_POSITIONS = 7  # of the caches that the step is traced with; any number but 0 and 1
+EXAMPLE_POSITIONS = 7  # positions of the caches in the trace; any number except 0 and 1
 
 
 def refusal(spec: ModelSpec, dtype: str) -> str | None:
@@ -50,10 +50,10 @@ def load(
 
 
 def stateful(step: GrowingStep, capacity: int) -> Any:
-    """The step as an OpenVINO model that keeps its caches itself; inputs: token, position, beam order.
+    """The step as a stateful OpenVINO model, with the inputs token, position and beam order.
 
-    The plugin fuses attention with its cache where it finds states that start empty, are reordered by beam, and are
-    joined with the new keys and values.
+    The plugin fuses attention with its cache if states start empty, are reordered by beam, and are concatenated with
+    the new keys and values.
     """
     example = step.new_caches(EXAMPLE_POSITIONS)
     past = torch.export.Dim("past", min=0, max=max(capacity, EXAMPLE_POSITIONS + 1))
@@ -83,7 +83,7 @@ def stateful(step: GrowingStep, capacity: int) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings: of torch about itself, and of the converter for every operation that this torch lacks."""
+    """Suppress warnings of torch about itself, and of the converter about operations that this torch lacks."""
     earlier = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -108,7 +108,7 @@ def _reorder_by_beam(model: Any, names: Sequence[str]) -> None:
 
 
 def _start_empty(model: Any) -> None:
-    """Give every state its first value: zeros, of no position where positions grow."""
+    """Set the initial value of every state: zeros, without positions for caches that grow."""
     for node in model.get_ops():
         if node.get_type_name() == "ReadValue":
             sizes = [0 if size.is_dynamic else size.get_length() for size in node.get_output_partial_shape(0)]

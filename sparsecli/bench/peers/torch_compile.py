@@ -23,7 +23,7 @@ def refusal(spec: ModelSpec, dtype: str) -> str | None:
 def load(
     spec: ModelSpec, weights: Mapping[str, Tensor], dtype: str, capacity: int, threads: int
 ) -> TorchCompileDecoder:
-    """See `PeerModule.load`; compiles, which takes a minute or so."""
+    """See `PeerModule.load`. Compilation takes about a minute."""
     return TorchCompileDecoder(FixedStep(spec, weights), capacity, threads)
 
 
@@ -37,12 +37,12 @@ class TorchCompileDecoder:
         self.fresh = [cache.clone() for cache in self.caches]
         self.prompt = self.fresh
         self.context = self.position = 0
-        # Without isolation every row would be one more variant of the same function: each call would look for its own.
+        # Without isolation every row would add a variant of the same function, among which each call would search.
         self.compiled = torch.compile(  # type: ignore[call-overload]  # its overloads lack the option
             step, fullgraph=True, dynamic=False, isolate_recompiles=True
         )
-        # Freezing packs matrices for oneDNN. It has to be set for the whole process while compiling: as an option
-        # of torch.compile it is read too late, and weights stay arguments.
+        # Freezing packs matrices for oneDNN. It must be set for the whole process while compiling: as an option of
+        # torch.compile it is read too late, and weights stay arguments.
         with inductor.patch(freezing=True):
             self.prefill([0])
 
@@ -61,7 +61,7 @@ class TorchCompileDecoder:
             cache.copy_(held)
         self.position = self.context
 
-    @torch.no_grad()  # not inference mode, which freezing does not know
+    @torch.no_grad()  # not inference mode, which freezing does not support
     def step(self, token: int) -> tuple[int, None]:
         """See `PeerDecoder.step`."""
         following, *_ = self.compiled(torch.tensor([[token]]), torch.tensor([self.position]), *self.caches)

@@ -1,1 +1,1 @@
-"""Studies: programs that measure what `bench` does not, each run by `python -m`."""
+"""Studies: programs for measurements beyond `bench`. Run each with `python -m`."""

@@ -2,8 +2,8 @@
 
     python -m sparsecli.bench.studies.activations --depths 4 8 16 32 --tokens 2048
 
-Every figure is measured, in a process of its own, in the second of two steps: the peak over the step above what is
-left behind it, which is the weights and their gradients. On a GPU torch counts; elsewhere Linux does (the largest
+Every figure is measured in its own process, in the second of two steps. It is the peak of the step, minus the memory
+that remains after it: the weights and their gradients. On a GPU torch gives the peak, elsewhere Linux (the largest
 resident set).
 """
 
@@ -26,7 +26,7 @@ from sparsecli.model.auto import build_network
 from sparsecli.spec.model import ModelSpec
 
 KINDS = ("stored", "checkpointed", "reversible")
-VOCABULARY = 256  # logits are no activations of blocks: as few as may be
+VOCABULARY = 256  # logits are not activations of blocks, so their number is the smallest possible
 MIB = 2**20
 
 
@@ -40,10 +40,10 @@ class TrainedShape:
     """Tokens that a feed-forward layer computes at once."""
     tokens: int = 2048
     source: int = 0
-    """Tokens of a source, which half of the blocks read first; 0: there is no encoder."""
+    """Tokens of the encoder's input, which half of the blocks read; 0: no encoder."""
 
     def spec(self, kind: str, layers: int) -> ModelSpec:
-        """Terraformer, or its decoder, with `layers` blocks in all; kinds that are not reversible have one stream."""
+        """Terraformer, or its decoder, with `layers` blocks in total. Kinds that are not reversible have one stream."""
         reversible = kind == "reversible"
         encoder = None
         if self.source:
@@ -79,17 +79,17 @@ class TrainedShape:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What one training step needed."""
+    """Memory and time of one training step."""
 
     activations: int
     """Peak bytes above the weights and gradients."""
     peak: int
-    """Peak bytes in all; on a processor the program itself is among them."""
+    """Total peak bytes; on a CPU they include the program itself."""
     seconds: float
 
 
 def measure(kind: str, shape: TrainedShape, layers: int, device: str) -> TrainingStep:
-    """Train on one sequence of random tokens, twice; the second step's figures."""
+    """Train on one sequence of random tokens twice, and return the second step's figures."""
     torch.manual_seed(0)
     with torch.device(device):
         model = build_network(shape.spec(kind, layers)).train()
@@ -111,9 +111,9 @@ def measure(kind: str, shape: TrainedShape, layers: int, device: str) -> Trainin
         torch.cuda.synchronize()
         peak, left = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         step()
-        # both from one reading, which takes memory itself: so the peak is never below what is left
+        # both from one reading, which itself takes memory, so that the peak is never below the remaining memory
         status = Path("/proc/self/status").read_text()
         peak, left = _resident(status, "VmHWM"), _resident(status, "VmRSS")
     return TrainingStep(peak - left, peak, time.perf_counter() - start)
@@ -128,10 +128,8 @@ def _resident(status: str, name: str) -> int:
 
 
 def in_a_process(kind: str, shape: TrainedShape, layers: int, device: str, threads: int) -> TrainingStep:
-    """`measure`, in a new process that gives memory back at once."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(
-        MIB
-    )  # what is freed goes back to the system; read at the start
+    """`measure` in a new process, which returns memory to the system at once."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)  # return freed memory to the system; read at the start
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as process:
         return process.submit(measure, kind, shape, layers, device).result()
@@ -140,9 +138,11 @@ def in_a_process(kind: str, shape: TrainedShape, layers: int, device: str, threa
 def run(
     shape: TrainedShape, depths: Sequence[int], kinds: Sequence[str], device: str, threads: int
 ) -> dict[str, list[TrainingStep]]:
-    """Measure every kind at every depth and show it; the steps by kind, in the order of `depths`."""
+    """Measure and show every kind at every depth. Returns the steps by kind, in the order of `depths`."""
     if torch.device(device).type != "cuda" and not Path("/proc/self/clear_refs").exists():
-        raise console.Failure("peak memory: needs a GPU or Linux, which can forget a peak; use --device cuda")
+        raise console.Failure(
+            "peak memory: needs a GPU or Linux, which can reset the peak; use --device cuda"
+        )
     found: dict[str, list[TrainingStep]] = {}
     for kind in kinds:
         found[kind] = []
@@ -150,7 +150,7 @@ def run(
             step = in_a_process(kind, shape, layers, device, threads)
             found[kind].append(step)
             figures = (
-                f"{step.activations / MIB:,.0f} MiB, {step.peak / MIB:,.0f} MiB in all, {step.seconds:.1f} s"
+                f"{step.activations / MIB:,.0f} MiB, {step.peak / MIB:,.0f} MiB total, {step.seconds:.1f} s"
             )
             console.say(f"{kind}, {layers} layers: {figures}")
     read = f"{shape.source} + {shape.tokens}" if shape.source else f"{shape.tokens}"
@@ -166,7 +166,7 @@ def run(
 
 
 def _slopes(depths: Sequence[int], steps: Sequence[TrainingStep]) -> tuple[str | None, str | None]:
-    """What a layer adds, from the first depth to the last; None where there is one."""
+    """Memory and time per added layer, from the first depth to the last; None for a single depth."""
     layers = depths[-1] - depths[0]
     if not layers:
         return None, None
@@ -179,10 +179,10 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m sparsecli.bench.studies.activations")
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32], help="numbers of blocks")
     parser.add_argument(
-        "--tokens", type=int, default=TrainedShape.tokens, help="of the sequence, or of the target"
+        "--tokens", type=int, default=TrainedShape.tokens, help="tokens of the sequence, or of the target"
     )
     parser.add_argument(
-        "--source", type=int, default=TrainedShape.source, help="tokens of a source; 0: no encoder"
+        "--source", type=int, default=TrainedShape.source, help="tokens of the encoder's input; 0: no encoder"
     )
     parser.add_argument("--d-model", type=int, default=TrainedShape.d_model)
     parser.add_argument("--attention", choices=("full", "lsh"), default=TrainedShape.attention)

@@ -1,4 +1,4 @@
-"""LSH attention beside full attention: time by length, decoding, and the share of attention that it finds.
+"""Compares LSH attention with full attention: time by length, decoding, and the share of attention that it finds.
 
     python -m sparsecli.bench.studies.long_attention time --lengths 1024 4096 16384 65536
     python -m sparsecli.bench.studies.long_attention decode --lengths 16384
@@ -6,10 +6,10 @@
     python -m sparsecli.bench.studies.long_attention mass runs/my-model TEXT
 
 `time` and `decode` compare with torch's fused attention on random vectors, one layer and one sequence, in float32;
-hashing, sorting and unit-length keys count. `model` decodes with a whole model of random weights in the native engine,
-after so many tokens (of a prefix, where there is an encoder), and says what a token takes of time and memory.
-`mass` reads text with a trained model and says what share of full attention's weights (queries as keys, a token's own
-weight left out) falls on keys that hashing brings together.
+hashing, sorting and unit-length keys count. `model` decodes with a whole model of random weights in the native
+engine, after the given number of tokens (of a prefix, if there is an encoder), and reports the time and memory of a
+token. `mass` reads text with a trained model and reports the share of full attention's weights (queries as keys,
+without a token's weight on itself) on keys that LSH finds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WIDTH = 64
 
 @dataclass(frozen=True)
 class Seconds:
-    """What one layer takes for one sequence, or to decode one token."""
+    """Time of one layer for one sequence, or to decode one token."""
 
     length: int
     full: float
@@ -49,12 +49,12 @@ class Seconds:
 
     @property
     def times_faster(self) -> float:
-        """Full attention over hashed."""
+        """Time of full attention divided by that of LSH attention."""
         return self.full / self.hashed
 
 
 def vectors(length: int, heads: int, device: str, gradients: bool = False) -> tuple[Tensor, Tensor]:
-    """Random queries, which are keys too, and values (1, H, T, d_head), laid out as projections make them."""
+    """Random queries, which are also the keys, and values (1, H, T, d_head), laid out as projections make them."""
     generator = torch.Generator().manual_seed(0)
     made = torch.randn(2, 1, length, heads, WIDTH, generator=generator).to(device).transpose(2, 3)
     q, v = (x.detach().requires_grad_(gradients) for x in made)
@@ -62,7 +62,7 @@ def vectors(length: int, heads: int, device: str, gradients: bool = False) -> tu
 
 
 def seconds(action: Callable[[], object], device: str, repeats: int) -> float:
-    """Median of `repeats` runs after one that does not count."""
+    """Median of `repeats` runs, after one run that is not counted."""
     taken = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -146,7 +146,9 @@ def mass_of_model(folder: Path, text: Path, length: int, rounds: Sequence[int]) 
     spec = read_config(folder).spec
     if spec.encoder:
         raise console.Failure(f"{folder}: has an encoder; give a model that is a decoder alone")
-    if spec.attention.kind != "lsh":  # full attention: what it would find if it went on with hashing
+    if (
+        spec.attention.kind != "lsh"
+    ):  # full attention: the share that it would find if the model continued with LSH
         spec = spec.model_copy(update={"attention": spec.attention.model_copy(update={"kind": "lsh"})})
     network, tokenizer = load_network(folder, spec=spec), load_tokenizer(folder)
     hashing = spec.attention.hashing
@@ -182,14 +184,16 @@ def main() -> None:
         timed.add_argument("--repeats", type=int, default=3 if name == "time" else 50)
         timed.add_argument("--device", default="cpu")
     model = what.add_parser("model")
-    model.add_argument("recipe", help="of a decoder with hashed attention; overrides may follow", nargs="+")
+    model.add_argument(
+        "recipe", help="recipe of a decoder with LSH attention; overrides may follow", nargs="+"
+    )
     model.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384], help="tokens")
     model.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "int8"))
     model.add_argument("--threads", type=int, default=None)
-    model.add_argument("--layers", type=int, default=None, help="build so many blocks only")
-    model.add_argument("--rounds", type=int, default=5, help="turns of either attention")
+    model.add_argument("--layers", type=int, default=None, help="build only this number of blocks")
+    model.add_argument("--rounds", type=int, default=5, help="turns of each kind of attention")
     mass = what.add_parser("mass")
-    mass.add_argument("model", help="folder of a trained model, or of its run")
+    mass.add_argument("model", help="folder of a trained model or its run")
     mass.add_argument("text", type=Path, help="file to read with it")
     mass.add_argument("--length", type=int, default=2048, help="tokens")
     mass.add_argument("--rounds", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -228,7 +232,7 @@ def _run(given: argparse.Namespace) -> None:
     found = [
         compare_decoding(length, spec, given.heads, given.device, given.repeats) for length in given.lengths
     ]
-    _print(found, f"one token after so many, {shape}")
+    _print(found, f"one token after this number of tokens, {shape}")
 
 
 def _print(found: Sequence[Seconds], title: str) -> None:

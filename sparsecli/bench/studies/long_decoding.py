@@ -21,25 +21,25 @@ from sparsecli.decode.packed.tensors import convolves, crosses, joins
 from sparsecli.spec.model import ModelSpec
 
 TOKENS, WARM_UP = 8, 4
-"""Of a turn. The first token after a text hashes all of its keys, and does not count."""
+"""Tokens of a turn. The first token after a text hashes all keys and is not counted."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """A token after `length` others, or after a prefix of so many."""
+    """The figures of one token after `length` others, or after a prefix of this length."""
 
     length: int
     attention: str
     ms_per_token: Spread
     cache_bytes: int
-    """Of the sequence: keys, values, buckets, state of convolutions and recurrent units."""
+    """Bytes of the sequence's cache: keys, values, buckets, state of convolutions and recurrent units."""
     bytes_per_token: int
     bytes_of_cache: int
-    """Of those, what is read of keys, values and buckets, and to hash."""
+    """Bytes of keys, values and buckets that a token reads, with the rotations."""
 
 
 class LongDecoder:
-    """A sequence that begins with random memories instead of a text: see `TimedDecoder`."""
+    """A sequence whose cache is filled with random numbers instead of a text: see `TimedDecoder`."""
 
     def __init__(self, engine: Engine, layers: Sequence[KVState]) -> None:
         spec, held = engine.model.spec, layers[0].positions
@@ -49,14 +49,14 @@ class LongDecoder:
         engine.import_kv(self.text, layers, source)
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """See `TimedDecoder.prefill`; it has happened."""
+        """See `TimedDecoder.prefill`. The cache is already filled."""
 
     def rewind(self) -> None:
         """See `TimedDecoder.rewind`."""
         self.text.truncate(self.begun)
 
     def step(self, token: int) -> tuple[int, int]:
-        """See `TimedDecoder.step`. Random weights repeat one token, which hashes alike: the next one is another."""
+        """See `TimedDecoder.step`. Random weights would repeat one token, with one hash, so another token follows."""
         best = int(self.engine.step(self.text, token).argmax())
         return others(best, self.text.length, self.engine.vocabulary), self.engine.block_stack_ns
 
@@ -86,7 +86,7 @@ def random_memories(spec: ModelSpec, length: int) -> list[KVState]:
 def compare(
     spec: ModelSpec, lengths: Sequence[int], dtype: str, threads: int | None, layers: int | None, rounds: int
 ) -> Iterator[Decoding]:
-    """Both attentions in turn at every length, on random weights; `layers`: build so many layers only.
+    """Measure both kinds of attention in turn at every length, on random weights, with at most `layers` layers.
 
     Raises:
         Failure: attention that is not hashed, cross-attention, or too little memory.
@@ -120,7 +120,7 @@ def compare(
 
 
 def print_table(found: Sequence[Decoding], title: str) -> None:
-    """A row for each attention and length."""
+    """One row for each kind of attention and each length."""
     console.print_table(
         ("tokens", "attention", "ms a token", "p10", "p90", "cache, MB", "read, MB a token", "of it cache"),
         [

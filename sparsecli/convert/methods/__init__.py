@@ -1,4 +1,4 @@
-"""The conversion methods by name: what a dense feed-forward layer can become."""
+"""The conversion methods by name. Each replaces a dense feed-forward layer by another kind."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward
 from sparsecli.spec.feed_forward import DenseFeedForwardSpec, FeedForwardSpec
 
-BLOCK_SIZE = 16  # smaller blocks force out units that matter, as 1 of 4 does; larger ones gain little
+BLOCK_SIZE = 16  # smaller blocks (such as 1 of 4) leave out important units; larger blocks gain little
 
 
 @dataclass(frozen=True)

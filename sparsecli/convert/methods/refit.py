@@ -13,9 +13,7 @@ from torch import Tensor
 from sparsecli.model.layers.feed_forward import ChosenUnits
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # penalties that are tried, in units of the mean square of the features
-VALIDATION_STRIDE = (
-    4  # every so many tokens, one validates the penalties, and whether anything changes at all
-)
+VALIDATION_STRIDE = 4  # one of this many tokens validates the penalties, and the change of the layer
 
 
 @torch.no_grad()
