@@ -557,8 +557,8 @@ void test_attend(Harness& h) {
                         h.k.append(key.data, value.data, type, width, position, cache, stride);
                         const double step = type == INT8 ? top / 127 * 0.501 : type == BFLOAT16 ? 1.0 / 128 : 0;
                         for (int64_t i = 0; i < width; ++i)
-                            h.same(scalar::key_at(cache, type, width, stride, position % slots, i), key[i], step,
-                                   "key", position);
+                            h.same(scalar::key_at(cache, type, width, stride, position % slots, i), key[i], step, "key",
+                                   position);
                     }
                     const int64_t count = by_rows ? 1 : h.whole(1, QUERIES);
                     Memory<float> queries(QUERIES * stride), out(QUERIES * stride), scores(QUERIES * (held + 64));
