@@ -64,7 +64,7 @@ def evaluate(
     ] = "auto",
     dtype: Annotated[
         WeightDtype | None,
-        typer.Option(help="Weight type; default: as packed, else float32.", show_default=False),
+        typer.Option(help="Weight type; default: as packed, else as stored.", show_default=False),
     ] = None,
     against_dtype: Annotated[
         WeightDtype | None,

@@ -22,8 +22,8 @@ KEEP_AFTER = 2.0
 def packed_weights(folder: Path, model: Description, dtype: str | None, keep: bool = True) -> PackedModel:
     """The weights in `folder` for the native engine: the packed file, unless `dtype` asks for another type.
 
-    Weights whose packing took longer than `KEEP_AFTER` are kept with `keep`: beside the model, or in the cache folder
-    where that cannot be written.
+    Weights that were converted to another type, which took longer than `KEEP_AFTER`, are kept with `keep`: beside the
+    model, or in the cache folder where that cannot be written. Others are only copied, as fast as a kept file is read.
 
     Raises:
         Failure: the weights do not load, or they are packed as another type without the original files.
@@ -40,13 +40,12 @@ def packed_weights(folder: Path, model: Description, dtype: str | None, keep: bo
                 f"{folder / PACKED}: was packed as {held}; leave out --dtype {dtype}, or pack the model again with it"
             )
     precision = precision_of(model, dtype)
+    if dtype in (None, model.dtype) or model.spec.quantization.gguf:
+        return pack_folder(folder, model.spec, precision)
     made_of = _fingerprint(folder)
-    places = _places(folder, dtype or model.dtype)
-    for path in places:
-        if packed_of(path) == made_of:
-            packed = open_packed(path)
-            if packed.spec == model.spec and packed.precision == precision:
-                return packed
+    places = _places(folder, dtype)
+    if kept := _open_kept(places, made_of):
+        return kept
     started = time.perf_counter()
     packed = pack_folder(folder, model.spec, precision)
     if keep and time.perf_counter() - started > KEEP_AFTER:
@@ -85,6 +84,16 @@ def _places(folder: Path, dtype: str) -> list[Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsecli"
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return [folder / f"kept-{dtype}.spk", cache / f"{name}-{dtype}.spk"]
+
+
+def _open_kept(places: list[Path], made_of: str) -> PackedModel | None:
+    for path in places:
+        if packed_of(path) == made_of:
+            try:
+                return open_packed(path)
+            except Failure as failure:
+                console.warn(f"{failure.message}; the weights are packed again")
+    return None
 
 
 def _keep(packed: PackedModel, places: list[Path], made_of: str) -> None:
