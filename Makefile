@@ -62,8 +62,8 @@ build/ops-arm/%.o: $(NATIVE)/%.cpp $(HEADERS)
 SANITIZED := build/sanitized/_native.so
 SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-sanitize: $(READY) $(SANITIZED) build/sanitized/ops  ## ops and engine under address and undefined-behaviour sanitizers (g++)
-	build/sanitized/ops --quick
+sanitize: $(READY) $(SANITIZED) build/sanitized/harness  ## ops and engine under address and undefined-behaviour sanitizers (g++)
+	build/sanitized/harness --quick
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 SPARSECLI_NATIVE_LIBRARY=$(SANITIZED) SPARSECLI_TESTED_SETS=1 \
 	$(BIN)/python -m pytest -s tests/test_kernels.py tests/test_quantized_models.py tests/test_gguf.py tests/test_decode.py tests/test_decode_windows.py tests/test_decode_source.py tests/test_decode_hashed.py tests/test_packing.py
@@ -71,7 +71,7 @@ sanitize: $(READY) $(SANITIZED) build/sanitized/ops  ## ops and engine under add
 $(SANITIZED): $(patsubst $(NATIVE)/%.cpp,build/sanitized/%.o,$(wildcard $(NATIVE)/*.cpp $(NATIVE)/*/*.cpp))
 	$(CXX) -shared $(SANITIZERS) $(filter-out %tests/ops.o,$^) -o $@ -pthread
 
-build/sanitized/ops: $(addprefix build/sanitized/,$(OPS))
+build/sanitized/harness: $(addprefix build/sanitized/,$(OPS))
 	$(CXX) $(SANITIZERS) $^ -o $@ -pthread
 
 build/sanitized/%.o: $(NATIVE)/%.cpp $(HEADERS)

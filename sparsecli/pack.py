@@ -33,6 +33,12 @@ def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = F
         raise Failure(
             f"{source}: a model with an encoder cannot be packed; its encoder runs in PyTorch from these files"
         )
+    if kinds := spec.quantization.gguf:
+        names = ", ".join(sorted({*kinds.values()}))
+        raise Failure(
+            f"{source}: the weights keep the codes of their GGUF file ({names}), which the engine reads as they are; "
+            "to pack another type, import the file with --dtype float32"
+        )
     read_tokenizer(source, spec.vocabulary.size)
     check_weights(source, spec)
     if output is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from test_interchange import LLAMA, build, needs_gguf, prompt, save, write_gguf
 
+from sparsecli import pack
 from sparsecli.console import Failure
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.native import binding
@@ -18,6 +20,8 @@ from sparsecli.decode.native import gguf as native_gguf
 from sparsecli.decode.packed.folder import pack_folder
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.reference.step import Reference
+from sparsecli.generate.decoder import DecoderOptions
+from sparsecli.generate.native_decoder import NativeDecoder
 from sparsecli.interchange import importing
 from sparsecli.interchange.gguf_reader import GgufReader
 from sparsecli.model.files import read_description
@@ -154,3 +158,18 @@ def test_versions(tmp_path: Path) -> None:
     (tmp_path / "old.gguf").write_bytes(header(version=1))
     with pytest.raises(Failure, match="version 1; versions 2 and 3 in little-endian"):
         GgufReader(tmp_path / "old.gguf")
+
+
+@needs_gguf
+@needs_engine
+def test_another_type_does_not_change_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = build("llama", **LLAMA | {"intermediate_size": 64})
+    write_gguf(original, save(original, tmp_path / "theirs"), tmp_path / "model.gguf", quantized="Q4_1")
+    importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
+    description = read_description(tmp_path / "ours")
+    with closing(NativeDecoder(tmp_path / "ours", description, DecoderOptions(dtype="int8"))) as decoder:
+        assert (decoder.dtype, decoder.cache_dtype) == ("Q4_1", "bfloat16")
+    assert "--dtype int8: the weights keep the codes of their GGUF file (Q4_1)" in capsys.readouterr().err
+    with pytest.raises(Failure, match="keep the codes of their GGUF file"):
+        pack.run(model=str(tmp_path / "ours"), output=tmp_path / "packed", dtype="int8")
+    assert not (tmp_path / "packed").exists()

@@ -15,7 +15,7 @@ from sparsecli.decode.engine import Engine
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.tensors import crosses
 from sparsecli.generate.decoder import DecoderOptions
-from sparsecli.generate.packed_weights import has_weights, packed_weights
+from sparsecli.generate.packed_weights import has_weights, packed_weights, weight_type
 from sparsecli.generate.torch_decoder import TorchDecoder, TorchEncoder
 from sparsecli.model.files import Description
 
@@ -40,7 +40,7 @@ class NativeDecoder:
         packed = packed_weights(folder, model, options.dtype, options.keep)
         if options.cache_dtype is not None:
             packed = replace(packed, precision=replace(packed.precision, cache=options.cache_dtype))
-        self.dtype, self.cache_dtype = packed.precision.units, packed.precision.cache
+        self.dtype, self.cache_dtype = weight_type(packed), packed.precision.cache
         self.isa = binding.isa()
         try:
             self.engine = Engine(packed, threads=options.threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 from sparsecli import console
@@ -56,11 +57,20 @@ def packed_weights(folder: Path, model: Description, dtype: str | None, keep: bo
 def precision_of(model: Description, dtype: str | None) -> Precision:
     """The types for `dtype`; for None those in which the weights are stored.
 
-    Codes of a GGUF file are no less exact with keys and values in bfloat16, which take half the memory.
+    Codes of a GGUF file stay as they are, with a warning; keys and values are then bfloat16.
     """
-    if dtype is None and model.spec.quantization.gguf:
+    if kinds := model.spec.quantization.gguf:
+        if dtype is not None:
+            names = ", ".join(sorted({*kinds.values()}))
+            console.warn(f"--dtype {dtype}: the weights keep the codes of their GGUF file ({names})")
         return Precision.of(model.dtype, cache="bfloat16")
     return Precision.of(dtype or model.dtype)
+
+
+def weight_type(packed: PackedModel) -> str:
+    """The type of the weights in words: that of the units, or the types of a GGUF file, the most frequent first."""
+    kinds = Counter(packed.spec.quantization.gguf.values())
+    return " ".join(name for name, _ in kinds.most_common()) or packed.precision.units
 
 
 def has_weights(folder: Path) -> bool:

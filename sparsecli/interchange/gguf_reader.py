@@ -63,7 +63,7 @@ class GgufReader:
 
     def _read(self) -> None:
         if self._take(4) != MAGIC:
-            raise self._damaged("it does not begin with GGUF")
+            raise Failure(f"{self.path}: not a GGUF file: it does not begin with GGUF")
         (version,) = self._numbers("I", 1)
         if version not in VERSIONS:
             known = " and ".join(map(str, VERSIONS))
