@@ -66,7 +66,7 @@ sanitize: $(READY) $(SANITIZED) build/sanitized/harness  ## ops and engine under
 	build/sanitized/harness --quick
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 SPARSECLI_NATIVE_LIBRARY=$(SANITIZED) SPARSECLI_TESTED_SETS=1 \
-	$(BIN)/python -m pytest -s tests/test_kernels.py tests/test_quantized_models.py tests/test_gguf.py tests/test_decode.py tests/test_decode_windows.py tests/test_decode_source.py tests/test_decode_hashed.py tests/test_packing.py
+	$(BIN)/python -m pytest -s -k "not (equal_the_twin and terraformer)" tests/test_kernels.py tests/test_quantized_models.py tests/test_gguf.py tests/test_decode.py tests/test_decode_windows.py tests/test_decode_source.py tests/test_decode_hashed.py tests/test_packing.py
 
 $(SANITIZED): $(patsubst $(NATIVE)/%.cpp,build/sanitized/%.o,$(wildcard $(NATIVE)/*.cpp $(NATIVE)/*/*.cpp))
 	$(CXX) -shared $(SANITIZERS) $(filter-out %tests/ops.o,$^) -o $@ -pthread
