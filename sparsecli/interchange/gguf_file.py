@@ -65,6 +65,7 @@ class GgufArchitecture:
     outer: Mapping[str, GgufModule]
     constants: Mapping[str, Any] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
+    rotary: bool = True
 
 
 def _module(*ours: str, rows: Rows | None = None) -> GgufModule:
@@ -163,13 +164,11 @@ ARCHITECTURES = {
         {"hidden_activation": "gelu_pytorch_tanh"},
     ),
     "olmo2": GgufArchitecture("olmo2", SIZES, LAYER | POST_NORMS, OUTER),
-    "gpt2": GgufArchitecture("gpt2", GPT2_SIZES, LAYER, OUTER),
+    "gpt2": GgufArchitecture("gpt2", GPT2_SIZES, LAYER, OUTER, rotary=False),
 }
 """By `general.architecture`. llama.cpp writes Mistral as `llama`; its name tells."""
 GEMMA3_PERIOD, GEMMA3_LOCAL_BASE, GEMMA3_27B_LAYERS = 6, 10000.0, 62
 """Every sixth layer of Gemma 3 sees the whole text; the others turn positions with another base."""
-ROTARY = {"gpt2": False}
-"""Architectures without rotary positions."""
 UNUSED = ("attn_rot_embd", "rope_freqs")
 """Tables of constants in some files."""
 
@@ -226,7 +225,7 @@ class GgufCheckpoint:
         fields["tie_word_embeddings"] = "output.weight" not in tensors
         for name, module in self.rules.biases.items():
             fields[name] = f"blk.0.{module}.bias" in tensors
-        if ROTARY.get(self.kind, True):
+        if self.rules.rotary:
             fields["rope_parameters"] = self._rotary(fields)
         if self.kind == "gemma3":
             fields |= self._gemma3(fields, layers)

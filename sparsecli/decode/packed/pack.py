@@ -16,7 +16,7 @@ from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.quantized_layouts import arrange_panels, arrange_residual
 from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
 from sparsecli.decode.packed.tensors import FREQUENCIES
-from sparsecli.model.gguf_types import TYPES as TYPES_OF_GGUF
+from sparsecli.model.gguf_types import TYPES as GGUF_TYPES
 from sparsecli.model.quantization import GROUP, from_bfloat16, quantize_groups, to_bfloat16, unpack_nibbles
 from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.spec.model import ModelSpec
@@ -113,7 +113,7 @@ def _write(target: np.ndarray, values: np.ndarray) -> None:
 def _panels(slot: Slot, weights: Mapping[str, np.ndarray]) -> np.ndarray:
     """Codes of a GGUF file, which are stored as the engine reads them."""
     [name] = slot.sources
-    expected = TYPES_OF_GGUF[slot.gguf].panel_shape(slot.rows, slot.cols)
+    expected = GGUF_TYPES[slot.gguf].panel_shape(slot.rows, slot.cols)
     if name not in weights:
         raise Failure(f"tensor {name} is missing")
     found = weights[name]
