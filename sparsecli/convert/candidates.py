@@ -11,10 +11,12 @@ from pydantic import ValidationError
 from sparsecli import console
 from sparsecli.bench.bytes_read import bytes_per_token
 from sparsecli.console import RecipeError
+from sparsecli.convert.linear_layers import linear_layers
 from sparsecli.convert.methods import METHODS, method_of
 from sparsecli.convert.methods.base import BLOCK_SIZE
 from sparsecli.convert.report import csv_lines, markdown_table
 from sparsecli.decode.packed.precision import Precision
+from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.schema import ConvertedAttention, ConvertedFeedForward, ConvertSpec
 from sparsecli.spec.attention import AttentionSpec
@@ -26,6 +28,8 @@ RECOVERED = 0.5
 """Share of a method's loss increase that refit and some ten thousand tokens of distillation recover at least: see
 docs/conversion.md."""
 BITS: Literal[4] = 4
+ROUNDING = "rounding"
+"""The method that rounds every linear layer and changes no layer's kind: see weight_types.py."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class ConversionCandidate:
     def name(self) -> str:
         """A short name: the method, active units of a block, another attention, and quantized parts."""
         feed_forward, quantization = self.spec.feed_forward, self.spec.quantization
+        if self.method == ROUNDING:
+            return f"{ROUNDING}, {bits_per_weight(self.spec):.2f} bits a weight"
         attention = self.spec.attention
         words = ["dense" if self.method is None else self.method]
         if feed_forward.kind in ("sparse", "selector", "precision") and self.method != "exact":
@@ -94,6 +100,8 @@ def list_candidates(dense: ModelSpec, convert: ConvertSpec, file: str) -> list[C
         RecipeError: the model is not dense, or no candidate fits it.
     """
     layer = _check_dense(dense, convert, file)
+    if rounds(convert, dense):
+        return _uniform_types(dense, convert.decode_dtype, file)
     dense = _replace_attention(dense, convert, file)
     if convert.quantization is not None:
         try:
@@ -109,6 +117,38 @@ def list_candidates(dense: ModelSpec, convert: ConvertSpec, file: str) -> list[C
     return search_space(dense, methods, convert.rank, convert.decode_dtype, convert.quantization, distils)
 
 
+def rounds(convert: ConvertSpec, dense: ModelSpec) -> bool:
+    """Whether the method is `rounding`, as asked or by default."""
+    if convert.budget is None or convert.attention.kind != "keep" or convert.quantization is not None:
+        return False
+    layer = dense.feed_forward
+    skips = isinstance(layer, DenseFeedForwardSpec) and METHODS["exact"].fits(layer)
+    if convert.methods is None:
+        return not skips and parse_budget(convert.budget).kind != "kept"
+    return convert.methods == [ROUNDING] and parse_budget(convert.budget).kind != "kept"
+
+
+def _uniform_types(dense: ModelSpec, dtype: str, file: str) -> list[ConversionCandidate]:
+    """The smallest and the largest model that rounding may give, with those between that have one type.
+
+    Raises:
+        RecipeError: no type suits the model's widths, or all weights have the smallest already.
+    """
+    layers = linear_layers(dense)
+    found = []
+    for level in range(max(len(each.types) for each in layers)):
+        chosen = {each.name: each.types[min(level, len(each.types) - 1)] for each in layers if each.types}
+        gguf = {**dense.quantization.gguf, **chosen}
+        spec = dense.model_copy(update={"quantization": QuantizationSpec.model_validate({"gguf": gguf})})
+        found.append(ConversionCandidate(spec, ROUNDING, weight_bytes_per_token(spec, dtype)))
+    if not found:
+        raise RecipeError(
+            f"{file}: convert.methods: {ROUNDING} has no smaller type for any layer of this model; its rows must be "
+            f"multiples of 32 weights, and its weights more than 4 bits"
+        )
+    return found
+
+
 def _check_dense(dense: ModelSpec, convert: ConvertSpec, file: str) -> DenseFeedForwardSpec:
     """The feed-forward layer of a model that can be converted. Raises `RecipeError` for any other model."""
     where = f"{file}: convert.model"
@@ -118,7 +158,12 @@ def _check_dense(dense: ModelSpec, convert: ConvertSpec, file: str) -> DenseFeed
     layer = dense.feed_forward
     if not isinstance(layer, DenseFeedForwardSpec):
         raise RecipeError(f"{where}: its feed-forward layers are {layer.kind} already, not dense")
-    if dense.quantization != QuantizationSpec():
+    if dense.quantization.gguf and not rounds(convert, dense):
+        raise RecipeError(
+            f"{where}: its weights keep a GGUF file's codes, which only `methods: [{ROUNDING}]` can convert; name the "
+            f"GGUF file itself, or import it with --dtype float32"
+        )
+    if dense.quantization.model_copy(update={"gguf": {}}) != QuantizationSpec():
         raise RecipeError(f"{where}: is quantized already")
     if layer.gated and layer.bias:
         raise RecipeError(f"{where}: gated feed-forward layers with biases cannot be converted yet")
@@ -137,6 +182,11 @@ def _applicable_methods(layer: DenseFeedForwardSpec, convert: ConvertSpec, file:
             f"{file}: convert.model: {layer.d_ff} units are not a multiple of {BLOCK_SIZE}, which a search needs"
         )
     methods = list(convert.methods or fitting)
+    if ROUNDING in methods:
+        raise RecipeError(
+            f"{file}: convert.methods: {ROUNDING} stands alone, with a budget of loss, perplexity or bytes; it keeps "
+            f"attention's kind and chooses the bits itself"
+        )
     if unfit := [name for name in methods if name not in fitting]:
         raise RecipeError(
             f"{file}: convert.methods: {unfit[0]} needs a ReLU without a gate; this model allows {', '.join(fitting)}"
@@ -257,6 +307,13 @@ def _quantization_options(dense: ModelSpec) -> list[QuantizationSpec]:
 def weight_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
     """Bytes of weights that a decoded token reads, with parts that have no bits of their own in `dtype`."""
     return bytes_per_token(spec, Precision.of(dtype), context=0)
+
+
+def bits_per_weight(spec: ModelSpec) -> float:
+    """Mean bits of the weights of linear layers that have a type of GGUF."""
+    layers = [(each, each.kept) for each in linear_layers(spec) if each.kept]
+    weights = sum(each.rows * each.cols for each, _ in layers)
+    return sum(each.bytes(kept) for each, kept in layers if kept) * 8 / max(1, weights)
 
 
 # -- preview -------------------------------------------------------------------------------------------------

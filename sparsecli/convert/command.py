@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 
 from sparsecli import console
@@ -15,6 +16,7 @@ from sparsecli.convert.candidates import (
     ConversionCandidate,
     ConversionPreview,
     list_candidates,
+    rounds,
     weight_bytes_per_token,
 )
 from sparsecli.convert.report import Report
@@ -31,7 +33,7 @@ from sparsecli.convert.text import choose_data, read_text
 from sparsecli.decode.native import binding
 from sparsecli.interchange.importing import check_source_tokenizer, model_folder
 from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source
-from sparsecli.model.loading import load_model
+from sparsecli.model.loading import load_model, stored_dtype
 from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.loader import LoadedRecipe, require
@@ -135,8 +137,11 @@ def _convert(plan: _Plan) -> Report:
     recipe, convert, source = plan.recipe, plan.convert, plan.source
     files = source.folder if isinstance(source, OwnModel) else source.path
     with open_work_folder(plan.output, recipe, fingerprint(files)) as work:
-        model_folder(source, plan.folder)
-        dense, tokenizer = load_model(plan.folder)
+        keeps_types = rounds(convert, source.spec)
+        model_folder(source, plan.folder, keeps_types)
+        dense, tokenizer = load_model(
+            plan.folder, stored_dtype(plan.folder) if keeps_types else torch.float32
+        )
         tokens = convert.calibration_tokens, convert.tuning_tokens
         text = read_text(plan.data, *tokens, recipe.seed, imported=dense.config.origin is not None)
         conversion = Conversion(

@@ -14,6 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from sparsecli.console import Failure, Stopped
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.files import CONFIG, read_json, share, weight_files
@@ -102,6 +105,14 @@ class WorkFolder:
             share(temporary)
             temporary.rename(target)
         return target
+
+    def keep_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Write a file of tensors in the folder, which is complete or absent."""
+        temporary = path.with_name(f"{path.name}.tmp")
+        with run_directory.writing(path, self.hint):
+            path.parent.mkdir(exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            temporary.rename(path)
 
     def load_model(self, name: str) -> ScalingTransformerForCausalLM | None:
         """The model kept under `name`; None if there is none."""

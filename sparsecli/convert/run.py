@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsecli import console
 from sparsecli.console import Failure, Mismatch
-from sparsecli.convert.candidates import ConversionCandidate
+from sparsecli.convert.candidates import ROUNDING, ConversionCandidate, rounds, weight_bytes_per_token
 from sparsecli.convert.evaluate import (
     Contender,
     DecodingSpeed,
@@ -24,13 +26,23 @@ from sparsecli.convert.evaluate import (
     NativeContender,
     measure_speed,
 )
+from sparsecli.convert.linear_layers import (
+    TypeChoice,
+    TypeOption,
+    choose_types,
+    fewest_bytes,
+    frontier,
+    least_increase,
+)
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.methods.base import FitOptions
 from sparsecli.convert.methods.fitting import fit_model, initialize_from_dense
 from sparsecli.convert.report import CandidateSummary, MeasuredModel, Report, StageLoss
 from sparsecli.convert.resume import COMPLETE, RESULT, WorkFolder
-from sparsecli.convert.search import PartSearch, loss_budget, rank_candidates
+from sparsecli.convert.search import MARGIN, PartSearch, loss_budget, rank_candidates
+from sparsecli.convert.streaming import output_gradients, streamed_losses
 from sparsecli.convert.text import ConversionText, check_text
+from sparsecli.convert.weight_types import GRADIENT_TOKENS, RoundedLayers
 from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import processors
 from sparsecli.decode.packed.precision import Precision
@@ -41,15 +53,20 @@ from sparsecli.model.loading import load_network
 from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.recipe.loader import dump
 from sparsecli.recipe.schema import ConvertSpec, Recipe
+from sparsecli.spec.model import QuantizationSpec
 from sparsecli.train import run_directory
 from sparsecli.train.distillation import distil
 
 BASELINES = {"dense, bfloat16": "bfloat16", "dense, int8": "int8", "dense, 4 bit, nearest": "int4"}
-CONVERTED = len(BASELINES)
-"""Index of the converted model among the measured ones: after the baselines, before peers."""
 DENSE, DENSE_TUNING, DISTILLED = "dense", "dense on tuning text", "distilled"
 """Names under which losses are recorded."""
 ROUNDS = 7
+BUILDS = 4
+"""Models that a search for types builds at most."""
+FULL = 0.8
+"""Share of a loss budget that a model must use for the search to end early."""
+UNDERESTIMATED = 1.5
+"""How many times as much the loss usually increases as the sum of what the layers are estimated to add."""
 MAX_DIFFERENCE = 1e-4  # of logits between the model in memory and the written one
 
 
@@ -84,6 +101,9 @@ class Conversion:
             Stopped: see `distil`.
         """
         self.work.compute_once("losses", self._measure_dense)
+        if self.budget and rounds(self.convert, self.dense.config.spec):
+            candidate, written, candidates = self._round(self.budget)
+            return self._finish(candidate, written, candidates, distillation_tokens=0)
         if self.budget:
             candidates = self._predict(candidates)
             candidate, model = self._build_within_budget(candidates, self.budget)
@@ -91,6 +111,16 @@ class Conversion:
             candidate, model = self._build_given(candidates[0])
         distillation_tokens = self._distil(model) if self._needs_recovery(candidate, model) else 0
         written = self._write_model(model)
+        return self._finish(candidate, written, candidates, distillation_tokens)
+
+    def _finish(
+        self,
+        candidate: ConversionCandidate,
+        written: Path,
+        candidates: list[ConversionCandidate],
+        distillation_tokens: int,
+    ) -> Report:
+        """Measure the written model beside the dense ones, and publish it with its report."""
         contenders, results, times, bandwidth = self._measure(candidate, written)
         report = Report(
             source=self.reference,
@@ -101,7 +131,7 @@ class Conversion:
             held_out_tokens=len(self.text.held_out) * (self.text.held_out.sequence_length - 1),
             distillation_tokens=distillation_tokens,
             kept_fraction=candidate.spec.kept_fraction,
-            kept_fraction_by_layer=results[CONVERTED].kept_fractions,
+            kept_fraction_by_layer=results[len(self.baselines)].kept_fractions,
             threads=processors(),
             bandwidth_gb_per_second=round(bandwidth, 1),
             stages=self._stage_losses(candidate),
@@ -117,6 +147,13 @@ class Conversion:
         return parse_budget(self.convert.budget) if self.convert.budget else None
 
     @cached_property
+    def baselines(self) -> dict[str, str]:
+        """Names and weight types of the dense models that the result is compared with."""
+        if self.dense.config.spec.quantization.gguf:
+            return {"dense, as it is": self.convert.decode_dtype}
+        return BASELINES
+
+    @cached_property
     def options(self) -> FitOptions:
         """Options of every fit."""
         return FitOptions(self.convert.controller_steps, torch.Generator().manual_seed(self.recipe.seed))
@@ -125,10 +162,8 @@ class Conversion:
 
     def _measure_dense(self) -> dict[str, list[float]]:
         """Losses of the dense model by window. Raises Failure if the text does not suit it."""
-        tuning, held_out = (
-            window_losses(self.dense, windows, f"the dense model on {kind} text")
-            for kind, windows in (("tuning", self.text.tuning), ("held-out", self.text.held_out))
-        )
+        texts = [self.text.tuning, self.text.held_out]
+        tuning, held_out = streamed_losses(self.dense, texts, "the dense model on tuning and held-out text")
         check_text(tuning, held_out, self.dense.config.vocab_size)
         return {DENSE_TUNING: tuning.tolist(), DENSE: held_out.tolist()}
 
@@ -245,6 +280,116 @@ class Conversion:
             self._finish_stage(f"refitted: {candidate.name}", model)
         return model
 
+    # -- rounding --------------------------------------------------------------------------------------------
+
+    def _round(self, budget: Budget) -> tuple[ConversionCandidate, Path, list[ConversionCandidate]]:
+        """The best types within the budget: the candidate, the written model, and what other types would give."""
+        rounded = RoundedLayers(self.dense, self.work.folder / "types")
+        gradients = self._output_gradients()
+        self.work.record("rounding", "begun")
+        rounded.fit(self.text.calibration, self.work.keep_tensors)
+        options = rounded.options(gradients)
+        built = self.work.recall("built")
+        if built and built["budget"] == str(budget):
+            candidate = self._candidate(TypeChoice(**built["choice"]))
+            written = self.work.folder / RESULT / "model"
+        else:
+            candidate, written = self._build_types(rounded, options, budget)
+        listed = [self._candidate(choice) for choice in frontier(options)]
+        return candidate, written, listed
+
+    def _output_gradients(self) -> dict[str, Tensor]:
+        """See `output_gradients`; kept in the work folder."""
+        path = self.work.folder / "gradients.safetensors"
+        if not path.exists():
+            tokens, batches = 0, []
+            for batch in self.text.calibration:
+                if tokens < GRADIENT_TOKENS:
+                    batches.append(batch)
+                    tokens += batch.numel()
+            generator = torch.Generator().manual_seed(self.recipe.seed)
+            self.work.keep_tensors(path, output_gradients(self.dense, batches, generator))
+        return load_file(path)
+
+    def _candidate(self, choice: TypeChoice) -> ConversionCandidate:
+        dense = self.dense.config.spec
+        gguf = {**dense.quantization.gguf, **choice.types}
+        spec = dense.model_copy(update={"quantization": QuantizationSpec.model_validate({"gguf": gguf})})
+        size = weight_bytes_per_token(spec, self.convert.decode_dtype)
+        return ConversionCandidate(spec, ROUNDING, size, choice.increase)
+
+    def _build_types(
+        self, rounded: RoundedLayers, options: list[TypeOption], budget: Budget
+    ) -> tuple[ConversionCandidate, Path]:
+        """Write the model with the best types, and measure it in the engine on tuning text.
+
+        What the parts are estimated to add is less than what they add together. The first model shows by how much, and
+        later ones use that.
+
+        Raises:
+            Mismatch: no model meets the budget.
+        """
+        allowed = budget.nats(self._dense_loss())
+        if allowed is None:
+            smallest = fewest_bytes(options)
+            rest = self._candidate(smallest).bytes_per_token - smallest.bytes
+            found = least_increase(options, int(budget.value) - rest) or smallest
+            return self._keep_choice(rounded, found, budget)
+        factor, best, increases = UNDERESTIMATED, None, []
+        tried: dict[int, float] = {}
+        for _ in range(BUILDS):
+            limit = MARGIN * allowed / factor
+            choice = choose_types(options, limit) or frontier(options)[-1]
+            if choice.bytes in tried or (best and choice.bytes >= best.bytes):
+                break
+            candidate, written = self._write_types(rounded, choice)
+            increase = self._tuning_increase_in_engine(candidate, written)
+            tried[choice.bytes] = increase
+            increases.append(increase)
+            console.say(
+                f"{candidate.name}: loss {increase:+.4f} nats/token on tuning text, {allowed:+.4f} allowed"
+            )
+            if increase <= allowed:
+                best = choice
+                if increase >= FULL * allowed:
+                    break
+            factor = max(increase / max(choice.increase, 1e-9), 0.1)
+        if best is None:
+            least_budget = loss_budget(budget, min(increases), self._dense_loss())
+            raise Mismatch(
+                f"convert.budget: no types meet {budget} on tuning text; `budget: {least_budget}` can be met, and "
+                f"resumes from these fits"
+            )
+        return self._keep_choice(rounded, best, budget)
+
+    def _keep_choice(
+        self, rounded: RoundedLayers, choice: TypeChoice, budget: Budget
+    ) -> tuple[ConversionCandidate, Path]:
+        candidate, written = self._write_types(rounded, choice)
+        self.work.record("built", {"budget": str(budget), "choice": asdict(choice)})
+        return candidate, written
+
+    def _write_types(self, rounded: RoundedLayers, choice: TypeChoice) -> tuple[ConversionCandidate, Path]:
+        """The model with these types, complete in the folder of the result."""
+        target = self.work.folder / RESULT / "model"
+        temporary = target.with_name("model.tmp")
+        with run_directory.writing(target, self.work.hint):
+            for folder in (temporary, target):
+                shutil.rmtree(folder, ignore_errors=True)
+            self.work.record("built", None)
+            rounded.write(choice, temporary)
+            self.tokenizer.save_pretrained(temporary)
+            share(temporary)
+            temporary.rename(target)
+        return self._candidate(choice), target
+
+    def _tuning_increase_in_engine(self, candidate: ConversionCandidate, written: Path) -> float:
+        """Increase of the loss on tuning text over the dense model's in float32, nats/token."""
+        precision = Precision.of(self.convert.decode_dtype)
+        contender = NativeContender(candidate.name, written, candidate.spec, precision)
+        losses = contender.evaluate(self.text.tuning).losses
+        return float((losses - self._losses(DENSE_TUNING)).mean())
+
     # -- recovery --------------------------------------------------------------------------------------------
 
     def _needs_recovery(self, candidate: ConversionCandidate, model: ScalingTransformerForCausalLM) -> bool:
@@ -300,12 +445,12 @@ class Conversion:
         held_out = self.text.held_out
         contenders: list[Contender] = [
             NativeContender(name, self.folder, self.dense.config.spec, Precision.of(dtype))
-            for name, dtype in BASELINES.items()
+            for name, dtype in self.baselines.items()
         ]
         precision = Precision.of(self.convert.decode_dtype)
         contenders.append(NativeContender(candidate.name, written, candidate.spec, precision))
         results = [contender.evaluate(held_out) for contender in contenders]
-        self._check_budget(HeldOutLoss.paired(results[CONVERTED].losses, self._losses(DENSE)))
+        self._check_budget(HeldOutLoss.paired(results[-1].losses, self._losses(DENSE)))
         with TemporaryDirectory(dir=self.work.folder) as folder:
             peers = self._peers(Path(folder))
             contenders += peers
@@ -358,8 +503,8 @@ class Conversion:
                 contender.bytes_per_token(result.kept_fractions),
                 speed.decode_ms.p50,
                 speed.prompt_ms.p50,
-                converted=index == CONVERTED,
-                peer=index > CONVERTED,
+                converted=index == len(self.baselines),
+                peer=index > len(self.baselines),
                 settings=contender.settings,
             )
             for index, (contender, result, speed) in enumerate(zip(contenders, results, times, strict=True))

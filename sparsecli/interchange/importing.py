@@ -68,9 +68,11 @@ def run(
     )
 
 
-def model_folder(opened: OwnModel | ForeignModel, into: Path) -> Path:
-    """A model folder of ours for what was opened: its own, or `into`, where it is imported unless it is there. Weights
-    that a GGUF file has quantized are dequantized.
+def model_folder(opened: OwnModel | ForeignModel, into: Path, keeps_types: bool = False) -> Path:
+    """A model folder of ours for what was opened: its own, or `into`, where it is imported unless it is there.
+
+    Args:
+        keeps_types: weights that a GGUF file has quantized keep their codes; else they are dequantized.
 
     Raises:
         Failure: as `write_model`; or `into` holds something else.
@@ -78,7 +80,7 @@ def model_folder(opened: OwnModel | ForeignModel, into: Path) -> Path:
     if isinstance(opened, OwnModel):
         return opened.folder
     if not into.exists():
-        write_model(opened, into, "float32" if opened.gguf else "auto")
+        write_model(opened, into, "float32" if opened.gguf and not keeps_types else "auto")
     elif ScalingTransformerConfig.from_pretrained(into).origin != _origin_facts(opened):
         raise Failure(f"{into}: is there already, and not an import of {opened.reference}")
     return into

@@ -178,13 +178,34 @@ def arrange(kind: GgufType, raw: np.ndarray, cols: int) -> np.ndarray:
     def fill(first: int) -> None:
         some = raw[first * LANES : (first + step) * LANES]
         if short := -len(some) % LANES:
-            some = np.pad(some, ((0, short), (0, 0)))
+            some = _with_rows(some, short)
         _write_panels(kind, take_apart(kind, some), panels[first : first + step])
 
     step = max(1, CHUNK // (LANES * cols))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(fill, range(0, len(panels), step)))
     return panels
+
+
+def panels_of(kind: GgufType, parts: Parts) -> np.ndarray:
+    """The parts of all rows as panels (ceil(R / 16), bytes)."""
+    rows, cols = parts.codes.shape
+    panels = np.zeros(kind.panel_shape(rows, cols), np.uint8)
+    if short := -rows % LANES:
+        tables = (parts.codes, parts.scales, parts.minima, parts.outer)
+        parts = Parts(*(None if t is None else _with_rows(t, short) for t in tables))  # type: ignore[arg-type]
+    step = max(1, CHUNK // (LANES * cols))
+    for first in range(0, len(panels), step):
+        rows_of = slice(first * LANES, (first + step) * LANES)
+        tables = (parts.codes, parts.scales, parts.minima, parts.outer)
+        some = Parts(*(None if t is None else t[rows_of] for t in tables))  # type: ignore[arg-type]
+        _write_panels(kind, some, panels[first : first + step])
+    return panels
+
+
+def _with_rows(table: np.ndarray, count: int) -> np.ndarray:
+    """`count` rows of zeros added."""
+    return np.pad(table, ((0, count), *((0, 0),) * (table.ndim - 1)))
 
 
 def _write_panels(kind: GgufType, parts: Parts, panels: np.ndarray) -> None:

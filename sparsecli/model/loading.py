@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from transformers.utils.logging import disable_progress_bar
 
 from sparsecli.console import Failure
 from sparsecli.model.auto import NETWORKS, Network
 from sparsecli.model.configuration import CONFIGS, ScalingTransformerConfig
-from sparsecli.model.files import CONFIG, check_weights, last_line, model_type, read_description, read_json
+from sparsecli.model.files import (
+    CONFIG,
+    check_weights,
+    last_line,
+    model_type,
+    read_description,
+    read_json,
+    weight_files,
+)
 from sparsecli.model.huge_pages import move_to_huge_pages
 from sparsecli.model.tokenizer import TOKENIZER, check_fit, check_tokenizer
 from sparsecli.spec.model import ModelSpec
@@ -53,6 +62,15 @@ def load_network(folder: Path, dtype: torch.dtype = torch.float32, spec: ModelSp
         raise Failure(f"{folder / CONFIG}: does not load: {last_line(error)}") from error
     move_to_huge_pages(network)
     return network.eval()
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """bfloat16 where all weights are stored in it, but for integers; else float32, which holds all of them exactly."""
+    types = set()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            types |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return torch.bfloat16 if types & {"BF16", "F16", "F32"} == {"BF16"} else torch.float32
 
 
 def read_config(folder: Path) -> ScalingTransformerConfig:

@@ -48,7 +48,7 @@ def _budget(text: str) -> str:
 ConvertedFeedForward = Annotated[
     SparseFeedForwardSpec | SelectorFeedForwardSpec | PrecisionFeedForwardSpec, Field(discriminator="kind")
 ]
-Method = Literal["precision", "selector", "controller", "exact"]
+Method = Literal["rounding", "precision", "selector", "controller", "exact"]
 
 
 class KeptAttention(Spec):
@@ -91,7 +91,8 @@ class ConvertSpec(Spec):
     attention: ConvertedAttention = KeptAttention()
     """The layer that replaces every attention layer; with a budget, with given feed-forward layers, or alone."""
     methods: Annotated[list[Method], Field(min_length=1)] | None = None
-    """Methods that the search tries; by default every method that fits the model's activation."""
+    """Methods that the search tries: `rounding` alone, or some of the others. By default `rounding`; with a budget of
+    units, other attention, given bits, or a ReLU that skips units, every other method that fits the activation."""
     rank: Width = 128
     """Rank of the controllers that the search tries."""
     quantization: QuantizationSpec | None = None

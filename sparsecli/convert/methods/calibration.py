@@ -22,7 +22,7 @@ class ResidualStreams:
         self.arguments: list[list[AttentionInputs]] = []  # of each layer
         for batch in batches:
             position_ids = count_positions(None, 0, batch.shape[1], batch.device)
-            x = model.model.add_positions(model.model.embed(batch), position_ids, 0)
+            x = model.model.add_positions(model.model.embed(batch).float(), position_ids, 0)
             self.x.append(x)
             self.arguments.append(model.model.attention_inputs(x, None, position_ids, 0))
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
+from sparsecli.convert.methods.grids import Grid, fit_grid
+from sparsecli.decode.native import rounding as native
+from sparsecli.model.gguf_types import GgufType, Parts, weights_of
 from sparsecli.model.layers.quantized import QuantizedMatrix
 from sparsecli.model.quantization import GROUP, STEPS, from_bfloat16, quantize_groups
 
 DAMPING, RESIDUAL_DAMPING = 0.001, 0.01  # shares of the mean diagonal: inputs may lie in a subspace
+COLUMNS_AT_ONCE = 64  # whose errors reach all later columns in one product
+TRIANGLE = 256  # width below which a triangle is inverted at once
 
 
 def second_moment(x: Tensor) -> Tensor:
@@ -21,14 +29,41 @@ def second_moment(x: Tensor) -> Tensor:
     return total / len(x)
 
 
+@dataclass(frozen=True)
+class InputMoment:
+    """The second moment (d, d) of a layer's inputs, and what rounding derives from it, once for all types."""
+
+    moment: Tensor
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Columns by the size of their inputs, largest first: all others can compensate their errors."""
+        return self.moment.diagonal().argsort(descending=True)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """See `inverse_factor`, for columns in this order."""
+        return inverse_factor(self.moment[self.order][:, self.order], DAMPING)
+
+
+@torch.no_grad()
+def round_to_type(kind: GgufType, weight: Tensor, inputs: InputMoment) -> tuple[Parts, Tensor]:
+    """`weight` (rows, cols) in one of GGUF's types with the least error of its products.
+
+    Returns:
+        The parts, and the rounded weights (rows, cols) float32.
+    """
+    grid = fit_grid(kind, weight, inputs.moment.diagonal())
+    codes = round_columns(weight, grid, inputs.order, inputs.factor)
+    parts = grid.parts(codes)
+    return parts, torch.from_numpy(weights_of(kind, parts))
+
+
 @torch.no_grad()
 def round_second_order(
     matrix: QuantizedMatrix, weight: Tensor, moment: Tensor, for_residual: bool = False
 ) -> None:
     """Quantize `weight` (rows, cols) into `matrix` with the least error of its products for inputs of this moment.
-
-    Columns with large inputs are rounded first, on the grids of nearest rounding: all other columns can compensate
-    their errors.
 
     Args:
         moment: (cols, cols), see `second_moment`.
@@ -36,42 +71,86 @@ def round_second_order(
             rounded in their order, so that columns with small inputs do not compensate everything, and every group
             gets a grid for its compensated weights.
     """
-    scale, zero = _grids(weight.float(), matrix.bits)
-    order = torch.arange(matrix.cols) if for_residual else moment.diagonal().argsort(descending=True)
-    factor = _inverse_factor(moment[order][:, order], RESIDUAL_DAMPING if for_residual else DAMPING)
-    remaining = weight.float()[:, order].clone()
-    rounded = torch.zeros_like(remaining)
-    for start in range(0, matrix.cols, GROUP):
-        end = min(start + GROUP, matrix.cols)
-        if for_residual:
-            own = slice(start // GROUP, start // GROUP + 1)
-            scale[:, own], zero[:, own] = _grids(remaining[:, start:end], matrix.bits)
-        errors = torch.empty(matrix.rows, end - start)
-        for column in range(start, end):
-            group = int(order[column]) // GROUP
-            target, step, shift = remaining[:, column], scale[:, group], zero[:, group].float() / STEPS
-            inverse = torch.where(step > 0, 1 / step, 0.0)
-            code = (target * inverse + shift).round_().clamp_(0, 2**matrix.bits - 1)
-            error = (target - step * (code - shift)) / factor[column, column]
-            remaining[:, column:end] -= error[:, None] * factor[column, column:end]
-            rounded[:, column] = code
-            errors[:, column - start] = error
-        remaining[:, end:] -= errors @ factor[start:end, end:]
-    codes = np.zeros((matrix.rows, scale.shape[1] * GROUP), np.uint8)
-    codes[:, order.numpy()] = rounded.to(torch.uint8).numpy()
-    matrix.store(codes, scale, zero)
+    grid = _own_grid(weight.float(), matrix.bits)
+    if for_residual:
+        order, factor = torch.arange(matrix.cols), inverse_factor(moment, RESIDUAL_DAMPING)
+        codes = round_columns(weight, grid, order, factor, lambda rest: _own_grid(rest, matrix.bits))
+    else:
+        inputs = InputMoment(moment)
+        codes = round_columns(weight, grid, inputs.order, inputs.factor)
+    filled = torch.nn.functional.pad(codes, (0, grid.scale.shape[1] * GROUP - matrix.cols))
+    scale = grid.scale
+    zero = torch.where(scale > 0, -grid.offset / scale * STEPS, 0.0).round_()
+    matrix.store(filled.to(torch.uint8).numpy(), scale, zero.to(torch.uint8))
 
 
-def _grids(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero (rows, G) of every group of `weight` (rows, cols) for nearest rounding."""
+def round_columns(
+    weight: Tensor,
+    grid: Grid,
+    order: Tensor,
+    factor: Tensor,
+    regrid: Callable[[Tensor], Grid] | None = None,
+) -> Tensor:
+    """Codes (rows, cols) int32 of `weight`: columns are rounded in this order, and later ones compensate the errors.
+
+    Args:
+        factor: see `inverse_factor`, in the same order.
+        regrid: gives the grid of a group's compensated weights (rows, group); `grid` then receives its scales. Only
+            for columns in their own order.
+    """
+    rows, cols = weight.shape
+    remaining = weight.float().T[order].contiguous()  # (cols, rows): a column lies in one piece
+    scales, offsets = grid.scale.T.contiguous(), grid.offset.T.contiguous()  # (groups, rows)
+    groups = order // grid.group
+    codes = torch.empty(cols, rows, dtype=torch.int32)
+    step = grid.group if regrid else COLUMNS_AT_ONCE
+    for start in range(0, cols, step):
+        end = min(start + step, cols)
+        if regrid:
+            own, at = regrid(remaining[start:end].T), start // grid.group
+            grid.scale[:, at], grid.offset[:, at] = own.scale[:, 0], own.offset[:, 0]
+            scales[at], offsets[at] = own.scale[:, 0], own.offset[:, 0]
+        found, errors = native.round_columns(
+            remaining[start:end].numpy(),
+            scales.numpy(),
+            offsets.numpy(),
+            groups[start:end].numpy(),
+            factor[start:end, start:end].numpy(),
+            grid.lowest,
+            grid.highest,
+        )
+        codes[order[start:end]] = torch.from_numpy(found).to(torch.int32)
+        remaining[end:].addmm_(factor[start:end, end:].T, torch.from_numpy(errors), alpha=-1)
+    return codes.T
+
+
+def inverse_factor(moment: Tensor, damping: float) -> Tensor:
+    """The upper triangle U with U^T U = M^-1, float32, of a moment M (d, d) that is damped.
+
+    Args:
+        damping: share of the mean diagonal that is added to the diagonal.
+    """
+    damped = moment.double().flip(0, 1)
+    damped.diagonal().add_(damping * damped.diagonal().mean().clamp(min=1e-12))
+    # M = V V^T with an upper triangle V, so that U is its inverse: half the work of inverting M first.
+    return _inverse_of_lower(torch.linalg.cholesky(damped)).flip(0, 1).float().contiguous()
+
+
+def _inverse_of_lower(triangle: Tensor) -> Tensor:
+    """The inverse of a lower triangle (d, d), by halves."""
+    width = len(triangle)
+    if width <= TRIANGLE:
+        return torch.linalg.solve_triangular(triangle, torch.eye(width, dtype=triangle.dtype), upper=False)
+    half = width // 2
+    inverse = torch.zeros_like(triangle)
+    first, last = _inverse_of_lower(triangle[:half, :half]), _inverse_of_lower(triangle[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[half:, :half] = -(last @ (triangle[half:, :half] @ first))
+    return inverse
+
+
+def _own_grid(weight: Tensor, bits: int) -> Grid:
+    """The grid of nearest rounding of `weight` (rows, cols) for a `QuantizedMatrix`."""
     _, scale, zero = quantize_groups(weight.numpy(), bits)
-    return torch.from_numpy(from_bfloat16(scale)), torch.from_numpy(zero)
-
-
-def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped `moment`, float32."""
-    damped = moment.double().clone()
-    mean = damped.diagonal().mean().clamp(min=1e-12)
-    damped.diagonal().add_(damping * mean)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    steps = torch.from_numpy(from_bfloat16(scale))
+    return Grid(steps, -steps * torch.from_numpy(zero).float() / STEPS, GROUP, 0, 2**bits - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int64, c_void_p
 from pathlib import Path
 
 from sparsecli.console import Failure
@@ -154,6 +154,11 @@ def library() -> ctypes.CDLL:
         "profile": (None, [engine, c_void_p]),
         "profile_part": (c_char_p, [c_int64]),
         "arrange_gguf": (c_int64, [c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64]),
+        "fit_groups": (
+            c_int64,
+            [c_void_p] * 2 + [c_int64] * 3 + [c_float] * 2 + [c_void_p, c_int64] + [c_void_p] * 2 + [c_int64],
+        ),
+        "round_columns": (c_int64, [c_void_p] * 7 + [c_int64] * 3 + [c_float] * 2 + [c_int64]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, f"sparsecli_{name}")

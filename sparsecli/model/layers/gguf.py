@@ -63,9 +63,14 @@ class TiedHead(nn.Module):
         super().__init__()
         self._embedding = (embedding,)  # a tuple, so that it is no submodule
 
+    @property
+    def embedding(self) -> GgufEmbedding:
+        """The embedding, whose weights these are."""
+        return self._embedding[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., cols) -> (..., rows)."""
-        return F.linear(x, self._embedding[0].weight.to(x.dtype))
+        return F.linear(x, self.embedding.weight.to(x.dtype))
 
 
 def use_gguf_modules(model: nn.Module, kinds: Mapping[str, str], prefix: str = "") -> None:

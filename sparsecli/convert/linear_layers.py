@@ -1,0 +1,163 @@
+"""Linear layers and the weight types of GGUF that each may have; and the choice of a type for each within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from sparsecli.model.gguf_types import TYPES
+from sparsecli.model.tensors import tensor_shapes
+from sparsecli.spec.model import ModelSpec
+
+WIDE_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
+"""Types of matrices whose rows are a multiple of 256 long."""
+NARROW_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""Types of the others."""
+EMBEDDING, HEAD = "model.embedding", "head"
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer that can be rounded.
+
+    Attributes:
+        name: of its module; with logits that are tied to the embedding, the embedding's.
+        kept: the type that its weights have already, None for floating point.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    kept: str | None
+
+    @property
+    def types(self) -> list[str]:
+        """The types into which it is rounded: those that are smaller than what it has."""
+        fitting = WIDE_TYPES if self.cols % 256 == 0 else NARROW_TYPES if self.cols % 32 == 0 else ()
+        most = self.bits(self.kept) if self.kept else math.inf
+        return [name for name in fitting if self.bits(name) < most]
+
+    @staticmethod
+    def bits(name: str) -> float:
+        """Bits of a weight, with its share of scales."""
+        return TYPES[name].block_bytes * 8 / TYPES[name].block
+
+    def bytes(self, name: str) -> int:
+        """Bytes in a type."""
+        return round(self.rows * self.cols * self.bits(name) / 8)
+
+
+@dataclass(frozen=True)
+class TypeOption:
+    """A type that a linear layer may have.
+
+    Attributes:
+        increase: estimated increase of the loss, nats/token.
+    """
+
+    layer: LinearLayer
+    type: str
+    bytes: int
+    increase: float
+
+
+@dataclass(frozen=True)
+class TypeChoice:
+    """A type for every linear layer.
+
+    Attributes:
+        types: by the modules' names.
+        increase: estimated increase of the loss, nats/token.
+    """
+
+    types: dict[str, str]
+    bytes: int
+    increase: float
+
+    @property
+    def shares(self) -> str:
+        """The types with their numbers of layers, such as `Q4_K x 140, Q6_K x 57`."""
+        counts = Counter(self.types.values())
+        return ", ".join(f"{name} x {count}" for name, count in sorted(counts.items()))
+
+
+def linear_layers(spec: ModelSpec) -> list[LinearLayer]:
+    """The linear layers of a dense decoder in the order of its modules, the logits last."""
+    kept = spec.quantization.gguf
+    found = []
+    for tensor, shape in tensor_shapes(spec).items():
+        module, _, ending = tensor.rpartition(".")
+        inside = module.startswith("model.layers.") or module == (EMBEDDING if spec.tied else HEAD)
+        if ending == "weight" and len(shape) == 2 and inside:
+            found.append(LinearLayer(module, *shape, kept.get(module)))
+    return sorted(found, key=lambda each: each.name == EMBEDDING)
+
+
+def choose_types(options: Sequence[TypeOption], most_increase: float) -> TypeChoice | None:
+    """The choice with the fewest bytes whose estimated increase of the loss (nats/token) is at most this; or None."""
+    allowed = [choice for choice in frontier(options) if choice.increase <= most_increase]
+    return min(allowed, key=lambda each: each.bytes, default=None)
+
+
+def least_increase(options: Sequence[TypeOption], most_bytes: int | None = None) -> TypeChoice | None:
+    """The choice with the least increase of the loss within so many bytes; None if there is none."""
+    allowed = [each for each in frontier(options) if most_bytes is None or each.bytes <= most_bytes]
+    return min(allowed, key=lambda each: each.increase, default=None)
+
+
+def fewest_bytes(options: Sequence[TypeOption]) -> TypeChoice:
+    """The smallest choice."""
+    return frontier(options)[0]
+
+
+def frontier(options: Sequence[TypeOption]) -> list[TypeChoice]:
+    """Choices from the smallest to the one with the least loss: each has the least loss for its bytes.
+
+    They begin with the smallest type of every layer. Then one layer after another takes a larger type, where a byte
+    more reduces the loss most.
+    """
+    groups = _by_layer(options)
+    chosen = {name: group[0] for name, group in groups.items()}
+    found = [_choice(chosen)]
+    steps = sorted(
+        ((gain, larger) for group in groups.values() for gain, larger in _steps(group)),
+        key=lambda step: -step[0],
+    )
+    for _, larger in steps:
+        chosen[larger.layer.name] = larger
+        found.append(_choice(chosen))
+    return found
+
+
+def _by_layer(options: Sequence[TypeOption]) -> dict[str, list[TypeOption]]:
+    """The options of every layer that may be best at some price of a byte, from the smallest to the largest."""
+    groups: dict[str, list[TypeOption]] = {}
+    for option in sorted(options, key=lambda each: (each.bytes, each.increase)):
+        group = groups.setdefault(option.layer.name, [])
+        if group and group[-1].increase <= option.increase:
+            continue
+        while len(group) > 1 and _gain(group[-2], group[-1]) <= _gain(group[-2], option):
+            group.pop()
+        group.append(option)
+    return groups
+
+
+def _steps(group: Sequence[TypeOption]) -> list[tuple[float, TypeOption]]:
+    return [(_gain(one, other), other) for one, other in pairwise(group)]
+
+
+def _gain(smaller: TypeOption, larger: TypeOption) -> float:
+    """What a byte more takes off the loss."""
+    return (smaller.increase - larger.increase) / max(1, larger.bytes - smaller.bytes)
+
+
+def _choice(chosen: Mapping[str, TypeOption]) -> TypeChoice:
+    options = chosen.values()
+    return TypeChoice(
+        {each.layer.name: each.type for each in options},
+        sum(each.bytes for each in options),
+        sum(each.increase for each in options),
+    )

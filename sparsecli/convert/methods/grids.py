@@ -1,0 +1,123 @@
+"""Grids of GGUF's weight types: scales and minima of groups, fitted for the least error before weights are rounded.
+
+The error of a weight counts as much as the mean square of its input. llama.cpp's importance matrix holds the same
+numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsecli.decode.native import rounding as native
+from sparsecli.model.gguf_types import GgufType, Parts
+
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68)
+"""Shares of a group's range that are tried for types of 4 bits."""
+FEW_SHARES = (1.0, 0.94)
+"""The same for types of more bits, whose best range is nearly the whole one."""
+INNER = {True: 63, False: 127}
+"""Largest inner scale of K types, with and without minima."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that weights may take: scale * code + offset, both (rows, groups) float32.
+
+    Attributes:
+        group: columns that share them.
+        lowest, highest: the codes.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    group: int
+    lowest: int
+    highest: int
+
+    def columns(self, start: int, end: int) -> Grid:
+        """The grid of the columns from `start` to `end`, which begin and end with groups."""
+        part = slice(start // self.group, -(-end // self.group))
+        return Grid(self.scale[:, part], self.offset[:, part], self.group, self.lowest, self.highest)
+
+
+@dataclass(frozen=True)
+class GgufGrid(Grid):
+    """A grid whose scales are those that a GGUF type can hold.
+
+    Attributes:
+        kind: the type.
+        inner, inner_minima: (rows, groups) int, K types only.
+        outer: (rows, blocks, 1 or 2) float16, K types only.
+    """
+
+    kind: GgufType
+    inner: Tensor | None = None
+    inner_minima: Tensor | None = None
+    outer: Tensor | None = None
+
+    def parts(self, codes: Tensor) -> Parts:
+        """The parts of a matrix with these codes (rows, cols)."""
+        kind = self.kind
+        stored = (codes + kind.zero).to(torch.int8 if kind.bits == 8 else torch.uint8).numpy()
+        if self.outer is None:
+            minima = self.offset.half().numpy() if kind.minimum else None
+            return Parts(stored, self.scale.half().numpy(), minima)
+        assert self.inner is not None
+        inner_type = np.uint8 if kind.minimum else np.int8
+        minima = None if self.inner_minima is None else self.inner_minima.numpy().astype(inner_type)
+        return Parts(stored, self.inner.numpy().astype(inner_type), minima, self.outer.numpy())
+
+
+def fit_grid(kind: GgufType, weight: Tensor, importance: Tensor) -> GgufGrid:
+    """The grid of `weight` (rows, cols) in a type whose blocks divide the columns.
+
+    Args:
+        importance: of every column (cols,), the mean square of its input.
+    """
+    lowest = 0 if kind.minimum else -kind.zero if kind.zero else -127
+    highest = (1 << kind.bits) - 1 if kind.minimum else kind.zero - 1 if kind.zero else 127
+    mean = importance.mean()
+    found = native.fit_groups(
+        weight.float().numpy(),
+        (importance + 1e-8 * mean + 1e-30).float().numpy(),
+        kind.group,
+        lowest,
+        highest,
+        SHARES if kind.bits == 4 else FEW_SHARES,
+        kind.minimum,
+    )
+    scale, offset = map(torch.from_numpy, found)
+    if not kind.nested:
+        return GgufGrid(scale.half().float(), offset.half().float(), kind.group, lowest, highest, kind)
+    largest = INNER[kind.minimum]
+    inner, outer = _nest(scale, 256 // kind.group, largest)
+    inners, outers = [inner], [outer]
+    if kind.minimum:
+        inner_minima, outer_minimum = _nest(-offset, 256 // kind.group, largest)
+        inners.append(inner_minima)
+        outers.append(outer_minimum)
+    widened = [each.float().repeat_interleave(256 // kind.group, dim=1) for each in outers]
+    return GgufGrid(
+        widened[0] * inner,
+        -(widened[1] * inners[1]) if kind.minimum else torch.zeros_like(scale),
+        kind.group,
+        lowest,
+        highest,
+        kind,
+        inner,
+        inners[1] if kind.minimum else None,
+        torch.stack(outers, dim=-1),
+    )
+
+
+def _nest(scale: Tensor, per_block: int, largest: int) -> tuple[Tensor, Tensor]:
+    """Scales (rows, groups) as whole numbers, and the float16 scale (rows, blocks) of a block's."""
+    blocks = scale.unflatten(1, (-1, per_block))
+    outer = (blocks.abs().amax(dim=-1) / largest).half()
+    step = outer.float()[..., None]
+    inner = torch.where(step > 0, blocks / step, 0.0).round_().clamp_(-largest, largest)
+    return inner.flatten(1), outer
