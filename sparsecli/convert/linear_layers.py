@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from sparsecli.model.gguf_types import TYPES
 from sparsecli.model.tensors import tensor_shapes
-from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.model import ModelSpec, QuantizationSpec
 
 WIDE_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
 """Types of matrices whose rows are a multiple of 256 long."""
@@ -87,8 +87,9 @@ class TypeChoice:
 def linear_layers(spec: ModelSpec) -> list[LinearLayer]:
     """The linear layers of a dense decoder in the order of its modules, the logits last."""
     kept = spec.quantization.gguf
+    plain = spec.model_copy(update={"quantization": QuantizationSpec()})
     found = []
-    for tensor, shape in tensor_shapes(spec).items():
+    for tensor, shape in tensor_shapes(plain).items():
         module, _, ending = tensor.rpartition(".")
         inside = module.startswith("model.layers.") or module == (EMBEDDING if spec.tied else HEAD)
         if ending == "weight" and len(shape) == 2 and inside:
@@ -97,39 +98,52 @@ def linear_layers(spec: ModelSpec) -> list[LinearLayer]:
 
 
 def choose_types(options: Sequence[TypeOption], most_increase: float) -> TypeChoice | None:
-    """The choice with the fewest bytes whose estimated increase of the loss (nats/token) is at most this; or None."""
-    allowed = [choice for choice in frontier(options) if choice.increase <= most_increase]
-    return min(allowed, key=lambda each: each.bytes, default=None)
+    """The choice with the fewest bytes whose estimated increase of the loss (nats/token) is at most this; or None.
+
+    Beginning with the largest type of every layer, one layer after another takes a smaller type, where a byte less costs
+    least. A step that would go beyond the limit is left out, and smaller ones after it may still fit.
+    """
+    groups = _by_layer(options)
+    chosen = {name: group[-1] for name, group in groups.items()}
+    increase = sum(each.increase for each in chosen.values())
+    if increase > most_increase:
+        return None
+    steps = [(smaller, larger) for group in groups.values() for smaller, larger in pairwise(group)]
+    for smaller, larger in sorted(steps, key=lambda step: _gain(*step)):
+        name, more = larger.layer.name, smaller.increase - larger.increase
+        if chosen[name] is larger and increase + more <= most_increase:
+            chosen[name] = smaller
+            increase += more
+    return _choice(chosen)
 
 
-def least_increase(options: Sequence[TypeOption], most_bytes: int | None = None) -> TypeChoice | None:
-    """The choice with the least increase of the loss within so many bytes; None if there is none."""
-    allowed = [each for each in frontier(options) if most_bytes is None or each.bytes <= most_bytes]
-    return min(allowed, key=lambda each: each.increase, default=None)
+def least_increase(options: Sequence[TypeOption], most_bytes: int) -> TypeChoice | None:
+    """The choice with the least estimated increase of the loss within so many bytes; None if there is none.
 
-
-def fewest_bytes(options: Sequence[TypeOption]) -> TypeChoice:
-    """The smallest choice."""
-    return frontier(options)[0]
-
-
-def frontier(options: Sequence[TypeOption]) -> list[TypeChoice]:
-    """Choices from the smallest to the one with the least loss: each has the least loss for its bytes.
-
-    They begin with the smallest type of every layer. Then one layer after another takes a larger type, where a byte
-    more reduces the loss most.
+    Beginning with the smallest type of every layer, one layer after another takes a larger one, where a byte more
+    gains most.
     """
     groups = _by_layer(options)
     chosen = {name: group[0] for name, group in groups.items()}
-    found = [_choice(chosen)]
-    steps = sorted(
-        ((gain, larger) for group in groups.values() for gain, larger in _steps(group)),
-        key=lambda step: -step[0],
-    )
-    for _, larger in steps:
-        chosen[larger.layer.name] = larger
-        found.append(_choice(chosen))
-    return found
+    size = sum(each.bytes for each in chosen.values())
+    if size > most_bytes:
+        return None
+    steps = [(smaller, larger) for group in groups.values() for smaller, larger in pairwise(group)]
+    for smaller, larger in sorted(steps, key=lambda step: -_gain(*step)):
+        name, more = larger.layer.name, larger.bytes - smaller.bytes
+        if chosen[name] is smaller and size + more <= most_bytes:
+            chosen[name] = larger
+            size += more
+    return _choice(chosen)
+
+
+def frontier(options: Sequence[TypeOption], count: int) -> list[TypeChoice]:
+    """`count` choices from the smallest to the largest, evenly apart in bytes."""
+    groups = _by_layer(options).values()
+    fewest, most = (sum(group[at].bytes for group in groups) for at in (0, -1))
+    sizes = [fewest + (most - fewest) * at // (count - 1) for at in range(count)]
+    found = [least_increase(options, size) for size in sizes]
+    return list({each.bytes: each for each in found if each}.values())
 
 
 def _by_layer(options: Sequence[TypeOption]) -> dict[str, list[TypeOption]]:
@@ -143,10 +157,6 @@ def _by_layer(options: Sequence[TypeOption]) -> dict[str, list[TypeOption]]:
             group.pop()
         group.append(option)
     return groups
-
-
-def _steps(group: Sequence[TypeOption]) -> list[tuple[float, TypeOption]]:
-    return [(_gain(one, other), other) for one, other in pairwise(group)]
 
 
 def _gain(smaller: TypeOption, larger: TypeOption) -> float:

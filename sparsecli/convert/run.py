@@ -30,7 +30,6 @@ from sparsecli.convert.linear_layers import (
     TypeChoice,
     TypeOption,
     choose_types,
-    fewest_bytes,
     frontier,
     least_increase,
 )
@@ -61,6 +60,8 @@ BASELINES = {"dense, bfloat16": "bfloat16", "dense, int8": "int8", "dense, 4 bit
 DENSE, DENSE_TUNING, DISTILLED = "dense", "dense on tuning text", "distilled"
 """Names under which losses are recorded."""
 ROUNDS = 7
+LISTED = 9
+"""Choices of types that the report lists with their estimates."""
 BUILDS = 4
 """Models that a search for types builds at most."""
 FULL = 0.8
@@ -295,7 +296,7 @@ class Conversion:
             written = self.work.folder / RESULT / "model"
         else:
             candidate, written = self._build_types(rounded, options, budget)
-        listed = [self._candidate(choice) for choice in frontier(options)]
+        listed = [self._candidate(choice) for choice in frontier(options, LISTED)]
         return candidate, written, listed
 
     def _output_gradients(self) -> dict[str, Tensor]:
@@ -331,21 +332,21 @@ class Conversion:
         """
         allowed = budget.nats(self._dense_loss())
         if allowed is None:
-            smallest = fewest_bytes(options)
+            smallest = frontier(options, 2)[0]
             rest = self._candidate(smallest).bytes_per_token - smallest.bytes
             found = least_increase(options, int(budget.value) - rest) or smallest
-            return self._keep_choice(rounded, found, budget)
-        factor, best, increases = UNDERESTIMATED, None, []
-        tried: dict[int, float] = {}
+            return self._keep_choice(found, budget, *self._write_types(rounded, found))
+        factor, best, written_choice = UNDERESTIMATED, None, None
+        increases: dict[int, float] = {}
         for _ in range(BUILDS):
             limit = MARGIN * allowed / factor
-            choice = choose_types(options, limit) or frontier(options)[-1]
-            if choice.bytes in tried or (best and choice.bytes >= best.bytes):
+            choice = choose_types(options, limit) or frontier(options, 2)[-1]
+            if choice.bytes in increases or (best and choice.bytes >= best.bytes):
                 break
             candidate, written = self._write_types(rounded, choice)
+            written_choice = choice
             increase = self._tuning_increase_in_engine(candidate, written)
-            tried[choice.bytes] = increase
-            increases.append(increase)
+            increases[choice.bytes] = increase
             console.say(
                 f"{candidate.name}: loss {increase:+.4f} nats/token on tuning text, {allowed:+.4f} allowed"
             )
@@ -355,17 +356,19 @@ class Conversion:
                     break
             factor = max(increase / max(choice.increase, 1e-9), 0.1)
         if best is None:
-            least_budget = loss_budget(budget, min(increases), self._dense_loss())
+            least_budget = loss_budget(budget, min(increases.values()), self._dense_loss())
             raise Mismatch(
                 f"convert.budget: no types meet {budget} on tuning text; `budget: {least_budget}` can be met, and "
                 f"resumes from these fits"
             )
-        return self._keep_choice(rounded, best, budget)
+        if written_choice != best:
+            candidate, written = self._write_types(rounded, best)
+        return self._keep_choice(best, budget, candidate, written)
 
     def _keep_choice(
-        self, rounded: RoundedLayers, choice: TypeChoice, budget: Budget
+        self, choice: TypeChoice, budget: Budget, candidate: ConversionCandidate, written: Path
     ) -> tuple[ConversionCandidate, Path]:
-        candidate, written = self._write_types(rounded, choice)
+        """Record the choice of a written model."""
         self.work.record("built", {"budget": str(budget), "choice": asdict(choice)})
         return candidate, written
 

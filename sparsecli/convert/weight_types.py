@@ -33,7 +33,7 @@ from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.gguf_types import TYPES, panels_of
 from sparsecli.spec.model import ModelSpec, QuantizationSpec
 
-GRADIENT_TOKENS = 4096
+GRADIENT_TOKENS = 2048
 """Calibration tokens on which gradients are taken; their mean squares hardly change with more."""
 CHECKED = 8
 """One of so many calibration batches serves to measure errors on inputs that no fit has seen."""

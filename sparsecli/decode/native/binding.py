@@ -7,6 +7,7 @@ import functools
 import os
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 from sparsecli.console import Failure
 
@@ -131,7 +132,7 @@ def library() -> ctypes.CDLL:
     if found != 1000 * INTERFACE_VERSION + ctypes.sizeof(Shape):
         raise OSError(f"{LIBRARY.name} was built from other sources; install the package again")
     engine = sequence = c_void_p
-    signatures: dict[str, tuple[object, list[object]]] = {
+    signatures: dict[str, tuple[Any, list[Any]]] = {
         "instruction_set": (c_char_p, [c_char_p, c_char_p]),
         "create": (engine, [POINTER(Shape), c_int64, c_int64, c_char_p]),
         "destroy": (None, [engine]),
