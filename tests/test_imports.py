@@ -59,6 +59,7 @@ LAYERS |= {
         *("sparsecli.spec", "sparsecli.model.files"),
     },
     "sparsecli.decode.native.binding": {"sparsecli.console"},
+    "sparsecli.decode.native.rounding": {"sparsecli.decode.native"},
     "sparsecli.decode.native.gguf": {"sparsecli.decode.native", "sparsecli.model.gguf_types"},
     "sparsecli.decode.native.shape": {
         *("sparsecli.decode.native", "sparsecli.decode.packed"),
@@ -107,6 +108,7 @@ LAYERS |= {
     "sparsecli.convert.methods": {
         *("sparsecli.convert.methods", "sparsecli.console", "sparsecli.model", "sparsecli.spec"),
         "sparsecli.train.controllers",
+        "sparsecli.decode.native.rounding",
     },
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},
     "sparsecli.cli": {"sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.recipe"}

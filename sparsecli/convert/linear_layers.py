@@ -100,8 +100,8 @@ def linear_layers(spec: ModelSpec) -> list[LinearLayer]:
 def choose_types(options: Sequence[TypeOption], most_increase: float) -> TypeChoice | None:
     """The choice with the fewest bytes whose estimated increase of the loss (nats/token) is at most this; or None.
 
-    Beginning with the largest type of every layer, one layer after another takes a smaller type, where a byte less costs
-    least. A step that would go beyond the limit is left out, and smaller ones after it may still fit.
+    Beginning with the largest type of every layer, one layer after another takes a smaller type, where a byte less
+    costs least. A step that would go beyond the limit is left out, and smaller ones after it may still fit.
     """
     groups = _by_layer(options)
     chosen = {name: group[-1] for name, group in groups.items()}
