@@ -147,7 +147,7 @@ def test_a_search_keeps_its_budget(
     assert report.distillation_tokens == 0  # the budget was kept without
     told = capsys.readouterr().err
     for stage in (
-        *("tokenizing: 40/40", "the dense model on tuning text: 16/16", "fitting layers: 2/2"),
+        *("tokenizing: 40/40", "the dense model on tuning and held-out text: ", "fitting layers: 2/2"),
         *("precision, 8 of 16 units: 16/16", "attention 4 bit: 16/16", "logits in 4 bits: 16/16"),
         *(
             "on tuning text: 16/16",
