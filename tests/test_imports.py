@@ -92,7 +92,7 @@ LAYERS |= {
         "sparsecli.decode.native.gguf",
     },
     "sparsecli.bench": BELOW_COMMANDS
-    | {"sparsecli.bench", "sparsecli.train", "sparsecli.decode", "sparsecli.generate.decoder"},
+    | {f"sparsecli.{name}" for name in ("bench", "train", "decode", "interchange", "generate.decoder")},
     "sparsecli.bench.result": {"sparsecli.decode.packed", "sparsecli.recipe"},
     "sparsecli.bench.decoders": {
         *("sparsecli.bench.decoders", "sparsecli.bench.random_weights"),

@@ -24,6 +24,7 @@ from sparsecli.convert.evaluate import (
     NativeContender,
     measure_speed,
 )
+from sparsecli.convert.importance import input_importance
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.methods.base import FitOptions
 from sparsecli.convert.methods.fitting import fit_model, initialize_from_dense
@@ -62,6 +63,7 @@ class Conversion:
         folder: the dense model as a model folder of ours.
         work: holds the finished steps, so that a stopped conversion resumes after the last of them.
         with_llama: whether llama.cpp is measured too.
+        source_weights: the source's own weight types, for the report.
     """
 
     recipe: Recipe
@@ -74,6 +76,7 @@ class Conversion:
     work: WorkFolder
     output: Path
     with_llama: bool = False
+    source_weights: str = ""
 
     def run(self, candidates: list[ConversionCandidate]) -> Report:
         """Convert to one of the candidates: the only one, or the best that a search with a budget finds.
@@ -106,6 +109,7 @@ class Conversion:
             bandwidth_gb_per_second=round(bandwidth, 1),
             stages=self._stage_losses(candidate),
             models=self._measured_models(contenders, results, times),
+            source_weights=self.source_weights,
             candidates=_summarize(candidates),
         )
         self._publish(report)
@@ -332,7 +336,8 @@ class Conversion:
         from sparsecli.convert.llama_cpp import llama_contenders  # needs optional packages
 
         try:
-            return llama_contenders(folder, self.dense, self.text.held_out, processors())
+            importance = input_importance(self.dense, self.text.calibration)
+            return llama_contenders(folder, self.dense, self.text.held_out, processors(), importance)
         except Failure as failure:
             console.warn(f"llama.cpp is not measured: {failure}")
             return []
@@ -358,6 +363,7 @@ class Conversion:
                 contender.bytes_per_token(result.kept_fractions),
                 speed.decode_ms.p50,
                 speed.prompt_ms.p50,
+                bits_per_weight=round(contender.bits_per_weight(result.kept_fractions), 3),
                 converted=index == CONVERTED,
                 peer=index > CONVERTED,
                 settings=contender.settings,
