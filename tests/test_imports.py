@@ -101,6 +101,7 @@ LAYERS |= {
     "sparsecli.bench.peers": {
         *("sparsecli.bench.peers", "sparsecli.bench.variants", "sparsecli.bench.random_weights"),
         *("sparsecli.console", "sparsecli.model", "sparsecli.spec"),
+        "sparsecli.interchange.gguf_reader",
     },
     "sparsecli.convert": BELOW_COMMANDS
     | {f"sparsecli.{name}" for name in ("convert", "evaluate", "train", "bench", "decode", "interchange")},

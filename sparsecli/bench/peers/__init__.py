@@ -203,10 +203,8 @@ def _of_file(peer: Peer, variant: Variant) -> PeerModel:
 
     assert variant.gguf
     read = weights_read(variant.gguf)
-    kinds = [kind for kind in read.bytes_by_type if kind != "f32"] or [
-        "f32"
-    ]  # vectors are float32 in all files
-    dtype = " ".join(kinds).upper()
+    kinds = [kind for kind in read.bytes_by_type if kind != "f32"]  # in which all files have their vectors
+    dtype = " ".join(kinds or ["f32"]).upper()
     return PeerModel(peer, variant, variant, dtype, dtype, read)
 
 

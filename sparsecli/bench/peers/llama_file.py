@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsecli import console
 from sparsecli.bench.peers.llama_shape import matrices, random_tile, repeated
+from sparsecli.interchange.gguf_reader import GgufReader
 from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.spec.model import ModelSpec, QuantizationSpec
 
@@ -208,15 +209,16 @@ def weights_read(path: Path) -> WeightsRead:
     """What a decoded token reads of the dense model in `path`.
 
     Logits are computed with the embedding if the file has no other matrix for them; else a token reads one row of it.
+    Raises `Failure` if the file is damaged.
     """
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    tensors = GgufReader(path).tensors
     row, weights, sizes = 0, 0, Counter[str]()
     for name, tensor in tensors.items():
         if name == "token_embd.weight" and "output.weight" in tensors:
-            row = int(tensor.n_bytes // tensor.shape[-1])
+            row = tensor.raw[0].nbytes
         elif name != "rope_freqs.weight":
-            weights += int(tensor.n_elements)
-            sizes[tensor.tensor_type.name.lower()] += int(tensor.n_bytes)
+            weights += math.prod(tensor.shape)
+            sizes[gguf.GGMLQuantizationType(tensor.kind).name.lower()] += tensor.raw.nbytes
     return WeightsRead(sizes.total() + row, 8 * sizes.total() / weights, dict(sizes.most_common()))
 
 
