@@ -189,7 +189,7 @@ def test_without_the_native_engine_torch_measures_and_says_so(
     assert {(row.backend, row.dtype) for row in measured.rows} == {("torch", "float32")}
     told = capsys.readouterr().err
     assert "measuring with PyTorch: it was not built" in told
-    assert "rows left out: int8, int4, rows with a precision of their own" in told
+    assert "rows left out: int8, int4, codes of GGUF files, rows with a precision of their own" in told
     with pytest.raises(console.Failure, match="--backend native: it was not built"):
         command.run(loaded(backends=["native"]))
     with pytest.raises(console.Failure, match="need the native backend"):

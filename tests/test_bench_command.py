@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_benches import MODEL, SPARSE, loaded
+from foreign_models import LLAMA, build, save
+from small_benches import MODEL, SPARSE, loaded, needs_native
+from test_interchange import write_gguf
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 from sparsecli import cli, console
 from sparsecli.bench import command, host, models, random_weights, render, variants
+from sparsecli.bench.peers import PEERS
 from sparsecli.bench.result import BenchResult
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.recipe.loader import LoadedRecipe
@@ -196,3 +199,54 @@ def test_runs_in_folders_of_the_same_name_are_told_apart(
     again = [*runs, ".", f"{runs[1]}/model"]  # the same models once more
     names = [variant.name for variant in variants.from_runs(again)]
     assert names == ["a/runs/quick", "b/runs/quick", "slow"]
+
+
+# -- GGUF files ----------------------------------------------------------------------------------------------
+
+needs_llama = pytest.mark.skipif(PEERS["llama.cpp"].missing() is not None, reason="llama.cpp is not there")
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    """A tiny Llama in Q4_0."""
+    original = build("llama", **LLAMA | {"intermediate_size": 64})
+    write_gguf(original, save(original, tmp_path / "theirs"), tmp_path / "model.gguf", quantized="Q4_0")
+    return tmp_path / "model.gguf"
+
+
+@needs_llama
+@needs_native
+def test_a_gguf_file_is_measured_as_it_is_in_both(gguf_file: Path, tmp_path: Path) -> None:
+    settings = {"backends": ["native"], "context": [8], "rounds": 2, "tokens_per_round": 2, "threads": [1]}
+    recipe = Recipe.model_validate({"bench": {**settings, "peers": ["llama.cpp"]}})
+    tiny = LoadedRecipe(recipe=recipe, name="tiny", path=Path("tiny.yaml"))
+    before = sorted(tmp_path.iterdir())
+    measured = command.run(tiny, runs=[str(gguf_file)], format="markdown")
+    assert measured
+    assert sorted(tmp_path.iterdir()) == before
+    described = [(row.backend, row.variant, row.dtype, row.prefill) for row in measured.rows]
+    assert described == [
+        (backend, "model.gguf", "Q4_0", prefill)
+        for backend in ("native", "llama.cpp")
+        for prefill in (None, 256)
+    ]
+    ours, prompt, theirs, _ = measured.rows
+    assert ours.bits_per_weight == theirs.bits_per_weight == prompt.bits_per_weight
+    assert 4.5 < ours.bits_per_weight < 5  # vectors are float32
+    assert ours.bytes_per_token == theirs.bytes_per_token
+    assert ours.speedup_over_peer == pytest.approx(theirs.ms_per_token.p50 / ours.ms_per_token.p50, abs=1e-3)
+    assert BenchResult.model_validate_json(render.as_json(measured)) == measured
+
+
+@needs_llama
+def test_what_a_peer_does_not_read_is_told(gguf_file: Path, tmp_path: Path) -> None:
+    run = str(trained(tmp_path / "run"))
+    for peer, reference, told in (
+        ("openvino", str(gguf_file), "openvino has random weights; leave out --model"),
+        ("llama.cpp", run, r"llama.cpp runs GGUF files as they are; name one, --model FILE\.gguf"),
+    ):
+        with pytest.raises(console.Failure, match=told) as caught:
+            command.run(loaded(peers=[peer]), runs=[reference], dry_run=True)
+        assert caught.value.exit_code == 2
+    with pytest.raises(console.Failure, match=r"codes of GGUF files, .* need the native backend"):
+        command.run(loaded(backends=["torch"]), runs=[str(gguf_file)], dry_run=True)

@@ -78,6 +78,45 @@ def test_bytes_follow_the_packed_types() -> None:
     assert bytes_read.bytes_per_token(spec, precision, 10, batch=3) == round((fixed + chosen) / 3)
 
 
+MATRIX = 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("layer", "bits", "weights"),
+    [
+        ({"kind": "dense", "bias": False}, 2 * 8.5, 2),
+        # All units in 4 bits, a quarter of them in 4 more.
+        ({"kind": "precision", "units_per_block": 4}, 2 * (4 + 3 / 8) + 2 / 4 * (4 + 2 / 8), 2),
+        # A sketch of the first matrix, and a quarter of the units; of these, only the second matrix is new.
+        ({"kind": "selector", "units_per_block": 4}, (3 + 3 / 8) + 2 / 4 * 8.5, 1 + 1 / 4),
+    ],
+)
+def test_bits_of_a_weight(layer: dict[str, object], bits: float, weights: float) -> None:
+    """By hand, in matrices: int8 units, all else in float32."""
+    spec = ModelSpec.model_validate(
+        {
+            **MODEL,
+            "d_model": 64,
+            "layers": 1,
+            "positions": "rotary",
+            "normalization": "rms",
+            "attention": {"bias": False},
+            "feed_forward": {"d_ff": 64, **layer},
+        }
+    )
+    vectors = 3 * 64 + (2 * 64 if "units_per_block" in layer else 0)  # norms; importance and bias
+    others = 4 + (50 * 64 + vectors) / MATRIX
+    found = bytes_read.bits_per_weight(spec, Precision.of("float32", units="int8"))
+    assert found == pytest.approx((32 * others + bits) / (others + weights))
+
+
+def test_looked_up_rows_do_not_count_among_the_bits() -> None:
+    for tied in (False, True):
+        spec = ModelSpec.model_validate({**MODEL, "vocabulary": {"kind": "dense", "size": 50, "tied": tied}})
+        for dtype, bits in (("float32", 32), ("bfloat16", 16)):
+            assert bytes_read.bits_per_weight(spec, Precision.of(dtype), vectors=dtype) == bits
+
+
 # -- measuring -----------------------------------------------------------------------------------------------
 
 

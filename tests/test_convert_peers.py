@@ -17,6 +17,7 @@ from sparsecli.bench.random_weights import empty_model
 from sparsecli.console import Failure
 from sparsecli.convert import command
 from sparsecli.convert.command import PEER_NAMES, check_peer_names, measures_llama
+from sparsecli.convert.importance import input_importance
 from sparsecli.convert.report import MeasuredModel, Report
 from sparsecli.data.packing import Windows
 from sparsecli.decode.native import binding
@@ -32,6 +33,7 @@ needs_llama = pytest.mark.skipif(
 )
 needs_engine = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not there")
 
+FILES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_xs", "q4_0")
 LLAMA: dict[str, Any] = {
     "d_model": 64,
     "layers": 2,
@@ -110,7 +112,7 @@ def test_quantised_files_come_from_the_same_weights(tmp_path: Path) -> None:
     tokens = list(range(16))
     errors, sizes = [], []
     exact = llama_cpp.LlamaSequence(llama_cpp.LlamaModel(source, spec, 1), 16).logits(tokens).copy()
-    for dtype in ("q8_0", "q4_k_m", "q4_0"):
+    for dtype in ("q8_0", "q4_k_m", "q4_0"):  # fewer bits each
         file = tmp_path / f"{dtype}.gguf"
         llama_cpp.quantise(source, file, dtype, 1)
         found = llama_cpp.LlamaSequence(llama_cpp.LlamaModel(file, spec, 1), 16).logits(tokens)
@@ -119,6 +121,62 @@ def test_quantised_files_come_from_the_same_weights(tmp_path: Path) -> None:
     assert errors == sorted(errors)
     assert errors[0] < 0.04 < errors[2] < 0.5
     assert source.stat().st_size > sizes[0] > sizes[2]
+
+
+def test_importance_is_the_mean_square_of_inputs() -> None:
+    model = model_of()
+    batches = [torch.arange(40).view(2, 20) * 7 % 300, torch.arange(20).view(1, 20) * 11 % 300]
+    found = input_importance(model, batches)
+    assert len(found) == 2 * 7
+    block = model.model.layers[0]
+    with torch.no_grad():
+        read = torch.cat(
+            [block.attention_norm(model.model.embedding(batch)).flatten(0, 1) for batch in batches]
+        )
+    for name in ("query", "key", "value"):
+        squares = found[f"model.layers.0.attention.projection.{name}"]
+        np.testing.assert_allclose(squares, read.square().mean(0).numpy(), rtol=1e-5)
+    assert found["model.layers.1.feed_forward.down"].shape == (96,)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@needs_llama
+@pytest.mark.parametrize("dtype", ["q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_xs", "q4_0"])
+def test_an_importance_matrix_lowers_the_errors_that_matter(dtype: str, tmp_path: Path) -> None:
+    import gguf
+
+    from sparsecli.bench.peers import llama_cpp, llama_file
+
+    layer = {**LLAMA["feed_forward"], "d_ff": 256}
+    model = model_of(d_model=256, layers=1, feed_forward=layer)
+    spec, weights = model.config.spec, dict(model.named_parameters())
+    source = tmp_path / "float16.gguf"
+    llama_file.write_weights(source, spec, weights)
+    random = np.random.default_rng(0)
+    linear = [name.removesuffix(".weight") for name, each in weights.items() if each.ndim == 2]
+    importance = {
+        llama_file.matrix_name(name, spec): random.uniform(0.01, 1, 256).astype(np.float32) ** 4
+        for name in linear
+        if name.startswith("model.layers.")
+    }
+    exact = {each.name: np.array(each.data, np.float32) for each in gguf.GGUFReader(source).tensors}
+    assert importance.keys() < exact.keys()
+
+    def errors(matrices: dict[str, np.ndarray] | None) -> np.ndarray:
+        file = tmp_path / "quantized.gguf"
+        llama_cpp.quantise(source, file, dtype, 1, matrices)
+        found = {each.name: each for each in gguf.GGUFReader(file).tensors}
+        kinds.append([found[name].tensor_type for name in importance])
+        rounded = {name: gguf.dequantize(found[name].data, found[name].tensor_type) for name in importance}
+        return np.array(
+            [(squares * (rounded[name] - exact[name]) ** 2).sum() for name, squares in importance.items()]
+        )
+
+    kinds: list[list[object]] = []
+    ratios = errors(importance) / errors(None)
+    same = [with_it == without for with_it, without in zip(*kinds, strict=True)]
+    assert sum(same) >= 5  # llama.cpp may choose another type for some
+    assert ratios[same].max() < 0.97
 
 
 @needs_llama
@@ -136,7 +194,7 @@ def test_another_model_in_the_file_is_noticed(tmp_path: Path, monkeypatch: pytes
     from sparsecli.convert import llama_cpp
 
     windows = Windows(np.arange(64) * 37 % 300, 32)
-    assert len(llama_cpp.llama_contenders(tmp_path, model_of(), windows, 1)) == 4
+    assert len(llama_cpp.llama_contenders(tmp_path, model_of(), windows, 1)) == 1 + len(FILES)
     monkeypatch.setattr(llama_file, "_in_their_order", lambda name, values, spec: values)
     with pytest.raises(
         Failure, match=r"its float16 file does not match our model: its perplexity differs by .*%"
@@ -213,10 +271,14 @@ def report_of(*models: MeasuredModel) -> Report:
 
 
 def test_a_peer_can_be_preferred() -> None:
-    dense = MeasuredModel("dense, bfloat16", HeldOutLoss(3.0, 0.0, 0.0), 100, 4.0, 1.0)
-    ours = MeasuredModel("precision", HeldOutLoss(3.1, 0.1, 0.0), 40, 2.0, 1.0, converted=True)
-    slower = MeasuredModel("llama.cpp, q8_0", HeldOutLoss(3.0, 0.0, 0.0), 50, 2.5, 1.0, peer=True)
-    faster = MeasuredModel("llama.cpp, q4_0", HeldOutLoss(3.1, 0.1, 0.0), 30, 1.5, 1.0, peer=True)
+    def row(name: str, loss: float, ms: float, **kind: bool) -> MeasuredModel:
+        return MeasuredModel(
+            name, HeldOutLoss(loss, loss - 3.0, 0.0), 1, ms, 1.0, bits_per_weight=8.0, **kind
+        )
+
+    dense, ours = row("dense, bfloat16", 3.0, 4.0), row("precision", 3.1, 2.0, converted=True)
+    slower = row("llama.cpp, q8_0", 3.0, 2.5, peer=True)
+    faster = row("llama.cpp, q4_0", 3.1, 1.5, peer=True)
     assert report_of(dense, ours, slower).verdict.endswith("; llama.cpp, q8_0: 1.60x at +0.00%")
     assert report_of(dense, ours, slower, faster).verdict.endswith(
         "; llama.cpp, q4_0 is faster and no worse: prefer it"
@@ -279,17 +341,24 @@ def convert(
 def test_rows_of_llama_cpp_stand_beside_ours(convert: Callable[[], Report], tmp_path: Path) -> None:
     report = convert()
     theirs = {row.name: row for row in report.models if row.peer}
-    assert list(theirs) == [f"llama.cpp, {dtype}" for dtype in ("float16", "q8_0", "q4_0", "q4_k_m")]
+    assert list(theirs) == [f"llama.cpp, {dtype}" for dtype in ("float16", *FILES)]
     assert report.models[3] is report.result
     assert theirs["llama.cpp, float16"].loss.increase == pytest.approx(0, abs=2e-3)
     assert theirs["llama.cpp, q8_0"].loss.increase == pytest.approx(0, abs=1e-2)
     float16, q8_0 = (theirs[f"llama.cpp, {dtype}"].bytes_per_token for dtype in ("float16", "q8_0"))
     assert q8_0 / float16 == pytest.approx(34 / 64, rel=0.02)
     assert all(row.ms_per_token > 0 and row.prompt_ms_per_token > 0 for row in theirs.values())
+    assert theirs["llama.cpp, float16"].bits_per_weight == pytest.approx(16, abs=0.2)
+    assert theirs["llama.cpp, q8_0"].bits_per_weight == pytest.approx(8.5, abs=0.2)
     assert "q8_0" in theirs["llama.cpp, q8_0"].settings
+    weighted = [
+        name.removeprefix("llama.cpp, ") for name, row in theirs.items() if "importance" in row.settings
+    ]
+    assert weighted == list(FILES[1:])
+    assert report.facts()[0] == ("source", "float32")
 
     written = json.loads((tmp_path / "converted" / "report.json").read_text())
-    assert [row["peer"] for row in written["models"]] == [False] * 4 + [True] * 4
+    assert [row["peer"] for row in written["models"]] == [False] * 4 + [True] * (1 + len(FILES))
     assert "| llama.cpp, q4_k_m |" in (tmp_path / "converted" / "report.md").read_text()
     assert "llama.cpp" in report.verdict
 

@@ -93,13 +93,14 @@ def report(
 ) -> Report:
     """A dense row that is compared with a converted one of 2 ms, which costs 0.008 nats."""
     models = [
-        MeasuredModel("dense, bfloat16", HeldOutLoss(3.0, -1e-9, 0.0), 4_000_000, 4.0, 1.0),
         MeasuredModel(
-            "dense, int8", HeldOutLoss(3.0 + dense_change, dense_change, error), 2_000_000, dense_ms, 1.0
-        ),
-        MeasuredModel(
-            "precision, 1/16", HeldOutLoss(3.008, 0.008, error), 1_000_000, 2.0, 1.0, converted=True
-        ),
+            name, HeldOutLoss(3.0 + loss, loss, error), size, ms, 1.0, converted, bits_per_weight=bits
+        )
+        for name, loss, error, size, ms, converted, bits in (
+            ("dense, bfloat16", -1e-9, 0.0, 4_000_000, 4.0, False, 16.0),
+            ("dense, int8", dense_change, error, 2_000_000, dense_ms, False, 8.25),
+            ("precision, 1/16", 0.008, error, 1_000_000, 2.0, True, 4.75),
+        )
     ]
     stages = [StageLoss("fitted", HeldOutLoss(3.008, 0.008, error))]
     facts = {"source": "m", "output": "o", "method": "precision, 1/16", "kept_fraction_by_layer": None}
@@ -110,6 +111,7 @@ def report(
         bandwidth_gb_per_second=1.0,
         stages=stages,
         models=models,
+        source_weights="Q4_0 file: q4_0",
         **facts,  # type: ignore[arg-type]
         **counts,  # type: ignore[arg-type]
     )
@@ -143,6 +145,7 @@ def test_a_report_as_csv(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["standard_error"] for row in rows] == ["0.0", "", ""]
     assert [float(row["loss_increase"]) for row in rows] == [-1e-9, 0.01, 0.008]
     assert [int(row["bytes_per_token"]) for row in rows] == [4_000_000, 2_000_000, 1_000_000]
+    assert [float(row["bits_per_weight"]) for row in rows] == [16.0, 8.25, 4.75]
 
 
 def test_a_report_as_markdown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +154,8 @@ def test_a_report_as_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert shown.startswith("# m converted\n")
     assert "| fitted | 3.0080 | +0.80% | 0.20% |" in shown
-    assert "| dense, bfloat16 | 3.0000 | +0.00% | 0.00% | 4.0 | 4.00 | 1.00x | 1.00 |" in shown
+    assert "| dense, bfloat16 | 3.0000 | +0.00% | 0.00% | 16.00 | 4.0 | 4.00 | 1.00x | 1.00 |" in shown
+    assert "- source: Q4_0 file: q4_0" in shown
     assert f"- verdict: {made.verdict}" in shown
 
 

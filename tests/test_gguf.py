@@ -18,12 +18,15 @@ from sparsecli.decode.engine import Engine
 from sparsecli.decode.native import binding
 from sparsecli.decode.native import gguf as native_gguf
 from sparsecli.decode.packed.folder import pack_folder
+from sparsecli.decode.packed.pack import pack as pack_weights
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.reference.step import Reference
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.native_decoder import NativeDecoder
 from sparsecli.interchange import importing
 from sparsecli.interchange.gguf_reader import GgufReader
+from sparsecli.interchange.sources import open_source
+from sparsecli.interchange.stored_weights import stored_weights
 from sparsecli.model.files import read_description
 from sparsecli.model.gguf_types import TYPES, GgufType, arrange, values
 from sparsecli.model.loading import load_model
@@ -110,6 +113,36 @@ def test_a_model_keeps_the_codes_of_its_file(name: str, tied: bool, tmp_path: Pa
         assert distance(found, twin) < 0.02  # a byte more or less where one is nearly between two
         sequence = engine.sequence(len(ids))
         np.testing.assert_array_equal([engine.step(sequence, token) for token in ids], found)
+
+
+@needs_gguf
+@pytest.mark.parametrize("quantized", [None, "Q4_1"])
+def test_weights_without_a_folder(quantized: str | None, tmp_path: Path) -> None:
+    """What the engine packs of a file itself is what it packs of the imported folder."""
+    original = build("llama", **LLAMA | {"intermediate_size": 64})
+    file = tmp_path / "model.gguf"
+    write_gguf(original, save(original, tmp_path / "theirs"), file, quantized=quantized)
+    opened = open_source(str(file))
+    weights = importing.GgufWeights(opened)
+    importing.write_model(opened, tmp_path / "ours")
+    assert weights.spec == read_description(tmp_path / "ours").spec
+    direct = pack_weights(weights.spec, weights, Precision.of("float32"))
+    folder = pack_folder(tmp_path / "ours", weights.spec, Precision.of("float32"))
+    assert direct.tensors.keys() == folder.tensors.keys()
+    for name, tensor in direct.tensors.items():
+        np.testing.assert_array_equal(tensor, folder.tensors[name])
+
+
+@needs_gguf
+def test_a_source_says_how_it_is_stored(tmp_path: Path) -> None:
+    original = build("llama", **LLAMA | {"intermediate_size": 64})
+    theirs = save(original.to(torch.bfloat16), tmp_path / "theirs")
+    assert stored_weights(open_source(str(theirs))) == "bfloat16"
+    write_gguf(original.float(), theirs, tmp_path / "model.gguf", quantized="Q4_1")
+    assert stored_weights(open_source(str(tmp_path / "model.gguf"))) == "GGUF file: q4_1"
+    importing.run(source=str(theirs), output=tmp_path / "ours")
+    said = stored_weights(open_source(str(tmp_path / "ours")))
+    assert said == f"bfloat16, imported from {theirs}"
 
 
 def header(tensors: int = 0, values: int = 0, version: int = 3) -> bytes:

@@ -93,7 +93,7 @@ LAYERS |= {
         "sparsecli.decode.native.gguf",
     },
     "sparsecli.bench": BELOW_COMMANDS
-    | {"sparsecli.bench", "sparsecli.train", "sparsecli.decode", "sparsecli.generate.decoder"},
+    | {f"sparsecli.{name}" for name in ("bench", "train", "decode", "interchange", "generate.decoder")},
     "sparsecli.bench.result": {"sparsecli.decode.packed", "sparsecli.recipe"},
     "sparsecli.bench.decoders": {
         *("sparsecli.bench.decoders", "sparsecli.bench.random_weights"),
@@ -102,6 +102,7 @@ LAYERS |= {
     "sparsecli.bench.peers": {
         *("sparsecli.bench.peers", "sparsecli.bench.variants", "sparsecli.bench.random_weights"),
         *("sparsecli.console", "sparsecli.model", "sparsecli.spec"),
+        "sparsecli.interchange.gguf_reader",
     },
     "sparsecli.convert": BELOW_COMMANDS
     | {f"sparsecli.{name}" for name in ("convert", "evaluate", "train", "bench", "decode", "interchange")},

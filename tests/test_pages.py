@@ -10,7 +10,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from foreign_models import LLAMA, build, save
 from shipped_runs import SHORT_BENCH, SHORT_CONVERT, foreign, imported, run, shortened, trained
+from test_interchange import write_gguf
 
 from sparsecli.decode.native import binding
 from sparsecli.recipe.loader import load, shipped
@@ -88,6 +90,12 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
             Path(words[words.index("--text") + 1]).write_text("def add(a, b):\n    return a + b\n" * 99)
         words += ["--tokens", "512"]
     elif words[0] == "bench":
+        for file in (word for word in words if word.endswith(".gguf")):
+            if reason := binding.available():
+                pytest.skip(f"codes of a GGUF file need the native engine: {reason}")
+            pytest.importorskip("gguf")
+            small = build("llama", **LLAMA | {"intermediate_size": 64, "max_position_embeddings": 512})
+            write_gguf(small, save(small, Path(fresh("theirs"))), Path(file), quantized="Q4_0")
         if "--model" in words:
             words += ["--rounds", "1", "--tokens", "1", "--context", "4"]
         elif "--dry-run" not in words:

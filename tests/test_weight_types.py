@@ -25,7 +25,7 @@ from sparsecli.convert.linear_layers import (
 )
 from sparsecli.convert.methods.grids import fit_grid
 from sparsecli.convert.methods.rounding import InputMoment, inverse_factor, round_to_type, second_moment
-from sparsecli.convert.streaming import output_gradients, streamed_losses
+from sparsecli.convert.streaming import dequantized, output_gradients, streamed_losses
 from sparsecli.convert.weight_types import RoundedLayers
 from sparsecli.data.packing import Windows
 from sparsecli.decode.native import binding
@@ -152,6 +152,7 @@ def test_streamed_losses_are_those_of_the_whole_model(kept: dict[str, str]) -> N
             buffer.copy_(torch.randint(0, 50, buffer.shape, generator=torch.Generator().manual_seed(2)))
     windows = Windows(token_ids(5, 16).flatten().numpy(), 16)
     whole = window_losses(network, windows)
+    np.testing.assert_allclose(window_losses(dequantized(network), windows), whole, atol=1e-5)
     first, second = streamed_losses(network, [windows, windows], "testing")
     np.testing.assert_allclose(first, whole, atol=1e-5)
     np.testing.assert_allclose(second, whole, atol=1e-5)

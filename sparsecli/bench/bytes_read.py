@@ -8,7 +8,7 @@ from sparsecli.bench.random_weights import planned
 from sparsecli.decode.packed.layouts import LANES, Slot, padded
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.decode.packed.tensor_file import WIDTHS
-from sparsecli.decode.packed.tensors import FREQUENCIES, crosses, joins, shares_codes
+from sparsecli.decode.packed.tensors import FREQUENCIES, chooses, crosses, joins, shares_codes
 from sparsecli.model.gguf_types import TYPES
 from sparsecli.model.quantization import GROUP
 from sparsecli.spec.model import ModelSpec
@@ -16,6 +16,8 @@ from sparsecli.spec.model import ModelSpec
 SCALE_BYTES = 4
 BUCKET_BYTES = 4
 GROUP_BYTES = {"quantized": 3, "residual": 2}  # the scale of a group of quantized weights, and its zero
+LOOKED_UP = ("embedding", "positions")
+"""Tables of which a token reads one row; logits may read the embedding's codes whole."""
 RESCORED = 64  # rows of the exact head: native/forward.h, HEAD_LANES * CANDIDATES
 
 
@@ -39,21 +41,48 @@ def bytes_per_token(
         shares: measured share of units that a token uses, by block; by default the planned share.
         source: tokens of the encoder's input, if there is an encoder.
     """
-    if shares is None:
-        shares = [spec.chosen_share(layer) for layer in range(spec.layers)]
-    tensors = planned(spec, precision)
-    weights = sum(
-        _read(slot, kind if slot.part or slot.bits or slot.gguf else vectors, spec, batch, shares)
-        for slot, kind in tensors
-    )
+    shares = shares or _planned_shares(spec)
+    tensors = _typed(spec, precision, vectors)
+    weights = sum(_read(slot, kind, spec, batch, shares) for slot, kind in tensors)
+    weights += sum(batch * _row_bytes(slot, kind) for slot, kind in tensors if slot.name in LOOKED_UP)
     rotations, cached = _cache_read(spec, precision, context + source * joins(spec))
     attended = source * source_bytes(spec, precision) if crosses(spec) else 0
     return round((weights + rotations + batch * (cached + attended)) / batch)
 
 
+def bits_per_weight(
+    spec: ModelSpec, precision: Precision, vectors: str = "float32", shares: Sequence[float] | None = None
+) -> float:
+    """Bits a weight: the bytes of weights that a decoded token reads, times 8, over the number of these weights.
+
+    Every weight that is read counts once. Scales and zeros, the finer part of units that are read in full, units that
+    are read again after their sketch, and rows of the head that score again are bytes, but no weights. Biases and
+    normalisation weights count. Rows that are looked up (of tokens and positions) and the cache do not count at all.
+
+    Args:
+        vectors, shares: see `bytes_per_token`.
+    """
+    shares = shares or _planned_shares(spec)
+    tensors = _typed(spec, precision, vectors)
+    read = sum(_read(slot, kind, spec, 1, shares) for slot, kind in tensors)
+    return 8 * read / sum(_weights(slot, spec, shares) for slot, _ in tensors)
+
+
+def _planned_shares(spec: ModelSpec) -> list[float]:
+    return [spec.chosen_share(layer) for layer in range(spec.layers)]
+
+
+def _typed(spec: ModelSpec, precision: Precision, vectors: str) -> list[tuple[Slot, str]]:
+    """The tensors of a packed model; `vectors` is the type of those that are no part of `Precision`."""
+    return [
+        (slot, kind if slot.part or slot.bits or slot.gguf else vectors)
+        for slot, kind in planned(spec, precision)
+    ]
+
+
 def chosen_unit_bytes(spec: ModelSpec, precision: Precision, batch: int = 1) -> int:
     """Bytes per sequence of the rows of chosen units in one step of `batch` sequences."""
-    shares = [spec.chosen_share(layer) for layer in range(spec.layers)]
+    shares = _planned_shares(spec)
     units = ((slot, kind) for slot, kind in planned(spec, precision) if slot.layout == "units")
     return round(sum(_read(slot, kind, spec, batch, shares) for slot, kind in units) / batch)
 
@@ -100,27 +129,44 @@ def _head_bytes(spec: ModelSpec, precision: Precision) -> int:
 
 
 def _read(slot: Slot, kind: str, spec: ModelSpec, batch: int, shares: Sequence[float]) -> float:
-    cols = slot.cols
+    """Bytes of a tensor that a step of `batch` sequences reads, without rows that are looked up."""
+    return _rows_read(slot, spec, batch, shares) * _row_bytes(slot, kind)
+
+
+def _rows_read(slot: Slot, spec: ModelSpec, batch: int, shares: Sequence[float]) -> float:
     if slot.name.startswith(("cross.key", "cross.value")):
         return 0  # read once for a source
-    if slot.name == "controller.bias":  # its blocks are padded
-        cols = cols // padded(slot.group, LANES) * slot.group
-    if slot.gguf:
-        row = TYPES[slot.gguf].block_bytes * cols / TYPES[slot.gguf].block
-        if slot.name == "embedding" and shares_codes(spec):
-            return (slot.rows + batch) * row
-    elif slot.bits:
-        row = cols * slot.bits / 8 + -(-cols // GROUP) * GROUP_BYTES[slot.layout]
-    else:
-        row = cols * WIDTHS[kind] + (SCALE_BYTES if kind == "int8" else 0)
-    if slot.name in ("embedding", "positions"):
-        return batch * row
     if slot.name in FREQUENCIES:
         return 0  # computed, not learned
+    if slot.name in LOOKED_UP:
+        return slot.rows if slot.name == "embedding" and shares_codes(spec) else 0
     if slot.name == "head.exact":
-        return min(batch * RESCORED, slot.rows) * row
-    share = 1.0
+        return min(batch * RESCORED, slot.rows)
     of_chosen = slot.name == "unit_bias" and spec.feed_forward.kind == "sparse"
     if slot.layout in ("units", "residual") or of_chosen:
-        share = 1 - (1 - shares[slot.layer]) ** batch
-    return slot.rows * row * share
+        return slot.rows * (1 - (1 - shares[slot.layer]) ** batch)
+    return slot.rows
+
+
+def _row_bytes(slot: Slot, kind: str) -> float:
+    if slot.gguf:
+        return TYPES[slot.gguf].block_bytes * slot.cols / TYPES[slot.gguf].block
+    if slot.bits:
+        return slot.cols * slot.bits / 8 + -(-slot.cols // GROUP) * GROUP_BYTES[slot.layout]
+    return _row_weights(slot) * WIDTHS[kind] + (SCALE_BYTES if kind == "int8" else 0)
+
+
+def _row_weights(slot: Slot) -> int:
+    if slot.name == "controller.bias":  # its blocks are padded
+        return slot.cols // padded(slot.group, LANES) * slot.group
+    return slot.cols
+
+
+def _weights(slot: Slot, spec: ModelSpec, shares: Sequence[float]) -> float:
+    """Weights of a tensor that a token reads and that no other tensor has: see `bits_per_weight`."""
+    if slot.layout == "residual" or slot.name == "head.exact":
+        return 0
+    rows = _rows_read(slot, spec, 1, shares)
+    if slot.layout == "units" and spec.feed_forward.kind == "selector" and chooses(spec, slot.layer):
+        rows /= len(slot.sources)  # the sketch has the others, and each unit has one row of W_down
+    return rows * _row_weights(slot)

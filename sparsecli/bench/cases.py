@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsecli import console
 from sparsecli.bench import peers, variants
-from sparsecli.bench.bytes_read import bytes_per_token
+from sparsecli.bench.bytes_read import bits_per_weight, bytes_per_token
 from sparsecli.bench.peers import PeerModel
 from sparsecli.bench.result import RowKey, Settings
 from sparsecli.bench.variants import UNCHANGED, Variant
@@ -20,6 +20,9 @@ from sparsecli.recipe.schema import BenchSpec
 from sparsecli.spec.model import ModelSpec
 
 TORCH_DTYPES = ("float32", "bfloat16")
+NATIVE_ROWS = (
+    "int8, int4, codes of GGUF files, rows with a precision of their own, and models with an encoder"
+)
 PROMPT_DTYPE = "bfloat16"  # PyTorch reads a prompt fastest in this type
 
 
@@ -56,6 +59,8 @@ class Case:
     @property
     def precision(self) -> Precision:
         """The weight types of the parts of our model."""
+        if self.variant.spec.quantization.gguf:  # as `generate` has it
+            return Precision.of("float32", cache="bfloat16")
         changes = {name: value for name, value in self.variant.precision if value is not None}
         return Precision.of(self.dtype, **changes)
 
@@ -93,8 +98,16 @@ class Case:
                 vectors="float32" if native else self.dtype,
                 source=self.source,
             ),
+            "bits_per_weight": round(self._bits_per_weight, 3),
             "projected": not self.variant.whole,
         }
+
+    @property
+    def _bits_per_weight(self) -> float:
+        if self.peer:
+            return self.peer.bits_per_weight
+        vectors = "float32" if self.backend == "native" else self.dtype
+        return bits_per_weight(self.variant.spec, self.precision, vectors)
 
 
 @dataclass(frozen=True)
@@ -158,12 +171,18 @@ def _own_cases(
     chosen: Sequence[Variant], bench: BenchSpec, settings: Settings, threads: Sequence[int]
 ) -> list[Case]:
     backends, dtypes, from_disk = bench.backends or ["native"], bench.dtypes, bench.from_disk
-    pairs = list(product(dict.fromkeys(backends), dict.fromkeys(dtypes)))
+    types = {variant.name: variant.weight_types(dtypes) for variant in chosen}
+    kinds = dict.fromkeys([*dtypes, *(kind for found in types.values() for kind in found)])
+    pairs = list(product(dict.fromkeys(backends), kinds))
     fits = {
-        (backend, dtype): [each for each in chosen if _computes(backend, dtype, each, from_disk)]
+        (backend, dtype): [
+            each
+            for each in chosen
+            if dtype in types[each.name] and _computes(backend, dtype, each, from_disk)
+        ]
         for backend, dtype in pairs
     }
-    asked = [pair for pair in pairs for each in chosen if pair[1] in (each.dtypes or dtypes)]
+    asked = [pair for pair in pairs for each in chosen if pair[1] in types[each.name]]
     if len(asked) > sum(map(len, fits.values())):
         if not any(fits.values()):
             raise console.Failure(_nothing_left(backends, from_disk), exit_code=2)
@@ -192,8 +211,6 @@ def _own_cases(
 
 
 def _computes(backend: str, dtype: str, variant: Variant, from_disk: bool) -> bool:
-    if variant.dtypes is not None and dtype not in variant.dtypes:
-        return False
     if from_disk and variant.spec.feed_forward.kind == "dense":
         return False
     special = variant.precision != UNCHANGED or variant.spec.encoder is not None
@@ -204,17 +221,15 @@ def _nothing_left(backends: Sequence[str], from_disk: bool) -> str:
     if from_disk:
         return "--from-disk is for sparse layers on the native backend"
     if "native" in backends:
-        return "in PyTorch, int8, int4, rows with a precision of their own, and models with an encoder"
-    return (
-        "int8, int4, rows with a precision of their own, and models with an encoder need the native backend"
-    )
+        return f"in PyTorch, {NATIVE_ROWS}"
+    return f"{NATIVE_ROWS} need the native backend"
 
 
 def _torch_prompt(
     cases: Sequence[Case], chosen: Sequence[Variant], prefill: int, settings: Settings, threads: int
 ) -> Iterator[Case]:
     dense = next((variant for variant in chosen if variant.group == "dense"), None)
-    if dense is None or not dense.whole or dense.spec.encoder:
+    if dense is None or not dense.whole or dense.spec.encoder or dense.spec.quantization.gguf:
         return
     there = {(each.variant.name, each.backend, each.dtype) for each in cases if each.prefill}
     if (dense.name, "torch", PROMPT_DTYPE) not in there:

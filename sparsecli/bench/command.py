@@ -18,6 +18,7 @@ import torch
 from sparsecli import console
 from sparsecli.bench import cases, compare, figures, host, models, render, variants
 from sparsecli.bench.cases import Plan
+from sparsecli.bench.peers import PEERS
 from sparsecli.bench.result import Bandwidth, BenchResult, Machine, Processor, weight_types
 from sparsecli.bench.timing import measure
 from sparsecli.bench.variants import Variant
@@ -27,6 +28,7 @@ from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
 
 BETWEEN_ROUNDS = 0.05  # seconds of a probe of the memory
+PROMPT = 256  # tokens of the prompt that is also read where a GGUF file is compared with a peer
 
 
 def run(
@@ -123,14 +125,28 @@ def _resolved(bench: BenchSpec, chosen: Sequence[Variant], trained: bool) -> Ben
     if "native" in backends and (reason := binding.available()):
         raise console.Failure(f"--backend native: {reason}")
     if trained and bench.peers:
-        raise console.Failure("--peer: other programs have random weights; leave out --model", exit_code=2)
+        _check_file_peers(bench.peers, chosen)
     if bench.threads and max(bench.threads) > MAX_THREADS:
         raise console.Failure(f"--threads: {max(bench.threads)} is more than {MAX_THREADS}", exit_code=2)
-    context = bench.context
+    context, prefill = bench.context, bench.prefill
+    positions = min(variant.spec.max_positions for variant in chosen)
     if trained and "context" not in bench.model_fields_set:
-        positions = min(variant.spec.max_positions for variant in chosen)
         context = [max(1, min(*context, positions - bench.warmup_tokens - bench.tokens_per_round))]
-    return bench.model_copy(update={"backends": backends, "context": context})
+    if trained and bench.peers and "prefill" not in bench.model_fields_set:
+        prefill = min(PROMPT, positions)
+    return bench.model_copy(update={"backends": backends, "context": context, "prefill": prefill})
+
+
+def _check_file_peers(names: Sequence[str], chosen: Sequence[Variant]) -> None:
+    """Raise `Failure` unless the peers can run one of the trained models: they read GGUF files, not our folders."""
+    for name in names:
+        if not PEERS[name].reads_files:
+            raise console.Failure(f"--peer: {name} has random weights; leave out --model", exit_code=2)
+    if not any(variant.gguf for variant in chosen):
+        raise console.Failure(
+            f"--peer: with --model, {names[0]} runs GGUF files as they are; name one, --model FILE.gguf",
+            exit_code=2,
+        )
 
 
 def _default_backends() -> list[Literal["native", "torch"]]:
@@ -180,12 +196,22 @@ def _show_plan(plan: Plan, output: Path | None, folder: Path, format: str) -> No
             case.key.sizes,
             render.count(facts["parameters"]),
             render.count(facts["active_parameters"]),
+            f"{facts['bits_per_weight']:.2f}",
             render.megabytes(facts["bytes_per_token"]),
         )
         for case in plan.cases
         for facts in [case.facts]
     ]
-    columns = ("variant", "backend", "weights", "sizes", "parameters", "active", "MB / token")
+    columns = (
+        "variant",
+        "backend",
+        "weights",
+        "sizes",
+        "parameters",
+        "active",
+        "bits / weight",
+        "MB / token",
+    )
     console.print_table(columns, rows, title="dry run: nothing is measured")
     if any(case.facts["projected"] for case in plan.cases):
         console.say(

@@ -139,7 +139,7 @@ def warm(rows: Sequence[Row]) -> list[str]:
 
 def bits_of(row: Row) -> int:
     """Bits of a weight, as 16 for `bfloat16` and 4 for `q4_0`; the fewest if parts have different types."""
-    kinds = [row.dtype]
+    kinds = row.dtype.split()
     if row.precision:
         kinds += [str(row.precision[part]) for part in MEASURED_PARTS if part in row.precision]
     found = [int(match.group()) for kind in kinds if (match := re.search(r"\d+", kind))]

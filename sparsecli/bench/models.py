@@ -32,6 +32,7 @@ from sparsecli.bench.random_weights import (
 )
 from sparsecli.bench.result import Disk
 from sparsecli.bench.timing import Timing
+from sparsecli.bench.variants import GGUF, gguf_weights
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.packed.file import open_packed, save
 from sparsecli.decode.packed.folder import read_weights
@@ -170,7 +171,7 @@ class _LoadedNative(_LoadedModel):
     def _packed(self) -> PackedModel:
         run, precision = self.case.variant.run, self.case.precision
         if run:
-            return pack(self.spec, read_weights(run), precision)
+            return pack(self.spec, gguf_weights(run) if run.suffix == GGUF else read_weights(run), precision)
         return packed_model(self.spec, precision, self.pools, overlapping=self.case.from_disk)
 
     def decoder(self, case: Case) -> TimedDecoder:

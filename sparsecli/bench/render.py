@@ -62,6 +62,10 @@ COLUMNS = (
     ResultColumn("prompt\n", lambda row: str(row.prefill) if row.prefill else None),
     ResultColumn("para-\nmeters", lambda row: count(row.parameters), drop_rank=3),
     ResultColumn("active /\ntoken", lambda row: count(row.active_parameters), drop_rank=4),
+    ResultColumn(
+        "bits /\nweight",
+        lambda row: f"{row.bits_per_weight:.2f}" if row.bits_per_weight is not None else None,
+    ),
     ResultColumn("MB /\ntoken", lambda row: megabytes(row.bytes_per_token)),
     ResultColumn("ms /\ntoken", lambda row: milliseconds(row.ms_per_token.p50)),
     ResultColumn(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.packed.precision import WORDS, Precision
 from sparsecli.recipe.schema import PaperFigures
 
 Counted = Annotated[int, Field(ge=0, lt=2**63)]
@@ -162,6 +162,8 @@ class Row(_Keyed):
     """Parameters that one token uses."""
     bytes_per_token: Counted
     """Bytes of weights and of key-value cache that one token reads."""
+    bits_per_weight: float | None = None
+    """Bits of each weight that a token reads, on average, scales included; without looked-up rows and the cache."""
     projected: bool = False
     """Only some of the blocks are built; their time is scaled to the whole model."""
     ms_per_token: Times
@@ -257,7 +259,7 @@ class BenchResult(_Record):
 
 def weight_types(dtype: str, precision: Mapping[str, str | bool] | None) -> str:
     """A row's weight type, and the parts with another type: `bfloat16, int8 head`."""
-    if precision is None:
+    if precision is None or dtype not in WORDS:  # codes of a GGUF file
         return dtype
     usual = vars(Precision.of(dtype))
     parts: dict[str, list[str]] = {}

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from sparsecli import console
+from sparsecli.interchange.importing import GgufWeights
+from sparsecli.interchange.sources import ForeignModel, open_source
 from sparsecli.model.files import find_model, weight_files
 from sparsecli.model.loading import read_config
 from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
@@ -20,6 +22,7 @@ from sparsecli.train.run_directory import read_facts
 Group = Literal["dense", "sparse", "mixture"]
 
 UNCHANGED = PrecisionChanges()
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Variant:
     group: Group
     spec: ModelSpec
     sizes: Sizes
-    run: Path | None = None  # a trained model's folder; without it the weights are random
+    run: Path | None = None  # a trained model's folder, or a GGUF file; without it the weights are random
     held_out_loss: float | None = None
     paper: PaperFigures | None = None
     precision: PrecisionChanges = UNCHANGED
@@ -41,6 +44,17 @@ class Variant:
     def whole(self) -> bool:
         """Whether all blocks are built."""
         return self.measured_layers is None or self.measured_layers >= self.spec.layers
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file that it is, if it is one."""
+        return self.run if self.run and self.run.suffix == GGUF else None
+
+    def weight_types(self, dtypes: Sequence[str]) -> list[str]:
+        """Those of `dtypes` in which it is measured. Codes of a GGUF file stay as they are: their types are one."""
+        if kept := self.spec.quantization.gguf_types:
+            return [kept]
+        return [dtype for dtype in dtypes if self.dtypes is None or dtype in self.dtypes]
 
 
 def from_recipe(model: ModelSpec, bench: BenchSpec) -> list[Variant]:
@@ -65,21 +79,36 @@ def _from_spec(variant: VariantSpec, spec: ModelSpec, measured_layers: int | Non
 
 
 def from_runs(references: Sequence[str]) -> list[Variant]:
-    """Trained models: run directories (with their held-out loss) or Hugging Face folders."""
+    """Trained models: run directories (with their held-out loss), model folders or GGUF files."""
     # Models are distinguished and named by absolute path; messages use the path as it was given.
-    folders = {Path(os.path.abspath(folder)): folder for folder in map(find_model, references)}
+    folders = {Path(os.path.abspath(folder)): folder for folder in map(_find, references)}
     runs = [path.parent if path.name == "model" else path for path in folders]
     named = zip(_names(runs), runs, folders.values(), strict=True)
     return [_from_run(name, run, folder) for name, run, folder in named]
 
 
+def _find(reference: str) -> Path:
+    file = Path(reference)
+    return file if file.suffix == GGUF and file.is_file() else find_model(reference)
+
+
 def _from_run(name: str, run: Path, folder: Path) -> Variant:
+    if folder.suffix == GGUF:
+        spec = gguf_weights(folder).spec
+        return Variant(name, _group(spec), spec, count_parameters(spec), run=folder)
     weight_files(folder)  # a packed model has none: better reported before anything is built
     spec = read_config(folder).spec
     result = read_facts(run).get("result")
     nats = result.get("held_out_loss") if isinstance(result, dict) else None
     nats = float(nats) if isinstance(nats, int | float) and math.isfinite(nats) else None
     return Variant(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_loss=nats)
+
+
+def gguf_weights(file: Path) -> GgufWeights:
+    """The weights of a GGUF file. Raises `Failure` if it is damaged, or of an architecture that ours cannot express."""
+    opened = open_source(str(file))
+    assert isinstance(opened, ForeignModel)
+    return GgufWeights(opened)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -37,7 +37,9 @@ def bench(
     ] = False,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="DIR", help="A trained run instead of random weights; may be repeated."),
+        typer.Option(
+            metavar="DIR", help="A trained run or a GGUF file instead of random weights; may be repeated."
+        ),
     ] = None,
     variant: Annotated[
         list[str] | None,

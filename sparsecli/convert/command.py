@@ -33,6 +33,7 @@ from sparsecli.convert.text import choose_data, read_text
 from sparsecli.decode.native import binding
 from sparsecli.interchange.importing import check_source_tokenizer, model_folder
 from sparsecli.interchange.sources import ForeignModel, OwnModel, open_source
+from sparsecli.interchange.stored_weights import stored_weights
 from sparsecli.model.loading import load_model, stored_dtype
 from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import TextSpec
@@ -155,6 +156,7 @@ def _convert(plan: _Plan) -> Report:
             work=work,
             output=plan.output,
             with_llama=plan.with_llama,
+            source_weights=stored_weights(source),
         )
         return conversion.run(plan.candidates)
 

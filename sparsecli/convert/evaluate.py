@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sparsecli.bench.bytes_read import bytes_per_token
+from sparsecli.bench.bytes_read import bits_per_weight, bytes_per_token
 from sparsecli.bench.decoders import PromptReader, TimedDecoder
 from sparsecli.bench.decoders.native import NativeDecoder
 from sparsecli.bench.host import bandwidth
@@ -57,6 +57,9 @@ class Contender(Protocol):
     def bytes_per_token(self, kept_fractions: Sequence[float] | None) -> int:
         """Bytes of weights that a decoded token reads, with the counted shares of units by layer, where known."""
 
+    def bits_per_weight(self, kept_fractions: Sequence[float] | None) -> float:
+        """Bits of each weight that a decoded token reads, on average: see `bytes_read.bits_per_weight`."""
+
     @property
     def settings(self) -> str:
         """The settings of another program; empty for our engine."""
@@ -87,6 +90,10 @@ class NativeContender:
     def bytes_per_token(self, kept_fractions: Sequence[float] | None) -> int:
         """See `Contender.bytes_per_token`."""
         return bytes_per_token(self.spec, self.precision, context=0, shares=kept_fractions)
+
+    def bits_per_weight(self, kept_fractions: Sequence[float] | None) -> float:
+        """See `Contender.bits_per_weight`."""
+        return bits_per_weight(self.spec, self.precision, shares=kept_fractions)
 
     def evaluate(self, windows: Windows) -> HeldOutResult:
         """See `Contender.evaluate`."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
+import numpy as np
 
 from sparsecli import console
 from sparsecli.bench.decoders import TimedDecoder
@@ -22,7 +21,13 @@ from sparsecli.bench.peers.llama_cpp import (
     quantise,
     settings,
 )
-from sparsecli.bench.peers.llama_file import unlike_llama, write_weights
+from sparsecli.bench.peers.llama_file import (
+    WeightsRead,
+    matrix_name,
+    unlike_llama,
+    weights_read,
+    write_weights,
+)
 from sparsecli.console import Failure, progress
 from sparsecli.convert.evaluate import HeldOutResult
 from sparsecli.data.packing import Windows
@@ -33,6 +38,8 @@ from sparsecli.spec.model import ModelSpec
 GROUP_SIZE = 32  # weights of a row that share a scale, in every type that llama.cpp falls back to
 TOLERANCE = 1e-3  # nats/token between its float16 file and our float32, above which they are different models
 COMPARED_WINDOWS = 2
+WITHOUT_IMPORTANCE = ("q8_0",)
+"""Types that are rounded to nearest in any case."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,16 @@ class LlamaContender:
     file: Path
     spec: ModelSpec
     threads: int
-    weight_bytes: int
-    """Bytes of weights that a decoded token reads."""
+    weights: WeightsRead
     settings: str
 
     def bytes_per_token(self, kept_fractions: Sequence[float] | None) -> int:
         """See `Contender.bytes_per_token`; every unit is read."""
-        return self.weight_bytes
+        return self.weights.bytes
+
+    def bits_per_weight(self, kept_fractions: Sequence[float] | None) -> float:
+        """See `Contender.bits_per_weight`."""
+        return self.weights.bits_per_weight
 
     def evaluate(self, windows: Windows) -> HeldOutResult:
         """See `Contender.evaluate`."""
@@ -74,9 +84,17 @@ def unsupported_reason(spec: ModelSpec) -> str | None:
 
 
 def llama_contenders(
-    folder: Path, dense: ScalingTransformerForCausalLM, windows: Windows, threads: int
+    folder: Path,
+    dense: ScalingTransformerForCausalLM,
+    windows: Windows,
+    threads: int,
+    importance: Mapping[str, np.ndarray] | None = None,
 ) -> list[LlamaContender]:
     """The dense model in float16 and in llama.cpp's quantized types, as files in `folder`.
+
+    Args:
+        importance: mean square of each input of the blocks' linear layers, by our names: see `input_importance`.
+            llama.cpp rounds with it, as with an importance matrix of its own; q8_0 has no use for it.
 
     Raises:
         Failure: the disk is full, or llama.cpp rejects the files or computes a different loss from our model's.
@@ -84,7 +102,7 @@ def llama_contenders(
     spec = dense.config.spec
     source = folder / "float16.gguf"
     write_weights(source, spec, dict(dense.named_parameters()))
-    found = [_contender("float16", source, spec, threads)]
+    found = [_contender("float16", source, spec, threads, settings(threads))]
     _check_same_model(found[0], dense, windows)
     rows = (spec.d_model, spec.attention_width, spec.feed_forward.d_ff)
     if odd := [width for width in rows if width % GROUP_SIZE]:
@@ -92,27 +110,19 @@ def llama_contenders(
             f"llama.cpp is measured only in float16: its blocks of {GROUP_SIZE} weights do not divide rows of {odd[0]}"
         )
         return found
+    matrices = {matrix_name(name, spec): squares for name, squares in (importance or {}).items()}
     for dtype in FILE_TYPES:
         target = folder / f"{dtype}.gguf"
-        quantise(source, target, dtype, threads)
-        found.append(_contender(dtype, target, spec, threads))
+        weighted = matrices if dtype not in WITHOUT_IMPORTANCE else None
+        quantise(source, target, dtype, threads, weighted)
+        said = f"{settings(threads)}{', importance matrix' if weighted else ''}"
+        found.append(_contender(dtype, target, spec, threads, said))
     return found
 
 
-def _contender(dtype: str, file: Path, spec: ModelSpec, threads: int) -> LlamaContender:
-    total, sizes = 0, Counter[str]()
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    for name, tensor in tensors.items():
-        size = int(tensor.n_bytes)
-        if name == "token_embd.weight" and "output.weight" in tensors:
-            size //= spec.vocabulary.size  # one row of it
-        total += 0 if name == "rope_freqs.weight" else size
-        sizes[tensor.tensor_type.name.lower()] += size
-    shares = ", ".join(
-        f"{kind} {size / total:.0%}" for kind, size in sizes.most_common() if size / total > 0.005
-    )
-    name = f"llama.cpp, {dtype}"
-    return LlamaContender(name, file, spec, threads, total, f"{shares}; {settings(threads)}")
+def _contender(dtype: str, file: Path, spec: ModelSpec, threads: int, said: str) -> LlamaContender:
+    weights = weights_read(file)
+    return LlamaContender(f"llama.cpp, {dtype}", file, spec, threads, weights, f"{weights.shares}; {said}")
 
 
 def _check_same_model(

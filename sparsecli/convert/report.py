@@ -35,6 +35,8 @@ class MeasuredModel:
     """Median of one decoded token."""
     prompt_ms_per_token: float
     """Median of one token of a prompt."""
+    bits_per_weight: float = field(kw_only=True)
+    """Of the weights that a decoded token reads, scales included: see `bytes_read.bits_per_weight`."""
     converted: bool = False
     peer: bool = False
     """The dense model in another program."""
@@ -74,6 +76,8 @@ class Report:
     bandwidth_gb_per_second: float
     stages: list[StageLoss] = field(default_factory=list)
     models: list[MeasuredModel] = field(default_factory=list)
+    source_weights: str = ""
+    """Weight types of the source itself, in words: see `stored_weights`."""
     candidates: list[CandidateSummary] = field(default_factory=list)
 
     @property
@@ -120,12 +124,14 @@ class Report:
         return [(stage.name, *_loss_cells(stage.loss)) for stage in self.stages]
 
     def model_rows(self) -> list[tuple[str, ...]]:
-        """Model, loss cells, megabytes and milliseconds per token, speedup over the first, prompt milliseconds."""
+        """Model, loss cells, bits a weight, megabytes and milliseconds per token, speedup over the first, prompt
+        milliseconds."""
         first = self.models[0].ms_per_token
         return [
             (
                 model.name,
                 *_loss_cells(model.loss),
+                f"{model.bits_per_weight:.2f}",
                 f"{model.bytes_per_token / 1e6:.1f}",
                 f"{model.ms_per_token:.2f}",
                 f"{first / model.ms_per_token:.2f}x",
@@ -145,6 +151,8 @@ class Report:
             if max(shares) - min(shares) > 5e-4:
                 counted += f", by layer {min(shares):.1%} to {max(shares):.1%}"
             rows.append(("active units", counted))
+        if self.source_weights:
+            rows.insert(0, ("source", self.source_weights))
         rows += [
             (
                 "text",
@@ -205,7 +213,8 @@ class Report:
                 (
                     model.name,
                     *(model.loss.nats_per_token, model.loss.increase, model.loss.standard_error),
-                    *(model.bytes_per_token, model.ms_per_token, model.prompt_ms_per_token),
+                    *(model.bits_per_weight, model.bytes_per_token),
+                    *(model.ms_per_token, model.prompt_ms_per_token),
                 )
                 for model in self.models
             ]
@@ -219,11 +228,11 @@ class Report:
 STAGE_COLUMNS = ["stage", "loss (nats/token)", "perplexity", "± error"]
 MODEL_COLUMNS = [
     *("model", "loss (nats/token)", "perplexity", "± error"),
-    *("MB/token", "ms/token", "speedup", "prompt ms/token"),
+    *("bits/weight", "MB/token", "ms/token", "speedup", "prompt ms/token"),
 ]
 CSV_COLUMNS = (
     *("model", "held_out_loss", "loss_increase", "standard_error"),
-    *("bytes_per_token", "ms_per_token", "prompt_ms_per_token"),
+    *("bits_per_weight", "bytes_per_token", "ms_per_token", "prompt_ms_per_token"),
 )
 CANDIDATE_COLUMNS = ["candidate", "MB/token", "predicted loss increase", "after recovery"]
 

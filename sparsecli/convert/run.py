@@ -26,6 +26,7 @@ from sparsecli.convert.evaluate import (
     NativeContender,
     measure_speed,
 )
+from sparsecli.convert.importance import input_importance
 from sparsecli.convert.linear_layers import (
     TypeChoice,
     TypeOption,
@@ -39,7 +40,7 @@ from sparsecli.convert.methods.fitting import fit_model, initialize_from_dense
 from sparsecli.convert.report import CandidateSummary, MeasuredModel, Report, StageLoss
 from sparsecli.convert.resume import COMPLETE, RESULT, WorkFolder
 from sparsecli.convert.search import MARGIN, PartSearch, loss_budget, rank_candidates
-from sparsecli.convert.streaming import output_gradients, streamed_losses
+from sparsecli.convert.streaming import dequantized, output_gradients, streamed_losses
 from sparsecli.convert.text import ConversionText, check_text
 from sparsecli.convert.weight_types import GRADIENT_TOKENS, RoundedLayers
 from sparsecli.data.packing import Windows
@@ -80,6 +81,7 @@ class Conversion:
         folder: the dense model as a model folder of ours.
         work: holds the finished steps, so that a stopped conversion resumes after the last of them.
         with_llama: whether llama.cpp is measured too.
+        source_weights: the source's own weight types, for the report.
     """
 
     recipe: Recipe
@@ -92,6 +94,7 @@ class Conversion:
     work: WorkFolder
     output: Path
     with_llama: bool = False
+    source_weights: str = ""
 
     def run(self, candidates: list[ConversionCandidate]) -> Report:
         """Convert to one of the candidates: the only one, or the best that a search with a budget finds.
@@ -137,6 +140,7 @@ class Conversion:
             bandwidth_gb_per_second=round(bandwidth, 1),
             stages=self._stage_losses(candidate),
             models=self._measured_models(contenders, results, times),
+            source_weights=self.source_weights,
             candidates=_summarize(candidates),
         )
         self._publish(report)
@@ -480,7 +484,9 @@ class Conversion:
         from sparsecli.convert.llama_cpp import llama_contenders  # needs optional packages
 
         try:
-            return llama_contenders(folder, self.dense, self.text.held_out, processors())
+            dense = dequantized(self.dense)
+            importance = input_importance(dense, self.text.calibration)
+            return llama_contenders(folder, dense, self.text.held_out, processors(), importance)
         except Failure as failure:
             console.warn(f"llama.cpp is not measured: {failure}")
             return []
@@ -506,6 +512,7 @@ class Conversion:
                 contender.bytes_per_token(result.kept_fractions),
                 speed.decode_ms.p50,
                 speed.prompt_ms.p50,
+                bits_per_weight=round(contender.bits_per_weight(result.kept_fractions), 3),
                 converted=index == len(self.baselines),
                 peer=index > len(self.baselines),
                 settings=contender.settings,

@@ -18,8 +18,10 @@ from sparsecli.console import Progress, progress
 from sparsecli.convert.methods.calibration import ResidualStreams
 from sparsecli.data.packing import Windows
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
+from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.gguf import GgufWeight, TiedHead
 from sparsecli.model.transformer_layers import DecoderLayer
+from sparsecli.spec.model import QuantizationSpec
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB of float32
 WINDOWS_AT_ONCE = 4
@@ -45,6 +47,23 @@ def _plain(weight: GgufWeight) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.float(), requires_grad=False)
     return linear
+
+
+@torch.no_grad()
+def dequantized(model: ScalingTransformerForCausalLM) -> ScalingTransformerForCausalLM:
+    """The model in float32, without GGUF's types: itself, if it has none of them and is float32."""
+    if not model.config.spec.quantization.gguf:
+        return model.float()
+    spec = model.config.spec.model_copy(update={"quantization": QuantizationSpec()})
+    config = ScalingTransformerConfig.from_spec(spec, origin=model.config.origin)
+    made = ScalingTransformerForCausalLM(config).eval().requires_grad_(False)
+    made.load_state_dict(model.state_dict(), strict=False)
+    for name in model.config.spec.quantization.gguf:
+        coded, plain = model.get_submodule(name), made.get_submodule(name)
+        assert isinstance(coded, GgufWeight)
+        assert isinstance(plain, nn.Linear | nn.Embedding)
+        plain.weight.copy_(coded.weight)
+    return made
 
 
 def layers_in_float32(model: ScalingTransformerForCausalLM, bar: Progress) -> Iterator[DecoderLayer]:

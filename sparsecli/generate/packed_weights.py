@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections import Counter
 from pathlib import Path
 
 from sparsecli import console
@@ -69,8 +68,7 @@ def precision_of(model: Description, dtype: str | None) -> Precision:
 
 def weight_type(packed: PackedModel) -> str:
     """The type of the weights in words: that of the units, or the types of a GGUF file, the most frequent first."""
-    kinds = Counter(packed.spec.quantization.gguf.values())
-    return " ".join(name for name, _ in kinds.most_common()) or packed.precision.units
+    return packed.spec.quantization.gguf_types or packed.precision.units
 
 
 def has_weights(folder: Path) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,9 +124,10 @@ class ImportedTensor:
     """A tensor that is to be written, or several that one of the checkpoint's holds.
 
     Attributes:
-        make: the tensors by their names.
+        make: the tensors by their `names`.
     """
 
+    names: tuple[str, ...]
     nbytes: int
     dtype: torch.dtype
     make: Callable[[], Mapping[str, Tensor]]
@@ -150,14 +152,14 @@ def _gguf_tensors(source: ForeignModel, dtype: ImportType) -> tuple[ModelSpec, l
         if dtype == "auto" and part.kind and ending == "weight" and len(part.shape) == 2:
             kept[module] = part.kind.name
             nbytes = math.prod(part.kind.panel_shape(*part.shape))
-            found.append(ImportedTensor(nbytes, torch.float32, partial(_codes, part, module)))
+            names = (f"{module}.codes",)
+            found.append(ImportedTensor(names, nbytes, torch.float32, partial(_codes, part, module)))
             continue
         type_ = torch.bfloat16 if dtype == "bfloat16" and len(part.shape) == 2 else part.dtype
         if dtype == "float32":
             type_ = torch.float32
-        found.append(
-            ImportedTensor(math.prod(part.shape) * type_.itemsize, type_, partial(_floats, part, type_))
-        )
+        nbytes = math.prod(part.shape) * type_.itemsize
+        found.append(ImportedTensor((part.name,), nbytes, type_, partial(_floats, part, type_)))
     return source.spec.model_copy(
         update={"quantization": QuantizationSpec.model_validate({"gguf": kept})}
     ), found
@@ -171,6 +173,34 @@ def _floats(part: GgufPart, dtype: torch.dtype) -> Mapping[str, Tensor]:
     return {part.name: part.floats().to(dtype)}
 
 
+class GgufWeights(Mapping[str, np.ndarray]):
+    """The weights of a GGUF file, by our names, as `decode.packed.pack` takes them: quantized ones as codes, bfloat16
+    as uint16. Each is made when it is asked for.
+
+    Attributes:
+        spec: the architecture, with the types of the modules that keep their codes.
+
+    Raises:
+        Failure: tensors are missing, too many, or of a wrong shape; not finite, when one is asked for.
+    """
+
+    def __init__(self, source: ForeignModel) -> None:
+        self.spec, tensors = _gguf_tensors(source, "auto")
+        self._tensors = {name: tensor for tensor in tensors for name in tensor.names}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name].make()[name]
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(np.uint16)
+        return tensor.numpy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 def _tensors(source: ForeignModel, dtype: ImportType) -> tuple[ModelSpec, list[ImportedTensor]]:
     """The tensors of a Hugging Face folder."""
     tensors = source.tensors()
@@ -180,7 +210,7 @@ def _tensors(source: ForeignModel, dtype: ImportType) -> tuple[ModelSpec, list[I
     for part in parts:
         kept = _stored_type(part, tensors.types[names[part.name]], dtype)
         make = partial(_to_ours, source, part, names[part.name], tensors, kept)
-        found.append(ImportedTensor(part.elements * kept.itemsize, kept, make))
+        found.append(ImportedTensor(part.ours, part.elements * kept.itemsize, kept, make))
     return source.spec, found
 
 

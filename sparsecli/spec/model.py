@@ -6,6 +6,7 @@ The same field names serve in a recipe (YAML), in `config.json` and in Python.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,11 @@ class QuantizationSpec(Spec):
     """Bits of the dense logits."""
     gguf: dict[str, GgufTypeName] = Field(default_factory=dict)
     """Types of the modules that keep the codes of a GGUF file, by name, such as `model.layers.0.feed_forward.up`."""
+
+    @property
+    def gguf_types(self) -> str:
+        """The types of a GGUF file that modules keep, the most frequent first: `Q4_K Q6_K`; empty without any."""
+        return " ".join(kind for kind, _ in Counter(self.gguf.values()).most_common())
 
 
 class SruSpec(Spec):

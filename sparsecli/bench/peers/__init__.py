@@ -8,7 +8,8 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from sparsecli.bench.peers.llama_shape import llama_shaped
 from sparsecli.bench.variants import Variant
 from sparsecli.model.sizes import count_parameters
 from sparsecli.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    from sparsecli.bench.peers.llama_file import WeightsRead
 
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 
@@ -56,6 +60,13 @@ class PeerModule(Protocol):
         """A decoder with room for `capacity` tokens. A program with a model of its own ignores `weights`."""
 
 
+class FilePeerModule(PeerModule, Protocol):
+    """The module of a program that also measures a GGUF file as it is."""
+
+    def load_file(self, file: Path, spec: ModelSpec, capacity: int, threads: int) -> PeerDecoder:
+        """A decoder of the model in `file` with room for `capacity` tokens."""
+
+
 @dataclass(frozen=True)
 class Peer:
     """A program to compare with."""
@@ -68,6 +79,7 @@ class Peer:
     dtypes: Mapping[str, tuple[str, ...]]  # its weight types, by that of ours which they are measured beside
     cache_bytes: Mapping[str, int]  # bytes of a cached value, by its weight type
     reads_prompts: bool = False  # its decoders are `PromptPeerDecoder`s
+    reads_files: bool = False  # its module is a `FilePeerModule`
 
     def missing(self) -> str | None:
         """The missing requirement, as the end of a sentence; None if the program can be used."""
@@ -82,6 +94,7 @@ class Peer:
         return cast(PeerModule, importlib.import_module(f"{__name__}.{self.module}"))
 
 
+FLOAT16_BYTES = 2
 OURS = {"float32": ("float32",), "bfloat16": ("bfloat16",)}
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 4}
 PEERS = {
@@ -96,6 +109,7 @@ PEERS = {
             dtypes={**OURS, "int8": ("q8_0", "q4_0"), "int4": ("q4_0",)},
             cache_bytes=dict.fromkeys(("float32", "bfloat16", "q8_0", "q4_0"), 2),
             reads_prompts=True,
+            reads_files=True,
         ),
         Peer("openvino", "openvino", ("openvino",), "peers-openvino", False, OURS, BYTES),
         Peer(
@@ -121,19 +135,27 @@ class PeerModel:
     variant: Variant  # what the peer runs: `beside`, or a dense Llama-shaped model
     our_dtype: str  # type of the weights that `load` takes, and beside which it is measured
     dtype: str  # the peer's
+    file: WeightsRead | None = None  # what it reads of the GGUF file that `variant` is, if it is one
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of each weight that a token reads, on average: see `bytes_read.bits_per_weight`."""
+        return self.file.bits_per_weight if self.file else 8 * WEIGHT_BYTES[self.dtype]
 
     def bytes_per_token(self, context: int, prefill: int = 0) -> int:
         """Bytes that a token reads after `context` others, or in a prompt of `prefill` tokens."""
-        weights = self.variant.sizes.active * WEIGHT_BYTES[self.dtype]
+        weights = self.file.bytes if self.file else self.variant.sizes.active * WEIGHT_BYTES[self.dtype]
         return round(weights / max(prefill, 1) + self._cached_bytes(context))
 
     def needed_bytes(self, positions: int) -> int:
         """Approximate memory beside our weights, because each peer holds its own copy."""
-        weights = self.variant.sizes.total * WEIGHT_BYTES[self.dtype]
+        file = self.variant.gguf
+        weights = file.stat().st_size if file else self.variant.sizes.total * WEIGHT_BYTES[self.dtype]
         return round(weights + self._cached_bytes(positions))
 
     def _cached_bytes(self, positions: int) -> int:
-        return positions * self.variant.sizes.cached_per_position * self.peer.cache_bytes[self.dtype]
+        value_bytes = self.peer.cache_bytes.get(self.dtype, FLOAT16_BYTES)
+        return positions * self.variant.sizes.cached_per_position * value_bytes
 
     def load(self, weights: Mapping[str, Tensor], capacity: int, threads: int) -> PeerDecoder:
         """A decoder. `weights` are those of `beside` in `our_dtype`; a peer with its own model ignores them.
@@ -141,6 +163,8 @@ class PeerModel:
         Raises `Failure` if the disk is full, or the program refuses the model.
         """
         module = self.peer.load_module()
+        if file := self.variant.gguf:
+            return cast(FilePeerModule, module).load_file(file, self.variant.spec, capacity, threads)
         return module.load(self.variant.spec, weights, self.dtype, capacity, threads)
 
 
@@ -152,6 +176,7 @@ def choose(
 ) -> list[PeerModel]:
     """The models of the peers `names`, in order. Peers that cannot be measured are reported on stderr.
 
+    Variants that are GGUF files are measured by peers that read such files, which run them as they are.
     Peers without a model of their own run `own_variants`; by default the first dense variant, and the last sparse one
     with the same vocabulary layer.
     """
@@ -165,9 +190,22 @@ def choose(
                 f"{name} is not measured: {lack or 'peers run whole models, but only some blocks of these are built'}"
             )
             continue
+        if files := [variant for variant in whole if variant.gguf]:
+            found += [_of_file(peer, variant) for variant in files if peer.reads_files]
+            continue
         pairs = _llama_shaped(whole[0]) if peer.own_model else _ours(whole, own_variants)
         found += list(_models(peer, pairs, dtypes))
     return found
+
+
+def _of_file(peer: Peer, variant: Variant) -> PeerModel:
+    from sparsecli.bench.peers.llama_file import weights_read  # needs the package gguf
+
+    assert variant.gguf
+    read = weights_read(variant.gguf)
+    kinds = [kind for kind in read.bytes_by_type if kind != "f32"]  # in which all files have their vectors
+    dtype = " ".join(kinds or ["f32"]).upper()
+    return PeerModel(peer, variant, variant, dtype, dtype, read)
 
 
 def _llama_shaped(variant: Variant) -> list[tuple[Variant, Variant]]:

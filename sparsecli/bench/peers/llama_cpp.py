@@ -23,9 +23,14 @@ from sparsecli.spec.model import ModelSpec
 
 FILE_TYPES = {
     "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "q6_k": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
+    "q5_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M,
     "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "q4_k_s": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_S,
+    "iq4_xs": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_XS,
+    "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
 }
+"""Kinds of files as they are distributed, those with the most bits first."""
 CONTEXT_STEP = 256  # llama.cpp rounds its cache up to this
 TRIAL_TOKENS = 8
 ATTENTIONS = {"flash attention": 1, "plain attention": 0}
@@ -49,6 +54,11 @@ def load(
         return LlamaDecoder(LlamaModel(path, spec, threads), capacity)
 
 
+def load_file(file: Path, spec: ModelSpec, capacity: int, threads: int) -> LlamaDecoder:
+    """See `FilePeerModule.load_file`."""
+    return LlamaDecoder(LlamaModel(file, spec, threads), capacity)
+
+
 # -- files and sequences -------------------------------------------------------------------------------------
 
 
@@ -61,10 +71,21 @@ def _listen(level: int, text: bytes, _: object) -> None:
     SAID.append(text.decode(errors="replace"))
 
 
-def quantise(source: Path, target: Path, dtype: str, threads: int) -> None:
-    """Quantize the file `source` with llama.cpp, to `dtype` as it is distributed (q8_0, q4_0, q4_k_m).
+def quantise(
+    source: Path,
+    target: Path,
+    dtype: str,
+    threads: int,
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Quantize the float file `source` with llama.cpp, to `dtype`, one of FILE_TYPES.
 
-    If its blocks do not divide the rows of a matrix, llama.cpp uses a type with smaller blocks.
+    llama.cpp chooses the type of each matrix: a k-quant mixes several. If a type's blocks do not divide the rows of a
+    matrix, it takes one with smaller blocks.
+
+    Args:
+        importance: the importance matrix: for each matrix, by llama.cpp's name, the mean square of each of its inputs
+            (cols,). Errors of a weight are weighted with that of its input. The mix of types may depend on it.
 
     Raises:
         Failure: the disk is full, or llama.cpp refuses.
@@ -73,6 +94,16 @@ def quantise(source: Path, target: Path, dtype: str, threads: int) -> None:
     llama_cpp.llama_log_set(_listen, ctypes.c_void_p(0))
     options = llama_cpp.llama_model_quantize_default_params()
     options.nthread, options.ftype = threads, FILE_TYPES[dtype]
+    if importance:
+        squares = {name: np.ascontiguousarray(each, np.float32) for name, each in importance.items()}
+        matrices = [
+            llama_cpp.llama_model_imatrix_data(
+                name.encode(), each.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), each.size
+            )
+            for name, each in squares.items()
+        ]
+        matrices.append(llama_cpp.llama_model_imatrix_data())  # without a name: the end
+        options.imatrix = (llama_cpp.llama_model_imatrix_data * len(matrices))(*matrices)
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), options):
         raise console.Failure(f"llama.cpp cannot make a {dtype} file: {_last_error()}")
 

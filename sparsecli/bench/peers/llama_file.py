@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from sparsecli import console
 from sparsecli.bench.peers.llama_shape import matrices, random_tile, repeated
+from sparsecli.interchange.gguf_reader import GgufReader
 from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.spec.model import ModelSpec, QuantizationSpec
 
@@ -25,6 +27,7 @@ TYPES = {
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
     "q4_0": gguf.GGMLQuantizationType.Q4_0,
 }
+LEAST_SHARE = 0.005
 MAKE_ROOM = "free some space, and start again"
 NAMES = {
     "query": "attn_q",
@@ -147,6 +150,11 @@ def write_weights(path: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) ->
     _write(path, spec, _architecture(spec), stored, values())
 
 
+def matrix_name(module: str, spec: ModelSpec) -> str:
+    """llama.cpp's name of the matrix of a linear layer of ours, such as `model.layers.3.attention.projection.query`."""
+    return _name("model.embedding.weight" if module == "head" and spec.tied else f"{module}.weight")
+
+
 def _architecture(spec: ModelSpec) -> str:
     """llama.cpp's name of the architecture. Mistral is a `llama` there."""
     if spec.attention.query_key_norm:
@@ -170,6 +178,48 @@ def _in_their_order(name: str, values: np.ndarray, spec: ModelSpec) -> np.ndarra
         return np.ascontiguousarray(values)
     halves = values.reshape(-1, 2, spec.width_of_head // 2, *values.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightsRead:
+    """The weights of a GGUF file that a decoded token reads.
+
+    Attributes:
+        bytes: of all of them, the token's row of the embedding included.
+        bits_per_weight: bytes times 8 over the number of weights, without that row.
+        bytes_by_type: of every weight type, by its name in lower case, the largest first.
+    """
+
+    bytes: int
+    bits_per_weight: float
+    bytes_by_type: Mapping[str, int]
+
+    @property
+    def shares(self) -> str:
+        """The types and their shares of the bytes, in words: `q4_k 58%, q6_k 42%`; without those below 0.5 %."""
+        total = sum(self.bytes_by_type.values())
+        shares = {kind: size / total for kind, size in self.bytes_by_type.items()}
+        return ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share > LEAST_SHARE)
+
+
+def weights_read(path: Path) -> WeightsRead:
+    """What a decoded token reads of the dense model in `path`.
+
+    Logits are computed with the embedding if the file has no other matrix for them; else a token reads one row of it.
+    Raises `Failure` if the file is damaged.
+    """
+    tensors = GgufReader(path).tensors
+    row, weights, sizes = 0, 0, Counter[str]()
+    for name, tensor in tensors.items():
+        if name == "token_embd.weight" and "output.weight" in tensors:
+            row = tensor.raw[0].nbytes
+        elif name != "rope_freqs.weight":
+            weights += math.prod(tensor.shape)
+            sizes[gguf.GGMLQuantizationType(tensor.kind).name.lower()] += tensor.raw.nbytes
+    return WeightsRead(sizes.total() + row, 8 * sizes.total() / weights, dict(sizes.most_common()))
 
 
 # -- the file ------------------------------------------------------------------------------------------------
