@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from sparsecli.interchange.gguf_reader import BFLOAT16, FLOATS, GgufReader, Gguf
 from sparsecli.interchange.sentencepiece_tokenizer import SentencePieceVocabulary, write_tokenizer
 from sparsecli.model.files import last_line
 from sparsecli.model.gguf_types import TYPES, GgufType, take_apart, weights_of
+from sparsecli.model.tokenizer import GGUF_METADATA
 from sparsecli.spec.base import MOST_LAYERS
 from sparsecli.spec.model import ModelSpec
 
@@ -66,6 +67,19 @@ class GgufArchitecture:
     constants: Mapping[str, Any] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
     rotary: bool = True
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """Those of transformers whose models such a file can hold: llama.cpp writes Mistral as a Llama."""
+        return (self.model_type, "mistral") if self.model_type == "llama" else (self.model_type,)
+
+    def modules(self, spec: ModelSpec) -> Iterator[tuple[str, GgufModule]]:
+        """Names in the file, and what of ours they hold."""
+        yield from self.outer.items()
+        for index in range(spec.layers):
+            for name, module in self.layer.items():
+                ours = tuple(f"model.layers.{index}.{each}" for each in module.ours)
+                yield f"blk.{index}.{name}", GgufModule(ours, module.rows)
 
 
 def _module(*ours: str, rows: Rows | None = None) -> GgufModule:
@@ -117,6 +131,8 @@ LAYER = {
     "ffn_up": _module("feed_forward.up"),
     "ffn_down": _module("feed_forward.down"),
 }
+FUSED = {"attn_qkv": LAYER["attn_qkv"]} | LAYER
+"""With queries, keys and values in one tensor, if one type suits them all."""
 PAIRED = LAYER | {
     "attn_q": _module(QUERY, rows=_unpaired(_query_heads)),
     "attn_k": _module(KEY, rows=_unpaired(_key_heads)),
@@ -164,7 +180,7 @@ ARCHITECTURES = {
         {"hidden_activation": "gelu_pytorch_tanh"},
     ),
     "olmo2": GgufArchitecture("olmo2", SIZES, LAYER | POST_NORMS, OUTER),
-    "gpt2": GgufArchitecture("gpt2", GPT2_SIZES, LAYER, OUTER, rotary=False),
+    "gpt2": GgufArchitecture("gpt2", GPT2_SIZES, FUSED, OUTER, rotary=False),
 }
 """By `general.architecture`. llama.cpp writes Mistral as `llama`; its name tells."""
 GEMMA3_PERIOD, GEMMA3_LOCAL_BASE, GEMMA3_27B_LAYERS = 6, 10000.0, 62
@@ -173,8 +189,18 @@ UNUSED = ("attn_rot_embd", "rope_freqs")
 """Tables of constants in some files."""
 
 
+class GgufSource(Protocol):
+    """What a file holds; see `GgufReader`."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
 class GgufCheckpoint:
     """A GGUF file.
+
+    Args:
+        reader: what the file at `path` holds, or is going to; by default it is read.
 
     Attributes:
         config: the config.json that is equivalent to its metadata.
@@ -183,8 +209,8 @@ class GgufCheckpoint:
         Failure: the file is damaged, or of an architecture or with a feature that cannot be imported.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.reader = path, GgufReader(path)
+    def __init__(self, path: Path, reader: GgufSource | None = None) -> None:
+        self.path, self.reader = path, reader or GgufReader(path)
         try:
             self.kind, self.rules = self._rules()
             self.config = self._config()
@@ -284,19 +310,11 @@ class GgufCheckpoint:
 
     # -- tensors ---------------------------------------------------------------------------------------------
 
-    def modules(self, spec: ModelSpec) -> Iterator[tuple[str, GgufModule]]:
-        """Names in the file, and what of ours they hold."""
-        yield from self.rules.outer.items()
-        for index in range(spec.layers):
-            for name, module in self.rules.layer.items():
-                ours = tuple(f"model.layers.{index}.{each}" for each in module.ours)
-                yield f"blk.{index}.{name}", GgufModule(ours, module.rows)
-
     def parts(self, spec: ModelSpec) -> list[GgufPart]:
         """The tensors of the file in the order of the computation, each with what of ours it holds."""
         found: list[GgufPart] = []
         tensors = self.reader.tensors
-        for name, module in self.modules(spec):
+        for name, module in self.rules.modules(spec):
             for ending in ("weight", "bias"):
                 if (tensor := tensors.get(f"{name}.{ending}")) is not None:
                     rows = module.rows(spec) if module.rows else [None] * len(module.ours)
@@ -343,9 +361,13 @@ class GgufCheckpoint:
     def write_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer to `folder`.
 
+        Its metadata go with it, for an export.
+
         Raises:
             Failure: the file has none, or of a kind that is not known.
         """
+        assert isinstance(self.reader, GgufReader)
+        (folder / GGUF_METADATA).write_bytes(self.reader.header)
         kind = self.reader.metadata.get("tokenizer.ggml.model")
         if kind not in ("llama", "gpt2"):
             raise Failure(f"{self.path}: tokenizer.ggml.model: {kind!r} is not supported (llama, gpt2)")

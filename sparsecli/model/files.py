@@ -187,14 +187,15 @@ def check_weights(folder: Path, spec: ModelSpec) -> None:
 
 
 @contextmanager
-def written_beside(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` that takes its name at the end: all of it is there, or nothing."""
+def written_beside(output: Path, file: bool = False) -> Iterator[Path]:
+    """An empty folder, or the place of a `file`, beside `output`, which takes its name at the end: all or nothing."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as beside:
         made = Path(beside) / output.name  # with the permissions of any other folder
-        made.mkdir()
+        if not file:
+            made.mkdir()
         yield made
-        share(made)
+        share(Path(beside) if file else made)
         made.rename(output)
 
 
