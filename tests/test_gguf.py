@@ -25,7 +25,7 @@ from sparsecli.generate.native_decoder import NativeDecoder
 from sparsecli.interchange import importing
 from sparsecli.interchange.gguf_reader import GgufReader
 from sparsecli.model.files import read_description
-from sparsecli.model.gguf_types import TYPES, GgufType, arrange, values
+from sparsecli.model.gguf_types import TYPES, GgufType, arrange, restore, values
 from sparsecli.model.loading import load_model
 
 every_type = pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
@@ -59,6 +59,7 @@ def test_values_are_those_of_the_package(kind: GgufType, rows: int, cols: int) -
     panels = arrange(kind, raw, cols)
     assert panels.shape == kind.panel_shape(rows, cols)
     np.testing.assert_array_equal(values(kind, panels, rows, cols), dequantize(raw, theirs))
+    np.testing.assert_array_equal(restore(kind, panels, rows, cols), raw)
     if cols % kind.columns == 0 and rows % 16 == 0:
         assert panels.nbytes <= 1.03 * raw.nbytes
 

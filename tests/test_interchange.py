@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -277,12 +278,12 @@ def write_gguf(
     path: Path,
     ends: Sequence[int] = (),
     pieces: SentencePieceVocabulary | None = None,
-    quantized: str | None = None,
+    quantized: str | Sequence[str] = (),
     **extra: str,
 ) -> None:
     """A model as llama.cpp stores it: Llama's pairs of a head's elements side by side, GPT-2's maps transposed.
 
-    Matrices are `quantized` to a type of GGUF's.
+    Matrices are `quantized` to a type of GGUF's, or to several in turn.
     """
     import gguf
 
@@ -331,6 +332,7 @@ def write_gguf(
 
     (architecture,) = (one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     mapped = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    types = cycle([quantized] if isinstance(quantized, str) else quantized)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -341,7 +343,7 @@ def write_gguf(
         stem, _, ending = name.rpartition(".")
         values, stored = tensor.numpy(), None
         if quantized and values.ndim == 2:
-            stored = gguf.GGMLQuantizationType[quantized]
+            stored = gguf.GGMLQuantizationType[next(types)]
             values = gguf.quantize(values, stored)
         writer.add_tensor(f"{mapped.get_name(stem)}.{ending}", values, raw_dtype=stored)
     writer.write_header_to_file()

@@ -22,7 +22,8 @@ def export(
         ),
     ],
     format: Annotated[
-        Literal["huggingface", "gguf"], typer.Option(help="A folder for transformers, or a file for llama.cpp.")
+        Literal["huggingface", "gguf"],
+        typer.Option(help="A folder for transformers, or a file for llama.cpp."),
     ] = "huggingface",
 ) -> None:
     """Export a model for other programs.

@@ -128,9 +128,11 @@ def splitting_of(name: object) -> Splitting:
     return SPLITTINGS[name]
 
 
-SAMPLE = """I'd say: we've GOT 1234567 items, they'LL cost $3.50... CamelCase HTTPServer's _names_ don't
-
-  \t two\u00a0spaces \r\n\n  e\u0301 x\u0301\u0323 \u4f60\u597d\uff0c\u4e16\u754c 12\u0663\u0664 \U0001f642!! //--->\n\tend  """
+SAMPLE = (
+    "I'd say: we've GOT 1234567 items, they'LL cost $3.50... CamelCase HTTPServer's _names_ don't"
+    "\n\n  \t two\u00a0spaces \r\n\n  e\u0301 x\u0301\u0323 \u4f60\u597d\uff0c\u4e16\u754c 12\u0663\u0664 "
+    "\U0001f642!! //--->\n\tend  "
+)
 """A text that every two ways to cut it, of those that a GGUF file may name, cut in different places."""
 
 
@@ -146,7 +148,9 @@ def name_of_splitting(backend: Tokenizer) -> str | None:
 
     whole_words = json.loads(backend.to_str())["model"].get("ignore_merges", False)
     for name, splitting in SPLITTINGS.items():
-        if name == "default" or splitting.whole_words != whole_words:  # what llama.cpp does by default is not GPT-2's
+        if (
+            name == "default" or splitting.whole_words != whole_words
+        ):  # what llama.cpp does by default is not GPT-2's
             continue
         known = Tokenizer(models.BPE())
         _split_text(known, splitting)

@@ -40,7 +40,9 @@ def run(*, model: str, output: Path, format: Format = "huggingface") -> None:
             cannot be written.
     """
     if format == "gguf" and output.suffix != ".gguf":
-        raise Failure(f"--output: expected the name of a file that ends with .gguf, got {output}", exit_code=2)
+        raise Failure(
+            f"--output: expected the name of a file that ends with .gguf, got {output}", exit_code=2
+        )
     folder = find_model(model)
     if output.exists():
         raise Failure(f"{output}: is there already; choose another --output")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -40,8 +38,13 @@ if TYPE_CHECKING:
 
 KEPT = ("tokenizer.", "general.")
 """Metadata of an imported file that its export has too."""
-WRITTEN_ANEW = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
-WITHOUT_ORIGIN = ("llama", "qwen2", "qwen3", "gpt2")
+WRITTEN_ANEW = (
+    "general.architecture",
+    "general.file_type",
+    "general.quantization_version",
+    "general.alignment",
+)
+WITHOUT_ORIGIN: tuple[str, ...] = ("llama", "qwen2", "qwen3", "gpt2")
 """Architectures that are tried for a model that was trained here, in this order."""
 UNCOMPARED = {"dropout", "initialization", "quantization"}
 """Fields that change nothing that is computed, or that tensors express."""
@@ -187,9 +190,11 @@ def _stored_tensors(spec: ModelSpec, rules: GgufArchitecture) -> list[StoredTens
     if spec.tied:
         del shapes["head.weight"]
     found: list[StoredTensor] = []
+    mixed: list[str] = []
     for name, module in rules.modules(spec):
         if len({spec.quantization.gguf.get(ours) for ours in module.ours}) > 1:
-            continue  # one tensor has one type; llama.cpp takes queries, keys and values apart, too
+            mixed.append(name)
+            continue
         for ending in ("weight", "bias"):
             ours = tuple(f"{each}.{ending}" for each in module.ours)
             if all(each in shapes for each in ours):
@@ -197,6 +202,8 @@ def _stored_tensors(spec: ModelSpec, rules: GgufArchitecture) -> list[StoredTens
                 parts = [shapes.pop(each) for each in ours]
                 shape = (sum(part[0] for part in parts), *parts[0][1:])
                 found.append(StoredTensor(f"{name}.{ending}", ours, shape, rows))
+    if shapes and mixed:
+        raise Failure(f"holds queries, keys and values in one tensor {mixed[0]}, which has one type")
     if shapes:
         raise Failure(f"has no place for the tensor {min(shapes)}")
     if spec.rotary_scaling is not None and spec.rotary_scaling.kind == "llama3":
@@ -297,15 +304,15 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, model: Description) -> None
     except Failure as failure:
         raise Failure(f"{folder}: the tokenizer {failure.message}") from failure
     ids = {
-        key: tokenizer.backend.token_to_id(tokenizer.named[name])
+        key: number
         for name, key in SPECIAL.items()
-        if name in tokenizer.named
+        if (number := tokenizer.backend.token_to_id(tokenizer.named.get(name, ""))) is not None
     }
     ends = sorted(model.end_tokens - {ids.get("eos")})
     if "eos" not in ids and ends:
         ids["eos"] = ends.pop(0)
     ids |= dict(zip(ENDS[1:], ends, strict=False))
-    facts |= {f"{key}_token_id": number for key, number in ids.items() if 0 <= number < size}
+    facts |= {f"{key}_token_id": number for key, number in ids.items() if number < size}
     facts |= {"add_bos_token": tokenizer.beginning == [ids.get("bos")]}
     for key, value in facts.items():
         if value != []:

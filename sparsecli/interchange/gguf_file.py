@@ -131,8 +131,8 @@ LAYER = {
     "ffn_up": _module("feed_forward.up"),
     "ffn_down": _module("feed_forward.down"),
 }
-FUSED = {"attn_qkv": LAYER["attn_qkv"]} | LAYER
-"""With queries, keys and values in one tensor, if one type suits them all."""
+FUSED = {name: module for name, module in LAYER.items() if name not in ("attn_q", "attn_k", "attn_v")}
+"""With queries, keys and values in one tensor only."""
 PAIRED = LAYER | {
     "attn_q": _module(QUERY, rows=_unpaired(_query_heads)),
     "attn_k": _module(KEY, rows=_unpaired(_key_heads)),

@@ -183,7 +183,8 @@ def put_together(kind: GgufType, parts: Parts) -> np.ndarray:
         upper = np.bitwise_or.reduce(quarters >> 4 << 2 * np.arange(4, dtype=np.uint8)[:, None], axis=-2)
         fields = [table(low), table(upper), table(parts.scales), table(parts.outer)]
     elif kind.nested:
-        assert parts.minima is not None and parts.outer is not None
+        assert parts.minima is not None
+        assert parts.outer is not None
         scales, minima = (each.reshape(rows, -1, 2, 4) for each in (parts.scales, parts.minima))
         scales, scales_4 = scales[..., 0, :], scales[..., 1, :]
         minima, minima_4 = minima[..., 0, :], minima[..., 1, :]
