@@ -5,10 +5,11 @@ One clear line says what is wrong with whatever is wrong.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 255
+KEEP_AFTER = 2.0
+"""Seconds of work from which on its result is kept for the next start."""
 RECIPE = "recipe.yaml"
 """What a run was made with, beside its model folder."""
 PACKED = "model.spk"
@@ -205,6 +208,18 @@ def share(folder: Path) -> None:
     os.umask(mask)
     for path in folder.iterdir():
         path.chmod(0o666 & ~mask)
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """What changes when one of the files does: names, sizes and times of writing."""
+    facts = [(path.name, found.st_size, found.st_mtime_ns) for path in files for found in [path.stat()]]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def cache_place(path: Path, name: str) -> Path:
+    """Where something that was made of `path` is kept under `name` in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsecli"
+    return cache / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}-{name}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
