@@ -89,7 +89,7 @@ def test_an_imported_model_is_the_original(name: str, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATE
 
 
-@pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", "bfloat16"), ("float16", "float32")])
+@pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", "bfloat16"), ("float16", "float16")])
 def test_types_of_weights(dtype: str, kept: str, tmp_path: Path) -> None:
     original = build("gemma", **MODELS["gemma"][1]).to(getattr(torch, dtype))
     folder = imported(original, tmp_path)

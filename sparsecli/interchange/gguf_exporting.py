@@ -18,11 +18,12 @@ from sparsecli.interchange.gguf_file import (
     ARCHITECTURES,
     ENDS,
     FREQUENCIES,
+    NARROW,
     SPECIAL,
     GgufArchitecture,
     GgufCheckpoint,
 )
-from sparsecli.interchange.gguf_reader import BFLOAT16, FLOAT32, GgufReader, GgufTensor
+from sparsecli.interchange.gguf_reader import BFLOAT16, FLOAT16, FLOAT32, GgufReader, GgufTensor
 from sparsecli.interchange.safetensors_files import TYPES as FLOAT_TYPES
 from sparsecli.interchange.safetensors_files import SafetensorsReader, check_finite
 from sparsecli.interchange.sources import read_architecture
@@ -238,7 +239,8 @@ class Weights:
             return self.codes[tensor.ours[0]][1].number
         narrow = tensor.ours and len(tensor.shape) > 1
         kinds = {self.reader.types[name] for name in tensor.ours}
-        return BFLOAT16 if narrow and kinds == {torch.bfloat16} else FLOAT32
+        known = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+        return known.get(kinds.pop(), FLOAT32) if narrow and len(kinds) == 1 else FLOAT32
 
     def read(self, tensor: StoredTensor, kind: int) -> np.ndarray:
         """Its rows (rows, bytes of a row), in their order in the file.
@@ -263,7 +265,7 @@ class Weights:
             return restore(type_, self.reader.read(codes).numpy(), rows, cols)
         found = self.reader.read(name)
         check_finite(name, found)
-        if kind == BFLOAT16:
+        if kind in NARROW:
             return found.contiguous().view(torch.uint8).numpy()
         return found.float().numpy()
 

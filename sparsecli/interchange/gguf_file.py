@@ -21,7 +21,7 @@ from sparsecli.interchange.byte_pair_tokenizer import (
     splitting_of,
     write_byte_pair_tokenizer,
 )
-from sparsecli.interchange.gguf_reader import BFLOAT16, FLOATS, GgufReader, GgufTensor
+from sparsecli.interchange.gguf_reader import BFLOAT16, FLOAT16, FLOATS, GgufReader, GgufTensor
 from sparsecli.interchange.sentencepiece_tokenizer import SentencePieceVocabulary, write_tokenizer
 from sparsecli.model.files import last_line
 from sparsecli.model.gguf_types import TYPES, GgufType, take_apart, weights_of
@@ -34,6 +34,7 @@ ENDS = ("eos", "eot", "eom")
 """Tokens that end a text: of the text, of a turn, of a message to a tool."""
 FREQUENCIES = "rope_freqs.weight"
 FREQUENCY_TOLERANCE = 1e-5
+NARROW = {FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
 KINDS = {kind.number: kind for kind in TYPES.values()}
 
 Rows = Callable[[ModelSpec], list[np.ndarray]]
@@ -277,7 +278,7 @@ class GgufCheckpoint:
         if turned is not None and turned != width:
             found["partial_rotary_factor"] = turned / width
         if FREQUENCIES in self.reader.tensors:
-            divisors = self._floats(self.reader.tensors[FREQUENCIES]).ravel()
+            divisors = self._floats(self.reader.tensors[FREQUENCIES]).float().ravel()
             found |= _llama3_scaling(divisors.numpy(), found["rope_theta"])
         return found
 
@@ -329,9 +330,9 @@ class GgufCheckpoint:
         return found
 
     def _floats(self, tensor: GgufTensor) -> Tensor:
-        """A tensor as float32, or bfloat16 where it is stored so."""
-        if tensor.kind == BFLOAT16:
-            return torch.from_numpy(tensor.raw.copy()).view(torch.bfloat16).view(tensor.shape)
+        """A tensor as float32, or in 16 bits where it is stored so."""
+        if narrow := NARROW.get(tensor.kind):
+            return torch.from_numpy(tensor.raw.copy()).view(narrow).view(tensor.shape)
         if tensor.kind in FLOATS:
             return torch.from_numpy(tensor.raw.view(FLOATS[tensor.kind]).astype(np.float32)).view(
                 tensor.shape
@@ -451,7 +452,7 @@ class GgufPart:
     @property
     def dtype(self) -> torch.dtype:
         """Of weights that are not kept as codes."""
-        return torch.bfloat16 if self.tensor.kind == BFLOAT16 else torch.float32
+        return NARROW.get(self.tensor.kind, torch.float32)
 
     def floats(self) -> Tensor:
         """The weights, dequantized.

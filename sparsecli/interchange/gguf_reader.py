@@ -22,7 +22,7 @@ STRING, ARRAY = 8, 9
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Formats of the metadata's number types."""
 FLOATS = {0: "<f4", 1: "<f2", 28: "<f8"}
-FLOAT32, BFLOAT16 = 0, 30
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 30
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Description:
     end_tokens: frozenset[int]
     """Tokens that end a text."""
     dtype: str = "float32"
-    """The type in which its weights are stored: float32 or bfloat16."""
+    """The type in which its matrices are stored: float32, bfloat16 or float16."""
     imported: bool = False
     """Whether it comes from another architecture, whose tokenizer may put tokens before every text."""
 
@@ -120,7 +120,8 @@ def read_description(folder: Path) -> Description:
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(type(token) is not int for token in ends):
         raise Failure(f"{path}: eos_token_id: expected a token's number or a list of them")
-    dtype = "bfloat16" if fields.get("dtype") == "bfloat16" else "float32"
+    dtype = str(fields.get("dtype"))
+    dtype = dtype if dtype in ("bfloat16", "float16") else "float32"
     return Description(spec, frozenset(ends), dtype, imported=bool(fields.get("origin")))
 
 
