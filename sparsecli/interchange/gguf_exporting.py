@@ -17,8 +17,11 @@ from sparsecli.interchange.byte_pair_tokenizer import byte_pair_metadata
 from sparsecli.interchange.gguf_file import (
     ARCHITECTURES,
     ENDS,
+    FILE_KINDS,
     FREQUENCIES,
+    LONG_FACTORS,
     NARROW,
+    SHORT_FACTORS,
     SPECIAL,
     GgufArchitecture,
     GgufCheckpoint,
@@ -27,6 +30,7 @@ from sparsecli.interchange.gguf_reader import BFLOAT16, FLOAT16, FLOAT32, GgufRe
 from sparsecli.interchange.safetensors_files import TYPES as FLOAT_TYPES
 from sparsecli.interchange.safetensors_files import SafetensorsReader, check_finite
 from sparsecli.interchange.sources import read_architecture
+from sparsecli.interchange.tensor_layouts import TensorLayout
 from sparsecli.model.files import Description, weight_files, written_beside
 from sparsecli.model.gguf_types import TYPES, restore
 from sparsecli.model.rotary import rotary_frequencies
@@ -47,6 +51,8 @@ WRITTEN_ANEW = (
 )
 WITHOUT_ORIGIN: tuple[str, ...] = ("llama", "qwen2", "qwen3", "gpt2")
 """Architectures that are tried for a model that was trained here, in this order."""
+UNTIED = ("stablelm", "olmoe")
+"""Architectures that llama.cpp does not load without a matrix for the logits."""
 UNCOMPARED = {"dropout", "initialization", "quantization"}
 """Fields that change nothing that is computed, or that tensors express."""
 
@@ -59,6 +65,7 @@ class StoredTensor:
     ours: tuple[str, ...]
     shape: Shape
     rows: Sequence[np.ndarray] | None
+    layout: TensorLayout | None = None
     values: np.ndarray | None = None
     """Of a tensor that ours have in the architecture, not among the weights."""
 
@@ -117,21 +124,24 @@ def _architecture(
     names = WITHOUT_ORIGIN
     if origin is not None:
         model_type = origin.get("model_type")
-        names = tuple(kind for kind, rules in ARCHITECTURES.items() if model_type in rules.model_types)
+        names = tuple(kind for kind, rules in ARCHITECTURES.items() if model_type == rules.model_type)
         if not names:
             raise Failure(f"{folder}: was imported from {model_type}, for which no GGUF file can be written")
     reasons = []
     for kind in names:
         try:
-            return kind, _checked(spec, kind)
+            return FILE_KINDS.get(kind, kind), _checked(spec, kind)
         except Failure as failure:
             reasons.append(f"{kind} {failure.message.removeprefix('file: ')}")
     raise Failure(f"{folder}: no architecture of GGUF files expresses this model ({reasons[0]})")
 
 
-def _checked(spec: ModelSpec, kind: str) -> list[StoredTensor]:
+def _checked(spec: ModelSpec, architecture: str) -> list[StoredTensor]:
     """The tensors of a file of this architecture. Raises `Failure` where such a file would be another model."""
-    stored = _stored_tensors(spec, ARCHITECTURES[kind])
+    if spec.tied and architecture in UNTIED:
+        raise Failure("needs logits with a matrix of their own")
+    stored = _stored_tensors(spec, ARCHITECTURES[architecture])
+    kind = FILE_KINDS.get(architecture, architecture)
     raw = {tensor.name: tensor.values for tensor in stored}
     tensors = {
         tensor.name: GgufTensor(tensor.name, FLOAT32, tensor.shape, _bytes(raw[tensor.name]))
@@ -176,12 +186,39 @@ def architecture_metadata(spec: ModelSpec, kind: str) -> dict[str, Any]:
         "attention.value_length": spec.width_of_head,
         f"attention.{norm}": spec.normalization_epsilon,
     }
+    if spec.feed_forward.kind == "mixture":
+        units = spec.feed_forward.d_ff // spec.feed_forward.experts
+        found |= {
+            "feed_forward_length": units,
+            "expert_feed_forward_length": units,
+            "expert_count": spec.feed_forward.experts,
+            "expert_used_count": spec.feed_forward.experts_per_token,
+        }
+    if kind == "granite":
+        found |= {
+            "embedding_scale": spec.embedding_scale,
+            "residual_scale": spec.residual_scale,
+            "attention.scale": spec.attention_scale,
+            "logit_scale": 1 / spec.logit_scale,
+        }
+    if kind == "stablelm":
+        found["use_parallel_residual"] = spec.parallel
+    caps = {"attn": spec.attention.logit_softcap, "final": spec.logit_softcap}
+    found |= {f"{name}_logit_softcapping": limit for name, limit in caps.items() if limit is not None}
     if spec.attention.window:
         found["attention.sliding_window"] = spec.attention.window
     if spec.positions == "rotary":
         found |= {"rope.dimension_count": spec.rotary_width, "rope.freq_base": spec.rotary_base}
-        if spec.rotary_scaling is not None and spec.rotary_scaling.kind == "linear":
-            found |= {"rope.scaling.type": "linear", "rope.scaling.factor": spec.rotary_scaling.factor}
+        scaling = spec.rotary_scaling
+        if scaling is not None and scaling.kind in ("linear", "yarn"):
+            found |= {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
+        if scaling is not None and scaling.kind in ("yarn", "longrope"):
+            found["rope.scaling.original_context_length"] = scaling.original_positions
+        if scaling is not None and scaling.kind == "longrope":
+            found["rope.scaling.attn_factor"] = scaling.attention_factor
+        if scaling is not None and scaling.kind == "yarn":
+            found["rope.scaling.yarn_beta_fast"] = scaling.beta_fast
+            found["rope.scaling.yarn_beta_slow"] = scaling.beta_slow
     return {f"{kind}.{key}": value for key, value in found.items()}
 
 
@@ -196,6 +233,10 @@ def _stored_tensors(spec: ModelSpec, rules: GgufArchitecture) -> list[StoredTens
         if len({spec.quantization.gguf.get(ours) for ours in module.ours}) > 1:
             mixed.append(name)
             continue
+        if module.layout and module.ours[0] in shapes:
+            empty = torch.empty(shapes.pop(module.ours[0]), device="meta")
+            shape = tuple(module.layout.to_foreign([empty], spec).shape)
+            found.append(StoredTensor(f"{name}.weight", module.ours, shape, None, module.layout))
         for ending in ("weight", "bias"):
             ours = tuple(f"{each}.{ending}" for each in module.ours)
             if all(each in shapes for each in ours):
@@ -210,7 +251,13 @@ def _stored_tensors(spec: ModelSpec, rules: GgufArchitecture) -> list[StoredTens
     if spec.rotary_scaling is not None and spec.rotary_scaling.kind == "llama3":
         plain = rotary_frequencies(spec.model_copy(update={"rotary_scaling": None}))
         divisors = (plain / rotary_frequencies(spec)).astype(np.float32)
-        found.append(StoredTensor(FREQUENCIES, (), divisors.shape, None, divisors))
+        found.append(StoredTensor(FREQUENCIES, (), divisors.shape, None, values=divisors))
+    if spec.rotary_scaling is not None and spec.rotary_scaling.kind == "longrope":
+        for name, factors in (
+            (LONG_FACTORS, spec.rotary_scaling.long_factor),
+            (SHORT_FACTORS, spec.rotary_scaling.short_factor),
+        ):
+            found.append(StoredTensor(name, (), (len(factors),), None, values=np.array(factors, np.float32)))
     return found
 
 
@@ -225,6 +272,7 @@ class Weights:
     """
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
+        self.spec = spec
         self.reader = SafetensorsReader(weight_files(folder), FLOAT_TYPES | {"U8": torch.uint8})
         self.shapes = tensor_shapes(spec.model_copy(update={"quantization": QuantizationSpec()}))
         self.codes = {
@@ -239,6 +287,8 @@ class Weights:
             return self.codes[tensor.ours[0]][1].number
         narrow = tensor.ours and len(tensor.shape) > 1
         kinds = {self.reader.types[name] for name in tensor.ours}
+        if any(name.endswith("router.weight") for name in tensor.ours):
+            return FLOAT32
         known = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
         return known.get(kinds.pop(), FLOAT32) if narrow and len(kinds) == 1 else FLOAT32
 
@@ -250,6 +300,10 @@ class Weights:
         """
         if tensor.values is not None:
             return tensor.values
+        if tensor.layout:
+            [name] = tensor.ours
+            check_finite(name, found := self.reader.read(name))
+            return _as(kind, tensor.layout.to_foreign([found], self.spec))
         parts = [self._rows(name, kind) for name in tensor.ours]
         if tensor.rows is None:
             return np.concatenate(parts)
@@ -265,9 +319,13 @@ class Weights:
             return restore(type_, self.reader.read(codes).numpy(), rows, cols)
         found = self.reader.read(name)
         check_finite(name, found)
-        if kind in NARROW:
-            return found.contiguous().view(torch.uint8).numpy()
-        return found.float().numpy()
+        return _as(kind, found)
+
+
+def _as(kind: int, tensor: torch.Tensor) -> np.ndarray:
+    """Its numbers in a float type of GGUF, as bytes if they have 16 bits."""
+    whole = tensor.contiguous()
+    return whole.view(torch.uint8).numpy() if kind in NARROW else whole.float().numpy()
 
 
 # -- the tokenizer -------------------------------------------------------------------------------------------
