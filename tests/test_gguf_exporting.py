@@ -54,7 +54,6 @@ EXPORTED: dict[str, tuple[str, dict]] = {
             "mixtral",
             "qwen3_moe, normalized",
             "phi3",
-            "phi3, longrope",
             "granite",
             "stablelm",
             "falcon",
@@ -62,6 +61,14 @@ EXPORTED: dict[str, tuple[str, dict]] = {
             "falcon, new, one norm",
         )
     },
+    "phi3, longrope": (  # llama.cpp takes the long factors where its context is longer than the original one
+        "phi3",
+        {
+            **MODELS["phi3, longrope"][1],
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 256,
+        },
+    ),
     "olmoe": ("olmoe", {**EXPERTS, "intermediate_size": 20, "num_key_value_heads": 4}),
     "stablelm, parallel": ("stablelm", {**STABLELM, "use_parallel_residual": True, "use_qkv_bias": True}),
     "smollm3": ("smollm3", {**LLAMA, "num_hidden_layers": 5}),
