@@ -24,6 +24,7 @@ from sparsecli.evaluate import command
 from sparsecli.evaluate.result import Scored, paired_by_text, paired_by_window
 from sparsecli.evaluate.text import TokenizedText, tokenize
 from sparsecli.generate.decoder import DecoderOptions
+from sparsecli.interchange import kept_imports
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.loading import load_model
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
@@ -75,7 +76,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     model: Path | str | None, text: Path | None, loaded: Any = None, **options: Any
 ) -> command.Evaluation:
-    names = ("backend", "dtype", "cache_dtype", "threads")
+    names = ("backend", "dtype", "cache_dtype", "threads", "keep")
     decoder = DecoderOptions(**{key: options.pop(key) for key in names if key in options})
     defaults: dict[str, Any] = {
         **{"text_field": "text", "window": None, "tokens": None, "against": None, "against_dtype": None},
@@ -115,6 +116,32 @@ def test_imported_models_read_the_same_in_both_backends(tmp_path: Path, text: Pa
     losses = [run(tmp_path / "theirs", text, backend=backend).loss for backend in ("native", "torch")]
     assert losses[0].nats_per_token == pytest.approx(losses[1].nats_per_token, abs=1e-5)
     assert losses[0].bits_per_byte == pytest.approx(losses[1].bits_per_byte, abs=1e-5)
+
+
+def test_a_foreign_model_is_imported_once(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    theirs, cache = foreign("llama", tmp_path / "theirs"), tmp_path / "cache" / "sparsecli"
+    once = run(theirs, text, backend="torch").loss
+    assert not cache.exists()  # it took no time
+    monkeypatch.setattr(kept_imports, "KEEP_AFTER", -1.0)
+    assert run(theirs, text, backend="torch", keep=False).loss == once
+    assert not cache.exists()
+    assert run(theirs, text, backend="torch").loss == once
+    [kept] = cache.iterdir()
+    assert kept.name in capsys.readouterr().err.replace("\n", "")
+    written = (kept / "config.json").stat().st_mtime_ns
+    assert run(theirs, text, backend="torch").loss == once
+    assert (kept / "config.json").stat().st_mtime_ns == written  # not imported again
+    (kept / "model.safetensors").write_bytes(b"")
+    assert run(theirs, text, backend="torch").loss == once
+    assert (kept / "model.safetensors").stat().st_size
+    shutil.rmtree(theirs)
+    foreign("qwen2", theirs)  # another one at the same place
+    assert run(theirs, text, backend="torch").loss != once
+    [other] = cache.iterdir()
+    assert other != kept
 
 
 @needs_native

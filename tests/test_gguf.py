@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from foreign_models import MODELS
+from safetensors.torch import load_file
 from test_interchange import LLAMA, build, needs_gguf, prompt, save, write_gguf
 
 from sparsecli import pack
@@ -28,7 +30,7 @@ from sparsecli.interchange.gguf_reader import GgufReader
 from sparsecli.interchange.sources import open_source
 from sparsecli.interchange.stored_weights import stored_weights
 from sparsecli.model.files import read_description
-from sparsecli.model.gguf_types import TYPES, GgufType, arrange, values
+from sparsecli.model.gguf_types import TYPES, GgufType, arrange, restore, values
 from sparsecli.model.loading import load_model
 
 every_type = pytest.mark.parametrize("kind", TYPES.values(), ids=TYPES)
@@ -62,6 +64,7 @@ def test_values_are_those_of_the_package(kind: GgufType, rows: int, cols: int) -
     panels = arrange(kind, raw, cols)
     assert panels.shape == kind.panel_shape(rows, cols)
     np.testing.assert_array_equal(values(kind, panels, rows, cols), dequantize(raw, theirs))
+    np.testing.assert_array_equal(restore(kind, panels, rows, cols), raw)
     if cols % kind.columns == 0 and rows % 16 == 0:
         assert panels.nbytes <= 1.03 * raw.nbytes
 
@@ -143,6 +146,39 @@ def test_a_source_says_how_it_is_stored(tmp_path: Path) -> None:
     importing.run(source=str(theirs), output=tmp_path / "ours")
     said = stored_weights(open_source(str(tmp_path / "ours")))
     assert said == f"bfloat16, imported from {theirs}"
+
+
+@needs_gguf
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_float16_stays_float16(name: str, tmp_path: Path) -> None:
+    """In the folder and in the engine, whose logits are those of the same weights in float32."""
+    kind, fields = MODELS[name]
+    original = build(kind, **fields, **({"n_inner": 64} if kind == "gpt2" else {}))
+    for parameter in original.parameters():
+        parameter.copy_(parameter.half())
+    write_gguf(original, save(original, tmp_path / "theirs"), tmp_path / "model.gguf", quantized="F16")
+    importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
+    description = read_description(tmp_path / "ours")
+    assert description.dtype == "float16"
+    stored = load_file(tmp_path / "ours" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values() if tensor.ndim == 2} == {torch.float16}
+    assert {tensor.dtype for tensor in stored.values() if tensor.ndim == 1} == {torch.float32}
+    expected = original(prompt()).logits[0].numpy()
+    ids = prompt()[0].tolist()
+    halves = pack_folder(tmp_path / "ours", description.spec, Precision.of("float16", cache="float32"))
+    assert (
+        halves.nbytes < 0.7 * pack_folder(tmp_path / "ours", description.spec, Precision.of("float32")).nbytes
+    )
+    np.testing.assert_allclose(Reference(halves).logits(ids), expected, atol=1e-4, rtol=1e-4)
+    if binding.available() is None:
+        engine = Engine(halves, 2)
+        np.testing.assert_allclose(
+            engine.logits(engine.sequence(len(ids)), ids), expected, atol=1e-4, rtol=1e-4
+        )
+        with closing(NativeDecoder(tmp_path / "ours", description, DecoderOptions())) as decoder:
+            assert (decoder.dtype, decoder.cache_dtype) == ("float16", "bfloat16")
+            assert distance(decoder.prefill(ids, len(ids)), expected[-1]) < 0.02
 
 
 def header(tensors: int = 0, values: int = 0, version: int = 3) -> bytes:

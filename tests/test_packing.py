@@ -76,7 +76,7 @@ def test_a_word_sets_the_type_of_every_part() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Precision.of("float16"), "'float16' is not one of float32, bfloat16, int8, int4"),
+        (lambda: Precision.of("float64"), "'float64' is not one of float32, bfloat16, int8, int4"),
         (lambda: Precision.of("int8", controller="int4"), "controller: 'int4' is not one of"),
         (lambda: Precision.of("int8", convolution="int8"), "convolution: int8"),
         (lambda: Precision.of("float32", head_rescoring=True), "head_rescoring: needs an int8 or int4 head"),

@@ -69,7 +69,8 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
         words[words.index("--output") + 1] = fresh("imported")
     elif words[0] == "export":
         imported(words[1])
-        words[words.index("--output") + 1] = fresh("exported")
+        place = words.index("--output") + 1
+        words[place] = fresh("exported") + Path(words[place]).suffix
     elif words[0] == "generate":
         if "smollm2" in words:
             imported("smollm2")

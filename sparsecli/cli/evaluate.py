@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 import typer
 
 from sparsecli.cli.options import (
+    AutoDtype,
     CacheDtype,
+    Keep,
     OptionalRecipe,
     Overrides,
     Threads,
-    WeightDtype,
     load_optional_recipe,
     shift,
 )
@@ -62,12 +63,9 @@ def evaluate(
     backend: Annotated[
         Literal["auto", "native", "torch"], typer.Option(help="auto: native if it works here, else torch.")
     ] = "auto",
-    dtype: Annotated[
-        WeightDtype | None,
-        typer.Option(help="Weight type; default: as packed, else as stored.", show_default=False),
-    ] = None,
+    dtype: AutoDtype = "auto",
     against_dtype: Annotated[
-        WeightDtype | None,
+        Literal["auto", "float32", "bfloat16", "int8", "int4"] | None,
         typer.Option(
             help="Weight type of the other model; default: as packed, else --dtype.", show_default=False
         ),
@@ -76,6 +74,7 @@ def evaluate(
         CacheDtype | None, typer.Option(help="KV cache type; default: by --dtype.", show_default=False)
     ] = None,
     threads: Threads = None,
+    keep: Keep = True,
     json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
 ) -> None:
     """Measure a model's loss on text.
@@ -100,6 +99,6 @@ def evaluate(
         tokens=tokens,
         against=against,
         against_dtype=against_dtype,
-        decoder=DecoderOptions(backend, dtype, cache_dtype, threads),
+        decoder=DecoderOptions(backend, None if dtype == "auto" else dtype, cache_dtype, threads, keep),
         json=json,
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
-
-from sparsecli.cli.options import RequiredOutput
 
 app = typer.Typer()
 
@@ -16,12 +15,23 @@ def export(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run, or a model folder.", show_default=False)
     ],
-    output: RequiredOutput,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", metavar="PATH", help="Write this folder, or this .gguf file.", show_default=False
+        ),
+    ],
+    format: Annotated[
+        Literal["huggingface", "gguf"],
+        typer.Option(help="A folder for transformers, or a file for llama.cpp."),
+    ] = "huggingface",
 ) -> None:
-    """Export an imported model to its own architecture.
+    """Export a model for other programs.
 
-    The output is a Hugging Face folder that transformers loads without this package. The model must still be dense.
+    With --format huggingface the output is a folder of the architecture that was imported, which transformers loads
+    without this package. With --format gguf it is a file for llama.cpp: weights in GGUF's types keep their codes,
+    others their type. The model must still be dense, or have experts.
     """
     from sparsecli.interchange import exporting
 
-    exporting.run(model=model, output=output)
+    exporting.run(model=model, output=output, format=format)

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from sparsecli.cli.options import (
+    AutoDtype,
     CacheDtype,
+    Keep,
     OptionalRecipe,
     Overrides,
     Seed,
@@ -88,20 +90,12 @@ def generate(
     backend: Annotated[
         Literal["auto", "native", "torch"], typer.Option(help="auto: native if it works here, else torch.")
     ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "int8", "int4"],
-        typer.Option(help="Weight type; auto: as packed, else as stored."),
-    ] = "auto",
+    dtype: AutoDtype = "auto",
     cache_dtype: Annotated[
         CacheDtype | None, typer.Option(help="KV cache type; default: by --dtype.", show_default=False)
     ] = None,
     threads: Threads = None,
-    keep: Annotated[
-        bool,
-        typer.Option(
-            "--keep/--no-keep", help="Keep packed weights for the next start, if packing takes long."
-        ),
-    ] = True,
+    keep: Keep = True,
 ) -> None:
     """Continue a prompt, or summarize an input.
 

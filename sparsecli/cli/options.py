@@ -47,6 +47,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Short for --format json.")
 Format = Literal["table", "json", "csv", "markdown"]
 CacheDtype = Literal["float32", "bfloat16", "int8"]
 WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
+AutoDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "int8", "int4"],
+    typer.Option("--dtype", help="Weight type; auto: as packed, else as stored."),
+]
+Keep = Annotated[
+    bool,
+    typer.Option(
+        "--keep/--no-keep", help="Keep packed weights and imports for the next start, if they take long."
+    ),
+]
 
 
 def percent(text: str) -> float:

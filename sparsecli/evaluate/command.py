@@ -28,7 +28,7 @@ from sparsecli.generate.backend import open_decoder
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.native_decoder import NativeDecoder
 from sparsecli.generate.torch_decoder import TorchDecoder
-from sparsecli.interchange.importing import write_model
+from sparsecli.interchange.kept_imports import imported
 from sparsecli.interchange.sources import OwnModel, open_source
 from sparsecli.model.files import PACKED, Description, find_model, read_description, recipe_of
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
@@ -102,7 +102,7 @@ def _opened(
     other_dtype: str | None = None,
     is_other: bool = False,
 ) -> Iterator[_Opened]:
-    """The model, imported into a temporary folder where it is not one of ours.
+    """The model, imported where it is not one of ours: see `imported`.
 
     With `is_other` its weight type is `other_dtype`, else as it is packed, else that of the options.
 
@@ -116,9 +116,7 @@ def _opened(
         else:
             source = open_source(reference)
             if not isinstance(source, OwnModel):
-                console.say(f"importing {reference} into a temporary folder")
-                folder = Path(temporary) / "model"
-                write_model(source, folder)  # a GGUF file with its own codes
+                folder = imported(source, Path(temporary), options.keep)
             else:
                 folder = source.folder
         description = read_description(folder)
@@ -128,7 +126,7 @@ def _opened(
                 "reports the held-out loss of pairs"
             )
         if is_other and (other_dtype or (folder / PACKED).is_file()):
-            options = replace(options, dtype=other_dtype)
+            options = replace(options, dtype=None if other_dtype == "auto" else other_dtype)
         tokenizer = read_tokenizer(folder, description.spec.vocabulary.size)
         yield _Opened(reference, folder, description, tokenizer, options)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from pathlib import Path
 
@@ -13,10 +12,17 @@ from sparsecli.decode.packed.file import open_packed, packed_of, save
 from sparsecli.decode.packed.folder import pack_folder
 from sparsecli.decode.packed.pack import PackedModel
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.files import CONFIG, INDEX, PACKED, WEIGHTS, Description, weight_files
-
-KEEP_AFTER = 2.0
-"""Seconds of packing from which on the result is kept."""
+from sparsecli.model.files import (
+    CONFIG,
+    INDEX,
+    KEEP_AFTER,
+    PACKED,
+    WEIGHTS,
+    Description,
+    cache_place,
+    fingerprint,
+    weight_files,
+)
 
 
 def packed_weights(folder: Path, model: Description, dtype: str | None, keep: bool = True) -> PackedModel:
@@ -78,20 +84,13 @@ def has_weights(folder: Path) -> bool:
 
 def _fingerprint(folder: Path) -> str:
     """A fingerprint of the weight files and config.json, which changes when they change."""
-    facts = [
-        (path.name, found.st_size, found.st_mtime_ns)
-        for path in weight_files(folder)
-        for found in [path.stat()]
-    ]
     description = (folder / CONFIG).read_bytes()
-    return hashlib.sha256(repr(facts).encode() + description).hexdigest()
+    return hashlib.sha256(fingerprint(weight_files(folder)).encode() + description).hexdigest()
 
 
 def _places(folder: Path, dtype: str) -> list[Path]:
     """Where packed weights are kept: beside the model, else in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsecli"
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return [folder / f"kept-{dtype}.spk", cache / f"{name}-{dtype}.spk"]
+    return [folder / f"kept-{dtype}.spk", cache_place(folder, f"{dtype}.spk")]
 
 
 def _open_kept(places: list[Path], made_of: str) -> PackedModel | None:

@@ -1,4 +1,4 @@
-"""`sparsecli export`: writes an imported model in the layout of its original architecture."""
+"""`sparsecli export`: writes a model in the layout of its original architecture, or as a GGUF file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -26,24 +26,45 @@ from sparsecli.model.files import (
 )
 from sparsecli.spec.model import ModelSpec
 
+Format = Literal["huggingface", "gguf"]
+
 TRAINING_FIELDS = {"dropout", "initialization"}
 """Fields that only training reads, which may differ from the import."""
 
 
-def run(*, model: str, output: Path) -> None:
-    """The `export` command: a folder that transformers loads without sparsecli.
+def run(*, model: str, output: Path, format: Format = "huggingface") -> None:
+    """The `export` command: a folder that transformers loads without sparsecli, or a file for llama.cpp.
 
     Raises:
-        Failure: no model or a damaged one, one that was converted or never imported, or an output that is there
-            already or cannot be written.
+        Failure: no model or a damaged one, one that the format cannot express, or an output that is there already or
+            cannot be written.
     """
+    if format == "gguf" and output.suffix != ".gguf":
+        raise Failure(
+            f"--output: expected the name of a file that ends with .gguf, got {output}", exit_code=2
+        )
     folder = find_model(model)
+    if output.exists():
+        raise Failure(f"{output}: is there already; choose another --output")
+    (_export_gguf if format == "gguf" else _export_huggingface)(folder, output)
+
+
+def _export_gguf(folder: Path, output: Path) -> None:
+    from sparsecli.interchange import gguf_exporting
+
+    description = read_description(folder)
+    _check_layers(folder, description.spec)
+    check_weights(folder, description.spec)
+    origin = read_json(folder / CONFIG).get("origin")
+    kind = gguf_exporting.export(folder, description, origin["config"] if origin else None, output)
+    console.say(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB), a {kind} for llama.cpp")
+
+
+def _export_huggingface(folder: Path, output: Path) -> None:
     spec = read_description(folder).spec
     fields = read_json(folder / CONFIG)
     architecture, config = _original_architecture(folder, spec, fields)
     check_weights(folder, spec)
-    if output.exists():
-        raise Failure(f"{output}: is there already; choose another --output")
     tensors = SafetensorsReader(weight_files(folder))
 
     def to_foreign(part: ForeignTensor) -> Mapping[str, Tensor]:
@@ -70,15 +91,22 @@ def run(*, model: str, output: Path) -> None:
     console.say(f"wrote {output}, a {architecture.class_name} for transformers")
 
 
-def _original_architecture(
-    folder: Path, spec: ModelSpec, fields: dict[str, Any]
-) -> tuple[ForeignArchitecture, dict[str, Any]]:
-    """The original architecture of an imported model, and its config.json."""
+def _check_layers(folder: Path, spec: ModelSpec) -> None:
+    """Raise Failure where other programs have no such layers."""
     if spec.feed_forward.kind not in ("dense", "mixture"):
         raise Failure(
             f"{folder}: its feed-forward layers are {spec.feed_forward.kind}, not dense any more; "
             "no other program has such a layer"
         )
+
+
+def _original_architecture(
+    folder: Path, spec: ModelSpec, fields: dict[str, Any]
+) -> tuple[ForeignArchitecture, dict[str, Any]]:
+    """The original architecture of an imported model, and its config.json."""
+    _check_layers(folder, spec)
+    if spec.quantization.gguf:
+        raise Failure(f"{folder}: its weights keep the codes of a GGUF file; export it with --format gguf")
     origin = fields.get("origin")
     if not isinstance(origin, dict) or not isinstance(origin.get("config"), dict):
         raise Failure(

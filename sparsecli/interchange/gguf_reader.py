@@ -22,7 +22,7 @@ STRING, ARRAY = 8, 9
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Formats of the metadata's number types."""
 FLOATS = {0: "<f4", 1: "<f2", 28: "<f8"}
-BFLOAT16 = 30
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 30
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class GgufTensor:
 
 
 class GgufReader:
-    """`metadata` by key, and `tensors` by name.
+    """`metadata` by key, `tensors` by name, and `header`: a file of the metadata alone.
+
+    `kinds` has the numbers of the metadata's types by key: that of the value, and that of a list's elements.
 
     Raises:
         Failure: the file is missing, cut short or damaged, or of another version.
@@ -74,10 +76,13 @@ class GgufReader:
         if tensors > MOST_TENSORS or values > MOST_VALUES:
             raise self._damaged(f"it counts {tensors} tensors and {values} values")
         self.metadata: dict[str, Any] = {}
+        self.kinds: dict[str, tuple[int, int | None]] = {}
+        first = self._at
         for _ in range(values):
             key = self._string(LONGEST_KEY)
             (kind,) = self._numbers("I", 1)
             self.metadata[key] = self._value(int(kind), key)
+        self.header = struct.pack("<4sIQQ", MAGIC, version, 0, values) + self._memory[first : self._at]
         entries = [self._entry() for _ in range(tensors)]
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
@@ -106,6 +111,7 @@ class GgufReader:
         return self._take(size).decode()
 
     def _value(self, kind: int, key: str) -> Any:
+        self.kinds[key] = kind, None
         if kind in NUMBERS:
             return self._numbers(NUMBERS[kind], 1)[0]
         if kind == STRING:
@@ -113,6 +119,7 @@ class GgufReader:
         if kind != ARRAY:
             raise self._damaged(f"{key[:60]!a} is of the unknown type {kind}")
         (element,), (count,) = self._numbers("I", 1), self._numbers("Q", 1)
+        self.kinds[key] = kind, element
         if element == STRING:
             return self._strings(count)
         if element not in NUMBERS:

@@ -36,6 +36,9 @@ ImportType = Literal["auto", "float32", "bfloat16"]
 MIN_TOKENIZER_SHARE = 0.75
 """Least share of a model's vocabulary that its tokenizer must cover."""
 
+FLOAT32_MATRICES = ("position_embedding", "router")
+"""Small ones, which GGUF files have in float32 whatever the others are."""
+
 UNUSED_TOKENS = ("bos_token_id", "pad_token_id")
 """Special tokens that no computation depends on."""
 
@@ -90,9 +93,8 @@ def model_folder(opened: OwnModel | ForeignModel, into: Path, keeps_types: bool 
 def write_model(source: ForeignModel, output: Path, dtype: ImportType = "auto") -> None:
     """Write a model folder, which is complete or absent.
 
-    With `auto` weights keep their type, and those that a GGUF file has quantized their codes. Float16 becomes float32:
-    bfloat16 would lose three bits, and the native engine has no third type. Tensors whose values change (Gemma's norms)
-    become float32 too.
+    With `auto` weights keep their type, and those that a GGUF file has quantized their codes. Tensors whose values
+    change (Gemma's norms) become float32, and so do float16 vectors.
 
     Raises:
         Failure: tensors are missing, too many, of a wrong shape or not finite, the tokenizer does not match, or the
@@ -103,7 +105,7 @@ def write_model(source: ForeignModel, output: Path, dtype: ImportType = "auto") 
         with written_beside(output) as folder:
             source.write_tokenizer(folder)
             tokenizer = _tokenizer(source, folder)
-            _write_description(source, spec, folder, tokenizer, tensors[0].dtype)
+            _write_description(source, spec, folder, tokenizer, _type_of_matrices(tensors))
             _check_tokens(source, folder, tokenizer)
             write_shards(
                 folder,
@@ -124,13 +126,28 @@ class ImportedTensor:
     """A tensor that is to be written, or several that one of the checkpoint's holds.
 
     Attributes:
-        make: the tensors by their `names`.
+        names: of the tensors that `make` gives.
+        dtype: None of codes.
+        matrix: whether it is one, and no vector.
     """
 
     names: tuple[str, ...]
     nbytes: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    matrix: bool
     make: Callable[[], Mapping[str, Tensor]]
+
+
+def _type_of_matrices(tensors: list[ImportedTensor]) -> torch.dtype:
+    """The type of all matrices that a token reads, else that of the first tensor if it is bfloat16, else float32."""
+    types = {
+        tensor.dtype
+        for tensor in tensors
+        if tensor.dtype and tensor.matrix and not any(part in tensor.names[0] for part in FLOAT32_MATRICES)
+    }
+    if len(types) == 1:
+        return types.pop()
+    return torch.bfloat16 if tensors[0].dtype == torch.bfloat16 else torch.float32
 
 
 def _gguf_tensors(source: ForeignModel, dtype: ImportType) -> tuple[ModelSpec, list[ImportedTensor]]:
@@ -153,13 +170,15 @@ def _gguf_tensors(source: ForeignModel, dtype: ImportType) -> tuple[ModelSpec, l
             kept[module] = part.kind.name
             nbytes = math.prod(part.kind.panel_shape(*part.shape))
             names = (f"{module}.codes",)
-            found.append(ImportedTensor(names, nbytes, torch.float32, partial(_codes, part, module)))
+            found.append(ImportedTensor(names, nbytes, None, True, partial(_codes, part, module)))
             continue
-        type_ = torch.bfloat16 if dtype == "bfloat16" and len(part.shape) == 2 else part.dtype
+        type_ = _narrow_matrix(part.dtype, part.shape)
+        if dtype == "bfloat16" and len(part.shape) == 2:
+            type_ = torch.bfloat16
         if dtype == "float32":
             type_ = torch.float32
-        nbytes = math.prod(part.shape) * type_.itemsize
-        found.append(ImportedTensor((part.name,), nbytes, type_, partial(_floats, part, type_)))
+        nbytes, matrix = math.prod(part.shape) * type_.itemsize, len(part.shape) > 1
+        found.append(ImportedTensor((part.name,), nbytes, type_, matrix, partial(_floats, part, type_)))
     return source.spec.model_copy(
         update={"quantization": QuantizationSpec.model_validate({"gguf": kept})}
     ), found
@@ -210,7 +229,8 @@ def _tensors(source: ForeignModel, dtype: ImportType) -> tuple[ModelSpec, list[I
     for part in parts:
         kept = _stored_type(part, tensors.types[names[part.name]], dtype)
         make = partial(_to_ours, source, part, names[part.name], tensors, kept)
-        found.append(ImportedTensor(part.ours, part.elements * kept.itemsize, kept, make))
+        nbytes, matrix = part.elements * kept.itemsize, len(part.shape) > 1
+        found.append(ImportedTensor(part.ours, nbytes, kept, matrix, make))
     return source.spec, found
 
 
@@ -250,7 +270,12 @@ def _stored_type(part: ForeignTensor, stored: torch.dtype, dtype: ImportType) ->
     """The type in which a tensor is written."""
     if dtype != "auto":
         return torch.bfloat16 if dtype == "bfloat16" and len(part.shape) == 2 else torch.float32
-    return torch.bfloat16 if stored == torch.bfloat16 and not part.layout.changes_values else torch.float32
+    return torch.float32 if part.layout.changes_values else _narrow_matrix(stored, part.shape)
+
+
+def _narrow_matrix(stored: torch.dtype, shape: Shape) -> torch.dtype:
+    """The type in which a tensor that is stored in some type is kept: vectors that are float16 would be too coarse."""
+    return torch.float32 if stored == torch.float16 and len(shape) == 1 else stored
 
 
 def _to_ours(
@@ -304,7 +329,7 @@ def _write_description(
         spec,
         **special,
         architectures=["ScalingTransformerForCausalLM"],
-        dtype="bfloat16" if stored == torch.bfloat16 else "float32",
+        dtype=str(stored).removeprefix("torch."),
         origin=_origin_facts(source),
     )
     config.save_pretrained(folder)

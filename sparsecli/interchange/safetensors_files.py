@@ -45,11 +45,13 @@ class TensorReader(Protocol):
 class SafetensorsReader:
     """The tensors of safetensors files.
 
+    Args:
+        types: those that tensors may have, by their names in the files.
     Raises:
-        Failure: a file is cut short or damaged, or a tensor is of a type that is not one of `TYPES`.
+        Failure: a file is cut short or damaged, or a tensor is of a type that is not one of `types`.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], types: Mapping[str, torch.dtype] = TYPES) -> None:
         self.files = {}
         self.shapes: dict[str, Shape] = {}
         self.types: dict[str, torch.dtype] = {}
@@ -60,13 +62,13 @@ class SafetensorsReader:
             except (SafetensorError, OSError) as error:
                 raise Failure(f"{path}: cut short or damaged ({last_line(error)}); copy it again") from error
             for name, piece in slices.items():
-                if piece.get_dtype() not in TYPES:
+                if piece.get_dtype() not in types:
                     raise Failure(
-                        f"{path}: tensor {name} is {piece.get_dtype()}, not one of {', '.join(TYPES)}"
+                        f"{path}: tensor {name} is {piece.get_dtype()}, not one of {', '.join(types)}"
                     )
                 self.files[name] = file
                 self.shapes[name] = tuple(piece.get_shape())
-                self.types[name] = TYPES[piece.get_dtype()]
+                self.types[name] = types[piece.get_dtype()]
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""

@@ -5,10 +5,11 @@ One clear line says what is wrong with whatever is wrong.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 255
+KEEP_AFTER = 2.0
+"""Seconds of work from which on its result is kept for the next start."""
 RECIPE = "recipe.yaml"
 """What a run was made with, beside its model folder."""
 PACKED = "model.spk"
@@ -41,7 +44,7 @@ class Description:
     end_tokens: frozenset[int]
     """Tokens that end a text."""
     dtype: str = "float32"
-    """The type in which its weights are stored: float32 or bfloat16."""
+    """The type in which its matrices are stored: float32, bfloat16 or float16."""
     imported: bool = False
     """Whether it comes from another architecture, whose tokenizer may put tokens before every text."""
 
@@ -117,7 +120,8 @@ def read_description(folder: Path) -> Description:
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(type(token) is not int for token in ends):
         raise Failure(f"{path}: eos_token_id: expected a token's number or a list of them")
-    dtype = "bfloat16" if fields.get("dtype") == "bfloat16" else "float32"
+    dtype = str(fields.get("dtype"))
+    dtype = dtype if dtype in ("bfloat16", "float16") else "float32"
     return Description(spec, frozenset(ends), dtype, imported=bool(fields.get("origin")))
 
 
@@ -187,14 +191,15 @@ def check_weights(folder: Path, spec: ModelSpec) -> None:
 
 
 @contextmanager
-def written_beside(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` that takes its name at the end: all of it is there, or nothing."""
+def written_beside(output: Path, file: bool = False) -> Iterator[Path]:
+    """An empty folder, or the place of a `file`, beside `output`, which takes its name at the end: all or nothing."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as beside:
         made = Path(beside) / output.name  # with the permissions of any other folder
-        made.mkdir()
+        if not file:
+            made.mkdir()
         yield made
-        share(made)
+        share(Path(beside) if file else made)
         made.rename(output)
 
 
@@ -204,6 +209,18 @@ def share(folder: Path) -> None:
     os.umask(mask)
     for path in folder.iterdir():
         path.chmod(0o666 & ~mask)
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """What changes when one of the files does: names, sizes and times of writing."""
+    facts = [(path.name, found.st_size, found.st_mtime_ns) for path in files for found in [path.stat()]]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def cache_place(path: Path, name: str) -> Path:
+    """Where something that was made of `path` is kept under `name` in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsecli"
+    return cache / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}-{name}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

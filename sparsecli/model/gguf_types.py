@@ -167,6 +167,47 @@ def _nibbles(raw: np.ndarray) -> np.ndarray:
     return np.stack((raw & 15, raw >> 4), axis=-2)
 
 
+def put_together(kind: GgufType, parts: Parts) -> np.ndarray:
+    """The inverse of `take_apart`: rows (R, bytes of a row) uint8, as in a GGUF file."""
+    rows = len(parts.codes)
+    codes = parts.codes.reshape(rows, -1, kind.block)
+
+    def table(values: np.ndarray) -> np.ndarray:
+        """Bytes (R, blocks, n) of what every block has."""
+        return np.ascontiguousarray(values).view(np.uint8).reshape(rows, codes.shape[1], -1)
+
+    if kind.name == "Q6_K":
+        assert parts.outer is not None
+        quarters = codes.reshape(*codes.shape[:2], 2, 4, 32)
+        low = _together(quarters & 15, 64)
+        upper = np.bitwise_or.reduce(quarters >> 4 << 2 * np.arange(4, dtype=np.uint8)[:, None], axis=-2)
+        fields = [table(low), table(upper), table(parts.scales), table(parts.outer)]
+    elif kind.nested:
+        assert parts.minima is not None
+        assert parts.outer is not None
+        scales, minima = (each.reshape(rows, -1, 2, 4) for each in (parts.scales, parts.minima))
+        scales, scales_4 = scales[..., 0, :], scales[..., 1, :]
+        minima, minima_4 = minima[..., 0, :], minima[..., 1, :]
+        packed = (scales | scales_4 >> 4 << 6, minima | minima_4 >> 4 << 6, scales_4 & 15 | minima_4 << 4)
+        fields = [table(parts.outer), *map(table, packed)]
+        if kind.bits == 5:
+            groups = codes.reshape(*codes.shape[:2], 8, 32) >> 4
+            fields.append(np.bitwise_or.reduce(groups << np.arange(8, dtype=np.uint8)[:, None], axis=-2))
+        fields.append(table(_together(codes & 15, 32)))
+    else:
+        fields = [table(parts.scales)] + ([] if parts.minima is None else [table(parts.minima)])
+        if kind.bits == 5:
+            fields.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
+        fields.append(table(codes if kind.bits == 8 else _together(codes & 15, 16)))
+    return np.concatenate(fields, axis=-1).reshape(rows, -1)
+
+
+def _together(codes: np.ndarray, width: int) -> np.ndarray:
+    """The inverse of `_nibbles` for runs of 2 * `width` codes: (R, blocks, bytes)."""
+    pairs = codes.reshape(*codes.shape[:2], -1, 2, width)
+    return pairs[..., 0, :] | pairs[..., 1, :] << 4
+
+
 # -- panels ----------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +295,20 @@ def _words(kind: GgufType, codes: np.ndarray) -> np.ndarray:
         upper = (codes >> 4).reshape(*codes.shape[:3], 2, 4, 4)
         words = np.concatenate((words, np.bitwise_or.reduce(upper << fields, axis=-2)), axis=-2)
     return words.transpose(0, 2, 3, 1, 4)
+
+
+def restore(kind: GgufType, panels: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """The inverse of `arrange`: rows (`rows`, bytes of a row) uint8, as in a GGUF file."""
+    result = np.empty((len(panels) * LANES, cols // kind.block * kind.block_bytes), np.uint8)
+    step = max(1, CHUNK // (LANES * cols))
+
+    def fill(first: int) -> None:
+        some = put_together(kind, read_parts(kind, panels[first : first + step], cols))
+        result[first * LANES : first * LANES + len(some)] = some
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fill, range(0, len(panels), step)))
+    return result[:rows]
 
 
 # -- values ----------------------------------------------------------------------------------------------------

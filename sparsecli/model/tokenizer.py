@@ -16,7 +16,9 @@ from sparsecli.model.files import last_line, read_json
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-FILES = (TOKENIZER, SETTINGS, TEMPLATE, "special_tokens_map.json")
+GGUF_METADATA = "tokenizer.gguf"
+"""A GGUF file without tensors: the metadata of that from which a tokenizer comes."""
+FILES = (TOKENIZER, SETTINGS, TEMPLATE, "special_tokens_map.json", GGUF_METADATA)
 """Everything that belongs to a tokenizer; all but the first may be missing."""
 
 REPLACEMENT = "\ufffd"

@@ -204,7 +204,7 @@ int64_t sparsecli_bind(sparsecli_engine* engine, const sparsecli_tensor* tensors
         for (const sparsecli_tensor* tensor = tensors; tensor < tensors + count; ++tensor) {
             const bool known = tensor->layer >= -1 && tensor->layer < model.shape.layers;
             Matrix* matrix = known ? model.find(tensor->layer, tensor->name) : nullptr;
-            if (!matrix || tensor->type < FLOAT32 || tensor->type > Q6_K)
+            if (!matrix || tensor->type < FLOAT32 || tensor->type > FLOAT16)
                 throw std::runtime_error(std::string(tensor->name) + ": the engine has no such tensor or type");
             *matrix = {tensor->data, tensor->scale, tensor->type, tensor->rows, tensor->cols};
             const bool group_sums = tensor->type == INT4 || tensor->type == INT3;

@@ -77,7 +77,7 @@ def place(planned: list[tuple[Slot, str]]) -> dict[str, np.ndarray]:
 
 
 def pack(spec: ModelSpec, weights: Mapping[str, np.ndarray], precision: Precision) -> PackedModel:
-    """Repack a state dict. `weights` are float32, or bfloat16 as uint16; quantized codes are uint8.
+    """Repack a state dict. `weights` are float32, float16, or bfloat16 as uint16; quantized codes are uint8.
 
     Raises:
         Failure: a tensor is missing, has another shape, or holds a NaN or an infinity.
@@ -98,8 +98,15 @@ def pack(spec: ModelSpec, weights: Mapping[str, np.ndarray], precision: Precisio
             _write(target, arrange(slot, quantised))
             _write(arrays[f"{slot.key}.scale"], _arrange_scale(slot, scale))
         else:
-            _write(target, arrange(slot, source if kind == "float32" else to_bfloat16(source)))
+            _write(target, arrange(slot, _narrowed(source, kind)))
     return PackedModel(spec, precision, arrays)
+
+
+def _narrowed(source: np.ndarray, kind: str) -> np.ndarray:
+    """float32 weights as a float type."""
+    if kind == "float16":
+        return source.astype(np.float16)
+    return source if kind == "float32" else to_bfloat16(source)
 
 
 def _left_out(slot: Slot, weights: Mapping[str, np.ndarray]) -> bool:

@@ -11,6 +11,9 @@ from sparsecli.spec.model import ModelSpec
 
 INT8_RANK = 512  # the longest rank that is computed with in int8
 WORDS = ("float32", "bfloat16", "int8", "int4")
+FLOAT16 = "float16"
+"""The type of models that are stored in it: of what has no other layout than rows."""
+FLOAT16_PARTS = ("units", "projection", "head", "embedding")
 INT4_PARTS = ("units", "projection", "head")
 RESCORED_BY = {"int8": "bfloat16", "int4": "int8"}  # a head's type, and that of the weights that score again
 
@@ -18,6 +21,7 @@ RESCORED_BY = {"int8": "bfloat16", "int4": "int8"}  # a head's type, and that of
 @dataclass(frozen=True)
 class Precision:
     """The type of each part's weights: float32, bfloat16, int8 (a scale for each row) or int4 (for 64 columns of it).
+    `FLOAT16_PARTS` may be float16, too, except tables of positions, which then are float32.
 
     Weights that the checkpoint itself holds quantized stay as they are.
     """
@@ -47,8 +51,12 @@ class Precision:
         """All parts as `name`, but for `changes`.
 
         `int8` keeps kernels, tables and the cache in bfloat16, which are a small part of what a token reads; so does
-        `int4`, with int8 where int4 is not computed with.
+        `int4`, with int8 where int4 is not computed with. `float16` keeps the cache in bfloat16, and in float32
+        what cannot be float16.
         """
+        if name == FLOAT16:
+            chosen = cls.of("float32", **dict.fromkeys(FLOAT16_PARTS, FLOAT16), cache="bfloat16")
+            return replace(chosen, **changes)
         if name not in WORDS:
             raise ValueError(f"{name!r} is not one of {', '.join(WORDS)}")
         small = "bfloat16" if name in ("int8", "int4") else name
@@ -58,7 +66,8 @@ class Precision:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            words = WORDS if name in INT4_PARTS else WORDS[:-1]
+            words: tuple[str, ...] = WORDS if name in INT4_PARTS else WORDS[:-1]
+            words += (FLOAT16,) if name in FLOAT16_PARTS else ()
             if name != "head_rescoring" and value not in words:
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(words)}")
         if self.convolution == "int8":
@@ -87,5 +96,7 @@ def _typed(slot: Slot, precision: Precision) -> tuple[Slot, str]:
         return replace(slot, layout="quantized", bits=4), "uint8"
     if kind == "int4":
         kind = "int8"
+    if kind == FLOAT16 and slot.name == "positions":
+        kind = "float32"
     # Longer sums of the controller's integers could leave 32 bits.
     return slot, "bfloat16" if kind == "int8" and slot.layout == "blocks" and slot.cols > INT8_RANK else kind

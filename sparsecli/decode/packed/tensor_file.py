@@ -19,9 +19,15 @@ import numpy as np
 
 from sparsecli.console import Failure
 
-WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
-TYPES: dict[str, type] = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8, "uint8": np.uint8}
-NAMES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
+TYPES: dict[str, type] = {
+    "float32": np.float32,
+    "bfloat16": np.uint16,
+    "float16": np.float16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+}
+NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "uint8": "U8"}
 KINDS = {name: kind for kind, name in NAMES.items()}
 PAGE = 4096  # the header is filled up to it, so that tensors keep their alignment in a mapping
 LONGEST_HEADER = 100_000_000  # the format's own limit
@@ -145,21 +151,20 @@ class TensorFile:
         return self._known
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor in its shape, in ordinary memory; float16 and float64 become float32.
+        """A tensor in its shape, in ordinary memory; float64 becomes float32.
 
         Raises:
             Failure: damaged, or of a type that is not a float.
         """
         entry = self.entries[name]
-        others = {"F16": np.float16, "F64": np.float64}
-        if entry.kind not in (*WIDTHS, *others):
+        if entry.kind not in (*WIDTHS, "F64"):
             raise Failure(
                 f"{self.path}: {name} is {entry.kind}; expected float32, bfloat16 or float16 weights"
             )
         content = np.empty(entry.length, np.uint8)
         self.copy(name, content)
-        if entry.kind in others:
-            return content.view(others[entry.kind]).astype(np.float32).reshape(entry.shape)
+        if entry.kind == "F64":
+            return content.view(np.float64).astype(np.float32).reshape(entry.shape)
         return content.view(TYPES[entry.kind]).reshape(entry.shape)
 
     def map(self, names: Collection[str]) -> dict[str, np.ndarray]:

@@ -193,6 +193,8 @@ void matmul(const Matrix& w, int64_t begin, int64_t end, const Activations& x, i
             return typed_matmul<float>(w, begin, end, x, tokens, out, out_stride);
         case BFLOAT16:
             return typed_matmul<uint16_t>(w, begin, end, x, tokens, out, out_stride);
+        case FLOAT16:
+            return typed_matmul<Half>(w, begin, end, x, tokens, out, out_stride);
         case INT8:
             return typed_matmul<int8_t>(w, begin, end, x, tokens, out, out_stride);
         case INT4:

@@ -47,35 +47,8 @@ struct Gguf<Q6_K> : GgufType<6, 256, 16, true, false, 32> {};
 
 // -- conversions ---------------------------------------------------------------------------------------------
 
-inline float half_to_float(uint16_t bits) {
-    const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
-    uint32_t wide = sign | (exponent + 112) << 23 | fraction << 13;
-    if (exponent == 31) wide = sign | 0x7f800000 | fraction << 13;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    if (exponent) return value;
-    value = float(fraction) / 16777216.0f;
-    return sign ? -value : value;
-}
-
 // Sixteen float16.
-inline Vector load_halves(const uint8_t* from) {
-    Vector v;
-#if defined(SPARSECLI_AVX512)
-    v.part[0] = (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-#elif defined(SPARSECLI_AVX2)
-#pragma GCC unroll 4
-    for (int p = 0; p < PARTS; ++p)
-        v.part[p] = (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + 2 * WIDTH * p)));
-#elif defined(SPARSECLI_NEON)
-#pragma GCC unroll 4
-    for (int p = 0; p < PARTS; ++p)
-        v.part[p] = (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)from + WIDTH * p)));
-#else
-    for (int i = 0; i < LANES; ++i) v.part[i / WIDTH][i % WIDTH] = half_to_float(((const uint16_t*)from)[i]);
-#endif
-    return v;
-}
+inline Vector load_halves(const uint8_t* from) { return load((const Half*)from); }
 
 inline Vector floats_of(const Codes& integers) {
     Vector v;
@@ -375,7 +348,7 @@ void gguf_row(const Matrix& w, int64_t row, float* out) {
     using T = Gguf<TYPE>;
     const int64_t blocks = (w.cols + T::BLOCK - 1) / T::BLOCK, lane = row % LANES;
     const uint8_t* panel = (const uint8_t*)w.data + row / LANES * blocks * T::BYTES;
-    const auto half = [&](const uint8_t* from) { return half_to_float(((const uint16_t*)from)[lane]); };
+    const auto half = [&](const uint8_t* from) { return to_float(((const Half*)from)[lane]); };
     for (int64_t b = 0; b < blocks; ++b, panel += T::BYTES)
         for (int64_t group = 0; group < T::GROUPS; ++group) {
             float scale, minimum = 0;

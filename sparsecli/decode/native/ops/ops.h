@@ -33,14 +33,15 @@ enum Type : int64_t {
     Q8_0 = 9,
     Q4_K = 10,
     Q5_K = 11,
-    Q6_K = 12
+    Q6_K = 12,
+    FLOAT16 = 13  // rows, spans and units alone
 };
-inline int64_t type_bytes(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
+inline int64_t type_bytes(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 || type == FLOAT16 ? 2 : 1; }
 
 inline int64_t groups_of(int64_t cols) { return (cols + QUANT_GROUP - 1) / QUANT_GROUP; }
 
 // Whether a type is one of GGUF's, which are multiplied with bytes.
-inline bool of_gguf(int64_t type) { return type >= Q4_0; }
+inline bool of_gguf(int64_t type) { return type >= Q4_0 && type <= Q6_K; }
 
 // Columns of a block of such a type, and bytes of LANES rows of one.
 inline int64_t gguf_block(int64_t type) { return type >= Q4_K ? 256 : 64; }

@@ -33,6 +33,12 @@ inline uint16_t bfloat16_of(float value) {  // to nearest, ties to even
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline double half_value(uint16_t bits) {  // of a float16 that is finite
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+    return bits >> 15 ? -size : size;
+}
+
 // -- offsets of elements -------------------------------------------------------------------------------------
 
 inline int64_t rows_offset(const Matrix& w, int64_t row, int64_t col) { return row * round_up(w.cols, PAD) + col; }
@@ -57,6 +63,7 @@ inline int64_t blocks_offset(int64_t type, const Choice& c, int64_t block, int64
 inline double stored(const void* data, int64_t type, int64_t offset) {
     if (type == FLOAT32) return ((const float*)data)[offset];
     if (type == BFLOAT16) return bfloat16_value(((const uint16_t*)data)[offset]);
+    if (type == FLOAT16) return half_value(((const uint16_t*)data)[offset]);
     return ((const int8_t*)data)[offset];
 }
 
@@ -108,11 +115,7 @@ struct GgufRow {
     GgufRow(const Matrix& w, int64_t row)
         : panel((const uint8_t*)w.data + row / LANES * gguf_panel(w.cols, w.type)), type(w.type), lane(row % LANES) {}
 
-    static double half(const uint8_t* from) {
-        const int bits = from[0] | from[1] << 8, exponent = bits >> 10 & 31, fraction = bits & 1023;
-        const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
-        return bits >> 15 ? -size : size;
-    }
+    static double half(const uint8_t* from) { return half_value(uint16_t(from[0] | from[1] << 8)); }
 
     double value(int64_t col) const {
         const auto [product, minimum] = parts(col);
@@ -157,7 +160,7 @@ inline int16_t integer(bool bytes, const int16_t* integers, int64_t i) {
 
 // The activation that a weight is multiplied with: a float, or a 16-bit integer times its row's scale.
 inline double input(const Activations& x, int64_t type, int64_t token, int64_t col) {
-    if (type <= BFLOAT16) return x.values[token * x.stride + col];
+    if (type <= BFLOAT16 || type == FLOAT16) return x.values[token * x.stride + col];
     if (of_gguf(type))
         return double(x.bytes[token * x.stride + col]) * x.byte_scales[(token * x.stride + col) / BYTE_GROUP];
     return double(x.integers[token * x.stride + col]) * x.scales[token];
@@ -175,9 +178,9 @@ inline Sum matmul(const Matrix& w, int64_t row, const Activations& x, int64_t to
             sum.add(minimum * x_col);
             continue;
         }
-        const double weight =
-            w.type >= INT4 ? Quantized(w, row).value(col)
-                           : stored(w.data, w.type, spans_offset(w, row, col)) * (w.type == INT8 ? w.scale[row] : 1);
+        const double weight = w.type == INT4 || w.type == INT3 ? Quantized(w, row).value(col)
+                                                               : stored(w.data, w.type, spans_offset(w, row, col)) *
+                                                                     (w.type == INT8 ? w.scale[row] : 1);
         sum.add(weight * input(x, w.type, token, col));
     }
     return sum;

@@ -64,6 +64,7 @@ void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const flo
                int64_t begin, int64_t end, const Activations& x, bool far, float* h) {
     const auto dots = units.type == FLOAT32    ? typed_unit_dots<float>
                       : units.type == BFLOAT16 ? typed_unit_dots<uint16_t>
+                      : units.type == FLOAT16  ? typed_unit_dots<Half>
                                                : typed_unit_dots<int8_t>;
     dots(units, parts, activation, unit_bias, chosen, begin, end, x, far, h);
 }
@@ -127,6 +128,8 @@ void unit_sums(const Matrix& units, int64_t parts, const int32_t* chosen, const 
         sum_units<float>(units, parts, chosen, h, count, begin, end, y);
     else if (units.type == BFLOAT16)
         sum_units<uint16_t>(units, parts, chosen, h, count, begin, end, y);
+    else if (units.type == FLOAT16)
+        sum_units<Half>(units, parts, chosen, h, count, begin, end, y);
     else
         sum_units<int8_t>(units, parts, chosen, h, count, begin, end, y);
 }

@@ -166,6 +166,23 @@ inline float to_float(uint16_t bits) {
     return value;
 }
 
+// A float16.
+struct Half {
+    uint16_t bits;
+};
+
+inline float to_float(Half half) {
+    const uint32_t sign = uint32_t(half.bits & 0x8000) << 16, exponent = half.bits >> 10 & 31;
+    const uint32_t fraction = half.bits & 1023;
+    uint32_t wide = sign | (exponent + 112) << 23 | fraction << 13;
+    if (exponent == 31) wide = sign | 0x7f800000 | fraction << 13;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    if (exponent) return value;
+    value = float(fraction) / 16777216.0f;
+    return sign ? -value : value;
+}
+
 inline uint16_t to_bfloat16(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
@@ -186,6 +203,18 @@ inline Floats floats_of(const uint16_t* from) {
 #else
     typedef uint16_t Four __attribute__((vector_size(8), aligned(2), may_alias));
     return (Floats)(__builtin_convertvector(*(const Four*)from, Ints) << 16);
+#endif
+}
+
+inline Floats floats_of(const Half* from) {
+#if defined(SPARSECLI_AVX512)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(SPARSECLI_AVX2)
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#elif defined(SPARSECLI_NEON)
+    return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)from)));
+#else
+    return Floats{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])};
 #endif
 }
 
@@ -287,6 +316,7 @@ void widen(const void* values, const float* scale, int64_t type, int64_t count, 
     for (int64_t i = 0; i < count; ++i)
         out[i] = type == FLOAT32    ? ((const float*)values)[i]
                  : type == BFLOAT16 ? to_float(((const uint16_t*)values)[i])
+                 : type == FLOAT16  ? to_float(((const Half*)values)[i])
                                     : float(((const int8_t*)values)[i]) * *scale;
 }
 

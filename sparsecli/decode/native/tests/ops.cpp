@@ -22,7 +22,7 @@ namespace {
 
 constexpr double EPSILON = 1.0 / (1 << 24);
 const char* TYPE_NAMES[] = {"float32", "bfloat16", "int8", "int4", "int3", "q4_0", "q4_1",
-                            "q5_0",    "q5_1",     "q8_0", "q4_k", "q5_k", "q6_k"};
+                            "q5_0",    "q5_1",     "q8_0", "q4_k", "q5_k", "q6_k", "float16"};
 
 struct Options {
     std::string isa, op;
@@ -55,6 +55,9 @@ class Harness {
     int64_t whole(int64_t least, int64_t most) { return least + int64_t(random_() % uint64_t(most - least + 1)); }
     float number() { return float(int64_t(random_() % 4001) - 2000) / 1000; }
 
+    // A float16 of 2^-5 to 2^2, or one too small for an exponent.
+    uint16_t half() { return uint16_t(whole(0, 1) << 15 | (whole(0, 9) ? whole(10, 16) : 0) << 10 | whole(0, 1023)); }
+
     // Begins a case, whose name is printed where it fails.
     void begin(const std::string& text) { case_ = text, wrong_ = false, ++passed; }
 
@@ -77,6 +80,7 @@ class Harness {
     void put(void* data, int64_t type, int64_t offset) {
         if (type == FLOAT32) ((float*)data)[offset] = number();
         if (type == BFLOAT16) ((uint16_t*)data)[offset] = scalar::bfloat16_of(number());
+        if (type == FLOAT16) ((uint16_t*)data)[offset] = half();
         if (type == INT8) ((int8_t*)data)[offset] = int8_t(whole(-127, 127));
     }
 
@@ -136,7 +140,7 @@ class Harness {
 
     Weights spans(int64_t type, int64_t count, int64_t cols) {
         if (of_gguf(type)) return gguf(type, count, cols);
-        if (type >= INT4) return quantized(type, count, cols);
+        if (type == INT4 || type == INT3) return quantized(type, count, cols);
         Weights w(*this, count * round_up(cols, PAD) * type_bytes(type), count, type, count, cols);
         for (int64_t r = 0; r < count; ++r)
             for (int64_t c = 0; c < cols; ++c) put(w.memory.data, type, scalar::spans_offset(w.matrix, r, c));
@@ -202,15 +206,15 @@ std::string text(const char* format, auto... values) {
 // -- one function for each op --------------------------------------------------------------------------------
 
 void test_matmul(Harness& h) {
-    for (int64_t type = FLOAT32; type <= Q6_K; ++type)
+    for (int64_t type = FLOAT32; type <= FLOAT16; ++type)
         for (const int64_t given : {1, 63, 64, 100, 129, 1000, 2048, 2112, 5000})
             for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 9, 17}) {
-                const int64_t cols = type >= Q4_K ? round_up(given, gguf_block(type)) : given;  // as these have them
+                const int64_t cols = of_gguf(type) && type >= Q4_K ? round_up(given, gguf_block(type)) : given;
                 if (h.quick() && (cols > 2304 || tokens > 7)) continue;
                 const int64_t count = h.whole(1, 90);
                 const auto w = h.spans(type, count, cols);
                 const Harness::Forms x(h, tokens, cols);
-                const int64_t step = type >= INT4 ? LANES : 1;
+                const int64_t step = type >= INT4 && type != FLOAT16 ? LANES : 1;
                 const int64_t begin = h.whole(0, count - 1) / step * step, end = h.whole(begin, count);
                 Memory<float> out(tokens * count);
                 std::fill_n(out.data, out.size, NAN);
@@ -398,7 +402,7 @@ void test_choose(Harness& h) {
 }
 
 void test_units(Harness& h) {
-    for (int64_t type = FLOAT32; type <= INT8; ++type)
+    for (const int64_t type : {FLOAT32, BFLOAT16, FLOAT16, INT8})
         for (const int64_t cols : {10, 64, 100, 500, 4500})
             for (const int64_t parts : {2, 3}) {
                 const int64_t units = h.whole(1, 30), count = h.whole(1, units);
@@ -525,7 +529,12 @@ void test_elementwise(Harness& h) {
         h.begin(text("convert and widen count %ld", long(count)));
         h.k.convert(x.data, BFLOAT16, count, halves.data);
         h.k.widen(halves.data, nullptr, BFLOAT16, count, back.data);
+        Memory<uint16_t> float16s(count);
+        Memory<float> widened(count);
+        for (int64_t i = 0; i < count; ++i) float16s[i] = h.half();
+        h.k.widen(float16s.data, nullptr, FLOAT16, count, widened.data);
         for (int64_t i = 0; i < count; ++i) {
+            h.same(widened[i], scalar::half_value(float16s[i]), 0, "float16", i);
             h.same(std::isnan(back[i]), std::isnan(x[i]), 0, "NaN", i);
             if (!std::isnan(x[i])) h.same(back[i], scalar::bfloat16_value(scalar::bfloat16_of(x[i])), 0, "bfloat16", i);
         }
@@ -725,14 +734,15 @@ void perf(const Ops& ops, const Options& options) {
     const double bandwidth = probe(large, threads);
     std::printf("%s, memory reads %.1f GB/s with %d threads; cached rows with one\n", ops.name, bandwidth, threads);
     const auto selected = [&](const char* name) { return options.op.empty() || options.op == name; };
-    for (int64_t type = FLOAT32; selected("matmul") && type <= Q6_K; ++type)
+    for (int64_t type = FLOAT32; selected("matmul") && type <= FLOAT16; ++type)
         for (const bool cached : {false, true})
             for (const int64_t tokens : {1, 4, 16, 128}) {
                 if (!cached && tokens > 16) continue;
                 const int64_t cols = 2048, bits = type == INT4 ? 4 : 3;
-                const int64_t row = of_gguf(type)  ? gguf_panel(cols, type) / LANES
-                                    : type >= INT4 ? quantized_panel(cols, bits) / LANES
-                                                   : cols * type_bytes(type);
+                const bool grouped = type == INT4 || type == INT3;
+                const int64_t row = of_gguf(type) ? gguf_panel(cols, type) / LANES
+                                    : grouped     ? quantized_panel(cols, bits) / LANES
+                                                  : cols * type_bytes(type);
                 const int64_t rows = (cached ? 1 << 20 : large.size / (tokens > 1 ? 4 : 1)) / row / 128 * 128;
                 Memory<float> scales(rows), out(rows * tokens);
                 const Matrix w{large.data, scales.data, type, rows, cols};
@@ -748,7 +758,8 @@ void perf(const Ops& ops, const Options& options) {
                          cached ? "cached" : "from memory"),
                     time, double(rows * row), double(rows * cols * tokens), cached ? 0 : bandwidth);
             }
-    for (int64_t type = FLOAT32; selected("units") && type <= INT8; ++type) {
+    for (const int64_t type : {FLOAT32, BFLOAT16, FLOAT16, INT8}) {
+        if (!selected("units")) break;
         const int64_t d = 1024, parts = 2, units = large.size / (d * parts * type_bytes(type));
         Memory<float> scales(units * parts), hidden(units), y(d);
         std::vector<int32_t> chosen;
