@@ -31,7 +31,7 @@ from sparsecli.spec.model import ModelSpec
 from sparsecli.train import command, run_directory, trainer
 from sparsecli.train.command import Result, run
 from sparsecli.train.controllers import controller_loss, unit_scores
-from sparsecli.train.distillation import Teacher, choosing_as_decoding
+from sparsecli.train.distillation import Teacher, TeacherLogits, choosing_as_decoding
 from sparsecli.train.divergence import divergence
 from sparsecli.train.evaluation import evaluate
 from sparsecli.train.recovery import FACTS, Recovery, TuningLoss, distil, trained_names
@@ -181,7 +181,7 @@ def test_divergence_and_its_gradient(
     assert divergence(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_a_bfloat16_teacher_shares_all_but_its_matrices() -> None:
+def test_a_bfloat16_teacher_shares_all_but_its_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(DENSE)
     ids = torch.arange(16)[None]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -191,6 +191,10 @@ def test_a_bfloat16_teacher_shares_all_but_its_matrices() -> None:
     logits, hidden = teacher(ids)
     torch.testing.assert_close(logits, expected, atol=0, rtol=0)
     assert hidden.shape == (1, 16, 16)
+    monkeypatch.setattr("sparsecli.train.distillation.SLICES", 3)
+    pieces = list(TeacherLogits(teacher, hidden[0]).split(2))
+    assert [len(piece) for piece in pieces] == [2, 2, 2] * 2 + [2, 2]
+    torch.testing.assert_close(torch.cat(pieces), logits[0], atol=1e-2, rtol=1e-2)
     assert not logits.requires_grad
     assert teacher.network.model.norm.weight is model.model.norm.weight
     assert {value.dtype for value in before.values()} == {torch.float32}

@@ -24,6 +24,8 @@ from sparsecli.train.trainer import LanguageModelTrainer
 
 SCORED = 4
 """One of this many tokens trains the controllers: scoring every unit for all tokens took a fifth of a step."""
+SLICES = 8
+"""Slices of the divergence whose teacher's logits are computed at once: matrix products of few rows are slow."""
 
 
 # -- the teacher ---------------------------------------------------------------------------------------------
@@ -57,6 +59,19 @@ class Teacher:
 
     def _autocast(self, like: Tensor) -> torch.autocast:
         return torch.autocast(like.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
+
+
+class TeacherLogits:
+    """The teacher's logits for final hidden states (tokens, d), computed in pieces: all of them take as much memory as
+    the student's."""
+
+    def __init__(self, teacher: Teacher, hidden: Tensor) -> None:
+        self.teacher, self.hidden = teacher, hidden
+
+    def split(self, rows: int) -> Iterator[Tensor]:
+        """Logits (rows, V) of so many tokens at a time."""
+        for piece in self.hidden.split(rows * SLICES):
+            yield from self.teacher.logits(piece[None])[0].split(rows)
 
 
 def _narrowed(network: ScalingTransformerForCausalLM) -> ScalingTransformerForCausalLM:
@@ -129,13 +144,13 @@ class DistillationTrainer(LanguageModelTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The objective on inputs (B, T), a scalar."""
         weights, ids = self.objective, inputs["input_ids"]
-        logits, hidden = self.teacher(ids)
+        hidden = self.teacher.hidden(ids)
         with ExitStack() as stack:
             seen = stack.enter_context(_controller_inputs(model)) if weights.controller_weight else {}
             output = model(input_ids=ids, use_cache=False, output_hidden_states=weights.hidden_weight > 0)
         loss = torch.zeros((), device=ids.device)
         if weights.kl_weight:
-            ours, theirs = output.logits.flatten(0, 1), logits.flatten(0, 1)
+            ours, theirs = output.logits.flatten(0, 1), TeacherLogits(self.teacher, hidden.flatten(0, 1))
             loss = loss + weights.kl_weight * divergence(ours, theirs, weights.temperature)
         if weights.hidden_weight:
             distance = F.mse_loss(output.hidden_states[-1].float(), hidden.float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import signal
@@ -71,8 +72,8 @@ class Settings:
 class Trial:
     """A short distillation from the start."""
 
-    learning_rate: float
     trains: Trained
+    learning_rate: float
     warmup_fraction: float
     steps: int
     kl: float | None
@@ -285,12 +286,15 @@ class _Work:
         if spec.learning_rate is not None:
             warmup = WARMUP if spec.warmup_fraction is None else spec.warmup_fraction
             return Settings(spec.learning_rate, spec.trains or "all", warmup), []
-        steps = -(-self.steps // SHARE)
+        steps = -(-self.steps // SHARE)  # of a first trial; at most those of the distillation
         left, trials = self._candidates(), list[Trial]()
         while len(left) > 1:
             if len(left) == 2 and spec.warmup_fraction is None:
                 left.append(replace(left[0], warmup_fraction=LONG_WARMUP))
-            results = [self._trial(len(trials) + index, each, steps) for index, each in enumerate(left)]
+            results = [
+                self._trial(len(trials) + index, each, min(steps, self.steps))
+                for index, each in enumerate(left)
+            ]
             trials += results
             kept = 1 if len(left) <= 3 else -(-len(left) // 2)
             order = sorted(range(len(left)), key=lambda index: _finite(results[index].kl))
@@ -325,8 +329,13 @@ class _Work:
         with _training_only(self.student, names), trainer.signals, progress(what, steps) as bar:
             trainer.add_callback(_Advances(bar))
             trainer.train()
-        received = trainer.signals.received
-        if trainer.state.global_step == steps or trainer.ended_early:
+        received, is_done = (
+            trainer.signals.received,
+            trainer.state.global_step == steps or trainer.ended_early,
+        )
+        del trainer
+        gc.collect()  # a Trainer and its callbacks refer to one another, and its optimizer is twice the model's size
+        if is_done:
             kl = self.tuning_loss(self.student)[0]
             trial = Trial(**asdict(settings), steps=steps, kl=kl if math.isfinite(kl) else None)
             self._record("trials", [*recorded, asdict(trial)])
