@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -291,7 +292,7 @@ def test_a_model_can_start_a_run_without_a_teacher(place: Place, tmp_path: Path)
 def test_every_kind_of_layer_trains_in_bfloat16(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(TuningLoss, "__call__", falling())  # the last state is the best
+    keep_the_last(monkeypatch)
     student = place.student(kind)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     fields = {"hidden_weight": 0.1, "controller_weight": 0.1, "start_units_per_block": None}
@@ -410,6 +411,12 @@ def falling() -> Any:
     return scripted(*range(100, 0, -1))
 
 
+def keep_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every state seem better than the one before."""
+    monkeypatch.setattr(TuningLoss, "__call__", falling())
+    monkeypatch.setattr("sparsecli.train.recovery.window_losses", lambda *_: np.zeros(1))
+
+
 def test_loss_on_tuning_text_is_that_of_an_evaluation(place: Place) -> None:
     _, tuning = place.windows
     student, teacher = place.student(), Teacher(place.teacher(), bf16=False)
@@ -525,7 +532,7 @@ def test_what_trains() -> None:
 def test_other_parameters_stay(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trains: str
 ) -> None:
-    monkeypatch.setattr(TuningLoss, "__call__", falling())
+    keep_the_last(monkeypatch)
     student = place.student()
     before = {name: value.clone() for name, value in student.state_dict().items()}
     place.recover(student, tmp_path, trains=trains, tokens=2 * 4 * 16, learning_rate=1e-3)
@@ -583,7 +590,7 @@ def test_a_setting_that_diverges_is_not_chosen(
 
 
 @pytest.mark.parametrize("action", [crash, send(signal.SIGTERM)])
-@pytest.mark.parametrize("number", [2, 7])
+@pytest.mark.parametrize("number", [2, 6])
 def test_stopped_trials_go_on(place: Place, tmp_path: Path, action: Any, number: int) -> None:
     """In a trial of one step, or in the middle of one of two steps."""
     fields = {"learning_rate": None, "trains": "all"}
@@ -688,5 +695,5 @@ def test_what_a_recipe_must_say() -> None:
 
 def test_too_little_text_to_recover_on(place: Place, tmp_path: Path) -> None:
     with pytest.raises(Failure, match=r"training windows of 16 tokens do not fill a batch of 5000"):
-        place.recover(place.student(), tmp_path, per_device_train_batch_size=5000)
+        place.recover(place.student(), tmp_path, batch_size=5000)
     assert not list(tmp_path.iterdir())

@@ -287,18 +287,19 @@ class _Work:
             warmup = WARMUP if spec.warmup_fraction is None else spec.warmup_fraction
             return Settings(spec.learning_rate, spec.trains or "all", warmup), []
         steps = -(-self.steps // SHARE)  # of a first trial; at most those of the distillation
-        left, trials = self._candidates(), list[Trial]()
-        while len(left) > 1:
-            if len(left) == 2 and spec.warmup_fraction is None:
+        left, trials, results = self._candidates(), list[Trial](), list[Trial]()
+        while not results or len(left) > 1:
+            is_last = len(left) <= 2
+            if is_last and spec.warmup_fraction is None:
                 left.append(replace(left[0], warmup_fraction=LONG_WARMUP))
             results = [
                 self._trial(len(trials) + index, each, min(steps, self.steps))
                 for index, each in enumerate(left)
             ]
             trials += results
-            kept = 1 if len(left) <= 3 else -(-len(left) // 2)
             order = sorted(range(len(left)), key=lambda index: _finite(results[index].kl))
-            left, steps = [left[index] for index in order[:kept]], 2 * steps
+            left = [left[index] for index in order[: 1 if is_last else -(-len(left) // 2)]]
+            steps *= 2
         before, after = self.facts["start"][0], min(_finite(each.kl) for each in results)
         say(
             f"distillation: {left[0]}: the best of {len(trials)} trials; the last brought KL to the dense model on "
@@ -457,6 +458,7 @@ class _RecoveryTrainer(_FiniteTrainer):
             beside.replace(self.best)
         figures = {"tuning_kl": kl, "tuning_loss": loss}
         self.log(dict(figures))
+        self.control.should_evaluate = False
         if self.is_exhausted:
             self.ended_early = self.control.should_training_stop = True
         return figures
