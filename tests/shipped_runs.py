@@ -59,6 +59,7 @@ SHORT_CONVERT = [
     "convert.controller_steps=2",
     "convert.distillation.tokens=256",
     "convert.distillation.batch_size=1",
+    "convert.distillation.learning_rate=1e-4",  # without trials
     "data.held_out_tokens=512",
 ]
 SHORT_BENCH = [

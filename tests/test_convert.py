@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -13,11 +14,12 @@ import pytest
 import torch
 from small_conversions import losses, search, trained
 
-from sparsecli.console import Failure, Mismatch, RecipeError
+from sparsecli.console import Failure, Mismatch, RecipeError, Stopped
 from sparsecli.convert import command
 from sparsecli.convert.candidates import list_candidates
 from sparsecli.convert.run import check_written
 from sparsecli.convert.text import ConversionText
+from sparsecli.data.packing import Windows, pack
 from sparsecli.data.tokenization import END_OF_TEXT
 from sparsecli.decode.native import binding
 from sparsecli.model.configuration import ScalingTransformerConfig
@@ -52,6 +54,8 @@ def test_given_layers_recover_most_of_the_loss(
     assert stages["distilled"] < stages["fitted"]
     assert stages["distilled"] < stages["dense"] * 1.1
     assert report.result.loss.nats_per_token == pytest.approx(stages["distilled"], abs=0.02)
+    assert report.recovery
+    assert report.recovery.loss_after <= report.recovery.loss_before
     assert report.kept_fraction_by_layer == pytest.approx([0.25, 0.25])
     assert report.result.bytes_per_token < report.models[1].bytes_per_token
     assert [row.name for row in report.models[:3]] == [
@@ -339,6 +343,27 @@ def test_attention_that_does_not_fit(
 def test_a_model_must_be_named(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"convert\.model: missing"):
         command.run(dense_run[0], model=None, output=tmp_path / "sparse")
+
+
+def test_tuning_text_is_not_trained_on(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing but it decides on a distillation: that gets no held-out text."""
+    seen: list[Any] = []
+
+    def note(*arguments: Any) -> None:
+        seen.extend(each for each in arguments if isinstance(each, Windows))
+        raise Stopped("stopped")
+
+    monkeypatch.setattr("sparsecli.convert.run.distil", note)
+    loaded, dense = dense_run
+    with pytest.raises(Stopped):
+        command.run(loaded, model=str(dense), output=tmp_path / "sparse")
+    assert loaded.recipe.data
+    every = pack(loaded.recipe.data).train.windows(32)  # type: ignore[arg-type]
+    trained, tuning = (Counter(str(window["input_ids"].tolist()) for window in each) for each in seen)
+    assert trained + tuning == Counter(str(window["input_ids"].tolist()) for window in every)
+    assert tuning.total() == 16
 
 
 @pytest.mark.parametrize(

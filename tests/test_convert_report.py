@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from sparsecli.convert.report import MeasuredModel, Report, StageLoss
 from sparsecli.decode.native import binding
 from sparsecli.evaluate.losses import HeldOutLoss
 from sparsecli.recipe.loader import LoadedRecipe, load
+from sparsecli.train.recovery import Recovery, Trial
 
 needs_engine = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not there")
 
@@ -157,6 +159,21 @@ def test_a_report_as_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| dense, bfloat16 | 3.0000 | +0.00% | 0.00% | 16.00 | 4.0 | 4.00 | 1.00x | 1.00 |" in shown
     assert "- source: Q4_0 file: q4_0" in shown
     assert f"- verdict: {made.verdict}" in shown
+
+
+def test_a_report_lists_the_trials(capsys: pytest.CaptureFixture[str]) -> None:
+    trials = [Trial("all", 1e-4, 0.1, 2, 0.02), Trial("fitted", 1e30, 0.1, 2, None)]
+    recovery = Recovery("all parameters", trials, 12, 3072, 8, 0.03, 0.02, 3.0, 2.9)
+    made = replace(report(), recovery=recovery)
+    made.show("markdown")
+    shown = capsys.readouterr().out
+    assert "| all | 0.0001 | 10% | 2 | 0.0200 |" in shown
+    assert "| fitted | 1e+30 | 10% | 2 | not finite |" in shown
+    assert "all parameters: the state after 8 of 12 steps is kept" in shown
+    made.show("json")
+    assert json.loads(capsys.readouterr().out)["recovery"]["trials"][1]["kl"] is None
+    kept = replace(recovery, best_step=0)
+    assert "the start is kept, none of 12 steps was better" in replace(made, recovery=kept).markdown()
 
 
 def test_nothing_is_minus_zero() -> None:

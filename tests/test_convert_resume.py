@@ -157,7 +157,11 @@ def test_a_wider_budget_takes_what_was_built(
     dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, dense = dense_run
-    given = ["convert.methods=[controller]", "convert.distillation.tokens=2048"]
+    given = [
+        "convert.methods=[controller]",
+        "convert.distillation.tokens=2048",
+        "convert.distillation.patience=8",
+    ]
 
     def refuse(*_: object) -> None:
         raise Mismatch("not kept")

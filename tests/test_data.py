@@ -383,6 +383,19 @@ def test_windows_cover_the_stream_in_order() -> None:
         stream.windows(200)
 
 
+def test_windows_without_some() -> None:
+    ids = np.arange(1, 41, dtype=np.uint16)
+    windows = packing.TokenStream(ids).windows(10, beginning=[7])
+    rest = windows.without([1, 3])
+    assert (len(windows), len(rest)) == (4, 2)
+    assert [rest[index]["input_ids"].tolist() for index in range(2)] == [
+        [7, *range(1, 10)],
+        [7, *range(19, 28)],
+    ]
+    [last] = [window["input_ids"].tolist() for window in rest.without([0])]
+    assert last == [7, *range(19, 28)]
+
+
 @pytest.mark.parametrize("limit_tokens", [None, 40, 160, 161])
 def test_bytes_per_token_are_those_of_the_windows(limit_tokens: int | None) -> None:
     """Documents that differ in bytes per token: the rate of the whole stream is not that of its first part."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,21 +19,23 @@ from small_runs import assert_same_run, at_step, crash, files_up_to, send, weigh
 from torch.nn import functional as F
 
 from sparsecli.console import Failure, RecipeError, Stopped
-from sparsecli.data.packing import PackedCorpus, pack
+from sparsecli.data.packing import PackedCorpus, Windows, pack
 from sparsecli.data.tokenization import train_byte_pairs
+from sparsecli.model.bfloat16 import has_bfloat16
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.loading import load_network
 from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.loader import load, parse
-from sparsecli.recipe.training import Objective, RecoverySpec
+from sparsecli.recipe.training import RecoverySpec
 from sparsecli.spec.model import ModelSpec
 from sparsecli.train import command, run_directory, trainer
 from sparsecli.train.command import Result, run
 from sparsecli.train.controllers import controller_loss, unit_scores
-from sparsecli.train.distillation import Teacher, choosing_as_decoding, distil
+from sparsecli.train.distillation import Teacher, TeacherLogits, choosing_as_decoding
 from sparsecli.train.divergence import divergence
 from sparsecli.train.evaluation import evaluate
+from sparsecli.train.recovery import FACTS, Recovery, TuningLoss, distil, trained_names
 
 RECIPE = """
 seed: 3
@@ -96,10 +99,25 @@ class Place:
     def teacher(self) -> ScalingTransformerForCausalLM:
         return load_network(self.folder / "teacher")
 
-    def recover(self, student: ScalingTransformerForCausalLM, folder: Path, **changes: Any) -> None:
-        spec = RecoverySpec(tokens=12 * 4 * 16, batch_size=4, learning_rate=0.01, start_units_per_block=8)
-        train = spec.training(16).model_copy(update={"save_steps": 4, **changes})
-        distil(student, self.teacher(), self.corpus, self.data, spec, train, 3, folder, "do it again")
+    @property
+    def windows(self) -> tuple[Windows, Windows]:
+        """Windows to train on, and to tune on."""
+        every = self.corpus.train.windows(16)
+        return every.without(range(8)), every.without(range(8, len(every)))
+
+    def recover(self, student: ScalingTransformerForCausalLM, folder: Path, **changes: Any) -> Recovery:
+        """Twelve steps at a given rate, with three evaluations and checkpoints, unless fields change."""
+        fields = {"tokens": 12 * 4 * 16, "batch_size": 4, "learning_rate": 0.01, "start_units_per_block": 8}
+        spec = RecoverySpec(**{**fields, "evaluations": 3, **changes})
+        training = RecoverySpec.training
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                RecoverySpec,
+                "training",
+                lambda *arguments: training(*arguments).model_copy(update={"save_steps": 4}),
+            )
+            tokenizer = self.corpus.tokenizer
+            return distil(student, self.teacher(), tokenizer, *self.windows, spec, 3, folder, "do it again")
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +182,7 @@ def test_divergence_and_its_gradient(
     assert divergence(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_a_bfloat16_teacher_shares_all_but_its_matrices() -> None:
+def test_a_bfloat16_teacher_shares_all_but_its_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(DENSE)
     ids = torch.arange(16)[None]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -174,6 +192,10 @@ def test_a_bfloat16_teacher_shares_all_but_its_matrices() -> None:
     logits, hidden = teacher(ids)
     torch.testing.assert_close(logits, expected, atol=0, rtol=0)
     assert hidden.shape == (1, 16, 16)
+    monkeypatch.setattr("sparsecli.train.distillation.SLICES", 3)
+    pieces = list(TeacherLogits(teacher, hidden[0]).split(2))
+    assert [len(piece) for piece in pieces] == [2, 2, 2] * 2 + [2, 2]
+    torch.testing.assert_close(torch.cat(pieces), logits[0], atol=1e-2, rtol=1e-2)
     assert not logits.requires_grad
     assert teacher.network.model.norm.weight is model.model.norm.weight
     assert {value.dtype for value in before.values()} == {torch.float32}
@@ -267,12 +289,14 @@ def test_a_model_can_start_a_run_without_a_teacher(place: Place, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_layer_trains_in_bfloat16(place: Place, tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_layer_trains_in_bfloat16(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    keep_the_last(monkeypatch)
     student = place.student(kind)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    spec = Objective(hidden_weight=0.1, controller_weight=0.1)
-    train = RecoverySpec(tokens=2 * 4 * 16, batch_size=4).training(16)
-    distil(student, place.teacher(), place.corpus, place.data, spec, train, 3, tmp_path / kind, "")
+    fields = {"hidden_weight": 0.1, "controller_weight": 0.1, "start_units_per_block": None}
+    place.recover(student, tmp_path, tokens=2 * 4 * 16, learning_rate=1e-3, **fields)
     trained = {name for name, _ in student.named_parameters()}
     for name, value in student.state_dict().items():
         moves = name in trained or name == "head.weight"
@@ -327,7 +351,8 @@ def test_interrupted_recovery_goes_on_where_it_stopped(
     student = place.student()
     place.recover(student, tmp_path)
     assert_recovered(student, recovered)
-    assert [row["step"] for row in run_directory.read_metrics(tmp_path)] == list(range(1, 13))
+    steps = [row["step"] for row in run_directory.read_metrics(tmp_path) if "loss" in row]
+    assert steps == list(range(1, 13))
 
 
 def test_finished_recovery_is_not_done_again(
@@ -371,6 +396,224 @@ def test_a_killed_recovery_goes_on_from_its_last_checkpoint(
     student = place.student()
     place.recover(student, tmp_path)
     assert_recovered(student, recovered)
+
+
+# -- the best state ------------------------------------------------------------------------------------------
+
+
+def scripted(*values: float) -> Any:
+    """A loss on tuning text that has these values in turn."""
+    left = list(values)
+    return lambda self, student: (left.pop(0), 0.0)
+
+
+def falling() -> Any:
+    return scripted(*range(100, 0, -1))
+
+
+def keep_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every state seem better than the one before."""
+    monkeypatch.setattr(TuningLoss, "__call__", falling())
+    monkeypatch.setattr("sparsecli.train.recovery.window_losses", lambda *_: np.zeros(1))
+
+
+def test_loss_on_tuning_text_is_that_of_an_evaluation(place: Place) -> None:
+    _, tuning = place.windows
+    student, teacher = place.student(), Teacher(place.teacher(), bf16=False)
+    expected = evaluate(student, tuning, 1.0, teacher=teacher)
+    assert expected
+    kl, loss = TuningLoss(teacher, tuning, 3)(student)
+    assert kl == pytest.approx(expected.kl_to_teacher, rel=1e-5)
+    assert loss == pytest.approx(expected.nats_per_token, rel=1e-5)
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e30])
+def test_a_harmful_rate_changes_nothing(place: Place, tmp_path: Path, rate: float) -> None:
+    """The second makes the loss infinite."""
+    student = place.student()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    recovery = place.recover(student, tmp_path, learning_rate=rate)
+    assert recovery.best_step == 0
+    assert (recovery.kl_after, recovery.loss_after) == (recovery.kl_before, recovery.loss_before)
+    assert recovery.steps == (12 if rate == 1 else recovery.steps)
+    assert recovery.steps > 0
+    assert_recovered(student, before)
+
+
+def test_a_recovery_is_never_worse_and_is_nearer_to_the_dense_model(place: Place, tmp_path: Path) -> None:
+    student = place.student()
+    recovery = place.recover(student, tmp_path)
+    assert recovery.kl_after < 0.8 * recovery.kl_before
+    assert recovery.loss_after <= recovery.loss_before
+    kl, _ = TuningLoss(Teacher(place.teacher(), has_bfloat16("cpu")), place.windows[1], 4)(student)
+    assert kl == pytest.approx(recovery.kl_after, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("patience", "losses", "best", "steps"),
+    [
+        (4, (9, 7, 5, 6), 8, 12),
+        (1, (9, 5, 6), 4, 8),
+        (1, (9, 10), 0, 4),
+        (4, (9, 8, float("nan"), 7), 12, 12),
+    ],
+)
+def test_the_best_state_is_kept_not_the_last(
+    place: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    patience: int,
+    losses: tuple[float, ...],
+    best: int,
+    steps: int,
+) -> None:
+    seen = []
+    loss = scripted(*losses)
+
+    def note(self: TuningLoss, student: ScalingTransformerForCausalLM) -> Any:
+        seen.append({name: value.clone() for name, value in student.state_dict().items()})
+        return loss(self, student)
+
+    monkeypatch.setattr(TuningLoss, "__call__", note)
+    student = place.student()
+    recovery = place.recover(student, tmp_path, patience=patience)
+    assert (recovery.best_step, recovery.steps) == (best, steps)
+    assert recovery.tokens == steps * 4 * 16
+    assert_recovered(student, seen[best // 4])
+    again = place.student()
+    assert place.recover(again, tmp_path, patience=patience) == recovery
+    assert_recovered(again, seen[best // 4])
+
+
+def test_a_state_whose_loss_is_higher_is_not_kept(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where its divergence is lower."""
+    monkeypatch.setattr(TuningLoss, "__call__", falling())
+    student = place.student()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    assert place.recover(student, tmp_path, learning_rate=1.0).best_step == 0
+    assert_recovered(student, before)
+
+
+def test_what_an_early_end_left_is_not_trained_further(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the last checkpoint and the result."""
+    monkeypatch.setattr(TuningLoss, "__call__", scripted(9, 5, 6))
+    student = place.student()
+    recovery = place.recover(student, tmp_path, patience=1)
+    facts = json.loads((tmp_path / FACTS).read_text())
+    del facts["result"]
+    (tmp_path / FACTS).write_text(json.dumps(facts))
+    monkeypatch.setattr(trainer.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    again = place.student()
+    assert place.recover(again, tmp_path, patience=1) == recovery
+    assert_recovered(again, student.state_dict())
+
+
+# -- trials --------------------------------------------------------------------------------------------------
+
+
+def test_what_trains() -> None:
+    student, teacher = network(KINDS["selector"]), network(DENSE)
+    every = trained_names(student, teacher, "all")
+    assert every == [name for name, _ in student.named_parameters()]
+    fitted = trained_names(student, teacher, "fitted")
+    assert {name.split(".")[3] for name in fitted} == {"feed_forward"}
+    assert any(name.endswith("bypass.first") for name in fitted)
+    vectors = trained_names(student, teacher, "norms_and_biases")
+    assert vectors
+    assert all(student.get_parameter(name).ndim == 1 for name in vectors)
+    assert set(fitted) & set(vectors)
+
+
+@pytest.mark.parametrize("trains", ["fitted", "norms_and_biases"])
+def test_other_parameters_stay(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trains: str
+) -> None:
+    keep_the_last(monkeypatch)
+    student = place.student()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    place.recover(student, tmp_path, trains=trains, tokens=2 * 4 * 16, learning_rate=1e-3)
+    names = trained_names(student, place.teacher(), trains)  # type: ignore[arg-type]
+    moved = {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == set(names)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_trials_choose_by_tuning_text(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = [9, 5, 9, 9, 4, 9, 9, 6]  # of 8 settings, the second, the fifth, the eighth and the first go on
+    second = [3, 3.5, 8, 8]  # order: fifth, second, eighth, first
+    third = [2, 1, 2]
+    monkeypatch.setattr(TuningLoss, "__call__", scripted(10, *first, *second, *third, 0.9, 0.8, 0.7))
+    recovery = place.recover(place.student(), tmp_path, learning_rate=None)
+    ran = [
+        (trial.trains, trial.learning_rate, trial.warmup_fraction, trial.steps) for trial in recovery.trials
+    ]
+    every = [*(("all", rate, 0.1, 1) for rate in (3e-5, 1e-4, 3e-4))]
+    every += [("fitted", rate, 0.1, 1) for rate in (1e-4, 3e-4, 1e-3)]
+    every += [("norms_and_biases", rate, 0.1, 1) for rate in (1e-3, 3e-3)]
+    assert ran[:8] == every
+    assert ran[8:12] == [(*every[index][:3], 2) for index in (4, 1, 7, 0)]
+    assert ran[12:] == [(*every[4][:3], 4), (*every[1][:3], 4), ("fitted", 3e-4, 0.4, 4)]
+    assert [trial.kl for trial in recovery.trials] == [*first, *second, *third]
+    assert recovery.settings == "all parameters, learning rate 0.0001, warm-up 10%"
+    assert "the best of 15 trials" in " ".join(capsys.readouterr().err.split())
+    rates = [row["learning_rate"] for row in run_directory.read_metrics(tmp_path) if "loss" in row]
+    assert max(rates) == pytest.approx(1e-4)
+
+
+def test_every_trial_has_the_same_start_and_the_same_tokens(place: Place, tmp_path: Path) -> None:
+    recovery = place.recover(place.student(), tmp_path / "all", learning_rate=None, trains="all")
+    assert {trial.trains for trial in recovery.trials} == {"all"}
+    last = recovery.trials[-1]
+    fields = {"learning_rate": last.learning_rate, "warmup_fraction": last.warmup_fraction}
+    alone = place.recover(
+        place.student(), tmp_path / "one", tokens=last.steps * 4 * 16, evaluations=1, **fields
+    )
+    rows = run_directory.read_metrics(tmp_path / "one")
+    assert [row["tuning_kl"] for row in rows if "tuning_kl" in row] == [last.kl]
+    assert alone.trials == []
+
+
+def test_a_setting_that_diverges_is_not_chosen(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsecli.train.recovery.RATES", {"all": (1e30, 1e-3)})
+    recovery = place.recover(place.student(), tmp_path, learning_rate=None)
+    assert recovery.trials[0].kl is None
+    assert "learning rate 0.001" in recovery.settings
+    assert recovery.kl_after < recovery.kl_before
+
+
+@pytest.mark.parametrize("action", [crash, send(signal.SIGTERM)])
+@pytest.mark.parametrize("number", [2, 6])
+def test_stopped_trials_go_on(place: Place, tmp_path: Path, action: Any, number: int) -> None:
+    """In a trial of one step, or in the middle of one of two steps."""
+    fields = {"learning_rate": None, "trains": "all"}
+    whole, student = place.student(), place.student()
+    expected = place.recover(whole, tmp_path / "whole", **fields)
+    calls = []
+    before = trainer.LanguageModelTrainer.training_step
+
+    def training_step(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(arguments)
+        if len(calls) == number:
+            action()
+        return before(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.LanguageModelTrainer, "training_step", training_step)
+        with pytest.raises((KeyboardInterrupt, Stopped)) as stopped:
+            place.recover(place.student(), tmp_path / "stopped", **fields)
+    assert action is crash or re.search(
+        "stopped in trial . of the distillation; do it again", str(stopped.value)
+    )
+    assert place.recover(student, tmp_path / "stopped", **fields) == expected
+    assert_recovered(student, whole.state_dict())
 
 
 # -- what does not fit ---------------------------------------------------------------------------------------
@@ -452,5 +695,5 @@ def test_what_a_recipe_must_say() -> None:
 
 def test_too_little_text_to_recover_on(place: Place, tmp_path: Path) -> None:
     with pytest.raises(Failure, match=r"training windows of 16 tokens do not fill a batch of 5000"):
-        place.recover(place.student(), tmp_path, per_device_train_batch_size=5000)
+        place.recover(place.student(), tmp_path, batch_size=5000)
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from typing import Any
 from sparsecli import console
 from sparsecli.evaluate.losses import HeldOutLoss
 from sparsecli.recipe.budget import parse_budget
+from sparsecli.train.recovery import Recovery, Trial
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Report:
     source_weights: str = ""
     """Weight types of the source itself, in words: see `stored_weights`."""
     candidates: list[CandidateSummary] = field(default_factory=list)
+    recovery: Recovery | None = None
+    """The distillation with its trials."""
 
     @property
     def result(self) -> MeasuredModel:
@@ -158,7 +161,10 @@ class Report:
                 "text",
                 f"{self.calibration_tokens:,} tokens for calibration, {self.held_out_tokens:,} held out",
             ),
-            ("distillation", f"{self.distillation_tokens:,} tokens"),
+            (
+                "distillation",
+                f"{self.distillation_tokens:,} tokens" + (f"; {self.recovery}" if self.recovery else ""),
+            ),
             ("measured on", f"{self.threads} threads, {self.bandwidth_gb_per_second:.0f} GB/s"),
             *((model.name, model.settings) for model in self.models if model.peer),
             ("verdict", self.verdict),
@@ -181,6 +187,11 @@ class Report:
                 for each in self.candidates
             ]
             lines += [*markdown_table(CANDIDATE_COLUMNS, rows), ""]
+        if self.recovery and self.recovery.trials:
+            lines += [
+                *markdown_table(TRIAL_COLUMNS, [_trial_cells(each) for each in self.recovery.trials]),
+                "",
+            ]
         return "\n".join([*lines, *(f"- {name}: {value}" for name, value in self.facts()), ""])
 
     def draw(self, path: Path) -> None:
@@ -234,6 +245,7 @@ CSV_COLUMNS = (
     *("model", "held_out_loss", "loss_increase", "standard_error"),
     *("bits_per_weight", "bytes_per_token", "ms_per_token", "prompt_ms_per_token"),
 )
+TRIAL_COLUMNS = ["trial trains", "learning rate", "warm-up", "steps", "KL on tuning text"]
 CANDIDATE_COLUMNS = ["candidate", "MB/token", "predicted loss increase", "after recovery"]
 
 
@@ -245,6 +257,11 @@ def _no_worse(loss: HeldOutLoss, other: HeldOutLoss) -> bool:
 def _loss_cells(loss: HeldOutLoss) -> tuple[str, str, str]:
     error = "—" if loss.standard_error is None else f"{loss.standard_error:.2%}"
     return f"{loss.nats_per_token:.4f}", f"{loss.perplexity_increase:+z.2%}", error
+
+
+def _trial_cells(trial: Trial) -> tuple[str, ...]:
+    kl = "not finite" if trial.kl is None else f"{trial.kl:.4f}"
+    return trial.trains, f"{trial.learning_rate:g}", f"{trial.warmup_fraction:.0%}", str(trial.steps), kl
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -55,7 +55,7 @@ from sparsecli.recipe.loader import dump
 from sparsecli.recipe.schema import ConvertSpec, Recipe
 from sparsecli.spec.model import QuantizationSpec
 from sparsecli.train import run_directory
-from sparsecli.train.distillation import distil
+from sparsecli.train.recovery import Recovery, distil
 
 BASELINES = {"dense, bfloat16": "bfloat16", "dense, int8": "int8", "dense, 4 bit, nearest": "int4"}
 DENSE, DENSE_TUNING, DISTILLED = "dense", "dense on tuning text", "distilled"
@@ -113,7 +113,7 @@ class Conversion:
             candidate, model = self._build_within_budget(candidates, self.budget)
         else:
             candidate, model = self._build_given(candidates[0])
-        distillation_tokens = self._distil(model) if self._needs_recovery(candidate, model) else 0
+        recovery = self._distil(model) if self._needs_recovery(candidate, model) else None
         written = self._write_model(model)
         return self._finish(candidate, written, candidates, distillation_tokens)
 
@@ -133,7 +133,7 @@ class Conversion:
             method=candidate.name,
             calibration_tokens=self.convert.calibration_tokens,
             held_out_tokens=len(self.text.held_out) * (self.text.held_out.sequence_length - 1),
-            distillation_tokens=distillation_tokens,
+            distillation_tokens=recovery.tokens if recovery else 0,
             kept_fraction=candidate.spec.kept_fraction,
             kept_fraction_by_layer=results[len(self.baselines)].kept_fractions,
             threads=processors(),
@@ -142,6 +142,7 @@ class Conversion:
             models=self._measured_models(contenders, results, times),
             source_weights=self.source_weights,
             candidates=_summarize(candidates),
+            recovery=recovery,
         )
         self._publish(report)
         return report
@@ -411,24 +412,21 @@ class Conversion:
             return True
         return self._tuning_increase(candidate, model) > allowed
 
-    def _distil(self, model: ScalingTransformerForCausalLM) -> int:
-        """Distil `model` in place; returns the number of training tokens."""
-        spec, data = self.convert.distillation, self.text.data
-        training = spec.training(data.sequence_length)
-        distil(
+    def _distil(self, model: ScalingTransformerForCausalLM) -> Recovery:
+        """Distil `model` in place."""
+        recovery = distil(
             model,
             self.dense,
-            self.text.corpus,
-            data,
-            spec,
-            training,
+            self.text.corpus.tokenizer,
+            self.text.distillation,
+            self.text.tuning,
+            self.convert.distillation,
             self.recipe.seed,
             self.work.folder / "distillation",
             self.work.hint,
-            self.text.beginning,
         )
         self._finish_stage(DISTILLED, model)
-        return training.max_steps * spec.batch_size * data.sequence_length
+        return recovery
 
     # -- writing and measuring -------------------------------------------------------------------------------
 

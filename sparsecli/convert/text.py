@@ -37,6 +37,8 @@ class ConversionText:
     calibration: list[Tensor]
     """Token ids (B, T) of batches."""
     tuning: Windows
+    distillation: Windows
+    """All training windows but those of `tuning`."""
     held_out: Windows
 
 
@@ -89,7 +91,9 @@ def read_text(
     rows = torch.stack([windows[index]["input_ids"] for index in chosen])
     tokens = np.concatenate([windows[index]["input_ids"].numpy() for index in others])
     tuning = Windows(tokens, data.sequence_length)  # these tokens include the prefixes
-    return ConversionText(data, corpus, prefix, list(rows.split(CALIBRATION_BATCH)), tuning, held_out)
+    return ConversionText(
+        data, corpus, prefix, list(rows.split(CALIBRATION_BATCH)), tuning, windows.without(others), held_out
+    )
 
 
 def check_text(dense_tuning: np.ndarray, dense_held_out: np.ndarray, vocabulary: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,17 +46,27 @@ class Windows(Dataset[Example]):
         self.sequence_length = sequence_length
         self.beginning = torch.tensor(beginning, dtype=torch.int64)
         self.stride = sequence_length - len(self.beginning)
+        self.places: Sequence[int] = range(len(tokens) // self.stride)  # of each window in the stream
 
     def __len__(self) -> int:
-        return len(self.tokens) // self.stride
+        return len(self.places)
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = index * self.stride
-        text = torch.from_numpy(self.tokens[start : start + self.stride].astype(np.int64))
-        window = torch.cat((self.beginning, text))
+        window = torch.cat((self.beginning, torch.from_numpy(self._text(index).astype(np.int64))))
         return {"input_ids": window, "labels": window}
+
+    def _text(self, index: int) -> np.ndarray:
+        """The tokens of a window without its beginning (stride,)."""
+        start = self.places[index] * self.stride
+        return self.tokens[start : start + self.stride]
+
+    def without(self, indices: Iterable[int]) -> Windows:
+        """All windows but those of these indices."""
+        left_out, rest = set(indices), copy.copy(self)
+        rest.places = [place for index, place in enumerate(self.places) if index not in left_out]
+        return rest
 
     def lengths(self) -> None:
         """All windows are equally long."""
@@ -73,7 +84,7 @@ class Windows(Dataset[Example]):
 
         The end-of-text token has no bytes. A character that the last window cuts counts as three bytes.
         """
-        tokens = np.asarray(self.tokens[: len(self) * self.stride])
+        tokens = np.concatenate([self._text(index) for index in range(len(self))])
         is_end = tokens == tokenizer.eos_token_id
         documents = np.split(tokens[~is_end], np.flatnonzero(is_end) - np.arange(is_end.sum()))
         texts = tokenizer.batch_decode(documents, clean_up_tokenization_spaces=False)

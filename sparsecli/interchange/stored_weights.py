@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from sparsecli.interchange.gguf_reader import BFLOAT16, FLOATS, GgufReader
+from sparsecli.interchange.gguf_file import GgufSource
+from sparsecli.interchange.gguf_reader import BFLOAT16, FLOATS
 from sparsecli.interchange.sources import ForeignModel, OwnModel
 from sparsecli.model.files import CONFIG, read_description, read_json
 from sparsecli.model.gguf_types import TYPES
@@ -40,7 +41,7 @@ def stored_weights(source: OwnModel | ForeignModel) -> str:
     return _shares(counts)
 
 
-def _gguf_counts(reader: GgufReader) -> Counter[str]:
+def _gguf_counts(reader: GgufSource) -> Counter[str]:
     counts = Counter[str]()
     names = FLOAT_NAMES | {kind.number: kind.name.lower() for kind in TYPES.values()}
     for tensor in reader.tensors.values():
@@ -55,7 +56,7 @@ def _other_type(number: int) -> str:
     return GGMLQuantizationType(number).name.lower()
 
 
-def _file_type(reader: GgufReader) -> str:
+def _file_type(reader: GgufSource) -> str:
     """The name by which llama.cpp distributes such a mix of types, if the file and the package `gguf` tell it."""
     try:
         from gguf import LlamaFileType

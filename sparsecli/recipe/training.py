@@ -109,25 +109,45 @@ class TrainSpec(Spec):
         return None
 
 
+Trained = Literal["all", "fitted", "norms_and_biases"]
+"""Parameters that a recovery trains: all that are not quantized, those of replaced layers, or only vectors."""
+
+
 class RecoverySpec(Objective):
-    """Train the converted model towards the dense one."""
+    """Train the converted model towards the dense one. The best state on tuning text is kept; it may be the start."""
 
     tokens: Count = 400_000
-    """Tokens to train on; 0 skips distillation."""
+    """Tokens to train on at most, without those of trials; 0 skips distillation."""
     batch_size: Size = 8
     """Windows per step."""
-    learning_rate: Positive = 3e-4
-    """Peak learning rate (cosine to 5 %)."""
+    learning_rate: Positive | None = None
+    """Peak learning rate (cosine to 5 %); by default short trials on tuning text choose it. A given one is used as it
+    is, without trials."""
+    trains: Trained | None = None
+    """Parameters that train: `all` that are not quantized, those of the `fitted` layers, or `norms_and_biases`; by
+    default the trials choose, and without trials all train."""
+    warmup_fraction: Probability | None = None
+    """Share of the steps in which the learning rate rises from 0; by default the trials choose, and without trials
+    it is a tenth."""
+    evaluations: Size = 12
+    """Evaluations on tuning text, at equal intervals."""
+    patience: Size = 4
+    """Stop after this many evaluations without a better one."""
 
-    def training(self, sequence_length: int) -> TrainSpec:
-        """The `train` block for these fields, on windows of `sequence_length` tokens."""
-        steps = max(1, round(self.tokens / (self.batch_size * sequence_length)))
+    def steps(self, sequence_length: int) -> int:
+        """Optimizer steps on windows of `sequence_length` tokens."""
+        return max(1, round(self.tokens / (self.batch_size * sequence_length)))
+
+    def training(self, steps: int, learning_rate: float, warmup_fraction: float) -> TrainSpec:
+        """The `train` block of so many steps."""
         return TrainSpec(
             max_steps=steps,
             per_device_train_batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
+            learning_rate=learning_rate,
+            warmup_steps=round(steps * warmup_fraction),
             weight_decay=0.0,
             bf16=True,
             logging_steps=1,
+            eval_steps=-(-steps // self.evaluations),
             save_steps=50,
         )

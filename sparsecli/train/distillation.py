@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,81 +14,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from sparsecli.console import Failure
-from sparsecli.data.packing import PackedCorpus
-from sparsecli.model.bfloat16 import has_bfloat16
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.layers.feed_forward import SparseFeedForward
-from sparsecli.model.loading import load_network
-from sparsecli.recipe.data import TextSpec
-from sparsecli.recipe.training import Objective, TrainSpec
+from sparsecli.recipe.training import Objective
 from sparsecli.spec.model import ModelSpec
-from sparsecli.train.checkpoint import newest_sound, step_of
 from sparsecli.train.controllers import controller_loss, unit_scores
 from sparsecli.train.divergence import divergence
-from sparsecli.train.run_directory import CHECKPOINTS, writing
-from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
+from sparsecli.train.trainer import LanguageModelTrainer
 
 SCORED = 4
 """One of this many tokens trains the controllers: scoring every unit for all tokens took a fifth of a step."""
-
-
-def distil(
-    student: ScalingTransformerForCausalLM,
-    teacher: ScalingTransformerForCausalLM,
-    corpus: PackedCorpus,
-    data: TextSpec,
-    objective: Objective,
-    train: TrainSpec,
-    seed: int,
-    folder: Path,
-    hint: str,
-    beginning: Sequence[int] = (),
-) -> None:
-    """Train `student` in place, writing metrics and checkpoints under `folder` and resuming from those that exist.
-
-    The final weights are the same bit for bit, however often the training is stopped and resumed.
-
-    Args:
-        data: gives the window length and the number of held-out tokens; the text is that of `corpus`.
-        train: the optimizer and its schedule.
-        hint: how to resume; the end of the message when the training is stopped or cannot write.
-        beginning: token ids that every window begins with.
-    Raises:
-        Failure: the two models do not fit, `folder` cannot be written, or there is too little text.
-        Stopped: after SIGTERM or SIGINT, with a checkpoint.
-    """
-    check_teacher(objective, student.config.spec, teacher.config.spec)
-    windows = corpus.train.windows(data.sequence_length, beginning=beginning)
-    if len(windows) < train.per_device_train_batch_size:
-        raise Failure(
-            f"distillation: {len(windows)} training windows of {data.sequence_length} tokens do not fill a batch "
-            f"of {train.per_device_train_batch_size}; add text or lower batch_size"
-        )
-    held_out = corpus.held_out.windows(data.sequence_length, data.held_out_tokens, beginning)
-    checkpoints = folder / CHECKPOINTS
-    checkpoint, _ = newest_sound(checkpoints)
-    with writing(folder, hint):
-        folder.mkdir(parents=True, exist_ok=True)
-        if checkpoint and step_of(checkpoint) >= train.max_steps:
-            student.load_state_dict(load_network(checkpoint).state_dict())
-        arguments = training_arguments(train, seed, checkpoints, evaluations=False)
-        bf16 = train.bf16 and has_bfloat16(arguments.device.type)
-        trainer = DistillationTrainer(
-            student,
-            arguments,
-            corpus.tokenizer,
-            windows,
-            held_out,
-            held_out.bytes_per_token(corpus.tokenizer),
-            bf16=bf16,
-            checkpoints=checkpoints,
-            keep=train.save_total_limit,
-            signals=Signals(),
-            teacher=Teacher(teacher, bf16),
-            objective=objective,
-        )
-        run_steps(trainer, folder, checkpoint, description="distilling", hint=hint)
-    student.eval()
+SLICES = 8
+"""Slices of the divergence whose teacher's logits are computed at once: matrix products of few rows are slow."""
 
 
 # -- the teacher ---------------------------------------------------------------------------------------------
@@ -101,13 +38,40 @@ class Teacher:
         self.bf16 = bf16
         self.network = (_narrowed(network) if bf16 else network).eval()
 
-    @torch.no_grad()
     def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) and final hidden state (B, T, d) of ids (B, T)."""
+        hidden = self.hidden(ids)
+        return self.logits(hidden), hidden
+
+    @torch.no_grad()
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Final hidden state (B, T, d) of ids (B, T)."""
         self.network.to(ids.device)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            hidden = self.network.model(input_ids=ids, use_cache=False).last_hidden_state
-            return self.network.logits(hidden, 0), hidden
+        with self._autocast(ids):
+            hidden: Tensor = self.network.model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, T, V) of a final hidden state (B, T, d)."""
+        with self._autocast(hidden):
+            return self.network.logits(hidden, 0)
+
+    def _autocast(self, like: Tensor) -> torch.autocast:
+        return torch.autocast(like.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
+
+
+class TeacherLogits:
+    """The teacher's logits for final hidden states (tokens, d), computed in pieces: all of them take as much memory as
+    the student's."""
+
+    def __init__(self, teacher: Teacher, hidden: Tensor) -> None:
+        self.teacher, self.hidden = teacher, hidden
+
+    def split(self, rows: int) -> Iterator[Tensor]:
+        """Logits (rows, V) of so many tokens at a time."""
+        for piece in self.hidden.split(rows * SLICES):
+            yield from self.teacher.logits(piece[None])[0].split(rows)
 
 
 def _narrowed(network: ScalingTransformerForCausalLM) -> ScalingTransformerForCausalLM:
@@ -180,13 +144,13 @@ class DistillationTrainer(LanguageModelTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The objective on inputs (B, T), a scalar."""
         weights, ids = self.objective, inputs["input_ids"]
-        logits, hidden = self.teacher(ids)
+        hidden = self.teacher.hidden(ids)
         with ExitStack() as stack:
             seen = stack.enter_context(_controller_inputs(model)) if weights.controller_weight else {}
             output = model(input_ids=ids, use_cache=False, output_hidden_states=weights.hidden_weight > 0)
         loss = torch.zeros((), device=ids.device)
         if weights.kl_weight:
-            ours, theirs = output.logits.flatten(0, 1), logits.flatten(0, 1)
+            ours, theirs = output.logits.flatten(0, 1), TeacherLogits(self.teacher, hidden.flatten(0, 1))
             loss = loss + weights.kl_weight * divergence(ours, theirs, weights.temperature)
         if weights.hidden_weight:
             distance = F.mse_loss(output.hidden_states[-1].float(), hidden.float())

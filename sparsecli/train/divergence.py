@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,14 +14,21 @@ SLICE = 2**21
 training step."""
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+class Rows(Protocol):
+    """A tensor, or something whose rows are computed when they are needed."""
+
+    def split(self, rows: int) -> Iterator[Tensor] | tuple[Tensor, ...]:
+        """The rows in order, `rows` at a time."""
+
+
+def divergence(student: Tensor, teacher: Rows, temperature: float = 1.0) -> Tensor:
     """Mean over the tokens of KL(teacher || student) in nats, times the temperature's square, as a scalar.
 
     The square keeps the gradient's size independent of the temperature. Computed in float32 for logits of any
     type. Only the student gets a gradient.
 
     Args:
-        student, teacher: logits (tokens, V).
+        student, teacher: logits (tokens, V). The teacher's are read once, in slices.
         temperature: divides the logits of both.
     """
     loss: Tensor = _Divergence.apply(student, teacher, temperature)
@@ -31,7 +39,7 @@ class _Divergence(torch.autograd.Function):
     """The forward pass also computes the gradient: T (q - p) / tokens."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Rows, temperature: float) -> Tensor:
         tokens, vocabulary = student.shape
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student) if wanted else student

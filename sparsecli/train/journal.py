@@ -16,7 +16,15 @@ from sparsecli.console import Failure, Progress, say
 from sparsecli.train.run_directory import METRICS, read_metrics, replace_text
 
 FIGURES = (
-    *("held_out_loss", "bits_per_byte", "never_chosen", "balance", "kl_to_teacher"),
+    *(
+        "tuning_kl",
+        "tuning_loss",
+        "held_out_loss",
+        "bits_per_byte",
+        "never_chosen",
+        "balance",
+        "kl_to_teacher",
+    ),
     *("exact_match", "rouge_1", "rouge_2", "rouge_lsum"),
 )
 """Names of the figures of an evaluation."""
@@ -90,7 +98,7 @@ class Journal(TrainerCallback):
             if "load_balancing" in logs:
                 row["load_balancing"] = logs["load_balancing"]
             self.shown = {"loss": logs["loss"], "tokens_per_second": round(speed)}
-        elif "held_out_loss" in logs:
+        elif "held_out_loss" in logs or "tuning_loss" in logs:
             row = {name: logs[name] for name in FIGURES if logs.get(name) is not None}
             figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items())
             say(f"step {step}: {figures}")
@@ -148,7 +156,11 @@ def draw_loss(rows: Iterable[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    curves = (("loss", "training", "-"), ("held_out_loss", "held out", "o-"))
+    curves = (
+        ("loss", "training", "-"),
+        ("held_out_loss", "held out", "o-"),
+        ("tuning_kl", "tuning text, KL to the dense model", "o-"),
+    )
     for key, label, style in curves:
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:

@@ -121,6 +121,8 @@ class LanguageModelTrainer(Trainer):
     """
 
     control: TrainerControl
+    ended_early = False
+    """Whether training has ended before its last step, and not because of a signal."""
 
     def __init__(
         self,
@@ -357,7 +359,7 @@ def run_steps(
         elif checkpoint:
             trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     step = max(trainer.state.global_step, start_step)
-    if step < steps:
+    if step < steps and not trainer.ended_early:
         message = f"stopped at step {step} of {steps} with a checkpoint; {hint}"
         raise Stopped(message, exit_code=130 if signals.received == signal.SIGINT else None)
     signals.received = None  # one in the last step, or in the evaluation after it
