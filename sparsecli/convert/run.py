@@ -107,7 +107,7 @@ class Conversion:
         self.work.compute_once("losses", self._measure_dense)
         if self.budget and rounds(self.convert, self.dense.config.spec):
             candidate, written, candidates = self._round(self.budget)
-            return self._finish(candidate, written, candidates, distillation_tokens=0)
+            return self._finish(candidate, written, candidates, None)
         if self.budget:
             candidates = self._predict(candidates)
             candidate, model = self._build_within_budget(candidates, self.budget)
@@ -115,14 +115,14 @@ class Conversion:
             candidate, model = self._build_given(candidates[0])
         recovery = self._distil(model) if self._needs_recovery(candidate, model) else None
         written = self._write_model(model)
-        return self._finish(candidate, written, candidates, distillation_tokens)
+        return self._finish(candidate, written, candidates, recovery)
 
     def _finish(
         self,
         candidate: ConversionCandidate,
         written: Path,
         candidates: list[ConversionCandidate],
-        distillation_tokens: int,
+        recovery: Recovery | None,
     ) -> Report:
         """Measure the written model beside the dense ones, and publish it with its report."""
         contenders, results, times, bandwidth = self._measure(candidate, written)
