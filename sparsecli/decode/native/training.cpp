@@ -12,7 +12,9 @@ namespace sparsecli {
 namespace {
 
 constexpr int64_t SOURCES = 1024;  // rows whose slices stay in the cache while they are gathered
-constexpr int64_t SOME = 256;      // rows of a task: tokens, or units whose gradients are summed
+constexpr int64_t SOME = 256;      // rows of a task
+constexpr int64_t MANY = 2048;     // the same where each task packs weights for itself
+constexpr int64_t AHEAD = 8;       // rows that are prefetched before they are packed
 constexpr int64_t TILE = 64;       // tokens whose logits are computed together
 constexpr int64_t PARTIAL = 16;    // sums of gradients that are added in the end, so that threads do not share one
 
@@ -52,7 +54,10 @@ class ChosenUnits {
         const int64_t rows = std::max(by_token_.sources_each, SOURCES);
         sources_ = crew.scratch<float>(crew.threads() * rows * SLICE);
         sources_step_ = rows * SLICE;
-        sums_ = crew.scratch<float>(crew.threads() * SOME * SLICE);
+        // Few threads share one packing of a slice's weights; many need more tasks.
+        const int64_t parts = pieces_of(4 * crew.threads(), slices_);
+        many_ = std::clamp(pieces_of(u_.tokens, parts), SOME, MANY);
+        sums_ = crew.scratch<float>(crew.threads() * many_ * SLICE);
     }
 
     void forward(float* before, float* raised, float* y) {
@@ -81,7 +86,18 @@ class ChosenUnits {
         crew_.run(steps);
     }
 
+    // Gradients of weights lie in new memory: with small pages its first use would take as long as a product.
+    void use_huge_pages(float* gradient) const {
+#if defined(__linux__)
+        constexpr uintptr_t PAGE = uintptr_t(1) << 21;
+        const uintptr_t begin = (uintptr_t(gradient) + PAGE - 1) / PAGE * PAGE;
+        const uintptr_t end = (uintptr_t(gradient) + size_t(u_.d_ff * u_.d_model) * 4) / PAGE * PAGE;
+        if (gradient && begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+    }
+
     void backward(const float* before, const float* raised, const float* dy, const sparsecli_unit_gradients& wanted) {
+        for (float* gradient : {wanted.first, wanted.up, wanted.down}) use_huge_pages(gradient);
         float *packed_x = packed_room(), *packed_dy = packed_room();
         float *a = pairs(), *g = pairs(), *da = pairs(), *h = pairs(), *dv = u_.up ? pairs() : nullptr;
         std::vector<Tasks> steps;
@@ -149,8 +165,11 @@ class ChosenUnits {
     // A slice of `count` rows of a matrix as floats, filled up with zeros.
     void pack(const void* matrix, int64_t type, int64_t row, int64_t count, int64_t slice, float* to) const {
         const int64_t column = slice * SLICE, width = std::min(SLICE, u_.d_model - column);
-        for (int64_t r = row; r < row + count; ++r, to += SLICE) {
-            const char* from = (const char*)matrix + (r * u_.d_model + column) * type_bytes(type);
+        const int64_t step = u_.d_model * type_bytes(type), bytes = width * type_bytes(type);
+        const char* from = (const char*)matrix + row * step + column * type_bytes(type);
+        for (int64_t r = 0; r < count; ++r, from += step, to += SLICE) {
+            if (r + AHEAD < count)
+                for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + AHEAD * step + line);
             if (type == FLOAT32)
                 std::memcpy(to, from, size_t(width) * 4);
             else
@@ -211,10 +230,11 @@ class ChosenUnits {
 
     // out (rows, d) = sums of listed sources, each times its factor, and of a bias.
     Tasks sums(const Lists& lists, std::vector<Source> from, float* out, const float* bias) const {
-        return {slices_ * pieces_of(lists.rows, SOME), [this, lists, from, out, bias](int64_t task, int64_t worker) {
-                    const int64_t slice = task % slices_, row = task / slices_ * SOME;
-                    const int64_t count = std::min(SOME, lists.rows - row);
-                    float *y = sums_ + worker * SOME * SLICE, *room = sources_ + worker * sources_step_;
+        const int64_t most = from[0].weights ? many_ : SOME;
+        return {slices_ * pieces_of(lists.rows, most), [=, this](int64_t task, int64_t worker) {
+                    const int64_t slice = task % slices_, row = task / slices_ * most;
+                    const int64_t count = std::min(most, lists.rows - row);
+                    float *y = sums_ + worker * many_ * SLICE, *room = sources_ + worker * sources_step_;
                     std::fill_n(y, count * SLICE, 0.0f);
                     for (const Source& source : from)
                         for (int64_t piece = 0; piece < lists.pieces; ++piece) {
@@ -288,7 +308,7 @@ class ChosenUnits {
     Crew& crew_;
     const Ops& k_;
     const int64_t blocks_, width_, slices_;  // width_: pairs of a token
-    int64_t piece_blocks_ = 0, sources_step_ = 0;
+    int64_t piece_blocks_ = 0, many_ = 0, sources_step_ = 0;
     Lists by_token_{};
     int32_t* pair_ = crew_.scratch<int32_t>(u_.tokens * width_);  // of what is listed: which of its token's pairs
     float *sources_ = nullptr, *sums_ = nullptr;                  // of every worker

@@ -275,7 +275,7 @@ class SparseFeedForward(ChosenUnits):
         if (self.training or not self.few(tokens)) and native_units.usable(self, tokens):
             y = native_units.chosen_rows(self, tokens)
         elif self.training:
-            y = self._train(tokens)
+            y = self.masked_product(tokens)
         else:
             logits = self.controller(tokens)  # (tokens, blocks, N)
             chosen = choose(logits, self.units_per_block)  # (tokens, blocks, k)
@@ -289,7 +289,7 @@ class SparseFeedForward(ChosenUnits):
         logits = self.controller(x)
         return torch.zeros_like(logits).scatter_(-1, choose(logits, self.units_per_block), 1.0)
 
-    def _train(self, x: Tensor) -> Tensor:
+    def masked_product(self, x: Tensor) -> Tensor:
         """The paper's training call, which multiplies every unit by the mask: twin of `native_units.chosen_rows`."""
         logits = self.controller(x)  # (tokens, blocks, N)
         mask, is_hard = training_mask(logits, self.units_per_block, self.temperature, self.hard_fraction)
