@@ -278,7 +278,7 @@ class SparseFeedForward(ChosenUnits):
             y = self.masked_product(tokens)
         else:
             logits = self.controller(tokens)  # (tokens, blocks, N)
-            chosen = choose(logits, self.units_per_block)  # (tokens, blocks, k)
+            chosen = recorded_choice(lambda: choose(logits, self.units_per_block), below=self.block_size)
             scale = logits.softmax(dim=-1).gather(-1, chosen) if self.probability_gate else None
             y = self.evaluate(tokens, chosen, scale)
         # One dropout mask for all tokens, as in the original, which drops after flattening batch and length.
