@@ -103,6 +103,12 @@ def say(text: str, style: str | None = None) -> None:
         _write(text, style)
 
 
+@cache
+def say_once(text: str) -> None:
+    """Write a message to stderr, unless the same message was written before."""
+    say(text)
+
+
 def _write(text: str, style: str | None) -> None:
     _stderr().print(text.translate(_UNPRINTABLE), style=style)
 

@@ -27,6 +27,10 @@ LAYERS = {
         *("sparsecli.model.layers", "sparsecli.spec"),
         *("sparsecli.model.quantization", "sparsecli.model.gguf_types"),
     },
+    "sparsecli.model.layers.native_units": {
+        *("sparsecli.model.layers", "sparsecli.console"),
+        "sparsecli.decode.native.binding",
+    },
     "sparsecli.model.quantization": set(),
     "sparsecli.model.gguf_types": set(),
     "sparsecli.model": {"sparsecli.model", "sparsecli.spec", "sparsecli.console"},

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsecli.data.examples import Example, Examples
 from sparsecli.evaluate.losses import bits_per_byte
+from sparsecli.model.layers.choices import ChoiceRecord
 from sparsecli.model.layers.feed_forward import MixtureFeedForward, SparseFeedForward, choose
 from sparsecli.model.terraformer import TerraformerForConditionalGeneration
 from sparsecli.spec.vocabulary import IGNORED
@@ -66,7 +67,7 @@ def evaluate(
             kinds = SparseFeedForward | MixtureFeedForward
             choices = [_Choices(name, layer) for name, layer in named if isinstance(layer, kinds)]
             for counter in choices:
-                stack.callback(counter.chooser.register_forward_hook(counter.count).remove)
+                stack.enter_context(counter)
             for start in range(rank * batch_size, len(examples), ranks * batch_size):
                 if stopped():
                     return None
@@ -114,29 +115,49 @@ def _read(model: PreTrainedModel, batch: Example) -> tuple[Tensor, Tensor]:
 
 
 class _Choices:
-    """Counts of how often each unit of a layer is chosen: `counts`, int64 (blocks, N). Experts are one block."""
+    """Counts of how often each unit of a layer is chosen: `counts`, int64 (blocks, N). Experts are one block.
+
+    The layer is watched while this is open, as a context.
+    """
 
     def __init__(self, name: str, layer: SparseFeedForward | MixtureFeedForward) -> None:
         self.of_encoder = "encoder" in name.split(".")
-        self.chooser: nn.Module
-        if isinstance(layer, MixtureFeedForward):
-            self.chooser, self.chosen = layer.router, layer.experts_per_token
-            shape = (1, layer.experts)
-        else:
-            self.chooser, self.chosen = layer.controller, layer.units_per_block
+        self.layer, self.record, self.handles = layer, ChoiceRecord(), ExitStack()
+        shape = (1, layer.experts)
+        if isinstance(layer, SparseFeedForward):
             shape = (layer.up.shape[0] // layer.block_size, layer.block_size)
         self.counts = torch.zeros(shape, dtype=torch.int64, device=layer.up.device)
+
+    def __enter__(self) -> None:
+        if isinstance(self.layer, MixtureFeedForward):
+            self.handles.callback(self.layer.router.register_forward_hook(self._after_router).remove)
+            return
+        self.handles.callback(self.layer.register_forward_pre_hook(self._before).remove)
+        self.handles.callback(self.layer.register_forward_hook(self._after, always_call=True).remove)
+
+    def __exit__(self, *error: object) -> None:
+        self.handles.close()
 
     def expect(self, read: Tensor) -> None:
         """Set the mask of the layer's next batch: choices count only where `read`, bool (B, T), is true."""
         self.read = read.flatten()
 
-    def count(self, chooser: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-        """Called with the logits (tokens, blocks, N), or (tokens, E), of the next tokens of the batch."""
-        read, self.read = self.read.split((len(logits), len(self.read) - len(logits)))
-        chosen = choose(logits.view(len(logits), *self.counts.shape)[read], self.chosen)
+    def _after_router(self, router: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        self._count(choose(logits, self.layer.experts_per_token)[:, None])
+
+    def _before(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.running = self.record.recording().__enter__()
+
+    def _after(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.running.__exit__(None, None, None)
+        for chosen in self.running.made:
+            self._count(chosen.long())
+
+    def _count(self, chosen: Tensor) -> None:
+        """Add the choices (tokens, blocks, k) of the next tokens of the batch."""
+        read, self.read = self.read.split((len(chosen), len(self.read) - len(chosen)))
         first = torch.arange(0, self.counts.numel(), self.counts.shape[1], device=chosen.device)
-        rows = (chosen + first[:, None]).flatten()
+        rows = (chosen[read] + first[:, None]).flatten()
         self.counts += torch.bincount(rows, minlength=self.counts.numel()).view_as(self.counts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
-INTERFACE_VERSION = 12  # of native/engine.h
+INTERFACE_VERSION = 13  # of native/engine.h
 INSTRUCTION_SETS = (
     "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_i8mm_bf16", "neon_dotprod", "neon", "portable",
 )  # fmt: skip
@@ -58,6 +58,33 @@ class BoundTensor(Structure):
         ("data", c_void_p),
         ("scale", c_void_p),
         *((name, c_int64) for name in ("layer", "type", "rows", "cols")),
+    ]
+
+
+class Units(Structure):
+    """`sparsecli_units` of native/training.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("tokens", "d_model", "d_ff", "block_size", "units_per_block")),
+        *((name, c_int64) for name in ("activation", "type", "threads")),
+        *((name, c_void_p) for name in ("first", "up", "down", "unit_bias", "bias", "x", "chosen", "scale")),
+    ]
+
+
+class UnitGradients(Structure):
+    """`sparsecli_unit_gradients` of native/training.h."""
+
+    _fields_ = [
+        (name, c_void_p) for name in ("x", "first", "up", "down", "unit_bias", "bias", "mask", "scale")
+    ]
+
+
+class ControllerWeights(Structure):
+    """`sparsecli_controller` of native/training.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("tokens", "d_ff", "block_size", "units_per_block", "rank", "threads")),
+        *((name, c_void_p) for name in ("hidden", "second", "bias")),
     ]
 
 
@@ -154,6 +181,16 @@ def library() -> ctypes.CDLL:
         "block_stack_ns": (c_int64, [engine]),
         "profile": (None, [engine, c_void_p]),
         "profile_part": (c_char_p, [c_int64]),
+        "units_forward": (c_int64, [POINTER(Units), *[c_void_p] * 3, c_char_p]),
+        "units_backward": (
+            c_int64,
+            [POINTER(Units), *[c_void_p] * 3, POINTER(UnitGradients), c_char_p],
+        ),
+        "controller_choose": (
+            c_int64,
+            [POINTER(ControllerWeights), c_int64, c_float, c_uint64, c_void_p, c_void_p, c_char_p],
+        ),
+        "controller_backward": (c_int64, [POINTER(ControllerWeights), *[c_void_p] * 5, c_char_p]),
         "arrange_gguf": (c_int64, [c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64]),
         "fit_groups": (
             c_int64,
@@ -165,3 +202,14 @@ def library() -> ctypes.CDLL:
         function = getattr(loaded, f"sparsecli_{name}")
         function.restype, function.argtypes = result, arguments
     return loaded
+
+
+def call(name: str, *arguments: object) -> None:
+    """Call a function of native/training.h.
+
+    Raises:
+        Failure: what it reports, such as too little memory.
+    """
+    error = ctypes.create_string_buffer(ERROR_BYTES)
+    if getattr(library(), f"sparsecli_{name}")(*arguments, error):
+        raise Failure(error.value.decode())

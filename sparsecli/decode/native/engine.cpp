@@ -11,8 +11,6 @@ using namespace sparsecli;
 
 namespace {
 
-const Ops* chosen_ops = nullptr;
-
 void complain(char* error, const std::string& message) {
     std::snprintf(error, SPARSECLI_ERROR_BYTES, "%s", message.c_str());
 }
@@ -155,7 +153,7 @@ std::string check(const sparsecli_shape& s) {
 
 struct sparsecli_engine {
     Model model;
-    const Ops* ops = chosen_ops;
+    const Ops* ops = &selected_ops();
     Pool pool;
     std::unique_ptr<Forward> forward;
     bool profile = false;
@@ -172,7 +170,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 12 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 13 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* name, char* error) {
     const Ops* found = find_ops(name);
@@ -180,7 +178,7 @@ const char* sparsecli_instruction_set(const char* name, char* error) {
         complain(error, std::string(name) + ": this processor or this build does not have these instructions");
         return nullptr;
     }
-    chosen_ops = found;
+    select_ops(found);
     return found->name;
 }
 
@@ -190,7 +188,6 @@ sparsecli_engine* sparsecli_create(const sparsecli_shape* shape, int64_t threads
         complain(error, problem);
         return nullptr;
     }
-    if (!chosen_ops) chosen_ops = find_ops("auto");
     sparsecli_engine* engine = nullptr;
     guarded(error, [&] { engine = new sparsecli_engine(*shape, threads, pin != 0); });
     return engine;

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecli.model.layers import native_units
 from sparsecli.model.layers.balancing import load_balancing_loss, with_loss
 from sparsecli.model.layers.choices import recorded_choice
 from sparsecli.model.layers.dropout import shared_dropout
@@ -172,9 +173,11 @@ class ChosenUnits(nn.Module, ABC):
 
     def evaluate(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
         """x (tokens, d), chosen (tokens, blocks, k), scale like chosen -> (tokens, d)."""
-        # Gathering copies k / N of the rows for every token; past a few tokens one dense product is cheaper.
-        few = not tracing() and (x.shape[0] == 1 or 4 * x.shape[0] * self.units_per_block <= self.block_size)
-        return (self.evaluate_gathered if few else self.evaluate_masked)(x, chosen, scale)
+        return (self.evaluate_gathered if self.few(x) else self.evaluate_masked)(x, chosen, scale)
+
+    def few(self, x: Tensor) -> bool:
+        """Whether x (tokens, d) has so few tokens that copies of their rows are cheaper than one dense product."""
+        return not tracing() and (x.shape[0] == 1 or 4 * x.shape[0] * self.units_per_block <= self.block_size)
 
     def evaluate_gathered(self, x: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
         """x (tokens, d), chosen (tokens, blocks, k), scale like chosen -> (tokens, d), reading chosen rows only."""
@@ -234,8 +237,8 @@ class ChosenUnits(nn.Module, ABC):
 class SparseFeedForward(ChosenUnits):
     """Sparse FF (paper section 3.1): a low-rank controller chooses the units that take part.
 
-    Training multiplies the mask in before the activation and computes every unit, as the paper does. Evaluation
-    takes the controller's argmax.
+    Training multiplies the mask in before the activation, as the paper does. Evaluation takes the controller's argmax.
+    On a CPU both compute chosen rows alone where that is exact (`native_units`), else every unit.
 
     Args:
         d_ff, block_size, rank, units_per_block: sizes; d_ff is a multiple of block_size.
@@ -269,27 +272,31 @@ class SparseFeedForward(ChosenUnits):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., d)."""
         tokens = x.reshape(-1, x.shape[-1])
-        logits = self.controller(tokens)  # (tokens, blocks, N)
-        if self.training:
-            y = self._train(tokens, logits)
+        if (self.training or not self.few(tokens)) and native_units.usable(self, tokens):
+            y = native_units.chosen_rows(self, tokens)
+        elif self.training:
+            y = self.masked_product(tokens)
         else:
-            chosen = choose(logits, self.units_per_block)  # (tokens, blocks, k)
+            logits = self.controller(tokens)  # (tokens, blocks, N)
+            chosen = recorded_choice(lambda: choose(logits, self.units_per_block), below=self.block_size)
             scale = logits.softmax(dim=-1).gather(-1, chosen) if self.probability_gate else None
             y = self.evaluate(tokens, chosen, scale)
-        return y.view_as(x)
+        # One dropout mask for all tokens, as in the original, which drops after flattening batch and length.
+        return shared_dropout(y, self.dropout, self.training, (-2,)).view_as(x)
 
     def mask(self, x: Tensor) -> Tensor:
         """See `ChosenUnits.mask`."""
         logits = self.controller(x)
         return torch.zeros_like(logits).scatter_(-1, choose(logits, self.units_per_block), 1.0)
 
-    def _train(self, x: Tensor, logits: Tensor) -> Tensor:
+    def masked_product(self, x: Tensor) -> Tensor:
+        """The paper's training call, which multiplies every unit by the mask: twin of `native_units.chosen_rows`."""
+        logits = self.controller(x)  # (tokens, blocks, N)
         mask, is_hard = training_mask(logits, self.units_per_block, self.temperature, self.hard_fraction)
         after = None
         if self.probability_gate:  # soft draws carry the probability already
             after = torch.where(is_hard, logits.detach().softmax(dim=-1), 1.0)
-        # One dropout mask for all tokens, as in the original, which drops after flattening batch and length.
-        return shared_dropout(self._masked(x, mask, after), self.dropout, True, (-2,))
+        return self._masked(x, mask, after)
 
 
 class MixtureFeedForward(nn.Module):

@@ -16,6 +16,7 @@ namespace {
 #include "ops/controller.inl"
 #include "ops/attention.inl"
 #include "ops/hashing.inl"
+#include "ops/training.inl"
 
 constexpr Ops make_table(const char* name) {
     return {.name = name,
@@ -41,7 +42,15 @@ constexpr Ops make_table(const char* name) {
             .soft_cap = soft_cap,
             .hash = hash,
             .find_same_bucket = find_same_bucket,
-            .attend_chosen = attend_chosen};
+            .attend_chosen = attend_chosen,
+            .gather_dots = gather_dots,
+            .gather_sums = gather_sums,
+            .add_matrix_product = add_matrix_product,
+            .add_gumbel_noise = add_gumbel_noise,
+            .choose_largest = choose_largest,
+            .softmax = softmax,
+            .softmax_gradient = softmax_gradient,
+            .activation_slopes = activation_slopes};
 }
 
 }  // namespace

@@ -92,4 +92,13 @@ const Ops* find_ops(const char* name) {
     return nullptr;
 }
 
+static const Ops* selected = nullptr;
+
+void select_ops(const Ops* ops) { selected = ops; }
+
+const Ops& selected_ops() {
+    if (!selected) selected = find_ops("auto");
+    return *selected;
+}
+
 }  // namespace sparsecli

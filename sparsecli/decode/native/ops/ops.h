@@ -17,6 +17,7 @@ constexpr int64_t QUANT_GROUP = 64;  // inputs that share a scale and a zero whe
 constexpr int64_t BYTE_GROUP = 32;   // activations that share a scale where these are bytes, as GGUF's types need them
 constexpr int64_t MAX_BLOCK = 4096;  // units of a block
 constexpr int64_t QUERIES = 4;       // queries that share one reading of keys and values
+constexpr int64_t SLICE = 128;       // columns of gathered rows that are computed together in training
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -97,6 +98,16 @@ struct HeadCache {
     const float* value_scales;  // [position], int8 only
     bool by_rows;               // keys are laid out as values, padded with zeros
     int64_t slots;              // positions that there is room for, a multiple of LANES; p lies at p % slots
+};
+
+// Lists of gathered rows, one for each of `rows`: row r has index[i] for begin[r] <= i < end[r]. `sources` are SLICE
+// columns of each row that there is, the one with index `first` at the beginning.
+struct Gathered {
+    const float* sources;
+    int64_t first;
+    const int32_t* index;
+    const int64_t *begin, *end;
+    int64_t rows;
 };
 
 // What `choose` chooses from a controller's block.
@@ -217,6 +228,31 @@ struct Ops {
     // out = softmax(q K^T) V over `count` chosen positions of a cache with keys by_rows.
     void (*attend_chosen)(const float* query, const int32_t* chosen, int64_t count, int64_t type, int64_t width,
                           const HeadCache& cache, int64_t value_stride, float* scores, float* out);
+
+    // out[i] = source index[i] . x[r] for every i of a row's list, or added to it; x (rows, SLICE).
+    void (*gather_dots)(const Gathered& g, const float* x, bool add, float* out);
+
+    // y[r] += sum of factor[i] * source index[i] over a row's list, in its order; y (rows, SLICE).
+    void (*gather_sums)(const Gathered& g, const float* factor, float* y);
+
+    // c[m][n] += sum_i a[m * a_row + i * a_step] b[i][n] for i < count in order; b and c are `width` wide, a multiple of
+    // LANES.
+    void (*add_matrix_product)(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t count,
+                               int64_t rows, int64_t width, float* c);
+
+    // scores[i] += temperature * Gumbel noise, number first + i of a seed; `count` is a multiple of LANES.
+    void (*add_gumbel_noise)(float temperature, uint64_t seed, int64_t first, int64_t count, float* scores);
+
+    // The `count` largest scores, best first, of equal ones the first; they become minus infinity. `width` as below.
+    void (*choose_largest)(float* scores, int64_t width, int64_t count, int32_t* chosen);
+
+    // z = softmax(z) over `width` logits, a multiple of LANES; and z = the gradient of logits where p = softmax(z) has
+    // `gradient` at `count` chosen ones and none elsewhere.
+    void (*softmax)(float* z, int64_t width);
+    void (*softmax_gradient)(float* z, int64_t width, const int32_t* chosen, const float* gradient, int64_t count);
+
+    // An activation of every x, and its slope.
+    void (*activation_slopes)(int64_t activation, const float* x, int64_t count, float* values, float* slopes);
 };
 
 // An instruction set: its name, whether this processor has it, and its ops, null where they are not built for this
@@ -233,6 +269,10 @@ extern const InstructionSet instruction_sets[INSTRUCTION_SETS];
 
 // The ops of an instruction set by its name, of the best one for "auto"; null where this processor or build lacks it.
 const Ops* find_ops(const char* name);
+
+// The ops that the process uses: those that it selected last, the best ones before.
+void select_ops(const Ops* ops);
+const Ops& selected_ops();
 
 const Ops* portable_ops();
 const Ops* avx2_ops();

@@ -309,6 +309,40 @@ inline std::vector<Sum> attend(const float* query, const std::vector<int64_t>& p
     return out;
 }
 
+// The slope of an activation.
+inline double slope(int64_t kind, double x) {
+    if (kind == RELU) return x > 0;
+    if (kind == SILU) {
+        const double share = 1 / (1 + std::exp(-x));
+        return share + x * share * (1 - share);
+    }
+    if (kind == GELU) return 0.5 * (1 + std::erf(x / std::sqrt(2.0))) + x * std::exp(-x * x / 2) / std::sqrt(2 * M_PI);
+    const double root = std::sqrt(2 / M_PI), rise = std::tanh(root * (x + 0.044715 * x * x * x));
+    return 0.5 * (1 + rise) + 0.5 * x * (1 - rise * rise) * root * (1 + 3 * 0.044715 * x * x);
+}
+
+// Gumbel noise: number i of a seed.
+inline double gumbel(uint64_t seed, int64_t i) {
+    uint32_t x = uint32_t(seed) + uint32_t(i);
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x ^= uint32_t(seed >> 32);
+    x *= 0x846ca68bu;
+    x ^= x >> 16;
+    const double u = std::clamp(double(x >> 8) / (1 << 24), double(1e-6f), double(1 - 1e-6f));
+    return -std::log(-std::log(u));
+}
+
+inline std::vector<double> softmax(const float* z, int64_t width) {
+    double total = 0;
+    std::vector<double> p(size_t(width), 0.0);
+    const double top = *std::max_element(z, z + width);
+    for (int64_t i = 0; i < width; ++i) total += p[size_t(i)] = std::exp(z[i] - top);
+    for (double& share : p) share /= total;
+    return p;
+}
+
 // The bucket of a key in one round, whose rotations begin at `column`.
 inline int64_t bucket(const float* key, int64_t width, const float* rotations, int64_t columns, const int64_t* factors,
                       int64_t count, int64_t column) {

@@ -648,6 +648,126 @@ void test_hash(Harness& h) {
     }
 }
 
+// Lists of some sources for some rows, among them empty ones.
+struct RandomLists {
+    std::vector<int32_t> index;
+    std::vector<int64_t> begin, end;
+    Memory<float> sources, x;
+    Gathered gathered;
+
+    RandomLists(Harness& h, int64_t rows, int64_t count, int64_t first) : sources(count * SLICE), x(rows * SLICE) {
+        for (int64_t r = 0; r < rows; ++r) {
+            begin.push_back(int64_t(index.size()));
+            for (int64_t i = h.whole(0, 9); i > 0; --i) index.push_back(int32_t(first + h.whole(0, count - 1)));
+            end.push_back(int64_t(index.size()));
+        }
+        for (float* value = sources.data; value < sources.data + sources.size; ++value) *value = h.number();
+        for (float* value = x.data; value < x.data + x.size; ++value) *value = h.number();
+        gathered = {sources.data, first, index.data(), begin.data(), end.data(), rows};
+    }
+};
+
+void test_gather(Harness& h) {
+    for (const int64_t first : {0, 100}) {
+        const int64_t rows = 20, count = 7;
+        RandomLists lists(h, rows, count, first);
+        const std::vector<int32_t>& index = lists.index;
+        h.begin(text("gather_dots and gather_sums first %ld", long(first)));
+        Memory<float> out(int64_t(index.size()) + 1), y(rows * SLICE);
+        for (int64_t i = 0; i < y.size; ++i) y[i] = lists.x[i];
+        h.k.gather_dots(lists.gathered, lists.x.data, false, out.data);
+        std::vector<float> factor(out.data, out.data + index.size());
+        h.k.gather_dots(lists.gathered, lists.x.data, true, out.data);
+        h.k.gather_sums(lists.gathered, factor.data(), y.data);
+        for (int64_t r = 0; r < rows; ++r) {
+            std::vector<scalar::Sum> expected(SLICE);
+            for (int64_t c = 0; c < SLICE; ++c) expected[size_t(c)].add(lists.x[r * SLICE + c]);
+            for (int64_t i = lists.begin[size_t(r)]; i < lists.end[size_t(r)]; ++i) {
+                const float* source = lists.sources.data + (index[size_t(i)] - first) * SLICE;
+                scalar::Sum dot;
+                for (int64_t c = 0; c < SLICE; ++c) {
+                    dot.add(2.0 * source[c] * lists.x[r * SLICE + c]);
+                    expected[size_t(c)].add(double(factor[size_t(i)]) * source[c]);
+                }
+                h.same(out[i], dot, SLICE, "dot", i);
+            }
+            for (int64_t c = 0; c < SLICE; ++c) h.same(y[r * SLICE + c], expected[size_t(c)], 16, "sum", r * SLICE + c);
+        }
+    }
+}
+
+void test_matrix_product(Harness& h) {
+    for (const int64_t width : {16, 48, 64, 144})
+        for (const int64_t rows : {1, 4, 7}) {
+            const int64_t count = h.whole(1, 70);
+            const bool turned = h.whole(0, 1);
+            Memory<float> a(rows * count), b(count * width), c(rows * width);
+            for (Memory<float>* each : {&a, &b, &c})
+                for (int64_t i = 0; i < each->size; ++i) (*each)[i] = h.number();
+            const std::vector<float> before(c.data, c.data + c.size);
+            h.begin(text("add_matrix_product %ld x %ld x %ld%s", long(rows), long(count), long(width),
+                         turned ? ", turned" : ""));
+            const int64_t row = turned ? 1 : count, step = turned ? rows : 1;
+            h.k.add_matrix_product(a.data, row, step, b.data, count, rows, width, c.data);
+            for (int64_t m = 0; m < rows; ++m)
+                for (int64_t n = 0; n < width; ++n) {
+                    scalar::Sum sum;
+                    sum.add(before[size_t(m * width + n)]);
+                    for (int64_t i = 0; i < count; ++i) sum.add(double(a[m * row + i * step]) * b[i * width + n]);
+                    h.same(c[m * width + n], sum, 4 * count, "c", m * width + n);
+                }
+        }
+}
+
+void test_choice_in_training(Harness& h) {
+    for (const int64_t size : {1, 16, 33, 64}) {
+        const int64_t width = round_up(size, LANES), count = std::min(size, int64_t(3)), first = h.whole(0, 1 << 20);
+        const uint64_t seed = uint64_t(h.whole(0, 1ll << 40)) * 0x9e3779b97f4a7c15u;
+        Memory<float> z(width), noisy(width), gradient(count);
+        for (int64_t i = 0; i < width; ++i) noisy[i] = z[i] = i < size ? h.number() : -INFINITY;
+        h.begin(text("choice and softmax in training, %ld units", long(size)));
+        h.k.add_gumbel_noise(0.5f, seed, first, width, noisy.data);
+        for (int64_t i = 0; i < size; ++i)
+            h.same(noisy[i], z[i] + 0.5 * scalar::gumbel(seed, first + i), 1e-5, "noisy", i);
+        std::vector<float> left(noisy.data, noisy.data + size);
+        std::vector<int32_t> chosen(static_cast<size_t>(count));
+        h.k.choose_largest(noisy.data, width, count, chosen.data());
+        for (const int32_t unit : chosen) {
+            const auto best = std::max_element(left.begin(), left.end());
+            h.same(unit, double(best - left.begin()), 0, "chosen", 0);
+            *best = -INFINITY;
+        }
+        for (int64_t j = 0; j < count; ++j) gradient[j] = h.number();
+        const std::vector<double> p = scalar::softmax(z.data, size);
+        std::vector<float> turned(z.data, z.data + width);
+        h.k.softmax(z.data, width);
+        for (int64_t i = 0; i < size; ++i) h.same(z[i], p[size_t(i)], 1e-6, "probability", i);
+        double total = 0;
+        for (int64_t j = 0; j < count; ++j) total += gradient[j] * p[size_t(chosen[size_t(j)])];
+        h.k.softmax_gradient(turned.data(), width, chosen.data(), gradient.data, count);
+        for (int64_t i = 0; i < size; ++i) {
+            double own = 0;
+            for (int64_t j = 0; j < count; ++j) own += chosen[size_t(j)] == i ? gradient[j] : 0.0f;
+            h.same(turned[size_t(i)], p[size_t(i)] * (own - total), 4e-6, "gradient", i);
+        }
+    }
+}
+
+void test_slopes(Harness& h) {
+    for (int64_t kind = RELU; kind <= GELU_TANH; ++kind) {
+        const int64_t count = h.whole(1, 70);
+        Memory<float> x(count), values(count), slopes(count);
+        for (int64_t i = 0; i < count; ++i) x[i] = 4 * h.number();
+        x[0] = 0;
+        h.begin(text("activation_slopes %ld", long(kind)));
+        h.k.activation_slopes(kind, x.data, count, values.data, slopes.data);
+        for (int64_t i = 0; i < count; ++i) {
+            h.same(values[i], scalar::activation(kind, x[i]), 2e-6, "value", i);
+            h.same(slopes[i], scalar::slope(kind, x[i]), 2e-6, "slope", i);
+        }
+    }
+}
+
 struct Op {
     const char* name;
     void (*test)(Harness&);
@@ -663,7 +783,11 @@ constexpr Op OPS[] = {{"matmul", test_matmul},
                       {"residuals", test_residuals},
                       {"elementwise", test_elementwise},
                       {"attend", test_attend},
-                      {"hash", test_hash}};
+                      {"hash", test_hash},
+                      {"gather", test_gather},
+                      {"matrix_product", test_matrix_product},
+                      {"choice_in_training", test_choice_in_training},
+                      {"slopes", test_slopes}};
 
 // -- speed ---------------------------------------------------------------------------------------------------
 
@@ -776,6 +900,39 @@ void perf(const Ops& ops, const Options& options) {
         say(text("unit_sums %s, one of 64 units", TYPE_NAMES[type]),
             median_of([&] { ops.unit_sums(w, parts, chosen.data(), hidden.data, count, 0, d, y.data); }), bytes,
             products, 0);
+    }
+    for (const int64_t count : {32, 256, 512, 1024, 2048}) {  // sources, of which rows take some at random
+        if (!selected("gather")) break;
+        const int64_t rows = 1024, each = 16;
+        std::vector<int32_t> index;
+        std::vector<int64_t> bounds;
+        for (int64_t r = 0; r < rows; ++r) {
+            bounds.push_back(r * each);
+            for (int64_t i = 0; i < each; ++i) index.push_back(int32_t((i * count + h.whole(0, count - 1)) / each));
+        }
+        bounds.push_back(rows * each);
+        float* memory = (float*)large.data;
+        const Gathered g{memory, 0, index.data(), bounds.data(), bounds.data() + 1, rows};
+        Memory<float> x(rows * SLICE), out(rows * each);
+        const double products = double(rows * each * SLICE);
+        say(text("gather_dots, %ld sources", long(count)), median_of([&] { ops.gather_dots(g, x.data, false, out.data); }),
+            4 * products, products, 0);
+        std::fill_n(out.data, rows * each, 1.0f);
+        say(text("gather_sums, %ld sources", long(count)), median_of([&] { ops.gather_sums(g, out.data, x.data); }),
+            4 * products, products, 0);
+    }
+    if (selected("matrix_product")) {
+        Memory<float> a(64 * 64), b(64 * 64), c(64 * 64);
+        say("add_matrix_product, 64 x 64 x 64",
+            median_of([&] { ops.add_matrix_product(a.data, 64, 1, b.data, 64, 64, 64, c.data); }), 3 * 64 * 64 * 4,
+            64 * 64 * 64, 0);
+    }
+    if (selected("choice_in_training")) {
+        Memory<float> z(64);
+        int32_t chosen;
+        say("add_gumbel_noise, 64 units", median_of([&] { ops.add_gumbel_noise(0.1f, 1, 0, 64, z.data); }), 256, 64, 0);
+        say("choose_largest, 64 units", median_of([&] { ops.choose_largest(z.data, 64, 1, &chosen); }), 256, 64, 0);
+        say("softmax, 64 units", median_of([&] { ops.softmax(z.data, 64); }), 256, 64, 0);
     }
     Memory<char> scratch(1 << 19);
     for (int64_t type = FLOAT32; selected("multiplicative") && type <= INT8; ++type)
