@@ -123,9 +123,10 @@ class _Choices:
     def __init__(self, name: str, layer: SparseFeedForward | MixtureFeedForward) -> None:
         self.of_encoder = "encoder" in name.split(".")
         self.layer, self.record, self.handles = layer, ChoiceRecord(), ExitStack()
-        shape = (1, layer.experts)
-        if isinstance(layer, SparseFeedForward):
-            shape = (layer.up.shape[0] // layer.block_size, layer.block_size)
+        if isinstance(layer, MixtureFeedForward):
+            shape = 1, layer.experts
+        else:
+            shape = layer.up.shape[0] // layer.block_size, layer.block_size
         self.counts = torch.zeros(shape, dtype=torch.int64, device=layer.up.device)
 
     def __enter__(self) -> None:
@@ -143,6 +144,7 @@ class _Choices:
         self.read = read.flatten()
 
     def _after_router(self, router: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        assert isinstance(self.layer, MixtureFeedForward)
         self._count(choose(logits, self.layer.experts_per_token)[:, None])
 
     def _before(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
