@@ -249,7 +249,9 @@ def test_reversible_stacks_are_plain_ones() -> None:
         a, b = stack(halves, x, 2 * x)
         (a.sin().sum() + (b**2).sum()).backward()
         weights = {f"{i}.{name}": w for i, layer in enumerate(layers) for name, w in layer.named_parameters()}
-        found.append({"a": a.detach(), "b": b.detach(), "x": x.grad, **{n: w.grad for n, w in weights.items()}})
+        found.append(
+            {"a": a.detach(), "b": b.detach(), "x": x.grad, **{n: w.grad for n, w in weights.items()}}
+        )
         for weight in weights.values():
             weight.grad = None
     assert_same(*found)

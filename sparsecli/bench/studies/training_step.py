@@ -57,7 +57,14 @@ class Measured:
 
 
 def measure(
-    d_model: int, d_ff: int, block_size: int, rank: int, units_per_block: int, tokens: int, rounds: int, masked: bool
+    d_model: int,
+    d_ff: int,
+    block_size: int,
+    rank: int,
+    units_per_block: int,
+    tokens: int,
+    rounds: int,
+    masked: bool,
 ) -> list[Measured]:
     """Times of the dense layer in both types, of chosen rows and, on request, of the masked product."""
     torch.manual_seed(0)

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t ROWS = 256;  // of a column that are rounded together: a block of them stays in the cache
+constexpr int64_t ROWS = 256;         // of a column that are rounded together: a block of them stays in the cache
 constexpr float SHIFT = 12582912.0f;  // added and taken away, it rounds a small float to the nearest whole one
 
 struct Columns {
@@ -52,7 +52,8 @@ struct Sums {
     float first = 0, second = 0, product = 0;
 };
 
-Sums sums_of(const float* x, const float* weight, int64_t group, float low, float inverse, float lowest, float highest) {
+Sums sums_of(const float* x, const float* weight, int64_t group, float low, float inverse, float lowest,
+             float highest) {
     Sums sums;
     for (int64_t i = 0; i < group; ++i) {
         float code = std::min(std::max((x[i] - low) * inverse, lowest), highest);
@@ -137,8 +138,8 @@ int64_t sparsecli_fit_groups(const float* weights, const float* importance, int6
 int64_t sparsecli_round_columns(float* remaining, float* codes, float* errors, const float* scales,
                                 const float* offsets, const int64_t* groups, const float* factor, int64_t columns,
                                 int64_t rows, int64_t stride, float lowest, float highest, int64_t threads) {
-    const Columns all{remaining, codes, errors, scales, offsets, groups, factor,
-                      columns,   rows,  stride, lowest, highest};
+    const Columns all{remaining, codes,   errors, scales, offsets, groups,
+                      factor,    columns, rows,   stride, lowest,  highest};
     const auto part = [&](int64_t number) {
         for (int64_t first = number * ROWS; first < rows; first += threads * ROWS)
             round_rows(all, first, std::min(first + ROWS, rows));

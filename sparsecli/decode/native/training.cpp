@@ -67,7 +67,8 @@ class ChosenUnits {
         steps.push_back(dots(u_.first, packed, before));
         steps.push_back(of_tokens([&, a](int64_t t) {
             float* row = before + t * width_;
-            for (int64_t i = 0; u_.unit_bias && i < width_; ++i) row[i] += u_.unit_bias[by_token_.index[t * width_ + i]];
+            for (int64_t i = 0; u_.unit_bias && i < width_; ++i)
+                row[i] += u_.unit_bias[by_token_.index[t * width_ + i]];
             list_active(t, row, a);
         }));
         if (u_.up) steps.push_back(dots(u_.up, packed, v));
@@ -267,7 +268,8 @@ class ChosenUnits {
 
     Lists unit_lists() const {
         Lists lists{u_.d_ff, pieces_of(u_.tokens, SOURCES), SOURCES};
-        lists.index = (int32_t*)crew_.scratch<int32_t>(u_.tokens * by_token_.pieces * piece_blocks_ * u_.units_per_block);
+        lists.index =
+            (int32_t*)crew_.scratch<int32_t>(u_.tokens * by_token_.pieces * piece_blocks_ * u_.units_per_block);
         lists.bounds = crew_.scratch<int64_t>((lists.pieces + 1) * u_.d_ff);
         return lists;
     }
@@ -389,8 +391,8 @@ void choose(const sparsecli_controller& c, Crew& crew, bool decide, float temper
                                const int64_t at = (first + t) * width + b * count;
                                if (probabilities) std::copy_n(block.row(t), block.units(), p.data());
                                if (decide && temperature > 0)
-                                   k.add_gumbel_noise(temperature, mixed(seed + uint64_t(first + t)),
-                                                      b * c.block_size, block.units(), block.row(t));
+                                   k.add_gumbel_noise(temperature, mixed(seed + uint64_t(first + t)), b * c.block_size,
+                                                      block.units(), block.row(t));
                                if (decide) k.choose_largest(block.row(t), block.units(), count, chosen + at);
                                for (int64_t j = 0; decide && j < count; ++j)  // all NaN: padding must not be chosen
                                    if (chosen[at + j] >= c.block_size) chosen[at + j] = 0;
@@ -409,47 +411,50 @@ void controller_gradients(const sparsecli_controller& c, Crew& crew, const int32
     const int64_t blocks = c.d_ff / c.block_size, count = c.units_per_block, width = blocks * count;
     const int64_t groups = std::min(blocks, PARTIAL), rank = round_up(c.rank, LANES);
     float* partial = crew.scratch<float>(groups * c.tokens * rank);
-    const Tasks blockwise{groups, [&](int64_t group, int64_t) {
-        ControllerBlock block(c, k);
-        std::vector<float> second(size_t(block.units() * rank)), bias(size_t(block.units())), tile(size_t(TILE * rank));
-        float* own = partial + group * c.tokens * rank;
-        std::fill_n(own, c.tokens * rank, 0.0f);
-        int64_t listed[TILE];
-        for (int64_t b = blocks * group / groups; b < blocks * (group + 1) / groups; ++b) {
-            block.load(b);
-            std::fill(second.begin(), second.end(), 0.0f);
-            std::fill(bias.begin(), bias.end(), 0.0f);
-            for (int64_t t = 0; t < c.tokens;) {
-                int64_t tokens = 0;
-                for (; t < c.tokens && tokens < TILE; ++t) {  // those that have a gradient
-                    const float* of_token = gradient + t * width + b * count;
-                    if (std::all_of(of_token, of_token + count, [](float g) { return g == 0; })) continue;
-                    std::copy_n(c.hidden + t * c.rank, c.rank, block.hidden(tokens));
-                    listed[tokens++] = t;
+    const Tasks blockwise{
+        groups, [&](int64_t group, int64_t) {
+            ControllerBlock block(c, k);
+            std::vector<float> second(size_t(block.units() * rank)), bias(size_t(block.units())),
+                tile(size_t(TILE * rank));
+            float* own = partial + group * c.tokens * rank;
+            std::fill_n(own, c.tokens * rank, 0.0f);
+            int64_t listed[TILE];
+            for (int64_t b = blocks * group / groups; b < blocks * (group + 1) / groups; ++b) {
+                block.load(b);
+                std::fill(second.begin(), second.end(), 0.0f);
+                std::fill(bias.begin(), bias.end(), 0.0f);
+                for (int64_t t = 0; t < c.tokens;) {
+                    int64_t tokens = 0;
+                    for (; t < c.tokens && tokens < TILE; ++t) {  // those that have a gradient
+                        const float* of_token = gradient + t * width + b * count;
+                        if (std::all_of(of_token, of_token + count, [](float g) { return g == 0; })) continue;
+                        std::copy_n(c.hidden + t * c.rank, c.rank, block.hidden(tokens));
+                        listed[tokens++] = t;
+                    }
+                    block.logits(block.hidden(0), rank, tokens);
+                    for (int64_t i = 0; i < tokens; ++i) {
+                        const int64_t at = listed[i] * width + b * count;
+                        k.softmax_gradient(block.row(i), block.units(), chosen + at, gradient + at, count);
+                        std::copy_n(own + listed[i] * rank, rank, tile.data() + i * rank);
+                    }
+                    block.add_gradients(tokens, tile.data(), second.data(), bias.data());
+                    for (int64_t i = 0; i < tokens; ++i)
+                        std::copy_n(tile.data() + i * rank, rank, own + listed[i] * rank);
                 }
-                block.logits(block.hidden(0), rank, tokens);
-                for (int64_t i = 0; i < tokens; ++i) {
-                    const int64_t at = listed[i] * width + b * count;
-                    k.softmax_gradient(block.row(i), block.units(), chosen + at, gradient + at, count);
-                    std::copy_n(own + listed[i] * rank, rank, tile.data() + i * rank);
-                }
-                block.add_gradients(tokens, tile.data(), second.data(), bias.data());
-                for (int64_t i = 0; i < tokens; ++i)
-                    std::copy_n(tile.data() + i * rank, rank, own + listed[i] * rank);
+                for (int64_t n = 0; n < c.block_size; ++n)
+                    std::copy_n(second.data() + n * rank, c.rank, dsecond + (b * c.block_size + n) * c.rank);
+                std::copy_n(bias.data(), c.block_size, dbias + b * c.block_size);
             }
-            for (int64_t n = 0; n < c.block_size; ++n)
-                std::copy_n(second.data() + n * rank, c.rank, dsecond + (b * c.block_size + n) * c.rank);
-            std::copy_n(bias.data(), c.block_size, dbias + b * c.block_size);
-        }
-    }};
+        }};
     const Tasks adding{pieces_of(c.tokens, TILE), [&](int64_t task, int64_t) {
-        for (int64_t t = task * TILE; t < std::min((task + 1) * TILE, c.tokens); ++t)
-            for (int64_t i = 0; i < c.rank; ++i) {
-                float total = 0;
-                for (int64_t group = 0; group < groups; ++group) total += partial[(group * c.tokens + t) * rank + i];
-                dhidden[t * c.rank + i] = total;
-            }
-    }};
+                           for (int64_t t = task * TILE; t < std::min((task + 1) * TILE, c.tokens); ++t)
+                               for (int64_t i = 0; i < c.rank; ++i) {
+                                   float total = 0;
+                                   for (int64_t group = 0; group < groups; ++group)
+                                       total += partial[(group * c.tokens + t) * rank + i];
+                                   dhidden[t * c.rank + i] = total;
+                               }
+                       }};
     crew.run({blockwise, adding});
 }
 
@@ -474,8 +479,7 @@ int64_t with_crew(int64_t threads, char* error, const F& body) {
 using namespace sparsecli;
 
 int64_t sparsecli_units_forward(const sparsecli_units* units, float* before, float* raised, float* y, char* error) {
-    return with_crew(units->threads, error,
-                     [&](Crew& crew) { ChosenUnits(*units, crew).forward(before, raised, y); });
+    return with_crew(units->threads, error, [&](Crew& crew) { ChosenUnits(*units, crew).forward(before, raised, y); });
 }
 
 int64_t sparsecli_units_backward(const sparsecli_units* units, const float* before, const float* raised,

@@ -104,9 +104,7 @@ def choose_units(
     hidden, second, bias = (_floats(value.detach()) for value in (hidden, second, bias))
     chosen = hidden.new_empty(len(hidden), len(bias) // block_size, count, dtype=torch.int32)
     controller = _controller(hidden, second, bias, block_size, count)
-    binding.call(
-        "controller_choose", byref(controller), True, temperature, seed, chosen.data_ptr(), None
-    )
+    binding.call("controller_choose", byref(controller), True, temperature, seed, chosen.data_ptr(), None)
     return chosen
 
 

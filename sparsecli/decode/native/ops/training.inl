@@ -11,8 +11,7 @@ void gather_dots(const Gathered& g, const float* x, bool add, float* out) {
             const int64_t count = g.end[r] - i < R ? g.end[r] - i : R;
             const float* from[R];
 #pragma GCC unroll 4
-            for (int j = 0; j < R; ++j)
-                from[j] = g.sources + (g.index[j < count ? i + j : i] - g.first) * SLICE;
+            for (int j = 0; j < R; ++j) from[j] = g.sources + (g.index[j < count ? i + j : i] - g.first) * SLICE;
             Vector sums[R];
 #pragma GCC unroll 4
             for (int j = 0; j < R; ++j) sums[j] = fill(0);

@@ -915,8 +915,8 @@ void perf(const Ops& ops, const Options& options) {
         const Gathered g{memory, 0, index.data(), bounds.data(), bounds.data() + 1, rows};
         Memory<float> x(rows * SLICE), out(rows * each);
         const double products = double(rows * each * SLICE);
-        say(text("gather_dots, %ld sources", long(count)), median_of([&] { ops.gather_dots(g, x.data, false, out.data); }),
-            4 * products, products, 0);
+        say(text("gather_dots, %ld sources", long(count)),
+            median_of([&] { ops.gather_dots(g, x.data, false, out.data); }), 4 * products, products, 0);
         std::fill_n(out.data, rows * each, 1.0f);
         say(text("gather_sums, %ld sources", long(count)), median_of([&] { ops.gather_sums(g, out.data, x.data); }),
             4 * products, products, 0);
