@@ -276,6 +276,7 @@ class _Work:
 
     def _loss(self) -> float:
         """Cross-entropy of the student on tuning text in float32, nats/token."""
+        self.student.eval()
         return float(window_losses(self.student, self.tuning, "evaluating on tuning text").mean())
 
     # -- trials ------------------------------------------------------------------------------------------
