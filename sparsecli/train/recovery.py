@@ -39,15 +39,16 @@ from sparsecli.train.run_directory import CHECKPOINTS, read_metrics, replace_tex
 from sparsecli.train.trainer import Signals, run_steps, training_arguments
 
 RATES: dict[Trained, tuple[float, ...]] = {
-    "all": (3e-5, 1e-4, 3e-4),
-    "fitted": (1e-4, 3e-4, 1e-3),
-    "norms_and_biases": (1e-3, 3e-3),
+    "all": (1e-5, 3e-5, 1e-4, 3e-4),
+    "fitted": (3e-5, 1e-4),
+    "norms_and_biases": (3e-4, 1e-3),
 }
 """Learning rates of the first trials, by the parameters that train."""
 WARMUP, LONG_WARMUP = 0.1, 0.4
 """Share of the steps in which the learning rate rises: by default, and in one more trial of the last round."""
-SHARE = 96
-"""A first trial has one of this many steps of the distillation: all trials together have some three tenths of them."""
+SHARE, LEAST = 96, 2
+"""A first trial has one of `SHARE` steps of the distillation, at least `LEAST`: in the first step Adam moves every
+weight by the whole rate, which alone does harm. All trials together have three tenths of the steps, at least 56."""
 FACTS = "recovery.json"
 BEST = "best.safetensors"
 Network = ScalingTransformerForCausalLM
@@ -276,6 +277,7 @@ class _Work:
 
     def _loss(self) -> float:
         """Cross-entropy of the student on tuning text in float32, nats/token."""
+        self.student.eval()
         return float(window_losses(self.student, self.tuning, "evaluating on tuning text").mean())
 
     # -- trials ------------------------------------------------------------------------------------------
@@ -286,7 +288,8 @@ class _Work:
         if spec.learning_rate is not None:
             warmup = WARMUP if spec.warmup_fraction is None else spec.warmup_fraction
             return Settings(spec.learning_rate, spec.trains or "all", warmup), []
-        steps = -(-self.steps // SHARE)  # of a first trial; at most those of the distillation
+        steps = max(LEAST, -(-self.steps // SHARE))
+        # At most the steps of the distillation.
         left, trials, results = self._candidates(), list[Trial](), list[Trial]()
         while not results or len(left) > 1:
             is_last = len(left) <= 2
