@@ -119,8 +119,10 @@ def test_random_models_choose_many_different_units_and_stay_finite() -> None:
     spec = ModelSpec.model_validate({**MODEL, "d_model": 64, "feed_forward": {**SPARSE, "rank": 16}})
     network = torch_model(spec).network
     seen: list[torch.Tensor] = []
-    controller = network.model.layers[1].feed_forward.controller
-    controller.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.argmax(-1)))
+    layer = network.model.layers[1].feed_forward
+    layer.register_forward_pre_hook(
+        lambda _, x: seen.append(layer.controller(x[0].flatten(0, -2)).argmax(-1))
+    )
     with torch.inference_mode():
         logits = network(torch.arange(32)[None]).logits
     assert logits.isfinite().all()

@@ -275,7 +275,7 @@ def test_layers_that_do_not_fit(
 @pytest.mark.parametrize(
     ("units", "overrides", "message"),
     [
-        (40, [], "40 units are not a multiple of 16"),
+        (40, ["convert.methods=[precision]"], "40 units are not a multiple of 16"),
         (
             64,
             ["convert.quantization={head: 4, projection: 3}"],

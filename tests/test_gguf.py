@@ -119,12 +119,12 @@ def test_a_model_keeps_the_codes_of_its_file(name: str, tied: bool, tmp_path: Pa
 
 
 @needs_gguf
-@pytest.mark.parametrize("quantized", [None, "Q4_1"])
-def test_weights_without_a_folder(quantized: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantized", ["", "Q4_1"])
+def test_weights_without_a_folder(quantized: str, tmp_path: Path) -> None:
     """What the engine packs of a file itself is what it packs of the imported folder."""
     original = build("llama", **LLAMA | {"intermediate_size": 64})
     file = tmp_path / "model.gguf"
-    write_gguf(original, save(original, tmp_path / "theirs"), file, quantized=quantized)
+    write_gguf(original, save(original, tmp_path / "theirs"), file, quantized=quantized or ())
     opened = open_source(str(file))
     weights = importing.GgufWeights(opened)
     importing.write_model(opened, tmp_path / "ours")

@@ -89,6 +89,9 @@ LAYERS |= {
     "sparsecli.generate.chat": {"sparsecli.console"},  # it runs in a process of its own
     "sparsecli.generate.sampling": {"sparsecli.console", "sparsecli.recipe"},
     "sparsecli.pack": {"sparsecli.console", "sparsecli.model", "sparsecli.spec", "sparsecli.decode"},
+    "sparsecli.interchange.kept_imports": {
+        *("sparsecli", "sparsecli.interchange", "sparsecli.console", "sparsecli.model.files"),
+    },
     "sparsecli.interchange": {
         "sparsecli.interchange",
         "sparsecli.console",

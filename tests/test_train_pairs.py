@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ def model(request: pytest.FixtureRequest) -> dict:
 @pytest.fixture(scope="module")
 def finished(folder: Path, model: dict) -> Path:
     """A run on docstrings that nothing interrupted."""
-    output = folder / f"finished-{list(MODELS.values()).index(model)}"
+    output = Path(mkdtemp(dir=folder)) / "run"  # the order of tests may ask for the same model again
     assert run(recipe(folder, "docstrings", model=model), output=output)
     return output
 
