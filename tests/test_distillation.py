@@ -542,6 +542,18 @@ def test_other_parameters_stay(
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
+TRIED = {"learning_rate": None, "trains": "all"}
+
+
+@pytest.fixture(scope="module")
+def tried(
+    place: Place, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recovery, ScalingTransformerForCausalLM]:
+    """A distillation with trials that nothing stopped, and its student."""
+    student = place.student()
+    return place.recover(student, tmp_path_factory.mktemp("tried"), **TRIED), student
+
+
 def test_trials_choose_by_tuning_text(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -566,8 +578,10 @@ def test_trials_choose_by_tuning_text(
     assert max(rates) == pytest.approx(3e-5)
 
 
-def test_every_trial_has_the_same_start_and_the_same_tokens(place: Place, tmp_path: Path) -> None:
-    recovery = place.recover(place.student(), tmp_path / "all", learning_rate=None, trains="all")
+def test_every_trial_has_the_same_start_and_the_same_tokens(
+    place: Place, tried: tuple[Recovery, ScalingTransformerForCausalLM], tmp_path: Path
+) -> None:
+    recovery, _ = tried
     assert {trial.trains for trial in recovery.trials} == {"all"}
     last = recovery.trials[-1]
     fields = {"learning_rate": last.learning_rate, "warmup_fraction": last.warmup_fraction}
@@ -591,12 +605,16 @@ def test_a_setting_that_diverges_is_not_chosen(
 
 @pytest.mark.parametrize("action", [crash, send(signal.SIGTERM)])
 @pytest.mark.parametrize("number", [4, 9])
-def test_stopped_trials_go_on(place: Place, tmp_path: Path, action: Any, number: int) -> None:
+def test_stopped_trials_go_on(
+    place: Place,
+    tried: tuple[Recovery, ScalingTransformerForCausalLM],
+    tmp_path: Path,
+    action: Any,
+    number: int,
+) -> None:
     """In the last of a trial's two steps, or in the first of another's four."""
-    fields = {"learning_rate": None, "trains": "all"}
-    whole, student = place.student(), place.student()
-    expected = place.recover(whole, tmp_path / "whole", **fields)
-    calls = []
+    expected, whole = tried
+    student, calls = place.student(), []
     before = trainer.LanguageModelTrainer.training_step
 
     def training_step(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -608,11 +626,11 @@ def test_stopped_trials_go_on(place: Place, tmp_path: Path, action: Any, number:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.LanguageModelTrainer, "training_step", training_step)
         with pytest.raises((KeyboardInterrupt, Stopped)) as stopped:
-            place.recover(place.student(), tmp_path / "stopped", **fields)
+            place.recover(place.student(), tmp_path / "stopped", **TRIED)
     assert action is crash or re.search(
         "stopped in trial . of the distillation; do it again", str(stopped.value)
     )
-    assert place.recover(student, tmp_path / "stopped", **fields) == expected
+    assert place.recover(student, tmp_path / "stopped", **TRIED) == expected
     assert_recovered(student, whole.state_dict())
 
 

@@ -171,16 +171,25 @@ def sparse_layer(g: dict[str, Tensor], **kwargs: object) -> SparseFeedForward:
     return layer
 
 
+@pytest.fixture(params=["chosen rows", "masked product"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to compute Sparse FF: with the native library, where there is one, and without."""
+    if request.param == "masked product":
+        monkeypatch.setenv("SPARSECLI_KERNELS", "reference")
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("mode", ["eval", "predict"])
 @pytest.mark.parametrize("suffix", ["", "_multctrl"])
 def test_sparse_feed_forward(mode: str, suffix: str) -> None:
     g = load(f"sparse_ff_{mode}{suffix}")
     layer = sparse_layer(g, probability_gate=suffix != "").eval()
-    assert_same(layer(g["x"]), g["y"])  # ten tokens: the masked path
+    assert_same(layer(g["x"]), g["y"])
     one_by_one = torch.stack([layer(token) for token in g["x"].flatten(0, 1)])  # the gathered path
     assert_same(one_by_one.view_as(g["y"]), g["y"])
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(
     ("name", "hard_fraction", "gate"),
     [

@@ -302,8 +302,9 @@ def test_a_peer_decodes_as_our_model_does(name: str, kind: str) -> None:
     assert_decodes(decoder, greedy(beside.spec, weights, 7, 8))
 
 
+@pytest.mark.slow
 def test_compiled_models_decode_as_ours_and_do_not_undo_one_another() -> None:
-    """One test of torch.compile, because compiling takes its time."""
+    """One test of torch.compile, because compiling takes half a minute."""
     beside = variant(**KINDS["sparse"])
     weights = weights_of(beside.spec)
     chosen = row("torch.compile", "float32", beside)

@@ -39,6 +39,7 @@ from sparsecli.evaluate.losses import window_losses
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.gguf_types import TYPES, panels_of, values
+from sparsecli.model.tokenizer import GGUF_METADATA
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.spec.model import ModelSpec, QuantizationSpec
 
@@ -263,6 +264,9 @@ def test_weights_with_codes_keep_them_or_get_smaller_types(
     loaded, dense = dense_run
     first = search(loaded, "bytes 0.029 MB", "convert.methods=[rounding]")
     large = command.run(first, model=str(dense), output=tmp_path / "large")
+    (tmp_path / "large" / "model" / GGUF_METADATA).write_bytes(
+        b"vocabulary"
+    )  # as an import from GGUF leaves it
     second = search(loaded, "bytes 0.020 MB", "convert.methods=[rounding]")
     small = command.run(second, model=str(tmp_path / "large"), output=tmp_path / "small")
     assert large
@@ -273,6 +277,7 @@ def test_weights_with_codes_keep_them_or_get_smaller_types(
     before, after = (spec_of(tmp_path / name / "model").quantization.gguf for name in ("large", "small"))
     kept = [name for name in before if before[name] == after[name]]
     assert kept
+    assert (tmp_path / "small" / "model" / GGUF_METADATA).read_bytes() == b"vocabulary"
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("large", "small")]
     for name in kept:
         assert torch.equal(weights[0][f"{name}.codes"], weights[1][f"{name}.codes"])

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sparsecli import console
 from sparsecli.bench.bytes_read import bytes_per_token
 from sparsecli.console import RecipeError
-from sparsecli.convert.linear_layers import linear_layers
+from sparsecli.convert.linear_layers import linear_layers, with_types
 from sparsecli.convert.methods import METHODS, method_of
 from sparsecli.convert.methods.base import BLOCK_SIZE
 from sparsecli.convert.report import csv_lines, markdown_table
@@ -138,8 +138,7 @@ def _uniform_types(dense: ModelSpec, dtype: str, file: str) -> list[ConversionCa
     found = []
     for level in range(max(len(each.types) for each in layers)):
         chosen = {each.name: each.types[min(level, len(each.types) - 1)] for each in layers if each.types}
-        gguf = {**dense.quantization.gguf, **chosen}
-        spec = dense.model_copy(update={"quantization": QuantizationSpec.model_validate({"gguf": gguf})})
+        spec = with_types(dense, chosen)
         found.append(ConversionCandidate(spec, ROUNDING, weight_bytes_per_token(spec, dtype)))
     if not found:
         raise RecipeError(

@@ -116,7 +116,9 @@ def _check(
     if not dry_run:
         delete_leftover(output)
     run_directory.claim(output, recipe, resume=False, hint="choose another --output")
-    folder = source.folder if isinstance(source, OwnModel) else work_path(output) / "dense"
+    # Another budget may resume with another method, which needs the weights in another form.
+    name = "dense-as-it-is" if rounds(recipe.convert, source.spec) else "dense"
+    folder = source.folder if isinstance(source, OwnModel) else work_path(output) / name
     data = _choose_data(recipe, folder, source.spec, file)
     with_llama = measures_llama(recipe.convert.peers, source.spec)
     return _Plan(recipe, recipe.convert, reference, source, folder, data, output, candidates, with_llama)

@@ -97,6 +97,12 @@ def linear_layers(spec: ModelSpec) -> list[LinearLayer]:
     return sorted(found, key=lambda each: each.name == EMBEDDING)
 
 
+def with_types(spec: ModelSpec, types: Mapping[str, str]) -> ModelSpec:
+    """`spec` with these types of modules; others stay."""
+    gguf = {**spec.quantization.gguf, **types}
+    return spec.model_copy(update={"quantization": QuantizationSpec.model_validate({"gguf": gguf})})
+
+
 def choose_types(options: Sequence[TypeOption], most_increase: float) -> TypeChoice | None:
     """The choice with the fewest bytes whose estimated increase of the loss (nats/token) is at most this; or None.
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsecli import console
 from sparsecli.console import Failure, Mismatch
-from sparsecli.convert.candidates import ROUNDING, ConversionCandidate, rounds, weight_bytes_per_token
+from sparsecli.convert.candidates import ConversionCandidate, rounds
 from sparsecli.convert.evaluate import (
     Contender,
     DecodingSpeed,
@@ -27,22 +25,15 @@ from sparsecli.convert.evaluate import (
     measure_speed,
 )
 from sparsecli.convert.importance import input_importance
-from sparsecli.convert.linear_layers import (
-    TypeChoice,
-    TypeOption,
-    choose_types,
-    frontier,
-    least_increase,
-)
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.methods.base import FitOptions
 from sparsecli.convert.methods.fitting import fit_model, initialize_from_dense
 from sparsecli.convert.report import CandidateSummary, MeasuredModel, Report, StageLoss
 from sparsecli.convert.resume import COMPLETE, RESULT, WorkFolder
-from sparsecli.convert.search import MARGIN, PartSearch, loss_budget, rank_candidates
-from sparsecli.convert.streaming import dequantized, output_gradients, streamed_losses
+from sparsecli.convert.search import PartSearch, loss_budget, rank_candidates
+from sparsecli.convert.streaming import dequantized, streamed_losses
 from sparsecli.convert.text import ConversionText, check_text
-from sparsecli.convert.weight_types import GRADIENT_TOKENS, RoundedLayers
+from sparsecli.convert.type_search import TypeSearch
 from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import processors
 from sparsecli.decode.packed.precision import Precision
@@ -53,7 +44,6 @@ from sparsecli.model.loading import load_network
 from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.recipe.loader import dump
 from sparsecli.recipe.schema import ConvertSpec, Recipe
-from sparsecli.spec.model import QuantizationSpec
 from sparsecli.train import run_directory
 from sparsecli.train.recovery import Recovery, distil
 
@@ -61,14 +51,6 @@ BASELINES = {"dense, bfloat16": "bfloat16", "dense, int8": "int8", "dense, 4 bit
 DENSE, DENSE_TUNING, DISTILLED = "dense", "dense on tuning text", "distilled"
 """Names under which losses are recorded."""
 ROUNDS = 7
-LISTED = 9
-"""Choices of types that the report lists with their estimates."""
-BUILDS = 4
-"""Models that a search for types builds at most."""
-FULL = 0.8
-"""Share of a loss budget that a model must use for the search to end early."""
-UNDERESTIMATED = 1.5
-"""How many times as much the loss usually increases as the sum of what the layers are estimated to add."""
 MAX_DIFFERENCE = 1e-4  # of logits between the model in memory and the written one
 
 
@@ -106,7 +88,9 @@ class Conversion:
         """
         self.work.compute_once("losses", self._measure_dense)
         if self.budget and rounds(self.convert, self.dense.config.spec):
-            candidate, written, candidates = self._round(self.budget)
+            search = TypeSearch(self.dense, self.tokenizer, self.folder, self.text, self.work, self.convert)
+            losses = self._losses(DENSE_TUNING), self._dense_loss()
+            candidate, written, candidates = search.run(self.budget, *losses, self.recipe.seed)
             return self._finish(candidate, written, candidates, None)
         if self.budget:
             candidates = self._predict(candidates)
@@ -285,118 +269,6 @@ class Conversion:
             fit_model(self.dense, model, self.text.calibration, self.options, refit=True, fitted=True)
             self._finish_stage(f"refitted: {candidate.name}", model)
         return model
-
-    # -- rounding --------------------------------------------------------------------------------------------
-
-    def _round(self, budget: Budget) -> tuple[ConversionCandidate, Path, list[ConversionCandidate]]:
-        """The best types within the budget: the candidate, the written model, and what other types would give."""
-        rounded = RoundedLayers(self.dense, self.work.folder / "types")
-        gradients = self._output_gradients()
-        self.work.record("rounding", "begun")
-        rounded.fit(self.text.calibration, self.work.keep_tensors)
-        options = rounded.options(gradients)
-        built = self.work.recall("built")
-        if built and built["budget"] == str(budget):
-            candidate = self._candidate(TypeChoice(**built["choice"]))
-            written = self.work.folder / RESULT / "model"
-        else:
-            candidate, written = self._build_types(rounded, options, budget)
-        listed = [self._candidate(choice) for choice in frontier(options, LISTED)]
-        return candidate, written, listed
-
-    def _output_gradients(self) -> dict[str, Tensor]:
-        """See `output_gradients`; kept in the work folder."""
-        path = self.work.folder / "gradients.safetensors"
-        if not path.exists():
-            tokens, batches = 0, []
-            for batch in self.text.calibration:
-                if tokens < GRADIENT_TOKENS:
-                    batches.append(batch)
-                    tokens += batch.numel()
-            generator = torch.Generator().manual_seed(self.recipe.seed)
-            self.work.keep_tensors(path, output_gradients(self.dense, batches, generator))
-        return load_file(path)
-
-    def _candidate(self, choice: TypeChoice) -> ConversionCandidate:
-        dense = self.dense.config.spec
-        gguf = {**dense.quantization.gguf, **choice.types}
-        spec = dense.model_copy(update={"quantization": QuantizationSpec.model_validate({"gguf": gguf})})
-        size = weight_bytes_per_token(spec, self.convert.decode_dtype)
-        return ConversionCandidate(spec, ROUNDING, size, choice.increase)
-
-    def _build_types(
-        self, rounded: RoundedLayers, options: list[TypeOption], budget: Budget
-    ) -> tuple[ConversionCandidate, Path]:
-        """Write the model with the best types, and measure it in the engine on tuning text.
-
-        What the parts are estimated to add is less than what they add together. The first model shows by how much, and
-        later ones use that.
-
-        Raises:
-            Mismatch: no model meets the budget.
-        """
-        allowed = budget.nats(self._dense_loss())
-        if allowed is None:
-            smallest = frontier(options, 2)[0]
-            rest = self._candidate(smallest).bytes_per_token - smallest.bytes
-            found = least_increase(options, int(budget.value) - rest) or smallest
-            return self._keep_choice(found, budget, *self._write_types(rounded, found))
-        factor, best, written_choice = UNDERESTIMATED, None, None
-        increases: dict[int, float] = {}
-        for _ in range(BUILDS):
-            limit = MARGIN * allowed / factor
-            choice = choose_types(options, limit) or frontier(options, 2)[-1]
-            if choice.bytes in increases or (best and choice.bytes >= best.bytes):
-                break
-            candidate, written = self._write_types(rounded, choice)
-            written_choice = choice
-            increase = self._tuning_increase_in_engine(candidate, written)
-            increases[choice.bytes] = increase
-            console.say(
-                f"{candidate.name}: loss {increase:+.4f} nats/token on tuning text, {allowed:+.4f} allowed"
-            )
-            if increase <= allowed:
-                best = choice
-                if increase >= FULL * allowed:
-                    break
-            factor = max(increase / max(choice.increase, 1e-9), 0.1)
-        if best is None:
-            least_budget = loss_budget(budget, min(increases.values()), self._dense_loss())
-            raise Mismatch(
-                f"convert.budget: no types meet {budget} on tuning text; `budget: {least_budget}` can be met, and "
-                f"resumes from these fits"
-            )
-        if written_choice != best:
-            candidate, written = self._write_types(rounded, best)
-        return self._keep_choice(best, budget, candidate, written)
-
-    def _keep_choice(
-        self, choice: TypeChoice, budget: Budget, candidate: ConversionCandidate, written: Path
-    ) -> tuple[ConversionCandidate, Path]:
-        """Record the choice of a written model."""
-        self.work.record("built", {"budget": str(budget), "choice": asdict(choice)})
-        return candidate, written
-
-    def _write_types(self, rounded: RoundedLayers, choice: TypeChoice) -> tuple[ConversionCandidate, Path]:
-        """The model with these types, complete in the folder of the result."""
-        target = self.work.folder / RESULT / "model"
-        temporary = target.with_name("model.tmp")
-        with run_directory.writing(target, self.work.hint):
-            for folder in (temporary, target):
-                shutil.rmtree(folder, ignore_errors=True)
-            self.work.record("built", None)
-            rounded.write(choice, temporary)
-            self.tokenizer.save_pretrained(temporary)
-            share(temporary)
-            temporary.rename(target)
-        return self._candidate(choice), target
-
-    def _tuning_increase_in_engine(self, candidate: ConversionCandidate, written: Path) -> float:
-        """Increase of the loss on tuning text over the dense model's in float32, nats/token."""
-        precision = Precision.of(self.convert.decode_dtype)
-        contender = NativeContender(candidate.name, written, candidate.spec, precision)
-        losses = contender.evaluate(self.text.tuning).losses
-        return float((losses - self._losses(DENSE_TUNING)).mean())
 
     # -- recovery --------------------------------------------------------------------------------------------
 

@@ -23,23 +23,21 @@ from sparsecli.convert.linear_layers import (
     TypeChoice,
     TypeOption,
     linear_layers,
+    with_types,
 )
 from sparsecli.convert.methods.calibration import ResidualStreams
+from sparsecli.convert.methods.fitting import COPIED_FIELDS
 from sparsecli.convert.methods.rounding import InputMoment, round_to_type
 from sparsecli.convert.streaming import in_float32
 from sparsecli.interchange.safetensors_files import write_shards
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.gguf_types import TYPES, panels_of
-from sparsecli.spec.model import ModelSpec, QuantizationSpec
 
 GRADIENT_TOKENS = 2048
-"""Calibration tokens on which gradients are taken; their mean squares hardly change with more."""
+"""Calibration tokens on which gradients are taken."""
 CHECKED = 8
 """One of so many calibration batches serves to measure errors on inputs that no fit has seen."""
-
-
-# -- fits ----------------------------------------------------------------------------------------------------
 
 
 class RoundedLayers:
@@ -117,14 +115,9 @@ class RoundedLayers:
                     found.append(TypeOption(layer, kind, layer.bytes(kind), increase))
         return found
 
-    def write(self, choice: TypeChoice, target: Path) -> ModelSpec:
-        """Write the weights and the configuration of a choice into a new folder; returns the architecture."""
+    def write(self, choice: TypeChoice, target: Path) -> None:
+        """Write the weights and the configuration of a choice into a new folder."""
         config = self.dense.config
-        kept = config.spec.quantization.gguf
-        gguf = {**kept, **choice.types}
-        spec = config.spec.model_copy(
-            update={"quantization": QuantizationSpec.model_validate({"gguf": gguf})}
-        )
         target.mkdir(parents=True)
         changed = {
             each.name: each for each in self.layers if choice.types.get(each.name, each.kept) != each.kept
@@ -140,16 +133,13 @@ class RoundedLayers:
             else:
                 tensors.append((tensor.nbytes, partial(dict, {name: tensor})))
         write_shards(target, tensors, lambda item: item[0], lambda item: item[1](), "writing the model")
-        tokens = {field: getattr(config, field) for field in ("bos_token_id", "eos_token_id", "pad_token_id")}
         made = ScalingTransformerConfig.from_spec(
-            spec,
-            **tokens,
+            with_types(config.spec, choice.types),
+            **{name: getattr(config, name) for name in COPIED_FIELDS},
             architectures=config.architectures,
             dtype=str(self.dense.dtype).removeprefix("torch."),
-            origin=config.origin,
         )
         made.save_pretrained(target)
-        return spec
 
     def _codes(self, layer: LinearLayer, kind: str) -> dict[str, Tensor]:
         with safe_open(self._file_of(layer), framework="pt") as file:
@@ -225,8 +215,9 @@ def _pass_and_record(
                 same.setdefault(id(seen), []).append(name)
             for names in same.values():
                 inputs = latest[names[0]]
-                group = groups.setdefault(tuple(names), _Inputs.of(names, inputs.shape[-1]))
-                group.add(inputs, at < fitted)
+                if (key := tuple(names)) not in groups:
+                    groups[key] = _Inputs.of(names, inputs.shape[-1])
+                groups[key].add(inputs, at < fitted)
     finally:
         for handle in handles:
             handle.remove()

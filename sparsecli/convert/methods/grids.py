@@ -38,11 +38,6 @@ class Grid:
     lowest: int
     highest: int
 
-    def columns(self, start: int, end: int) -> Grid:
-        """The grid of the columns from `start` to `end`, which begin and end with groups."""
-        part = slice(start // self.group, -(-end // self.group))
-        return Grid(self.scale[:, part], self.offset[:, part], self.group, self.lowest, self.highest)
-
 
 @dataclass(frozen=True)
 class GgufGrid(Grid):

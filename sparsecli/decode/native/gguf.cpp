@@ -1,9 +1,8 @@
 // GGUF's blocks put into panels (ops/gguf.inl), row by row; the twin is model/gguf_types.py.
 #include <cstring>
-#include <thread>
-#include <vector>
 
 #include "engine.h"
+#include "parallel.h"
 #include "ops/ops.h"
 
 namespace sparsecli {
@@ -121,13 +120,10 @@ int64_t sparsecli_arrange_gguf(int64_t type, const uint8_t* raw, int64_t rows, i
     const Source& source = SOURCES[type - Q4_0];
     const int64_t row_bytes = cols / source.weights * source.bytes, bytes = gguf_panel(cols, type);
     const int64_t count = (rows + LANES - 1) / LANES;
-    const auto some = [&](int64_t first, int64_t last) {
+    in_parallel(threads, [&](int64_t number) {
+        const int64_t first = count * number / threads, last = count * (number + 1) / threads;
         for (int64_t row = first * LANES; row < last * LANES && row < rows; ++row)
             write_row(type, raw + row * row_bytes, cols, row % LANES, panels + row / LANES * bytes);
-    };
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < threads; ++i) others.emplace_back(some, count * i / threads, count * (i + 1) / threads);
-    some(0, count / threads);
-    for (std::thread& other : others) other.join();
+    });
     return 0;
 }

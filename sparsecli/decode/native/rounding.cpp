@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <thread>
-#include <vector>
 
 #include "engine.h"
+#include "parallel.h"
 
 namespace {
 
@@ -117,7 +116,7 @@ int64_t sparsecli_fit_groups(const float* weights, const float* importance, int6
                              float lowest, float highest, const float* shares, int64_t count, float* scale,
                              float* minimum, int64_t threads) {
     const int64_t groups = cols / group;
-    const auto part = [&](int64_t number) {
+    sparsecli::in_parallel(threads, [&](int64_t number) {
         for (int64_t row = number; row < rows; row += threads)
             for (int64_t at = 0; at < groups; ++at) {
                 const float *x = weights + row * cols + at * group, *weight = importance + at * group;
@@ -127,11 +126,7 @@ int64_t sparsecli_fit_groups(const float* weights, const float* importance, int6
                 else
                     scale[place] = fit_scale(x, weight, group, lowest, highest, shares, count);
             }
-    };
-    std::vector<std::thread> others;
-    for (int64_t number = 1; number < threads; ++number) others.emplace_back(part, number);
-    part(0);
-    for (std::thread& other : others) other.join();
+    });
     return 0;
 }
 
@@ -140,13 +135,9 @@ int64_t sparsecli_round_columns(float* remaining, float* codes, float* errors, c
                                 int64_t rows, int64_t stride, float lowest, float highest, int64_t threads) {
     const Columns all{remaining, codes,   errors, scales, offsets, groups,
                       factor,    columns, rows,   stride, lowest,  highest};
-    const auto part = [&](int64_t number) {
+    sparsecli::in_parallel(threads, [&](int64_t number) {
         for (int64_t first = number * ROWS; first < rows; first += threads * ROWS)
             round_rows(all, first, std::min(first + ROWS, rows));
-    };
-    std::vector<std::thread> others;
-    for (int64_t number = 1; number < threads; ++number) others.emplace_back(part, number);
-    part(0);
-    for (std::thread& other : others) other.join();
+    });
     return 0;
 }
