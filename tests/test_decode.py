@@ -204,6 +204,48 @@ def test_truncated_sequences_go_on_as_if_nothing_had_been(name: str) -> None:
     assert_close(engine.prefill(sequence, tokens), expected(name, COUNT)[-1])
 
 
+@every_model
+def test_copied_tokens_go_on_as_if_they_had_been_read(name: str) -> None:
+    engine = start(packed(name), 2)
+    tokens = tokens_of(name)
+    first, second = engine.sequence(COUNT), engine.sequence(COUNT)
+    engine.prefill(first, tokens[:7] + tokens[::-1][:10])
+    engine.prefill(second, tokens[::-1][:12])  # what it held before is gone
+    second.copy_from(first, 7)
+    assert (first.length, second.length) == (17, 7)
+    assert_close(engine.logits(second, tokens[7:]), expected(name, COUNT)[7:])
+    second.copy_from(first, 0)
+    assert_close(engine.prefill(second, tokens), expected(name, COUNT)[-1])
+
+
+def test_only_sequences_alike_are_copied() -> None:
+    engine, other = start(packed("sparse"), 2), start(packed("sparse"), 2)
+    sequence = engine.sequence(COUNT)
+    engine.prefill(sequence, tokens_of("sparse")[:5])
+    for wrong in (sequence, engine.sequence(COUNT + 1), other.sequence(COUNT)):
+        with pytest.raises(ValueError, match="one engine and one capacity"):
+            wrong.copy_from(sequence, 3)
+    with pytest.raises(ValueError, match="6 is not between 0 and 5"):
+        engine.sequence(COUNT).copy_from(sequence, 6)
+
+
+@every_model
+def test_a_pass_takes_pieces_of_prompts_beside_single_tokens(name: str) -> None:
+    engine = start(packed(name), 2)
+    tokens = tokens_of(name)
+    begun, pieces = (0, 3, 9), (10, 1, 4)
+    sequences = [engine.sequence(COUNT) for _ in begun]
+    for sequence, length in zip(sequences, begun, strict=True):
+        if length:
+            engine.prefill(sequence, tokens[:length])
+    ends = [length + piece for length, piece in zip(begun, pieces, strict=True)]
+    rows = engine.advance(sequences, [tokens[a:b] for a, b in zip(begun, ends, strict=True)])
+    assert_close(rows, expected(name, COUNT)[[end - 1 for end in ends]])
+    assert [sequence.length for sequence in sequences] == ends
+    with pytest.raises(ValueError, match="a piece of at least one token"):
+        engine.advance(sequences[:2], [[1], []])
+
+
 def test_engines_of_different_sizes_live_side_by_side() -> None:
     first, second = start(packed("sparse"), 2), start(packed("mixture of two"), 3)
     one, other = first.sequence(COUNT), second.sequence(COUNT)

@@ -57,6 +57,26 @@ def test_texts_of_different_lengths_in_a_batch() -> None:
 
 
 @needs_native
+@windowed
+def test_copies_hold_the_same_rings(name: str) -> None:
+    """Full rings and others; as with truncation, what rings do not hold any more is refused."""
+    engine = start(packed(name), 2)
+    tokens, wanted = tokens_of(name, COUNT), expected(name, COUNT)
+    first, second = engine.sequence(COUNT), engine.sequence(COUNT)
+    engine.prefill(first, tokens[:1200])
+    for length in (1200, 1200 - CHUNK):
+        second.copy_from(first, length)
+        assert_close(engine.logits(second, tokens[length : length + 50]), wanted[length : length + 50])
+    with pytest.raises(Failure, match="sliding window do not hold the first 300 tokens any more"):
+        second.copy_from(first, 300)
+    assert second.length == 1200 - CHUNK + 50
+    first.truncate(0)
+    engine.prefill(first, tokens[:40])
+    second.copy_from(first, 30)
+    assert_close(engine.logits(second, tokens[30:60]), wanted[30:60])
+
+
+@needs_native
 def test_rings_take_less_memory() -> None:
     full = start(packed("dense, gated, grouped queries")).sequence
     ring = start(packed("gemma 3")).sequence

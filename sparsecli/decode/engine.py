@@ -251,7 +251,23 @@ class Engine:
             raise ValueError("step_batch takes different sequences and one token for each")
         return self._forward(sequences, tokens, all_logits=True)
 
-    def _forward(self, sequences: Many[Sequence], tokens: Many[int], all_logits: bool) -> np.ndarray:
+    def advance(self, sequences: Many[Sequence], pieces: Many[Many[int]]) -> np.ndarray:
+        """Logits (B, V) after the last token of each piece, which is added to its sequence, all in one pass.
+
+        A piece is one token of a text that grows, or some tokens of a prompt. The sequences differ from one another.
+        Raises as `prefill`.
+        """
+        if len(set(map(id, sequences))) != len(sequences) or len(sequences) != len(pieces) or not all(pieces):
+            raise ValueError("advance takes different sequences and a piece of at least one token for each")
+        spread = [sequence for sequence, piece in zip(sequences, pieces, strict=True) for _ in piece]
+        return self._forward(
+            spread, [token for piece in pieces for token in piece], all_logits=False, runs=len(pieces)
+        )
+
+    def _forward(
+        self, sequences: Many[Sequence], tokens: Many[int], all_logits: bool, runs: int = 1
+    ) -> np.ndarray:
+        """Logits after every token, or after the last one of each of `runs` sequences."""
         added = np.ascontiguousarray(tokens)
         count = added.size
         if not count:
@@ -263,7 +279,7 @@ class Engine:
         added = added.astype(np.int64)
         if any(sequence.engine is not self for sequence in sequences):
             raise ValueError("the sequence belongs to another engine")
-        logits = np.empty((count if all_logits else 1, self.vocabulary), np.float32)
+        logits = np.empty((count if all_logits else runs, self.vocabulary), np.float32)
         with self._mutex:
             handles = (ctypes.c_void_p * count)(*(sequence.handle.value for sequence in sequences))
             done = self._library.sparsecli_forward(
@@ -341,6 +357,27 @@ class Sequence:
                 raise ValueError(f"length: {length} is not between 0 and {self.length}")
             done = self.engine._library.sparsecli_sequence_truncate(
                 self.engine.handle, self.handle, length, self.engine._error
+            )
+            message = self.engine._message()
+        if done < 0:
+            raise Failure(message)
+
+
+    def copy_from(self, other: Sequence, length: int) -> None:
+        """Begin anew with the first `length` tokens of another sequence of the same engine and capacity.
+
+        Raises:
+            Failure: layers with a sliding window do not hold them any more, or the model has an encoder or LSH
+                attention; the sequence is as it was.
+            ValueError: another engine or capacity, or more tokens than the other holds.
+        """
+        if other is self or other.engine is not self.engine or other.capacity != self.capacity:
+            raise ValueError("tokens are copied between two sequences of one engine and one capacity")
+        with self.engine._mutex:
+            if not 0 <= length <= other.length:
+                raise ValueError(f"length: {length} is not between 0 and {other.length}")
+            done = self.engine._library.sparsecli_sequence_copy(
+                self.engine.handle, other.handle, length, self.handle, self.engine._error
             )
             message = self.engine._message()
         if done < 0:

@@ -14,7 +14,7 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
-INTERFACE_VERSION = 13  # of native/engine.h
+INTERFACE_VERSION = 14  # of native/engine.h
 INSTRUCTION_SETS = (
     "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_i8mm_bf16", "neon_dotprod", "neon", "portable",
 )  # fmt: skip
@@ -172,6 +172,7 @@ def library() -> ctypes.CDLL:
         "sequence_destroy": (None, [sequence]),
         "sequence_length": (c_int64, [sequence]),
         "sequence_truncate": (c_int64, [engine, sequence, c_int64, c_char_p]),
+        "sequence_copy": (c_int64, [engine, sequence, c_int64, sequence, c_char_p]),
         "sequence_bytes": (c_int64, [engine, c_int64, c_int64]),
         "read_encoder": (c_int64, [engine, sequence, c_void_p, c_void_p, c_int64, c_char_p]),
         "import_kv": (c_int64, [engine, sequence, c_int64, *[c_void_p] * 5, c_int64, c_char_p]),

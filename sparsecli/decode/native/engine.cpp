@@ -170,7 +170,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 13 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 14 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* name, char* error) {
     const Ops* found = find_ops(name);
@@ -276,6 +276,24 @@ int64_t sparsecli_sequence_truncate(sparsecli_engine* engine, sparsecli_sequence
     held.length = held.prefix + length;
     if (!held.length) held.stored = 0;
     return 0;
+}
+
+int64_t sparsecli_sequence_copy(sparsecli_engine* engine, const sparsecli_sequence* from, int64_t length,
+                                sparsecli_sequence* to, char* error) {
+    const Model& model = engine->model;
+    const Sequence& source = from->held;
+    const bool fine = guarded(error, [&] {
+        if (model.shape.encoder != NO_ENCODER || model.hashes())
+            throw std::runtime_error("tokens of a model with an encoder or LSH attention cannot be copied");
+        if (source.capacity != to->held.capacity || length < 0 || length > source.length)
+            throw std::runtime_error(std::to_string(length) + " tokens cannot be copied from " +
+                                     std::to_string(source.length) + ", or capacities differ");
+        if (!can_truncate(source, model, length))
+            throw std::runtime_error("layers with a sliding window do not hold the first " + std::to_string(length) +
+                                     " tokens any more");
+        copy(source, length, model, to->held);
+    });
+    return fine ? 0 : -1;
 }
 
 int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t encoder_rows) {

@@ -90,6 +90,10 @@ int64_t sparsecli_sequence_length(const sparsecli_sequence* sequence);
 // Fails, and changes nothing, where layers with a window do not hold the positions before `length` any more.
 int64_t sparsecli_sequence_truncate(sparsecli_engine* engine, sparsecli_sequence* sequence, int64_t length,
                                     char* error);
+// Empties `to` and gives it the first `length` tokens of `from`, which must have the same capacity. Fails, and leaves `to`
+// as it was, where layers do not hold those tokens any more, and for models with an encoder or LSH attention.
+int64_t sparsecli_sequence_copy(sparsecli_engine* engine, const sparsecli_sequence* from, int64_t length,
+                                sparsecli_sequence* to, char* error);
 // INT64_MAX: more than can be counted, or a number out of range.
 int64_t sparsecli_sequence_bytes(const sparsecli_engine* engine, int64_t capacity, int64_t encoder_rows);
 

@@ -152,6 +152,40 @@ bool can_truncate(const Sequence& sequence, const Model& model, int64_t length) 
     return true;
 }
 
+void copy(const Sequence& from, int64_t length, const Model& model, Sequence& to) {
+    const sparsecli_shape& s = model.shape;
+    const KeyValues& cache = from.self_attention;
+    const int64_t bytes = type_bytes(cache.type);
+    for (int64_t cache_idx = 0; cache_idx < model.caches(); ++cache_idx) {
+        const int64_t room = cache.slots[size_t(cache_idx)];
+        // A ring is copied whole: its positions begin anywhere.
+        const int64_t held = std::min(round_up(from.stored > room ? room : length, LANES), room);
+        for (int64_t head = 0; head < s.key_value_heads; ++head) {
+            const HeadCache source = cache.of_head(cache_idx, head);
+            const HeadCache target = to.self_attention.of_head(cache_idx, head);
+            std::memcpy((char*)target.keys, source.keys, size_t(held * cache.head_width * bytes));
+            std::memcpy((char*)target.values, source.values, size_t(held * cache.value_stride * bytes));
+            if (!source.key_scales) continue;
+            std::memcpy((float*)target.key_scales, source.key_scales, size_t(held) * sizeof(float));
+            std::memcpy((float*)target.value_scales, source.value_scales, size_t(held) * sizeof(float));
+        }
+        for (const auto inputs : {&Sequence::projection_inputs, &Sequence::value_inputs, &Sequence::output_inputs}) {
+            const ConvState &source = from.*inputs, &target = to.*inputs;
+            if (!source.inputs.data) continue;
+            const int64_t at = (cache_idx * source.rows + source.padding) * source.row_bytes;
+            std::memcpy(target.inputs.data + at, source.inputs.data + at, size_t(length * source.row_bytes));
+        }
+    }
+    for (int64_t layer_idx = 0; layer_idx < s.layers; ++layer_idx)
+        for (int64_t cell = 0; cell < s.recurrent_layers; ++cell)
+            std::copy_n(from.recurrent_state(model, layer_idx, cell, 0), length * s.recurrent_width,
+                        to.recurrent_state(model, layer_idx, cell, 0));
+    if (s.rotary_switch) to.ids.assign(from.ids.begin(), from.ids.begin() + length);
+    to.long_frequencies = from.long_frequencies;
+    to.length = length;
+    to.stored = length ? from.stored : 0;
+}
+
 void append_concatenated(const Model& model, const Ops& ops, const ConvState& state, int64_t cache_idx,
                          int64_t position, const float* m, const float* x, int64_t begin, int64_t end) {
     const int64_t width = model.module_width(), bytes = type_bytes(state.type);

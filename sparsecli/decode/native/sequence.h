@@ -100,6 +100,10 @@ int64_t cache_bytes(const Model& model, int64_t capacity, int64_t encoder_rows);
 // Whether every layer holds what the token behind the first `length` positions sees.
 bool can_truncate(const Sequence& sequence, const Model& model, int64_t length);
 
+// The first `length` positions of `from` become those of `to`, a sequence of the same capacity. Neither has an encoder's
+// output or hashed keys, and `from` can be truncated to them.
+void copy(const Sequence& from, int64_t length, const Model& model, Sequence& to);
+
 // Memory for a sequence whose capacities are given; throws std::bad_alloc.
 void allocate(Sequence& sequence, const Model& model);
 
