@@ -19,6 +19,7 @@ from sparsecli.cli import (
     import_,
     pack,
     recipes,
+    serve,
     train,
 )
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, convert, generate, evaluate, import_, export, pack, bench, doctor):
+for command in (train, convert, generate, serve, evaluate, import_, export, pack, bench, doctor):
     app.add_typer(command.app)
 app.add_typer(recipes.app, name="recipes")
 

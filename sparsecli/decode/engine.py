@@ -362,7 +362,6 @@ class Sequence:
         if done < 0:
             raise Failure(message)
 
-
     def copy_from(self, other: Sequence, length: int) -> None:
         """Begin anew with the first `length` tokens of another sequence of the same engine and capacity.
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -28,9 +27,8 @@ from sparsecli.generate.backend import open_decoder
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.native_decoder import NativeDecoder
 from sparsecli.generate.torch_decoder import TorchDecoder
-from sparsecli.interchange.kept_imports import imported
-from sparsecli.interchange.sources import OwnModel, open_source
-from sparsecli.model.files import PACKED, Description, find_model, read_description, recipe_of
+from sparsecli.interchange.kept_imports import model_folder
+from sparsecli.model.files import PACKED, Description, read_description, recipe_of
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.data import CopyTask
 from sparsecli.recipe.loader import LoadedRecipe, load
@@ -102,23 +100,15 @@ def _opened(
     other_dtype: str | None = None,
     is_other: bool = False,
 ) -> Iterator[_Opened]:
-    """The model, imported where it is not one of ours: see `imported`.
+    """The model: see `model_folder`.
 
     With `is_other` its weight type is `other_dtype`, else as it is packed, else that of the options.
 
     Raises:
         Failure: there is no such model, or it has an encoder.
     """
-    with TemporaryDirectory(prefix="sparsecli-") as temporary:
-        if reference is None:
-            folder = find_model(None, loaded.output if loaded else None)
-            reference = str(folder)
-        else:
-            source = open_source(reference)
-            if not isinstance(source, OwnModel):
-                folder = imported(source, Path(temporary), options.keep)
-            else:
-                folder = source.folder
+    with model_folder(reference, loaded.output if loaded else None, options.keep) as folder:
+        reference = reference or str(folder)
         description = read_description(folder)
         if description.spec.encoder:
             raise Failure(

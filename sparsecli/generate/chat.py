@@ -1,7 +1,7 @@
 """Chat templates, which are programs that come with a model. Each runs in a sandbox, in its own process.
 
 The process has limits of time and memory, because Jinja's sandbox does not stop a template that loops or grows. The
-process runs this file, so the code above `render` imports nothing of this package.
+process runs this file, so it imports nothing of this package at its beginning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import datetime
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -98,38 +100,91 @@ def _answer(asked: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _main() -> None:
+    """Answer every line of stdin with a line, until it ends."""
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ImportError, ValueError, OSError):  # a system without such limits
         pass
-    json.dump(_answer(json.load(sys.stdin)), sys.stdout)
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(_answer(json.loads(line))) + "\n")
+        sys.stdout.flush()
+
+
+class TemplateProcess:
+    """A chat template in its process, which starts with the first chat and after every failure anew.
+
+    Threads may share it, one chat at a time.
+
+    Args:
+        named: the text of each special token that has a name.
+    """
+
+    def __init__(self, template: str, named: Mapping[str, str]) -> None:
+        self.template, self.named = template, named
+        self._process: subprocess.Popen[str] | None = None
+        self._mutex = threading.Lock()
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a chat up to the start of the answer, as transformers renders it.
+
+        Raises:
+            Failure: the template is damaged, refuses the messages, breaks a rule of the sandbox, or exceeds a limit
+                of time or memory.
+        """
+        from sparsecli.console import Failure
+
+        fixed = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        asked = json.dumps({"template": self.template, "variables": {**fixed, **self.named}})
+        with self._mutex:
+            answer = self._ask(asked)
+        if "text" not in answer:
+            raise Failure(f"the chat template fails: {answer['error']}; --no-chat leaves it out")
+        return str(answer["text"])
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process:
+            self._process.kill()
+            with self._process:  # closes the pipes, and waits
+                self._process = None
+
+    def _ask(self, asked: str) -> dict[str, str]:
+        if self._process is None:
+            # -P keeps this folder off the path: some of its names could hide other packages.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        process = self._process
+        assert process.stdin
+        assert process.stdout
+        late = threading.Timer(SECONDS, process.kill)
+        late.start()
+        line = ""
+        with suppress(BrokenPipeError):
+            process.stdin.write(asked + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        in_time = late.is_alive()
+        late.cancel()
+        if line.endswith("\n"):
+            answer: dict[str, str] = json.loads(line)
+            return answer
+        self.close()
+        if not in_time:
+            return {"error": f"it takes longer than {SECONDS:g} s"}
+        return {"error": f"the process that runs it ended with {process.returncode}"}
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], named: Mapping[str, str]) -> str:
-    """The text of a chat up to the start of the answer, as transformers renders it.
-
-    Raises:
-        Failure: the template is damaged, refuses the messages, breaks a rule of the sandbox, or exceeds a limit of
-            time or memory.
-    """
-    from sparsecli.console import Failure
-
-    fixed = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
-    asked = json.dumps({"template": template, "variables": {**fixed, **named}})
-    # -P keeps this folder off the path: some of its names could hide other packages.
-    command = [sys.executable, "-P", __file__]
-    try:
-        done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=SECONDS)
-        answer = json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        answer = {"error": f"it takes longer than {SECONDS:g} s"}
-    except ValueError:
-        answer = {"error": f"the process that runs it ended with {done.returncode}"}
-    if "text" not in answer:
-        raise Failure(f"the chat template fails: {answer['error']}; --no-chat leaves it out")
-    return str(answer["text"])
+    """The text of one chat: see `TemplateProcess.render`."""
+    with closing(TemplateProcess(template, named)) as process:
+        return process.render(messages)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,21 @@ if TYPE_CHECKING:
     from sparsecli.decode.engine import Sequence as EngineSequence
 
 
+def open_engine(folder: Path, model: Description, options: DecoderOptions) -> Engine:
+    """The engine over the weights in `folder`.
+
+    Raises:
+        Failure: the weights do not load, or the packed file belongs to another model.
+    """
+    packed = packed_weights(folder, model, options.dtype, options.keep)
+    if options.cache_dtype is not None:
+        packed = replace(packed, precision=replace(packed.precision, cache=options.cache_dtype))
+    try:
+        return Engine(packed, threads=options.threads)
+    except ValueError as error:  # a sound packed file of another model
+        raise Failure(f"{folder}: {error}") from error
+
+
 class NativeDecoder:
     """The engine over packed weights: see `Decoder`.
 
@@ -37,15 +52,10 @@ class NativeDecoder:
     name = "native"
 
     def __init__(self, folder: Path, model: Description, options: DecoderOptions) -> None:
-        packed = packed_weights(folder, model, options.dtype, options.keep)
-        if options.cache_dtype is not None:
-            packed = replace(packed, precision=replace(packed.precision, cache=options.cache_dtype))
+        self.engine = open_engine(folder, model, options)
+        packed = self.engine.model
         self.dtype, self.cache_dtype = weight_type(packed), packed.precision.cache
         self.isa = binding.isa()
-        try:
-            self.engine = Engine(packed, threads=options.threads)
-        except ValueError as error:  # a sound packed file of another model
-            raise Failure(f"{folder}: {error}") from error
         self.threads = self.engine.threads
         self.spec = model.spec
         self.prefiller: TorchDecoder | None = None

@@ -61,6 +61,26 @@ class StopFilter:
         return shown
 
 
+class TextBuilder:
+    """The text of tokens that follow `prefix`, one after the other: whole characters, up to the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, prefix: Sequence[int], stops: Sequence[str]) -> None:
+        self.special = tokenizer.special
+        self.stream = tokenizer.stream(prefix)
+        self.stops = StopFilter(stops)
+
+    def feed(self, token: int) -> tuple[str, bool]:
+        """The text that can be shown after `token`, and whether a stop string ended it."""
+        if name := self.special.get(token):
+            return self.stops.feed(name, special=True)
+        return self.stops.feed(self.stream.feed(token))
+
+    def end(self) -> tuple[str, bool]:
+        """The text that was held back, once no more tokens come; a character that is unfinished is left out."""
+        text, stopped = self.stops.feed(self.stream.flush())
+        return text + self.stops.flush(), stopped
+
+
 @dataclass
 class Generation:
     """The new tokens, their text, and the time they took."""
@@ -135,8 +155,7 @@ def generate_text(
     prefix = [START] if model.spec.encoder else list(prompt)
     room = model.spec.max_positions - len(prefix)
     limit = min(options.max_new_tokens, room)
-    stream = tokenizer.stream(prefix)
-    stops = StopFilter(options.stop)
+    builder = TextBuilder(tokenizer, prefix, options.stop)
     stopped = False
 
     def emit(text: str) -> None:
@@ -155,15 +174,14 @@ def generate_text(
             result.finish = "end"
             break
         result.tokens.append(token)
-        special = tokenizer.special.get(token)
-        text, stopped = stops.feed(special, special=True) if special else stops.feed(stream.feed(token))
+        text, stopped = builder.feed(token)
         emit(text)
         if stopped:
             result.finish = "stop"
             break
     if not stopped:
-        text, stopped = stops.feed(stream.flush())
-        emit(text + stops.flush())
+        text, stopped = builder.end()
+        emit(text)
         result.finish = "stop" if stopped else result.finish
     if result.finish == "length" and room < options.max_new_tokens:
         result.finish = "context"

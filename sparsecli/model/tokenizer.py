@@ -27,6 +27,9 @@ _OTHERS = [byte for byte in range(256) if byte not in _PLAIN]
 BYTE_LETTERS = {chr(byte): byte for byte in _PLAIN} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 """The letters that stand for bytes in vocabularies of byte-level BPE."""
 
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+"""A byte in vocabularies of SentencePiece."""
+
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -58,6 +61,10 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder().items()
         self.special = {token: entry.content for token, entry in added if entry.special}
         """The text of each special token, by its id."""
+        decoder = b"" if backend.decoder is None else backend.decoder.__getstate__()
+        self.byte_level, self.byte_fallback = (
+            kind in decoder for kind in (b'"ByteLevel"', b'"ByteFallback"')
+        )
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
@@ -111,6 +118,17 @@ class Tokenizer:
                     raise Failure(f"the text has the token {name!a}, which the model has not; leave it out")
         return encoded
 
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for within a text; for a special token its name."""
+        text = self.backend.id_to_token(token) or ""
+        if token in self.special:
+            return text.encode()
+        if self.byte_level and all(letter in BYTE_LETTERS for letter in text):
+            return bytes(BYTE_LETTERS[letter] for letter in text)
+        if self.byte_fallback and (byte := BYTE_TOKEN.fullmatch(text)):
+            return bytes([int(byte[1], 16)])
+        return text.replace("\u2581", " ").encode()  # SentencePiece's sign for a space
+
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """Turns tokens that follow `prompt` into text, one at a time."""
         return TextStream(self, prompt)
@@ -125,10 +143,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self.backend, self.special = tokenizer.backend, tokenizer.special
-        decoder = b"" if self.backend.decoder is None else self.backend.decoder.__getstate__()
-        self.byte_level, self.byte_fallback = (
-            kind in decoder for kind in (b'"ByteLevel"', b'"ByteFallback"')
-        )
+        self.byte_level, self.byte_fallback = tokenizer.byte_level, tokenizer.byte_fallback
         self.context, self.since = list(prompt), list[int]()  # tokens before those that are not shown yet
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -155,7 +170,7 @@ class TextStream:
         if self.byte_level:
             known = all(letter in BYTE_LETTERS for letter in text)
             self.bytes.decode(bytes(BYTE_LETTERS[letter] for letter in text) if known else text.encode())
-        elif self.byte_fallback and (byte := re.fullmatch("<0x([0-9A-F]{2})>", text)):
+        elif self.byte_fallback and (byte := BYTE_TOKEN.fullmatch(text)):
             self.bytes.decode(bytes.fromhex(byte[1]))
         else:
             self.bytes.reset()

@@ -1,0 +1,310 @@
+"""Continuous batching: one thread owns the engine, and every pass takes a step of each text.
+
+A pass has one token of every text that grows, and a piece of the prompts that are being read. The piece is so long that
+the pass takes about twice as long as without it, so that growing texts never wait for long prompts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sparsecli.console import Failure
+from sparsecli.decode.engine import Engine
+from sparsecli.generate.sampling import Sampler
+from sparsecli.serve.metrics import Metrics
+from sparsecli.serve.slots import Slot, Slots
+
+LONGEST_PIECE = 256
+"""Tokens of prompts in a pass at most: new texts and cancellations wait for it."""
+SHORTEST_PIECE = 8
+SMOOTHING = 0.2
+"""Share of the newest pass in the running means of seconds."""
+
+
+class Full(Exception):
+    """No room for another text; `retry_after` seconds may help."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"too many requests; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of the probabilities of one token and of the likeliest ones, before temperature."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a text: a new token, tokens of its prompt with their logprobs, or its end.
+
+    Attributes:
+        token: the new token; None at the end, and for those of a prompt.
+        logprobs: of the new token, or of a piece of the prompt, as asked for.
+        finish: `end` (an end token), `length`, `timeout`, `stopping` or `error`; None while the text goes on.
+    """
+
+    token: int | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
+    finish: str | None = None
+    message: str = ""
+
+
+@dataclass(eq=False)
+class Text:
+    """A text to be continued.
+
+    Attributes:
+        prompt: token ids, at least one.
+        limit: new tokens at most; 0 only reads the prompt.
+        sampler: picks the next token, given all tokens and the logits (V,).
+        emit: is called with every event, in the batcher's thread.
+        deadline: of `time.monotonic()`.
+        adjust: changes logits (V,) by the new tokens so far, before the sampler.
+        top_logprobs: likeliest tokens whose logprobs are asked for; None: no logprobs.
+        prompt_logprobs: whether they are asked for the prompt, too.
+    """
+
+    prompt: list[int]
+    limit: int
+    sampler: Sampler
+    emit: Callable[[Event], None]
+    deadline: float
+    adjust: Callable[[Sequence[int], np.ndarray], np.ndarray] | None = None
+    top_logprobs: int | None = None
+    prompt_logprobs: bool = False
+    new: list[int] = field(default_factory=list)
+    cancelled: bool = False
+    reused: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    last_token_at: float = 0.0
+
+
+class Batcher:
+    """The thread that decodes.
+
+    Args:
+        engine: no other thread may use it.
+        slots: texts that are decoded together at most.
+        capacity: tokens of a text at most, its prompt included.
+        queue: texts that may wait for a slot.
+        end_tokens: tokens that end a text.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        slots: int,
+        capacity: int,
+        queue: int,
+        end_tokens: frozenset[int],
+        metrics: Metrics,
+    ) -> None:
+        self.engine, self.capacity, self.queue, self.end_tokens = engine, capacity, queue, end_tokens
+        self.metrics = metrics
+        self.slots = Slots(engine, slots, capacity)
+        self.waiting: list[Text] = []
+        self.active: dict[Text, Slot] = {}
+        self.step_seconds = 0.0  # running mean of a pass without prompts
+        self.prompt_seconds = 0.0  # of a token of a prompt
+        self.text_seconds = 1.0  # of a text, from its slot to its end
+        self.stopping = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._thread.start()
+
+    # -- other threads ----------------------------------------------------------------------------------------
+
+    def submit(self, texts: Sequence[Text]) -> None:
+        """Add the texts of one request, all or none.
+
+        Raises:
+            Full: the queue is full, or the server stops.
+        """
+        with self._wake:
+            free = self.slots.count - len(self.active)
+            if self.stopping or len(self.waiting) + len(texts) > self.queue + free:
+                waves = 1 + len(self.waiting) // self.slots.count
+                raise Full(max(1, round(waves * self.text_seconds)))
+            self.waiting.extend(texts)
+            self._wake.notify()
+
+    def cancel(self, text: Text) -> None:
+        """Nobody wants the rest of a text. Its slot is free after the pass that is running."""
+        text.cancelled = True
+
+    def stop(self, seconds: float) -> None:
+        """Take no more texts, let running ones end within `seconds`, then end the others and the thread."""
+        with self._wake:
+            self.stopping = True
+            self._wake.notify()
+        self._thread.join(seconds)
+        for text in [*self.waiting, *self.active]:
+            text.deadline = 0.0
+        self._thread.join()
+
+    # -- the batcher's thread ---------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self.waiting or self.active or self.stopping):
+                    self._wake.wait()
+                if self.stopping and not (self.waiting or self.active):
+                    return
+                self._drop_and_admit()
+            if self.active:
+                try:
+                    self._pass()
+                except Exception as error:  # whatever it is, clients must not wait for ever
+                    for text, slot in [*self.active.items()]:
+                        del slot.tokens[slot.sequence.length :]
+                        self._end(text, Event(finish="error", message=str(error)))
+
+    def _drop_and_admit(self) -> None:
+        """End texts that are cancelled or late, and give slots to those that wait, in the order of arrival."""
+        now = time.monotonic()
+        for text in [*self.active, *self.waiting]:
+            if text.cancelled or now > text.deadline:
+                reason = "stopping" if text.deadline == 0.0 else "timeout"
+                self._end(text, Event(finish="cancelled" if text.cancelled else reason))
+        for text in [*self.waiting]:
+            if len(self.active) == self.slots.count:
+                break
+            try:
+                slot = self.slots.take(text.prompt, reuse=not text.prompt_logprobs)
+            except Failure as failure:
+                if self.active:
+                    break  # memory may suffice later
+                self._end(text, Event(finish="error", message=failure.message))
+                continue
+            if slot is None:
+                continue
+            self.waiting.remove(text)
+            text.reused = len(slot.tokens)
+            self.active[text] = slot
+            self.metrics.reused_tokens.inc(text.reused)
+        self.metrics.waiting.set(len(self.waiting))
+        self.metrics.active.set(len(self.active))
+
+    def _pass(self) -> None:
+        growing = [text for text in self.active if text.new]
+        reading = [text for text in self.active if not text.new]
+        room = self._piece(bool(growing))
+        texts, pieces = list(growing), [[text.new[-1]] for text in growing]
+        for text in reading:
+            left = text.prompt[len(self.active[text].tokens) :][:room]
+            if text.prompt_logprobs:
+                self._score(text, left)
+            elif left:
+                texts.append(text)
+                pieces.append(left)
+            room -= len(left)
+            if room <= 0:
+                break
+        if not texts:
+            return
+        started = time.perf_counter()
+        rows = self.engine.advance([self.active[text].sequence for text in texts], pieces)
+        self._measure(time.perf_counter() - started, len(growing), sum(map(len, pieces)) - len(growing))
+        for text, piece, row in zip(texts, pieces, rows, strict=True):
+            slot = self.active[text]
+            slot.tokens.extend(piece)
+            if len(slot.tokens) >= len(text.prompt):
+                slot.prompt = ()
+                self._sample(text, row)
+
+    def _piece(self, beside_others: bool) -> int:
+        """Tokens of prompts in the next pass."""
+        if not beside_others:
+            return LONGEST_PIECE
+        if not self.prompt_seconds or not self.step_seconds:
+            return SHORTEST_PIECE
+        return int(min(max(self.step_seconds / self.prompt_seconds, SHORTEST_PIECE), LONGEST_PIECE))
+
+    def _measure(self, seconds: float, growing: int, read: int) -> None:
+        self.metrics.prompt_tokens.inc(read)
+        self.metrics.pass_seconds.observe(seconds)
+        if not read:
+            self.step_seconds += SMOOTHING * (seconds - self.step_seconds) if self.step_seconds else seconds
+            return
+        for_prompt = max(seconds - (self.step_seconds if growing else 0.0), 0.1 * seconds) / read
+        self.prompt_seconds += (
+            SMOOTHING * (for_prompt - self.prompt_seconds) if self.prompt_seconds else for_prompt
+        )
+
+    def _score(self, text: Text, piece: list[int]) -> None:
+        """Read a piece of a prompt, and tell the logprobs of the tokens behind its tokens."""
+        slot = self.active[text]
+        rows = self.engine.logits(slot.sequence, piece)
+        slot.tokens.extend(piece)
+        at = len(slot.tokens)
+        self.metrics.prompt_tokens.inc(len(piece))
+        following = text.prompt[at - len(piece) + 1 : at + 1]
+        found = [
+            logprobs_of(row, token, text.top_logprobs or 0)
+            for token, row in zip(following, rows, strict=False)
+        ]
+        if found:
+            text.emit(Event(logprobs=found))
+        if at >= len(text.prompt):
+            slot.prompt = ()
+            self._sample(text, rows[-1])
+
+    def _sample(self, text: Text, row: np.ndarray) -> None:
+        """Pick the token after `row` (V,), and tell it or the text's end."""
+        if text.limit == 0:
+            self._end(text, Event(finish="length"))
+            return
+        try:
+            scores = text.adjust(text.new, row) if text.adjust else row
+            token = text.sampler([*text.prompt, *text.new], scores)
+        except Failure as failure:
+            self._end(text, Event(finish="error", message=failure.message))
+            return
+        self._time_token(text)
+        if token in self.end_tokens:
+            self._end(text, Event(finish="end"))
+            return
+        text.new.append(token)
+        logprobs = [] if text.top_logprobs is None else [logprobs_of(row, token, text.top_logprobs)]
+        text.emit(Event(token, logprobs))
+        if len(text.new) >= text.limit or len(text.prompt) + len(text.new) >= self.capacity:
+            self._end(text, Event(finish="length"))
+
+    def _time_token(self, text: Text) -> None:
+        now = time.monotonic()
+        self.metrics.new_tokens.inc()
+        if text.last_token_at:
+            self.metrics.token_seconds.observe(now - text.last_token_at)
+        else:
+            self.metrics.first_token_seconds.observe(now - text.arrived)
+        text.last_token_at = now
+
+    def _end(self, text: Text, event: Event) -> None:
+        slot = self.active.pop(text, None)
+        if slot:
+            self.slots.give_back(slot)
+            self.text_seconds += SMOOTHING * (time.monotonic() - text.arrived - self.text_seconds)
+        elif text in self.waiting:
+            self.waiting.remove(text)
+        self.metrics.finished.labels(event.finish).inc()
+        text.emit(event)
+
+
+def logprobs_of(row: np.ndarray, token: int, top: int) -> TokenLogprobs:
+    """Of `token` and of the `top` likeliest tokens, from logits (V,)."""
+    largest = row.max()
+    total = largest + np.log(np.exp(row - largest).sum(dtype=np.float64))
+    best = np.argpartition(row, -top)[-top:] if top else np.empty(0, np.int64)
+    ordered = best[np.argsort(-row[best], kind="stable")]
+    return TokenLogprobs(token, float(row[token] - total), [(int(i), float(row[i] - total)) for i in ordered])
