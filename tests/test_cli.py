@@ -7,6 +7,7 @@ import inspect
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,13 +81,15 @@ def calls(monkeypatch):
     for function in IMPLEMENTATIONS.values():
         monkeypatch.setattr(sys.modules[function.__module__], function.__name__, run)
 
-    def find(reference, output=None):
+    @contextmanager
+    def opened(reference, output=None, keep=True):
         try:
-            return find_model(reference, output)
+            folder = find_model(reference, output)
         except console.Failure:
-            return Path("nowhere")
+            folder = Path("nowhere")
+        yield folder
 
-    monkeypatch.setattr(generate, "find_model", find)
+    monkeypatch.setattr(generate, "model_folder", opened)
     return record
 
 

@@ -450,7 +450,8 @@ def test_slots_begin_with_what_any_of_them_holds(engine: Engine) -> None:
     slots = Slots(engine, 3, CONTEXT)
     prompt = [*range(40)]
     first = slots.take(prompt)
-    assert first
+    assert first is slots.all[0]
+    assert first.sequence.length == 0
     assert slots.take([*prompt, 1]) is None  # a copy of what is just being read comes cheaper
     engine.prefill(first.sequence, prompt)
     first.tokens, first.prompt = prompt, ()

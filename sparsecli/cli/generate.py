@@ -44,7 +44,11 @@ def generate(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="A run, or a model folder.", show_default=False),
+        typer.Option(
+            metavar="MODEL",
+            help="A run, a model folder, a Hugging Face folder, a name on the hub, or a GGUF file.",
+            show_default=False,
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,

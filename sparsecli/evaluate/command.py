@@ -27,7 +27,7 @@ from sparsecli.generate.backend import open_decoder
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.native_decoder import NativeDecoder
 from sparsecli.generate.torch_decoder import TorchDecoder
-from sparsecli.interchange.kept_imports import model_folder
+from sparsecli.interchange.model_folder import model_folder
 from sparsecli.model.files import PACKED, Description, read_description, recipe_of
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.data import CopyTask

@@ -14,7 +14,8 @@ from sparsecli.generate.decoder import Decoder, DecoderOptions
 from sparsecli.generate.drafts import open_drafter
 from sparsecli.generate.prompt import encode_input, encode_prompt, read_prompt
 from sparsecli.generate.text import generate_text
-from sparsecli.model.files import find_model, read_description, recipe_of
+from sparsecli.interchange.model_folder import model_folder
+from sparsecli.model.files import read_description, recipe_of
 from sparsecli.model.tokenizer import read_tokenizer
 from sparsecli.recipe.loader import load, with_options
 from sparsecli.recipe.schema import GenerateSpec
@@ -46,30 +47,33 @@ def run(
     Raises:
         Failure: a wrong option, no prompt, no model; or see `generate`.
     """
-    output = loaded.output if loaded else None
     missing: Failure | None = None
     folder = Path()
-    try:
-        folder = find_model(model, output)
-    except Failure as failure:
-        missing = failure
-    defaults = loaded.recipe.generate if loaded else GenerateSpec() if missing else _trained_options(folder)
-    options = with_options(defaults, sampling)
-    text = read_prompt(prompt, prompt_file, input_file, options.prompt)
-    if missing:
-        raise missing
-    generate(
-        folder,
-        prompt=text,
-        options=options,
-        decoder=decoder,
-        is_input=input_file is not None,
-        seed=loaded.recipe.seed if loaded else seed or 0,
-        chat=chat,
-        stats=stats,
-        json=json,
-        draft=draft,
-    )
+    with ExitStack() as stack:
+        try:
+            opened = model_folder(model, loaded.output if loaded else None, decoder.keep)
+            folder = stack.enter_context(opened)
+        except Failure as failure:
+            missing = failure
+        defaults = (
+            loaded.recipe.generate if loaded else GenerateSpec() if missing else _trained_options(folder)
+        )
+        options = with_options(defaults, sampling)
+        text = read_prompt(prompt, prompt_file, input_file, options.prompt)
+        if missing:
+            raise missing
+        generate(
+            folder,
+            prompt=text,
+            options=options,
+            decoder=decoder,
+            is_input=input_file is not None,
+            seed=loaded.recipe.seed if loaded else seed or 0,
+            chat=chat,
+            stats=stats,
+            json=json,
+            draft=draft,
+        )
 
 
 def _trained_options(folder: Path) -> GenerateSpec:

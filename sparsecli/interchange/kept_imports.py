@@ -4,49 +4,21 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from sparsecli import __version__, console
 from sparsecli.console import Failure
 from sparsecli.interchange.importing import write_model
-from sparsecli.interchange.sources import DESCRIPTIONS, ForeignModel, OwnModel, open_source
+from sparsecli.interchange.sources import DESCRIPTIONS, ForeignModel
 from sparsecli.model.files import (
     KEEP_AFTER,
     cache_place,
     check_weights,
-    find_model,
     fingerprint,
     read_description,
     weight_files,
     written_beside,
 )
-
-
-@contextmanager
-def model_folder(reference: str | None, output: Path | None = None, keep: bool = True) -> Iterator[Path]:
-    """The model folder that a reference names; what is not a model of ours is imported first.
-
-    Args:
-        reference: a run, a model folder, a Hugging Face folder, a name on the hub, or a GGUF file; None: the model of
-            the run at `output`, else of the newest finished run, which a line names.
-    Raises:
-        Failure: there is no such model; or as `imported`.
-    """
-    if reference is None:
-        folder = find_model(None, output)
-        if output is None:
-            console.say(f"the newest finished run: {folder}")
-        yield folder
-        return
-    source = open_source(reference)
-    if isinstance(source, OwnModel):
-        yield source.folder
-        return
-    with TemporaryDirectory(prefix="sparsecli-") as temporary:
-        yield imported(source, Path(temporary), keep)
 
 
 def imported(source: ForeignModel, temporary: Path, keep: bool = True) -> Path:

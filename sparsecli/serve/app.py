@@ -154,7 +154,7 @@ class Server:
             for prompt in prompts
             for seed in seeds(request.seed, request.n)
         ]
-        if len(found) > self.batcher.slots.count + self.batcher.queue:
+        if len(found) > len(self.batcher.slots.all) + self.batcher.queue:
             raise Refused(400, f"{len(found)} texts in one request are more than this server holds", "n")
         try:
             self.batcher.submit([choice.text for choice in found])

@@ -1,7 +1,7 @@
 """Continuous batching: one thread owns the engine, and every pass takes a step of each text.
 
 A pass has one token of every text that grows, and a piece of the prompts that are being read. The piece is so long that
-the pass takes about twice as long as without it, so that growing texts never wait for long prompts.
+the pass takes about two and a half times as long as without it: growing texts do not wait for long prompts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from sparsecli.serve.slots import Slot, Slots
 LONGEST_PIECE = 256
 """Tokens of prompts in a pass at most: new texts and cancellations wait for it."""
 SHORTEST_PIECE = 8
+PROMPT_SHARE = 1.5
+"""Time for prompts in a pass, over the time for growing texts."""
 SMOOTHING = 0.2
 """Share of the newest pass in the running means of seconds."""
 
@@ -98,6 +100,8 @@ class Batcher:
         capacity: tokens of a text at most, its prompt included.
         queue: texts that may wait for a slot.
         end_tokens: tokens that end a text.
+    Raises:
+        Failure: memory does not suffice for the slots.
     """
 
     def __init__(
@@ -131,9 +135,9 @@ class Batcher:
             Full: the queue is full, or the server stops.
         """
         with self._wake:
-            free = self.slots.count - len(self.active)
+            free = len(self.slots.all) - len(self.active)
             if self.stopping or len(self.waiting) + len(texts) > self.queue + free:
-                waves = 1 + len(self.waiting) // self.slots.count
+                waves = 1 + len(self.waiting) // len(self.slots.all)
                 raise Full(max(1, round(waves * self.text_seconds)))
             self.waiting.extend(texts)
             self._wake.notify()
@@ -178,15 +182,9 @@ class Batcher:
                 reason = "stopping" if text.deadline == 0.0 else "timeout"
                 self._end(text, Event(finish="cancelled" if text.cancelled else reason))
         for text in [*self.waiting]:
-            if len(self.active) == self.slots.count:
+            if len(self.active) == len(self.slots.all):
                 break
-            try:
-                slot = self.slots.take(text.prompt, reuse=not text.prompt_logprobs)
-            except Failure as failure:
-                if self.active:
-                    break  # memory may suffice later
-                self._end(text, Event(finish="error", message=failure.message))
-                continue
+            slot = self.slots.take(text.prompt, reuse=not text.prompt_logprobs)
             if slot is None:
                 continue
             self.waiting.remove(text)
@@ -229,7 +227,8 @@ class Batcher:
             return LONGEST_PIECE
         if not self.prompt_seconds or not self.step_seconds:
             return SHORTEST_PIECE
-        return int(min(max(self.step_seconds / self.prompt_seconds, SHORTEST_PIECE), LONGEST_PIECE))
+        piece = int(PROMPT_SHARE * self.step_seconds / self.prompt_seconds)
+        return min(max(piece, SHORTEST_PIECE), LONGEST_PIECE)
 
     def _measure(self, seconds: float, growing: int, read: int) -> None:
         self.metrics.prompt_tokens.inc(read)

@@ -14,7 +14,7 @@ from sparsecli.generate.chat import TemplateProcess
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.native_decoder import open_engine
 from sparsecli.generate.packed_weights import weight_type
-from sparsecli.interchange.kept_imports import model_folder
+from sparsecli.interchange.model_folder import model_folder
 from sparsecli.model.files import read_description
 from sparsecli.model.tokenizer import read_tokenizer
 

@@ -31,15 +31,20 @@ class Slot:
 
 
 class Slots:
-    """Up to `count` slots with room for `capacity` tokens each, made when they are first needed.
+    """`count` slots with room for `capacity` tokens each.
 
     A slot keeps its tokens when its text ends. A new text begins with what its prompt has in common with any slot.
+
+    Raises:
+        Failure: memory does not suffice.
     """
 
     def __init__(self, engine: Engine, count: int, capacity: int) -> None:
-        self.engine, self.count, self.capacity = engine, count, capacity
-        self.all: list[Slot] = []
+        self.all = [Slot(engine.sequence(capacity)) for _ in range(count)]
         self._uses = 0
+        for slot in self.all:  # the system clears memory when it is first used: now, not while texts wait
+            engine.step(slot.sequence, 0)
+            slot.sequence.truncate(0)
 
     @property
     def busy(self) -> int:
@@ -54,11 +59,9 @@ class Slots:
 
         Args:
             reuse: whether the slot may hold tokens; without, it is empty.
-        Raises:
-            Failure: a new slot is needed, and memory does not suffice.
         """
         free = [slot for slot in self.all if not slot.busy]
-        if not free and len(self.all) == self.count:
+        if not free:
             return None
         shared = {slot: common(prompt[:-1], slot.tokens) for slot in self.all} if reuse else {}
         best = max(shared, key=lambda slot: shared[slot], default=None)
@@ -67,14 +70,8 @@ class Slots:
             coming = common(prompt[:-1], slot.prompt) if reuse and slot.busy else 0
             if coming >= most + LEAST_SHARED:
                 return None
-        if best in free and 2 * most >= len(best.tokens):
-            chosen, best = best, None
-        elif len(self.all) < self.count:
-            chosen = Slot(self.engine.sequence(self.capacity))
-            self.all.append(chosen)
-        else:
-            chosen = min(free, key=lambda slot: slot.last_use)
-        assert chosen
+        keeps_most = best in free and 2 * most >= len(best.tokens)
+        chosen = best if best and keeps_most else min(free, key=lambda slot: slot.last_use)
         self._begin(chosen, best, most)
         chosen.busy, chosen.prompt = True, prompt
         return chosen
