@@ -24,6 +24,7 @@ from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.interchange import exporting, importing
 from sparsecli.model.files import find_model
 from sparsecli.recipe.loader import shipped
+from sparsecli.serve import command as serve
 from sparsecli.train import command as train
 
 PROGRAM = [sys.executable, "-c", "from sparsecli.cli import main; main()"]
@@ -31,6 +32,7 @@ IMPLEMENTATIONS = {
     "train": train.run,
     "sparsify-convert": convert.run,
     "generate": generate.generate,
+    "serve": serve.run,
     "evaluate": evaluate.run,
     "import": importing.run,
     "export": exporting.run,
@@ -42,6 +44,7 @@ SMALLEST = {
     "train": ["quickstart"],
     "sparsify-convert": ["quickstart-convert"],
     "generate": ["--prompt", "x"],
+    "serve": [],
     "evaluate": [],
     "import": ["theirs", "--output", "ours"],
     "export": ["ours", "--output", "theirs"],

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from foreign_models import LLAMA, build, save
 from shipped_runs import SHORT_BENCH, SHORT_CONVERT, foreign, imported, run, shortened, trained
@@ -83,6 +86,13 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
         for name in [*named, *(Path(word).name for word in words if word.startswith("runs/"))]:
             trained(name)
         words += ["--max-new-tokens", "2"]
+    elif words[0] == "serve":
+        if reason := binding.available():
+            pytest.skip(f"serve needs the native engine: {reason}")
+        if "smollm2" in words:
+            imported("smollm2")
+        serves([*words, "--port", "0"])
+        return
     elif words[0] == "evaluate":
         for word in words[1:]:
             if word in shipped() or word.startswith("runs/"):
@@ -107,6 +117,20 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
                 at = words.index("--fail-above")
                 words = words[:at] + words[at + 2 :]
     run(*words, stdin=stdin)
+
+
+def serves(words: list[str]) -> None:
+    """The command answers, and ends with a signal."""
+    process = subprocess.Popen([sys.executable, "-m", "sparsecli", *words], stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    line = process.stderr.readline()
+    found = re.search(r"serving \S+ at (\S+) ", line)
+    assert found, line + process.stderr.read()
+    body = {"prompt": "def", "max_tokens": 2}
+    answer = httpx.post(f"{found[1]}/v1/completions", json=body, timeout=60).json()
+    process.terminate()
+    assert answer["usage"]["completion_tokens"] <= 2
+    assert process.wait(60) == 0
 
 
 def as_shipped(words: list[str]) -> bool:
