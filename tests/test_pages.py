@@ -89,6 +89,9 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
     elif words[0] == "serve":
         if reason := binding.available():
             pytest.skip(f"serve needs the native engine: {reason}")
+        for word in words:
+            if word.startswith("runs/"):
+                trained(Path(word).name)
         if "smollm2" in words:
             imported("smollm2")
         serves([*words, "--port", "0"])
