@@ -26,19 +26,18 @@ from sparsecli.console import Failure
 from sparsecli.data.tokenization import load_or_train
 from sparsecli.decode.engine import Engine
 from sparsecli.decode.native import binding
+from sparsecli.generate.batcher import Batcher, Event, Full, Text
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.native_decoder import open_engine
-from sparsecli.generate.sampling import make_sampler
+from sparsecli.generate.sampling import logprobs_of, make_sampler
+from sparsecli.generate.slots import LEAST_SHARED, Slots, common
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
 from sparsecli.model.files import read_description
 from sparsecli.model.tokenizer import read_tokenizer
 from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.schema import GenerateSpec
 from sparsecli.serve import command
-from sparsecli.serve.batcher import Batcher, Event, Full, Text, logprobs_of
-from sparsecli.serve.metrics import Metrics
 from sparsecli.serve.protocol import CompletionRequest
-from sparsecli.serve.slots import LEAST_SHARED, Slots, common
 
 pytestmark = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -241,6 +240,20 @@ def test_penalties_and_biases() -> None:
     assert CompletionRequest(prompt="x").adjust(4) is None
 
 
+def test_counters(server: Process) -> None:
+    names = (
+        "new_tokens_total",
+        "token_seconds_count",
+        "first_token_seconds_count",
+        'texts_total{finish="length"}',
+    )
+    before = [server.metric(name) for name in names]
+    server.post(prompt="def read", max_tokens=7)
+    after = [server.metric(name) for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [7, 6, 1, 1]
+    assert (server.metric("active_texts"), server.metric("waiting_texts")) == (0, 0)
+
+
 def test_what_a_text_began_with_is_kept(server: Process) -> None:
     before = server.metric("reused_tokens_total")
     for end in ("path", "file"):
@@ -379,7 +392,7 @@ class Answer:
 
 @pytest.fixture
 def batcher(engine: Engine) -> Iterator[Batcher]:
-    made = Batcher(engine, 2, CONTEXT, 4, frozenset({299}), Metrics())
+    made = Batcher(engine, 2, CONTEXT, 4, frozenset({299}))
     yield made
     made.stop(0)
 
@@ -410,7 +423,7 @@ def test_a_full_queue_takes_all_of_a_request_or_none(batcher: Batcher) -> None:
 
 
 def test_texts_that_wait_when_the_server_stops_are_told(engine: Engine) -> None:
-    batcher = Batcher(engine, 1, CONTEXT, 4, frozenset(), Metrics())
+    batcher = Batcher(engine, 1, CONTEXT, 4, frozenset())
     texts = [Answer([1], 150) for _ in range(3)]
     batcher.submit([answer.text for answer in texts])
     batcher.stop(0)
@@ -435,7 +448,7 @@ def test_an_error_of_the_engine_ends_texts_and_not_the_server(
 
 def test_an_end_token_is_not_part_of_the_text(engine: Engine) -> None:
     first = Answer([1, 2], 5)
-    batcher = Batcher(engine, 1, CONTEXT, 4, frozenset(), Metrics())
+    batcher = Batcher(engine, 1, CONTEXT, 4, frozenset())
     batcher.submit([first.text])
     assert first.finish == "length"
     batcher.end_tokens = frozenset({first.tokens[2]})

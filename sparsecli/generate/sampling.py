@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,3 +99,21 @@ def keep_min_p(weights: np.ndarray, share: float) -> np.ndarray:
 def _check(value: np.floating) -> None:
     if not np.isfinite(value):
         raise Failure("the model's logits are NaN or infinite; its weights are damaged")
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of the probabilities of one token and of the likeliest ones, before temperature."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+def logprobs_of(row: np.ndarray, token: int, top: int) -> TokenLogprobs:
+    """Of `token` and of the `top` likeliest tokens, from logits (V,)."""
+    largest = row.max()
+    total = largest + np.log(np.exp(row - largest).sum(dtype=np.float64))
+    best = np.argpartition(row, -top)[-top:] if top else np.empty(0, np.int64)
+    ordered = best[np.argsort(-row[best], kind="stable")]
+    return TokenLogprobs(token, float(row[token] - total), [(int(i), float(row[i] - total)) for i in ordered])

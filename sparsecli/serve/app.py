@@ -22,9 +22,10 @@ from starlette.exceptions import HTTPException
 
 from sparsecli import __version__
 from sparsecli.console import Failure
+from sparsecli.generate.batcher import Batcher, Full
 from sparsecli.generate.chat import TemplateProcess
+from sparsecli.generate.sampling import TokenLogprobs
 from sparsecli.model.tokenizer import Tokenizer
-from sparsecli.serve.batcher import Batcher, Full, TokenLogprobs
 from sparsecli.serve.metrics import Metrics
 from sparsecli.serve.protocol import ChatRequest, CompletionRequest, Request
 from sparsecli.serve.texts import Broken, Choice, Delta, seeds

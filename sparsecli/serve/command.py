@@ -60,8 +60,8 @@ def run(
     if missing := binding.available():
         raise Failure(f"serve needs the native engine: {missing}")
     try:
+        from sparsecli.generate.batcher import Batcher
         from sparsecli.serve.app import Server, make_app
-        from sparsecli.serve.batcher import Batcher
         from sparsecli.serve.http_server import serve_until_signal
         from sparsecli.serve.metrics import Metrics
     except ImportError as error:

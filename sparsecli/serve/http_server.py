@@ -9,7 +9,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from sparsecli.serve.batcher import Batcher
+from sparsecli.generate.batcher import Batcher
 
 
 class StoppingServer(uvicorn.Server):

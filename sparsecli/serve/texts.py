@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsecli.generate.sampling import make_sampler
+from sparsecli.generate.batcher import Batcher, Event, Text
+from sparsecli.generate.sampling import TokenLogprobs, make_sampler
 from sparsecli.generate.text import TextBuilder
 from sparsecli.model.tokenizer import Tokenizer
 from sparsecli.recipe.schema import GenerateSpec
-from sparsecli.serve.batcher import Batcher, Event, Text, TokenLogprobs
 from sparsecli.serve.protocol import Request
 
 

@@ -15,9 +15,8 @@ import numpy as np
 
 from sparsecli.console import Failure
 from sparsecli.decode.engine import Engine
-from sparsecli.generate.sampling import Sampler
-from sparsecli.serve.metrics import Metrics
-from sparsecli.serve.slots import Slot, Slots
+from sparsecli.generate.sampling import Sampler, TokenLogprobs, logprobs_of
+from sparsecli.generate.slots import Slot, Slots
 
 LONGEST_PIECE = 256
 """Tokens of prompts in a pass at most: new texts and cancellations wait for it."""
@@ -28,21 +27,28 @@ SMOOTHING = 0.2
 """Share of the newest pass in the running means of seconds."""
 
 
+class Observer:
+    """What a batcher tells of its work; this one keeps nothing."""
+
+    def started(self, reused: int) -> None:
+        """A text got a slot, which held `reused` tokens of its prompt."""
+
+    def passed(self, seconds: float, prompt_tokens: int, active: int, waiting: int) -> None:
+        """A pass took so long and read so many tokens of prompts; so many texts have a slot, or wait for one."""
+
+    def token(self, seconds: float, first: bool) -> None:
+        """A new token, so long after the one before, or after the arrival."""
+
+    def finished(self, how: str, active: int, waiting: int) -> None:
+        """A text has ended (`Event.finish`); so many others have a slot, or wait for one."""
+
+
 class Full(Exception):
     """No room for another text; `retry_after` seconds may help."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"too many requests; try again in {retry_after} s")
         self.retry_after = retry_after
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural logarithms of the probabilities of one token and of the likeliest ones, before temperature."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -111,17 +117,17 @@ class Batcher:
         capacity: int,
         queue: int,
         end_tokens: frozenset[int],
-        metrics: Metrics,
+        observer: Observer | None = None,
     ) -> None:
         self.engine, self.capacity, self.queue, self.end_tokens = engine, capacity, queue, end_tokens
-        self.metrics = metrics
+        self.observer = observer or Observer()
         self.slots = Slots(engine, slots, capacity)
         self.waiting: list[Text] = []
         self.active: dict[Text, Slot] = {}
         self.step_seconds = 0.0  # running mean of a pass without prompts
         self.prompt_seconds = 0.0  # of a token of a prompt
         self.text_seconds = 1.0  # of a text, from its slot to its end
-        self.stopping = False
+        self.stopping = self._ending = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
@@ -152,8 +158,7 @@ class Batcher:
             self.stopping = True
             self._wake.notify()
         self._thread.join(seconds)
-        for text in [*self.waiting, *self.active]:
-            text.deadline = 0.0
+        self._ending = True
         self._thread.join()
 
     # -- the batcher's thread ---------------------------------------------------------------------------------
@@ -178,9 +183,10 @@ class Batcher:
         """End texts that are cancelled or late, and give slots to those that wait, in the order of arrival."""
         now = time.monotonic()
         for text in [*self.active, *self.waiting]:
-            if text.cancelled or now > text.deadline:
-                reason = "stopping" if text.deadline == 0.0 else "timeout"
-                self._end(text, Event(finish="cancelled" if text.cancelled else reason))
+            if text.cancelled:
+                self._end(text, Event(finish="cancelled"))
+            elif self._ending or now > text.deadline:
+                self._end(text, Event(finish="stopping" if self._ending else "timeout"))
         for text in [*self.waiting]:
             if len(self.active) == len(self.slots.all):
                 break
@@ -190,9 +196,7 @@ class Batcher:
             self.waiting.remove(text)
             text.reused = len(slot.tokens)
             self.active[text] = slot
-            self.metrics.reused_tokens.inc(text.reused)
-        self.metrics.waiting.set(len(self.waiting))
-        self.metrics.active.set(len(self.active))
+            self.observer.started(text.reused)
 
     def _pass(self) -> None:
         growing = [text for text in self.active if text.new]
@@ -231,8 +235,7 @@ class Batcher:
         return min(max(piece, SHORTEST_PIECE), LONGEST_PIECE)
 
     def _measure(self, seconds: float, growing: int, read: int) -> None:
-        self.metrics.prompt_tokens.inc(read)
-        self.metrics.pass_seconds.observe(seconds)
+        self.observer.passed(seconds, read, len(self.active), len(self.waiting))
         if not read:
             self.step_seconds += SMOOTHING * (seconds - self.step_seconds) if self.step_seconds else seconds
             return
@@ -244,10 +247,12 @@ class Batcher:
     def _score(self, text: Text, piece: list[int]) -> None:
         """Read a piece of a prompt, and tell the logprobs of the tokens behind its tokens."""
         slot = self.active[text]
+        begun = time.perf_counter()
         rows = self.engine.logits(slot.sequence, piece)
+        seconds = time.perf_counter() - begun
+        self.observer.passed(seconds, len(piece), len(self.active), len(self.waiting))
         slot.tokens.extend(piece)
         at = len(slot.tokens)
-        self.metrics.prompt_tokens.inc(len(piece))
         following = text.prompt[at - len(piece) + 1 : at + 1]
         found = [
             logprobs_of(row, token, text.top_logprobs or 0)
@@ -282,11 +287,7 @@ class Batcher:
 
     def _time_token(self, text: Text) -> None:
         now = time.monotonic()
-        self.metrics.new_tokens.inc()
-        if text.last_token_at:
-            self.metrics.token_seconds.observe(now - text.last_token_at)
-        else:
-            self.metrics.first_token_seconds.observe(now - text.arrived)
+        self.observer.token(now - (text.last_token_at or text.arrived), first=not text.last_token_at)
         text.last_token_at = now
 
     def _end(self, text: Text, event: Event) -> None:
@@ -296,14 +297,5 @@ class Batcher:
             self.text_seconds += SMOOTHING * (time.monotonic() - text.arrived - self.text_seconds)
         elif text in self.waiting:
             self.waiting.remove(text)
-        self.metrics.finished.labels(event.finish).inc()
+        self.observer.finished(event.finish or "", len(self.active), len(self.waiting))
         text.emit(event)
-
-
-def logprobs_of(row: np.ndarray, token: int, top: int) -> TokenLogprobs:
-    """Of `token` and of the `top` likeliest tokens, from logits (V,)."""
-    largest = row.max()
-    total = largest + np.log(np.exp(row - largest).sum(dtype=np.float64))
-    best = np.argpartition(row, -top)[-top:] if top else np.empty(0, np.int64)
-    ordered = best[np.argsort(-row[best], kind="stable")]
-    return TokenLogprobs(token, float(row[token] - total), [(int(i), float(row[i] - total)) for i in ordered])
