@@ -23,7 +23,7 @@ from sparsecli.generate import command as generate
 from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.interchange import exporting, importing
 from sparsecli.model.files import find_model
-from sparsecli.recipe.loader import shipped
+from sparsecli.recipe.loader import load, shipped
 from sparsecli.serve import command as serve
 from sparsecli.train import command as train
 
@@ -176,12 +176,42 @@ def test_generate_options_go_before_the_recipe(run, calls):
     options = calls.options["options"]
     assert (options.top_k, options.top_p) == (9, 0.25)
     assert calls.options["prompt"] == "def "
+    assert calls.options["seed"] == options_seed("quickstart")
     assert (
         run("generate", "--temperature", "0", "--stop", "a", "--stop", "b", "--prompt", "x", "--seed", "4")
         == 0
     )
     options = calls.options["options"]
     assert (options.temperature, options.stop, calls.options["seed"]) == (0, ["a", "b"], 4)
+
+
+def options_seed(name):
+    return load(name).recipe.seed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompts", "a", "--prompt", "x"], "--prompts: cannot be combined with --prompt"),
+        (["--prompts", "a", "--draft", "lookup"], "--prompts: cannot be combined with --draft"),
+        (["--chat", "--json"], "--chat: cannot be combined with --json"),
+        (["--chat", "--prompt-file", "x"], "--chat: cannot be combined with --prompt-file"),
+        (["--prompt", "x", "--logprobs", "2"], "--logprobs: needs --json or --prompts"),
+        (["--json", "--logprobs", "2", "--draft", "self"], "--logprobs: cannot be combined with --draft"),
+        (["--prompt", "x", "--system", "s"], "--system: needs --chat"),
+    ],
+)  # fmt: skip
+def test_options_of_generate_that_exclude_one_another(options, message, run, calls, capsys):
+    assert run("generate", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_seeds_are_random_unless_given(run, calls):
+    seeds = []
+    for _ in range(2):
+        assert run("generate", "--prompt", "x") == 0
+        seeds.append(calls.options["seed"])
+    assert seeds[0] != seeds[1]
 
 
 def test_generate_writes_as_the_run_was_told_to(run, calls, tmp_path, monkeypatch):

@@ -230,7 +230,7 @@ def test_chat_template_is_used_where_there_is_one(folder: Path) -> None:
     assert tokenizer.backend.decode(encode_prompt(tokenizer, "hi", 48)) == "hi"
     tokenizer.template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}:"
     assert tokenizer.backend.decode(encode_prompt(tokenizer, "hi", 48)) == "<user>hi:"
-    assert tokenizer.backend.decode(encode_prompt(tokenizer, "hi", 48, chat=False)) == "hi"
+    assert tokenizer.backend.decode(encode_prompt(tokenizer, "hi", 48, template=False)) == "hi"
 
 
 def test_a_word_that_follows_the_prompt_keeps_its_space(

@@ -346,8 +346,8 @@ def test_prompts_begin_as_the_original_tokenizer_begins_them(theirs: Path, tmp_p
     assert read_description(tmp_path / "ours").imported
     tokenizer = read_tokenizer(tmp_path / "ours", 270)
     plain = tokenizer.encode("text")
-    assert encode_prompt(tokenizer, "text", 99, chat=False, special=True) == [0, *plain]
-    assert encode_prompt(tokenizer, "text", 99, chat=False) == plain
+    assert encode_prompt(tokenizer, "text", 99, template=False, special=True) == [0, *plain]
+    assert encode_prompt(tokenizer, "text", 99, template=False) == plain
 
 
 # -- the way back ------------------------------------------------------------------------------------------------

@@ -81,6 +81,9 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
             pytest.skip(f"packed models and drafts need the native engine: {reason}")
         if "--input" in words:
             Path(words[words.index("--input") + 1]).write_text("def add(a, b):\n    return a + b\n")
+        if "--chat" in words:
+            Path("smollm2", "chat_template.jinja").write_text("{{ messages[-1].content }}")
+            stdin = "def\n"
         trained("quickstart")
         named = [word for word in words[1:2] if word in shipped()]
         for name in [*named, *(Path(word).name for word in words if word.startswith("runs/"))]:

@@ -106,7 +106,7 @@ def test_of_several_templates_the_default_counts(tmp_path: Path) -> None:
     ],
 )
 def test_templates_that_do_not_work_or_reach_out(template: str) -> None:
-    with pytest.raises(Failure, match=r"the chat template fails: .*; --no-chat leaves it out") as caught:
+    with pytest.raises(Failure, match=r"the chat template fails: .*; --no-template leaves it out") as caught:
         render(template, [{"role": "user", "content": "x"}], {})
     assert len(caught.value.message.splitlines()) == 1
 
@@ -131,7 +131,7 @@ def test_templates_without_end(template: str, message: str | None, monkeypatch: 
     if message is None:
         assert render(template, [], {}) == "\ud800\ud800"
         return
-    with pytest.raises(Failure, match=f"the chat template fails: {message}; --no-chat leaves it out"):
+    with pytest.raises(Failure, match=f"the chat template fails: {message}; --no-template leaves it out"):
         render(template, [{"role": "user", "content": "x"}], {})
 
 

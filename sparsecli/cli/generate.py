@@ -86,9 +86,36 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template, if it has one.")
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Continue every prompt of a file: a JSON string or object with `prompt` in each line; - is stdin.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, max=256, metavar="N", help="Prompts of --prompts decoded together.")
+    ] = 8,
+    chat: Annotated[bool, typer.Option("--chat", help="Keep a conversation: messages from stdin.")] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="System message of the conversation.", show_default=False),
+    ] = None,
+    template: Annotated[
+        bool,
+        typer.Option("--template/--no-template", help="Use the tokenizer's chat template, if it has one."),
     ] = True,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=100,
+            metavar="N",
+            help="In JSON, log-probabilities of the tokens and of the N likeliest ones.",
+            show_default=False,
+        ),
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show the speed of prefill and decode.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Write one JSON object at the end.")] = False,
     backend: Annotated[
@@ -104,8 +131,10 @@ def generate(
     """Continue a prompt, or summarize an input.
 
     The prompt comes from --prompt, --prompt-file, a pipe, or the recipe. A model with an encoder reads it as its
-    input, as with --input. Without --model, the model is that of the recipe's run, else of the newest finished run
-    under runs/. Sampling options that are not given come from the recipe, else from the recipe of the model's run.
+    input, as with --input. --prompts takes many prompts, --chat keeps a conversation.
+
+    Without --model, the model is that of the recipe's run, else of the newest finished run under runs/. Sampling
+    options that are not given come from the recipe, else from the recipe of the model's run.
     """
     loaded = load_optional_recipe(recipe, overrides, seed)
     from sparsecli.generate import command
@@ -125,14 +154,21 @@ def generate(
     command.run(
         loaded,
         model=model,
-        prompt=prompt,
-        prompt_file=prompt_file,
-        input_file=input_file,
+        asked=command.Asked(
+            prompt=prompt,
+            prompt_file=prompt_file,
+            input_file=input_file,
+            prompts=prompts,
+            batch=batch,
+            chat=chat,
+            system=system,
+            template=template,
+            draft=draft,
+            logprobs=logprobs,
+            stats=stats,
+            json=json,
+        ),
         sampling={name: value for name, value in sampling.items() if value is not None},
         seed=seed,
         decoder=DecoderOptions(backend, None if dtype == "auto" else dtype, cache_dtype, threads, keep),
-        chat=chat,
-        stats=stats,
-        json=json,
-        draft=draft,
     )

@@ -140,7 +140,7 @@ class TemplateProcess:
         with self._mutex:
             answer = self._ask(asked)
         if "text" not in answer:
-            raise Failure(f"the chat template fails: {answer['error']}; --no-chat leaves it out")
+            raise Failure(f"the chat template fails: {answer['error']}; --no-template leaves it out")
         return str(answer["text"])
 
     def close(self) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.generate.backend import open_decoder
+from sparsecli.generate.batch import described, generate_batch
+from sparsecli.generate.conversation import converse
 from sparsecli.generate.decoder import Decoder, DecoderOptions
 from sparsecli.generate.drafts import open_drafter
 from sparsecli.generate.prompt import encode_input, encode_prompt, read_prompt
@@ -24,29 +28,82 @@ if TYPE_CHECKING:
     from sparsecli.recipe.loader import LoadedRecipe
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for beside sampling and decoding.
+
+    Attributes:
+        prompt, prompt_file, input_file: the prompt, where a recipe or a pipe does not hold it; see `read_prompt`.
+        prompts: a file of prompts, which are decoded `batch` at a time.
+        chat, system: keep a conversation, after a first message of the system.
+        template: put the prompt into the tokenizer's chat template, if it has one.
+        draft: source of drafts, see `open_drafter`.
+        logprobs: how many likeliest tokens to give in JSON with their log-probabilities; None: no log-probabilities.
+    """
+
+    prompt: str | None = None
+    prompt_file: Path | None = None
+    input_file: Path | None = None
+    prompts: str | None = None
+    batch: int = 8
+    chat: bool = False
+    system: str | None = None
+    template: bool = True
+    draft: str | None = None
+    logprobs: int | None = None
+    stats: bool = False
+    json: bool = False
+
+    def check(self) -> None:
+        """Raises Failure for options that exclude one another (exit code 2)."""
+        one = {
+            "--prompt-file": self.prompt_file is not None,
+            "--input": self.input_file is not None,
+            "--draft": self.draft is not None,
+        }
+        if self.prompts is not None:
+            others = {"--prompt": self.prompt is not None, "--chat": self.chat, "--stats": self.stats}
+            _refuse("--prompts", one | others)
+        elif self.chat:
+            logprobs = self.logprobs is not None
+            _refuse(
+                "--chat",
+                one | {"--json": self.json, "--logprobs": logprobs, "--no-template": not self.template},
+            )
+        elif self.logprobs is not None:
+            _refuse("--logprobs", {"--draft": self.draft is not None})
+            if not self.json:
+                raise Failure("--logprobs: needs --json or --prompts", exit_code=2)
+        if self.system is not None and not self.chat:
+            raise Failure("--system: needs --chat", exit_code=2)
+
+
+def _refuse(option: str, others: Mapping[str, bool]) -> None:
+    """Raises Failure where another option is given that cannot be combined with `option`."""
+    for other, given in others.items():
+        if given:
+            raise Failure(f"{option}: cannot be combined with {other}", exit_code=2)
+
+
 def run(
     loaded: LoadedRecipe | None,
     *,
     model: str | None,
-    prompt: str | None,
-    prompt_file: Path | None,
-    input_file: Path | None,
+    asked: Asked,
     sampling: Mapping[str, object],
     seed: int | None,
     decoder: DecoderOptions,
-    chat: bool,
-    stats: bool,
-    json: bool,
-    draft: str | None = None,
 ) -> None:
     """Generate with the model of `model`, of the recipe's run, or of the newest finished run.
 
     `sampling` holds options of the command line by field name. The others come from the recipe, else from the recipe
-    that the model was trained with. All options are checked before a missing model is an error.
+    that the model was trained with. All options are checked before a missing model is an error. Without a recipe or a
+    seed, the seed is random.
 
     Raises:
         Failure: a wrong option, no prompt, no model; or see `generate`.
     """
+    asked.check()
     missing: Failure | None = None
     folder = Path()
     with ExitStack() as stack:
@@ -59,21 +116,47 @@ def run(
             loaded.recipe.generate if loaded else GenerateSpec() if missing else _trained_options(folder)
         )
         options = with_options(defaults, sampling)
-        text = read_prompt(prompt, prompt_file, input_file, options.prompt)
+        seed = loaded.recipe.seed if loaded else secrets.randbelow(1 << 31) if seed is None else seed
+        text = ""
+        if not asked.chat and asked.prompts is None:
+            text = read_prompt(asked.prompt, asked.prompt_file, asked.input_file, options.prompt)
         if missing:
             raise missing
-        generate(
-            folder,
-            prompt=text,
-            options=options,
-            decoder=decoder,
-            is_input=input_file is not None,
-            seed=loaded.recipe.seed if loaded else seed or 0,
-            chat=chat,
-            stats=stats,
-            json=json,
-            draft=draft,
-        )
+        if asked.chat:
+            converse(
+                folder,
+                options=options,
+                decoder=decoder,
+                system=asked.system,
+                first=asked.prompt,
+                seed=seed,
+                stats=asked.stats,
+            )
+        elif asked.prompts is not None:
+            generate_batch(
+                folder,
+                asked.prompts,
+                options=options,
+                decoder=decoder,
+                seed=seed,
+                template=asked.template,
+                size=asked.batch,
+                top_logprobs=asked.logprobs,
+            )
+        else:
+            generate(
+                folder,
+                prompt=text,
+                options=options,
+                decoder=decoder,
+                is_input=asked.input_file is not None,
+                seed=seed,
+                template=asked.template,
+                stats=asked.stats,
+                json=asked.json,
+                draft=asked.draft,
+                top_logprobs=asked.logprobs,
+            )
 
 
 def _trained_options(folder: Path) -> GenerateSpec:
@@ -90,14 +173,15 @@ def generate(
     decoder: DecoderOptions,
     is_input: bool = False,
     seed: int = 0,
-    chat: bool = True,
+    template: bool = True,
     stats: bool = False,
     json: bool = False,
     draft: str | None = None,
+    top_logprobs: int | None = None,
 ) -> None:
     """Generate with the model in `folder`. The text goes to stdout as it grows, or as one JSON document.
 
-    With `is_input` the prompt is the input of an encoder. `draft` is the source of drafts: see `open_drafter`.
+    With `is_input` the prompt is the input of an encoder. The other arguments are those of `Asked`.
 
     Raises:
         Failure: a damaged model, a prompt that does not fit, an input for a model without an encoder, or a backend
@@ -111,7 +195,7 @@ def generate(
     elif is_input:
         raise Failure(f"--input: the model in {folder} has no encoder; give a text to continue with --prompt")
     else:
-        ids = encode_prompt(tokenizer, prompt, context, chat, special=description.imported)
+        ids = encode_prompt(tokenizer, prompt, context, template, special=description.imported)
     show = _ignore if json else _stream
     with ExitStack() as stack:
         opened = stack.enter_context(closing(open_decoder(folder, description, decoder)))
@@ -122,9 +206,12 @@ def generate(
                 draft, opened, folder, description, tokenizer, decoder, options, capacity, seed
             )
             stack.callback(drafter.close)
-        result = generate_text(opened, description, tokenizer, ids, options, seed, show, drafter)
+        result = generate_text(
+            opened, description, tokenizer, ids, options, seed, show, drafter, top_logprobs
+        )
     figures = result.stats()
     if json:
+        logprobs = {} if top_logprobs is None else {"logprobs": described(result.logprobs, tokenizer)}
         console.json_out(
             {
                 "model": str(folder),
@@ -137,8 +224,10 @@ def generate(
                 "text": result.text,
                 "tokens": result.tokens,
                 "finish": result.finish,
+                "seed": seed,
                 "stats": figures,
             }
+            | logprobs
         )
         return
     console.out()

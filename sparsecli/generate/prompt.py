@@ -61,9 +61,9 @@ def _decode(content: bytes, source: str) -> str:
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, prompt: str, context: int, chat: bool = True, special: bool = False
+    tokenizer: Tokenizer, prompt: str, context: int, template: bool = True, special: bool = False
 ) -> list[int]:
-    """Token ids of `prompt`; with `chat` it goes through the tokenizer's chat template, if there is one.
+    """Token ids of `prompt`; with `template` it goes through the tokenizer's chat template, if there is one.
 
     Without a template, `special` adds the tokens that the tokenizer puts around a text.
 
@@ -75,7 +75,7 @@ def encode_prompt(
         raise Failure("the prompt is empty; give a text to continue")
     ids = (
         encode_chat(tokenizer, prompt)
-        if chat and tokenizer.template
+        if template and tokenizer.template
         else tokenizer.encode(prompt, special=special)
     )
     if not ids:

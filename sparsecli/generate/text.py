@@ -6,17 +6,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsecli.generate.decoder import Decoder
 from sparsecli.generate.drafts import Drafter
 from sparsecli.generate.native_decoder import NativeDecoder
-from sparsecli.generate.sampling import Sampler, make_sampler
+from sparsecli.generate.sampling import Sampler, TokenLogprobs, logprobs_of, make_sampler
 from sparsecli.generate.speculation import SpeculationStats, speculate
 from sparsecli.model.files import Description
 from sparsecli.model.tokenizer import Tokenizer
 from sparsecli.recipe.schema import GenerateSpec
 from sparsecli.spec.vocabulary import START
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class StopFilter:
@@ -94,6 +97,8 @@ class Generation:
     step_seconds: list[float] = field(default_factory=list)
     """Seconds of each step; with speculative decoding, of each pass, for any number of tokens."""
     speculation: SpeculationStats | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the tokens, where they were asked for."""
 
     def stats(self) -> dict[str, Any]:
         """Figures of `--stats` and `--json`; None where nothing was measured."""
@@ -119,19 +124,26 @@ def decode(
     sampler: Sampler,
     limit: int,
     result: Generation,
+    top_logprobs: int | None = None,
 ) -> Iterator[int]:
-    """Yield up to `limit` (at least 1) new tokens after `prefix`; timings go to `result`.
+    """Yield up to `limit` (at least 1) new tokens after `prefix`; timings and logprobs go to `result`.
 
     The prefix is the prompt, or the start token where an encoder reads the prompt.
     """
     tokens = list(prefix)
+
+    def sample(logits: np.ndarray) -> None:
+        tokens.append(sampler(tokens, logits))
+        if top_logprobs is not None:
+            result.logprobs.append(logprobs_of(logits, tokens[-1], top_logprobs))
+
     started = time.perf_counter()
-    tokens.append(sampler(tokens, decoder.prefill(prompt, capacity=len(prefix) + limit)))
+    sample(decoder.prefill(prompt, capacity=len(prefix) + limit))
     result.prefill_seconds = time.perf_counter() - started
     yield tokens[-1]
     for _ in range(limit - 1):
         started = time.perf_counter()
-        tokens.append(sampler(tokens, decoder.step(tokens[-1])))
+        sample(decoder.step(tokens[-1]))
         result.step_seconds.append(time.perf_counter() - started)
         yield tokens[-1]
 
@@ -145,11 +157,13 @@ def generate_text(
     seed: int,
     show: Callable[[str], None],
     drafter: Drafter | None = None,
+    top_logprobs: int | None = None,
 ) -> Generation:
     """Generate after the token ids `prompt`, and pass text to `show` as soon as its characters are whole.
 
     A model with an encoder encodes the prompt and generates from the start token. A character that is unfinished at
-    the end is not shown. With a `drafter` the decoder checks its drafts.
+    the end is not shown. With a `drafter` the decoder checks its drafts. `top_logprobs` asks for log-probabilities of
+    the tokens and of so many likeliest ones; drafts do not allow it.
     """
     result = Generation(prompt_tokens=len(prompt))
     prefix = [START] if model.spec.encoder else list(prompt)
@@ -168,7 +182,7 @@ def generate_text(
         assert isinstance(decoder, NativeDecoder)
         decoded = speculate(decoder, drafter, prompt, options, sampler, seed, limit, result)
     else:
-        decoded = decode(decoder, prompt, prefix, sampler, limit, result)
+        decoded = decode(decoder, prompt, prefix, sampler, limit, result, top_logprobs)
     for token in decoded:
         if token in model.end_tokens:
             result.finish = "end"
@@ -183,6 +197,7 @@ def generate_text(
         text, stopped = builder.end()
         emit(text)
         result.finish = "stop" if stopped else result.finish
+    del result.logprobs[len(result.tokens) :]  # an end token is not part of the text
     if result.finish == "length" and room < options.max_new_tokens:
         result.finish = "context"
     return result

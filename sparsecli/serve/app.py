@@ -118,7 +118,7 @@ class Server:
             return self.tokenizer.encode(text, names_are_text=False)
         except Failure as failure:
             raise Refused(
-                400, failure.message.removesuffix("; --no-chat leaves it out"), "messages"
+                400, failure.message.removesuffix("; --no-template leaves it out"), "messages"
             ) from None
 
     def choices(
