@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("sparsecli/decode/native")
@@ -23,8 +24,16 @@ class BuildNative(build_ext):
         return []  # no module initialisation: Python never imports it
 
 
+class AnyPythonWheel(bdist_wheel):
+    """One wheel for all versions of Python: the library has no Python in it."""
+
+    def get_tag(self):
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
 setup(
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
     ext_modules=[
         Extension(
             "sparsecli.decode.native._native",

@@ -108,7 +108,10 @@ def available() -> str | None:
         if not LIBRARY.exists():
             reason = f"{LIBRARY} does not exist"
             if "SPARSECLI_NATIVE_LIBRARY" not in os.environ:
-                reason = "the native engine was not built; install a C++20 compiler, then sparsecli again"
+                reason = (
+                    "the native engine was not built; install a C++20 compiler, then "
+                    "`pip install --force-reinstall --no-deps --no-cache-dir sparsecli`"
+                )
     if reason and wanted == "native":
         raise Failure(f"SPARSECLI_KERNELS=native: {reason}", exit_code=2)
     if reason is None:
