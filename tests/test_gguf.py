@@ -42,11 +42,8 @@ def random_rows(kind: GgufType, rows: int, cols: int, seed: int = 0) -> np.ndarr
     generator = np.random.default_rng(seed)
     raw = generator.integers(0, 256, (rows, cols // kind.block, kind.block_bytes), dtype=np.uint8)
     halves = generator.normal(0, 0.01, (*raw.shape[:2], 2)).astype(np.float16).view(np.uint8)
-    if kind.name == "Q6_K":
-        raw[..., 208:] = halves[..., :2]
-    else:
-        size = 4 if kind.minimum else 2
-        raw[..., :size] = halves[..., :size]
+    place = raw[..., kind.halves]
+    place[:] = halves[..., : place.shape[-1]]
     return raw.reshape(rows, -1)
 
 
