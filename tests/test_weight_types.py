@@ -32,13 +32,14 @@ from sparsecli.decode.native import binding
 from sparsecli.decode.native.rounding import (
     fit_groups,
     fit_groups_slowly,
+    nearest_codes,
     round_columns,
     round_columns_slowly,
 )
 from sparsecli.evaluate.losses import window_losses
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.gguf_types import TYPES, panels_of, values
+from sparsecli.model.gguf_types import IQ4_VALUES, TYPES, panels_of, values
 from sparsecli.model.tokenizer import GGUF_METADATA
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.spec.model import ModelSpec, QuantizationSpec
@@ -74,34 +75,43 @@ def token_ids(rows: int, length: int) -> torch.Tensor:
 
 @engine
 @pytest.mark.parametrize(
-    ("minimum", "lowest", "highest", "group"),
-    [(True, 0, 15, 32), (False, -8, 7, 32), (False, -32, 31, 16), (False, -127, 127, 32)],
+    ("minimum", "lowest", "highest", "group", "table"),
+    [
+        (True, 0, 15, 32, ()),
+        (False, -8, 7, 32, ()),
+        (False, -32, 31, 16, ()),
+        (False, -127, 127, 32, ()),
+        (False, IQ4_VALUES[0], IQ4_VALUES[-1], 32, IQ4_VALUES),
+    ],
 )
-def test_groups_are_fitted_as_by_the_twin(minimum: bool, lowest: int, highest: int, group: int) -> None:
+def test_groups_are_fitted_as_by_the_twin(
+    minimum: bool, lowest: int, highest: int, group: int, table: tuple[int, ...]
+) -> None:
     random = np.random.default_rng(0)
     weight = random.standard_normal((50, 256), dtype=np.float32)
     weight[3] = 0
     weight[4] = np.abs(weight[4]) + 1  # no minimum below zero
     importance = random.random(256, dtype=np.float32) + 0.01
-    arguments = weight, importance, group, lowest, highest, (1.0, 0.9, 0.8), minimum
+    arguments = weight, importance, group, lowest, highest, (1.0, 0.9, 0.8), minimum, table
     for ours, theirs in zip(fit_groups(*arguments), fit_groups_slowly(*arguments), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)
 
 
 @engine
-def test_columns_are_rounded_as_by_the_twin() -> None:
+@pytest.mark.parametrize("table", [(), IQ4_VALUES], ids=["evenly", "a table"])
+def test_columns_are_rounded_as_by_the_twin(table: tuple[int, ...]) -> None:
     random = np.random.default_rng(0)
     columns, rows = 37, 1000
     factor = np.triu(0.3 * random.standard_normal((columns, columns), dtype=np.float32), 1)
     factor += 2 * np.eye(columns, dtype=np.float32)
-    scales = random.random((3, rows), dtype=np.float32)
+    scales = random.random((3, rows), dtype=np.float32) / (20 if table else 1)
     scales[:, ::50] = 0
-    offsets = -random.random((3, rows), dtype=np.float32)
+    offsets = np.zeros_like(scales) if table else -random.random((3, rows), dtype=np.float32)
     groups = np.sort(random.integers(0, 3, columns))
     first = random.standard_normal((columns, rows), dtype=np.float32)
     second = first.copy()
-    ours = round_columns(first, scales, offsets, groups, factor, 0, 15)
-    theirs = round_columns_slowly(second, scales, offsets, groups, factor, 0, 15)
+    ours = round_columns(first, scales, offsets, groups, factor, 0, 15, table)
+    theirs = round_columns_slowly(second, scales, offsets, groups, factor, 0, 15, table)
     assert (ours[0] != theirs[0]).mean() < 1e-3  # ties of rounding
     same = (ours[0] == theirs[0]).all(axis=0)
     np.testing.assert_allclose(ours[1][:, same], theirs[1][:, same], atol=1e-5)
@@ -133,8 +143,12 @@ def test_rounding_to_second_order_loses_less_than_nearest(kind: str) -> None:
     np.testing.assert_array_equal(stored, made.numpy())  # what is stored is what was measured
 
     grid = fit_grid(TYPES[kind], weight, inputs.moment.diagonal())
+    bounds = (-127, 127) if grid.table else (grid.lowest, grid.highest)
     scale, offset = (each.repeat_interleave(grid.group, 1) for each in (grid.scale, grid.offset))
-    nearest = ((weight - offset) / scale).round().clamp(grid.lowest, grid.highest) * scale + offset
+    codes = ((weight - offset) / scale).clamp(-1000, 1000)
+    if grid.table:
+        codes = torch.tensor(grid.table)[nearest_codes(grid.table, codes.numpy())]
+    nearest = codes.round().clamp(*bounds) * scale + offset
 
     def error(made: torch.Tensor) -> float:
         return float((x @ (made - weight).T).square().mean())

@@ -79,7 +79,7 @@ def fit_groups_slowly(
             inverse = np.divide(end, extreme * share, out=np.zeros_like(extreme), where=extreme != 0)
             start = np.zeros_like(extreme)
         codes = ((x - start) * inverse).clip(lowest, highest)
-        codes = np.array(table, np.float32)[nearest(table, codes)] if table else np.rint(codes)
+        codes = np.array(table, np.float32)[nearest_codes(table, codes)] if table else np.rint(codes)
         first, second, both = (w * codes).sum(-1), (w * codes**2).sum(-1), (w * codes * x).sum(-1)
         alone = both / second.clip(min=1e-30)
         scale, offset = alone, np.zeros_like(alone)
@@ -153,14 +153,14 @@ def round_columns_slowly(
         scale, offset, target = scales[group], offsets[group], remaining[column]
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
         wanted = (target - offset) * inverse
-        codes[column] = nearest(table, wanted) if table else np.rint(np.clip(wanted, lowest, highest))
+        codes[column] = nearest_codes(table, wanted) if table else np.rint(np.clip(wanted, lowest, highest))
         value = np.array(table, np.float32)[codes[column].astype(int)] if table else codes[column]
         errors[column] = (target - (scale * value + offset)) / factor[column, column]
         remaining[column + 1 :] -= factor[column, column + 1 :, None] * errors[column]
     return codes, errors
 
 
-def nearest(table: tuple[int, ...], wanted: np.ndarray) -> np.ndarray:
+def nearest_codes(table: tuple[int, ...], wanted: np.ndarray) -> np.ndarray:
     """The codes of the values in an ascending table that are nearest to these."""
     values = np.array(table, np.float32)
     return np.searchsorted((values[1:] + values[:-1]) / 2, wanted, side="right")
