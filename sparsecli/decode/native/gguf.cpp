@@ -1,5 +1,6 @@
 // GGUF's blocks put into panels (ops/gguf.inl), row by row; the twin is model/gguf_types.py.
 #include <cstring>
+#include <vector>
 
 #include "engine.h"
 #include "parallel.h"
@@ -154,10 +155,12 @@ int64_t sparsecli_arrange_gguf(int64_t type, const uint8_t* raw, int64_t rows, i
     const Source& source = SOURCES[type - Q4_0];
     const int64_t row_bytes = cols / source.weights * source.bytes, bytes = gguf_panel(cols, type);
     const int64_t count = (rows + LANES - 1) / LANES;
+    const std::vector<uint8_t> zeros(size_t(row_bytes), 0);  // rows that fill the last panel
     in_parallel(threads, [&](int64_t number) {
         const int64_t first = count * number / threads, last = count * (number + 1) / threads;
-        for (int64_t row = first * LANES; row < last * LANES && row < rows; ++row)
-            write_row(type, raw + row * row_bytes, cols, row % LANES, panels + row / LANES * bytes);
+        for (int64_t row = first * LANES; row < last * LANES; ++row)
+            write_row(type, row < rows ? raw + row * row_bytes : zeros.data(), cols, row % LANES,
+                      panels + row / LANES * bytes);
     });
     return 0;
 }
