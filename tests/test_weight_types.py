@@ -201,7 +201,7 @@ def test_linear_layers_and_their_types() -> None:
     kept = QuantizationSpec.model_validate({"gguf": {"model.layers.0.feed_forward.up": "Q5_0"}})
     layers = {each.name: each for each in linear_layers(spec(quantization=kept))}
     assert len(layers) == 2 * 7 + 1
-    assert layers["model.layers.0.feed_forward.up"].types == ["IQ4_NL", "Q4_0", "Q4_1"]  # smaller
+    assert layers["model.layers.0.feed_forward.up"].types == ["IQ4_NL", "Q4_1"]  # smaller
     assert layers["model.layers.1.feed_forward.up"].types == list(NARROW_TYPES)
     assert "head" not in layers  # tied
     assert LinearLayer("x", 4, 512, None).types == list(WIDE_TYPES)

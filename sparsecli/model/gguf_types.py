@@ -2,7 +2,7 @@
 
 A row of a matrix is a sequence of blocks of 32 or 256 weights (`GgufType.block`). Every code and every scale is kept,
 in another order: panels of 16 rows, so that a vector lane of the engine is a row (native/ops/gguf.inl). A
-panel holds, for every 64 columns (256 of the K types), the codes, then the scales, and is as long as the original
+panel holds, for every 64 columns (256 of nested types), the codes, then the scales, and is as long as the original
 within 3 %.
 """
 

@@ -304,7 +304,8 @@ inline Vector minima_of(const uint8_t* block, int64_t group) {
 template <class T>
 inline void add_group(Vector& y, const Vector& scales, const Vector& minima, const Vector& sums, float scale,
                       float sum_of_x) {
-    const Vector centred = ZERO_OF<T> != 0 ? sums - fill(ZERO_OF<T> * sum_of_x) : sums;  // exact
+    Vector centred = sums;
+    if constexpr (ZERO_OF<T> != 0) add_product(centred, fill(-ZERO_OF<T>), fill(sum_of_x));  // exact
     add_product(y, scales, centred * fill(scale));
     if constexpr (T::MIN) add_product(y, minima, fill(scale * sum_of_x));
 }
