@@ -85,7 +85,9 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 )
 def test_a_model_keeps_the_codes_of_its_file(name: str, tied: bool, tmp_path: Path) -> None:
     """Imported as it is, it computes in PyTorch what its dequantized weights do, and nearly so in the engine."""
-    sizes = {"hidden_size": 256, "intermediate_size": 256} if TYPES[name].nested else {"intermediate_size": 64}
+    sizes = (
+        {"hidden_size": 256, "intermediate_size": 256} if TYPES[name].nested else {"intermediate_size": 64}
+    )
     original = build("llama", **LLAMA | sizes | {"tie_word_embeddings": tied})
     write_gguf(original, save(original, tmp_path / "theirs"), tmp_path / "model.gguf", quantized=name)
     for dtype in ("auto", "float32"):

@@ -18,8 +18,8 @@ from sparsecli.data.tokenization import train_byte_pairs
 from sparsecli.interchange import exporting, importing
 from sparsecli.interchange.byte_pair_tokenizer import SPLITTINGS, build_byte_pair_tokenizer, name_of_splitting
 from sparsecli.interchange.gguf_reader import GgufReader
-from sparsecli.model.gguf_types import TYPES
 from sparsecli.model.files import CONFIG, read_description
+from sparsecli.model.gguf_types import TYPES
 from sparsecli.model.loading import load_network
 from sparsecli.model.tokenizer import GGUF_METADATA
 
