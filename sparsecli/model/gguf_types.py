@@ -181,9 +181,7 @@ def _take_q3_k_apart(blocks: np.ndarray) -> Parts:
     rows = blocks.shape[0]
     third = blocks[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # (R, blocks, 8, 32)
     quarters = blocks[..., 32:96].reshape(*blocks.shape[:2], 2, 1, 32)
-    quarters = (
-        quarters >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
-    )  # (R, blocks, halves, quarters, 32)
+    quarters = quarters >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3  # (R, blocks, 2, quarters, 32)
     codes = quarters.reshape(third.shape) | third << 2
     scales = _unpack_scales(blocks[..., 96:108])
     return Parts(codes.reshape(rows, -1), scales.reshape(rows, -1), None, _halves(blocks[..., 108:]))
