@@ -42,11 +42,8 @@ def random_rows(kind: GgufType, rows: int, cols: int, seed: int = 0) -> np.ndarr
     generator = np.random.default_rng(seed)
     raw = generator.integers(0, 256, (rows, cols // kind.block, kind.block_bytes), dtype=np.uint8)
     halves = generator.normal(0, 0.01, (*raw.shape[:2], 2)).astype(np.float16).view(np.uint8)
-    if kind.name == "Q6_K":
-        raw[..., 208:] = halves[..., :2]
-    else:
-        size = 4 if kind.minimum else 2
-        raw[..., :size] = halves[..., :size]
+    place = raw[..., kind.halves]
+    place[:] = halves[..., : place.shape[-1]]
     return raw.reshape(rows, -1)
 
 
@@ -82,15 +79,16 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
 
 
-QUANTIZED = {name: name for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")}
-
-
 @needs_gguf
-@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize(
+    ("name", "tied"), [*((name, False) for name in TYPES), ("Q4_0", True), ("Q3_K", True), ("IQ4_XS", True)]
+)
 def test_a_model_keeps_the_codes_of_its_file(name: str, tied: bool, tmp_path: Path) -> None:
     """Imported as it is, it computes in PyTorch what its dequantized weights do, and nearly so in the engine."""
-    original = build("llama", **LLAMA | {"intermediate_size": 64, "tie_word_embeddings": tied})
+    sizes = (
+        {"hidden_size": 256, "intermediate_size": 256} if TYPES[name].nested else {"intermediate_size": 64}
+    )
+    original = build("llama", **LLAMA | sizes | {"tie_word_embeddings": tied})
     write_gguf(original, save(original, tmp_path / "theirs"), tmp_path / "model.gguf", quantized=name)
     for dtype in ("auto", "float32"):
         importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / dtype, dtype=dtype)
@@ -107,9 +105,8 @@ def test_a_model_keeps_the_codes_of_its_file(name: str, tied: bool, tmp_path: Pa
     ids = prompt()[0].tolist()
     packed = pack_folder(tmp_path / "auto", description.spec, Precision.of("float32"))
     twin = Reference(packed).logits(ids)
-    assert (
-        distance(twin, expected[0].numpy()) < 0.06
-    )  # activations are rounded to bytes, and random layers amplify that
+    # Activations are rounded to bytes, and random layers amplify that, wide ones more.
+    assert distance(twin, expected[0].numpy()) < (0.2 if TYPES[name].nested else 0.06)
     if binding.available() is None:
         engine = Engine(packed, 2)
         found = engine.logits(engine.sequence(len(ids)), ids)

@@ -19,12 +19,12 @@ from sparsecli.interchange import exporting, importing
 from sparsecli.interchange.byte_pair_tokenizer import SPLITTINGS, build_byte_pair_tokenizer, name_of_splitting
 from sparsecli.interchange.gguf_reader import GgufReader
 from sparsecli.model.files import CONFIG, read_description
+from sparsecli.model.gguf_types import TYPES
 from sparsecli.model.loading import load_network
 from sparsecli.model.tokenizer import GGUF_METADATA
 
 pytestmark = needs_gguf
 
-SIMPLE = ["Q8_0", "Q4_0", "Q5_1", "Q4_1", "Q5_0"]
 GEMMA3 = {
     "num_hidden_layers": 7,
     "head_dim": 16,
@@ -100,13 +100,14 @@ def check_same_tensors(found: GgufReader, expected: GgufReader) -> None:
 def test_what_was_imported_comes_out_byte_for_byte(kind: str, tmp_path: Path) -> None:
     """With another type in every tensor, where they are not fused."""
     name, fields = MODELS[kind]
-    fields = {**fields, **({"n_inner": 64} if kind == "gpt2" else {"intermediate_size": 64})}
-    original = build(name, **fields)
+    wide = {"n_embd": 256, "n_inner": 256, "n_layer": 3}
+    wide = wide if kind == "gpt2" else {"hidden_size": 256, "intermediate_size": 256}
+    original = build(name, **{**fields, **wide})
     source = tmp_path / "source.gguf"
-    write_gguf(original, save(original, tmp_path / "theirs"), source, quantized=SIMPLE)
+    write_gguf(original, save(original, tmp_path / "theirs"), source, quantized=list(TYPES))
     importing.run(source=str(source), output=tmp_path / "ours")
     kinds = read_description(tmp_path / "ours").spec.quantization.gguf.values()
-    assert set(kinds) == set(SIMPLE)
+    assert set(kinds) == set(TYPES)
     found, expected = exported(tmp_path / "ours", tmp_path / "again.gguf"), GgufReader(source)
     check_same_tensors(found, expected)
     for key, value in expected.metadata.items():

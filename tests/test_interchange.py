@@ -16,6 +16,7 @@ from foreign_models import LLAMA, MIXED, MODELS, TEMPLATE, VOCABULARY, build, gr
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from sparsecli.convert.methods.rounding import InputMoment, round_to_type
 from sparsecli.data.tokenization import beginning, encode
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.folder import pack_folder
@@ -36,6 +37,7 @@ from sparsecli.interchange.sentencepiece_tokenizer import (
 from sparsecli.interchange.sources import OwnModel, open_source, read_architecture
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.files import read_description, weight_files
+from sparsecli.model.gguf_types import TYPES, put_together
 from sparsecli.model.loading import load_model, load_network
 from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.model.tokenizer import read_tokenizer
@@ -272,6 +274,18 @@ def test_what_convert_opens(tmp_path: Path) -> None:
 # -- GGUF ----------------------------------------------------------------------------------------------------
 
 
+def quantized_rows(values: np.ndarray, name: str) -> np.ndarray:
+    """Rows in a type of GGUF's, (rows, bytes of a row): by the package, or by us where it only reads the type."""
+    import gguf
+
+    try:
+        return gguf.quantize(values, gguf.GGMLQuantizationType[name])
+    except NotImplementedError:
+        every = InputMoment(torch.eye(values.shape[1], dtype=torch.float64))
+        parts, _ = round_to_type(TYPES[name], torch.from_numpy(values), every)
+        return put_together(TYPES[name], parts)
+
+
 def write_gguf(
     model: PreTrainedModel,
     folder: Path,
@@ -344,7 +358,7 @@ def write_gguf(
         values, stored = tensor.numpy(), None
         if quantized and values.ndim == 2:
             stored = gguf.GGMLQuantizationType[next(types)]
-            values = gguf.quantize(values, stored)
+            values = quantized_rows(values, stored.name)
         writer.add_tensor(f"{mapped.get_name(stem)}.{ending}", values, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

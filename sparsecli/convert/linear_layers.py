@@ -12,10 +12,10 @@ from sparsecli.model.gguf_types import TYPES
 from sparsecli.model.tensors import tensor_shapes
 from sparsecli.spec.model import ModelSpec, QuantizationSpec
 
-WIDE_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
+WIDE_TYPES = ("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 """Types of matrices whose rows are a multiple of 256 long."""
-NARROW_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-"""Types of the others."""
+NARROW_TYPES = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""Types of the others. Q4_0 is as large as IQ4_NL and loses more in every layer that was measured."""
 EMBEDDING, HEAD = "model.embedding", "head"
 
 

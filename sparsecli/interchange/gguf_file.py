@@ -648,8 +648,7 @@ def _dequantized(kind: GgufType, raw: np.ndarray) -> np.ndarray:
 def _finite(kind: GgufType, raw: np.ndarray) -> bool:
     """Whether the float16 scales of all blocks are finite."""
     blocks = raw.reshape(-1, kind.block_bytes)
-    halves = blocks[:, -2:] if kind.name == "Q6_K" else blocks[:, : 4 if kind.minimum else 2]
-    bits = np.ascontiguousarray(halves).view("<u2")
+    bits = np.ascontiguousarray(blocks[:, kind.halves]).view("<u2")
     return bool(((bits & 0x7C00) != 0x7C00).all())
 
 

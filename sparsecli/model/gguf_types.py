@@ -2,7 +2,7 @@
 
 A row of a matrix is a sequence of blocks of 32 or 256 weights (`GgufType.block`). Every code and every scale is kept,
 in another order: panels of 16 rows, so that a vector lane of the engine is a row (native/ops/gguf.inl). A
-panel holds, for every 64 columns (256 of the K types), the codes, then the scales, and is as long as the original
+panel holds, for every 64 columns (256 of nested types), the codes, then the scales, and is as long as the original
 within 3 %.
 """
 
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 LANES = 16
 LINE = 64
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""What the codes of the IQ4 types stand for: closer together around zero, where most weights are."""
 CHUNK = 1 << 21  # weights that are laid out at a time: they stay in the cache
 
 
@@ -26,8 +29,10 @@ class GgufType:
         number: what GGUF calls it.
         block, block_bytes: weights of one of its blocks, and bytes.
         bits: of a code.
+        group: weights that share a scale.
         zero: the code of 0; codes of 8 bits are signed.
         minimum: whether a group has a minimum beside its scale.
+        table: the values of the codes, times the scale, where they are not evenly apart.
     """
 
     name: str
@@ -35,18 +40,25 @@ class GgufType:
     block: int
     block_bytes: int
     bits: int
+    group: int = 32
     zero: int = 0
     minimum: bool = False
+    table: tuple[int, ...] = ()
 
     @property
     def nested(self) -> bool:
-        """Whether scales are bytes with a float16 scale of their own (the K types)."""
+        """Whether scales are bytes with a float16 scale of their own (the K types and IQ4_XS)."""
         return self.block == 256
 
     @property
-    def group(self) -> int:
-        """Weights that share a scale."""
-        return 16 if self.bits == 6 else 32
+    def packed_scales(self) -> bool:
+        """Whether panels hold scales in six bits, as files do."""
+        return self.bits == 3
+
+    @property
+    def halves(self) -> slice:
+        """The bytes of a block that are float16."""
+        return slice(-2, None) if self.group == 16 else slice(0, 4 if self.minimum else 2)
 
     @property
     def columns(self) -> int:
@@ -58,8 +70,13 @@ class GgufType:
         """Bytes of the scales and minima of a panel's block."""
         tables = 2 if self.minimum else 1
         if self.nested:
-            return tables * LANES * (self.columns // self.group + 2)
-        return tables * LANES * self.columns // self.group * 2
+            return tables * LANES * (self.scales_of_block + 2)
+        return tables * LANES * self.scales_of_block * 2
+
+    @property
+    def scales_of_block(self) -> int:
+        """Numbers that hold the scales of one row of a panel's block."""
+        return 12 if self.packed_scales else self.columns // self.group
 
     @property
     def panel_block_bytes(self) -> int:
@@ -83,9 +100,12 @@ TYPES = {
         GgufType("Q5_0", 6, 32, 22, 5, zero=16),
         GgufType("Q5_1", 7, 32, 24, 5, minimum=True),
         GgufType("Q8_0", 8, 32, 34, 8),
+        GgufType("IQ4_NL", 20, 32, 18, 4, table=IQ4_VALUES),
+        GgufType("IQ4_XS", 23, 256, 136, 4, table=IQ4_VALUES),
+        GgufType("Q3_K", 11, 256, 110, 3, group=16, zero=4),
         GgufType("Q4_K", 12, 256, 144, 4, minimum=True),
         GgufType("Q5_K", 13, 256, 176, 5, minimum=True),
-        GgufType("Q6_K", 14, 256, 210, 6, zero=32),
+        GgufType("Q6_K", 14, 256, 210, 6, group=16, zero=32),
     )
 }
 """By their names in GGUF."""
@@ -97,9 +117,9 @@ class Parts:
 
     Attributes:
         codes: (R, cols) uint8, int8 with 8 bits.
-        scales: (R, groups): float16; uint8 or int8 of K types.
+        scales: (R, groups): float16; of nested types uint8 with minima, int8 without.
         minima: the same; None where the type has none.
-        outer: (R, blocks, 1 or 2) float16 of K types: the scale of a block's scales and that of its minima.
+        outer: (R, blocks, 1 or 2) float16 of nested types: the scale of a block's scales and that of its minima.
     """
 
     codes: np.ndarray
@@ -112,10 +132,8 @@ def take_apart(kind: GgufType, raw: np.ndarray) -> Parts:
     """`raw` (R, bytes of a row) uint8, as in a GGUF file."""
     rows = raw.shape[0]
     blocks = raw.reshape(rows, -1, kind.block_bytes)
-    if kind.name == "Q6_K":
-        return _take_q6_k_apart(blocks)
     if kind.nested:
-        return _take_k_apart(kind, blocks)
+        return NESTED.get(kind.name, partial(_take_k_apart, kind))(blocks)
     at = 2
     scales, minima = _halves(blocks[..., :2])[..., 0], None
     if kind.minimum:
@@ -158,6 +176,46 @@ def _take_q6_k_apart(blocks: np.ndarray) -> Parts:
     return Parts(codes.reshape(rows, -1), scales.reshape(rows, -1), None, _halves(blocks[..., 208:]))
 
 
+def _take_q3_k_apart(blocks: np.ndarray) -> Parts:
+    """The third bits of eight groups of 32 in 32 bytes, then two halves of 128: four quarters in 32 bytes."""
+    rows = blocks.shape[0]
+    third = blocks[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # (R, blocks, 8, 32)
+    quarters = blocks[..., 32:96].reshape(*blocks.shape[:2], 2, 1, 32)
+    quarters = quarters >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3  # (R, blocks, 2, quarters, 32)
+    codes = quarters.reshape(third.shape) | third << 2
+    scales = _unpack_scales(blocks[..., 96:108])
+    return Parts(codes.reshape(rows, -1), scales.reshape(rows, -1), None, _halves(blocks[..., 108:]))
+
+
+def _unpack_scales(packed: np.ndarray) -> np.ndarray:
+    """(..., 12) uint8 -> (..., 16) int8: four bits of scale j and of j + 8 in a byte, then two bits of every fourth."""
+    low = _nibbles(packed[..., :8]).reshape(*packed.shape[:-1], 16)
+    upper = packed[..., None, 8:] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    return (low | upper.reshape(low.shape) << 4).astype(np.int8) - np.int8(32)
+
+
+def _pack_scales(scales: np.ndarray) -> np.ndarray:
+    """The inverse of `_unpack_scales`."""
+    codes = (scales + np.int8(32)).astype(np.uint8)
+    fours = codes.reshape(*codes.shape[:-1], 4, 4) >> 4 << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    low = codes[..., :8] & 15 | codes[..., 8:] << 4
+    return np.concatenate((low, np.bitwise_or.reduce(fours, axis=-2)), axis=-1)
+
+
+def _take_iq4_xs_apart(blocks: np.ndarray) -> Parts:
+    """Eight groups of 32 with 6-bit scales: the upper two bits of all in two bytes, the others in four."""
+    rows = blocks.shape[0]
+    upper = np.ascontiguousarray(blocks[..., 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    low = _nibbles(blocks[..., 4:8, None]).reshape(upper.shape)
+    scales = (low | upper.astype(np.uint8) << 4).astype(np.int8) - np.int8(32)
+    codes = _nibbles(blocks[..., 8:].reshape(*blocks.shape[:2], 8, 16))  # (R, blocks, 8, 2, 16)
+    return Parts(codes.reshape(rows, -1), scales.reshape(rows, -1), None, _halves(blocks[..., :2]))
+
+
+NESTED = {"Q3_K": _take_q3_k_apart, "Q6_K": _take_q6_k_apart, "IQ4_XS": _take_iq4_xs_apart}
+"""Nested types without minima."""
+
+
 def _halves(raw: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(raw).view("<f2")
 
@@ -172,19 +230,31 @@ def put_together(kind: GgufType, parts: Parts) -> np.ndarray:
     rows = len(parts.codes)
     codes = parts.codes.reshape(rows, -1, kind.block)
 
-    def table(values: np.ndarray) -> np.ndarray:
+    def table(values: np.ndarray | None) -> np.ndarray:
         """Bytes (R, blocks, n) of what every block has."""
+        assert values is not None
         return np.ascontiguousarray(values).view(np.uint8).reshape(rows, codes.shape[1], -1)
 
     if kind.name == "Q6_K":
-        assert parts.outer is not None
         quarters = codes.reshape(*codes.shape[:2], 2, 4, 32)
         low = _together(quarters & 15, 64)
         upper = np.bitwise_or.reduce(quarters >> 4 << 2 * np.arange(4, dtype=np.uint8)[:, None], axis=-2)
         fields = [table(low), table(upper), table(parts.scales), table(parts.outer)]
+    elif kind.name == "Q3_K":
+        eighths = codes.reshape(*codes.shape[:2], 8, 32)
+        third = np.bitwise_or.reduce(eighths >> 2 << np.arange(8, dtype=np.uint8)[:, None], axis=-2)
+        quarters = eighths.reshape(*codes.shape[:2], 2, 4, 32) & 3
+        two = np.bitwise_or.reduce(quarters << 2 * np.arange(4, dtype=np.uint8)[:, None], axis=-2)
+        scales = _pack_scales(parts.scales.reshape(*codes.shape[:2], 16))
+        fields = [table(third), table(two), table(scales), table(parts.outer)]
+    elif kind.name == "IQ4_XS":
+        scales = (parts.scales + np.int8(32)).astype(np.uint8).reshape(*codes.shape[:2], 8)
+        upper = (scales >> 4).astype("<u2") << np.arange(0, 16, 2, dtype=np.uint16)
+        low = scales[..., ::2] & 15 | scales[..., 1::2] << 4
+        fields = [table(parts.outer), table(np.bitwise_or.reduce(upper, axis=-1)), table(low)]
+        fields.append(table(_together(codes, 16)))
     elif kind.nested:
         assert parts.minima is not None
-        assert parts.outer is not None
         scales, minima = (each.reshape(rows, -1, 2, 4) for each in (parts.scales, parts.minima))
         scales, scales_4 = scales[..., 0, :], scales[..., 1, :]
         minima, minima_4 = minima[..., 0, :], minima[..., 1, :]
@@ -259,9 +329,10 @@ def _write_panels(kind: GgufType, parts: Parts, panels: np.ndarray) -> None:
     words = _words(kind, codes)  # (P, 32 columns, word, lane, 4)
     blocks[..., :code_bytes] = words.reshape(count, blocks.shape[1], code_bytes)
     at = code_bytes
-    tables = [parts.scales] + ([] if parts.minima is None else [parts.minima])
-    per_block = kind.columns // kind.group
-    for table in tables:
+    scales, per_block = parts.scales, kind.scales_of_block
+    if kind.packed_scales:
+        scales = _pack_scales(scales.reshape(len(scales), -1, 16)).reshape(len(scales), -1)
+    for table in [scales] + ([] if parts.minima is None else [parts.minima]):
         by_lane = _whole(table, per_block).reshape(count, LANES, -1, per_block)
         flat = np.ascontiguousarray(by_lane.transpose(0, 2, 3, 1)).view(np.uint8)
         size = flat.size // (count * blocks.shape[1])
@@ -284,17 +355,20 @@ def _words(kind: GgufType, codes: np.ndarray) -> np.ndarray:
     """codes (P, lane, G, quad, 4) -> bytes (P, G, word, lane, 4)."""
     if kind.bits == 8:
         return codes.view(np.uint8).transpose(0, 2, 3, 1, 4)
-    low = codes & 15
-    words = low[..., :4, :] | low[..., 4:, :] << 4
-    if kind.bits == 5:
-        quads = np.arange(8, dtype=np.uint8)[:, None]
-        fifth = np.bitwise_or.reduce(codes >> 4 << quads, axis=-2, keepdims=True)
-        words = np.concatenate((words, fifth), axis=-2)
-    elif kind.bits == 6:
-        fields = 2 * np.arange(4, dtype=np.uint8)[:, None]
-        upper = (codes >> 4).reshape(*codes.shape[:3], 2, 4, 4)
-        words = np.concatenate((words, np.bitwise_or.reduce(upper << fields, axis=-2)), axis=-2)
-    return words.transpose(0, 2, 3, 1, 4)
+
+    def fields(values: np.ndarray, bits: int) -> np.ndarray:
+        """Values of all quads, several in a byte."""
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+        return np.bitwise_or.reduce(values.reshape(*codes.shape[:3], bits, -1, 4) << shifts, axis=-2)
+
+    if kind.bits == 3:
+        words = [fields(codes & 3, 2), fields(codes >> 2, 1)]
+    else:
+        low = codes & 15
+        words = [low[..., :4, :] | low[..., 4:, :] << 4]
+        if kind.bits > 4:
+            words.append(fields(codes >> 4, kind.bits - 4))
+    return np.concatenate(words, axis=-2).transpose(0, 2, 3, 1, 4)
 
 
 def restore(kind: GgufType, panels: np.ndarray, rows: int, cols: int) -> np.ndarray:
@@ -334,7 +408,7 @@ def read_parts(kind: GgufType, panels: np.ndarray, cols: int) -> Parts:
     """The inverse of `arrange` and `take_apart`: the parts of all rows of some panels."""
     count = len(panels)
     blocks = panels.reshape(count, -1, kind.panel_block_bytes)
-    code_bytes, per_block = kind.columns * LANES * kind.bits // 8, kind.columns // kind.group
+    code_bytes, per_block = kind.columns * LANES * kind.bits // 8, kind.scales_of_block
     words = blocks[..., :code_bytes].reshape(count, -1, kind.bits, LANES, 4)  # (P, G, word, lane, 4)
     codes = _codes(kind, words).transpose(0, 3, 1, 2, 4).reshape(count * LANES, -1)[:, :cols]
 
@@ -352,27 +426,35 @@ def read_parts(kind: GgufType, panels: np.ndarray, cols: int) -> Parts:
     size, tables = per_block * LANES, 2 if kind.minimum else 1
     minima = table(code_bytes + size, per_block, "u1") if kind.minimum else None
     outer = table(code_bytes + tables * size, tables, "<f2").reshape(count * LANES, -1, tables)
-    return Parts(codes, table(code_bytes, per_block, "u1" if kind.minimum else "i1"), minima, outer)
+    scales = table(code_bytes, per_block, "u1" if kind.minimum or kind.packed_scales else "i1")
+    if kind.packed_scales:
+        scales = _unpack_scales(scales.reshape(len(scales), -1, 12)).reshape(len(scales), -1)
+    return Parts(codes, scales, minima, outer)
 
 
 def _codes(kind: GgufType, words: np.ndarray) -> np.ndarray:
     """bytes (P, G, word, lane, 4) -> codes (P, G, quad, lane, 4)."""
     if kind.bits == 8:
         return words.view(np.int8)
+
+    def fields(some: np.ndarray, bits: int) -> np.ndarray:
+        """Values of all quads, of which several are in a byte."""
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None, None]
+        values = some[:, :, :, None] >> shifts & (1 << bits) - 1
+        return values.reshape(*words.shape[:2], 8, *words.shape[3:])
+
+    if kind.bits == 3:
+        return fields(words[:, :, :2], 2) | fields(words[:, :, 2:], 1) << 2
     low = words[:, :, :4]
     codes = np.concatenate((low & 15, low >> 4), axis=2)
-    if kind.bits == 5:
-        codes |= (words[:, :, 4:5] >> np.arange(8, dtype=np.uint8)[:, None, None] & 1) << 4
-    elif kind.bits == 6:
-        upper = words[:, :, 4:, None] >> 2 * np.arange(4, dtype=np.uint8)[:, None, None] & 3
-        codes |= upper.reshape(codes.shape) << 4
-    return codes
+    return codes | fields(words[:, :, 4:], kind.bits - 4) << 4 if kind.bits > 4 else codes
 
 
 def weights_of(kind: GgufType, parts: Parts) -> np.ndarray:
     """float32 (R, cols), in the order of operations of the package `gguf`."""
     rows, cols = parts.codes.shape
-    codes = parts.codes.reshape(rows, -1, kind.group).astype(np.float32)
+    codes = np.array(kind.table, np.float32)[parts.codes] if kind.table else parts.codes.astype(np.float32)
+    codes = codes.reshape(rows, -1, kind.group)
     scales = parts.scales.astype(np.float32)
     if kind.zero:
         codes -= kind.zero

@@ -18,7 +18,9 @@ from sparsecli.spec.feed_forward import FeedForwardSpec
 from sparsecli.spec.positions import AxialSpec, LongRotaryScaling, RotaryScaling
 from sparsecli.spec.vocabulary import VocabularySpec
 
-GgufTypeName = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+GgufTypeName = Literal[
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q4_K", "Q5_K", "Q6_K"
+]
 
 
 class QuantizationSpec(Spec):

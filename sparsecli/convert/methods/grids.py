@@ -19,8 +19,8 @@ SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68)
 """Shares of a group's range that are tried for types of 4 bits."""
 FEW_SHARES = (1.0, 0.94)
 """The same for types of more bits, whose best range is nearly the whole one."""
-INNER = {True: 63, False: 127}
-"""Largest inner scale of K types, with and without minima."""
+MANY_SHARES = (1.3, 1.2, 1.1, 1.0, 0.92, 0.84, 0.76, 0.68, 0.6)
+"""The same for types of 3 bits, and for values that are not evenly apart."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Grid:
     lowest: int
     highest: int
 
+    @property
+    def table(self) -> tuple[int, ...]:
+        """The values of the codes, where they are not the codes themselves; then there are no offsets."""
+        return ()
+
 
 @dataclass(frozen=True)
 class GgufGrid(Grid):
@@ -45,14 +50,18 @@ class GgufGrid(Grid):
 
     Attributes:
         kind: the type.
-        inner, inner_minima: (rows, groups) int, K types only.
-        outer: (rows, blocks, 1 or 2) float16, K types only.
+        inner, inner_minima: (rows, groups) int, nested types only.
+        outer: (rows, blocks, 1 or 2) float16, nested types only.
     """
 
     kind: GgufType
     inner: Tensor | None = None
     inner_minima: Tensor | None = None
     outer: Tensor | None = None
+
+    @property
+    def table(self) -> tuple[int, ...]:
+        return self.kind.table
 
     def parts(self, codes: Tensor) -> Parts:
         """The parts of a matrix with these codes (rows, cols)."""
@@ -73,22 +82,23 @@ def fit_grid(kind: GgufType, weight: Tensor, importance: Tensor) -> GgufGrid:
     Args:
         importance: of every column (cols,), the mean square of its input.
     """
-    lowest = 0 if kind.minimum else -kind.zero if kind.zero else -127
-    highest = (1 << kind.bits) - 1 if kind.minimum else kind.zero - 1 if kind.zero else 127
+    lowest = 0 if kind.minimum or kind.table else -kind.zero if kind.zero else -127
+    highest = lowest + (1 << kind.bits) - 1 if kind.bits < 8 else 127
+    shares = MANY_SHARES if kind.bits == 3 or kind.table else SHARES if kind.bits == 4 else FEW_SHARES
     mean = importance.mean()
     found = native.fit_groups(
         weight.float().numpy(),
         (importance + 1e-8 * mean + 1e-30).float().numpy(),
         kind.group,
-        lowest,
-        highest,
-        SHARES if kind.bits == 4 else FEW_SHARES,
+        *((kind.table[0], kind.table[-1]) if kind.table else (lowest, highest)),
+        shares,
         kind.minimum,
+        kind.table,
     )
     scale, offset = map(torch.from_numpy, found)
     if not kind.nested:
         return GgufGrid(scale.half().float(), offset.half().float(), kind.group, lowest, highest, kind)
-    largest = INNER[kind.minimum]
+    largest = 63 if kind.minimum else 127 if kind.bits == 6 else 31
     inner, outer = _nest(scale, 256 // kind.group, largest)
     inners, outers = [inner], [outer]
     if kind.minimum:

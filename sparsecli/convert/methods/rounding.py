@@ -118,6 +118,7 @@ def round_columns(
             factor[start:end, start:end].numpy(),
             grid.lowest,
             grid.highest,
+            grid.table,
         )
         codes[order[start:end]] = torch.from_numpy(found).to(torch.int32)
         remaining[end:].addmm_(factor[start:end, end:].T, torch.from_numpy(errors), alpha=-1)

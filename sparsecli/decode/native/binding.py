@@ -198,9 +198,17 @@ def library() -> ctypes.CDLL:
         "arrange_gguf": (c_int64, [c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64]),
         "fit_groups": (
             c_int64,
-            [c_void_p] * 2 + [c_int64] * 3 + [c_float] * 2 + [c_void_p, c_int64] + [c_void_p] * 2 + [c_int64],
+            [c_void_p] * 2
+            + [c_int64] * 3
+            + [c_float] * 2
+            + [c_void_p, c_int64] * 2
+            + [c_void_p] * 2
+            + [c_int64],
         ),
-        "round_columns": (c_int64, [c_void_p] * 7 + [c_int64] * 3 + [c_float] * 2 + [c_int64]),
+        "round_columns": (
+            c_int64,
+            [c_void_p] * 7 + [c_int64] * 3 + [c_float] * 2 + [c_void_p] + [c_int64] * 2,
+        ),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, f"sparsecli_{name}")

@@ -135,16 +135,19 @@ int64_t sparsecli_arrange_gguf(int64_t type, const uint8_t* raw, int64_t rows, i
                                int64_t threads);
 
 // The scales (rows, cols / group) of groups of `weights` (rows, cols), and where `minimum` is given their minima, with
-// the least error for codes from `lowest` to `highest`; errors count by the `importance` (cols,) of their columns.
+// the least error for values from `lowest` to `highest`: whole numbers, or where `values` are given these `codes`
+// ascending ones; errors count by the `importance` (cols,) of their columns.
 int64_t sparsecli_fit_groups(const float* weights, const float* importance, int64_t rows, int64_t cols, int64_t group,
-                             float lowest, float highest, const float* shares, int64_t count, float* scale,
-                             float* minimum, int64_t threads);
+                             float lowest, float highest, const float* values, int64_t codes, const float* shares,
+                             int64_t count, float* scale, float* minimum, int64_t threads);
 
-// Rounds `columns` columns (columns, rows) to codes from `lowest` to `highest`, one after another; those behind take
-// over the errors, by rows of `factor` that are `stride` apart. The errors, divided by its diagonal, are returned too.
+// Rounds `columns` columns (columns, rows) to codes from `lowest` to `highest`, or to those of the nearest of `count`
+// `values`, one after another; those behind take over the errors, by rows of `factor` that are `stride` apart. The
+// errors, divided by its diagonal, are returned too.
 int64_t sparsecli_round_columns(float* remaining, float* codes, float* errors, const float* scales,
                                 const float* offsets, const int64_t* groups, const float* factor, int64_t columns,
-                                int64_t rows, int64_t stride, float lowest, float highest, int64_t threads);
+                                int64_t rows, int64_t stride, float lowest, float highest, const float* values,
+                                int64_t count, int64_t threads);
 }
 #if defined(__GNUC__)
 #pragma GCC visibility pop

@@ -1,5 +1,6 @@
 // GGUF's blocks put into panels (ops/gguf.inl), row by row; the twin is model/gguf_types.py.
 #include <cstring>
+#include <vector>
 
 #include "engine.h"
 #include "parallel.h"
@@ -14,8 +15,9 @@ struct Source {
     int64_t weights, bytes, bits;
     bool minima;
 };
-constexpr Source SOURCES[] = {{32, 18, 4, false}, {32, 20, 4, true},   {32, 22, 5, false},  {32, 24, 5, true},
-                              {32, 34, 8, false}, {256, 144, 4, true}, {256, 176, 5, true}, {256, 210, 6, false}};
+constexpr Source SOURCES[] = {{32, 18, 4, false},  {32, 20, 4, true},   {32, 22, 5, false},   {32, 24, 5, true},
+                              {32, 34, 8, false},  {32, 18, 4, false},  {256, 136, 4, false}, {256, 110, 3, false},
+                              {256, 144, 4, true}, {256, 176, 5, true}, {256, 210, 6, false}};
 
 // The codes of a block of 32 weights whose scales and minima take `at` bytes.
 void codes_of_32(const Source& source, const uint8_t* from, int64_t at, uint8_t* codes) {
@@ -31,7 +33,19 @@ void codes_of_32(const Source& source, const uint8_t* from, int64_t at, uint8_t*
     }
 }
 
-void codes_of_k(const Source& source, const uint8_t* from, uint8_t* codes) {
+void codes_of_256(const Source& source, const uint8_t* from, uint8_t* codes) {
+    if (source.bits == 3) {
+        for (int group = 0; group < 8; ++group)
+            for (int i = 0; i < 32; ++i) {
+                const uint8_t two = from[32 + 32 * (group / 4) + i] >> 2 * (group % 4) & 3;
+                codes[32 * group + i] = uint8_t(two | (from[i] >> group & 1) << 2);
+            }
+        return;
+    }
+    if (source.bits == 4 && !source.minima) {
+        for (int group = 0; group < 8; ++group) codes_of_32(source, from, 8 + 16 * group, codes + 32 * group);
+        return;
+    }
     if (source.bits == 6) {  // two halves of 128, with four quarters each
         for (int half = 0; half < 2; ++half, codes += 128) {
             const uint8_t *low = from + 64 * half, *upper = from + 128 + 32 * half;
@@ -65,6 +79,14 @@ void write_codes(int64_t bits, const uint8_t* codes, uint8_t* to) {
             to[256 + at] = codes[16 + i];
             continue;
         }
+        if (bits == 3) {
+            for (int half = 0; half < 2; ++half) {
+                const uint8_t code = codes[16 * half + i];
+                to[64 * half + i % 4] |= uint8_t((code & 3) << 2 * (i / 4));
+                to[128 + i % 4] |= uint8_t((code >> 2) << (4 * half + i / 4));
+            }
+            continue;
+        }
         to[at] = uint8_t((codes[i] & 15) | codes[16 + i] << 4);
     }
     for (int i = 0; i < 32 && bits == 5; ++i) to[256 + i % 4] |= uint8_t((codes[i] >> 4) << i / 4);
@@ -88,12 +110,25 @@ void write_row(int64_t type, const uint8_t* raw, int64_t cols, int64_t lane, uin
             if (source.minima) std::memcpy(scales + 2 * ((2 + group) * LANES + lane), raw + 2, 2);
             continue;
         }
-        codes_of_k(source, raw, codes);
+        codes_of_256(source, raw, codes);
         for (int64_t g = 0; g < 8; ++g)
             write_codes(source.bits, codes + 32 * g, block + g * 64 * source.bits + 4 * lane);
         if (source.bits == 6) {
             for (int64_t g = 0; g < 16; ++g) scales[g * LANES + lane] = raw[192 + g];
             std::memcpy(scales + 16 * LANES + 2 * lane, raw + 208, 2);
+            continue;
+        }
+        if (source.bits == 3) {  // packed as in the file
+            for (int64_t g = 0; g < 12; ++g) scales[g * LANES + lane] = raw[96 + g];
+            std::memcpy(scales + 12 * LANES + 2 * lane, raw + 108, 2);
+            continue;
+        }
+        if (!source.minima) {  // IQ4_XS
+            for (int64_t g = 0; g < 8; ++g) {
+                const int upper = raw[2 + g / 4] >> 2 * (g % 4) & 3;
+                scales[g * LANES + lane] = uint8_t(((raw[4 + g / 2] >> 4 * (g % 2) & 15) | upper << 4) - 32);
+            }
+            std::memcpy(scales + 8 * LANES + 2 * lane, raw, 2);
             continue;
         }
         const uint8_t* packed = raw + 4;  // six bits of eight scales and eight minima
@@ -120,10 +155,12 @@ int64_t sparsecli_arrange_gguf(int64_t type, const uint8_t* raw, int64_t rows, i
     const Source& source = SOURCES[type - Q4_0];
     const int64_t row_bytes = cols / source.weights * source.bytes, bytes = gguf_panel(cols, type);
     const int64_t count = (rows + LANES - 1) / LANES;
+    const std::vector<uint8_t> zeros(size_t(row_bytes), 0);  // rows that fill the last panel
     in_parallel(threads, [&](int64_t number) {
         const int64_t first = count * number / threads, last = count * (number + 1) / threads;
-        for (int64_t row = first * LANES; row < last * LANES && row < rows; ++row)
-            write_row(type, raw + row * row_bytes, cols, row % LANES, panels + row / LANES * bytes);
+        for (int64_t row = first * LANES; row < last * LANES; ++row)
+            write_row(type, row < rows ? raw + row * row_bytes : zeros.data(), cols, row % LANES,
+                      panels + row / LANES * bytes);
     });
     return 0;
 }

@@ -8,8 +8,8 @@ from sparsecli.decode.native import binding
 from sparsecli.model import gguf_types
 from sparsecli.model.gguf_types import LANES, GgufType
 
-TYPE_CODES = {"Q4_0": 5, "Q4_1": 6, "Q5_0": 7, "Q5_1": 8, "Q8_0": 9, "Q4_K": 10, "Q5_K": 11, "Q6_K": 12}
-"""Numbers of the types in native/ops/ops.h."""
+TYPE_CODES = {name: code for code, name in enumerate(gguf_types.TYPES, 5)}
+"""Numbers of the types in native/ops/ops.h, in the same order."""
 THREADS = 2
 
 

@@ -15,7 +15,7 @@ from sparsecli.decode.packed.tensors import crosses, joins, modules_of, query_mo
 from sparsecli.spec.model import ModelSpec
 
 QUANTIZED_TYPES = {4: 3, 3: 4}  # native/ops/ops.h, by bits of a weight
-TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "float16": 13}
+TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "float16": 16}
 ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh")
 FEED_FORWARDS = ("dense", "sparse", "mixture", "selector", "precision")
 PROJECTIONS = ("dense", "multiplicative", "dense_conv", "multiplicative_conv")

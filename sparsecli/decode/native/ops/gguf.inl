@@ -6,24 +6,25 @@
 // the group's scale in float32.
 
 // How a type's weights are made of codes. A panel is a sequence of blocks of BLOCK columns, each of which holds
-//   codes   of every group of 32 columns: the lower four bits of all, then the upper ones (see visit_quads)
+//   codes   of every group of 32 columns: the lower bits of all, then the upper ones (see visit_quads)
 //   scales  simple: float16 [group][row], with MIN also minima of the same form
-//           super:  bytes [group of GROUP][row], with MIN also minima; then one float16 [row] for the scales of the
-//                   whole block, with MIN another one for the minima
+//           super:  bytes [group of GROUP][row], with three bits packed (see ByteScales), with MIN also minima; then
+//                   one float16 [row] for the scales of the whole block, with MIN another one for the minima
 // and is filled up to whole cache lines. A weight is scale * (code - ZERO), with MIN scale * code + minimum, where a
-// minimum of super blocks counts negative.
+// minimum of super blocks counts negative; with TABLE it is scale * IQ4_VALUES[code].
 template <int64_t TYPE>
 struct Gguf;
 
-template <int BITS_, int64_t BLOCK_, int GROUP_, bool SUPER_, bool MIN_, int ZERO_>
+template <int BITS_, int64_t BLOCK_, int GROUP_, bool SUPER_, bool MIN_, int ZERO_, bool TABLE_ = false>
 struct GgufType {
     static constexpr int BITS = BITS_, GROUP = GROUP_, ZERO = ZERO_;
     static constexpr int64_t BLOCK = BLOCK_, PARTS_OF_32 = 32 / GROUP, CODES = 64 * BITS;  // bytes of 32 columns
-    static constexpr bool SUPER = SUPER_, MIN = MIN_;
-    static constexpr int64_t GROUPS = BLOCK / GROUP;
+    static constexpr bool SUPER = SUPER_, MIN = MIN_, TABLE = TABLE_, PACKED = BITS == 3;
+    static constexpr bool SIGNED = BITS == 8 || TABLE;  // what is multiplied
+    static constexpr int64_t GROUPS = BLOCK / GROUP, ROWS_OF_SCALES = PACKED ? 12 : GROUPS;
     static constexpr int64_t SCALES = BLOCK / 32 * CODES;  // offset in a block
-    static constexpr int64_t MINIMA = SCALES + GROUPS * LANES * (SUPER ? 1 : 2);
-    static constexpr int64_t OF_SCALES = SCALES + (1 + MIN) * GROUPS * LANES, OF_MINIMA = OF_SCALES + 2 * LANES;
+    static constexpr int64_t MINIMA = SCALES + ROWS_OF_SCALES * LANES * (SUPER ? 1 : 2);
+    static constexpr int64_t OF_SCALES = SCALES + (1 + MIN) * ROWS_OF_SCALES * LANES, OF_MINIMA = OF_SCALES + 2 * LANES;
     static constexpr int64_t BYTES =
         (SUPER ? OF_SCALES + (1 + MIN) * 2 * LANES : SCALES + (1 + MIN) * (MINIMA - SCALES)) + 63 & ~63;
 };
@@ -39,11 +40,19 @@ struct Gguf<Q5_1> : GgufType<5, 64, 32, false, true, 0> {};
 template <>
 struct Gguf<Q8_0> : GgufType<8, 64, 32, false, false, 0> {};
 template <>
+struct Gguf<IQ4_NL> : GgufType<4, 64, 32, false, false, 0, true> {};
+template <>
+struct Gguf<IQ4_XS> : GgufType<4, 256, 32, true, false, 0, true> {};
+template <>
+struct Gguf<Q3_K> : GgufType<3, 256, 16, true, false, 4> {};
+template <>
 struct Gguf<Q4_K> : GgufType<4, 256, 32, true, true, 0> {};
 template <>
 struct Gguf<Q5_K> : GgufType<5, 256, 32, true, true, 0> {};
 template <>
 struct Gguf<Q6_K> : GgufType<6, 256, 16, true, false, 32> {};
+
+typedef uint8_t UnsignedBytes __attribute__((vector_size(WIDTH * 4)));
 
 // -- conversions ---------------------------------------------------------------------------------------------
 
@@ -66,19 +75,55 @@ inline Vector load_byte_scales(const uint8_t* from) {
 
 // -- codes ---------------------------------------------------------------------------------------------------
 
-// Codes of eight bits are signed; instructions that take unsigned ones read them with 128 added.
+// Codes of eight bits and values of tables are signed; instructions that take unsigned ones get them with 128 added.
 #if defined(SPARSECLI_QUADS)
 constexpr int SIGNED_ZERO = PANEL_ZERO;
 #else
 constexpr int SIGNED_ZERO = 0;
 #endif
 template <class T>
-constexpr float ZERO_OF = T::BITS == 8 ? SIGNED_ZERO : T::ZERO;
+constexpr float ZERO_OF = T::SIGNED ? SIGNED_ZERO : T::ZERO;
 
-template <int BITS>
-inline Codes upper_bits(const Codes& word, int quad) {
-    constexpr uint32_t MASK = BITS == 5 ? 0x10101010 : 0x30303030;
-    const int shift = BITS == 5 ? 4 - quad : 4 - 2 * (quad % 4);  // to the left
+constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+struct IqTable {
+    alignas(16) uint8_t values[16];
+
+    constexpr IqTable() : values() {
+        for (int code = 0; code < 16; ++code) values[code] = uint8_t(IQ4_VALUES[code] + SIGNED_ZERO);
+    }
+};
+constexpr IqTable IQ_TABLE;
+
+// The values of codes, one in each byte, with SIGNED_ZERO added.
+inline Codes values_of(Codes c) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) {
+#if defined(SPARSECLI_AVX512)
+        const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)IQ_TABLE.values));
+        c.part[p] = (Lanes)_mm512_shuffle_epi8(table, (__m512i)c.part[p]);
+#elif defined(SPARSECLI_AVX2)
+        const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)IQ_TABLE.values));
+        c.part[p] = (Lanes)_mm256_shuffle_epi8(table, (__m256i)c.part[p]);
+#elif defined(SPARSECLI_NEON)
+        c.part[p] = (Lanes)vqtbl1q_u8(vld1q_u8(IQ_TABLE.values), (uint8x16_t)c.part[p]);
+#else
+        for (int i = 0; i < WIDTH; ++i) {
+            const uint32_t four = c.part[p][i];
+            c.part[p][i] = uint32_t(IQ_TABLE.values[four & 15]) | uint32_t(IQ_TABLE.values[four >> 8 & 15]) << 8 |
+                           uint32_t(IQ_TABLE.values[four >> 16 & 15]) << 16 |
+                           uint32_t(IQ_TABLE.values[four >> 24]) << 24;
+        }
+#endif
+    }
+    return c;
+}
+
+// The index-th field of BITS bits of every byte, moved to bit AT; the others are zero.
+template <int BITS, int AT>
+inline Codes field(const Codes& word, int index) {
+    constexpr uint32_t MASK = 0x01010101u * ((1 << BITS) - 1) << AT;
+    const int shift = AT - BITS * index;  // to the left
     Codes c = word;
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) c.part[p] = (shift > 0 ? c.part[p] << shift : c.part[p] >> -shift) & MASK;
@@ -91,12 +136,14 @@ inline Codes operator|(Codes a, const Codes& b) {
     return a;
 }
 
-// Calls use(quad, codes) for the eight quads of 32 columns. Lane r of the i-th 64 bytes has the lower four bits of
-// quads i and i + 4 of row r. Then follow, with five bits, the fifth of all quads: bit q of a byte is that of quad q;
-// with six, the others of quads 0 to 3, two bits each, then of quads 4 to 7. With eight, quads follow one another.
-template <int BITS, class F>
+// Calls use(quad, codes) for the eight quads of 32 columns, with TABLE the values of the codes. Lane r of the i-th 64
+// bytes has the lower four bits of quads i and i + 4 of row r. Then follow, with five bits, the fifth of all quads: bit
+// q of a byte is that of quad q; with six, the others of quads 0 to 3, two bits each, then of quads 4 to 7. With three,
+// there are first the lower two bits of quads 0 to 3, then of quads 4 to 7, then the third of all. With eight, quads
+// follow one another.
+template <class T, class F>
 inline void visit_quads(const uint8_t* from, const F& use) {
-    if constexpr (BITS == 8) {
+    if constexpr (T::BITS == 8) {
 #pragma GCC unroll 8
         for (int q = 0; q < 8; ++q) {
             Codes c = load_codes(from + 64 * q);
@@ -106,19 +153,28 @@ inline void visit_quads(const uint8_t* from, const F& use) {
             }
             use(q, c);
         }
-    } else {
-        constexpr int WORDS = BITS == 6 ? 2 : 1;
-        Codes words[WORDS];
+    } else if constexpr (T::BITS == 3) {
+        const Codes third = load_codes(from + 128);
 #pragma GCC unroll 2
-        for (int w = 0; w < WORDS && BITS > 4; ++w) words[w] = load_codes(from + 256 + 64 * w);
+        for (int w = 0; w < 2; ++w) {
+            const Codes two = load_codes(from + 64 * w);
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) use(4 * w + v, field<2, 0>(two, v) | field<1, 2>(third, 4 * w + v));
+        }
+    } else {
+        constexpr int UPPER = T::BITS == 4 ? 1 : T::BITS - 4, QUADS = 8 / UPPER;  // bits, and quads in 64 bytes
+        Codes words[UPPER];
+#pragma GCC unroll 2
+        for (int w = 0; w < UPPER && T::BITS > 4; ++w) words[w] = load_codes(from + 256 + 64 * w);
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {
             const Codes c = load_codes(from + 64 * v);
-            Codes low = c & 0x0f0f0f0f, high = halves_shifted(c, 4) & 0x0f0f0f0f;
-            if constexpr (BITS > 4) {
-                low = low | upper_bits<BITS>(words[0], v);
-                high = high | upper_bits<BITS>(words[WORDS - 1], v + 4);
+            Codes low = field<4, 0>(c, 0), high = field<4, 0>(c, 1);
+            if constexpr (T::BITS > 4) {
+                low = low | field<UPPER, 4>(words[0], v);
+                high = high | field<UPPER, 4>(words[UPPER - 1], (v + 4) % QUADS);
             }
+            if constexpr (T::TABLE) low = values_of(low), high = values_of(high);
             use(v, low);
             use(v + 4, high);
         }
@@ -126,14 +182,15 @@ inline void visit_quads(const uint8_t* from, const F& use) {
 }
 
 // Sums of products of quads of codes with quads of activations.
-template <int BITS>
+template <class T>
 struct QuadSums {
     Codes total = {};
 #if !defined(SPARSECLI_QUADS) && (defined(SPARSECLI_AVX2) || defined(SPARSECLI_AVX512))
     Codes narrow = {};  // pairs of 16 bits
     int held = 0;       // quads in them
-    static constexpr int MOST = BITS == 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
-    static_assert(MOST * 2 * 127 * (BITS == 8 ? 128 : (1 << BITS) - 1) < 1 << 15);
+    static constexpr int MOST = T::SIGNED ? 1 : T::BITS == 6 ? 2 : T::BITS == 4 ? 8 : 4;
+    static_assert(T::GROUP / 4 % MOST == 0);
+    static_assert(MOST * 2 * 127 * (T::SIGNED ? 128 : (1 << T::BITS) - 1) < 1 << 15);
 
     void widen() {
 #pragma GCC unroll 4
@@ -156,14 +213,14 @@ struct QuadSums {
             total.part[p] = (Lanes)add_quads((Ints)total.part[p], (Ints)codes.part[p], x);
 #elif defined(SPARSECLI_AVX512)
             __m512i c = (__m512i)codes.part[p], y = (__m512i)x;
-            if constexpr (BITS == 8) {
+            if constexpr (T::SIGNED) {
                 y = _mm512_mask_sub_epi8(y, _mm512_movepi8_mask(c), _mm512_setzero_si512(), y);
                 c = _mm512_abs_epi8(c);
             }
             narrow.part[p] = (Lanes)((Halves)narrow.part[p] + (Halves)_mm512_maddubs_epi16(c, y));
 #elif defined(SPARSECLI_AVX2)
             __m256i c = (__m256i)codes.part[p], y = (__m256i)x;
-            if constexpr (BITS == 8) y = _mm256_sign_epi8(y, c), c = _mm256_abs_epi8(c);
+            if constexpr (T::SIGNED) y = _mm256_sign_epi8(y, c), c = _mm256_abs_epi8(c);
             narrow.part[p] = (Lanes)((Halves)narrow.part[p] + (Halves)_mm256_maddubs_epi16(c, y));
 #else
             const Ints c = (Ints)codes.part[p];
@@ -205,11 +262,34 @@ void quantise_bytes(const float* values, int64_t count, int8_t* bytes, float* sc
 
 // -- products ------------------------------------------------------------------------------------------------
 
+// The byte scales of a super block, [group][row]. PACKED ones are six bits with 32 added, as in a file: the lower four
+// of groups g and g + 8 in a byte, then the upper two of groups g, g + 4, g + 8 and g + 12.
+template <class T>
+struct ByteScales {
+    const uint8_t* bytes;
+    alignas(64) uint8_t unpacked[T::PACKED ? T::GROUPS * LANES : 1];
+
+    explicit ByteScales(const uint8_t* block) : bytes(block + T::SCALES) {
+        if constexpr (T::PACKED) {
+            const Codes low[2] = {load_codes(bytes), load_codes(bytes + 64)}, high = load_codes(bytes + 128);
+#pragma GCC unroll 4
+            for (int four = 0; four < 4; ++four) {
+                const Codes six = field<4, 0>(low[four % 2], four / 2) | field<2, 4>(high, four);
+#pragma GCC unroll 4
+                for (int p = 0; p < PARTS; ++p)
+                    *(LanesAt*)(unpacked + 64 * four + 4 * WIDTH * p) = (Lanes)((UnsignedBytes)six.part[p] - 32);
+            }
+            bytes = unpacked;
+        }
+    }
+    ByteScales(const ByteScales&) = delete;
+};
+
 // The scales of a group of columns of sixteen rows, and their minima.
 template <class T>
-inline Vector scales_of(const uint8_t* block, int64_t group) {
+inline Vector scales_of(const uint8_t* block, const ByteScales<T>& scales, int64_t group) {
     if constexpr (T::SUPER)
-        return load_halves(block + T::OF_SCALES) * load_byte_scales<T>(block + T::SCALES + group * LANES);
+        return load_halves(block + T::OF_SCALES) * load_byte_scales<T>(scales.bytes + group * LANES);
     return load_halves(block + T::SCALES + group * 2 * LANES);
 }
 
@@ -224,7 +304,8 @@ inline Vector minima_of(const uint8_t* block, int64_t group) {
 template <class T>
 inline void add_group(Vector& y, const Vector& scales, const Vector& minima, const Vector& sums, float scale,
                       float sum_of_x) {
-    const Vector centred = ZERO_OF<T> != 0 ? sums - fill(ZERO_OF<T> * sum_of_x) : sums;  // exact
+    Vector centred = sums;
+    if constexpr (ZERO_OF<T> != 0) add_product(centred, fill(-ZERO_OF<T>), fill(sum_of_x));  // exact
     add_product(y, scales, centred * fill(scale));
     if constexpr (T::MIN) add_product(y, minima, fill(scale * sum_of_x));
 }
@@ -241,6 +322,7 @@ inline Vector gguf_panel_of_one(const uint8_t* panel, int64_t blocks, const int8
     Vector y = fill(0);
     for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t* block = panel + b * T::BYTES;
+        const ByteScales<T> byte_scales(block);
         for (int64_t i = 0; i < T::BLOCK / 32; ++i) {
             const int64_t column = b * T::BLOCK + 32 * i;
             // Spread over the block: more requests at once than the processor holds would stop it.
@@ -248,8 +330,8 @@ inline Vector gguf_panel_of_one(const uint8_t* panel, int64_t blocks, const int8
 #pragma GCC unroll 16
             for (int64_t line = 0; line < LINES; ++line)
                 __builtin_prefetch(block + STREAM_DISTANCE + 64 * (LINES * i + line), 0, 2);
-            QuadSums<T::BITS> sums[T::PARTS_OF_32];
-            visit_quads<T::BITS>(block + i * T::CODES, [&](int quad, const Codes& codes) {
+            QuadSums<T> sums[T::PARTS_OF_32];
+            visit_quads<T>(block + i * T::CODES, [&](int quad, const Codes& codes) {
                 sums[quad * T::PARTS_OF_32 / 8].add(codes, pair_everywhere(x + column + 4 * quad));
             });
 #pragma GCC unroll 2
@@ -257,8 +339,8 @@ inline Vector gguf_panel_of_one(const uint8_t* panel, int64_t blocks, const int8
                 const int64_t group = i * T::PARTS_OF_32 + part;
                 Vector minima;
                 if constexpr (T::MIN) minima = minima_of<T>(block, group);
-                add_group<T>(y, scales_of<T>(block, group), minima, sums[part].floats(), scales[column / 32],
-                             sum_of_group<T>(sums_of_x + column / LANES + part));
+                add_group<T>(y, scales_of<T>(block, byte_scales, group), minima, sums[part].floats(),
+                             scales[column / 32], sum_of_group<T>(sums_of_x + column / LANES + part));
             }
         }
     }
@@ -273,10 +355,11 @@ struct UnpackedBlock {
 
     explicit UnpackedBlock(const uint8_t* block) {
         for (int64_t i = 0; i < T::BLOCK / 32; ++i)
-            visit_quads<T::BITS>(block + i * T::CODES,
-                                 [&](int quad, const Codes& unpacked) { codes[8 * i + quad] = unpacked; });
+            visit_quads<T>(block + i * T::CODES,
+                           [&](int quad, const Codes& unpacked) { codes[8 * i + quad] = unpacked; });
+        const ByteScales<T> byte_scales(block);
         for (int64_t group = 0; group < T::GROUPS; ++group) {
-            scales[group] = scales_of<T>(block, group);
+            scales[group] = scales_of<T>(block, byte_scales, group);
             if constexpr (T::MIN) minima[group] = minima_of<T>(block, group);
         }
     }
@@ -289,7 +372,7 @@ inline void add_gguf_block(const UnpackedBlock<T>& block, const Activations& x, 
     constexpr int QUADS = T::GROUP / 4;
     for (int64_t group = 0; group < T::GROUPS; ++group) {
         const int64_t first = column + group * T::GROUP;
-        QuadSums<T::BITS> sums[N];
+        QuadSums<T> sums[N];
 #pragma GCC unroll 8
         for (int q = 0; q < QUADS; ++q) {
             const Codes& codes = block.codes[group * QUADS + q];
@@ -349,11 +432,12 @@ void gguf_row(const Matrix& w, int64_t row, float* out) {
     const int64_t blocks = (w.cols + T::BLOCK - 1) / T::BLOCK, lane = row % LANES;
     const uint8_t* panel = (const uint8_t*)w.data + row / LANES * blocks * T::BYTES;
     const auto half = [&](const uint8_t* from) { return to_float(((const Half*)from)[lane]); };
-    for (int64_t b = 0; b < blocks; ++b, panel += T::BYTES)
+    for (int64_t b = 0; b < blocks; ++b, panel += T::BYTES) {
+        const ByteScales<T> byte_scales(panel);
         for (int64_t group = 0; group < T::GROUPS; ++group) {
             float scale, minimum = 0;
             if constexpr (T::SUPER) {
-                const uint8_t byte = panel[T::SCALES + group * LANES + lane];
+                const uint8_t byte = byte_scales.bytes[group * LANES + lane];
                 scale = half(panel + T::OF_SCALES) * float(T::MIN ? int(byte) : int(int8_t(byte)));
                 if constexpr (T::MIN)
                     minimum = -half(panel + T::OF_MINIMA) * float(panel[T::MINIMA + group * LANES + lane]);
@@ -364,15 +448,18 @@ void gguf_row(const Matrix& w, int64_t row, float* out) {
             for (int i = 0; i < T::GROUP; ++i) {
                 const int64_t column = group * T::GROUP + i, at = column % 32, quad = at / 4;
                 const uint8_t* codes = panel + column / 32 * T::CODES + 4 * lane + at % 4;
-                int code = codes[64 * (T::BITS == 8 ? quad : quad % 4)];
+                int code = codes[64 * (T::BITS == 8 ? quad : T::BITS == 3 ? quad / 4 : quad % 4)];
                 if constexpr (T::BITS == 8) code = int8_t(code);
-                if constexpr (T::BITS < 8) code = code >> 4 * (quad / 4) & 15;
+                if constexpr (T::BITS == 3) code = (code >> 2 * (quad % 4) & 3) | (codes[128] >> quad & 1) << 2;
+                if constexpr (T::BITS >= 4 && T::BITS < 8) code = code >> 4 * (quad / 4) & 15;
                 if constexpr (T::BITS == 5) code |= (codes[256] >> quad & 1) << 4;
                 if constexpr (T::BITS == 6) code |= (codes[256 + 64 * (quad / 4)] >> 2 * (quad % 4) & 3) << 4;
+                if constexpr (T::TABLE) code = IQ4_VALUES[code];
                 if (b * T::BLOCK + column < w.cols)
                     out[b * T::BLOCK + column] = scale * float(code - T::ZERO) + minimum;
             }
         }
+    }
 }
 
 template <class F>
@@ -388,6 +475,12 @@ inline void with_gguf_type(int64_t type, const F& use) {
             return use.template operator()<Q5_1>();
         case Q8_0:
             return use.template operator()<Q8_0>();
+        case IQ4_NL:
+            return use.template operator()<IQ4_NL>();
+        case IQ4_XS:
+            return use.template operator()<IQ4_XS>();
+        case Q3_K:
+            return use.template operator()<Q3_K>();
         case Q4_K:
             return use.template operator()<Q4_K>();
         case Q5_K:

@@ -32,10 +32,13 @@ enum Type : int64_t {
     Q5_0 = 7,
     Q5_1 = 8,
     Q8_0 = 9,
-    Q4_K = 10,
-    Q5_K = 11,
-    Q6_K = 12,
-    FLOAT16 = 13  // rows, spans and units alone
+    IQ4_NL = 10,
+    IQ4_XS = 11,
+    Q3_K = 12,
+    Q4_K = 13,
+    Q5_K = 14,
+    Q6_K = 15,
+    FLOAT16 = 16  // rows, spans and units alone
 };
 inline int64_t type_bytes(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 || type == FLOAT16 ? 2 : 1; }
 
@@ -45,8 +48,8 @@ inline int64_t groups_of(int64_t cols) { return (cols + QUANT_GROUP - 1) / QUANT
 inline bool of_gguf(int64_t type) { return type >= Q4_0 && type <= Q6_K; }
 
 // Columns of a block of such a type, and bytes of LANES rows of one.
-inline int64_t gguf_block(int64_t type) { return type >= Q4_K ? 256 : 64; }
-constexpr int64_t GGUF_BLOCK_BYTES[] = {576, 640, 704, 768, 1088, 2368, 2880, 3392};  // by type - Q4_0
+inline int64_t gguf_block(int64_t type) { return type >= IQ4_XS ? 256 : 64; }
+constexpr int64_t GGUF_BLOCK_BYTES[] = {576, 640, 704, 768, 1088, 576, 2240, 1792, 2368, 2880, 3392};  // by type - Q4_0
 inline int64_t gguf_panel(int64_t cols, int64_t type) {
     return (cols + gguf_block(type) - 1) / gguf_block(type) * GGUF_BLOCK_BYTES[type - Q4_0];
 }
@@ -67,7 +70,7 @@ inline int64_t residual_unit(int64_t cols, int64_t parts) { return round_up(part
 //   units     rows of chosen units: [unit][gate, up, down], each PAD-rounded; int8 has a scale for each row
 //   quantized dense maps in INT4 or INT3: panels of LANES rows, of each the codes of every group of QUANT_GROUP columns
 //             (quantized.inl), then scales (bfloat16) and zeros (bytes, in sixteenths) as [group][row]
-//   gguf      dense maps in GGUF's types: panels of LANES rows (gguf.inl); those from Q4_K on have whole blocks
+//   gguf      dense maps in GGUF's types: panels of LANES rows (gguf.inl); those from IQ4_XS on have whole blocks
 //   residual  [unit][gate, up, down]: a row's codes in 4 bits, columns j and j + 32 of a group in one byte, then its
 //             scales (bfloat16); value = scale * (code - 8)
 struct Matrix {

@@ -124,21 +124,33 @@ struct GgufRow {
 
     // scale * code, and the minimum: ops sum them up apart, and both are rounded.
     std::pair<double, double> parts(int64_t col) const {
-        const bool super = type >= Q4_K, minima = type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K;
-        const int64_t bits = type == Q8_0 ? 8 : type == Q6_K ? 6 : type == Q5_0 || type == Q5_1 || type == Q5_K ? 5 : 4;
-        const int64_t block = gguf_block(type), in_block = col % block, size = type == Q6_K ? 16 : 32;
+        const bool super = type >= IQ4_XS, minima = type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K;
+        const bool five = type == Q5_0 || type == Q5_1 || type == Q5_K;
+        const int64_t bits = type == Q8_0 ? 8 : type == Q6_K ? 6 : five ? 5 : type == Q3_K ? 3 : 4;
+        const int64_t block = gguf_block(type), in_block = col % block, size = type == Q6_K || type == Q3_K ? 16 : 32;
         const uint8_t* at = panel + col / block * GGUF_BLOCK_BYTES[type - Q4_0];
         // Codes: of every 32 columns, [word][row][4].
         const uint8_t* codes = at + in_block / 32 * 64 * bits + 4 * lane + col % 4;
         const int64_t quad = in_block % 32 / 4;
-        int64_t code = bits == 8 ? int8_t(codes[64 * quad]) : codes[64 * (quad % 4)] >> 4 * (quad / 4) & 15;
+        int64_t code = bits == 8   ? int8_t(codes[64 * quad])
+                       : bits == 3 ? codes[64 * (quad / 4)] >> 2 * (quad % 4) & 3
+                                   : codes[64 * (quad % 4)] >> 4 * (quad / 4) & 15;
+        if (bits == 3) code += (codes[128] >> quad & 1) * 4;
         if (bits == 5) code += (codes[256] >> quad & 1) * 16;
         if (bits == 6) code += (codes[256 + 64 * (quad / 4)] >> 2 * (quad % 4) & 3) * 16;
         if (type == Q4_0) code -= 8;
         if (type == Q5_0) code -= 16;
         if (type == Q6_K) code -= 32;
+        if (type == Q3_K) code -= 4;
+        constexpr int VALUES[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+        if (type == IQ4_NL || type == IQ4_XS) code = VALUES[code];
         const uint8_t* scales = at + block / 32 * 64 * bits;
         const int64_t group = in_block / size, groups = block / size;
+        if (type == Q3_K) {  // 12 rows of bytes hold 16 of scales
+            const int64_t low = scales[group % 8 * LANES + lane] >> 4 * (group / 8) & 15;
+            const int64_t high = scales[(8 + group % 4) * LANES + lane] >> 2 * (group / 4) & 3;
+            return {half(scales + 12 * LANES + 2 * lane) * double((low + 16 * high - 32) * code), 0};
+        }
         if (!super) {
             const double minimum = minima ? half(scales + 2 * ((groups + group) * LANES + lane)) : 0;
             return {half(scales + 2 * (group * LANES + lane)) * double(code), minimum};

@@ -21,8 +21,8 @@ using namespace sparsecli;
 namespace {
 
 constexpr double EPSILON = 1.0 / (1 << 24);
-const char* TYPE_NAMES[] = {"float32", "bfloat16", "int8", "int4", "int3", "q4_0", "q4_1",
-                            "q5_0",    "q5_1",     "q8_0", "q4_k", "q5_k", "q6_k", "float16"};
+const char* TYPE_NAMES[] = {"float32", "bfloat16", "int8",   "int4", "int3", "q4_0", "q4_1", "q5_0",   "q5_1",
+                            "q8_0",    "iq4_nl",   "iq4_xs", "q3_k", "q4_k", "q5_k", "q6_k", "float16"};
 
 struct Options {
     std::string isa, op;
@@ -167,8 +167,10 @@ class Harness {
         Weights w(*this, round_up(count, LANES) / LANES * gguf_panel(cols, type), 0, type, count, cols);
         for (int64_t i = 0; i < w.memory.size; ++i) w.memory[i] = char(random_());
         const bool minima = type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K;
-        const int64_t halves = (type >= Q4_K ? 1 : 2) * (minima ? 2 : 1) * LANES, bytes = GGUF_BLOCK_BYTES[type - Q4_0];
-        const int64_t end = type == Q6_K ? bytes - 32 : bytes;  // behind the last of them
+        const int64_t halves = (type >= IQ4_XS ? 1 : 2) * (minima ? 2 : 1) * LANES;
+        const int64_t bytes = GGUF_BLOCK_BYTES[type - Q4_0];
+        const bool filled = type == Q6_K || type == Q3_K || type == IQ4_XS;
+        const int64_t end = filled ? bytes - 32 : bytes;  // behind the last of them
         for (int64_t block = 0; block < w.memory.size; block += bytes)
             for (int64_t i = 0; i < halves; ++i)
                 ((uint16_t*)(w.memory.data + block + end))[i - halves] =
@@ -209,7 +211,7 @@ void test_matmul(Harness& h) {
     for (int64_t type = FLOAT32; type <= FLOAT16; ++type)
         for (const int64_t given : {1, 63, 64, 100, 129, 1000, 2048, 2112, 5000})
             for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 9, 17}) {
-                const int64_t cols = of_gguf(type) && type >= Q4_K ? round_up(given, gguf_block(type)) : given;
+                const int64_t cols = of_gguf(type) && type >= IQ4_XS ? round_up(given, gguf_block(type)) : given;
                 if (h.quick() && (cols > 2304 || tokens > 7)) continue;
                 const int64_t count = h.whole(1, 90);
                 const auto w = h.spans(type, count, cols);
