@@ -7,7 +7,8 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +102,33 @@ def run(
     if earlier:
         _judge(result, earlier, fail_above)
     return result
+
+
+def measure_runs(
+    loaded: LoadedRecipe, named: Mapping[str, Path], earlier: BenchResult | None = None
+) -> BenchResult:
+    """Trained models, by name, measured as the recipe's `bench:` block says, without printing a table.
+
+    `earlier` is returned if it has the same rows, measured on the same processor in the same way. Raises `Failure` as
+    `run` does.
+    """
+    found = variants.from_runs([str(run) for run in named.values()])
+    chosen = [replace(variant, name=name) for name, variant in zip(named, found, strict=True)]
+    bench = _resolved(loaded.recipe.bench or BenchSpec(), chosen, True)
+    plan = cases.plan(chosen, bench)
+    cases.check_positions(plan.cases)
+    models.check_memory(plan)
+    threads = max(case.threads for case in plan.cases)
+    processor = Processor(cpu=host.processor()[0], isa=_isa(plan), threads=threads)
+    if earlier and earlier.settings == plan.settings:
+        known = {name: getattr(earlier.machine, name) for name in Processor.model_fields}
+        if known == dict(processor) and [row.key for row in earlier.rows] == [
+            case.key for case in plan.cases
+        ]:
+            return earlier
+    with host.threads(threads):
+        host.warn_if_busy()
+        return _measure(loaded, bench, plan, processor, Path(), None)
 
 
 # -- what to measure -----------------------------------------------------------------------------------------

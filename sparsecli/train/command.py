@@ -80,17 +80,14 @@ def run(
             else f"{output}: no checkpoint yet, starting at step 0"
         )
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if first:
         _report_accelerate_options(os.environ)
     arguments = training_arguments(recipe.train, recipe.seed, output / run_directory.CHECKPOINTS)
     with arguments.main_process_first(desc="preparing the text"):  # the others then find it in the cache
         prepared = prepare(recipe.data)
     _check_vocabularies(recipe.train, prepared.tokenizer)
-    _check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
-    with run_directory.writing(output, run_directory.resume_hint(output)):
-        result = _train(recipe, prepared, arguments, output, checkpoint, first)
+    check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
+    result = train(recipe, prepared, arguments, output, checkpoint)
     if result:
         print_result(result, recipe, output)
         if result.rouge:
@@ -112,7 +109,7 @@ def _report_accelerate_options(environment: Mapping[str, str]) -> None:
         )
 
 
-def _check_vocabulary_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, file: str) -> None:
+def check_vocabulary_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, file: str) -> None:
     """Raise RecipeError unless the model has a row for every token of the text."""
     assert recipe.model
     assert recipe.data
@@ -138,6 +135,27 @@ def _check_vocabularies(train: TrainSpec, tokenizer: PreTrainedTokenizerFast) ->
             check_vocabulary(tokenizer, load_tokenizer(folder), key, folder)
 
 
+def train(
+    recipe: Recipe,
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    output: Path,
+    checkpoint: Path | None,
+) -> Result | None:
+    """Train a resolved recipe from `checkpoint`, or from the start, into `output`, and print nothing to stdout.
+
+    Returns the final figures in the first process.
+
+    Raises:
+        Diverged: the training loss is not finite.
+        Failure, Stopped: as `run` does.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with run_directory.writing(output, run_directory.resume_hint(output)):
+        return _train(recipe, prepared, arguments, output, checkpoint, first_process())
+
+
 def _train(
     recipe: Recipe,
     prepared: Prepared,
@@ -146,7 +164,6 @@ def _train(
     checkpoint: Path | None,
     first: bool,
 ) -> Result | None:
-    """Train, write the model, and return the final figures in the first process."""
     assert recipe.model
     assert recipe.train
     facts = run_directory.read_facts(output)
@@ -278,6 +295,7 @@ def _trainer(
         "keep": train.save_total_limit,
         "signals": Signals(),
         "samples": samples,
+        "tuning": prepared.tuning,
     }
     if train.distillation is None:
         return LanguageModelTrainer(**parts)
