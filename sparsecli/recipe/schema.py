@@ -358,6 +358,7 @@ class StudySpec(Spec):
         for index, variant in enumerate(self.variants):
             if variant.folder in folders[:index]:
                 raise fault(f"variants.{index}.name", f"{variant.name!r} is the name of two variants")
+        for index, variant in enumerate(self.variants):
             self._check_teacher(index, variant)
         for name in ("learning_rates", "seeds"):
             values = getattr(self, name)
