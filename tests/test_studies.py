@@ -531,6 +531,14 @@ def test_unequal_parameters_are_refused(file: Path, tmp_path: Path) -> None:
         commands.check([str(copy)])
 
 
+def test_what_cannot_be_measured_is_refused_before_training(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=r"^student: .* use a smaller --context"):
+        command.run(load(str(file), ["bench.context=64"]), output=tmp_path / "run")
+    with pytest.raises(Failure, match="--resume yes: expected auto"):
+        command.run(load(str(file)), output=tmp_path / "run", resume="yes")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_study_needs_its_blocks(file: Path, tmp_path: Path) -> None:
     loaded: LoadedRecipe = load(str(file), ["train=null"])
     with pytest.raises(RecipeError, match="this command needs a `train:` block"):

@@ -25,8 +25,10 @@ from sparsecli.bench.timing import measure
 from sparsecli.bench.variants import Variant
 from sparsecli.decode.engine import MAX_THREADS
 from sparsecli.decode.native import binding
+from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
+from sparsecli.spec.model import ModelSpec
 
 BETWEEN_ROUNDS = 0.05  # seconds of a probe of the memory
 PROMPT = 256  # tokens of the prompt that is also read where a GGUF file is compared with a peer
@@ -114,9 +116,7 @@ def measure_runs(
     """
     found = variants.from_runs([str(run) for run in named.values()])
     chosen = [replace(variant, name=name) for name, variant in zip(named, found, strict=True)]
-    bench = _resolved(loaded.recipe.bench or BenchSpec(), chosen, True)
-    plan = cases.plan(chosen, bench)
-    cases.check_positions(plan.cases)
+    bench, plan = _plan_of_runs(loaded, chosen)
     models.check_memory(plan)
     threads = max(case.threads for case in plan.cases)
     processor = Processor(cpu=host.processor()[0], isa=_isa(plan), threads=threads)
@@ -129,6 +129,21 @@ def measure_runs(
     with host.threads(threads):
         host.warn_if_busy()
         return _measure(loaded, bench, plan, processor, Path(), None)
+
+
+def check_measurable(loaded: LoadedRecipe, specs: Mapping[str, ModelSpec]) -> None:
+    """Raise `Failure` unless trained models of these architectures, by name, could be measured by `measure_runs`."""
+    chosen = [
+        Variant(name, "dense", spec, count_parameters(spec), run=Path()) for name, spec in specs.items()
+    ]
+    _plan_of_runs(loaded, chosen)
+
+
+def _plan_of_runs(loaded: LoadedRecipe, chosen: Sequence[Variant]) -> tuple[BenchSpec, Plan]:
+    bench = _resolved(loaded.recipe.bench or BenchSpec(), chosen, True)
+    plan = cases.plan(chosen, bench)
+    cases.check_positions(plan.cases)
+    return bench, plan
 
 
 # -- what to measure -----------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def train(
             raise Failure("--seed: a study has study.seeds; write study.seeds=[N]", exit_code=2)
         from sparsecli.study import command as study
 
-        study.run(loaded, output=output or loaded.output, dry_run=dry_run)
+        study.run(loaded, output=output or loaded.output, resume=resume, dry_run=dry_run)
         return
     from sparsecli.train import command
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsecli.bench import compare
-from sparsecli.bench.command import measure_runs
+from sparsecli.bench.command import check_measurable, measure_runs
 from sparsecli.bench.render import as_json
 from sparsecli.bench.result import BenchResult
 from sparsecli.console import Failure, say
@@ -20,27 +20,31 @@ from sparsecli.study.plan import Plan, make_plan, print_plan
 from sparsecli.study.result import StudyResult, make_result
 from sparsecli.study.training import StudyTrainer, Trained
 from sparsecli.train import run_directory
-from sparsecli.train.command import check_vocabulary_size
+from sparsecli.train.command import check_resume, check_vocabulary_size
 
 BENCH = "bench.json"
 """File of a study: the measurement of decoding, as `bench` writes it."""
 HINT = "the same command continues the study"
 
 
-def run(loaded: LoadedRecipe, *, output: Path, dry_run: bool = False) -> StudyResult | None:
+def run(
+    loaded: LoadedRecipe, *, output: Path, resume: str | None = None, dry_run: bool = False
+) -> StudyResult | None:
     """Train the variants of the recipe's study into `output` and compare them; a dry run prints the plan instead.
 
-    The same call continues a study that was stopped. Finished runs are not trained again, and what was measured is not
-    measured again.
+    The same call continues a study that was stopped, with or without `resume="auto"`. Finished runs are not trained
+    again, and what was measured is not measured again.
 
     Raises:
         RecipeError: the recipe has no study, or its variants do not fit together.
         Failure: `output` holds something else or cannot be written, or something cannot be trained or measured.
         Stopped: after SIGTERM or SIGINT, with a checkpoint.
     """
+    check_resume(resume)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise Failure("a study trains in one process; leave out torchrun", exit_code=2)
     plan = make_plan(loaded, output)
+    check_measurable(loaded, {variant.name: variant.model for variant in plan.variants})
     _claim(output)
     if dry_run:
         print_plan(plan)

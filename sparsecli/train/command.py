@@ -50,11 +50,7 @@ def run(
     assert recipe.model
     assert recipe.data
     assert recipe.train
-    if resume not in (None, "auto"):
-        raise Failure(
-            f"--resume {resume}: expected auto, which resumes from the newest undamaged checkpoint",
-            exit_code=2,
-        )
+    check_resume(resume)
     first = first_process()
     if first:
         hint = "resume with --resume auto, or choose another --output"
@@ -93,6 +89,15 @@ def run(
         if result.rouge:
             print_samples(output)
     return result
+
+
+def check_resume(resume: str | None) -> None:
+    """Raise Failure for another value of `--resume` than auto."""
+    if resume not in (None, "auto"):
+        raise Failure(
+            f"--resume {resume}: expected auto, which resumes from the newest undamaged checkpoint",
+            exit_code=2,
+        )
 
 
 def _report_accelerate_options(environment: Mapping[str, str]) -> None:
