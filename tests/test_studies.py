@@ -26,6 +26,7 @@ from sparsecli.recipe import commands
 from sparsecli.recipe.loader import LoadedRecipe, load, parse
 from sparsecli.study import command, training
 from sparsecli.study.training import Outcome, choose
+from sparsecli.train import command as train_command
 from sparsecli.train import journal, run_directory
 from sparsecli.train.trainer import LanguageModelTrainer
 
@@ -380,11 +381,11 @@ def test_a_killed_study_goes_on_where_it_was(
         calls: list[object] = []
         before = training.train
 
-        def train(*arguments: Any) -> Any:
+        def train(*arguments: Any, **named: Any) -> Any:
             if len(calls) == 2:
                 kill()
             calls.append(arguments)
-            return before(*arguments)
+            return before(*arguments, **named)
 
         monkeypatch.setattr(training, "train", train)
         command.run(loaded, output=output)
@@ -418,7 +419,7 @@ def stamps(output: Path) -> dict[str, int]:
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_a_signal_stops_the_study_with_a_checkpoint(
+def test_a_signal_stops_the_study_with_a_checkpoint(  # from which `train` alone may go on, too
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -427,6 +428,13 @@ def test_a_signal_stops_the_study_with_a_checkpoint(
     ) as stopped:
         command.run(load(str(file), ONE_RUN), output=tmp_path / "run")
     assert stopped.value.exit_code == 75
+    run = tmp_path / "run" / "runs" / "dense" / "rate-0.01-seed-0"
+    alone = train_command.run(load(str(run / "recipe.yaml")), output=run, resume="auto")
+    result = command.run(load(str(file), ONE_RUN), output=tmp_path / "run")
+    assert alone
+    assert result
+    assert result.rows[0].held_out_loss == alone.held_out_loss
+    assert facts(tmp_path / "run", "dense/rate-0.01-seed-0")["result"]["tuning_loss"] > 0
 
 
 def test_a_finished_study_trains_and_measures_nothing(

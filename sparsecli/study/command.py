@@ -18,13 +18,12 @@ from sparsecli.recipe.loader import LoadedRecipe, dump, load
 from sparsecli.study.pictures import draw
 from sparsecli.study.plan import Plan, make_plan, print_plan
 from sparsecli.study.result import StudyResult, make_result
-from sparsecli.study.training import StudyTrainer, Trained
+from sparsecli.study.training import HINT, StudyTrainer, Trained
 from sparsecli.train import run_directory
 from sparsecli.train.command import check_resume, check_vocabulary_size
 
 BENCH = "bench.json"
 """File of a study: the measurement of decoding, as `bench` writes it."""
-HINT = "the same command continues the study"
 
 
 def run(

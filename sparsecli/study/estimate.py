@@ -15,7 +15,7 @@ from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.data import CopyTask
 from sparsecli.recipe.schema import Recipe
 
-WARMUP, MEASURED = 1, 2
+WARMUP, MEASURED = 1, 3
 BYTES_PER_PARAMETER = 16
 """Weights, gradients and AdamW's two averages, in float32."""
 

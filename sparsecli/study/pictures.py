@@ -66,7 +66,6 @@ def _draw_curves(axes: Axes, curves: dict[str, list[Point]]) -> None:
     axes.set_xlabel("training tokens")
     axes.set_ylabel("held-out loss (nats per token)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.legend(fontsize="small")
 
 
 def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
@@ -97,10 +96,9 @@ def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
     axes.margins(y=0.15)
     if len(dtypes) > 1:
         for marker, dtype in zip(MARKERS, dtypes, strict=False):
-            axes.plot([], [], color="gray", marker=marker, linestyle="none", label=dtype)
+            axes.plot([], [], color="black", marker=marker, linestyle="none", label=dtype)
     axes.set_xlabel(f"milliseconds per decoded token{f', {dtypes[0]}' if len(dtypes) == 1 else ''}")
     axes.set_ylabel("held-out loss (nats per token)")
-    axes.legend(fontsize="small")
 
 
 def _style(index: int) -> tuple[str, str]:
@@ -113,10 +111,11 @@ def _save(path: Path, fill: Callable[[Axes], None]) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "sparsecli"}):
-        figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+        figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
         axes = figure.subplots()
         fill(axes)
         axes.grid(alpha=0.3)
+        figure.legend(loc="outside right upper", fontsize="small")
         for format, metadata in (("png", {}), ("svg", {"Date": None})):
             place = path.with_suffix(f".{format}")
             beside = place.with_name(f"{place.name}.tmp")

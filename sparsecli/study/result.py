@@ -160,7 +160,7 @@ class StudyResult:
             rates = ", ".join(f"{rate:g}" for rate in self.learning_rates)
             lines.append(f"Learning rates: the best of {rates} by the loss on tuning text, for each variant.")
         if any(row.border for row in self.rows):
-            lines.append("* The lowest or the highest rate of the grid: the best rate may lie beyond it.")
+            lines.append("*: the lowest or the highest rate of the grid; the best rate may lie beyond it.")
         if self.machine:
             weights = f" Weights in {self._dtypes[0]}." if len(self._dtypes) == 1 else ""
             lines.append(self.machine + weights)

@@ -19,6 +19,7 @@ from sparsecli.train.journal import Diverged
 from sparsecli.train.result import known_result
 from sparsecli.train.trainer import training_arguments
 
+HINT = "the same command continues the study"
 WORSE_THAN_CHANCE = 1.0
 """Nats/token above the loss of even guesses, from which a finished run counts as diverged."""
 
@@ -112,19 +113,22 @@ class StudyTrainer:
             keep: its weights are needed.
         """
         self.reached.add(run.folder)
-        found = self._known(run, keep)
+        found = self._known(run)
+        if found and not found.failure and keep and not (run.folder / "model").is_dir():
+            shutil.rmtree(run.folder)  # a trial that another grid did not choose
+            found = None
         if found is None:
             total = len(self.plan.variants) * self.plan.runs_of_variant
             say(f"run {len(self.reached)} of {total}: {run}")
             self._train(run)
-            found = self._known(run, keep)
+            found = self._known(run)
             assert found
             if found.failure:
                 say(f"{run}: {found.failure}")
         shutil.rmtree(run.folder / run_directory.CHECKPOINTS, ignore_errors=True)
         return found
 
-    def _known(self, run: Run, keep: bool) -> Outcome | None:
+    def _known(self, run: Run) -> Outcome | None:
         """The outcome of a run that is finished or has diverged; None if it is missing or unfinished."""
         facts = run_directory.read_facts(run.folder)
         if not facts:
@@ -146,9 +150,6 @@ class StudyTrainer:
         limit = math.log(run.recipe.model.vocabulary.size) + WORSE_THAN_CHANCE
         if not (math.isfinite(tuning + held_out) and tuning <= limit):
             return Outcome(failure=f"diverged: the loss is {tuning:.4g} at the end")
-        if keep and not (run.folder / "model").is_dir():  # a trial that the grid did not choose before
-            shutil.rmtree(run.folder)
-            return None
         return Outcome(tuning, held_out)
 
     def _check_recipe(self, run: Run) -> None:
@@ -166,16 +167,13 @@ class StudyTrainer:
         checkpoints = run.folder / run_directory.CHECKPOINTS
         arguments = training_arguments(run.recipe.train, run.seed, checkpoints)
         try:
-            train(run.recipe, self.prepared, arguments, run.folder, checkpoint)
+            train(run.recipe, self.prepared, arguments, run.folder, checkpoint, hint=HINT)
         except Diverged as error:
             facts = run_directory.read_facts(run.folder)
             reason = error.message.partition(";")[0]
             run_directory.write_facts(run.folder, {**facts, "diverged": reason})
         except Stopped as stopped:
-            said = stopped.message.partition(";")[0]
-            raise Stopped(
-                f"{run}: {said}; the same command continues the study", exit_code=stopped.exit_code
-            ) from None
+            raise Stopped(f"{run}: {stopped.message}", exit_code=stopped.exit_code) from None
         gc.collect()  # the Trainer and its model refer to each other
 
 

@@ -83,7 +83,8 @@ def run(
         prepared = prepare(recipe.data)
     _check_vocabularies(recipe.train, prepared.tokenizer)
     check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
-    result = train(recipe, prepared, arguments, output, checkpoint)
+    hint = run_directory.resume_hint(output)
+    result = train(recipe, prepared, arguments, output, checkpoint, hint)
     if result:
         print_result(result, recipe, output)
         if result.rouge:
@@ -146,10 +147,11 @@ def train(
     arguments: TrainingArguments,
     output: Path,
     checkpoint: Path | None,
+    hint: str,
 ) -> Result | None:
     """Train a resolved recipe from `checkpoint`, or from the start, into `output`, and print nothing to stdout.
 
-    Returns the final figures in the first process.
+    Returns the final figures in the first process. `hint` ends the message of a run that is stopped or cannot write.
 
     Raises:
         Diverged: the training loss is not finite.
@@ -157,8 +159,8 @@ def train(
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with run_directory.writing(output, run_directory.resume_hint(output)):
-        return _train(recipe, prepared, arguments, output, checkpoint, first_process())
+    with run_directory.writing(output, hint):
+        return _train(recipe, prepared, arguments, output, checkpoint, hint, first_process())
 
 
 def _train(
@@ -167,6 +169,7 @@ def _train(
     arguments: TrainingArguments,
     output: Path,
     checkpoint: Path | None,
+    hint: str,
     first: bool,
 ) -> Result | None:
     assert recipe.model
@@ -185,10 +188,13 @@ def _train(
         run_directory.write_facts(output, facts)
     samples = _samples(recipe, prepared, output) if first else None
     trainer = _trainer(recipe, prepared, arguments, output, model, samples)
-    hint = run_directory.resume_hint(output)
     journal = run_steps(trainer, output, checkpoint, description="training", hint=hint)
     _save_model(trainer, output, first)
     row = journal.held_out_at(recipe.train.max_steps) if journal else None
+    if (
+        row and prepared.tuning and "tuning_loss" not in row
+    ):  # a run of a study that `train` alone has finished
+        row = None
     if trainer.anywhere(first and row is None):
         row = trainer.evaluate()
     if journal is None or row is None:
