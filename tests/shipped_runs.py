@@ -53,6 +53,10 @@ LARGE = {
     ],
 }
 """Recipes for machines and texts that a test does not have: the same at small sizes on the text at hand."""
+SHORT_STUDY = [
+    *("model.d_model=32", "model.layers=1", "study.equal_parameters=null", "study.seeds=[0]"),
+    *("study.learning_rates=[1e-3]", "study.tuning_tokens=512", "data.sequence_length=64"),
+]
 SHORT_CONVERT = [
     "convert.calibration_tokens=512",
     "convert.tuning_tokens=256",
@@ -138,7 +142,9 @@ def shortened(name: str) -> list[str]:
     """The shipped recipe for a moment; where it starts from another model, from ours and on the text at hand."""
     recipe, overrides = load(name).recipe, []
     assert recipe.train
-    if name in LARGE:
+    if recipe.study:
+        overrides = [*SHORT_STUDY, *SHORT_BENCH]
+    elif name in LARGE:
         write_texts()
         overrides = LARGE[name]
     elif recipe.train.distillation:

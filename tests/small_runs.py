@@ -44,14 +44,19 @@ train:
 """
 
 
-def write_recipe(folder: Path) -> Path:
-    """The recipe of a tiny model on a text of 7 steps an epoch."""
+def write_texts(folder: Path) -> None:
+    """A text of 7 steps an epoch of the tiny recipe."""
     (folder / "texts").mkdir()
     for number in range(30):
         text = " ".join(
             f"{(number * word) % 17} and {word % number if number else word}" for word in range(12)
         )
         (folder / "texts" / f"{number}.txt").write_text(text)
+
+
+def write_recipe(folder: Path) -> Path:
+    """The recipe of a tiny model, and its text."""
+    write_texts(folder)
     path = folder / "tiny.yaml"
     path.write_text(RECIPE.replace("TEXTS", str(folder / "texts")))
     return path

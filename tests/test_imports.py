@@ -118,11 +118,22 @@ LAYERS |= {
         "sparsecli.train.controllers",
         "sparsecli.decode.native.rounding",
     },
+    "sparsecli.study": BELOW_COMMANDS | {"sparsecli.study", "sparsecli.train", "sparsecli.bench"},
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},
     "sparsecli.cli": {"sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.recipe"}
     | {
         f"sparsecli.{name}"
-        for name in ("train", "generate", "evaluate", "pack", "bench", "convert", "doctor", "interchange")
+        for name in (
+            "train",
+            "generate",
+            "evaluate",
+            "pack",
+            "bench",
+            "convert",
+            "doctor",
+            "interchange",
+            "study",
+        )
     },
     "sparsecli.__main__": {"sparsecli.cli"},
 }

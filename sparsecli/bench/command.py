@@ -7,7 +7,8 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,10 @@ from sparsecli.bench.timing import measure
 from sparsecli.bench.variants import Variant
 from sparsecli.decode.engine import MAX_THREADS
 from sparsecli.decode.native import binding
+from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
+from sparsecli.spec.model import ModelSpec
 
 BETWEEN_ROUNDS = 0.05  # seconds of a probe of the memory
 PROMPT = 256  # tokens of the prompt that is also read where a GGUF file is compared with a peer
@@ -101,6 +104,46 @@ def run(
     if earlier:
         _judge(result, earlier, fail_above)
     return result
+
+
+def measure_runs(
+    loaded: LoadedRecipe, named: Mapping[str, Path], earlier: BenchResult | None = None
+) -> BenchResult:
+    """Trained models, by name, measured as the recipe's `bench:` block says, without printing a table.
+
+    `earlier` is returned if it has the same rows, measured on the same processor in the same way. Raises `Failure` as
+    `run` does.
+    """
+    found = variants.from_runs([str(run) for run in named.values()])
+    chosen = [replace(variant, name=name) for name, variant in zip(named, found, strict=True)]
+    bench, plan = _plan_of_runs(loaded, chosen)
+    models.check_memory(plan)
+    threads = max(case.threads for case in plan.cases)
+    processor = Processor(cpu=host.processor()[0], isa=_isa(plan), threads=threads)
+    if earlier and earlier.settings == plan.settings:
+        known = {name: getattr(earlier.machine, name) for name in Processor.model_fields}
+        if known == dict(processor) and [row.key for row in earlier.rows] == [
+            case.key for case in plan.cases
+        ]:
+            return earlier
+    with host.threads(threads):
+        host.warn_if_busy()
+        return _measure(loaded, bench, plan, processor, Path(), None)
+
+
+def check_measurable(loaded: LoadedRecipe, specs: Mapping[str, ModelSpec]) -> None:
+    """Raise `Failure` unless trained models of these architectures, by name, could be measured by `measure_runs`."""
+    chosen = [
+        Variant(name, "dense", spec, count_parameters(spec), run=Path()) for name, spec in specs.items()
+    ]
+    _plan_of_runs(loaded, chosen)
+
+
+def _plan_of_runs(loaded: LoadedRecipe, chosen: Sequence[Variant]) -> tuple[BenchSpec, Plan]:
+    bench = _resolved(loaded.recipe.bench or BenchSpec(), chosen, True)
+    plan = cases.plan(chosen, bench)
+    cases.check_positions(plan.cases)
+    return bench, plan
 
 
 # -- what to measure -----------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ class Variant:
 def from_recipe(model: ModelSpec, bench: BenchSpec) -> list[Variant]:
     """The recipe's variants: its model with the blocks that each variant replaces."""
     return [
-        _from_spec(variant, variant.apply(model), bench.measured_layers) for variant in bench.variants or ()
+        _from_spec(variant, variant.model.apply(model), bench.measured_layers)
+        for variant in bench.variants or ()
     ]
 
 

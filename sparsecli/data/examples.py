@@ -50,6 +50,8 @@ class Prepared:
     tokenizer: PreTrainedTokenizerFast
     fingerprint: str
     """A hash of the text, the split, the tokenizer and the format of the examples."""
+    tuning: Examples | None = None
+    """Further examples that nothing is trained on, to choose settings by."""
 
 
 class PairExamples(Dataset[Example]):

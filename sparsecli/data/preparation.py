@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from sparsecli.console import Failure
 from sparsecli.data.cache import digest
 from sparsecli.data.copying import prepare_copied_tokens, prepare_copies
 from sparsecli.data.corruption import CorruptedSpans
 from sparsecli.data.examples import Prepared
-from sparsecli.data.packing import PackedCorpus, pack, pack_pairs
+from sparsecli.data.packing import PackedCorpus, TokenStream, pack, pack_pairs
 from sparsecli.data.tokenization import sentinel
-from sparsecli.recipe.data import CopiedPairs, CopyTask, CorruptedPairs, DataSpec
+from sparsecli.recipe.data import CopiedPairs, CopyTask, CorruptedPairs, DataSpec, TextSpec
 
 
 def prepare(data: DataSpec, cache_dir: Path | None = None) -> Prepared:
@@ -35,6 +37,30 @@ def prepare(data: DataSpec, cache_dir: Path | None = None) -> Prepared:
         corpus.tokenizer,
         corpus.fingerprint,
     )
+
+
+def prepare_with_tuning(data: TextSpec, tuning_tokens: int, cache_dir: Path | None = None) -> Prepared:
+    """As `prepare` for running text, with tuning windows of so many tokens.
+
+    They follow `data.held_out_tokens` in the held-out documents, from the next document on, if enough text follows.
+
+    Raises `Failure` also when the held-out documents have too few tokens.
+    """
+    assert data.held_out_tokens is not None
+    corpus, length = pack(data, cache_dir), data.sequence_length
+    held_out = corpus.held_out.windows(length, data.held_out_tokens)
+    rest = corpus.held_out.tokens[max(data.held_out_tokens, length) :]
+    if len(rest) < max(tuning_tokens, length):
+        raise Failure(
+            f"data: {len(rest):,} held-out tokens follow data.held_out_tokens, study.tuning_tokens asks for "
+            f"{tuning_tokens:,} (a window has {length}); lower them, or raise data.held_out_fraction"
+        )
+    ends = np.flatnonzero(rest == corpus.tokenizer.eos_token_id)
+    start = int(ends[0]) + 1 if len(ends) else 0
+    if len(rest) - start < max(tuning_tokens, length):
+        start = 0
+    tuning = TokenStream(rest[start:]).windows(length, tuning_tokens)
+    return Prepared(corpus.train.windows(length), held_out, corpus.tokenizer, corpus.fingerprint, tuning)
 
 
 def _corrupted(corpus: PackedCorpus, pairs: CorruptedPairs, held_out_tokens: int | None) -> Prepared:

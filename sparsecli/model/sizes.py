@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,19 @@ def disagreement(models: Sequence[Sizes]) -> float:
     """How many more parameters the largest of `models` has than the smallest, as a share."""
     counts = [sizes.total for sizes in models]
     return max(counts) / min(counts) - 1
+
+
+def unequal(models: Mapping[str, Sizes], tolerance: float) -> str | None:
+    """What is wrong if the numbers of parameters differ by more than `tolerance`, a share; None if nothing is."""
+    share = disagreement(list(models.values()))
+    if share <= tolerance:
+        return None
+    smallest = min(models, key=lambda name: models[name].total)
+    largest = max(models, key=lambda name: models[name].total)
+    return (
+        f"{largest} has {models[largest].total:,} parameters, {smallest} {models[smallest].total:,}: "
+        f"{share:.1%} more, {tolerance:.1%} are allowed"
+    )
 
 
 def _read_once(model: Network) -> list[nn.Module]:

@@ -1,4 +1,5 @@
-"""Budgets of a conversion, as text in a recipe: `loss +2 %`, `perplexity +5 %`, `kept 1/4`, `bytes 100 MB`."""
+"""Budgets of a conversion as text in a recipe (`loss +2 %`, `perplexity +5 %`, `kept 1/4`, `bytes 100 MB`), and shares
+(`2 %`)."""
 
 from __future__ import annotations
 
@@ -59,3 +60,15 @@ def parse_budget(text: str) -> Budget:
     if found := re.fullmatch(r"bytes\s*(\d+(?:\.\d+)?)\s*([kmg]b)", words):
         return Budget("bytes", float(found[1]) * UNITS[found[2]])
     raise ValueError(f"{text!r} is not a budget; {EXPECTED}")
+
+
+def parse_share(text: str) -> float:
+    """`2 %` as 0.02.
+
+    Raises:
+        ValueError: `text` has another form.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    if found is None:
+        raise ValueError(f"expected a share such as `2 %`, got {text!r}")
+    return float(found[1]) / 100

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsecli import console
 from sparsecli.console import RecipeError
+from sparsecli.recipe.budget import parse_share
 from sparsecli.recipe.loader import load, shipped
-from sparsecli.recipe.schema import Recipe
+from sparsecli.recipe.schema import Recipe, StudySpec
 from sparsecli.spec.base import Spec
 
 if TYPE_CHECKING:
@@ -64,8 +65,13 @@ def check(references: Sequence[str]) -> None:
 
         rows += [(loaded.name, label, f"{size.total:,}", f"{size.active:,}") for label, size in found]
         share = disagreement([size for _, size in found])
-        bench = loaded.recipe.bench
-        if bench and bench.equal_sizes and share > TOLERANCE:
+        bench, study = loaded.recipe.bench, loaded.recipe.study
+        if study:
+            try:
+                check_sizes(study, dict(found), loaded.path)
+            except RecipeError as error:
+                failures.append(error.message)
+        elif bench and bench.equal_sizes and share > TOLERANCE:
             failures.append(
                 f"{loaded.path}: bench.variants: numbers of parameters differ by {100 * share:.1f} %, "
                 f"expected at most {100 * TOLERANCE:.0f} %; change d_ff"
@@ -77,15 +83,27 @@ def check(references: Sequence[str]) -> None:
 
 
 def sizes(recipe: Recipe) -> list[tuple[str, Sizes]]:
-    """Names and sizes of a bench's variants, else the size of the model, without a name; empty without a model."""
+    """Names and sizes of the variants of a study or a bench, else the size of the model, without a name; empty without
+    a model."""
     if recipe.model is None:
         return []
     from sparsecli.model.sizes import count_parameters  # torch
 
     specs = [("", recipe.model)]
-    if recipe.bench and recipe.bench.variants:
-        specs = [(variant.name, variant.apply(recipe.model)) for variant in recipe.bench.variants]
+    block = recipe.study or recipe.bench
+    if block and block.variants:
+        specs = [(variant.name, variant.model.apply(recipe.model)) for variant in block.variants]
     return [(label, count_parameters(spec)) for label, spec in specs]
+
+
+def check_sizes(study: StudySpec, sizes: Mapping[str, Sizes], file: Path) -> None:
+    """Raise RecipeError, naming two variants, if numbers of parameters differ by more than `study` allows."""
+    from sparsecli.model.sizes import unequal  # torch
+
+    if study.equal_parameters and (found := unequal(sizes, parse_share(study.equal_parameters))):
+        raise RecipeError(
+            f"{file}: study.equal_parameters: {found}; change d_ff, or set study.equal_parameters=null"
+        )
 
 
 def schema() -> None:

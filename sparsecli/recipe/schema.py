@@ -5,15 +5,16 @@ A recipe is inert data. Unions are closed and discriminated by a literal field. 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from sparsecli.recipe.budget import parse_budget
+from sparsecli.recipe.budget import parse_budget, parse_share
 from sparsecli.recipe.data import CopyTask, DataSpec, Names
-from sparsecli.recipe.training import NonNegative, Positive, RecoverySpec, TrainSpec
+from sparsecli.recipe.training import NonNegative, Objective, Positive, RecoverySpec, TrainSpec
 from sparsecli.spec.attention import AttentionSpec
-from sparsecli.spec.base import Count, Probability, Size, Spec, Width, fault
+from sparsecli.spec.base import Count, Depth, Probability, Size, Spec, Width, fault
 from sparsecli.spec.feed_forward import (
     FeedForwardSpec,
     PrecisionFeedForwardSpec,
@@ -179,6 +180,11 @@ class VariantModel(Spec):
     sru: SruSpec | None = None
     """Replaces model.sru."""
 
+    def apply(self, model: ModelSpec) -> ModelSpec:
+        """`model` with these blocks. Raises ValidationError where they do not fit together."""
+        blocks = {name: block for name, block in self if block is not None}
+        return ModelSpec(**{**dict(model), **blocks})
+
 
 class PrecisionChanges(Spec):
     """Weight types of parts that differ from the row's weight type; native backend only."""
@@ -220,11 +226,6 @@ class VariantSpec(Spec):
     """Build only this many blocks of this row, and scale their time to the whole model; the row is marked."""
     paper: PaperFigures | None = None
     """The paper's figures, printed beside ours."""
-
-    def apply(self, model: ModelSpec) -> ModelSpec:
-        """`model` with this variant's blocks. Raises ValidationError where they do not fit together."""
-        blocks = {name: block for name, block in self.model if block is not None}
-        return ModelSpec(**{**dict(model), **blocks})
 
 
 class BenchSpec(Spec):
@@ -275,6 +276,110 @@ class BenchSpec(Spec):
         return self
 
 
+# -- study ---------------------------------------------------------------------------------------------------
+
+
+def _share(text: str) -> str:
+    parse_share(text)
+    return text
+
+
+def _file_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .+_-]{0,79}", text):
+        raise ValueError(
+            f"{text[:40]!r} is not a name; expected a letter or a digit, then at most 79 of these and ` .+_-`"
+        )
+    return text
+
+
+class StudyModel(VariantModel):
+    """Parts of the recipe's model that a variant of a study replaces."""
+
+    d_model: Width | None = None
+    """Replaces model.d_model."""
+    layers: Depth | None = None
+    """Replaces model.layers."""
+    heads: Width | None = None
+    """Replaces model.heads."""
+
+
+class StudyTrain(Spec):
+    """Settings of training that a variant replaces. Tokens, batches and learning rates are the same for all."""
+
+    warmup_steps: Count | None = None
+    """Replaces train.warmup_steps."""
+    weight_decay: NonNegative | None = None
+    """Replaces train.weight_decay."""
+    max_grad_norm: NonNegative | None = None
+    """Replaces train.max_grad_norm."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Replaces train.adam_beta2."""
+
+
+class StudyVariantSpec(Spec):
+    """One model of a study, and one row of its table."""
+
+    name: Annotated[str, AfterValidator(_file_name)]
+    """Row label: letters, digits, spaces and `. + _ -`."""
+    model: StudyModel = StudyModel()
+    """Differences from the recipe's model."""
+    train: StudyTrain = StudyTrain()
+    """Differences from the recipe's training."""
+    distil_from: str | None = None
+    """Another variant, which is trained first and teaches this one; each seed learns from the same seed's model."""
+    distillation: Objective = Objective()
+    """The objective of `distil_from`."""
+
+    @property
+    def folder(self) -> str:
+        """Its name as the name of a folder."""
+        return self.name.replace(" ", "-")
+
+
+class StudySpec(Spec):
+    """Trains variants of the recipe's model on the same tokens and compares their loss, size and speed."""
+
+    variants: Annotated[list[StudyVariantSpec], Field(min_length=1)]
+    """The models; the first is the one that others are compared with."""
+    learning_rates: Annotated[list[Positive], Field(min_length=1)]
+    """Peak learning rates that every variant is tried with; the loss on tuning text chooses one for each."""
+    seeds: Annotated[list[Count], Field(min_length=1)] = Field(default=[0])
+    """Seeds of the weights and of the token order. The first one tries the learning rates."""
+    trial_tokens: Size | None = None
+    """Tokens of a trial of a learning rate; by default those of a whole run, and the best trial is the first run."""
+    tuning_tokens: Size = 65536
+    """Tokens of tuning text, which follow `data.held_out_tokens` in the held-out documents."""
+    equal_parameters: Annotated[str, AfterValidator(_share)] | None = None
+    """Refuse variants whose numbers of parameters differ by more than this share, such as `2 %`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StudySpec:
+        folders = [variant.folder for variant in self.variants]
+        for index, variant in enumerate(self.variants):
+            if variant.folder in folders[:index]:
+                raise fault(f"variants.{index}.name", f"{variant.name!r} is the name of two variants")
+        for index, variant in enumerate(self.variants):
+            self._check_teacher(index, variant)
+        for name in ("learning_rates", "seeds"):
+            values = getattr(self, name)
+            if twice := [value for index, value in enumerate(values) if value in values[:index]]:
+                raise fault(name, f"{twice[0]:g} is given twice")
+        return self
+
+    def _check_teacher(self, index: int, variant: StudyVariantSpec) -> None:
+        """Raise a fault unless `variant`, its teacher, and so on, end at one that has no teacher."""
+        teachers = {each.name: each.distil_from for each in self.variants}
+        seen, name = [variant.name], variant.distil_from
+        while name is not None:
+            if name not in teachers:
+                known = ", ".join(teachers)
+                raise fault(f"variants.{index}.distil_from", f"{name!r} is not one of {known}")
+            if name in seen:
+                raise fault(f"variants.{index}.distil_from", f"{variant.name!r} would learn from itself")
+            seen.append(name)
+            name = teachers[name]
+
+
 # -- the whole -----------------------------------------------------------------------------------------------
 
 
@@ -299,22 +404,44 @@ class Recipe(Spec):
     """Defaults of `generate`."""
     bench: BenchSpec | None = None
     """What to measure."""
+    study: StudySpec | None = None
+    """Variants of the model to train and to compare."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         if self.data:
             self._check_data(self.data)
-        if self.bench and self.model:
-            for index, variant in enumerate(self.bench.variants or ()):
+        if self.study:
+            self._check_study(self.study)
+        if self.model:
+            self._check_variants(self.model)
+        return self
+
+    def _check_variants(self, model: ModelSpec) -> None:
+        """Raise a fault for a variant of `bench` or `study` that does not fit the recipe's model."""
+        for block in ("bench", "study"):
+            for index, variant in enumerate(getattr(getattr(self, block), "variants", None) or ()):
                 try:
-                    variant.apply(self.model)
+                    variant.model.apply(model)
                 except ValidationError as error:
                     context = error.errors()[0]["ctx"]
                     raise fault(
-                        f"bench.variants.{index}.model",
+                        f"{block}.variants.{index}.model",
                         f"does not fit the recipe's model: {context['field']} {context['message']}",
                     ) from None
-        return self
+
+    def _check_study(self, study: StudySpec) -> None:
+        """Raise a fault unless the text and the training are those that a study compares variants on."""
+        if self.data and (self.data.pair_lengths or isinstance(self.data, CopyTask)):
+            raise fault("data", "a study needs running text, not pairs")
+        if self.data and not isinstance(self.data, CopyTask) and self.data.held_out_tokens is None:
+            raise fault("data.held_out_tokens", "missing; the tuning text of a study follows these tokens")
+        for name in ("init_from", "distillation"):
+            if self.train and getattr(self.train, name) is not None:
+                raise fault(
+                    f"train.{name}",
+                    "a study trains from random weights; study.variants.N.distil_from names a teacher",
+                )
 
     def _check_data(self, data: DataSpec) -> None:
         if self.convert and data.pair_lengths:

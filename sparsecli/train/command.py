@@ -50,11 +50,7 @@ def run(
     assert recipe.model
     assert recipe.data
     assert recipe.train
-    if resume not in (None, "auto"):
-        raise Failure(
-            f"--resume {resume}: expected auto, which resumes from the newest undamaged checkpoint",
-            exit_code=2,
-        )
+    check_resume(resume)
     first = first_process()
     if first:
         hint = "resume with --resume auto, or choose another --output"
@@ -80,22 +76,29 @@ def run(
             else f"{output}: no checkpoint yet, starting at step 0"
         )
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if first:
         _report_accelerate_options(os.environ)
     arguments = training_arguments(recipe.train, recipe.seed, output / run_directory.CHECKPOINTS)
     with arguments.main_process_first(desc="preparing the text"):  # the others then find it in the cache
         prepared = prepare(recipe.data)
     _check_vocabularies(recipe.train, prepared.tokenizer)
-    _check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
-    with run_directory.writing(output, run_directory.resume_hint(output)):
-        result = _train(recipe, prepared, arguments, output, checkpoint, first)
+    check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
+    hint = run_directory.resume_hint(output)
+    result = train(recipe, prepared, arguments, output, checkpoint, hint)
     if result:
         print_result(result, recipe, output)
         if result.rouge:
             print_samples(output)
     return result
+
+
+def check_resume(resume: str | None) -> None:
+    """Raise Failure for another value of `--resume` than auto."""
+    if resume not in (None, "auto"):
+        raise Failure(
+            f"--resume {resume}: expected auto, which resumes from the newest undamaged checkpoint",
+            exit_code=2,
+        )
 
 
 def _report_accelerate_options(environment: Mapping[str, str]) -> None:
@@ -112,7 +115,7 @@ def _report_accelerate_options(environment: Mapping[str, str]) -> None:
         )
 
 
-def _check_vocabulary_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, file: str) -> None:
+def check_vocabulary_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, file: str) -> None:
     """Raise RecipeError unless the model has a row for every token of the text."""
     assert recipe.model
     assert recipe.data
@@ -138,15 +141,37 @@ def _check_vocabularies(train: TrainSpec, tokenizer: PreTrainedTokenizerFast) ->
             check_vocabulary(tokenizer, load_tokenizer(folder), key, folder)
 
 
+def train(
+    recipe: Recipe,
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    output: Path,
+    checkpoint: Path | None,
+    hint: str,
+) -> Result | None:
+    """Train a resolved recipe from `checkpoint`, or from the start, into `output`, and print nothing to stdout.
+
+    Returns the final figures in the first process. `hint` ends the message of a run that is stopped or cannot write.
+
+    Raises:
+        Diverged: the training loss is not finite.
+        Failure, Stopped: as `run` does.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with run_directory.writing(output, hint):
+        return _train(recipe, prepared, arguments, output, checkpoint, hint, first_process())
+
+
 def _train(
     recipe: Recipe,
     prepared: Prepared,
     arguments: TrainingArguments,
     output: Path,
     checkpoint: Path | None,
+    hint: str,
     first: bool,
 ) -> Result | None:
-    """Train, write the model, and return the final figures in the first process."""
     assert recipe.model
     assert recipe.train
     facts = run_directory.read_facts(output)
@@ -163,10 +188,13 @@ def _train(
         run_directory.write_facts(output, facts)
     samples = _samples(recipe, prepared, output) if first else None
     trainer = _trainer(recipe, prepared, arguments, output, model, samples)
-    hint = run_directory.resume_hint(output)
     journal = run_steps(trainer, output, checkpoint, description="training", hint=hint)
     _save_model(trainer, output, first)
     row = journal.held_out_at(recipe.train.max_steps) if journal else None
+    if (
+        row and prepared.tuning and "tuning_loss" not in row
+    ):  # a run of a study that `train` alone has finished
+        row = None
     if trainer.anywhere(first and row is None):
         row = trainer.evaluate()
     if journal is None or row is None:
@@ -278,6 +306,7 @@ def _trainer(
         "keep": train.save_total_limit,
         "signals": Signals(),
         "samples": samples,
+        "tuning": prepared.tuning,
     }
     if train.distillation is None:
         return LanguageModelTrainer(**parts)

@@ -30,6 +30,10 @@ FIGURES = (
 """Names of the figures of an evaluation."""
 
 
+class Diverged(Failure):
+    """The training loss is not a finite number."""
+
+
 class Journal(TrainerCallback):
     """Writes `metrics.jsonl`, TensorBoard events and `loss.png`, and shows the progress.
 
@@ -84,7 +88,7 @@ class Journal(TrainerCallback):
         step, tokens = state.global_step, int(state.num_input_tokens_seen)
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise Failure(
+                raise Diverged(
                     f"the loss is {logs['loss']} at step {step}; lower train.learning_rate or train longer "
                     f"on train.warmup_steps, with another --output"
                 )

@@ -27,6 +27,7 @@ class Result:
     bits_per_byte: float
     tokens_per_second: float | None
     """Training speed of the process that finished the run."""
+    tuning_loss: float | None = None
     never_chosen: float | None = None
     balance: float | None = None
     kl_to_teacher: float | None = None
@@ -46,7 +47,7 @@ class Result:
         lead_rouge: dict[str, float] | None,
     ) -> Result:
         """The figures of the last evaluation, a `row` of the metrics."""
-        optional = ("never_chosen", "balance", "kl_to_teacher", "exact_match")
+        optional = ("tuning_loss", "never_chosen", "balance", "kl_to_teacher", "exact_match")
         return cls(
             steps=steps,
             held_out_loss=row["held_out_loss"],

@@ -40,7 +40,7 @@ def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | No
     else, or holds a run that is not to be resumed, was started with another recipe, or has no undamaged checkpoint.
     """
     if not output.is_dir() or not any(output.iterdir()):
-        _probe(output)
+        probe(output)
         return None
     stored = output / RECIPE
     if not stored.exists():
@@ -48,7 +48,7 @@ def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | No
     if not resume:
         raise Failure(f"{output}: already holds a run; {hint}")
     _compare(stored, recipe)
-    _probe(output)
+    probe(output)
     checkpoint, skipped = newest_sound(output / CHECKPOINTS)
     for line in skipped:
         warn(f"skipped {line}")
@@ -80,7 +80,7 @@ def writing(place: Path, hint: str) -> Iterator[None]:
         raise Failure(f"{file}: {reason}; fix this, then {hint}") from None
 
 
-def _probe(output: Path) -> None:
+def probe(output: Path) -> None:
     """Raise `Failure` unless a file can be written in `output`, or in the nearest folder above it that exists."""
     place = output.absolute()
     while not os.path.lexists(place):

@@ -32,7 +32,7 @@ from sparsecli.model.layers.feed_forward import Controller, MixtureFeedForward
 from sparsecli.model.layers.positions import LearnedPositions
 from sparsecli.recipe.training import TrainSpec
 from sparsecli.train.checkpoint import prune, seal, step_of
-from sparsecli.train.evaluation import TeacherModel, evaluate
+from sparsecli.train.evaluation import HeldOut, TeacherModel, evaluate
 from sparsecli.train.journal import Journal
 from sparsecli.train.samples import Samples
 
@@ -115,6 +115,7 @@ class LanguageModelTrainer(Trainer):
 
     Args:
         samples: held-out sources whose targets the model generates at every evaluation.
+        tuning: further examples on which every evaluation measures the loss, too.
         bf16: matrix products in bfloat16. Transformers' own option would also copy the logits to float32.
         keep: checkpoints to keep under `checkpoints`.
         signals: once it has received a signal, training stops at the end of the step, with a checkpoint.
@@ -138,6 +139,7 @@ class LanguageModelTrainer(Trainer):
         keep: int,
         signals: Signals,
         samples: Samples | None = None,
+        tuning: Examples | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -147,7 +149,7 @@ class LanguageModelTrainer(Trainer):
             processing_class=tokenizer,
             data_collator=examples.collate,
         )
-        self.examples, self.held_out, self.samples = examples, held_out, samples
+        self.examples, self.held_out, self.samples, self.tuning = examples, held_out, samples, tuning
         self.bytes_per_token, self.bf16 = bytes_per_token, bf16
         self.teacher: TeacherModel | None = None
         self.checkpoints, self.keep, self.signals = checkpoints, keep, signals
@@ -233,25 +235,16 @@ class LanguageModelTrainer(Trainer):
         """Held-out figures, which are also logged. They are empty if a signal interrupts the evaluation; training then
         stops with a checkpoint."""
         assert isinstance(self.model, PreTrainedModel)
-        alone = self.args.world_size == 1
+        figures = self._figures(self.held_out, self.teacher)
+        tuning = self._figures(self.tuning, None) if self.tuning else None
         with self.compute_loss_context_manager():
-            figures = evaluate(
-                self.model,
-                self.held_out,
-                self.bytes_per_token,
-                batch_size=self.args.per_device_eval_batch_size,
-                teacher=self.teacher,
-                rank=self.args.process_index,
-                ranks=self.args.world_size,
-                add_up=(lambda sums: sums) if alone else self._add_up,
-                stopped=self._cut_short,
-            )
             written = self.samples.figures(self.model, self._cut_short) if self.samples else {}
-        if figures is None or written is None:
+        if figures is None or written is None or (self.tuning and tuning is None):
             self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True
             return {}
         metrics = {
+            "tuning_loss": tuning.nats_per_token if tuning else None,
             "held_out_loss": figures.nats_per_token,
             "bits_per_byte": figures.bits_per_byte,
             "never_chosen": figures.never_chosen,
@@ -263,6 +256,23 @@ class LanguageModelTrainer(Trainer):
         self.log(dict(known))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, known)
         return known
+
+    def _figures(self, examples: Examples, teacher: TeacherModel | None) -> HeldOut | None:
+        """The figures on `examples`; None if a signal interrupted them."""
+        assert isinstance(self.model, PreTrainedModel)
+        alone = self.args.world_size == 1
+        with self.compute_loss_context_manager():
+            return evaluate(
+                self.model,
+                examples,
+                self.bytes_per_token,
+                batch_size=self.args.per_device_eval_batch_size,
+                teacher=teacher,
+                rank=self.args.process_index,
+                ranks=self.args.world_size,
+                add_up=(lambda sums: sums) if alone else self._add_up,
+                stopped=self._cut_short,
+            )
 
     def _cut_short(self) -> bool:
         """Whether to end an evaluation early. Several processes never do: they stop together, at the end of a step."""
