@@ -1,14 +1,20 @@
 // Threads and working memory of operations that are called one at a time, from any thread of the process.
 #pragma once
 #include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
 #include <functional>
-#include <initializer_list>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "memory.h"
-#include "pool.h"
+#include "parallel.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
@@ -16,10 +22,137 @@
 
 namespace sparsecli {
 
-// Tasks that do not depend on one another: a worker takes the next one as soon as it is done with its last.
+// Tasks that do not depend on one another. Which worker runs one must not change its result.
 struct Tasks {
     int64_t count;
     std::function<void(int64_t task, int64_t worker)> run;
+};
+
+// Sets of tasks, one after the other: all of a set are done before the next begins. Whoever is there takes the next
+// task, and a set ends when its tasks do: nobody waits for a worker that has none.
+class Job {
+  public:
+    explicit Job(std::vector<Tasks> steps) : progress_(steps.size()), steps_(std::move(steps)) {}
+
+    // Takes tasks until all of them are done, by whomever.
+    void work(int64_t worker) {
+        for (size_t s = 0; s < steps_.size(); ++s) {
+            Progress& of_step = progress_[s];
+            const int64_t count = steps_[s].count;
+            for (int64_t task; (task = of_step.begun.fetch_add(1, std::memory_order_relaxed)) < count;) {
+                attempt(steps_[s], task, worker);
+                if (of_step.done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) of_step.done.notify_all();
+            }
+            await(of_step.done, count);
+        }
+    }
+
+    // After `work`: throws what a task threw.
+    void check() const {
+        if (problem_) std::rethrow_exception(problem_);
+    }
+
+  private:
+    struct Progress {
+        alignas(64) std::atomic<int64_t> begun{0};
+        alignas(64) std::atomic<int64_t> done{0};
+    };
+
+    void attempt(const Tasks& tasks, int64_t task, int64_t worker) {
+        if (failed_.load(std::memory_order_relaxed)) return;
+        try {
+            tasks.run(task, worker);
+        } catch (...) {
+            if (!failed_.exchange(true)) problem_ = std::current_exception();
+        }
+    }
+
+    // Spins, then sleeps, so that a worker without a processor gets this one's.
+    static void await(std::atomic<int64_t>& done, int64_t count) {
+        constexpr int SPINS = 2000;
+        int64_t now;
+        for (int spins = 0; (now = done.load(std::memory_order_acquire)) < count; ++spins)
+            if (spins < SPINS)
+                relax();
+            else
+                done.wait(now, std::memory_order_acquire);
+    }
+
+    std::vector<Progress> progress_;
+    const std::vector<Tasks> steps_;
+    std::atomic<bool> failed_{false};
+    std::exception_ptr problem_;
+};
+
+// Threads that help with jobs. Between jobs they sleep. One that wakes too late finds nothing to do.
+class Helpers {
+  public:
+    explicit Helpers(int64_t count) {
+        try {
+            for (int64_t worker = 1; worker <= count; ++worker)
+                threads_.emplace_back([this, worker] { serve(worker); });
+        } catch (const std::system_error&) {
+            stop();
+            throw std::runtime_error("the system does not start " + std::to_string(count + 1) + " threads; use fewer");
+        }
+    }
+
+    ~Helpers() { stop(); }
+
+    Helpers(const Helpers&) = delete;
+    Helpers& operator=(const Helpers&) = delete;
+
+    int64_t count() const { return int64_t(threads_.size()); }
+
+    // Runs a job, the caller being worker 0. Helpers may keep the job for longer, but none of its tasks.
+    void run(std::vector<Tasks> steps) {
+        const auto job = std::make_shared<Job>(std::move(steps));
+        if (!threads_.empty()) offer(job);
+        job->work(0);
+        if (!threads_.empty()) offer(nullptr);
+        job->check();
+    }
+
+  private:
+    void offer(std::shared_ptr<Job> job) {
+        {
+            std::lock_guard lock(mutex_);
+            job_.swap(job);
+            if (!job_) return;
+            ++offers_;
+        }
+        offered_.notify_all();
+    }
+
+    void stop() {
+        {
+            std::lock_guard lock(mutex_);
+            stopping_ = true;
+        }
+        offered_.notify_all();
+        for (std::thread& thread : threads_) thread.join();
+    }
+
+    void serve(int64_t worker) {
+        for (uint64_t seen = 0;;) {
+            std::shared_ptr<Job> job;
+            {
+                std::unique_lock lock(mutex_);
+                offered_.wait(lock, [&] { return stopping_ || (job_ && offers_ != seen); });
+                if (stopping_) return;
+                seen = offers_;
+                job = job_;
+            }
+            job->work(worker);
+        }
+    }
+
+    std::vector<std::thread> threads_;
+    std::mutex mutex_;
+    std::condition_variable offered_;
+    std::shared_ptr<Job> job_;
+    uint64_t offers_ = 0;
+    bool stopping_ = false;
 };
 
 class Crew {
@@ -32,24 +165,10 @@ class Crew {
         return *crew;
     }
 
-    int64_t threads() const { return pool_->threads(); }
+    int64_t threads() const { return helpers_->count() + 1; }
 
     // One set of tasks after the other.
-    void run(const std::vector<Tasks>& steps) {
-        std::vector<std::atomic<int64_t>> next(steps.size());
-        pool_->run(
-            [&](int64_t worker) {
-                for (size_t s = 0; s < steps.size(); ++s) {
-                    if (s) pool_->barrier();
-                    while (true) {
-                        const int64_t task = next[s].fetch_add(1, std::memory_order_relaxed);
-                        if (task >= steps[s].count) break;
-                        steps[s].run(task, worker);
-                    }
-                }
-            },
-            false);
-    }
+    void run(std::vector<Tasks> steps) { helpers_->run(std::move(steps)); }
 
     // Memory that lasts until the next call of `locked`, with room for `count` values.
     template <class T>
@@ -74,16 +193,16 @@ class Crew {
     void prepare(int64_t threads) {
         used_ = 0;
 #if defined(__unix__) || defined(__APPLE__)
-        if (pool_ && process_ != getpid()) (void)pool_.release();  // threads do not live on in a forked process
+        if (helpers_ && process_ != getpid()) (void)helpers_.release();  // threads do not live on in a forked process
         process_ = getpid();
 #endif
-        if (pool_ && pool_->threads() == threads) return;
-        pool_.reset();
-        pool_ = std::make_unique<Pool>(threads, false, false);
+        if (helpers_ && this->threads() == threads) return;
+        helpers_.reset();
+        helpers_ = std::make_unique<Helpers>(threads - 1);
     }
 
     std::mutex mutex_;
-    std::unique_ptr<Pool> pool_;
+    std::unique_ptr<Helpers> helpers_;
     std::vector<std::unique_ptr<Held>> held_;
     size_t used_ = 0;
 #if defined(__unix__) || defined(__APPLE__)
