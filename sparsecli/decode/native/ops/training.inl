@@ -70,7 +70,7 @@ template <int M, int V>
 inline void product_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t width, int64_t count,
                          float* c) {
     Vector sums[M][V];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sums[m][v] = load(c + m * width + v * LANES);
@@ -78,14 +78,14 @@ inline void product_tile(const float* a, int64_t a_row, int64_t a_step, const fl
         Vector right[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) right[v] = load(b + v * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const Vector left = fill(a[m * a_row]);
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) add_product(sums[m][v], left, right[v]);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) store(c + m * width + v * LANES, sums[m][v]);
@@ -93,22 +93,23 @@ inline void product_tile(const float* a, int64_t a_row, int64_t a_step, const fl
 
 void add_matrix_product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t count, int64_t rows,
                         int64_t width, float* c) {
-#if defined(SPARSECLI_AVX512)
-    constexpr int V = 4;
-#else
-    constexpr int V = 1;
-#endif
-    constexpr int M = 4;
     int64_t column = 0;
-    const auto columns = [&]<int N>() {
+    // M rows and N vectors whose sums stay in registers: with fewer sums, each would wait for its last product.
+    const auto columns = [&]<int M, int N>() {
         int64_t row = 0;
         for (; row + M <= rows; row += M)
             product_tile<M, N>(a + row * a_row, a_row, a_step, b + column, width, count, c + row * width + column);
         for (; row < rows; ++row)
             product_tile<1, N>(a + row * a_row, a_row, a_step, b + column, width, count, c + row * width + column);
+        column += N * LANES;
     };
-    for (; column + V * LANES <= width; column += V * LANES) columns.template operator()<V>();
-    for (; column < width; column += LANES) columns.template operator()<1>();
+#if defined(SPARSECLI_AVX512)
+    while (column + 4 * LANES <= width) columns.template operator()<4, 4>();
+    while (column + 2 * LANES <= width) columns.template operator()<8, 2>();
+    while (column < width) columns.template operator()<8, 1>();
+#else
+    while (column < width) columns.template operator()<4, 1>();
+#endif
 }
 
 // ln x of positive normal numbers to about 2e-7, relative: x = 2^n (1 + f) with 1 + f from sqrt(1/2) to sqrt(2), and a
