@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,24 @@ from sparsecli.train import run_directory
 from sparsecli.train.checkpoint import newest_sound
 from sparsecli.train.distillation import DistillationTrainer, Teacher, check_vocabulary
 from sparsecli.train.plan import judge_of, longest_example, print_plan, resolved
+from sparsecli.train.profile import profiled
 from sparsecli.train.result import Result, known_result, print_result, print_samples
 from sparsecli.train.samples import Samples
 from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
 
 
 def run(
-    loaded: LoadedRecipe, *, output: Path, resume: str | None = None, dry_run: bool = False
+    loaded: LoadedRecipe,
+    *,
+    output: Path,
+    resume: str | None = None,
+    dry_run: bool = False,
+    stop_after: float | None = None,
+    profile: bool = False,
 ) -> Result | None:
     """Train the recipe's model into `output` and print the final figures; a dry run prints the plan instead.
+
+    After `stop_after` seconds the run stops as it would at SIGTERM. `profile` prints where a step's time goes.
 
     Under `torchrun` every process calls this. Only the first process prints, writes and returns the figures.
 
@@ -46,6 +56,7 @@ def run(
             be read, or the run cannot be resumed.
         Stopped: after SIGTERM or SIGINT before the last step. A later signal has no effect.
     """
+    signals = Signals(stop_after)
     recipe = resolved(loaded)
     assert recipe.model
     assert recipe.data
@@ -90,7 +101,7 @@ def run(
     _check_vocabularies(recipe.train, prepared.tokenizer)
     _check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
     with run_directory.writing(output, run_directory.resume_hint(output)):
-        result = _train(recipe, prepared, arguments, output, checkpoint, first)
+        result = _train(recipe, prepared, arguments, output, checkpoint, first, signals, profile)
     if result:
         print_result(result, recipe, output)
         if result.rouge:
@@ -145,6 +156,8 @@ def _train(
     output: Path,
     checkpoint: Path | None,
     first: bool,
+    signals: Signals,
+    profile: bool,
 ) -> Result | None:
     """Train, write the model, and return the final figures in the first process."""
     assert recipe.model
@@ -162,9 +175,10 @@ def _train(
         facts |= _started(recipe, prepared, arguments, output, facts, model)
         run_directory.write_facts(output, facts)
     samples = _samples(recipe, prepared, output) if first else None
-    trainer = _trainer(recipe, prepared, arguments, output, model, samples)
+    trainer = _trainer(recipe, prepared, arguments, output, model, samples, signals)
     hint = run_directory.resume_hint(output)
-    journal = run_steps(trainer, output, checkpoint, description="training", hint=hint)
+    with profiled(trainer, model) if profile and first else nullcontext():
+        journal = run_steps(trainer, output, checkpoint, description="training", hint=hint)
     _save_model(trainer, output, first)
     row = journal.held_out_at(recipe.train.max_steps) if journal else None
     if trainer.anywhere(first and row is None):
@@ -254,6 +268,7 @@ def _trainer(
     output: Path,
     model: Network,
     samples: Samples | None,
+    signals: Signals,
 ) -> LanguageModelTrainer:
     """The recipe's trainer. Options that have no effect are reported."""
     assert recipe.train
@@ -276,7 +291,7 @@ def _trainer(
         "bf16": bf16,
         "checkpoints": output / run_directory.CHECKPOINTS,
         "keep": train.save_total_limit,
-        "signals": Signals(),
+        "signals": signals,
         "samples": samples,
     }
     if train.distillation is None:
