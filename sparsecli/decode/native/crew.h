@@ -1,23 +1,20 @@
 // Threads and working memory of operations that are called one at a time, from any thread of the process.
 #pragma once
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "memory.h"
 #include "parallel.h"
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
 #endif
 
 namespace sparsecli {
@@ -29,7 +26,7 @@ struct Tasks {
 };
 
 // Sets of tasks, one after the other: all of a set are done before the next begins. Whoever is there takes the next
-// task, and a set ends when its tasks do: nobody waits for a worker that has none.
+// task, and a set ends when its tasks do: no set waits for a worker that has not begun.
 class Job {
   public:
     explicit Job(std::vector<Tasks> steps) : progress_(steps.size()), steps_(std::move(steps)) {}
@@ -84,91 +81,72 @@ class Job {
     std::exception_ptr problem_;
 };
 
-// Threads that help with jobs. Between jobs they sleep. One that wakes too late finds nothing to do.
-class Helpers {
+// Runs part(0) to part(threads - 1), each on a thread, on those of PyTorch's OpenMP where there is one. Threads beside
+// them would wait for processors on which PyTorch's threads look for work in a loop, for milliseconds at each call.
+class Threads {
   public:
-    explicit Helpers(int64_t count) {
-        try {
-            for (int64_t worker = 1; worker <= count; ++worker)
-                threads_.emplace_back([this, worker] { serve(worker); });
-        } catch (const std::system_error&) {
-            stop();
-            throw std::runtime_error("the system does not start " + std::to_string(count + 1) + " threads; use fewer");
-        }
-    }
-
-    ~Helpers() { stop(); }
-
-    Helpers(const Helpers&) = delete;
-    Helpers& operator=(const Helpers&) = delete;
-
-    int64_t count() const { return int64_t(threads_.size()); }
-
-    // Runs a job, the caller being worker 0. Helpers may keep the job for longer, but none of its tasks.
-    void run(std::vector<Tasks> steps) {
-        const auto job = std::make_shared<Job>(std::move(steps));
-        if (!threads_.empty()) offer(job);
-        job->work(0);
-        if (!threads_.empty()) offer(nullptr);
-        job->check();
+    template <class Part>
+    static void run(int64_t threads, const Part& part) {
+        static const Parallel parallel = find();
+        if (threads < 2) return part(0);
+        if (!parallel) return in_parallel(threads, part);
+        struct Call {
+            const Part& part;
+            std::atomic<int64_t> number{0};
+        } call{part};
+        parallel(
+            [](void* data) {
+                Call& of = *(Call*)data;
+                of.part(of.number.fetch_add(1));
+            },
+            &call, unsigned(threads), 0);
     }
 
   private:
-    void offer(std::shared_ptr<Job> job) {
-        {
-            std::lock_guard lock(mutex_);
-            job_.swap(job);
-            if (!job_) return;
-            ++offers_;
-        }
-        offered_.notify_all();
-    }
+    // GOMP_parallel, which the OpenMP libraries of GNU, Intel and LLVM have: runs a function on a team of threads, of
+    // which there may be fewer.
+    using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-    void stop() {
-        {
-            std::lock_guard lock(mutex_);
-            stopping_ = true;
-        }
-        offered_.notify_all();
-        for (std::thread& thread : threads_) thread.join();
+    static Parallel find() {
+#if defined(__linux__)
+        // The loaded one, under whatever name a wheel gives it; loading another would make threads of its own.
+        void* found = nullptr;
+        dl_iterate_phdr(
+            [](dl_phdr_info* info, size_t, void* to) {
+                const std::string name = info->dlpi_name;
+                const bool openmp = name.find("omp") != name.npos;
+                void* library = openmp ? dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+                void* symbol = library ? dlsym(library, "GOMP_parallel") : nullptr;
+                if (symbol && (!*(void**)to || name.find("torch/lib") != name.npos)) *(void**)to = symbol;
+                return 0;
+            },
+            &found);
+        return (Parallel)found;
+#else
+        return nullptr;
+#endif
     }
-
-    void serve(int64_t worker) {
-        for (uint64_t seen = 0;;) {
-            std::shared_ptr<Job> job;
-            {
-                std::unique_lock lock(mutex_);
-                offered_.wait(lock, [&] { return stopping_ || (job_ && offers_ != seen); });
-                if (stopping_) return;
-                seen = offers_;
-                job = job_;
-            }
-            job->work(worker);
-        }
-    }
-
-    std::vector<std::thread> threads_;
-    std::mutex mutex_;
-    std::condition_variable offered_;
-    std::shared_ptr<Job> job_;
-    uint64_t offers_ = 0;
-    bool stopping_ = false;
 };
 
 class Crew {
   public:
     // The process's crew, locked until the result goes out of scope.
     static Crew& locked(std::unique_lock<std::mutex>& lock, int64_t threads) {
-        static Crew* crew = new Crew;  // never destroyed: threads may still wait when the process ends
+        static Crew* crew = new Crew;  // never destroyed: a thread may still run when the process ends
         lock = std::unique_lock(crew->mutex_);
-        crew->prepare(threads);
+        crew->used_ = 0;
+        crew->threads_ = threads;
         return *crew;
     }
 
-    int64_t threads() const { return helpers_->count() + 1; }
+    int64_t threads() const { return threads_; }
 
     // One set of tasks after the other.
-    void run(std::vector<Tasks> steps) { helpers_->run(std::move(steps)); }
+    void run(std::vector<Tasks> steps) {
+        Job job(std::move(steps));
+        Threads::run(threads_, [&](int64_t worker) { job.work(worker); });
+        job.check();
+    }
 
     // Memory that lasts until the next call of `locked`, with room for `count` values.
     template <class T>
@@ -190,24 +168,10 @@ class Crew {
         int64_t bytes = 0;
     };
 
-    void prepare(int64_t threads) {
-        used_ = 0;
-#if defined(__unix__) || defined(__APPLE__)
-        if (helpers_ && process_ != getpid()) (void)helpers_.release();  // threads do not live on in a forked process
-        process_ = getpid();
-#endif
-        if (helpers_ && this->threads() == threads) return;
-        helpers_.reset();
-        helpers_ = std::make_unique<Helpers>(threads - 1);
-    }
-
     std::mutex mutex_;
-    std::unique_ptr<Helpers> helpers_;
     std::vector<std::unique_ptr<Held>> held_;
     size_t used_ = 0;
-#if defined(__unix__) || defined(__APPLE__)
-    pid_t process_ = 0;
-#endif
+    int64_t threads_ = 1;
 };
 
 // Sets of tasks of which none depends on another, as one.
