@@ -396,6 +396,12 @@ def test_usage_errors(arguments, run, calls, capsys):
         (["generate", "--threads", "x"], "--threads: expected a whole number, got 'x'"),
         (["bench", "--threads", "0"], "--threads: expected whole numbers above 0 such as 1,2, got '0'"),
         (["bench", "--fail-above", "x"], "--fail-above: expected a share such as 5% or 0.05, got 'x'"),
+        (["train", "quickstart", "--stop-after", "30"], "expected a time such as 90s, 30m or 2h, got '30'"),
+        (["train", "quickstart", "--stop-after", "-1s"], "expected a time such as 90s, 30m or 2h, got '-1s'"),
+        (
+            ["train", "quickstart", "--stop-after", "nanh"],
+            "expected a time such as 90s, 30m or 2h, got 'nanh'",
+        ),
         (["generate", "--threads", "257"], "--threads: expected a whole number of at most 256, got 257"),
         (["generate", "--top-p", "x"], "--top-p: expected a number, got 'x'"),
         (["pack", "--dtype", "x"], "--dtype: expected one of float32, bfloat16, int8, int4, got 'x'"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from small_models import INSTRUCTION_SETS
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from sparsecli import console
+from sparsecli.bench.studies import training_step
 from sparsecli.decode.native import binding
 from sparsecli.model.layers import native_units
 from sparsecli.model.layers.choices import ChoiceRecord
@@ -255,6 +259,62 @@ def test_reversible_stacks_are_plain_ones() -> None:
         for weight in weights.values():
             weight.grad = None
     assert_same(*found)
+
+
+def test_gradients_that_are_kept_are_not_written_over() -> None:
+    """Memory of a gradient is used again, but only when nothing refers to it any more."""
+    layer, x, dy = build("small")
+    layer.temperature = 0.0
+    once = results(layer, x, dy, layer)
+    layer.zero_grad()
+    layer(x).backward(dy)
+    kept = layer.up.grad
+    part = layer.down.grad[1:]
+    addresses = {kept.data_ptr(), layer.down.grad.data_ptr()}
+    layer.zero_grad()
+    layer(x).backward(2 * dy)
+    assert not addresses & {layer.up.grad.data_ptr(), layer.down.grad.data_ptr()}
+    assert torch.equal(kept, once["up"])
+    assert torch.equal(part, once["down"][1:])
+    address = layer.up.grad.data_ptr()
+    layer.zero_grad()
+    layer(x).backward(dy)
+    assert layer.up.grad.data_ptr() == address
+    layer(x).backward(dy)  # accumulates
+    torch.testing.assert_close(layer.up.grad, 2 * once["up"])
+
+
+def train_together(rank: int, folder: str) -> None:
+    """One of two processes: gradients of its half of the tokens, averaged over both, are written by the first."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    layer, x, dy = build("two slices")
+    layer.temperature = 0.0
+    together = DistributedDataParallel(layer)
+    for _ in range(2):  # the second time in memory that is used again
+        layer.zero_grad()
+        together(x[rank::2]).backward(dy[rank::2])
+    if rank == 0:
+        torch.save({name: weight.grad for name, weight in layer.named_parameters()}, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_average_the_gradients_of_the_masked_product(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_together, (str(tmp_path),), nprocs=2)
+    layer, x, dy = build("two slices")
+    layer.temperature = 0.0
+    expected = results(layer, x, dy / 2, layer.masked_product)
+    found = torch.load(tmp_path / "gradients.pt")
+    assert_same(found, {name: expected[name] for name in found})
+
+
+def test_the_study_measures_the_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"d-model": 16, "d-ff": 64, "block-size": 16, "rank": 4, "tokens": 24, "rounds": 1}
+    training_step.main([*(f"--{name}={size}" for name, size in sizes.items()), "--masked"])
+    table = capsys.readouterr().out
+    assert [line.strip().split("  ")[0] for line in table.splitlines()[-6:] if "x" in line] == [
+        "dense, float32", "dense, bfloat16", "Sparse FF, chosen rows", "Sparse FF, masked product, bfloat16"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

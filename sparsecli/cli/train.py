@@ -24,7 +24,10 @@ def train(
     stop_after: Annotated[
         float | None,
         typer.Option(
-            parser=duration, metavar="TIME", help="Stop after 90s, 30m or 2h, with a checkpoint.", show_default=False
+            parser=duration,
+            metavar="TIME",
+            help="Stop after 90s, 30m or 2h, with a checkpoint.",
+            show_default=False,
         ),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time of a step goes.")] = False,

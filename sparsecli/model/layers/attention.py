@@ -314,7 +314,9 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> 
         q = q * (width**-0.5 if scale is None else scale)
         hidden = q.new_full((length, length), -torch.inf).triu_(1)
         rows = []
-        for start in range(0, length, QUERIES):  # few queries at a time need no products with keys behind them
+        for start in range(
+            0, length, QUERIES
+        ):  # few queries at a time need no products with keys behind them
             end = min(start + QUERIES, length)
             scores = torch.baddbmm(hidden[start:end, :end], q[:, start:end], k[:, :end].transpose(1, 2))
             rows.append(scores.softmax(dim=-1) @ v[:, :end])
