@@ -177,7 +177,7 @@ def test_attention_by_products_is_attention(length: int) -> None:
         y.backward(dy.to(y.dtype))
         found.append([y.detach(), *(value.grad for value in inputs)])
     for ours, theirs in zip(*found, strict=True):
-        assert (ours - theirs).norm() <= 0.01 * theirs.norm() + 1e-6
+        assert (ours - theirs).norm() <= 0.01 * theirs.norm() + 1e-5
     assert not attention.by_products(q, k)
     with torch.autocast("cpu", torch.bfloat16):
         assert attention.by_products(q, k)

@@ -59,4 +59,4 @@ def _let_threads_sleep() -> None:
     those of other programs. OpenMP reads the environment once, when PyTorch is imported.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "1000"
+        os.environ["GOMP_SPINCOUNT"] = "10000"
