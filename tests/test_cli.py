@@ -399,8 +399,14 @@ def test_usage_errors(arguments, run, calls, capsys):
         (["generate", "--threads", "x"], "--threads: expected a whole number, got 'x'"),
         (["bench", "--threads", "0"], "--threads: expected whole numbers above 0 such as 1,2, got '0'"),
         (["bench", "--fail-above", "x"], "--fail-above: expected a share such as 5% or 0.05, got 'x'"),
-        (["train", "quickstart", "--stop-after", "30"], "--stop-after: expected a time such as 90s, 30m or 2h, got '30'"),
-        (["train", "quickstart", "--stop-after", "-1s"], "--stop-after: expected a time such as 90s, 30m or 2h, got '-1s'"),
+        (
+            ["train", "quickstart", "--stop-after", "30"],
+            "--stop-after: expected a time such as 90s, 30m or 2h, got '30'",
+        ),
+        (
+            ["train", "quickstart", "--stop-after", "-1s"],
+            "--stop-after: expected a time such as 90s, 30m or 2h, got '-1s'",
+        ),
         (
             ["train", "quickstart", "--stop-after", "nanh"],
             "--stop-after: expected a time such as 90s, 30m or 2h, got 'nanh'",

@@ -21,6 +21,7 @@ from sparsecli.model.layers import native_units
 from sparsecli.model.layers.choices import ChoiceRecord
 from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
+from sparsecli.train.distillation import choosing_as_decoding
 
 pytestmark = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -240,6 +241,17 @@ def test_checkpoints_repeat_draws() -> None:
     plain = results(layer, x, dy, layer)
     torch.manual_seed(1)
     assert_same(results(layer, x, dy, lambda x: checkpoint(layer, x, use_reentrant=False)), plain, 0)
+
+
+def test_layers_that_are_distilled_choose_without_noise() -> None:
+    """Whatever the recipe says about training them."""
+    layer, x, dy = build("two slices")
+    layer.hard_fraction = 0.3
+    assert not native_units.usable(layer, x)
+    with choosing_as_decoding(layer):
+        rows, masked = both(layer, x, dy)
+        assert torch.equal(results(layer, x, dy, layer)["y"], rows["y"])
+    assert_same(rows, masked)
 
 
 def test_reversible_stacks_are_plain_ones() -> None:

@@ -1,4 +1,4 @@
-"""Compares whole training steps of a recipe's variants on a CPU: forward, loss, backward and optimizer, as `train` does.
+"""Compares whole training steps of a recipe's variants on a CPU: forward, loss, backward and optimizer.
 
     python -m sparsecli.bench.studies.training_model bench-800m --layers 4 --tokens 2048
 
