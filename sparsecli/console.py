@@ -10,8 +10,10 @@ import os
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 10.0
 """Seconds between two progress lines if stderr is not a terminal."""
+RECENT_SECONDS = 60.0
+"""Seconds of recent steps whose rate tells the time left."""
 
 # Rich does not remove escape sequences. Text from a recipe or a model must not control the terminal.
 _UNPRINTABLE = {
@@ -172,8 +176,11 @@ def json_out(value: Any) -> None:
 class Progress(Protocol):
     """The progress of a loop, as `progress` shows it."""
 
-    def advance(self, steps: int = 1, **fields: object) -> None:
-        """Advance by `steps`. `fields`, such as a loss or a speed, are shown beside the count."""
+    def advance(self, steps: int = 1, seconds_left: float | None = None, **fields: object) -> None:
+        """Advance by `steps`. `fields`, such as a loss or a speed, are shown beside the count.
+
+        Unless `seconds_left` is known, the rate of recent steps tells the time left.
+        """
 
 
 def _describe(fields: dict[str, object]) -> str:
@@ -187,8 +194,10 @@ class _Bar:
     def __init__(self, bar: Any, task: Any) -> None:
         self.bar, self.task = bar, task
 
-    def advance(self, steps: int = 1, **fields: object) -> None:
-        update = {"fields": _describe(fields).translate(_UNPRINTABLE)} if fields else {}
+    def advance(self, steps: int = 1, seconds_left: float | None = None, **fields: object) -> None:
+        update: dict[str, object] = {"seconds_left": seconds_left}
+        if fields:
+            update["fields"] = _describe(fields).translate(_UNPRINTABLE)
         self.bar.update(self.task, advance=steps, **update)
 
 
@@ -198,10 +207,15 @@ class _Lines:
     def __init__(self, description: str, total: int | None) -> None:
         self.description, self.total, self.done = description, total, 0
         self.start = self.shown = time.monotonic()
+        self.recent: deque[tuple[float, int]] = deque()  # times and the steps that were done
 
-    def advance(self, steps: int = 1, **fields: object) -> None:
+    def advance(self, steps: int = 1, seconds_left: float | None = None, **fields: object) -> None:
         self.done += steps
         now = time.monotonic()
+        # The first step takes longer than others, and a resumed loop begins with many at once.
+        self.recent.append((now, self.done))
+        while now - self.recent[0][0] > RECENT_SECONDS and len(self.recent) > 2:
+            self.recent.popleft()
         if now - self.shown < PLAIN_SECONDS and self.done != self.total:
             return
         self.shown = now
@@ -210,8 +224,15 @@ class _Lines:
         if self.total is None or self.done >= self.total:
             timing = f"{elapsed:.0f} s"
         else:
-            timing = f"{elapsed:.0f} s, {elapsed / self.done * (self.total - self.done):.0f} s left"
+            left = self._left(now) if seconds_left is None else seconds_left
+            timing = f"{elapsed:.0f} s, {left:.0f} s left"
         say(", ".join(filter(None, [f"{self.description}: {count}", _describe(fields), timing])))
+
+    def _left(self, now: float) -> float:
+        """Seconds until the total, at the rate of recent steps."""
+        assert self.total is not None
+        begin, done = self.recent[0] if len(self.recent) > 1 else (self.start, 0)
+        return (now - begin) / (self.done - done) * (self.total - self.done)
 
 
 @contextmanager
@@ -220,15 +241,21 @@ def progress(description: str, total: int | None) -> Iterator[Progress]:
     if not (_stderr().is_terminal and first_process()):
         yield _Lines(description, total)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
+    from rich.text import Text
+
+    class TimeLeft(TimeRemainingColumn):
+        def render(self, task: Task) -> Text:
+            left = task.fields.get("seconds_left")
+            return super().render(task) if left is None else Text(str(timedelta(seconds=round(left))))
 
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[fields]}", markup=False),
-        TimeRemainingColumn(),
+        TimeLeft(elapsed_when_finished=True),
     )
     with RichProgress(*columns, console=_stderr()) as bar:
         yield _Bar(bar, bar.add_task(description.translate(_UNPRINTABLE), total=total, fields=""))

@@ -109,9 +109,12 @@ def test_train(run, calls):
     assert run("train", "quickstart", "train.max_steps=7", "--seed", "3", "model.layers=2") == 0
     recipe = calls.first.recipe
     assert (recipe.train.max_steps, recipe.model.layers, recipe.seed) == (7, 2, 3)
-    assert calls.options == {"output": Path("runs/quickstart"), "resume": None, "dry_run": False}
+    others = {"stop_after": None, "profile": False}
+    assert calls.options == {"output": Path("runs/quickstart"), "resume": None, "dry_run": False} | others
     assert run("train", "quickstart", "output=there", "--resume", "auto", "--dry-run") == 0
-    assert calls.options == {"output": Path("there"), "resume": "auto", "dry_run": True}
+    assert calls.options == {"output": Path("there"), "resume": "auto", "dry_run": True} | others
+    assert run("train", "quickstart", "--stop-after", "1.5h", "--profile") == 0
+    assert (calls.options["stop_after"], calls.options["profile"]) == (5400, True)
     assert run("train", "quickstart", "output=there", "--output", "here") == 0
     assert calls.options["output"] == Path("here")
 
@@ -432,6 +435,18 @@ def test_usage_errors(arguments, run, calls, capsys):
         (["generate", "--threads", "x"], "--threads: expected a whole number, got 'x'"),
         (["bench", "--threads", "0"], "--threads: expected whole numbers above 0 such as 1,2, got '0'"),
         (["bench", "--fail-above", "x"], "--fail-above: expected a share such as 5% or 0.05, got 'x'"),
+        (
+            ["train", "quickstart", "--stop-after", "30"],
+            "--stop-after: expected a time such as 90s, 30m or 2h, got '30'",
+        ),
+        (
+            ["train", "quickstart", "--stop-after", "-1s"],
+            "--stop-after: expected a time such as 90s, 30m or 2h, got '-1s'",
+        ),
+        (
+            ["train", "quickstart", "--stop-after", "nanh"],
+            "--stop-after: expected a time such as 90s, 30m or 2h, got 'nanh'",
+        ),
         (["generate", "--threads", "257"], "--threads: expected a whole number of at most 256, got 257"),
         (["generate", "--top-p", "x"], "--top-p: expected a number, got 'x'"),
         (["pack", "--dtype", "x"], "--dtype: expected one of float32, bfloat16, int8, int4, got 'x'"),

@@ -139,9 +139,23 @@ def test_progress_in_a_log_is_plain_lines(capsys, monkeypatch):
         for loss in (4.0, 3.0, 2.0, 1.0):
             bar.advance(loss=loss)
     assert capsys.readouterr().err.splitlines() == [
-        "train: 2/4, loss 3, 11 s, 11 s left",
+        "train: 2/4, loss 3, 11 s, 16 s left",  # the first step does not count
         "train: 4/4, loss 1, 13 s",
     ]
+
+
+def test_the_time_left_is_that_of_recent_steps(capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 50.0, 100.0, 150.0, 160.0, 170.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress("train", total=200) as bar:
+        bar.advance(100)  # a resumed run
+        for _ in range(4):
+            bar.advance()
+        bar.advance(seconds_left=7)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train: 101/200, 50 s, 4851 s left"
+    assert lines[-2] == "train: 104/200, 160 s, 2880 s left"  # 60 s for two steps
+    assert lines[-1] == "train: 105/200, 170 s, 7 s left"
 
 
 def test_progress_without_a_total(capsys, monkeypatch):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from small_models import INSTRUCTION_SETS
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from sparsecli import console
+from sparsecli.bench.studies import training_step
 from sparsecli.decode.native import binding
 from sparsecli.model.layers import native_units
 from sparsecli.model.layers.choices import ChoiceRecord
 from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
+from sparsecli.train.distillation import choosing_as_decoding
 
 pytestmark = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -238,6 +243,17 @@ def test_checkpoints_repeat_draws() -> None:
     assert_same(results(layer, x, dy, lambda x: checkpoint(layer, x, use_reentrant=False)), plain, 0)
 
 
+def test_layers_that_are_distilled_choose_without_noise() -> None:
+    """Whatever the recipe says about training them."""
+    layer, x, dy = build("two slices")
+    layer.hard_fraction = 0.3
+    assert not native_units.usable(layer, x)
+    with choosing_as_decoding(layer):
+        rows, masked = both(layer, x, dy)
+        assert torch.equal(results(layer, x, dy, layer)["y"], rows["y"])
+    assert_same(rows, masked)
+
+
 def test_reversible_stacks_are_plain_ones() -> None:
     torch.manual_seed(0)
     layers = [SparseFeedForward(24, 64, 8, 4, hard_fraction=1.0, temperature=0.5) for _ in range(3)]
@@ -255,6 +271,62 @@ def test_reversible_stacks_are_plain_ones() -> None:
         for weight in weights.values():
             weight.grad = None
     assert_same(*found)
+
+
+def test_gradients_that_are_kept_are_not_written_over() -> None:
+    """Memory of a gradient is used again, but only when nothing refers to it any more."""
+    layer, x, dy = build("small")
+    layer.temperature = 0.0
+    once = results(layer, x, dy, layer)
+    layer.zero_grad()
+    layer(x).backward(dy)
+    kept = layer.up.grad
+    part = layer.down.grad[1:]
+    addresses = {kept.data_ptr(), layer.down.grad.data_ptr()}
+    layer.zero_grad()
+    layer(x).backward(2 * dy)
+    assert not addresses & {layer.up.grad.data_ptr(), layer.down.grad.data_ptr()}
+    assert torch.equal(kept, once["up"])
+    assert torch.equal(part, once["down"][1:])
+    address = layer.up.grad.data_ptr()
+    layer.zero_grad()
+    layer(x).backward(dy)
+    assert layer.up.grad.data_ptr() == address
+    layer(x).backward(dy)  # accumulates
+    torch.testing.assert_close(layer.up.grad, 2 * once["up"])
+
+
+def train_together(rank: int, folder: str) -> None:
+    """One of two processes: gradients of its half of the tokens, averaged over both, are written by the first."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    layer, x, dy = build("two slices")
+    layer.temperature = 0.0
+    together = DistributedDataParallel(layer)
+    for _ in range(2):  # the second time in memory that is used again
+        layer.zero_grad()
+        together(x[rank::2]).backward(dy[rank::2])
+    if rank == 0:
+        torch.save({name: weight.grad for name, weight in layer.named_parameters()}, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_average_the_gradients_of_the_masked_product(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_together, (str(tmp_path),), nprocs=2)
+    layer, x, dy = build("two slices")
+    layer.temperature = 0.0
+    expected = results(layer, x, dy / 2, layer.masked_product)
+    found = torch.load(tmp_path / "gradients.pt")
+    assert_same(found, {name: expected[name] for name in found})
+
+
+def test_the_study_measures_the_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"d-model": 16, "d-ff": 64, "block-size": 16, "rank": 4, "tokens": 24, "rounds": 1}
+    training_step.main([*(f"--{name}={size}" for name, size in sizes.items()), "--masked"])
+    table = capsys.readouterr().out
+    assert [line.strip().split("  ")[0] for line in table.splitlines()[-6:] if "x" in line] == [
+        "dense, float32", "dense, bfloat16", "Sparse FF, chosen rows", "Sparse FF, masked product, bfloat16"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

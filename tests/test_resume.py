@@ -29,7 +29,7 @@ from sparsecli.data.packing import pack
 from sparsecli.model.loading import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.training import TrainSpec
-from sparsecli.train import checkpoint, command, run_directory, trainer
+from sparsecli.train import checkpoint, command, profile, run_directory, trainer
 from sparsecli.train.command import Result, run
 from sparsecli.train.evaluation import evaluate
 
@@ -116,6 +116,26 @@ def test_what_a_kill_left_in_the_last_checkpoint_goes(
     run(tiny, output=output, resume="auto")
     assert {path.name for path in (output / "checkpoints").iterdir()} == {"checkpoint-8", "checkpoint-12"}
     assert_same_run(output, finished[0])
+
+
+def test_a_run_stops_after_a_time_and_ends_the_same(
+    tiny: LoadedRecipe, finished: tuple[Path, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does measuring its steps change a run."""
+    output = tmp_path / "run"
+    with pytest.raises(
+        Stopped, match=r"stopped at step 1 of 12 .*: sparsecli train \S*recipe.yaml --resume auto"
+    ) as at:
+        run(tiny, output=output, stop_after=1e-6)
+    assert at.value.exit_code == 75
+    run(tiny, output=output, resume="auto", stop_after=3600, profile=True)
+    assert_same_run(output, finished[0])
+    table = capsys.readouterr().out
+    assert "a step, mean of 9" in table
+    shares = dict(re.findall(r"^ *(\w[\w -]*?) +[\d.]+ +([\d.]+)%", table, flags=re.MULTILINE))
+    assert list(shares) == [*profile.PARTS, "step"]
+    assert sum(map(float, shares.values())) == pytest.approx(200, abs=0.5)
+    assert min(float(shares[part]) for part in profile.PARTS[:5]) > 0
 
 
 def test_interrupt_ends_with_130_and_says_how_to_go_on(tiny: LoadedRecipe, tmp_path: Path) -> None:

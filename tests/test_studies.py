@@ -418,6 +418,13 @@ def stamps(output: Path) -> dict[str, int]:
     }
 
 
+def test_a_study_stops_after_its_time_and_goes_on(tmp_path: Path, file: Path) -> None:
+    loaded = load(str(file), ONE_RUN)
+    with pytest.raises(Stopped, match="the same command"):
+        command.run(loaded, output=tmp_path / "run", stop_after=0.0)
+    assert command.run(loaded, output=tmp_path / "run")
+
+
 @pytest.mark.usefixtures("unmeasured")
 def test_a_signal_stops_the_study_with_a_checkpoint(  # from which `train` alone may go on, too
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

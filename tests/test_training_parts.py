@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from sparsecli.data.packing import TokenStream
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
+from sparsecli.model.layers import attention, cross_entropy
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.spec.model import ModelSpec
 from sparsecli.train import checkpoint, trainer
@@ -130,3 +133,53 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert kept == ["checkpoint-10", "checkpoint-30"]
     assert checkpoint.newest_sound(tmp_path) == (tmp_path / "checkpoint-30", [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", ["labels", "all batches", "none"])
+def test_the_loss_is_that_of_transformers(
+    dtype: torch.dtype, counts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "AT_ONCE", 70)  # 2 tokens at a time
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(3, 9, 32)).to(dtype)
+    labels = torch.randint(0, 32, (3, 9))
+    labels[0, 2:5] = labels[2] = -100
+    if counts == "none":
+        labels.fill_(-100)
+    arguments = {"num_items_in_batch": torch.tensor(40)} if counts == "all batches" else {}
+    found = []
+    for loss in (cross_entropy.token_loss, ForCausalLMLoss):
+        z = logits.clone().requires_grad_()
+        value = loss(z, labels, 32, **arguments)
+        (3 * value).backward()
+        found.append((value.detach(), z.grad))
+    (ours, of_ours), (theirs, of_theirs) = found
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert of_ours.dtype == dtype
+    if counts != "none":
+        rounding = 1e-7 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(of_ours, of_theirs, atol=1e-8, rtol=rounding * 10)
+
+
+@pytest.mark.parametrize("length", [1, 40, 128, 300])
+def test_attention_by_products_is_attention(length: int) -> None:
+    """In bfloat16, and on short texts alone; everything else is left to PyTorch."""
+    torch.manual_seed(0)
+    q, k, v, dy = torch.randn(4, 2, 3, length, 16)
+    found = []
+    for attend in (
+        lambda q, k, v: attention.attend_by_products(q, k, v, 0.3),
+        lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
+    ):
+        inputs = [value.clone().requires_grad_() for value in (q, k, v)]
+        y = attend(*inputs)
+        y.backward(dy.to(y.dtype))
+        found.append([y.detach(), *(value.grad for value in inputs)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 0.01 * theirs.norm() + 1e-5
+    assert not attention.by_products(q, k)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention.by_products(q, k)
+        assert not attention.by_products(q, k[:, :1])
+        assert not attention.by_products(*torch.zeros(2, 1, 1, 513, 16))

@@ -70,6 +70,18 @@ def percent(text: str) -> float:
     return value
 
 
+def duration(text: str) -> float:
+    """`90s`, `30m` or `2h` in seconds."""
+    seconds = {"s": 1, "m": 60, "h": 3600}
+    try:
+        value = float(text[:-1]) * seconds[text[-1:]]
+    except (ValueError, KeyError):
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise typer.BadParameter(f"expected a time such as 90s, 30m or 2h, got {text!r}")
+    return value
+
+
 def numbers(text: str) -> list[int]:
     """`64,2048` as [64, 2048]."""
     try:

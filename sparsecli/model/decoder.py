@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from sparsecli.model.cache import CACHE, DecodeCache
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import causal_mask
+from sparsecli.model.layers.cross_entropy import token_loss
 from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.gguf import GgufEmbedding, TiedHead, use_gguf_modules
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
@@ -315,6 +316,7 @@ class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"head.weight": "model.embedding.weight"}
     model_class: ClassVar[type[Decoder]]
+    _loss_function = staticmethod(token_loss)
 
     def __init__(self, config: ScalingTransformerConfig) -> None:
         super().__init__(config)

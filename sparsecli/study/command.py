@@ -27,9 +27,16 @@ BENCH = "bench.json"
 
 
 def run(
-    loaded: LoadedRecipe, *, output: Path, resume: str | None = None, dry_run: bool = False
+    loaded: LoadedRecipe,
+    *,
+    output: Path,
+    resume: str | None = None,
+    dry_run: bool = False,
+    stop_after: float | None = None,
 ) -> StudyResult | None:
     """Train the variants of the recipe's study into `output` and compare them; a dry run prints the plan instead.
+
+    After `stop_after` seconds of training the study stops as it would at SIGTERM.
 
     The same call continues a study that was stopped, with or without `resume="auto"`. Finished runs are not trained
     again, and what was measured is not measured again.
@@ -56,7 +63,7 @@ def run(
         output.mkdir(parents=True, exist_ok=True)
         resolved = loaded.recipe.model_copy(update={"output": str(output)})
         run_directory.replace_text(output / RECIPE, dump(resolved))
-        trained = StudyTrainer(plan, prepared).train()
+        trained = StudyTrainer(plan, prepared, stop_after).train()
         result = make_result(plan, trained, _measured(plan, trained))
         _write(result, trained, output)
     result.show()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from sparsecli.train import run_directory
 from sparsecli.train.command import train
 from sparsecli.train.journal import Diverged
 from sparsecli.train.result import known_result
-from sparsecli.train.trainer import training_arguments
+from sparsecli.train.trainer import Signals, training_arguments
 
 HINT = "the same command continues the study"
 WORSE_THAN_CHANCE = 1.0
@@ -62,10 +63,15 @@ def choose(trials: Mapping[float, Outcome]) -> float | None:
 
 
 class StudyTrainer:
-    """Trains variant after variant, teachers first. Runs that a folder already holds are not trained again."""
+    """Trains variant after variant, teachers first. Runs that a folder already holds are not trained again.
 
-    def __init__(self, plan: Plan, prepared: Prepared) -> None:
+    Args:
+        stop_after: seconds from now after which the study stops as at SIGTERM; None: never.
+    """
+
+    def __init__(self, plan: Plan, prepared: Prepared, stop_after: float | None = None) -> None:
         self.plan, self.prepared = plan, prepared
+        self.deadline = None if stop_after is None else time.monotonic() + stop_after
         self.reached: set[Path] = set()
 
     def train(self) -> list[Trained]:
@@ -166,8 +172,9 @@ class StudyTrainer:
             say(f"resuming from {checkpoint}")
         checkpoints = run.folder / run_directory.CHECKPOINTS
         arguments = training_arguments(run.recipe.train, run.seed, checkpoints)
+        left = None if self.deadline is None else self.deadline - time.monotonic()
         try:
-            train(run.recipe, self.prepared, arguments, run.folder, checkpoint, hint=HINT)
+            train(run.recipe, self.prepared, arguments, run.folder, checkpoint, HINT, Signals(left))
         except Diverged as error:
             facts = run_directory.read_facts(run.folder)
             reason = error.message.partition(";")[0]

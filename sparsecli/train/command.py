@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,24 @@ from sparsecli.train import run_directory
 from sparsecli.train.checkpoint import newest_sound
 from sparsecli.train.distillation import DistillationTrainer, Teacher, check_vocabulary
 from sparsecli.train.plan import judge_of, longest_example, print_plan, resolved
+from sparsecli.train.profile import profiled
 from sparsecli.train.result import Result, known_result, print_result, print_samples
 from sparsecli.train.samples import Samples
 from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
 
 
 def run(
-    loaded: LoadedRecipe, *, output: Path, resume: str | None = None, dry_run: bool = False
+    loaded: LoadedRecipe,
+    *,
+    output: Path,
+    resume: str | None = None,
+    dry_run: bool = False,
+    stop_after: float | None = None,
+    profile: bool = False,
 ) -> Result | None:
     """Train the recipe's model into `output` and print the final figures; a dry run prints the plan instead.
+
+    After `stop_after` seconds the run stops as it would at SIGTERM. `profile` prints where a step's time goes.
 
     Under `torchrun` every process calls this. Only the first process prints, writes and returns the figures.
 
@@ -46,6 +56,7 @@ def run(
             be read, or the run cannot be resumed.
         Stopped: after SIGTERM or SIGINT before the last step. A later signal has no effect.
     """
+    signals = Signals(stop_after)
     recipe = resolved(loaded)
     assert recipe.model
     assert recipe.data
@@ -84,7 +95,7 @@ def run(
     _check_vocabularies(recipe.train, prepared.tokenizer)
     check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
     hint = run_directory.resume_hint(output)
-    result = train(recipe, prepared, arguments, output, checkpoint, hint)
+    result = train(recipe, prepared, arguments, output, checkpoint, hint, signals, profile)
     if result:
         print_result(result, recipe, output)
         if result.rouge:
@@ -148,10 +159,13 @@ def train(
     output: Path,
     checkpoint: Path | None,
     hint: str,
+    signals: Signals,
+    profile: bool = False,
 ) -> Result | None:
     """Train a resolved recipe from `checkpoint`, or from the start, into `output`, and print nothing to stdout.
 
     Returns the final figures in the first process. `hint` ends the message of a run that is stopped or cannot write.
+    `profile` prints where a step's time goes.
 
     Raises:
         Diverged: the training loss is not finite.
@@ -160,7 +174,9 @@ def train(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with run_directory.writing(output, hint):
-        return _train(recipe, prepared, arguments, output, checkpoint, hint, first_process())
+        return _train(
+            recipe, prepared, arguments, output, checkpoint, hint, first_process(), signals, profile
+        )
 
 
 def _train(
@@ -171,6 +187,8 @@ def _train(
     checkpoint: Path | None,
     hint: str,
     first: bool,
+    signals: Signals,
+    profile: bool,
 ) -> Result | None:
     assert recipe.model
     assert recipe.train
@@ -187,8 +205,9 @@ def _train(
         facts |= _started(recipe, prepared, arguments, output, facts, model)
         run_directory.write_facts(output, facts)
     samples = _samples(recipe, prepared, output) if first else None
-    trainer = _trainer(recipe, prepared, arguments, output, model, samples)
-    journal = run_steps(trainer, output, checkpoint, description="training", hint=hint)
+    trainer = _trainer(recipe, prepared, arguments, output, model, samples, signals)
+    with profiled(trainer, model) if profile and first else nullcontext():
+        journal = run_steps(trainer, output, checkpoint, description="training", hint=hint)
     _save_model(trainer, output, first)
     row = journal.held_out_at(recipe.train.max_steps) if journal else None
     if (
@@ -282,6 +301,7 @@ def _trainer(
     output: Path,
     model: Network,
     samples: Samples | None,
+    signals: Signals,
 ) -> LanguageModelTrainer:
     """The recipe's trainer. Options that have no effect are reported."""
     assert recipe.train
@@ -304,7 +324,7 @@ def _trainer(
         "bf16": bf16,
         "checkpoints": output / run_directory.CHECKPOINTS,
         "keep": train.save_total_limit,
-        "signals": Signals(),
+        "signals": signals,
         "samples": samples,
         "tuning": prepared.tuning,
     }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sparsecli.console import Failure, Progress, say
 from sparsecli.train.run_directory import METRICS, read_metrics, replace_text
 
+RECENT = 50
+"""Steps whose times tell the time left."""
 FIGURES = (
     *(
         "tuning_kl",
@@ -48,6 +52,9 @@ class Journal(TrainerCallback):
         self.seconds = self.step_start = 0.0  # spent in training steps, without evaluation and saving
         self.shown: dict[str, float] = {}
         self.tokens_start = self.tokens_logged = self.seconds_logged = 0.0
+        self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of steps
+        self.evaluation_seconds = 0.0  # of the last evaluation
+        self.step_end = 0.0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -64,6 +71,7 @@ class Journal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.tokens_start = self.tokens_logged = state.num_input_tokens_seen
+        self.step_end = time.perf_counter()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,8 +81,22 @@ class Journal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.seconds += time.perf_counter() - self.step_start
-        self.progress.advance(1, **self.shown)
+        self.step_end = time.perf_counter()
+        self.seconds += self.step_end - self.step_start
+        self.recent.append(self.step_end - self.step_start)
+        self.progress.advance(1, self._seconds_left(args, state), **self.shown)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.evaluation_seconds = time.perf_counter() - self.step_end
+
+    def _seconds_left(self, args: TrainingArguments, state: TrainerState) -> float:
+        """Time until the last step: median of recent steps, and as many evaluations as will be."""
+        steps = state.max_steps - state.global_step
+        every = state.eval_steps if args.eval_strategy == "steps" else 0
+        evaluations = state.max_steps // every - state.global_step // every if every else 0
+        return steps * statistics.median(self.recent) + evaluations * self.evaluation_seconds
 
     def on_log(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -84,10 +86,25 @@ class Signals:
 
     A second signal has no effect, because the checkpoint that the first one requested may be incomplete. A third one
     has its default effect.
+
+    Args:
+        stop_after: seconds from now after which SIGTERM counts as received.
     """
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+    def __init__(self, stop_after: float | None = None) -> None:
+        self._received: signal.Signals | None = None
+        self._deadline = math.inf if stop_after is None else time.monotonic() + stop_after
+
+    @property
+    def received(self) -> signal.Signals | None:
+        """The first signal since this was opened or cleared."""
+        if self._received is None and time.monotonic() >= self._deadline:
+            self._received = signal.SIGTERM
+        return self._received
+
+    def clear(self) -> None:
+        """Forget the signal and the time to stop."""
+        self._received, self._deadline = None, math.inf
 
     def __enter__(self) -> Signals:
         self._before = {
@@ -100,8 +117,8 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number)
+        if self._received is None:
+            self._received = signal.Signals(number)
             return
         self.__exit__()
         with suppress(RuntimeError):  # the signal arrived during another write
@@ -372,5 +389,5 @@ def run_steps(
     if step < steps and not trainer.ended_early:
         message = f"stopped at step {step} of {steps} with a checkpoint; {hint}"
         raise Stopped(message, exit_code=130 if signals.received == signal.SIGINT else None)
-    signals.received = None  # one in the last step, or in the evaluation after it
+    signals.clear()  # of one in the last step, or in the evaluation after it
     return journal

@@ -23,20 +23,14 @@
 #include <thread>
 #include <vector>
 
+#include "parallel.h"
+
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
 #endif
 
 namespace sparsecli {
-
-inline void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 class Pool {
   public:

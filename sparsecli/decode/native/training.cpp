@@ -1,6 +1,7 @@
 #include "training.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 
@@ -84,7 +85,7 @@ class ChosenUnits {
             for (int64_t i = begin; u_.scale && i < begin + count; ++i) h[i] *= u_.scale[begin + pair_[i]];
         }));
         steps.push_back(sums(by_token_, {{u_.down, h}}, y, u_.bias));
-        crew_.run(steps);
+        crew_.run(std::move(steps));
     }
 
     // Gradients of weights lie in new memory: with small pages its first use would take as long as a product.
@@ -143,7 +144,7 @@ class ChosenUnits {
             add(wanted.down, packed_dy, unit_h);
         }
         steps.push_back(together(std::move(last)));
-        crew_.run(steps);
+        crew_.run(std::move(steps));
     }
 
   private:

@@ -11,6 +11,7 @@ controller's first factor, which is a matrix product of PyTorch.
 
 from __future__ import annotations
 
+import weakref
 from ctypes import byref
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsecli import console
 from sparsecli.decode.native import binding
@@ -178,9 +180,7 @@ class _ChosenUnits(torch.autograd.Function):
         )
         like = (x, gate, up, down, unit_bias, bias, before, scale)
         made = [
-            torch.empty_like(value, dtype=torch.float32, memory_format=torch.contiguous_format)
-            if needed
-            else None
+            _gradient_of(value) if needed else None
             for value, needed in zip(like, ctx.needs_input_grad, strict=False)
         ]
         dx, dgate, dup, ddown, dunit_bias, dbias, dmask, dscale = map(_address, made)
@@ -223,6 +223,26 @@ def _controller(
 ) -> binding.ControllerWeights:
     sizes = (len(hidden), len(second), block_size, count, hidden.shape[-1], torch.get_num_threads())
     return binding.ControllerWeights(*sizes, *(value.data_ptr() for value in (hidden, second, bias)))
+
+
+_gradient_memory: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Of each weight: memory for its gradient, and a weak reference to the part of it that was handed out last."""
+
+
+def _gradient_of(value: Tensor) -> Tensor:
+    """An empty float32 tensor for the gradient of `value`.
+
+    Weights get the memory of their last gradient once no tensor uses it. In new memory a gradient takes much longer to
+    write, because the system clears every page.
+    """
+    if not value.is_leaf:
+        return torch.empty_like(value, dtype=torch.float32, memory_format=torch.contiguous_format)
+    memory, in_use = _gradient_memory.get(value, (None, None))
+    if memory is None or memory.shape != value.shape or in_use() is not None:
+        memory = torch.empty(value.shape, dtype=torch.float32).numpy()
+    handed_out = memory[...]  # lives as long as the tensor and its views
+    _gradient_memory[value] = memory, weakref.ref(handed_out)
+    return torch.from_numpy(handed_out)
 
 
 def _floats(value: Tensor | None) -> Any:

@@ -70,7 +70,7 @@ template <int M, int V>
 inline void product_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t width, int64_t count,
                          float* c) {
     Vector sums[M][V];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sums[m][v] = load(c + m * width + v * LANES);
@@ -78,14 +78,14 @@ inline void product_tile(const float* a, int64_t a_row, int64_t a_step, const fl
         Vector right[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) right[v] = load(b + v * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const Vector left = fill(a[m * a_row]);
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) add_product(sums[m][v], left, right[v]);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) store(c + m * width + v * LANES, sums[m][v]);
@@ -93,38 +93,40 @@ inline void product_tile(const float* a, int64_t a_row, int64_t a_step, const fl
 
 void add_matrix_product(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t count, int64_t rows,
                         int64_t width, float* c) {
-#if defined(SPARSECLI_AVX512)
-    constexpr int V = 4;
-#else
-    constexpr int V = 1;
-#endif
-    constexpr int M = 4;
     int64_t column = 0;
-    const auto columns = [&]<int N>() {
+    // M rows and N vectors whose sums stay in registers: with fewer sums, each would wait for its last product.
+    const auto columns = [&]<int M, int N>() {
         int64_t row = 0;
         for (; row + M <= rows; row += M)
             product_tile<M, N>(a + row * a_row, a_row, a_step, b + column, width, count, c + row * width + column);
         for (; row < rows; ++row)
             product_tile<1, N>(a + row * a_row, a_row, a_step, b + column, width, count, c + row * width + column);
+        column += N * LANES;
     };
-    for (; column + V * LANES <= width; column += V * LANES) columns.template operator()<V>();
-    for (; column < width; column += LANES) columns.template operator()<1>();
+#if defined(SPARSECLI_AVX512)
+    while (column + 4 * LANES <= width) columns.template operator()<4, 4>();
+    while (column + 2 * LANES <= width) columns.template operator()<8, 2>();
+    while (column < width) columns.template operator()<8, 1>();
+#else
+    while (column < width) columns.template operator()<4, 1>();
+#endif
 }
 
-// ln x of positive normal numbers to about 2e-7, relative: x = 2^n m with m from sqrt(1/2) to sqrt(2), and a series of
-// (m - 1) / (m + 1), which is exact to the last bits near 1.
+// ln x of positive normal numbers to about 2e-7, relative: x = 2^n (1 + f) with 1 + f from sqrt(1/2) to sqrt(2), and a
+// polynomial of f that is exact to the last bits near 0 (Cephes' logf). It divides nothing, which would take longest.
 inline Floats logarithm(Floats x) {
+    constexpr float SERIES[] = {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                                -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
     const Ints bits = (Ints)x - 0x3f3504f3;  // sqrt(1/2)
     const Ints n = bits >> 23;
-    const Floats m = (Floats)((bits & 0x7fffff) + 0x3f3504f3);
-    const Floats f = m - 1.0f, s = f / (f + 2.0f), z = s * s;
-    Floats series = z * (2.0f / 9) + 2.0f / 7;
-    series = series * z + 2.0f / 5;
-    series = series * z + 2.0f / 3;
-    series = series * z;
-    // ln m = 2 s + s * series = f - s * (f - series)
+    const Floats f = (Floats)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f, square = f * f;
     const Floats whole = __builtin_convertvector(n, Floats);
-    return whole * 0.693359375f + (f - s * (f - series) - whole * 2.12194440e-4f);
+    Floats series = broadcast(7.0376836292e-2f);
+#pragma GCC unroll 8
+    for (const float factor : SERIES) series = fused(broadcast(factor), series, f);
+    // ln (1 + f) = f - f^2 / 2 + f^3 series; ln 2 in two parts, the first of few bits
+    const Floats small = fused(whole * -2.12194440e-4f, square * f, series) - 0.5f * square;
+    return fused(small + f, whole, broadcast(0.693359375f));
 }
 
 void add_gumbel_noise(float temperature, uint64_t seed, int64_t first, int64_t count, float* scores) {
