@@ -12,7 +12,10 @@ from typing import Any
 
 from sparsecli import console
 from sparsecli.evaluate.losses import HeldOutLoss
+from sparsecli.model.card import Card
 from sparsecli.recipe.budget import parse_budget
+from sparsecli.recipe.loader import dump
+from sparsecli.recipe.schema import Recipe
 from sparsecli.train.recovery import Recovery, Trial
 
 
@@ -257,6 +260,20 @@ def _no_worse(loss: HeldOutLoss, other: HeldOutLoss) -> bool:
 def _loss_cells(loss: HeldOutLoss) -> tuple[str, str, str]:
     error = "—" if loss.standard_error is None else f"{loss.standard_error:.2%}"
     return f"{loss.nats_per_token:.4f}", f"{loss.perplexity_increase:+z.2%}", error
+
+
+def card_of(report: Report, recipe: Recipe, license: str | None) -> Card:
+    """The card of a converted model; `license` is the dense model's."""
+    _, _, body = report.markdown().partition("\n")
+    summary = f"{report.source}, made faster to decode by sparsecli."
+    facts = [("method", report.method), ("perplexity over the dense model", _change(report.result.loss))]
+    return Card(summary, facts, [("Loss and speed", body)], dump(recipe), license)
+
+
+def _change(loss: HeldOutLoss) -> str:
+    """The increase of perplexity in words."""
+    error = "" if loss.standard_error is None else f" ± {loss.standard_error:.2%}"
+    return f"{loss.perplexity_increase:+.2%}{error}"
 
 
 def _trial_cells(trial: Trial) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from sparsecli.convert.importance import input_importance
 from sparsecli.convert.methods import METHODS
 from sparsecli.convert.methods.base import FitOptions
 from sparsecli.convert.methods.fitting import fit_model, initialize_from_dense
-from sparsecli.convert.report import CandidateSummary, MeasuredModel, Report, StageLoss
+from sparsecli.convert.report import CandidateSummary, MeasuredModel, Report, StageLoss, card_of
 from sparsecli.convert.resume import COMPLETE, RESULT, WorkFolder
 from sparsecli.convert.search import PartSearch, loss_budget, rank_candidates
 from sparsecli.convert.streaming import dequantized, streamed_losses
@@ -38,6 +38,7 @@ from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import processors
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.evaluate.losses import HeldOutLoss, window_losses
+from sparsecli.model.card import license_of
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.files import RECIPE, share
 from sparsecli.model.loading import load_network
@@ -406,6 +407,7 @@ class Conversion:
         run_directory.replace_text(folder / "report.md", report.markdown())
         run_directory.replace_text(folder / "report.json", json.dumps(report.as_json(), indent=2) + "\n")
         report.draw(folder / "frontier.png")
+        card_of(report, self.recipe, license_of(self.folder)).write(folder / "model", self.output.name)
         loss = report.result.loss.nats_per_token
         bytes_per_token = self.text.held_out.bytes_per_token(self.text.corpus.tokenizer)
         facts = {

@@ -20,6 +20,8 @@ from sparsecli.console import Failure
 from sparsecli.interchange.architectures import NO_TOKENS, ForeignTensor
 from sparsecli.interchange.safetensors_files import TensorReader, check_finite, write_shards
 from sparsecli.interchange.sources import GENERATION, ForeignModel, OwnModel, open_source
+from sparsecli.interchange.stored_weights import stored_weights
+from sparsecli.model.card import Card
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.files import check_weights, written_beside
 from sparsecli.model.sizes import count_parameters
@@ -115,10 +117,23 @@ def write_model(source: ForeignModel, output: Path, dtype: ImportType = "auto") 
                 description="importing tensors",
             )
             check_weights(folder, spec)
+            _card(source, spec).write(folder, output.name)
     except Failure as failure:
         if failure.message.startswith(str(source.path)):
             raise
         raise Failure(f"{source.path}: {failure.message}") from failure
+
+
+def _card(source: ForeignModel, spec: ModelSpec) -> Card:
+    facts = [
+        ("source", source.reference + (f", revision {source.revision}" if source.revision else "")),
+        ("architecture", source.architecture.class_name),
+        ("parameters", f"{count_parameters(spec).total:,}"),
+        ("weights of the source", stored_weights(source)),
+    ]
+    name = source.reference if source.revision else None  # a path on this machine says nothing to others
+    summary = "A checkpoint in sparsecli's form: it computes what the source computes."
+    return Card(summary, facts, license=source.license, base_model=name)
 
 
 @dataclass(frozen=True)

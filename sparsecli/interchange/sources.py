@@ -16,6 +16,7 @@ from sparsecli.interchange.sentencepiece_tokenizer import (
     SENTENCEPIECE_MODEL,
     convert_tokenizer,
 )
+from sparsecli.model.card import CARD, license_of
 from sparsecli.model.files import (
     CONFIG,
     MODEL_TYPES,
@@ -73,6 +74,14 @@ class ForeignModel:
     """The commit on the hub."""
     gguf: GgufCheckpoint | None = None
     """The file, if it is a GGUF file, not a folder."""
+
+    @property
+    def license(self) -> str | None:
+        """Its license, where its card or its file names one."""
+        if self.gguf:
+            found = self.gguf.reader.metadata.get("general.license")
+            return found if isinstance(found, str) else None
+        return license_of(self.path)
 
     def tensors(self) -> TensorReader:
         """Its weights.
@@ -157,7 +166,11 @@ def _fetch(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub.utils import disable_progress_bars
 
     # Some models carry their weights twice, under other names; and pickles are never fetched.
-    patterns = [*DESCRIPTIONS, *(["model*.safetensors", "model.safetensors.index.json"] if weights else [])]
+    patterns = [
+        *DESCRIPTIONS,
+        CARD,
+        *(["model*.safetensors", "model.safetensors.index.json"] if weights else []),
+    ]
     disable_progress_bars()
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

@@ -30,7 +30,7 @@ from sparsecli.train.checkpoint import newest_sound
 from sparsecli.train.distillation import DistillationTrainer, Teacher, check_vocabulary
 from sparsecli.train.plan import judge_of, longest_example, print_plan, resolved
 from sparsecli.train.profile import profiled
-from sparsecli.train.result import Result, known_result, print_result, print_samples
+from sparsecli.train.result import Result, card_of, known_result, print_result, print_samples
 from sparsecli.train.samples import Samples
 from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
 
@@ -221,6 +221,7 @@ def _train(
     lead = samples.lead() if samples and judge_of(recipe) == "rouge" else None
     result = Result.of(row, recipe.train.max_steps, journal.tokens_per_second, lead)
     run_directory.write_facts(output, {**facts, "finished": _now(), "result": asdict(result)})
+    card_of(result, recipe).write(output / "model", output.name)
     return result
 
 

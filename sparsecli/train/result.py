@@ -10,6 +10,9 @@ from pathlib import Path
 from textwrap import shorten
 
 from sparsecli.console import Failure, print_table
+from sparsecli.model.card import Card
+from sparsecli.model.sizes import count_parameters
+from sparsecli.recipe.loader import dump
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train import run_directory
 from sparsecli.train.samples import ROUGE, SAMPLES
@@ -70,6 +73,39 @@ def known_result(output: Path) -> Result | None:
         raise Failure(
             f"{place}: does not hold the result of a run; delete it to continue without it"
         ) from None
+
+
+def card_of(result: Result, recipe: Recipe) -> Card:
+    """The card of the run's model."""
+    assert recipe.model
+    assert recipe.data
+    assert recipe.train
+    sizes = count_parameters(recipe.model)
+    facts = [
+        ("parameters", f"{sizes.total:,}; a token reads {sizes.active:,} of them"),
+        ("training text", _text_words(recipe)),
+        ("steps", f"{result.steps:,}"),
+        ("held-out loss", f"{result.held_out_loss:.4f} nats/token, {result.bits_per_byte:.4f} bits per byte"),
+    ]
+    if result.exact_match is not None:
+        facts.append(("targets generated exactly", f"{result.exact_match:.1%}"))
+    if result.rouge:
+        facts.append(("ROUGE", ", ".join(f"{name} {value:.1f}" for name, value in result.rouge.items())))
+    taught = recipe.train.distillation.teacher if recipe.train.distillation else None
+    base = recipe.train.init_from or taught
+    summary = "A language model that sparsecli trained"
+    summary += f", beginning with {recipe.train.init_from}" if recipe.train.init_from else ""
+    summary += f", with {taught} as its teacher" if taught else ""
+    return Card(f"{summary}.", facts, recipe=dump(recipe), base_model=str(base) if base else None)
+
+
+def _text_words(recipe: Recipe) -> str:
+    """Where the training text comes from."""
+    data = recipe.data
+    paths = getattr(data, "paths", None)
+    named = getattr(data, "dataset", None) or (", ".join(map(str, paths)) if paths else None)
+    source = str(getattr(data, "source", "text"))
+    return f"{source}: {named}" if named else source
 
 
 def print_result(result: Result, recipe: Recipe, output: Path) -> None:
