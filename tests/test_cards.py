@@ -1,4 +1,4 @@
-"""Model cards of trained, imported and converted models."""
+"""Model cards of trained and imported models; test_shipped.py reads those of converted ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import yaml
 from foreign_models import LLAMA, build, save
-from shipped_runs import trained
 
 from sparsecli.interchange.importing import run
 from sparsecli.model.card import CARD, Card, license_of
@@ -35,14 +34,6 @@ def test_an_imported_model_s_card_names_source_and_license(tmp_path: Path) -> No
     assert front(card)["license"] == "apache-2.0" == license_of(tmp_path / "ours")
     assert "| architecture | LlamaForCausalLM |" in card
     assert "- License of the source: apache-2.0." in card
-
-
-def test_a_converted_model_s_card_has_its_losses_and_speed(place: Path) -> None:
-    card = Path(trained("convert-smollm2"), "model", CARD).read_text()
-    assert "| method | rounding" in card
-    assert "## Loss and speed" in card
-    assert "| dense, bfloat16 |" in card
-    assert "not known; ask the makers" in card
 
 
 def test_licenses_that_cannot_be_read(tmp_path: Path) -> None:

@@ -603,8 +603,7 @@ def test_a_setting_that_diverges_is_not_chosen(
     assert recovery.kl_after < recovery.kl_before
 
 
-@pytest.mark.parametrize("action", [crash, send(signal.SIGTERM)])
-@pytest.mark.parametrize("number", [4, 9])
+@pytest.mark.parametrize(("number", "action"), [(4, crash), (9, send(signal.SIGTERM))])
 def test_stopped_trials_go_on(
     place: Place,
     tried: tuple[Recovery, ScalingTransformerForCausalLM],

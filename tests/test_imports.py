@@ -84,7 +84,10 @@ LAYERS |= {
         *("sparsecli.console", "sparsecli.data", "sparsecli.decode", "sparsecli.model")
     },
     "sparsecli.train": BELOW_COMMANDS | {"sparsecli.train", "sparsecli.evaluate.losses"},
-    "sparsecli.generate": BELOW_COMMANDS | {"sparsecli.generate", "sparsecli.decode"},
+    "sparsecli.generate": BELOW_COMMANDS
+    | {"sparsecli.generate", "sparsecli.decode", "sparsecli.interchange.model_folder"},
+    "sparsecli.serve": BELOW_COMMANDS
+    | {"sparsecli.serve", "sparsecli.generate", "sparsecli.decode", "sparsecli.interchange.model_folder"},
     "sparsecli.generate.decoder": set(),
     "sparsecli.generate.chat": {"sparsecli.console"},  # it runs in a process of its own
     "sparsecli.generate.sampling": {"sparsecli.console", "sparsecli.recipe"},
@@ -126,6 +129,7 @@ LAYERS |= {
         for name in (
             "train",
             "generate",
+            "serve",
             "evaluate",
             "pack",
             "bench",
@@ -244,6 +248,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.slow
 def test_auto_classes_know_the_models_in_every_order():
     """Each in a process of its own, which begins where torch is loaded: that takes the most time."""
     made = python(

@@ -243,6 +243,7 @@ def changed(recipe_file: Path, load_balancing: float, *overrides: str) -> Any:
     return load(str(recipe_file), [f"model.feed_forward={{{words}}}", *overrides])
 
 
+@pytest.mark.slow
 def test_experts_are_used_more_evenly_with_it(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

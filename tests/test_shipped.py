@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from shipped_runs import SHORT_BENCH, run, shortened, trained
 
+from sparsecli.model.card import CARD
 from sparsecli.recipe import commands
 from sparsecli.recipe.loader import load, shipped
 from sparsecli.train import journal
@@ -23,7 +24,9 @@ def test_training_recipes(place: Path, name: str) -> None:
 
 
 @pytest.mark.usefixtures("quick_probe")
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "equal" in name else name for name in STUDIES]
+)
 def test_studies(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "collect", lambda: 0)  # these two take longer than such a short run
     monkeypatch.setattr(journal, "draw_loss", lambda *_: None)
@@ -50,6 +53,9 @@ def test_variants_of_studies_agree_in_size(name: str) -> None:
 def test_converting_recipes(place: Path, name: str) -> None:
     report = Path(trained(name), "report.md").read_text()
     assert "x the speed of dense, bfloat16" in report
+    card = Path("runs", name, "model", CARD).read_text()
+    assert "| dense, bfloat16 |" in card
+    assert "not known; ask the makers" in card
     methods = load(name).recipe.convert.methods
     assert ("| fitted |" in report) == (methods != ["rounding"])
 

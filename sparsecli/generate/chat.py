@@ -108,8 +108,8 @@ def _main() -> None:
     except (ImportError, ValueError, OSError):  # a system without such limits
         pass
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(_answer(json.loads(line))) + "\n")
-        sys.stdout.flush()
+        sys.stdout.buffer.write(json.dumps(_answer(json.loads(line))).encode() + b"\n")
+        sys.stdout.buffer.flush()
 
 
 class TemplateProcess:

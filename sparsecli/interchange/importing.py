@@ -117,18 +117,18 @@ def write_model(source: ForeignModel, output: Path, dtype: ImportType = "auto") 
                 description="importing tensors",
             )
             check_weights(folder, spec)
-            _card(source, spec).write(folder, output.name)
+            _card(source).write(folder, output.name)
     except Failure as failure:
         if failure.message.startswith(str(source.path)):
             raise
         raise Failure(f"{source.path}: {failure.message}") from failure
 
 
-def _card(source: ForeignModel, spec: ModelSpec) -> Card:
+def _card(source: ForeignModel) -> Card:
     facts = [
         ("source", source.reference + (f", revision {source.revision}" if source.revision else "")),
         ("architecture", source.architecture.class_name),
-        ("parameters", f"{count_parameters(spec).total:,}"),
+        ("parameters", f"{count_parameters(source.spec).total:,}"),
         ("weights of the source", stored_weights(source)),
     ]
     name = source.reference if source.revision else None  # a path on this machine says nothing to others
@@ -401,7 +401,7 @@ def _print_import_plan(source: ForeignModel, output: Path) -> None:
                 source.reference if source.revision is None else f"{source.reference} at {source.revision}",
             ),
             ("architecture", source.architecture.class_name),
-            ("parameters", f"{count_parameters(spec).total:,}"),
+            ("parameters", f"{count_parameters(source.spec).total:,}"),
             ("layers", f"{spec.layers} of width {spec.d_model}, {spec.heads} heads of {spec.width_of_head}"),
             ("context", f"{spec.max_positions:,} tokens"),
             ("files", f"config.json, weights and tokenizer in {output}"),
