@@ -61,6 +61,7 @@ ROUNDED = {
 }
 
 every_model = pytest.mark.parametrize("name", MODELS)
+some_models = pytest.mark.parametrize("name", list(MODELS)[::4])
 every_rounding = pytest.mark.parametrize("precision", ROUNDED.values(), ids=ROUNDED)
 
 
@@ -204,7 +205,7 @@ def test_truncated_sequences_go_on_as_if_nothing_had_been(name: str) -> None:
     assert_close(engine.prefill(sequence, tokens), expected(name, COUNT)[-1])
 
 
-@every_model
+@some_models
 def test_copied_tokens_go_on_as_if_they_had_been_read(name: str) -> None:
     engine = start(packed(name), 2)
     tokens = tokens_of(name)
@@ -229,7 +230,7 @@ def test_only_sequences_alike_are_copied() -> None:
         engine.sequence(COUNT).copy_from(sequence, 6)
 
 
-@every_model
+@some_models
 def test_a_pass_takes_pieces_of_prompts_beside_single_tokens(name: str) -> None:
     engine = start(packed(name), 2)
     tokens = tokens_of(name)

@@ -357,6 +357,7 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unmeasured")
 def test_a_killed_study_goes_on_where_it_was(
     finished: tuple[Path, Order],
