@@ -37,7 +37,9 @@ from sparsecli.model.tokenizer import read_tokenizer
 from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.schema import GenerateSpec
 from sparsecli.serve import command
+from sparsecli.serve.app import refusal
 from sparsecli.serve.protocol import CompletionRequest
+from sparsecli.serve.texts import Broken
 
 pytestmark = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -302,10 +304,8 @@ def test_bad_http(server: Process) -> None:
     assert server.post("chat/completions", messages=picture).status_code == 400
 
 
-def test_a_key_a_short_queue_a_time_limit_and_a_clean_end(folder: Path) -> None:
-    server = Process(
-        folder, "--api-key", "secret", "--slots", "1", "--queue", "1", "--timeout", "1", "--name", "mine"
-    )
+def test_a_key_a_short_queue_and_a_clean_end(folder: Path) -> None:
+    server = Process(folder, "--api-key", "secret", "--slots", "1", "--queue", "1", "--name", "mine")
     assert server.http.get("/health").json() == {"status": "ok"}
     assert "<title>sparsecli</title>" in server.http.get("/").text
     for path in ("/v1/models", "/metrics"):
@@ -321,6 +321,13 @@ def test_a_key_a_short_queue_a_time_limit_and_a_clean_end(folder: Path) -> None:
     assert int(refused.headers["Retry-After"]) >= 1
     assert refused.json()["error"]["code"] == "queue_full"
     assert server.end() == (0, "stopped\n")
+
+
+@pytest.mark.parametrize(("finish", "status"), [("timeout", 504), ("stopping", 503), ("error", 500)])
+def test_texts_that_break_off_have_a_status(finish: str, status: int) -> None:
+    refused = refusal(Broken(finish, "why"))
+    assert (refused.status, refused.body["error"]["code"]) == (status, finish)
+    assert refused.body["error"]["type"] == "server_error"
 
 
 def test_running_texts_end_before_the_server_does(folder: Path) -> None:
@@ -409,7 +416,7 @@ def test_cancelled_and_late_texts_leave_their_slots(batcher: Batcher) -> None:
     after = Answer([1, 2, 3], 5)
     batcher.submit([after.text])
     assert (after.finish, after.tokens) == ("length", slow[1].tokens[:5])
-    assert batcher.slots.busy == 0
+    assert not any(slot.busy for slot in batcher.slots.all)
 
 
 def test_a_full_queue_takes_all_of_a_request_or_none(batcher: Batcher) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from sparsecli.cli.options import (
+    AnyModel,
     AutoDtype,
     CacheDtype,
     Keep,
@@ -24,14 +25,7 @@ app = typer.Typer()
 def evaluate(
     recipe: OptionalRecipe = None,
     overrides: Overrides = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="A run, a model folder, a Hugging Face folder, a name on the hub, or a GGUF file.",
-            show_default=False,
-        ),
-    ] = None,
+    model: AnyModel = None,
     text: Annotated[
         str | None,
         typer.Option(

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from sparsecli.cli.options import (
+    AnyModel,
     AutoDtype,
     CacheDtype,
     Keep,
@@ -42,14 +43,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="A run, a model folder, a Hugging Face folder, a name on the hub, or a GGUF file.",
-            show_default=False,
-        ),
-    ] = None,
+    model: AnyModel = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(metavar="N", help="Stop after N new tokens; default 128.", show_default=False),

@@ -43,6 +43,15 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, and do n
 Threads = Annotated[
     int | None, typer.Option(min=1, max=256, metavar="N", help="CPU threads.", show_default=False)
 ]
+AnyModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="A run, a model folder, a Hugging Face folder, a name on the hub, or a GGUF file.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
 Format = Literal["table", "json", "csv", "markdown"]
 CacheDtype = Literal["float32", "bfloat16", "int8"]

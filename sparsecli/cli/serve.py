@@ -6,21 +6,14 @@ from typing import Annotated
 
 import typer
 
-from sparsecli.cli.options import AutoDtype, CacheDtype, Keep, Threads
+from sparsecli.cli.options import AnyModel, AutoDtype, CacheDtype, Keep, Threads
 
 app = typer.Typer()
 
 
 @app.command(epilog="Example: sparsecli serve --model runs/quickstart --port 8080")
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="A run, a model folder, a Hugging Face folder, a name on the hub, or a GGUF file.",
-            show_default=False,
-        ),
-    ] = None,
+    model: AnyModel = None,
     name: Annotated[
         str | None,
         typer.Option(

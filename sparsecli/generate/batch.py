@@ -112,9 +112,9 @@ def generate_batch(
             raise Failure(f"{source}:{number}: {failure.message}") from None
         texts.append(Answered(entry, ids, seed + len(texts)))
     together = decoder.backend != "torch" and binding.available() is None and not model.spec.attention.hashing
-    decoded = _together if together else _one_by_one
+    inputs = folder, model, tokenizer, texts, options, decoder, top_logprobs
     begun = time.perf_counter()
-    for text in decoded(folder, model, tokenizer, texts, options, decoder, size, top_logprobs):
+    for text in _together(*inputs, size) if together else _one_by_one(*inputs):
         console.out(text.line(tokenizer, top_logprobs is not None))
     seconds, count = time.perf_counter() - begun, sum(len(text.tokens) for text in texts)
     console.say(
@@ -149,7 +149,6 @@ def _one_by_one(
     texts: Sequence[Answered],
     options: GenerateSpec,
     decoder: DecoderOptions,
-    size: int,
     top_logprobs: int | None,
 ) -> Iterator[Answered]:
     with closing(open_decoder(folder, model, decoder)) as opened:
@@ -176,8 +175,8 @@ def _together(
     texts: Sequence[Answered],
     options: GenerateSpec,
     decoder: DecoderOptions,
-    size: int,
     top_logprobs: int | None,
+    size: int,
 ) -> Iterator[Answered]:
     engine = open_engine(folder, model, decoder)
     context = model.spec.max_positions

@@ -237,12 +237,10 @@ class Batcher:
     def _measure(self, seconds: float, growing: int, read: int) -> None:
         self.observer.passed(seconds, read, len(self.active), len(self.waiting))
         if not read:
-            self.step_seconds += SMOOTHING * (seconds - self.step_seconds) if self.step_seconds else seconds
+            self.step_seconds = _smoothed(self.step_seconds, seconds)
             return
         for_prompt = max(seconds - (self.step_seconds if growing else 0.0), 0.1 * seconds) / read
-        self.prompt_seconds += (
-            SMOOTHING * (for_prompt - self.prompt_seconds) if self.prompt_seconds else for_prompt
-        )
+        self.prompt_seconds = _smoothed(self.prompt_seconds, for_prompt)
 
     def _score(self, text: Text, piece: list[int]) -> None:
         """Read a piece of a prompt, and tell the logprobs of the tokens behind its tokens."""
@@ -294,8 +292,13 @@ class Batcher:
         slot = self.active.pop(text, None)
         if slot:
             self.slots.give_back(slot)
-            self.text_seconds += SMOOTHING * (time.monotonic() - text.arrived - self.text_seconds)
+            self.text_seconds = _smoothed(self.text_seconds, time.monotonic() - text.arrived)
         elif text in self.waiting:
             self.waiting.remove(text)
         self.observer.finished(event.finish or "", len(self.active), len(self.waiting))
         text.emit(event)
+
+
+def _smoothed(mean: float, newest: float) -> float:
+    """The running mean with a newest value; 0: no value so far."""
+    return mean + SMOOTHING * (newest - mean) if mean else newest

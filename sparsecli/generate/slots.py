@@ -46,11 +46,6 @@ class Slots:
             engine.step(slot.sequence, 0)
             slot.sequence.truncate(0)
 
-    @property
-    def busy(self) -> int:
-        """Slots that texts own."""
-        return sum(slot.busy for slot in self.all)
-
     def take(self, prompt: Sequence[int], reuse: bool = True) -> Slot | None:
         """A slot that holds as much of the beginning of `prompt` as any does, but not its last token.
 
