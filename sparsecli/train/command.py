@@ -32,6 +32,7 @@ from sparsecli.train.plan import judge_of, longest_example, print_plan, resolved
 from sparsecli.train.profile import profiled
 from sparsecli.train.result import Result, card_of, known_result, print_result, print_samples
 from sparsecli.train.samples import Samples
+from sparsecli.train.threads import choose_threads
 from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
 
 
@@ -194,6 +195,8 @@ def _train(
     assert recipe.train
     facts = run_directory.read_facts(output)
     _check_resumable(facts, prepared, arguments, output, checkpoint)
+    if arguments.device.type == "cpu":
+        choose_threads(facts if checkpoint else {})
     _check_batch(recipe, prepared)
     spec = recipe.model
     longest = spec.encoder.max_positions if spec.encoder else spec.max_positions
