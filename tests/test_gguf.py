@@ -13,6 +13,7 @@ import torch
 from foreign_models import MODELS
 from safetensors.torch import load_file
 from test_interchange import LLAMA, build, needs_gguf, prompt, save, write_gguf
+from transformers import AutoModelForCausalLM
 
 from sparsecli import pack
 from sparsecli.console import Failure
@@ -224,6 +225,34 @@ def test_versions(tmp_path: Path) -> None:
     (tmp_path / "old.gguf").write_bytes(header(version=1))
     with pytest.raises(Failure, match="version 1; versions 2 and 3 in little-endian"):
         GgufReader(tmp_path / "old.gguf")
+
+
+@needs_gguf
+def test_a_bfloat16_network_around_codes(tmp_path: Path) -> None:
+    """Norms and biases in bfloat16, activations too; the codes give any type."""
+    original = build("qwen2", **LLAMA | {"intermediate_size": 64})
+    write_gguf(original, save(original, tmp_path / "theirs"), tmp_path / "model.gguf", quantized="Q8_0")
+    importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
+    exact, _ = load_model(tmp_path / "ours")
+    coarse = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)
+    ids = torch.tensor([[1, 5, 9, 2]])
+    logits = coarse(ids).logits
+    assert logits.dtype == torch.bfloat16
+    expected = exact(ids).logits
+    assert (logits.float() - expected).norm() < 0.03 * expected.norm()
+
+
+@needs_gguf
+@torch.no_grad()
+def test_a_quantized_table_of_positions_is_dequantized(tmp_path: Path) -> None:
+    kind, fields = MODELS["gpt2"]
+    original = build(kind, **fields, n_inner=64)
+    write_gguf(original, save(original, tmp_path / "theirs"), tmp_path / "model.gguf", quantized="Q8_0")
+    importing.run(source=str(tmp_path / "model.gguf"), output=tmp_path / "ours")
+    model, _ = load_model(tmp_path / "ours")
+    assert "model.position_embedding" not in read_description(tmp_path / "ours").spec.quantization.gguf
+    expected = original(prompt()).logits
+    assert (model(prompt()).logits - expected).norm() < 0.04 * expected.norm()
 
 
 @needs_gguf

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 ImportType = Literal["auto", "float32", "bfloat16"]
 """The type of imported weights; `auto` is what the checkpoint has."""
 
+POSITIONS = "model.position_embedding"
+"""A table that is added to the stream, for which there are no codes."""
 MIN_TOKENIZER_SHARE = 0.75
 """Least share of a model's vocabulary that its tokenizer must cover."""
 
@@ -181,7 +183,8 @@ def _gguf_tensors(source: ForeignModel, dtype: ImportType) -> tuple[ModelSpec, l
                 f"tensor {part.tensor.name} is {part.shape}, its metadata asks for {expected[part.name]}"
             )
         module, _, ending = part.name.rpartition(".")
-        if dtype == "auto" and part.kind and ending == "weight" and len(part.shape) == 2:
+        matrix = ending == "weight" and len(part.shape) == 2 and module != POSITIONS
+        if dtype == "auto" and part.kind and matrix:
             kept[module] = part.kind.name
             nbytes = math.prod(part.kind.panel_shape(*part.shape))
             names = (f"{module}.codes",)
@@ -192,8 +195,8 @@ def _gguf_tensors(source: ForeignModel, dtype: ImportType) -> tuple[ModelSpec, l
             type_ = torch.bfloat16
         if dtype == "float32":
             type_ = torch.float32
-        nbytes, matrix = math.prod(part.shape) * type_.itemsize, len(part.shape) > 1
-        found.append(ImportedTensor((part.name,), nbytes, type_, matrix, partial(_floats, part, type_)))
+        nbytes, several = math.prod(part.shape) * type_.itemsize, len(part.shape) > 1
+        found.append(ImportedTensor((part.name,), nbytes, type_, several, partial(_floats, part, type_)))
     return source.spec.model_copy(
         update={"quantization": QuantizationSpec.model_validate({"gguf": kept})}
     ), found

@@ -123,7 +123,8 @@ class Decoder(ScalingTransformerPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass input_ids or inputs_embeds, one of them")
-        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        # A table in a GGUF type gives float32.
+        x = self.embedding(input_ids).to(self.dtype) if inputs_embeds is None else inputs_embeds
         return x if self.embedding_scale == 1 else x * self.embedding_scale
 
     def add_positions(self, x: Tensor, position_ids: Tensor, past_length: int) -> Tensor:

@@ -42,7 +42,8 @@ class GgufLinear(GgufWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., cols) -> (..., rows)."""
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class GgufEmbedding(GgufWeight):
