@@ -11,9 +11,8 @@ import torch
 from small_models import start
 
 from sparsecli.bench.bytes_read import bits_per_weight, bytes_per_token
-from sparsecli.convert.linear_layers import LinearLayer, choose_types, linear_layers
+from sparsecli.convert.linear_layers import LinearLayer, TypeChoice, choose_types, linear_layers
 from sparsecli.convert.methods.rounding import InputMoment, round_to_type
-from sparsecli.convert.type_search import TypeChoice
 from sparsecli.convert.weight_types import RoundedLayers
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.file import open_packed, save
@@ -39,7 +38,7 @@ HEADS = {
 
 
 def model_spec(name: str, **quantization: object) -> ModelSpec:
-    kind, widths, vocabulary = HEADS[name]
+    _, widths, vocabulary = HEADS[name]
     fields: dict[str, object] = {
         "layers": 2,
         "heads": 4,
@@ -68,9 +67,7 @@ def sketched(name: str, candidates: int = 48) -> ScalingTransformerForCausalLM:
     with torch.no_grad():
         made.load_state_dict(dense.state_dict(), strict=False)
         exact, _ = round_to_type(TYPES[kind], weight, inputs)
-        made.get_submodule(plain.head_module).codes.copy_(
-            torch.from_numpy(put_together(TYPES[kind], exact))
-        )
+        made.get_submodule(plain.head_module).codes.copy_(torch.from_numpy(put_together(TYPES[kind], exact)))
         parts, _ = round_to_type(SKETCH, weight, inputs)
         made.head.sketch.copy_(torch.from_numpy(panels_of(SKETCH, parts)))
         if (bias := getattr(made.head, "bias", None)) is not None:

@@ -150,8 +150,8 @@ def _rows_read(slot: Slot, spec: ModelSpec, batch: int, shares: Sequence[float])
 
 def _row_bytes(slot: Slot, kind: str) -> float:
     if slot.gguf:
-        kind = PANEL_TYPES[slot.gguf]
-        return kind.block_bytes * slot.cols / kind.block + kind.head_bytes / LANES
+        stored = PANEL_TYPES[slot.gguf]
+        return stored.block_bytes * slot.cols / stored.block + stored.head_bytes / LANES
     if slot.bits:
         return slot.cols * slot.bits / 8 + -(-slot.cols // GROUP) * GROUP_BYTES[slot.layout]
     return _row_weights(slot) * WIDTHS[kind] + (SCALE_BYTES if kind == "int8" else 0)

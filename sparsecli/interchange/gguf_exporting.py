@@ -316,8 +316,8 @@ class Weights:
         if name in self.codes:
             codes, type_ = self.codes[name]
             rows, cols = self.shapes[name]
-            found = self.reader.read(codes).numpy()
-            return found if self._by_rows(name) else restore(type_, found, rows, cols)
+            stored = self.reader.read(codes).numpy()
+            return stored if self._by_rows(name) else restore(type_, stored, rows, cols)
         found = self.reader.read(name)
         check_finite(name, found)
         return _as(kind, found)

@@ -941,6 +941,19 @@ void perf(const Ops& ops, const Options& options) {
                          cached ? "cached" : "from memory"),
                     time, double(rows * row), double(rows * cols * tokens), cached ? 0 : bandwidth);
             }
+    for (const int64_t type : {Q8_0, Q4_K, Q6_K}) {
+        if (!selected("gguf_rows")) break;
+        const int64_t cols = 2048, bytes = cols / 256 * (type == Q8_0 ? 272 : type == Q4_K ? 144 : 210);
+        const int64_t count = 1024, step = large.size / bytes / count;
+        Memory<float> out(count * step);
+        std::vector<int32_t> listed;
+        for (int64_t i = 0; i < count; ++i) listed.push_back(int32_t(i * step + h.whole(0, step - 1)));
+        const Matrix w{large.data, nullptr, type, count * step, cols, true};
+        const Harness::Forms x(h, 1, cols);
+        say(text("gguf_row_dots %s, %ld of %ld rows", TYPE_NAMES[type], long(count), long(count * step)),
+            median_of([&] { ops.gguf_row_dots(w, listed.data(), count, x.all, out.data); }), double(count * bytes),
+            double(count * cols), 0);
+    }
     for (const int64_t type : {FLOAT32, BFLOAT16, FLOAT16, INT8}) {
         if (!selected("units")) break;
         const int64_t d = 1024, parts = 2, units = large.size / (d * parts * type_bytes(type));
