@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from foreign_models import EXPERTS, GEMMA2, LLAMA, LLAMA3, MODELS, STABLELM, TEMPLATE, build, prompt, save
+from safetensors.torch import save_file
 from test_convert_peers import model_of, needs_llama
 from test_interchange import PIECES, needs_gguf, write_gguf
 from transformers import AutoModelForCausalLM
 
 from sparsecli.console import Failure
+from sparsecli.convert.linear_layers import TypeChoice
+from sparsecli.convert.weight_types import RoundedLayers
 from sparsecli.data.tokenization import train_byte_pairs
 from sparsecli.interchange import exporting, importing
 from sparsecli.interchange.byte_pair_tokenizer import SPLITTINGS, build_byte_pair_tokenizer, name_of_splitting
 from sparsecli.interchange.gguf_reader import GgufReader
 from sparsecli.model.files import CONFIG, read_description
 from sparsecli.model.gguf_types import TYPES
-from sparsecli.model.loading import load_network
+from sparsecli.model.loading import load_model, load_network
 from sparsecli.model.tokenizer import GGUF_METADATA
 
 pytestmark = needs_gguf
@@ -183,6 +187,29 @@ def test_a_sentencepiece_tokenizer_stays(tmp_path: Path) -> None:
     with pytest.raises(Failure, match=r"ours: the tokenizer is not byte-level BPE"):
         exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "none.gguf", format="gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.gguf", "model.gguf", "ours", "theirs"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_a_head_with_a_sketch_its_own_weights_are_written(
+    tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = build("llama", **LLAMA | {"intermediate_size": 64, "tie_word_embeddings": tied})
+    source = tmp_path / "model.gguf"
+    write_gguf(original, save(original, tmp_path / "theirs"), source, quantized="Q8_0")
+    importing.run(source=str(source), output=tmp_path / "ours")
+    model, _ = load_model(tmp_path / "ours")
+    rounded = RoundedLayers(model, tmp_path)
+    rounded.layers = rounded.layers[-1:]
+    rounded.fit([prompt()], lambda path, tensors: save_file(tensors, path))
+    kept = TypeChoice(dict(model.config.spec.quantization.gguf), 0, 0.0, head_candidates=16)
+    rounded.write(kept, tmp_path / "sketched")
+    for file in (tmp_path / "ours").iterdir():
+        if not (tmp_path / "sketched" / file.name).exists():
+            shutil.copyfile(file, tmp_path / "sketched" / file.name)
+    assert read_description(tmp_path / "sketched").spec.quantization.head_candidates == 16
+    again = exported(tmp_path / "sketched", tmp_path / "again.gguf")
+    check_same_tensors(again, GgufReader(source))
+    assert "the file has the exact logits" in capsys.readouterr().err
 
 
 def test_ways_to_cut_texts_are_told_apart() -> None:

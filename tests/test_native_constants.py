@@ -10,8 +10,8 @@ import pytest
 import sparsecli.decode.native
 from sparsecli.decode.native import gguf, shape
 from sparsecli.decode.packed import layouts
-from sparsecli.decode.reference import ops, step
-from sparsecli.model import quantization
+from sparsecli.decode.reference import ops
+from sparsecli.model import gguf_types, quantization
 
 NATIVE = Path(next(iter(sparsecli.decode.native.__path__)))
 SOURCES = {
@@ -43,8 +43,7 @@ def enumeration(name: str) -> dict[str, int]:
         ("SPAN", layouts.SPAN),
         ("GROUP", ops.GROUP),
         ("QUANT_GROUP", quantization.GROUP),
-        ("HEAD_LANES", step.HEAD_PARTS),
-        ("CANDIDATES", step.CANDIDATES),
+        ("HEAD_LANES", gguf_types.HEAD_LANES),
     ],
 )
 def test_constants(name: str, value: int) -> None:

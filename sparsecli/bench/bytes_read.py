@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsecli.bench.random_weights import planned
-from sparsecli.decode.packed.layouts import LANES, Slot, padded
-from sparsecli.decode.packed.precision import Precision
+from sparsecli.decode.packed.layouts import Slot, padded
+from sparsecli.decode.packed.precision import RESCORED, Precision
 from sparsecli.decode.packed.tensor_file import WIDTHS
 from sparsecli.decode.packed.tensors import FREQUENCIES, chooses, crosses, joins, shares_codes
-from sparsecli.model.gguf_types import TYPES
+from sparsecli.model.gguf_types import LANES, PANEL_TYPES
 from sparsecli.model.quantization import GROUP
 from sparsecli.spec.model import ModelSpec
 
@@ -18,7 +18,6 @@ BUCKET_BYTES = 4
 GROUP_BYTES = {"quantized": 3, "residual": 2}  # the scale of a group of quantized weights, and its zero
 LOOKED_UP = ("embedding", "positions")
 """Tables of which a token reads one row; logits may read the embedding's codes whole."""
-RESCORED = 64  # rows of the exact head: native/forward.h, HEAD_LANES * CANDIDATES
 
 
 def bytes_per_token(
@@ -138,10 +137,11 @@ def _rows_read(slot: Slot, spec: ModelSpec, batch: int, shares: Sequence[float])
         return 0  # read once for a source
     if slot.name in FREQUENCIES:
         return 0  # computed, not learned
+    sketched = spec.quantization.head_candidates
+    if slot.name == "head.exact" or (slot.name == "embedding" and shares_codes(spec) and sketched):
+        return min(batch * (sketched or RESCORED), slot.rows)
     if slot.name in LOOKED_UP:
         return slot.rows if slot.name == "embedding" and shares_codes(spec) else 0
-    if slot.name == "head.exact":
-        return min(batch * RESCORED, slot.rows)
     of_chosen = slot.name == "unit_bias" and spec.feed_forward.kind == "sparse"
     if slot.layout in ("units", "residual") or of_chosen:
         return slot.rows * (1 - (1 - shares[slot.layer]) ** batch)
@@ -150,7 +150,8 @@ def _rows_read(slot: Slot, spec: ModelSpec, batch: int, shares: Sequence[float])
 
 def _row_bytes(slot: Slot, kind: str) -> float:
     if slot.gguf:
-        return TYPES[slot.gguf].block_bytes * slot.cols / TYPES[slot.gguf].block
+        stored = PANEL_TYPES[slot.gguf]
+        return stored.block_bytes * slot.cols / stored.block + stored.head_bytes / LANES
     if slot.bits:
         return slot.cols * slot.bits / 8 + -(-slot.cols // GROUP) * GROUP_BYTES[slot.layout]
     return _row_weights(slot) * WIDTHS[kind] + (SCALE_BYTES if kind == "int8" else 0)
@@ -165,6 +166,8 @@ def _row_weights(slot: Slot) -> int:
 def _weights(slot: Slot, spec: ModelSpec, shares: Sequence[float]) -> float:
     """Weights of a tensor that a token reads and that no other tensor has: see `bits_per_weight`."""
     if slot.layout == "residual" or slot.name == "head.exact":
+        return 0
+    if slot.name == "embedding" and spec.quantization.head_candidates:
         return 0
     rows = _rows_read(slot, spec, 1, shares)
     if slot.layout == "units" and spec.feed_forward.kind == "selector" and chooses(spec, slot.layer):

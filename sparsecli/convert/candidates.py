@@ -138,7 +138,11 @@ def _uniform_types(dense: ModelSpec, dtype: str, file: str) -> list[ConversionCa
     found = []
     for level in range(max(len(each.types) for each in layers)):
         chosen = {each.name: each.types[min(level, len(each.types) - 1)] for each in layers if each.types}
-        spec = with_types(dense, chosen)
+        head, candidates = layers[-1], None
+        of_head = head.bytes(chosen.get(head.name, head.exact))
+        if head.candidates and head.bytes_with_sketch(head.candidates[0]) < of_head:
+            chosen[head.name], candidates = head.exact, head.candidates[0]
+        spec = with_types(dense, chosen, candidates)
         found.append(ConversionCandidate(spec, ROUNDING, weight_bytes_per_token(spec, dtype)))
     if not found:
         raise RecipeError(

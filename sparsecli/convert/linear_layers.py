@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from sparsecli.model.gguf_types import TYPES
+from sparsecli.model.gguf_types import HEAD_LANES, LANES, SKETCH, TYPES
 from sparsecli.model.tensors import tensor_shapes
 from sparsecli.spec.model import ModelSpec, QuantizationSpec
 
@@ -17,6 +17,9 @@ WIDE_TYPES = ("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 NARROW_TYPES = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 """Types of the others. Q4_0 is as large as IQ4_NL and loses more in every layer that was measured."""
 EMBEDDING, HEAD = "model.embedding", "head"
+CANDIDATES = (512, 1024, 2048)
+"""Tokens that a head with a sketch may score with its own weights. Twice as many halve what the sketch adds to the
+loss (measured: docs/conversion.md)."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,40 @@ class LinearLayer:
         """Bytes in a type."""
         return round(self.rows * self.cols * self.bits(name) / 8)
 
+    @property
+    def candidates(self) -> list[int]:
+        """Numbers of tokens that its own weights may score, if a sketch scores all; at most a sixteenth of all."""
+        if self.name not in (EMBEDDING, HEAD) or self.cols % SKETCH.block:
+            return []
+        most = self.rows // (LANES * HEAD_LANES) * HEAD_LANES
+        return [count for count in CANDIDATES if count <= most] or [most] * (most > 0)
+
+    @property
+    def exact(self) -> str:
+        """The type of the head's own weights beside a sketch, of which a token reads little."""
+        return self.kept or "Q8_0"
+
+    def bytes_with_sketch(self, candidates: int) -> int:
+        """Bytes of a head that a token reads with a sketch."""
+        of_sketch = self.rows * SKETCH.panel_bytes(self.cols) // LANES
+        return of_sketch + candidates * TYPES[self.exact].row_bytes(self.cols)
+
 
 @dataclass(frozen=True)
 class TypeOption:
     """A type that a linear layer may have.
 
     Attributes:
+        bytes: that a token reads.
         increase: estimated increase of the loss, nats/token.
+        candidates: of a head with a sketch, see `QuantizationSpec.head_candidates`; else 0.
     """
 
     layer: LinearLayer
     type: str
     bytes: int
     increase: float
+    candidates: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,17 +95,20 @@ class TypeChoice:
     Attributes:
         types: by the modules' names.
         increase: estimated increase of the loss, nats/token.
+        head_candidates: see `QuantizationSpec.head_candidates`.
     """
 
     types: dict[str, str]
     bytes: int
     increase: float
+    head_candidates: int | None = None
 
     @property
     def shares(self) -> str:
         """The types with their numbers of layers, such as `Q4_K x 140, Q6_K x 57`."""
         counts = Counter(self.types.values())
-        return ", ".join(f"{name} x {count}" for name, count in sorted(counts.items()))
+        words = [f"{name} x {count}" for name, count in sorted(counts.items())]
+        return ", ".join(words + ["logits from a sketch"] * bool(self.head_candidates))
 
 
 def linear_layers(spec: ModelSpec) -> list[LinearLayer]:
@@ -97,10 +124,10 @@ def linear_layers(spec: ModelSpec) -> list[LinearLayer]:
     return sorted(found, key=lambda each: each.name == EMBEDDING)
 
 
-def with_types(spec: ModelSpec, types: Mapping[str, str]) -> ModelSpec:
-    """`spec` with these types of modules; others stay."""
-    gguf = {**spec.quantization.gguf, **types}
-    return spec.model_copy(update={"quantization": QuantizationSpec.model_validate({"gguf": gguf})})
+def with_types(spec: ModelSpec, types: Mapping[str, str], head_candidates: int | None = None) -> ModelSpec:
+    """`spec` with these types of modules, others stay; and a sketch of the head, where there are candidates."""
+    fields = {"gguf": {**spec.quantization.gguf, **types}, "head_candidates": head_candidates}
+    return spec.model_copy(update={"quantization": QuantizationSpec.model_validate(fields)})
 
 
 def choose_types(options: Sequence[TypeOption], most_increase: float) -> TypeChoice | None:
@@ -176,4 +203,5 @@ def _choice(chosen: Mapping[str, TypeOption]) -> TypeChoice:
         {each.layer.name: each.type for each in options},
         sum(each.bytes for each in options),
         sum(each.increase for each in options),
+        max(each.candidates for each in options) or None,
     )

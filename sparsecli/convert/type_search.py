@@ -102,7 +102,7 @@ class TypeSearch:
         return load_file(path)
 
     def _candidate(self, choice: TypeChoice) -> ConversionCandidate:
-        spec = with_types(self.dense.config.spec, choice.types)
+        spec = with_types(self.dense.config.spec, choice.types, choice.head_candidates)
         size = weight_bytes_per_token(spec, self.convert.decode_dtype)
         return ConversionCandidate(spec, ROUNDING, size, choice.increase)
 

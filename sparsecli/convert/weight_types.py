@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsecli.console import progress
 from sparsecli.convert.linear_layers import (
@@ -28,11 +29,12 @@ from sparsecli.convert.linear_layers import (
 from sparsecli.convert.methods.calibration import ResidualStreams
 from sparsecli.convert.methods.fitting import COPIED_FIELDS
 from sparsecli.convert.methods.rounding import InputMoment, round_to_type
-from sparsecli.convert.streaming import in_float32
+from sparsecli.convert.streaming import LOGITS_AT_ONCE, in_float32
 from sparsecli.interchange.safetensors_files import write_shards
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.gguf_types import TYPES, panels_of
+from sparsecli.model.gguf_types import SKETCH, TYPES, arrange, panels_of, restore, values
+from sparsecli.model.layers.gguf import GgufWeight, rescored
 
 GRADIENT_TOKENS = 2048
 """Calibration tokens on which gradients are taken."""
@@ -72,13 +74,14 @@ class RoundedLayers:
                     keep(file, self._round(modules, groups))
                 bar.advance()
             head, file = self.layers[-1], self._file("head")
-            if head.types and not file.exists():
+            if (head.types or head.candidates) and not file.exists():
                 norm = in_float32(model.norm)
                 linear = in_float32(self.dense.head)
                 group = _Inputs.of([head.name], head.cols)
                 for at, x in enumerate(streams.x):
                     group.add(norm(x), at < len(seen))
-                keep(file, self._round({head.name: linear}, [group]))
+                found = self._round({head.name: linear}, [group])
+                keep(file, found | self._sketch(head, linear, group, found))
             bar.advance()
 
     def _round(self, modules: Mapping[str, nn.Module], groups: Sequence[_Inputs]) -> dict[str, Tensor]:
@@ -95,6 +98,34 @@ class RoundedLayers:
                     found[f"{name} {kind} error"] = group.errors(made - linear.weight)
         return found
 
+    def _sketch(
+        self, head: LinearLayer, linear: nn.Module, inputs: _Inputs, rounded: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The sketch of the head, and what it adds to the loss with every number of candidates.
+
+        The candidates of a token are those that matter to its loss. So the increase is not estimated from mean errors
+        of outputs: it is KL(dense || changed).
+        """
+        if not head.candidates:
+            return {}
+        assert isinstance(linear, nn.Linear)
+        parts, sketch = round_to_type(SKETCH, linear.weight, inputs.moment)
+        exact = linear.weight
+        if (codes := rounded.get(f"{head.name} {head.exact}")) is not None:
+            exact = torch.from_numpy(values(TYPES[head.exact], codes.numpy(), head.rows, head.cols))
+        increases = dict.fromkeys(head.candidates, 0.0)
+        inputs_checked = torch.cat(inputs.checked)
+        for x in inputs_checked.split(max(1, LOGITS_AT_ONCE // head.rows)):
+            dense, first, again = (
+                F.linear(x, weight, linear.bias) for weight in (linear.weight, sketch, exact)
+            )
+            dense = self.dense.scaled_logits(dense).log_softmax(dim=-1)
+            for count in increases:
+                changed = self.dense.scaled_logits(rescored(first, again, count)).log_softmax(dim=-1)
+                increases[count] += float((dense.exp() * (dense - changed)).sum()) / len(inputs_checked)
+        found = {f"{SKETCH.name} {count}": torch.tensor(increase) for count, increase in increases.items()}
+        return found | {SKETCH.name: torch.from_numpy(panels_of(SKETCH, parts))}
+
     def options(self, gradients: Mapping[str, Tensor]) -> list[TypeOption]:
         """All types of all layers with their estimated increases of the loss.
 
@@ -105,6 +136,12 @@ class RoundedLayers:
         for layer in self.layers:
             if layer.kept:
                 found.append(TypeOption(layer, layer.kept, layer.bytes(layer.kept), 0.0))
+            if layer.candidates:
+                with safe_open(self._file_of(layer), framework="pt") as file:
+                    for count in layer.candidates:
+                        increase = float(file.get_tensor(f"{SKETCH.name} {count}"))
+                        size = layer.bytes_with_sketch(count)
+                        found.append(TypeOption(layer, layer.exact, size, increase, count))
             if not layer.types:
                 continue
             squares = gradients[HEAD if layer.name == EMBEDDING else layer.name].double()
@@ -123,27 +160,52 @@ class RoundedLayers:
             each.name: each for each in self.layers if choice.types.get(each.name, each.kept) != each.kept
         }
         tensors: list[tuple[int, Callable[[], dict[str, Tensor]]]] = []
+        head = self.layers[-1]
         for name, tensor in self.dense.state_dict().items():
             module = name.rpartition(".")[0]
-            if name == "head.weight" and config.spec.tied:
+            if name == "head.sketch" or (name == "head.weight" and config.spec.tied):
                 continue
             if module in changed and not name.endswith("bias"):
-                codes = partial(self._codes, changed[module], choice.types[module])
+                by_rows = choice.head_candidates is not None and module == head.name
+                codes = partial(self._codes, changed[module], choice.types[module], by_rows)
                 tensors.append((changed[module].bytes(choice.types[module]), codes))
+            elif module == head.name and name.endswith("codes"):
+                kept = partial(self._kept_codes, head, choice.head_candidates is not None)
+                tensors.append((tensor.nbytes, kept))
             else:
                 tensors.append((tensor.nbytes, partial(dict, {name: tensor})))
+        if choice.head_candidates:
+            tensors.append((head.bytes_with_sketch(0), self._sketch_codes))
         write_shards(target, tensors, lambda item: item[0], lambda item: item[1](), "writing the model")
         made = ScalingTransformerConfig.from_spec(
-            with_types(config.spec, choice.types),
+            with_types(config.spec, choice.types, choice.head_candidates),
             **{name: getattr(config, name) for name in COPIED_FIELDS},
             architectures=config.architectures,
             dtype=str(self.dense.dtype).removeprefix("torch."),
         )
         made.save_pretrained(target)
 
-    def _codes(self, layer: LinearLayer, kind: str) -> dict[str, Tensor]:
+    def _codes(self, layer: LinearLayer, kind: str, by_rows: bool) -> dict[str, Tensor]:
         with safe_open(self._file_of(layer), framework="pt") as file:
-            return {f"{layer.name}.codes": file.get_tensor(f"{layer.name} {kind}")}
+            codes = file.get_tensor(f"{layer.name} {kind}")
+        if by_rows:
+            codes = torch.from_numpy(restore(TYPES[kind], codes.numpy(), layer.rows, layer.cols))
+        return {f"{layer.name}.codes": codes}
+
+    def _kept_codes(self, head: LinearLayer, by_rows: bool) -> dict[str, Tensor]:
+        """The source's own codes of the head, as they lie with a sketch beside them, or without."""
+        weight = self.dense.get_submodule(head.name)
+        assert isinstance(weight, GgufWeight)
+        codes = weight.codes.numpy()
+        if by_rows and not weight.by_rows:
+            codes = restore(weight.kind, codes, head.rows, head.cols)
+        if weight.by_rows and not by_rows:
+            codes = arrange(weight.kind, codes, head.cols)
+        return {f"{head.name}.codes": torch.from_numpy(codes)}
+
+    def _sketch_codes(self) -> dict[str, Tensor]:
+        with safe_open(self._file("head"), framework="pt") as file:
+            return {"head.sketch": file.get_tensor(SKETCH.name)}
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -58,6 +58,8 @@ def _export_gguf(folder: Path, output: Path) -> None:
     origin = read_json(folder / CONFIG).get("origin")
     kind = gguf_exporting.export(folder, description, origin["config"] if origin else None, output)
     console.say(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB), a {kind} for llama.cpp")
+    if description.spec.quantization.head_candidates:
+        console.say("the file has the exact logits; the sketch that finds the likeliest tokens is left out")
 
 
 def _export_huggingface(folder: Path, output: Path) -> None:

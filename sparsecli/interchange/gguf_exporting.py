@@ -316,10 +316,15 @@ class Weights:
         if name in self.codes:
             codes, type_ = self.codes[name]
             rows, cols = self.shapes[name]
-            return restore(type_, self.reader.read(codes).numpy(), rows, cols)
+            stored = self.reader.read(codes).numpy()
+            return stored if self._by_rows(name) else restore(type_, stored, rows, cols)
         found = self.reader.read(name)
         check_finite(name, found)
         return _as(kind, found)
+
+    def _by_rows(self, name: str) -> bool:
+        """Whether the codes of a matrix lie as in a file already."""
+        return bool(self.spec.quantization.head_candidates) and name == f"{self.spec.head_module}.weight"
 
 
 def _as(kind: int, tensor: torch.Tensor) -> np.ndarray:

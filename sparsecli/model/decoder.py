@@ -16,7 +16,7 @@ from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers.attention import causal_mask
 from sparsecli.model.layers.cross_entropy import token_loss
 from sparsecli.model.layers.dropout import shared_dropout
-from sparsecli.model.layers.gguf import GgufEmbedding, TiedHead, use_gguf_modules
+from sparsecli.model.layers.gguf import GgufEmbedding, SketchedTiedHead, TiedHead, use_gguf_modules
 from sparsecli.model.layers.multiplicative import MultiplicativeDense
 from sparsecli.model.layers.positions import RotaryPositions
 from sparsecli.model.layers.quantized import linear
@@ -99,7 +99,8 @@ class Decoder(ScalingTransformerPreTrainedModel):
         self.attention_layers = spec.attention_layers
         self.merge = spec.merge
         self.norm = build_norm(spec, spec.merged_width)
-        use_gguf_modules(self, spec.quantization.gguf, "model.")
+        quantization = spec.quantization
+        use_gguf_modules(self, quantization.gguf, "model.", spec.head_module, quantization.head_candidates)
         self.rotary = build_rotary(spec)
         self.sliding_rotary = build_sliding_rotary(spec)
         self.windows = [spec.window(layer) for layer in range(spec.layers)]
@@ -323,9 +324,12 @@ class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.model_class(config)
         self.head = build_head(config.spec)
-        use_gguf_modules(self, {k: v for k, v in config.spec.quantization.gguf.items() if k == "head"})
+        candidates = config.spec.quantization.head_candidates
+        of_head = {k: v for k, v in config.spec.quantization.gguf.items() if k == "head"}
+        use_gguf_modules(self, of_head, head="head", candidates=candidates)
         if config.spec.tied and isinstance(self.model.embedding, GgufEmbedding):
-            self.head = TiedHead(self.model.embedding)
+            embedding = self.model.embedding
+            self.head = SketchedTiedHead(embedding, candidates) if candidates else TiedHead(embedding)
             self._tied_weights_keys = {}  # type: ignore[misc]
         self.post_init()
 
@@ -337,7 +341,10 @@ class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
 
     def logits(self, x: Tensor, keep: int | Tensor) -> Tensor:
         """Logits (B, kept, V) of x (B, T, d): of so many last positions (0: all), or of those that a tensor names."""
-        logits = self.head(x[:, slice(-keep, None) if isinstance(keep, int) else keep])
+        return self.scaled_logits(self.head(x[:, slice(-keep, None) if isinstance(keep, int) else keep]))
+
+    def scaled_logits(self, logits: Tensor) -> Tensor:
+        """What the head computes (..., V), with the model's factor and limit."""
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
         if (limit := self.config.logit_softcap) is not None:

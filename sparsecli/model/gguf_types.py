@@ -16,6 +16,8 @@ import numpy as np
 
 LANES = 16
 LINE = 64
+HEAD_LANES = 16
+"""Parts of a vocabulary, each with its own likeliest tokens: every sixteenth panel (native/layers/head.h)."""
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """What the codes of the IQ4 types stand for: closer together around zero, where most weights are."""
 CHUNK = 1 << 21  # weights that are laid out at a time: they stay in the cache
@@ -33,6 +35,7 @@ class GgufType:
         zero: the code of 0; codes of 8 bits are signed.
         minimum: whether a group has a minimum beside its scale.
         table: the values of the codes, times the scale, where they are not evenly apart.
+        scales_by_row: whether the scale of the scales is that of a whole row, in front of the panel's blocks.
     """
 
     name: str
@@ -44,11 +47,12 @@ class GgufType:
     zero: int = 0
     minimum: bool = False
     table: tuple[int, ...] = ()
+    scales_by_row: bool = False
 
     @property
     def nested(self) -> bool:
-        """Whether scales are bytes with a float16 scale of their own (the K types and IQ4_XS)."""
-        return self.block == 256
+        """Whether scales are bytes with a float16 scale of their own (the K types, IQ4_XS and the sketch)."""
+        return self.block == 256 or self.scales_by_row
 
     @property
     def packed_scales(self) -> bool:
@@ -63,15 +67,24 @@ class GgufType:
     @property
     def columns(self) -> int:
         """Columns of a block in a panel."""
-        return 256 if self.nested else 64
+        return max(self.block, 64)
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales and minima of a panel's block."""
-        tables = 2 if self.minimum else 1
-        if self.nested:
-            return tables * LANES * (self.scales_of_block + 2)
-        return tables * LANES * self.scales_of_block * 2
+        if not self.nested:
+            return self.tables * LANES * self.scales_of_block * 2
+        return self.tables * LANES * (self.scales_of_block + (0 if self.scales_by_row else 2))
+
+    @property
+    def tables(self) -> int:
+        """1: scales; 2: scales and minima."""
+        return 2 if self.minimum else 1
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of a panel in front of its blocks: the scales of its rows."""
+        return self.tables * LANES * 2 if self.scales_by_row else 0
 
     @property
     def scales_of_block(self) -> int:
@@ -85,7 +98,11 @@ class GgufType:
 
     def panel_bytes(self, cols: int) -> int:
         """Bytes of 16 rows."""
-        return -(-cols // self.columns) * self.panel_block_bytes
+        return self.head_bytes + -(-cols // self.columns) * self.panel_block_bytes
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes of a row in a GGUF file."""
+        return cols // self.block * self.block_bytes
 
     def panel_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Panels, and bytes of each, of a matrix."""
@@ -109,6 +126,12 @@ TYPES = {
     )
 }
 """By their names in GGUF."""
+
+SKETCH = GgufType("SKETCH", -1, 32, 10, 2, minimum=True, scales_by_row=True)
+"""Not one of GGUF's: the sketch of a head, of which all logits come first: 2.5 bits a weight (docs/conversion.md)."""
+
+PANEL_TYPES = {**TYPES, SKETCH.name: SKETCH}
+"""The types that panels may have."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +344,7 @@ def _with_rows(table: np.ndarray, count: int) -> np.ndarray:
 
 def _write_panels(kind: GgufType, parts: Parts, panels: np.ndarray) -> None:
     count = len(panels)
-    blocks = panels.reshape(count, -1, kind.panel_block_bytes)
+    blocks = panels[:, kind.head_bytes :].reshape(count, -1, kind.panel_block_bytes)
     code_bytes = kind.columns * LANES * kind.bits // 8
     codes = _whole(parts.codes, kind.columns).reshape(
         count, LANES, -1, 8, 4
@@ -341,6 +364,9 @@ def _write_panels(kind: GgufType, parts: Parts, panels: np.ndarray) -> None:
     if parts.outer is not None:
         outer = parts.outer.reshape(count, LANES, -1, parts.outer.shape[-1])
         flat = np.ascontiguousarray(outer.transpose(0, 2, 3, 1)).view(np.uint8)
+        if kind.scales_by_row:
+            panels[:, : kind.head_bytes] = flat.reshape(count, -1)
+            return
         size = flat.size // (count * blocks.shape[1])
         blocks[..., at : at + size] = flat.reshape(count, -1, size)
 
@@ -361,8 +387,8 @@ def _words(kind: GgufType, codes: np.ndarray) -> np.ndarray:
         shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
         return np.bitwise_or.reduce(values.reshape(*codes.shape[:3], bits, -1, 4) << shifts, axis=-2)
 
-    if kind.bits == 3:
-        words = [fields(codes & 3, 2), fields(codes >> 2, 1)]
+    if kind.bits < 4:
+        words = [fields(codes & 3, 2)] + ([fields(codes >> 2, 1)] if kind.bits == 3 else [])
     else:
         low = codes & 15
         words = [low[..., :4, :] | low[..., 4:, :] << 4]
@@ -388,6 +414,20 @@ def restore(kind: GgufType, panels: np.ndarray, rows: int, cols: int) -> np.ndar
 # -- values ----------------------------------------------------------------------------------------------------
 
 
+def row_values(kind: GgufType, raw: np.ndarray) -> np.ndarray:
+    """`raw` (R, bytes of a row) uint8, as in a GGUF file, as float32 weights (R, cols)."""
+    rows, cols = len(raw), raw.shape[1] // kind.block_bytes * kind.block
+    result = np.empty((rows, cols), np.float32)
+    step = max(1, CHUNK // cols)
+
+    def fill(first: int) -> None:
+        result[first : first + step] = weights_of(kind, take_apart(kind, raw[first : first + step]))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fill, range(0, rows, step)))
+    return result
+
+
 def values(kind: GgufType, panels: np.ndarray, rows: int, cols: int) -> np.ndarray:
     """Panels as float32 weights (rows, cols), those that the package `gguf` gives."""
     result = np.empty((len(panels) * LANES, cols), np.float32)
@@ -407,7 +447,7 @@ def values(kind: GgufType, panels: np.ndarray, rows: int, cols: int) -> np.ndarr
 def read_parts(kind: GgufType, panels: np.ndarray, cols: int) -> Parts:
     """The inverse of `arrange` and `take_apart`: the parts of all rows of some panels."""
     count = len(panels)
-    blocks = panels.reshape(count, -1, kind.panel_block_bytes)
+    blocks = panels[:, kind.head_bytes :].reshape(count, -1, kind.panel_block_bytes)
     code_bytes, per_block = kind.columns * LANES * kind.bits // 8, kind.scales_of_block
     words = blocks[..., :code_bytes].reshape(count, -1, kind.bits, LANES, 4)  # (P, G, word, lane, 4)
     codes = _codes(kind, words).transpose(0, 3, 1, 2, 4).reshape(count * LANES, -1)[:, :cols]
@@ -423,7 +463,11 @@ def read_parts(kind: GgufType, panels: np.ndarray, cols: int) -> Parts:
         size = per_block * LANES * 2
         minima = table(code_bytes + size, per_block, "<f2")[:, :of_groups] if kind.minimum else None
         return Parts(codes, table(code_bytes, per_block, "<f2")[:, :of_groups], minima)
-    size, tables = per_block * LANES, 2 if kind.minimum else 1
+    size, tables = per_block * LANES, kind.tables
+    if kind.scales_by_row:
+        scales, minima = (table(code_bytes + at * size, per_block, "u1")[:, :of_groups] for at in range(2))
+        outer = np.ascontiguousarray(panels[:, : kind.head_bytes]).view("<f2").reshape(count, tables, LANES)
+        return Parts(codes, scales, minima, outer.transpose(0, 2, 1).reshape(count * LANES, 1, tables))
     minima = table(code_bytes + size, per_block, "u1") if kind.minimum else None
     outer = table(code_bytes + tables * size, tables, "<f2").reshape(count * LANES, -1, tables)
     scales = table(code_bytes, per_block, "u1" if kind.minimum or kind.packed_scales else "i1")
@@ -443,8 +487,9 @@ def _codes(kind: GgufType, words: np.ndarray) -> np.ndarray:
         values = some[:, :, :, None] >> shifts & (1 << bits) - 1
         return values.reshape(*words.shape[:2], 8, *words.shape[3:])
 
-    if kind.bits == 3:
-        return fields(words[:, :, :2], 2) | fields(words[:, :, 2:], 1) << 2
+    if kind.bits < 4:
+        low = fields(words[:, :, :2], 2)
+        return low | fields(words[:, :, 2:], 1) << 2 if kind.bits == 3 else low
     low = words[:, :, :4]
     codes = np.concatenate((low & 15, low >> 4), axis=2)
     return codes | fields(words[:, :, 4:], kind.bits - 4) << 4 if kind.bits > 4 else codes
@@ -460,7 +505,7 @@ def weights_of(kind: GgufType, parts: Parts) -> np.ndarray:
         codes -= kind.zero
     minima = None if parts.minima is None else parts.minima.astype(np.float32)
     if parts.outer is not None:
-        outer = parts.outer.astype(np.float32).repeat(256 // kind.group, axis=1)
+        outer = parts.outer.astype(np.float32).repeat(scales.shape[1] // parts.outer.shape[1], axis=1)
         scales = outer[..., 0] * scales
         minima = None if minima is None else -(outer[..., 1] * minima)
     codes *= scales[..., None]

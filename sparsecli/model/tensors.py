@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sparsecli.model.gguf_types import TYPES
+from sparsecli.model.gguf_types import SKETCH, TYPES
 from sparsecli.model.quantization import GROUP
 from sparsecli.spec.attention import AttentionSpec
 from sparsecli.spec.feed_forward import FeedForwardSpec, PrecisionFeedForwardSpec
@@ -40,7 +40,11 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
                 f"quantization.gguf: {module} has {cols} columns, {name} needs a multiple of {kind.block}"
             )
         del shapes[f"{module}.weight"]
-        shapes[f"{module}.codes"] = kind.panel_shape(rows, cols)
+        if spec.quantization.head_candidates and module == spec.head_module:
+            shapes[f"{module}.codes"] = (rows, kind.row_bytes(cols))  # as in the file
+            shapes["head.sketch"] = SKETCH.panel_shape(rows, cols)
+        else:
+            shapes[f"{module}.codes"] = kind.panel_shape(rows, cols)
         if spec.tied and module == "model.embedding":
             del shapes["head.weight"]
     return shapes

@@ -32,6 +32,9 @@ class QuantizationSpec(Spec):
     """Bits of the dense logits."""
     gguf: dict[str, GgufTypeName] = Field(default_factory=dict)
     """Types of the modules that keep the codes of a GGUF file, by name, such as `model.layers.0.feed_forward.up`."""
+    head_candidates: Size | None = None
+    """Tokens whose logits are computed with the head's own weights, those that a sketch of the head in 2 bits finds
+    likeliest; all other logits are the sketch's. By default there is no sketch."""
 
     @property
     def gguf_types(self) -> str:
@@ -182,7 +185,15 @@ class ModelSpec(Spec):
             raise fault("quantization.projection", "needs dense projections")
         if self.quantization.head and (self.vocabulary.kind != "dense" or self.vocabulary.tied):
             raise fault("quantization.head", "needs dense logits that are not tied to the embedding")
+        if self.quantization.head_candidates:
+            self._check_sketch(self.quantization.head_candidates)
         return self
+
+    def _check_sketch(self, candidates: int) -> None:
+        if self.head_module not in self.quantization.gguf:
+            message = f"needs a type of GGUF for the weights of the logits, {self.head_module}"
+            raise fault("quantization.head_candidates", message)
+        check_multiple("quantization.head_candidates", candidates, "the parts of the vocabulary", 16)
 
     def _check_attention(self, place: str, attention: AttentionSpec) -> None:
         """Raise a fault unless a layer of either side, at `place` in the recipe, fits the widths."""
@@ -431,6 +442,11 @@ class ModelSpec(Spec):
     def tied(self) -> bool:
         """Whether the logits use the embedding's table."""
         return self.vocabulary.kind == "dense" and self.vocabulary.tied
+
+    @property
+    def head_module(self) -> str:
+        """The module that holds the weights of dense logits."""
+        return "model.embedding" if self.tied else "head"
 
     @classmethod
     def from_config(cls, fields: Mapping[str, Any]) -> ModelSpec:

@@ -20,7 +20,7 @@ SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68)
 FEW_SHARES = (1.0, 0.94)
 """The same for types of more bits, whose best range is nearly the whole one."""
 MANY_SHARES = (1.3, 1.2, 1.1, 1.0, 0.92, 0.84, 0.76, 0.68, 0.6)
-"""The same for types of 3 bits, and for values that are not evenly apart."""
+"""The same for types of 2 and 3 bits, and for values that are not evenly apart."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def fit_grid(kind: GgufType, weight: Tensor, importance: Tensor) -> GgufGrid:
     """
     lowest = 0 if kind.minimum or kind.table else -kind.zero if kind.zero else -127
     highest = lowest + (1 << kind.bits) - 1 if kind.bits < 8 else 127
-    shares = MANY_SHARES if kind.bits == 3 or kind.table else SHARES if kind.bits == 4 else FEW_SHARES
+    shares = MANY_SHARES if kind.bits < 4 or kind.table else SHARES if kind.bits == 4 else FEW_SHARES
     mean = importance.mean()
     found = native.fit_groups(
         weight.float().numpy(),
@@ -98,14 +98,15 @@ def fit_grid(kind: GgufType, weight: Tensor, importance: Tensor) -> GgufGrid:
     scale, offset = map(torch.from_numpy, found)
     if not kind.nested:
         return GgufGrid(scale.half().float(), offset.half().float(), kind.group, lowest, highest, kind)
-    largest = 63 if kind.minimum else 127 if kind.bits == 6 else 31
-    inner, outer = _nest(scale, 256 // kind.group, largest)
+    largest = 255 if kind.scales_by_row else 63 if kind.minimum else 127 if kind.bits == 6 else 31
+    per_block = scale.shape[1] if kind.scales_by_row else kind.block // kind.group
+    inner, outer = _nest(scale, per_block, largest)
     inners, outers = [inner], [outer]
     if kind.minimum:
-        inner_minima, outer_minimum = _nest(-offset, 256 // kind.group, largest)
+        inner_minima, outer_minimum = _nest(-offset, per_block, largest)
         inners.append(inner_minima)
         outers.append(outer_minimum)
-    widened = [each.float().repeat_interleave(256 // kind.group, dim=1) for each in outers]
+    widened = [each.float().repeat_interleave(per_block, dim=1) for each in outers]
     return GgufGrid(
         widened[0] * inner,
         -(widened[1] * inners[1]) if kind.minimum else torch.zeros_like(scale),

@@ -14,7 +14,7 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
-INTERFACE_VERSION = 14  # of native/engine.h
+INTERFACE_VERSION = 15  # of native/engine.h
 INSTRUCTION_SETS = (
     "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_i8mm_bf16", "neon_dotprod", "neon", "portable",
 )  # fmt: skip
@@ -26,8 +26,8 @@ SHAPE_FIELDS = (
     "normalized_probabilities", "projection", "output", "modules", "kernel", "value_concat", "query_key_norm",
     "query_rank", "key_rank", "rms", "post_norms", "positions", "rotary_width", "rotary_switch", "parallel",
     "streams", "concatenate", "attention_layers", "shared_query_key", "hash_rounds",
-    "most_keys", "encoder", "query_modules", "recurrent_layers", "recurrent_width", "head_modules", "cache_type",
-    "conv_type", "units_on_disk", "poison",
+    "most_keys", "encoder", "query_modules", "recurrent_layers", "recurrent_width", "head_modules",
+    "head_candidates", "cache_type", "conv_type", "units_on_disk", "poison",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ class BoundTensor(Structure):
         ("name", c_char_p),
         ("data", c_void_p),
         ("scale", c_void_p),
-        *((name, c_int64) for name in ("layer", "type", "rows", "cols")),
+        *((name, c_int64) for name in ("layer", "type", "rows", "cols", "by_rows")),
     ]
 
 

@@ -91,6 +91,7 @@ std::string check(const sparsecli_shape& s) {
     if (outside(s.cache_type, FLOAT32, INT8)) return wrong("the type of the cache");
     if (outside(s.conv_type, FLOAT32, BFLOAT16)) return wrong("the type of convolutions");
     if (outside(s.head_modules, 0, s.vocabulary)) return wrong("head_modules");
+    if (outside(s.head_candidates, 0, s.head_modules ? 0 : int64_t(1) << 20)) return wrong("head_candidates");
     if (outside(s.query_modules, 0, s.d_model)) return wrong("query_modules");
     if (outside(s.query_key_norm, NO_NORM, PROJECTION_NORM)) return wrong("query_key_norm");
     if (outside(s.probability_gate, NO_GATE, GATE_OUTPUT)) return wrong("probability_gate");
@@ -170,7 +171,7 @@ struct sparsecli_sequence {
 
 extern "C" {
 
-int64_t sparsecli_interface(void) { return 1000 * 14 + int64_t(sizeof(sparsecli_shape)); }
+int64_t sparsecli_interface(void) { return 1000 * 15 + int64_t(sizeof(sparsecli_shape)); }
 
 const char* sparsecli_instruction_set(const char* name, char* error) {
     const Ops* found = find_ops(name);
@@ -203,7 +204,7 @@ int64_t sparsecli_bind(sparsecli_engine* engine, const sparsecli_tensor* tensors
             Matrix* matrix = known ? model.find(tensor->layer, tensor->name) : nullptr;
             if (!matrix || tensor->type < FLOAT32 || tensor->type > FLOAT16)
                 throw std::runtime_error(std::string(tensor->name) + ": the engine has no such tensor or type");
-            *matrix = {tensor->data, tensor->scale, tensor->type, tensor->rows, tensor->cols};
+            *matrix = {tensor->data, tensor->scale, tensor->type, tensor->rows, tensor->cols, tensor->by_rows != 0};
             const bool group_sums = tensor->type == INT4 || tensor->type == INT3;
             model.group_sums = model.group_sums || group_sums;
             model.quantized = model.quantized || tensor->type == INT8 || group_sums;
@@ -211,6 +212,7 @@ int64_t sparsecli_bind(sparsecli_engine* engine, const sparsecli_tensor* tensors
         }
         // Codes of an embedding that is tied to the head lie in memory once.
         if (!model.shape.head_modules && !model.head.weight.data) model.head.weight = model.embedding;
+        if (model.shape.head_candidates && !model.exact_head.data) model.exact_head = model.embedding;
     });
     return fine ? 0 : -1;
 }

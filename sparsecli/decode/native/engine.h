@@ -41,6 +41,7 @@ struct sparsecli_shape {
     int64_t query_modules;     // of cross-attention's queries; 0: dense
     int64_t recurrent_layers, recurrent_width;  // of the branch beside the feed-forward layer
     int64_t head_modules;                       // 0: dense
+    int64_t head_candidates;                    // likeliest tokens that `head.exact` scores again; 0: none
     int64_t cache_type;                         // of keys and values
     int64_t conv_type;                          // of convolutions' inputs and kernels
     int64_t units_on_disk;                      // units are mapped from a file: read a layer's chosen rows ahead
@@ -72,6 +73,7 @@ struct sparsecli_tensor {
     const float* scale;  // of each row, int8 only
     int64_t layer;       // -1: the model's own
     int64_t type, rows, cols;
+    int64_t by_rows;  // see ops.h
 };
 int64_t sparsecli_bind(sparsecli_engine* engine, const sparsecli_tensor* tensors, int64_t count, char* error);
 

@@ -8,7 +8,7 @@ from sparsecli.decode.native import binding
 from sparsecli.model import gguf_types
 from sparsecli.model.gguf_types import LANES, GgufType
 
-TYPE_CODES = {name: code for code, name in enumerate(gguf_types.TYPES, 5)}
+TYPE_CODES = {name: code for code, name in enumerate(gguf_types.PANEL_TYPES, 5)}
 """Numbers of the types in native/ops/ops.h, in the same order."""
 THREADS = 2
 

@@ -10,12 +10,13 @@ from sparsecli.decode.native.binding import BoundTensor, Shape
 from sparsecli.decode.native.gguf import TYPE_CODES as GGUF_CODES
 from sparsecli.decode.packed.layouts import Slot
 from sparsecli.decode.packed.pack import LINE, PackedModel
+from sparsecli.decode.packed.precision import head_candidates
 from sparsecli.decode.packed.tensor_file import WIDTHS
 from sparsecli.decode.packed.tensors import crosses, joins, modules_of, query_modules_of
 from sparsecli.spec.model import ModelSpec
 
 QUANTIZED_TYPES = {4: 3, 3: 4}  # native/ops/ops.h, by bits of a weight
-TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "float16": 16}
+TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "float16": 17}
 ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh")
 FEED_FORWARDS = ("dense", "sparse", "mixture", "selector", "precision")
 PROJECTIONS = ("dense", "multiplicative", "dense_conv", "multiplicative_conv")
@@ -68,6 +69,7 @@ def shape_of(model: PackedModel, poison: bool) -> Shape:
         recurrent_layers=spec.sru.layers if spec.sru else 0,
         recurrent_width=spec.sru.width if spec.sru else 0,
         head_modules=vocabulary.modules if vocabulary.kind == "multiplicative" else 0,
+        head_candidates=head_candidates(spec, precision),
         cache_type=TYPE_CODES[precision.cache],
         conv_type=TYPE_CODES[precision.convolution],
         units_on_disk=model.from_disk,
@@ -154,6 +156,7 @@ def bound_tensor(slot: Slot, kind: str, tensors: Mapping[str, np.ndarray]) -> Bo
         type=_type_code(slot, kind),
         rows=slot.rows,
         cols=slot.cols,
+        by_rows=slot.layout == "gguf_rows",
     )
 
 

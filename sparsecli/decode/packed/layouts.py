@@ -14,14 +14,24 @@ from typing import Literal
 import numpy as np
 
 from sparsecli.decode.packed.quantized_layouts import LANES, panel_bytes, residual_bytes
-from sparsecli.model.gguf_types import TYPES as GGUF_TYPES
+from sparsecli.model.gguf_types import PANEL_TYPES as GGUF_TYPES
 
 PAD = 64
 PANEL = 64
 SPAN = 2048
 
 Layout = Literal[
-    "vector", "rows", "spans", "panels", "taps", "blocks", "units", "quantized", "residual", "gguf"
+    "vector",
+    "rows",
+    "spans",
+    "panels",
+    "taps",
+    "blocks",
+    "units",
+    "quantized",
+    "residual",
+    "gguf",
+    "gguf_rows",
 ]
 
 
@@ -43,7 +53,7 @@ class Slot:
         group: `blocks`: units of a block; `taps`: positions of the kernel; `residual`: rows of a unit; `quantized`:
             maps of which panels follow each other in turn.
         bits: of a weight of the layouts `quantized` and `residual`; their elements are bytes.
-        gguf: the type of the layout `gguf`, whose elements are bytes, too.
+        gguf: the type of the layouts `gguf` and `gguf_rows`, whose elements are bytes, too.
     """
 
     layer: int
@@ -79,6 +89,8 @@ class Slot:
             return self.group * padded(rows // self.group, LANES) // LANES * panel_bytes(cols, self.bits)
         if self.layout == "gguf":
             return math.prod(GGUF_TYPES[self.gguf].panel_shape(rows, cols))
+        if self.layout == "gguf_rows":
+            return rows * GGUF_TYPES[self.gguf].row_bytes(cols)
         if self.layout == "residual":
             return rows // self.group * residual_bytes(cols, self.group)
         return rows * padded(cols, PAD)

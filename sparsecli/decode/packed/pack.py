@@ -16,7 +16,7 @@ from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.quantized_layouts import arrange_panels, arrange_residual
 from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
 from sparsecli.decode.packed.tensors import FREQUENCIES
-from sparsecli.model.gguf_types import TYPES as GGUF_TYPES
+from sparsecli.model.gguf_types import PANEL_TYPES as GGUF_TYPES
 from sparsecli.model.quantization import GROUP, from_bfloat16, quantize_groups, to_bfloat16, unpack_nibbles
 from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.spec.model import ModelSpec
@@ -87,7 +87,7 @@ def pack(spec: ModelSpec, weights: Mapping[str, np.ndarray], precision: Precisio
     for slot, kind in planned:
         target = arrays[slot.key]
         if slot.gguf:
-            _write(target, _panels(slot, weights))
+            _write(target, _codes(slot, weights))
             continue
         if slot.bits:
             _write(target, _in_few_bits(slot, spec, weights))
@@ -117,10 +117,13 @@ def _write(target: np.ndarray, values: np.ndarray) -> None:
     target[: values.size] = values
 
 
-def _panels(slot: Slot, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+def _codes(slot: Slot, weights: Mapping[str, np.ndarray]) -> np.ndarray:
     """Codes of a GGUF file, which are stored as the engine reads them."""
     [name] = slot.sources
-    expected = GGUF_TYPES[slot.gguf].panel_shape(slot.rows, slot.cols)
+    kind = GGUF_TYPES[slot.gguf]
+    expected = kind.panel_shape(slot.rows, slot.cols)
+    if slot.layout == "gguf_rows":
+        expected = slot.rows, kind.row_bytes(slot.cols)
     if name not in weights:
         raise Failure(f"tensor {name} is missing")
     found = weights[name]

@@ -16,6 +16,7 @@ FLOAT16 = "float16"
 FLOAT16_PARTS = ("units", "projection", "head", "embedding")
 INT4_PARTS = ("units", "projection", "head")
 RESCORED_BY = {"int8": "bfloat16", "int4": "int8"}  # a head's type, and that of the weights that score again
+RESCORED = 64  # tokens that they score
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,24 @@ class Precision:
             raise ValueError("head_rescoring: needs an int8 or int4 head")
 
 
+def head_candidates(spec: ModelSpec, precision: Precision) -> int:
+    """Tokens that are scored again with finer weights of the head; 0: none."""
+    if spec.quantization.head_candidates:
+        return spec.quantization.head_candidates
+    return RESCORED if _rescores(spec, precision) else 0
+
+
+def _rescores(spec: ModelSpec, precision: Precision) -> bool:
+    """Whether a dense head of float weights is kept twice."""
+    quantized = spec.quantization.head or spec.head_module in spec.quantization.gguf
+    return precision.head_rescoring and spec.vocabulary.kind == "dense" and not quantized
+
+
 def plan(spec: ModelSpec, precision: Precision) -> list[tuple[Slot, str]]:
     """Every tensor and its type."""
     found = [_typed(slot, precision) for slot in slots(spec)]
-    if precision.head_rescoring and spec.vocabulary.kind == "dense" and spec.quantization.head is None:
-        head = next((slot for slot, _ in found if slot.name == "head.weight" and not slot.gguf), None)
-        if head is None:
-            return found
+    if _rescores(spec, precision):
+        head = next(slot for slot, _ in found if slot.name == "head.weight")
         exact = replace(head, name="head.exact", layout="spans", bits=0)
         found.append((exact, RESCORED_BY[precision.head]))
     return found

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from sparsecli.decode.packed.layouts import LANES, Slot, padded
+from sparsecli.decode.packed.layouts import LANES, Layout, Slot, padded
+from sparsecli.model.gguf_types import SKETCH
 from sparsecli.model.rotary import RotaryTable
 from sparsecli.spec.model import ModelSpec
 
@@ -33,9 +34,17 @@ def slots(spec: ModelSpec) -> list[Slot]:
             found += _cross_attention(spec, layer)
         found += _feed_forward(spec, layer)
         found += _recurrence(spec, layer)
-    return [
+    found = [
         _with_codes(slot, spec) for slot in found if not (slot.name == "head.weight" and shares_codes(spec))
     ]
+    return _with_sketch(found, spec) if spec.quantization.head_candidates else found
+
+
+def _with_sketch(found: list[Slot], spec: ModelSpec) -> list[Slot]:
+    """All logits come from a sketch; the head's own rows are those of the embedding, or a tensor beside it."""
+    rows, cols = spec.vocabulary.size, spec.merged_width
+    exact = [replace(slot, name="head.exact") if slot.name == "head.weight" else slot for slot in found]
+    return [*exact, Slot(-1, "head.weight", "gguf", rows, cols, None, ("head.sketch",), gguf=SKETCH.name)]
 
 
 def shares_codes(spec: ModelSpec) -> bool:
@@ -49,7 +58,9 @@ def _with_codes(slot: Slot, spec: ModelSpec) -> Slot:
     kind = spec.quantization.gguf.get(module)
     if kind is None or not slot.sources[0].endswith(".weight"):
         return slot
-    return replace(slot, layout="gguf", part=None, sources=(f"{module}.codes",), gguf=kind)
+    by_rows = spec.quantization.head_candidates and module == spec.head_module
+    layout: Layout = "gguf_rows" if by_rows else "gguf"
+    return replace(slot, layout=layout, part=None, sources=(f"{module}.codes",), gguf=kind)
 
 
 def crosses(spec: ModelSpec) -> bool:

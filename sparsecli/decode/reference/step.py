@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sparsecli.decode.lsh_rotations import factors_at, rotations_of
 from sparsecli.decode.packed.layouts import LANES, padded
 from sparsecli.decode.packed.pack import PackedModel
+from sparsecli.decode.packed.precision import head_candidates
 from sparsecli.decode.packed.tensors import chooses, convolves, crosses, modules_of, query_modules_of
 from sparsecli.decode.reference.ops import (
     ACTIVATIONS,
@@ -37,9 +38,9 @@ from sparsecli.decode.reference.ops import (
     soft_cap,
 )
 from sparsecli.decode.reference.weights import Weight, unpack_model
+from sparsecli.model.gguf_types import HEAD_LANES
 
 UNIT_EPSILON = 1e-6  # added to the mean square of a shared query before it becomes a key
-HEAD_PARTS, CANDIDATES = 16, 4  # equal parts of the vocabulary, and tokens of each that are scored again
 
 
 class Reference:
@@ -415,11 +416,10 @@ class Reference:
         exact = gemv(self.weights["head.exact"], x)
         if "head.bias" in self.weights:
             exact = exact + self.weights["head.bias"].values[0]
-        size = len(logits)
-        panels = -(-size // LANES)
-        for part in range(HEAD_PARTS):
-            start, end = panels * part // HEAD_PARTS * LANES, panels * (part + 1) // HEAD_PARTS * LANES
-            end = min(end, size)
-            best = start + logits[start:end].topk(min(CANDIDATES, end - start)).indices
+        lane_of = torch.arange(len(logits)) // LANES % HEAD_LANES
+        count = head_candidates(self.spec, self.precision) // HEAD_LANES
+        for lane in range(HEAD_LANES):
+            tokens = (lane_of == lane).nonzero()[:, 0]
+            best = tokens[logits[tokens].topk(min(count, len(tokens))).indices]
             logits[best] = exact[best]
         return logits

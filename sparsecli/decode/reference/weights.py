@@ -13,7 +13,8 @@ from sparsecli.decode.packed.pack import PackedModel
 from sparsecli.decode.packed.precision import plan
 from sparsecli.decode.packed.quantized_layouts import codes_of
 from sparsecli.decode.packed.tensors import shares_codes
-from sparsecli.model.gguf_types import TYPES as GGUF_TYPES
+from sparsecli.model.gguf_types import PANEL_TYPES as GGUF_TYPES
+from sparsecli.model.gguf_types import row_values
 from sparsecli.model.gguf_types import values as gguf_values
 from sparsecli.model.quantization import MIDDLE, STEPS, from_bfloat16, unpack_nibbles
 
@@ -110,11 +111,13 @@ def unpack_model(model: PackedModel) -> tuple[dict[str, Weight], dict[str, Quant
             quantized[slot.key] = unpack_quantized(slot, model.tensors[slot.key])
         elif slot.gguf:
             stored = GGUF_TYPES[slot.gguf]
-            panels = model.tensors[slot.key][: slot.elements].reshape(
-                stored.panel_shape(slot.rows, slot.cols)
-            )
-            values = torch.from_numpy(gguf_values(stored, panels, slot.rows, slot.cols))
-            weights[slot.key] = Weight("gguf", values, torch.ones(slot.rows))
+            codes = model.tensors[slot.key][: slot.elements]
+            if slot.layout == "gguf_rows":
+                found = row_values(stored, codes.reshape(slot.rows, -1))
+            else:
+                panels = codes.reshape(stored.panel_shape(slot.rows, slot.cols))
+                found = gguf_values(stored, panels, slot.rows, slot.cols)
+            weights[slot.key] = Weight("gguf", torch.from_numpy(found), torch.ones(slot.rows))
         elif slot.key in model.tensors:
             values = torch.from_numpy(from_bfloat16(unpack(slot, model.tensors[slot.key])).copy())
             scale = torch.ones(slot.rows)
@@ -122,5 +125,6 @@ def unpack_model(model: PackedModel) -> tuple[dict[str, Weight], dict[str, Quant
                 scale = torch.from_numpy(unpack_scale(slot, model.tensors[f"{slot.key}.scale"]).copy())
             weights[slot.key] = Weight(kind, values, scale)
     if shares_codes(model.spec):
-        weights["head.weight"] = weights["embedding"]
+        sketched = model.spec.quantization.head_candidates
+        weights["head.exact" if sketched else "head.weight"] = weights["embedding"]
     return weights, quantized

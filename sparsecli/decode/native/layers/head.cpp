@@ -2,11 +2,46 @@
 
 namespace sparsecli {
 
+namespace {
+
+int64_t candidates_of_lane(const sparsecli_shape& shape) {
+    return (shape.head_candidates + HEAD_LANES - 1) / HEAD_LANES;
+}
+
+// The tokens of a lane with the largest logits, `most` of them; of equal ones the first. Returns how many there are.
+int64_t likeliest(const float* logits, int64_t vocabulary, int64_t lane, int64_t most, int32_t* found) {
+    const auto better = [&](int32_t a, int32_t b) {
+        return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+    };
+    int64_t count = 0;  // of a heap whose top is the worst
+    for (int64_t first = lane * LANES; first < vocabulary; first += HEAD_LANES * LANES) {
+        const int64_t width = std::min(LANES, vocabulary - first);
+        if (count == most) {
+            const float least = logits[found[0]];
+            int above = 0;
+            for (int64_t i = 0; i < width; ++i) above += logits[first + i] > least;
+            if (!above) continue;
+        }
+        for (int64_t token = first; token < first + width; ++token) {
+            if (count == most) {
+                if (!(logits[token] > logits[found[0]])) continue;
+                std::pop_heap(found, found + count--, better);
+            }
+            found[count++] = int32_t(token);
+            std::push_heap(found, found + count, better);
+        }
+    }
+    return count;
+}
+
+}  // namespace
+
 Head::Head(Workspace& space) {
     const int64_t width = space.model.merged_width();
     space.reads(width);
     space.for_tokens(normed_, width, true);
     space.for_workers(own_normed_, width, true);
+    space.for_workers(own_candidates_, candidates_of_lane(space.shape), false);
 }
 
 void Head::begin(const std::vector<Token>& tokens) {
@@ -66,36 +101,30 @@ void Head::multiplicative(Pass& pass, const Activations& x, float* out) {
 }
 
 void Head::dense(Pass& pass, const Activations& x, float* out) {
-    const Linear& head = pass.model.head;
     const int64_t vocabulary = pass.shape.vocabulary;
-    const auto logits_of = [&](Range rows) {
-        pass.linear(head.weight, values(head.bias), rows, x, count(), out, vocabulary);
-    };
-    if (!pass.model.exact_head.data) return logits_of(pass.mine(vocabulary, LANES));
-    const Range lanes = pass.mine(HEAD_LANES, 1);
-    for (int64_t lane = lanes.begin; lane < lanes.end; ++lane) {
-        const Range rows = share(vocabulary, LANES, lane, HEAD_LANES);
-        logits_of(rows);
-        rescore(pass, x, rows, out);
-    }
+    pass.linear(pass.model.head.weight, values(pass.model.head.bias), pass.mine(vocabulary, LANES), x, count(), out,
+                vocabulary);
+    if (!pass.shape.head_candidates) return;
+    pass.barrier(HEAD);
+    const Range lanes = pass.mine(count() * HEAD_LANES, 1);
+    for (int64_t i = lanes.begin; i < lanes.end; ++i)
+        rescore(pass, Pass::row_of(x, i / HEAD_LANES), i % HEAD_LANES, out + i / HEAD_LANES * vocabulary);
 }
 
-// Computes the largest logits of a part of the vocabulary again, with weights that were rounded less.
-void Head::rescore(Pass& pass, const Activations& x, Range rows, float* out) {
-    const int64_t vocabulary = pass.shape.vocabulary;
-    for (int64_t i = 0; i < count(); ++i) {
-        float* logits = out + i * vocabulary;
-        int64_t best[CANDIDATES], found = 0;
-        for (int64_t r = rows.begin; r < rows.end; ++r) {
-            if (found == CANDIDATES && !(logits[r] > logits[best[found - 1]])) continue;
-            int64_t at = found < CANDIDATES ? found++ : found - 1;
-            for (; at > 0 && logits[r] > logits[best[at - 1]]; --at) best[at] = best[at - 1];
-            best[at] = r;
-        }
-        for (int64_t j = 0; j < found; ++j)
-            pass.linear(pass.model.exact_head, values(pass.model.head.bias), {best[j], best[j] + 1}, Pass::row_of(x, i),
-                        1, logits, vocabulary);
+// Computes the largest logits of a lane again, with weights that were rounded less. Which ones depends on no thread.
+void Head::rescore(Pass& pass, const Activations& x, int64_t lane, float* logits) {
+    const Matrix& exact = pass.model.exact_head;
+    int32_t* rows = own_candidates_.row(pass.worker);
+    const int64_t count = likeliest(logits, pass.shape.vocabulary, lane, candidates_of_lane(pass.shape), rows);
+    std::sort(rows, rows + count);  // they are read in this order
+    const float* bias = values(pass.model.head.bias);
+    if (!exact.by_rows) {
+        for (int64_t i = 0; i < count; ++i)
+            pass.linear(exact, bias, {rows[i], rows[i] + 1}, x, 1, logits, pass.shape.vocabulary);
+        return;
     }
+    pass.ops.gguf_row_dots(exact, rows, count, x, logits);
+    for (int64_t i = 0; i < count && bias; ++i) logits[rows[i]] += bias[rows[i]];
 }
 
 }  // namespace sparsecli

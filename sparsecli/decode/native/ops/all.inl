@@ -10,6 +10,8 @@ namespace {
 #include "ops/vectors.inl"
 #include "ops/quantized.inl"
 #include "ops/gguf.inl"
+#include "ops/gguf_blocks.inl"
+#include "ops/gguf_rows.inl"
 #include "ops/gemv.inl"
 #include "ops/units.inl"
 #include "ops/multiplicative.inl"
@@ -24,6 +26,7 @@ constexpr Ops make_table(const char* name) {
             .quantise = quantise,
             .quantise_bytes = quantise_bytes,
             .read_gguf = read_gguf,
+            .gguf_row_dots = gguf_row_dots,
             .matmul = matmul,
             .multiplicative = multiplicative,
             .convolve = convolve,

@@ -9,24 +9,33 @@
 //   codes   of every group of 32 columns: the lower bits of all, then the upper ones (see visit_quads)
 //   scales  simple: float16 [group][row], with MIN also minima of the same form
 //           super:  bytes [group of GROUP][row], with three bits packed (see ByteScales), with MIN also minima; then
-//                   one float16 [row] for the scales of the whole block, with MIN another one for the minima
+//                   one float16 [row] for the scales of the whole block, with MIN another one for the minima; BY_ROW
+//                   these are the same for all blocks, and lie in front of them
 // and is filled up to whole cache lines. A weight is scale * (code - ZERO), with MIN scale * code + minimum, where a
 // minimum of super blocks counts negative; with TABLE it is scale * IQ4_VALUES[code].
 template <int64_t TYPE>
 struct Gguf;
 
-template <int BITS_, int64_t BLOCK_, int GROUP_, bool SUPER_, bool MIN_, int ZERO_, bool TABLE_ = false>
+template <int BITS_, int64_t BLOCK_, int GROUP_, bool SUPER_, bool MIN_, int ZERO_, bool TABLE_ = false,
+          bool BY_ROW_ = false>
 struct GgufType {
     static constexpr int BITS = BITS_, GROUP = GROUP_, ZERO = ZERO_;
     static constexpr int64_t BLOCK = BLOCK_, PARTS_OF_32 = 32 / GROUP, CODES = 64 * BITS;  // bytes of 32 columns
-    static constexpr bool SUPER = SUPER_, MIN = MIN_, TABLE = TABLE_, PACKED = BITS == 3;
+    static constexpr bool SUPER = SUPER_, MIN = MIN_, TABLE = TABLE_, BY_ROW = BY_ROW_, PACKED = BITS == 3;
     static constexpr bool SIGNED = BITS == 8 || TABLE;  // what is multiplied
     static constexpr int64_t GROUPS = BLOCK / GROUP, ROWS_OF_SCALES = PACKED ? 12 : GROUPS;
     static constexpr int64_t SCALES = BLOCK / 32 * CODES;  // offset in a block
     static constexpr int64_t MINIMA = SCALES + ROWS_OF_SCALES * LANES * (SUPER ? 1 : 2);
-    static constexpr int64_t OF_SCALES = SCALES + (1 + MIN) * ROWS_OF_SCALES * LANES, OF_MINIMA = OF_SCALES + 2 * LANES;
+    static constexpr int64_t HALVES = (1 + MIN) * 2 * LANES;  // bytes of the scales of scales, and of minima
+    static constexpr int64_t HEAD = BY_ROW ? HALVES : 0;      // bytes in front of the blocks
+    static constexpr int64_t OF_SCALES = BY_ROW ? 0 : SCALES + (1 + MIN) * ROWS_OF_SCALES * LANES;
     static constexpr int64_t BYTES =
-        (SUPER ? OF_SCALES + (1 + MIN) * 2 * LANES : SCALES + (1 + MIN) * (MINIMA - SCALES)) + 63 & ~63;
+        SCALES + (1 + MIN) * (MINIMA - SCALES) + (SUPER && !BY_ROW ? HALVES : 0) + 63 & ~63;
+
+    // The scales of a block's scales; those of its minima follow them.
+    static const uint8_t* outer(const uint8_t* panel, const uint8_t* block) {
+        return (BY_ROW ? panel : block) + OF_SCALES;
+    }
 };
 
 template <>
@@ -51,6 +60,8 @@ template <>
 struct Gguf<Q5_K> : GgufType<5, 256, 32, true, true, 0> {};
 template <>
 struct Gguf<Q6_K> : GgufType<6, 256, 16, true, false, 32> {};
+template <>
+struct Gguf<SKETCH> : GgufType<2, 64, 32, true, true, 0, false, true> {};
 
 typedef uint8_t UnsignedBytes __attribute__((vector_size(WIDTH * 4)));
 
@@ -139,8 +150,8 @@ inline Codes operator|(Codes a, const Codes& b) {
 // Calls use(quad, codes) for the eight quads of 32 columns, with TABLE the values of the codes. Lane r of the i-th 64
 // bytes has the lower four bits of quads i and i + 4 of row r. Then follow, with five bits, the fifth of all quads: bit
 // q of a byte is that of quad q; with six, the others of quads 0 to 3, two bits each, then of quads 4 to 7. With three,
-// there are first the lower two bits of quads 0 to 3, then of quads 4 to 7, then the third of all. With eight, quads
-// follow one another.
+// there are first the lower two bits of quads 0 to 3, then of quads 4 to 7, then the third of all; with two, there is no
+// third. With eight, quads follow one another.
 template <class T, class F>
 inline void visit_quads(const uint8_t* from, const F& use) {
     if constexpr (T::BITS == 8) {
@@ -153,13 +164,18 @@ inline void visit_quads(const uint8_t* from, const F& use) {
             }
             use(q, c);
         }
-    } else if constexpr (T::BITS == 3) {
-        const Codes third = load_codes(from + 128);
+    } else if constexpr (T::BITS < 4) {
+        Codes third = {};
+        if constexpr (T::BITS == 3) third = load_codes(from + 128);
 #pragma GCC unroll 2
         for (int w = 0; w < 2; ++w) {
             const Codes two = load_codes(from + 64 * w);
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) use(4 * w + v, field<2, 0>(two, v) | field<1, 2>(third, 4 * w + v));
+            for (int v = 0; v < 4; ++v) {
+                Codes c = field<2, 0>(two, v);
+                if constexpr (T::BITS == 3) c = c | field<1, 2>(third, 4 * w + v);
+                use(4 * w + v, c);
+            }
         }
     } else {
         constexpr int UPPER = T::BITS == 4 ? 1 : T::BITS - 4, QUADS = 8 / UPPER;  // bits, and quads in 64 bytes
@@ -188,7 +204,7 @@ struct QuadSums {
 #if !defined(SPARSECLI_QUADS) && (defined(SPARSECLI_AVX2) || defined(SPARSECLI_AVX512))
     Codes narrow = {};  // pairs of 16 bits
     int held = 0;       // quads in them
-    static constexpr int MOST = T::SIGNED ? 1 : T::BITS == 6 ? 2 : T::BITS == 4 ? 8 : 4;
+    static constexpr int MOST = T::SIGNED ? 1 : T::BITS == 6 ? 2 : T::BITS == 4 || T::BITS == 2 ? 8 : 4;
     static_assert(T::GROUP / 4 % MOST == 0);
     static_assert(MOST * 2 * 127 * (T::SIGNED ? 128 : (1 << T::BITS) - 1) < 1 << 15);
 
@@ -287,16 +303,17 @@ struct ByteScales {
 
 // The scales of a group of columns of sixteen rows, and their minima.
 template <class T>
-inline Vector scales_of(const uint8_t* block, const ByteScales<T>& scales, int64_t group) {
+inline Vector scales_of(const uint8_t* panel, const uint8_t* block, const ByteScales<T>& scales, int64_t group) {
     if constexpr (T::SUPER)
-        return load_halves(block + T::OF_SCALES) * load_byte_scales<T>(scales.bytes + group * LANES);
+        return load_halves(T::outer(panel, block)) * load_byte_scales<T>(scales.bytes + group * LANES);
     return load_halves(block + T::SCALES + group * 2 * LANES);
 }
 
 template <class T>
-inline Vector minima_of(const uint8_t* block, int64_t group) {
+inline Vector minima_of(const uint8_t* panel, const uint8_t* block, int64_t group) {
     if constexpr (T::SUPER)
-        return fill(0) - load_halves(block + T::OF_MINIMA) * load_byte_scales<T>(block + T::MINIMA + group * LANES);
+        return fill(0) -
+               load_halves(T::outer(panel, block) + 2 * LANES) * load_byte_scales<T>(block + T::MINIMA + group * LANES);
     return load_halves(block + T::MINIMA + group * 2 * LANES);
 }
 
@@ -321,7 +338,7 @@ inline Vector gguf_panel_of_one(const uint8_t* panel, int64_t blocks, const int8
                                 const float* sums_of_x) {
     Vector y = fill(0);
     for (int64_t b = 0; b < blocks; ++b) {
-        const uint8_t* block = panel + b * T::BYTES;
+        const uint8_t* block = panel + T::HEAD + b * T::BYTES;
         const ByteScales<T> byte_scales(block);
         for (int64_t i = 0; i < T::BLOCK / 32; ++i) {
             const int64_t column = b * T::BLOCK + 32 * i;
@@ -338,8 +355,8 @@ inline Vector gguf_panel_of_one(const uint8_t* panel, int64_t blocks, const int8
             for (int part = 0; part < T::PARTS_OF_32; ++part) {
                 const int64_t group = i * T::PARTS_OF_32 + part;
                 Vector minima;
-                if constexpr (T::MIN) minima = minima_of<T>(block, group);
-                add_group<T>(y, scales_of<T>(block, byte_scales, group), minima, sums[part].floats(),
+                if constexpr (T::MIN) minima = minima_of<T>(panel, block, group);
+                add_group<T>(y, scales_of<T>(panel, block, byte_scales, group), minima, sums[part].floats(),
                              scales[column / 32], sum_of_group<T>(sums_of_x + column / LANES + part));
             }
         }
@@ -353,14 +370,14 @@ struct UnpackedBlock {
     Codes codes[T::BLOCK / 4];
     Vector scales[T::GROUPS], minima[T::MIN ? T::GROUPS : 1];
 
-    explicit UnpackedBlock(const uint8_t* block) {
+    UnpackedBlock(const uint8_t* panel, const uint8_t* block) {
         for (int64_t i = 0; i < T::BLOCK / 32; ++i)
             visit_quads<T>(block + i * T::CODES,
                            [&](int quad, const Codes& unpacked) { codes[8 * i + quad] = unpacked; });
         const ByteScales<T> byte_scales(block);
         for (int64_t group = 0; group < T::GROUPS; ++group) {
-            scales[group] = scales_of<T>(block, byte_scales, group);
-            if constexpr (T::MIN) minima[group] = minima_of<T>(block, group);
+            scales[group] = scales_of<T>(panel, block, byte_scales, group);
+            if constexpr (T::MIN) minima[group] = minima_of<T>(panel, block, group);
         }
     }
 };
@@ -398,7 +415,7 @@ void gguf_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations&
     using T = Gguf<TYPE>;
     static_assert(T::BYTES == GGUF_BLOCK_BYTES[TYPE - Q4_0]);
     constexpr int TILE = QUANT_TOKENS;
-    const int64_t blocks = (w.cols + T::BLOCK - 1) / T::BLOCK, bytes = blocks * T::BYTES;
+    const int64_t blocks = (w.cols + T::BLOCK - 1) / T::BLOCK, bytes = T::HEAD + blocks * T::BYTES;
     const int64_t tiled = tokens / TILE * TILE;
     alignas(64) float y[TOKENS_AT_ONCE * LANES];
     for (int64_t row = begin; row < end; row += LANES) {
@@ -412,7 +429,7 @@ void gguf_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations&
             const int64_t held = t + TOKENS_AT_ONCE < tiled ? TOKENS_AT_ONCE : tiled - t;
             std::memset(y, 0, size_t(held * LANES) * sizeof(float));
             for (int64_t b = 0; b < blocks; ++b) {
-                const UnpackedBlock<T> block(panel + b * T::BYTES);
+                const UnpackedBlock<T> block(panel, panel + T::HEAD + b * T::BYTES);
                 for (int64_t u = 0; u < held; u += TILE)
                     add_gguf_block<T, TILE>(block, x, t + u, b * T::BLOCK, y + u * LANES);
             }
@@ -430,27 +447,30 @@ template <int64_t TYPE>
 void gguf_row(const Matrix& w, int64_t row, float* out) {
     using T = Gguf<TYPE>;
     const int64_t blocks = (w.cols + T::BLOCK - 1) / T::BLOCK, lane = row % LANES;
-    const uint8_t* panel = (const uint8_t*)w.data + row / LANES * blocks * T::BYTES;
+    const uint8_t* panel = (const uint8_t*)w.data + row / LANES * (T::HEAD + blocks * T::BYTES);
     const auto half = [&](const uint8_t* from) { return to_float(((const Half*)from)[lane]); };
-    for (int64_t b = 0; b < blocks; ++b, panel += T::BYTES) {
-        const ByteScales<T> byte_scales(panel);
+    for (int64_t b = 0; b < blocks; ++b) {
+        const uint8_t* block = panel + T::HEAD + b * T::BYTES;
+        const ByteScales<T> byte_scales(block);
         for (int64_t group = 0; group < T::GROUPS; ++group) {
             float scale, minimum = 0;
             if constexpr (T::SUPER) {
                 const uint8_t byte = byte_scales.bytes[group * LANES + lane];
-                scale = half(panel + T::OF_SCALES) * float(T::MIN ? int(byte) : int(int8_t(byte)));
+                scale = half(T::outer(panel, block)) * float(T::MIN ? int(byte) : int(int8_t(byte)));
                 if constexpr (T::MIN)
-                    minimum = -half(panel + T::OF_MINIMA) * float(panel[T::MINIMA + group * LANES + lane]);
+                    minimum =
+                        -half(T::outer(panel, block) + 2 * LANES) * float(block[T::MINIMA + group * LANES + lane]);
             } else {
-                scale = half(panel + T::SCALES + group * 2 * LANES);
-                if constexpr (T::MIN) minimum = half(panel + T::MINIMA + group * 2 * LANES);
+                scale = half(block + T::SCALES + group * 2 * LANES);
+                if constexpr (T::MIN) minimum = half(block + T::MINIMA + group * 2 * LANES);
             }
             for (int i = 0; i < T::GROUP; ++i) {
                 const int64_t column = group * T::GROUP + i, at = column % 32, quad = at / 4;
-                const uint8_t* codes = panel + column / 32 * T::CODES + 4 * lane + at % 4;
-                int code = codes[64 * (T::BITS == 8 ? quad : T::BITS == 3 ? quad / 4 : quad % 4)];
+                const uint8_t* codes = block + column / 32 * T::CODES + 4 * lane + at % 4;
+                int code = codes[64 * (T::BITS == 8 ? quad : T::BITS < 4 ? quad / 4 : quad % 4)];
                 if constexpr (T::BITS == 8) code = int8_t(code);
-                if constexpr (T::BITS == 3) code = (code >> 2 * (quad % 4) & 3) | (codes[128] >> quad & 1) << 2;
+                if constexpr (T::BITS < 4) code = code >> 2 * (quad % 4) & 3;
+                if constexpr (T::BITS == 3) code |= (codes[128] >> quad & 1) << 2;
                 if constexpr (T::BITS >= 4 && T::BITS < 8) code = code >> 4 * (quad / 4) & 15;
                 if constexpr (T::BITS == 5) code |= (codes[256] >> quad & 1) << 4;
                 if constexpr (T::BITS == 6) code |= (codes[256 + 64 * (quad / 4)] >> 2 * (quad % 4) & 3) << 4;
@@ -485,11 +505,9 @@ inline void with_gguf_type(int64_t type, const F& use) {
             return use.template operator()<Q4_K>();
         case Q5_K:
             return use.template operator()<Q5_K>();
-        default:
+        case Q6_K:
             return use.template operator()<Q6_K>();
+        default:
+            return use.template operator()<SKETCH>();
     }
-}
-
-void read_gguf(const Matrix& w, int64_t row, float* out) {
-    with_gguf_type(w.type, [&]<int64_t TYPE>() { gguf_row<TYPE>(w, row, out); });
 }

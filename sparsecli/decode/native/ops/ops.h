@@ -38,20 +38,25 @@ enum Type : int64_t {
     Q4_K = 13,
     Q5_K = 14,
     Q6_K = 15,
-    FLOAT16 = 16  // rows, spans and units alone
+    SKETCH = 16,  // of a head: laid out as theirs, in two bits
+    FLOAT16 = 17  // rows, spans and units alone
 };
 inline int64_t type_bytes(int64_t type) { return type == FLOAT32 ? 4 : type == BFLOAT16 || type == FLOAT16 ? 2 : 1; }
 
 inline int64_t groups_of(int64_t cols) { return (cols + QUANT_GROUP - 1) / QUANT_GROUP; }
 
-// Whether a type is one of GGUF's, which are multiplied with bytes.
-inline bool of_gguf(int64_t type) { return type >= Q4_0 && type <= Q6_K; }
+// Whether a type is one of GGUF's or a sketch, which are multiplied with bytes.
+inline bool of_gguf(int64_t type) { return type >= Q4_0 && type <= SKETCH; }
 
 // Columns of a block of such a type, and bytes of LANES rows of one.
-inline int64_t gguf_block(int64_t type) { return type >= IQ4_XS ? 256 : 64; }
-constexpr int64_t GGUF_BLOCK_BYTES[] = {576, 640, 704, 768, 1088, 576, 2240, 1792, 2368, 2880, 3392};  // by type - Q4_0
+inline int64_t gguf_block(int64_t type) { return type >= IQ4_XS && type != SKETCH ? 256 : 64; }
+constexpr int64_t GGUF_BLOCK_BYTES[] = {576,  640,  704,  768,  1088, 576,
+                                        2240, 1792, 2368, 2880, 3392, 320};  // by type - Q4_0
+// Bytes in front of the blocks of LANES rows, and of all of them.
+inline int64_t gguf_panel_head(int64_t type) { return type == SKETCH ? 64 : 0; }
 inline int64_t gguf_panel(int64_t cols, int64_t type) {
-    return (cols + gguf_block(type) - 1) / gguf_block(type) * GGUF_BLOCK_BYTES[type - Q4_0];
+    const int64_t blocks = (cols + gguf_block(type) - 1) / gguf_block(type);
+    return gguf_panel_head(type) + blocks * GGUF_BLOCK_BYTES[type - Q4_0];
 }
 
 // Bytes of LANES quantized rows, and of a row and a unit of residuals.
@@ -70,13 +75,15 @@ inline int64_t residual_unit(int64_t cols, int64_t parts) { return round_up(part
 //   units     rows of chosen units: [unit][gate, up, down], each PAD-rounded; int8 has a scale for each row
 //   quantized dense maps in INT4 or INT3: panels of LANES rows, of each the codes of every group of QUANT_GROUP columns
 //             (quantized.inl), then scales (bfloat16) and zeros (bytes, in sixteenths) as [group][row]
-//   gguf      dense maps in GGUF's types: panels of LANES rows (gguf.inl); those from IQ4_XS on have whole blocks
+//   gguf      dense maps in GGUF's types: panels of LANES rows (gguf.inl); those from IQ4_XS on have whole blocks; or,
+//             `by_rows`, row after row as in a file (gguf_rows.inl), of which some are read
 //   residual  [unit][gate, up, down]: a row's codes in 4 bits, columns j and j + 32 of a group in one byte, then its
 //             scales (bfloat16); value = scale * (code - 8)
 struct Matrix {
     const void* data = nullptr;
     const float* scale = nullptr;
     int64_t type = FLOAT32, rows = 0, cols = 0;
+    bool by_rows = false;  // GGUF's types only
 };
 
 // Rows of activations, `stride` elements apart and padded with zeros: `values` for float weights; `integers` and
@@ -156,6 +163,9 @@ struct Ops {
 
     // out = row of w as floats; w is `gguf`.
     void (*read_gguf)(const Matrix& w, int64_t row, float* out);
+
+    // out[rows[i]] = w[rows[i]] . x for `count` rows, which are read one by one; w is `gguf` by_rows.
+    void (*gguf_row_dots)(const Matrix& w, const int32_t* rows, int64_t count, const Activations& x, float* out);
 
     // out[t * out_stride + r] = w[r] . x[t] for rows [begin, end) and t < tokens; w is `spans`, or `quantized` or
     // `gguf` with `begin` a multiple of LANES.

@@ -124,16 +124,17 @@ struct GgufRow {
 
     // scale * code, and the minimum: ops sum them up apart, and both are rounded.
     std::pair<double, double> parts(int64_t col) const {
-        const bool super = type >= IQ4_XS, minima = type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K;
+        const bool super = type >= IQ4_XS, sketch = type == SKETCH;
+        const bool minima = type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K || sketch;
         const bool five = type == Q5_0 || type == Q5_1 || type == Q5_K;
-        const int64_t bits = type == Q8_0 ? 8 : type == Q6_K ? 6 : five ? 5 : type == Q3_K ? 3 : 4;
+        const int64_t bits = type == Q8_0 ? 8 : type == Q6_K ? 6 : five ? 5 : type == Q3_K ? 3 : sketch ? 2 : 4;
         const int64_t block = gguf_block(type), in_block = col % block, size = type == Q6_K || type == Q3_K ? 16 : 32;
-        const uint8_t* at = panel + col / block * GGUF_BLOCK_BYTES[type - Q4_0];
+        const uint8_t* at = panel + gguf_panel_head(type) + col / block * GGUF_BLOCK_BYTES[type - Q4_0];
         // Codes: of every 32 columns, [word][row][4].
         const uint8_t* codes = at + in_block / 32 * 64 * bits + 4 * lane + col % 4;
         const int64_t quad = in_block % 32 / 4;
         int64_t code = bits == 8   ? int8_t(codes[64 * quad])
-                       : bits == 3 ? codes[64 * (quad / 4)] >> 2 * (quad % 4) & 3
+                       : bits <= 3 ? codes[64 * (quad / 4)] >> 2 * (quad % 4) & 3
                                    : codes[64 * (quad % 4)] >> 4 * (quad / 4) & 15;
         if (bits == 3) code += (codes[128] >> quad & 1) * 4;
         if (bits == 5) code += (codes[256] >> quad & 1) * 16;
@@ -155,13 +156,60 @@ struct GgufRow {
             const double minimum = minima ? half(scales + 2 * ((groups + group) * LANES + lane)) : 0;
             return {half(scales + 2 * (group * LANES + lane)) * double(code), minimum};
         }
-        const uint8_t* of_block = scales + (minima ? 2 : 1) * groups * LANES;
+        const uint8_t* of_block = sketch ? panel : scales + (minima ? 2 : 1) * groups * LANES;
         const int64_t byte = scales[group * LANES + lane];
         const double scale = half(of_block + 2 * lane) * double(minima ? byte : int8_t(byte));
         if (!minima) return {scale * double(code), 0};
         return {scale * double(code), -half(of_block + 2 * (LANES + lane)) * scales[(groups + group) * LANES + lane]};
     }
 };
+
+// A weight of GGUF's types in a row as it is in a file, read as the format says: scale * code, and the minimum.
+inline std::pair<double, double> file_parts(const Matrix& w, int64_t row, int64_t col) {
+    const int64_t type = w.type, weights = gguf_block(type) == 256 ? 256 : 32;
+    constexpr int64_t BYTES[] = {18, 20, 22, 24, 34, 18, 136, 110, 144, 176, 210};  // by type - Q4_0
+    const uint8_t* at = (const uint8_t*)w.data + (row * (w.cols / weights) + col / weights) * BYTES[type - Q4_0];
+    const int64_t i = col % weights, group = i / 32, half = i / 128, quarter = i % 128 / 32;
+    const auto scale = [&](int64_t from) { return GgufRow::half(at + from); };
+    constexpr int VALUES[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+    const auto nibble = [&](int64_t from) { return at[from + i % 16] >> 4 * (i % 32 / 16) & 15; };
+    const auto fifth = [&](int64_t from) { return (at[from + i / 8] >> i % 8 & 1) * 16; };
+    switch (type) {
+        case Q4_0:
+            return {scale(0) * (nibble(2) - 8), 0};
+        case Q4_1:
+            return {scale(0) * nibble(4), scale(2)};
+        case Q5_0:
+            return {scale(0) * (nibble(6) + fifth(2) - 16), 0};
+        case Q5_1:
+            return {scale(0) * (nibble(8) + fifth(4)), scale(2)};
+        case Q8_0:
+            return {scale(0) * int8_t(at[2 + i]), 0};
+        case IQ4_NL:
+            return {scale(0) * VALUES[nibble(2)], 0};
+        case IQ4_XS: {
+            const int low = at[4 + group / 2] >> 4 * (group % 2) & 15, high = at[2 + group / 4] >> 2 * (group % 4) & 3;
+            return {scale(0) * (low + 16 * high - 32) * VALUES[nibble(8 + 16 * group)], 0};
+        }
+        case Q3_K: {
+            const int64_t g = i / 16;
+            const int low = at[96 + g % 8] >> 4 * (g / 8) & 15, high = at[104 + g % 4] >> 2 * (g / 4) & 3;
+            const int code = (at[32 + 32 * half + i % 32] >> 2 * quarter & 3) + (at[i % 32] >> group & 1) * 4;
+            return {scale(108) * (low + 16 * high - 32) * (code - 4), 0};
+        }
+        case Q6_K: {
+            const int low = at[64 * half + i % 64] >> 4 * (i % 128 / 64) & 15;
+            const int code = low + (at[128 + 32 * half + i % 32] >> 2 * quarter & 3) * 16;
+            return {scale(208) * int8_t(at[192 + i / 16]) * (code - 32), 0};
+        }
+    }
+    const uint8_t* six = at + 4;  // Q4_K and Q5_K
+    const int of_scale = group < 4 ? six[group] & 63 : (six[group + 4] & 15) + (six[group - 4] >> 6) * 16;
+    const int of_minimum = group < 4 ? six[group + 4] & 63 : (six[group + 4] >> 4) + (six[group] >> 6) * 16;
+    const int low = at[(type == Q5_K ? 48 : 16) + 32 * (group / 2) + i % 32] >> 4 * (group % 2) & 15;
+    const int code = low + (type == Q5_K ? (at[16 + i % 32] >> group & 1) * 16 : 0);
+    return {scale(0) * of_scale * code, -scale(2) * of_minimum};
+}
 
 // An activation's integer; `bytes`: see Ops.
 inline int16_t integer(bool bytes, const int16_t* integers, int64_t i) {
@@ -184,7 +232,7 @@ inline Sum matmul(const Matrix& w, int64_t row, const Activations& x, int64_t to
     Sum sum;
     for (int64_t col = 0; col < w.cols; ++col) {
         if (of_gguf(w.type)) {
-            const auto [product, minimum] = GgufRow(w, row).parts(col);
+            const auto [product, minimum] = w.by_rows ? file_parts(w, row, col) : GgufRow(w, row).parts(col);
             const double x_col = input(x, w.type, token, col);
             sum.add(product * x_col);
             sum.add(minimum * x_col);

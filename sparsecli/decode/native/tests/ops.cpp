@@ -22,7 +22,7 @@ namespace {
 
 constexpr double EPSILON = 1.0 / (1 << 24);
 const char* TYPE_NAMES[] = {"float32", "bfloat16", "int8",   "int4", "int3", "q4_0", "q4_1", "q5_0",   "q5_1",
-                            "q8_0",    "iq4_nl",   "iq4_xs", "q3_k", "q4_k", "q5_k", "q6_k", "float16"};
+                            "q8_0",    "iq4_nl",   "iq4_xs", "q3_k", "q4_k", "q5_k", "q6_k", "sketch", "float16"};
 
 struct Options {
     std::string isa, op;
@@ -57,6 +57,9 @@ class Harness {
 
     // A float16 of 2^-5 to 2^2, or one too small for an exponent.
     uint16_t half() { return uint16_t(whole(0, 1) << 15 | (whole(0, 9) ? whole(10, 16) : 0) << 10 | whole(0, 1023)); }
+
+    // A float16 of 2^-8 to 2^-5.
+    uint16_t small_half() { return uint16_t(whole(0, 1) << 15 | whole(7, 9) << 10 | whole(0, 1023)); }
 
     // Begins a case, whose name is printed where it fails.
     void begin(const std::string& text) { case_ = text, wrong_ = false, ++passed; }
@@ -168,13 +171,34 @@ class Harness {
         for (int64_t i = 0; i < w.memory.size; ++i) w.memory[i] = char(random_());
         const bool minima = type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K;
         const int64_t halves = (type >= IQ4_XS ? 1 : 2) * (minima ? 2 : 1) * LANES;
+        if (type == SKETCH) {  // in front of the blocks
+            for (int64_t panel = 0; panel < w.memory.size; panel += gguf_panel(cols, type))
+                for (int64_t i = 0; i < 2 * LANES; ++i) ((uint16_t*)(w.memory.data + panel))[i] = small_half();
+            return w;
+        }
         const int64_t bytes = GGUF_BLOCK_BYTES[type - Q4_0];
         const bool filled = type == Q6_K || type == Q3_K || type == IQ4_XS;
         const int64_t end = filled ? bytes - 32 : bytes;  // behind the last of them
         for (int64_t block = 0; block < w.memory.size; block += bytes)
-            for (int64_t i = 0; i < halves; ++i)
-                ((uint16_t*)(w.memory.data + block + end))[i - halves] =
-                    uint16_t(whole(0, 1) << 15 | whole(7, 9) << 10 | whole(0, 1023));
+            for (int64_t i = 0; i < halves; ++i) ((uint16_t*)(w.memory.data + block + end))[i - halves] = small_half();
+        return w;
+    }
+
+    // The same as in a file: row after row.
+    Weights gguf_rows(int64_t type, int64_t count, int64_t cols) {
+        constexpr int64_t BYTES[] = {18, 20, 22, 24, 34, 18, 136, 110, 144, 176, 210};  // by type - Q4_0
+        const int64_t weights = gguf_block(type) == 256 ? 256 : 32, bytes = BYTES[type - Q4_0];
+        Weights w(*this, count * cols / weights * bytes, 0, type, count, cols);
+        for (int64_t i = 0; i < w.memory.size; ++i) w.memory[i] = char(random_());
+        for (int64_t block = 0; block < w.memory.size; block += bytes) {
+            const bool last = type == Q3_K || type == Q6_K, two = !last && type != IQ4_XS;
+            for (int64_t i = 0; i < 1 + two; ++i) {
+                const uint16_t value = small_half();
+                if (i == 0 || type == Q4_1 || type == Q5_1 || type == Q4_K || type == Q5_K)
+                    std::memcpy(w.memory.data + block + (last ? bytes - 2 : 2 * i), &value, 2);
+            }
+        }
+        w.matrix.by_rows = true;
         return w;
     }
 
@@ -211,7 +235,7 @@ void test_matmul(Harness& h) {
     for (int64_t type = FLOAT32; type <= FLOAT16; ++type)
         for (const int64_t given : {1, 63, 64, 100, 129, 1000, 2048, 2112, 5000})
             for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 9, 17}) {
-                const int64_t cols = of_gguf(type) && type >= IQ4_XS ? round_up(given, gguf_block(type)) : given;
+                const int64_t cols = of_gguf(type) && gguf_block(type) == 256 ? round_up(given, 256) : given;
                 if (h.quick() && (cols > 2304 || tokens > 7)) continue;
                 const int64_t count = h.whole(1, 90);
                 const auto w = h.spans(type, count, cols);
@@ -235,7 +259,7 @@ void test_matmul(Harness& h) {
 }
 
 void test_read_gguf(Harness& h) {
-    for (int64_t type = Q4_0; type <= Q6_K; ++type)
+    for (int64_t type = Q4_0; type <= SKETCH; ++type)
         for (const int64_t cols : {1, 63, 256, 300, 1024}) {
             const int64_t count = h.whole(1, 40), row = h.whole(0, count - 1);
             const auto w = h.spans(type, count, cols);
@@ -245,6 +269,38 @@ void test_read_gguf(Harness& h) {
             for (int64_t c = 0; c < cols; ++c) {
                 const double expected = scalar::GgufRow(w.matrix, row).value(c);
                 h.same(out[c], expected, 1e-6 * (std::fabs(expected) + 100), "out", c);
+            }
+        }
+}
+
+void test_gguf_rows(Harness& h) {
+    for (int64_t type = Q4_0; type <= Q6_K; ++type)
+        for (const int64_t given : {32, 64, 256, 1536}) {
+            const int64_t cols = round_up(given, gguf_block(type) == 256 ? 256 : 32), count = h.whole(1, 40);
+            const auto w = h.gguf_rows(type, count, cols);
+            const Harness::Forms x(h, 1, cols);
+            std::vector<int32_t> rows;
+            for (int64_t row = 0; row < count; ++row)
+                if (h.whole(0, 1)) rows.push_back(int32_t(row));
+            Memory<float> out(count), values(cols);
+            std::fill_n(out.data, count, NAN);
+            h.begin(text("gguf_row_dots %s cols %ld, %ld of %ld rows", TYPE_NAMES[type], long(cols), long(rows.size()),
+                         long(count)));
+            h.k.gguf_row_dots(w.matrix, rows.data(), int64_t(rows.size()), x.all, out.data);
+            int64_t listed = 0;
+            for (int64_t row = 0; row < count; ++row) {
+                const bool asked = listed < int64_t(rows.size()) && rows[size_t(listed)] == row;
+                listed += asked;
+                if (asked)
+                    h.same(out[row], scalar::matmul(w.matrix, row, x.plain, 0), cols * 4, "out", row);
+                else if (!std::isnan(out[row]))
+                    h.same(out[row], NAN, 0, "untouched out", row);
+            }
+            h.begin(text("read_gguf %s by rows, cols %ld", TYPE_NAMES[type], long(cols)));
+            h.k.read_gguf(w.matrix, count - 1, values.data);
+            for (int64_t c = 0; c < cols; ++c) {
+                const auto [product, minimum] = scalar::file_parts(w.matrix, count - 1, c);
+                h.same(values[c], product + minimum, 1e-6 * (std::fabs(product + minimum) + 100), "value", c);
             }
         }
 }
@@ -778,6 +834,7 @@ constexpr Op OPS[] = {{"matmul", test_matmul},
                       {"quantise", test_quantise},
                       {"quantise_bytes", test_quantise_bytes},
                       {"read_gguf", test_read_gguf},
+                      {"gguf_rows", test_gguf_rows},
                       {"multiplicative", test_multiplicative},
                       {"convolve", test_convolve},
                       {"choose", test_choose},
@@ -884,6 +941,19 @@ void perf(const Ops& ops, const Options& options) {
                          cached ? "cached" : "from memory"),
                     time, double(rows * row), double(rows * cols * tokens), cached ? 0 : bandwidth);
             }
+    for (const int64_t type : {Q8_0, Q4_K, Q6_K}) {
+        if (!selected("gguf_rows")) break;
+        const int64_t cols = 2048, bytes = cols / 256 * (type == Q8_0 ? 272 : type == Q4_K ? 144 : 210);
+        const int64_t count = 1024, step = large.size / bytes / count;
+        Memory<float> out(count * step);
+        std::vector<int32_t> listed;
+        for (int64_t i = 0; i < count; ++i) listed.push_back(int32_t(i * step + h.whole(0, step - 1)));
+        const Matrix w{large.data, nullptr, type, count * step, cols, true};
+        const Harness::Forms x(h, 1, cols);
+        say(text("gguf_row_dots %s, %ld of %ld rows", TYPE_NAMES[type], long(count), long(count * step)),
+            median_of([&] { ops.gguf_row_dots(w, listed.data(), count, x.all, out.data); }), double(count * bytes),
+            double(count * cols), 0);
+    }
     for (const int64_t type : {FLOAT32, BFLOAT16, FLOAT16, INT8}) {
         if (!selected("units")) break;
         const int64_t d = 1024, parts = 2, units = large.size / (d * parts * type_bytes(type));
