@@ -206,7 +206,15 @@ struct QuadSums {
     }
 #endif
 
-    void add(const Codes& codes, Ints x) {
+    // Four activations in every lane.
+    void add(const Codes& codes, const int8_t* four) {
+#if defined(SPARSECLI_VNNI) && defined(SPARSECLI_AVX512)
+        Lanes sum = total.part[0];  // by value, so that it stays in a register
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes.part[0]), "m"(*(const char (*)[4])four));
+        total.part[0] = sum;
+        return;
+#endif
+        const Ints x = pair_everywhere(four);
 #pragma GCC unroll 4
         for (int p = 0; p < PARTS; ++p) {
 #if defined(SPARSECLI_QUADS)
@@ -259,6 +267,13 @@ void quantise_bytes(const float* values, int64_t count, int8_t* bytes, float* sc
         }
     }
 }
+
+// Tokens that are multiplied with codes at once: so many sums stay in registers.
+#if defined(SPARSECLI_AVX512)
+constexpr int GGUF_TOKENS = 8;
+#else
+constexpr int GGUF_TOKENS = 4;
+#endif
 
 // -- products ------------------------------------------------------------------------------------------------
 
@@ -315,81 +330,60 @@ inline float sum_of_group(const float* sums) {
     return T::GROUP == LANES ? sums[0] : sums[0] + sums[1];
 }
 
-// Sixteen outputs of one token.
+// What follows in memory is prefetched while a block is read for the first time, spread over the block: more requests at
+// once than the processor holds would stop it.
 template <class T>
-inline Vector gguf_panel_of_one(const uint8_t* panel, int64_t blocks, const int8_t* x, const float* scales,
-                                const float* sums_of_x) {
-    Vector y = fill(0);
-    for (int64_t b = 0; b < blocks; ++b) {
-        const uint8_t* block = panel + b * T::BYTES;
-        const ByteScales<T> byte_scales(block);
-        for (int64_t i = 0; i < T::BLOCK / 32; ++i) {
-            const int64_t column = b * T::BLOCK + 32 * i;
-            // Spread over the block: more requests at once than the processor holds would stop it.
-            constexpr int64_t LINES = (T::BYTES / 64 * 32 + T::BLOCK - 1) / T::BLOCK;
+inline void prefetch_ahead(const uint8_t* block, int64_t i) {
+    constexpr int64_t LINES = (T::BYTES / 64 * 32 + T::BLOCK - 1) / T::BLOCK;
 #pragma GCC unroll 16
-            for (int64_t line = 0; line < LINES; ++line)
-                __builtin_prefetch(block + STREAM_DISTANCE + 64 * (LINES * i + line), 0, 2);
-            QuadSums<T> sums[T::PARTS_OF_32];
-            visit_quads<T>(block + i * T::CODES, [&](int quad, const Codes& codes) {
-                sums[quad * T::PARTS_OF_32 / 8].add(codes, pair_everywhere(x + column + 4 * quad));
-            });
-#pragma GCC unroll 2
-            for (int part = 0; part < T::PARTS_OF_32; ++part) {
-                const int64_t group = i * T::PARTS_OF_32 + part;
-                Vector minima;
-                if constexpr (T::MIN) minima = minima_of<T>(block, group);
-                add_group<T>(y, scales_of<T>(block, byte_scales, group), minima, sums[part].floats(),
-                             scales[column / 32], sum_of_group<T>(sums_of_x + column / LANES + part));
-            }
-        }
-    }
-    return y;
+    for (int64_t line = 0; line < LINES; ++line)
+        __builtin_prefetch(block + STREAM_DISTANCE + 64 * (LINES * i + line), 0, 2);
 }
 
-// A block's codes, one in each byte, and its groups' scales and minima: unpacked once for many tokens.
-template <class T>
-struct UnpackedBlock {
-    Codes codes[T::BLOCK / 4];
-    Vector scales[T::GROUPS], minima[T::MIN ? T::GROUPS : 1];
-
-    explicit UnpackedBlock(const uint8_t* block) {
-        for (int64_t i = 0; i < T::BLOCK / 32; ++i)
-            visit_quads<T>(block + i * T::CODES,
-                           [&](int quad, const Codes& unpacked) { codes[8 * i + quad] = unpacked; });
-        const ByteScales<T> byte_scales(block);
-        for (int64_t group = 0; group < T::GROUPS; ++group) {
-            scales[group] = scales_of<T>(block, byte_scales, group);
-            if constexpr (T::MIN) minima[group] = minima_of<T>(block, group);
-        }
-    }
-};
-
-// y (N, LANES) += the products of an unpacked block with N tokens' activations from `column` on.
+// y (N, LANES) += the products of a block with N tokens' activations from `column` on. Codes are unpacked once for all
+// of them and stay in registers. Every token has its own sums: a result does not depend on the other tokens.
 template <class T, int N>
-inline void add_gguf_block(const UnpackedBlock<T>& block, const Activations& x, int64_t token, int64_t column,
-                           float* y) {
-    constexpr int QUADS = T::GROUP / 4;
-    for (int64_t group = 0; group < T::GROUPS; ++group) {
-        const int64_t first = column + group * T::GROUP;
-        QuadSums<T> sums[N];
+void add_gguf_block(const uint8_t* block, bool first, const Activations& x, int64_t token, int64_t column, float* y) {
+    const int64_t stride = x.stride;
+    const int8_t* bytes = x.bytes + token * stride + column;
+    const float* scales = x.byte_scales + (token * stride + column) / BYTE_GROUP;
+    const float* sums_of_x = x.byte_sums + (token * stride + column) / LANES;
+    const ByteScales<T> byte_scales(block);
+    Vector total[N];
 #pragma GCC unroll 8
-        for (int q = 0; q < QUADS; ++q) {
-            const Codes& codes = block.codes[group * QUADS + q];
+    for (int n = 0; n < N; ++n) total[n] = load(y + n * LANES);
+    for (int64_t i = 0; i < T::BLOCK / 32; ++i) {
+        if (first) prefetch_ahead<T>(block, i);
+        QuadSums<T> sums[T::PARTS_OF_32][N];
+        visit_quads<T>(block + i * T::CODES, [&](int quad, const Codes& codes) {
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n)
-                sums[n].add(codes, pair_everywhere(x.bytes + (token + n) * x.stride + first + 4 * q));
-        }
+                sums[quad * T::PARTS_OF_32 / 8][n].add(codes, bytes + n * stride + 32 * i + 4 * quad);
+        });
+#pragma GCC unroll 2
+        for (int part = 0; part < T::PARTS_OF_32; ++part) {
+            const int64_t group = i * T::PARTS_OF_32 + part;
+            const Vector scale = scales_of<T>(block, byte_scales, group);
+            Vector minima;
+            if constexpr (T::MIN) minima = minima_of<T>(block, group);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-            const float scale = x.byte_scales[(token + n) * (x.stride / BYTE_GROUP) + first / BYTE_GROUP];
-            const float* of_x = x.byte_sums + (token + n) * (x.stride / LANES) + first / LANES;
-            Vector total = load(y + n * LANES);
-            add_group<T>(total, block.scales[group], block.minima[T::MIN ? group : 0], sums[n].floats(), scale,
-                         sum_of_group<T>(of_x));
-            store(y + n * LANES, total);
+            for (int n = 0; n < N; ++n)
+                add_group<T>(total[n], scale, minima, sums[part][n].floats(), scales[n * (stride / BYTE_GROUP) + i],
+                             sum_of_group<T>(sums_of_x + n * (stride / LANES) + 2 * i + part));
         }
     }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) store(y + n * LANES, total[n]);
+}
+
+// The same for any number of tokens, N at once where so many are left.
+template <class T, int N>
+inline void add_gguf_tokens(const uint8_t* block, bool first, const Activations& x, int64_t token, int64_t tokens,
+                            int64_t column, float* y) {
+    for (; tokens >= N; tokens -= N, token += N, y += N * LANES, first = false)
+        add_gguf_block<T, N>(block, first, x, token, column, y);
+    if constexpr (N > 1)
+        if (tokens) add_gguf_tokens<T, N / 2>(block, first, x, token, tokens, column, y);
 }
 
 template <int64_t TYPE>
@@ -397,31 +391,19 @@ void gguf_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations&
                  int64_t out_stride) {
     using T = Gguf<TYPE>;
     static_assert(T::BYTES == GGUF_BLOCK_BYTES[TYPE - Q4_0]);
-    constexpr int TILE = QUANT_TOKENS;
-    const int64_t blocks = (w.cols + T::BLOCK - 1) / T::BLOCK, bytes = blocks * T::BYTES;
-    const int64_t tiled = tokens / TILE * TILE;
+    const int64_t blocks = (w.cols + T::BLOCK - 1) / T::BLOCK;
     alignas(64) float y[TOKENS_AT_ONCE * LANES];
     for (int64_t row = begin; row < end; row += LANES) {
-        const uint8_t* panel = (const uint8_t*)w.data + row / LANES * bytes;
-        const auto keep = [&](int64_t t, const Vector& of_token) {
-            float lane[LANES];
-            store(lane, of_token);
-            std::memcpy(out + t * out_stride + row, lane, size_t(row + LANES <= end ? LANES : end - row) * 4);
-        };
-        for (int64_t t = 0; t < tiled; t += TOKENS_AT_ONCE) {
-            const int64_t held = t + TOKENS_AT_ONCE < tiled ? TOKENS_AT_ONCE : tiled - t;
+        const uint8_t* panel = (const uint8_t*)w.data + row / LANES * blocks * T::BYTES;
+        for (int64_t t = 0; t < tokens; t += TOKENS_AT_ONCE) {
+            const int64_t held = t + TOKENS_AT_ONCE < tokens ? TOKENS_AT_ONCE : tokens - t;
             std::memset(y, 0, size_t(held * LANES) * sizeof(float));
-            for (int64_t b = 0; b < blocks; ++b) {
-                const UnpackedBlock<T> block(panel + b * T::BYTES);
-                for (int64_t u = 0; u < held; u += TILE)
-                    add_gguf_block<T, TILE>(block, x, t + u, b * T::BLOCK, y + u * LANES);
-            }
-            for (int64_t u = 0; u < held; ++u) keep(t + u, load(y + u * LANES));
+            for (int64_t b = 0; b < blocks; ++b)
+                add_gguf_tokens<T, GGUF_TOKENS>(panel + b * T::BYTES, t == 0, x, t, held, b * T::BLOCK, y);
+            for (int64_t u = 0; u < held; ++u)
+                std::memcpy(out + (t + u) * out_stride + row, y + u * LANES,
+                            size_t(row + LANES <= end ? LANES : end - row) * sizeof(float));
         }
-        for (int64_t t = tiled; t < tokens; ++t)
-            keep(t, gguf_panel_of_one<T>(panel, blocks, x.bytes + t * x.stride,
-                                         x.byte_scales + t * (x.stride / BYTE_GROUP),
-                                         x.byte_sums + t * (x.stride / LANES)));
     }
 }
 
