@@ -82,7 +82,7 @@ constexpr int SIGNED_ZERO = PANEL_ZERO;
 constexpr int SIGNED_ZERO = 0;
 #endif
 template <class T>
-constexpr float ZERO_OF = T::SIGNED ? SIGNED_ZERO : T::ZERO;
+constexpr int32_t ZERO_OF = T::SIGNED ? SIGNED_ZERO : T::ZERO;
 
 constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
@@ -181,7 +181,7 @@ inline void visit_quads(const uint8_t* from, const F& use) {
     }
 }
 
-// Sums of products of quads of codes with quads of activations.
+// Sums of products of quads of codes, less their ZERO, with quads of activations.
 template <class T>
 struct QuadSums {
     Codes total = {};
@@ -205,6 +205,13 @@ struct QuadSums {
         held = 0;
     }
 #endif
+
+    // Subtracts what products have too much, given the sum of their activations.
+    void subtract_zero(const int32_t* sum_of_x) {
+        const Ints sum = pair_everywhere(sum_of_x);
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; ++p) total.part[p] -= (Lanes)(sum * ZERO_OF<T>);
+    }
 
     // Four activations in every lane.
     void add(const Codes& codes, const int8_t* four) {
@@ -248,23 +255,27 @@ struct QuadSums {
 // -- activations ---------------------------------------------------------------------------------------------
 
 // Bytes of -127 to 127, with the scale of every 32 of them, and the sum of every 16.
-void quantise_bytes(const float* values, int64_t count, int8_t* bytes, float* scales, float* sums) {
+void quantise_bytes(const float* values, int64_t count, int8_t* bytes, ByteScale* scales, int32_t* sums) {
+    typedef int8_t Narrow __attribute__((vector_size(WIDTH)));
+    typedef int8_t NarrowAt __attribute__((vector_size(WIDTH), aligned(1), may_alias));
     for (int64_t group = 0; group < count; group += BYTE_GROUP) {
         const Vector a = load(values + group), b = load(values + group + LANES);
         const float limit = maximum(larger(magnitude(a), magnitude(b)));
         const Floats inverse = broadcast(limit > NOTHING ? 127 / limit : 0);
         const float scale = limit > NOTHING ? limit / 127 : 0;
-        scales[group / BYTE_GROUP] = scale;
+        int32_t both = 0;
+#pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-            int32_t whole[LANES], sum = 0;
+            Ints total = Ints{};
 #pragma GCC unroll 4
-            for (int p = 0; p < PARTS; ++p) *(IntsAt*)(whole + p * WIDTH) = rounded((half ? b : a).part[p], inverse);
-            for (int i = 0; i < LANES; ++i) {
-                bytes[group + half * LANES + i] = int8_t(whole[i]);
-                sum += whole[i];
+            for (int p = 0; p < PARTS; ++p) {
+                const Ints whole = rounded((half ? b : a).part[p], inverse);
+                total += whole;
+                *(NarrowAt*)(bytes + group + half * LANES + p * WIDTH) = __builtin_convertvector(whole, Narrow);
             }
-            sums[group / LANES + half] = float(sum);
+            both += sums[group / LANES + half] = sum(total);
         }
+        scales[group / BYTE_GROUP] = {scale, scale * float(both)};
     }
 }
 
@@ -315,21 +326,6 @@ inline Vector minima_of(const uint8_t* block, int64_t group) {
     return load_halves(block + T::MINIMA + group * 2 * LANES);
 }
 
-// y += scales * (the sum of codes * bytes - ZERO * the sum of bytes) * scale of the bytes, and minima times their sum.
-template <class T>
-inline void add_group(Vector& y, const Vector& scales, const Vector& minima, const Vector& sums, float scale,
-                      float sum_of_x) {
-    Vector centred = sums;
-    if constexpr (ZERO_OF<T> != 0) add_product(centred, fill(-ZERO_OF<T>), fill(sum_of_x));  // exact
-    add_product(y, scales, centred * fill(scale));
-    if constexpr (T::MIN) add_product(y, minima, fill(scale * sum_of_x));
-}
-
-template <class T>
-inline float sum_of_group(const float* sums) {
-    return T::GROUP == LANES ? sums[0] : sums[0] + sums[1];
-}
-
 // What follows in memory is prefetched while a block is read for the first time, spread over the block: more requests at
 // once than the processor holds would stop it.
 template <class T>
@@ -344,32 +340,42 @@ inline void prefetch_ahead(const uint8_t* block, int64_t i) {
 // of them and stay in registers. Every token has its own sums: a result does not depend on the other tokens.
 template <class T, int N>
 void add_gguf_block(const uint8_t* block, bool first, const Activations& x, int64_t token, int64_t column, float* y) {
-    const int64_t stride = x.stride;
-    const int8_t* bytes = x.bytes + token * stride + column;
-    const float* scales = x.byte_scales + (token * stride + column) / BYTE_GROUP;
-    const float* sums_of_x = x.byte_sums + (token * stride + column) / LANES;
-    const ByteScales<T> byte_scales(block);
+    constexpr int64_t SUMS = 32 / LANES, ALL = T::BLOCK / 32;
+    const int8_t* bytes = x.bytes + token * x.stride + column;
+    ByteScale of_x[N][ALL];  // side by side: so many pointers would not fit into registers
+    int32_t sums_of_x[N][ZERO_OF<T> ? SUMS * ALL : 1];
     Vector total[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) total[n] = load(y + n * LANES);
-    for (int64_t i = 0; i < T::BLOCK / 32; ++i) {
+    for (int n = 0; n < N; ++n) {
+        const int64_t at = (token + n) * x.stride + column;
+        std::memcpy(of_x[n], x.byte_scales + at / 32, sizeof of_x[n]);
+        if constexpr (ZERO_OF<T>) std::memcpy(sums_of_x[n], x.byte_sums + at / LANES, sizeof sums_of_x[n]);
+        total[n] = load(y + n * LANES);
+    }
+    const ByteScales<T> byte_scales(block);
+    for (int64_t i = 0; i < ALL; ++i) {
         if (first) prefetch_ahead<T>(block, i);
         QuadSums<T> sums[T::PARTS_OF_32][N];
+#pragma GCC unroll 8
+        for (int n = 0; ZERO_OF<T> && n < N; ++n)
+            for (int s = 0; s < SUMS; ++s)
+                sums[s * T::PARTS_OF_32 / SUMS][n].subtract_zero(sums_of_x[n] + SUMS * i + s);
         visit_quads<T>(block + i * T::CODES, [&](int quad, const Codes& codes) {
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n)
-                sums[quad * T::PARTS_OF_32 / 8][n].add(codes, bytes + n * stride + 32 * i + 4 * quad);
+                sums[quad * T::PARTS_OF_32 / 8][n].add(codes, bytes + n * x.stride + 32 * i + 4 * quad);
         });
+        Vector scales[T::PARTS_OF_32], minima;
 #pragma GCC unroll 2
-        for (int part = 0; part < T::PARTS_OF_32; ++part) {
-            const int64_t group = i * T::PARTS_OF_32 + part;
-            const Vector scale = scales_of<T>(block, byte_scales, group);
-            Vector minima;
-            if constexpr (T::MIN) minima = minima_of<T>(block, group);
+        for (int part = 0; part < T::PARTS_OF_32; ++part)
+            scales[part] = scales_of<T>(block, byte_scales, i * T::PARTS_OF_32 + part);
+        if constexpr (T::MIN) minima = minima_of<T>(block, i);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n)
-                add_group<T>(total[n], scale, minima, sums[part][n].floats(), scales[n * (stride / BYTE_GROUP) + i],
-                             sum_of_group<T>(sums_of_x + n * (stride / LANES) + 2 * i + part));
+        for (int n = 0; n < N; ++n) {
+            Vector products = scales[0] * sums[0][n].floats();
+            if constexpr (T::PARTS_OF_32 == 2) add_product(products, scales[1], sums[1][n].floats());
+            add_product(total[n], products, fill(of_x[n][i].scale));
+            if constexpr (T::MIN) add_product(total[n], minima, fill(of_x[n][i].sum));
         }
     }
 #pragma GCC unroll 8
