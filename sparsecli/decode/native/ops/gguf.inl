@@ -166,22 +166,30 @@ inline void visit_quads(const uint8_t* from, const F& use) {
         Codes words[UPPER];
 #pragma GCC unroll 2
         for (int w = 0; w < UPPER && T::BITS > 4; ++w) words[w] = load_codes(from + 256 + 64 * w);
+        // Where registers are few, one group after the other.
+        constexpr int TURNS = T::PARTS_OF_32 == 2 && WIDTH < LANES ? 2 : 1;
+#pragma GCC unroll 2
+        for (int turn = 0; turn < TURNS; ++turn)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) {
-            const Codes c = load_codes(from + 64 * v);
-            Codes low = field<4, 0>(c, 0), high = field<4, 0>(c, 1);
-            if constexpr (T::BITS > 4) {
-                low = low | field<UPPER, 4>(words[0], v);
-                high = high | field<UPPER, 4>(words[UPPER - 1], (v + 4) % QUADS);
+            for (int v = 0; v < 4; ++v) {
+                const Codes c = load_codes(from + 64 * v);
+                if (turn == 0) {
+                    Codes low = field<4, 0>(c, 0);
+                    if constexpr (T::BITS > 4) low = low | field<UPPER, 4>(words[0], v);
+                    if constexpr (T::TABLE) low = values_of(low);
+                    use(v, low);
+                }
+                if (turn == TURNS - 1) {
+                    Codes high = field<4, 0>(c, 1);
+                    if constexpr (T::BITS > 4) high = high | field<UPPER, 4>(words[UPPER - 1], (v + 4) % QUADS);
+                    if constexpr (T::TABLE) high = values_of(high);
+                    use(v + 4, high);
+                }
             }
-            if constexpr (T::TABLE) low = values_of(low), high = values_of(high);
-            use(v, low);
-            use(v + 4, high);
-        }
     }
 }
 
-// Sums of products of quads of codes, less their ZERO, with quads of activations.
+// Sums of products of quads of codes with quads of activations.
 template <class T>
 struct QuadSums {
     Codes total = {};
@@ -282,8 +290,10 @@ void quantise_bytes(const float* values, int64_t count, int8_t* bytes, ByteScale
 // Tokens that are multiplied with codes at once: so many sums stay in registers.
 #if defined(SPARSECLI_AVX512)
 constexpr int GGUF_TOKENS = 8;
-#else
+#elif defined(SPARSECLI_AVX2) || defined(SPARSECLI_NEON)
 constexpr int GGUF_TOKENS = 4;
+#else
+constexpr int GGUF_TOKENS = 2;
 #endif
 
 // -- products ------------------------------------------------------------------------------------------------
@@ -336,46 +346,50 @@ inline void prefetch_ahead(const uint8_t* block, int64_t i) {
         __builtin_prefetch(block + STREAM_DISTANCE + 64 * (LINES * i + line), 0, 2);
 }
 
-// y (N, LANES) += the products of a block with N tokens' activations from `column` on. Codes are unpacked once for all
+// y (N, LANES) += the products of some blocks with N tokens' activations from `column` on. Codes are unpacked once for all
 // of them and stay in registers. Every token has its own sums: a result does not depend on the other tokens.
 template <class T, int N>
-void add_gguf_block(const uint8_t* block, bool first, const Activations& x, int64_t token, int64_t column, float* y) {
-    constexpr int64_t SUMS = 32 / LANES, ALL = T::BLOCK / 32;
-    const int8_t* bytes = x.bytes + token * x.stride + column;
+void add_gguf_blocks(const uint8_t* block, int64_t blocks, bool first, const Activations& x, int64_t token,
+                     int64_t column, float* y) {
+    constexpr int64_t ALL = T::BLOCK / 32, SUMS = 32 / LANES;
     ByteScale of_x[N][ALL];  // side by side: so many pointers would not fit into registers
     int32_t sums_of_x[N][ZERO_OF<T> ? SUMS * ALL : 1];
     Vector total[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-        const int64_t at = (token + n) * x.stride + column;
-        std::memcpy(of_x[n], x.byte_scales + at / 32, sizeof of_x[n]);
-        if constexpr (ZERO_OF<T>) std::memcpy(sums_of_x[n], x.byte_sums + at / LANES, sizeof sums_of_x[n]);
-        total[n] = load(y + n * LANES);
-    }
-    const ByteScales<T> byte_scales(block);
-    for (int64_t i = 0; i < ALL; ++i) {
-        if (first) prefetch_ahead<T>(block, i);
-        QuadSums<T> sums[T::PARTS_OF_32][N];
-#pragma GCC unroll 8
-        for (int n = 0; ZERO_OF<T> && n < N; ++n)
-            for (int s = 0; s < SUMS; ++s)
-                sums[s * T::PARTS_OF_32 / SUMS][n].subtract_zero(sums_of_x[n] + SUMS * i + s);
-        visit_quads<T>(block + i * T::CODES, [&](int quad, const Codes& codes) {
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n)
-                sums[quad * T::PARTS_OF_32 / 8][n].add(codes, bytes + n * x.stride + 32 * i + 4 * quad);
-        });
-        Vector scales[T::PARTS_OF_32], minima;
-#pragma GCC unroll 2
-        for (int part = 0; part < T::PARTS_OF_32; ++part)
-            scales[part] = scales_of<T>(block, byte_scales, i * T::PARTS_OF_32 + part);
-        if constexpr (T::MIN) minima = minima_of<T>(block, i);
+    for (int n = 0; n < N; ++n) total[n] = load(y + n * LANES);
+    for (; blocks > 0; --blocks, block += T::BYTES, column += T::BLOCK) {
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
-            Vector products = scales[0] * sums[0][n].floats();
-            if constexpr (T::PARTS_OF_32 == 2) add_product(products, scales[1], sums[1][n].floats());
-            add_product(total[n], products, fill(of_x[n][i].scale));
-            if constexpr (T::MIN) add_product(total[n], minima, fill(of_x[n][i].sum));
+            const int64_t at = (token + n) * x.stride + column;
+            std::memcpy(of_x[n], x.byte_scales + at / 32, sizeof of_x[n]);
+            if constexpr (ZERO_OF<T>) std::memcpy(sums_of_x[n], x.byte_sums + at / LANES, sizeof sums_of_x[n]);
+        }
+        const int8_t* bytes = x.bytes + token * x.stride + column;
+        const ByteScales<T> byte_scales(block);
+        for (int64_t i = 0; i < ALL; ++i) {
+            if (first) prefetch_ahead<T>(block, i);
+            QuadSums<T> sums[T::PARTS_OF_32][N];
+#pragma GCC unroll 8
+            for (int n = 0; ZERO_OF<T> && n < N; ++n)
+                for (int s = 0; s < SUMS; ++s)
+                    sums[s * T::PARTS_OF_32 / SUMS][n].subtract_zero(sums_of_x[n] + SUMS * i + s);
+            visit_quads<T>(block + i * T::CODES, [&](int quad, const Codes& codes) {
+#pragma GCC unroll 8
+                for (int n = 0; n < N; ++n)
+                    sums[quad * T::PARTS_OF_32 / 8][n].add(codes, bytes + n * x.stride + 32 * i + 4 * quad);
+            });
+            Vector scales[T::PARTS_OF_32], minima;
+#pragma GCC unroll 2
+            for (int part = 0; part < T::PARTS_OF_32; ++part)
+                scales[part] = scales_of<T>(block, byte_scales, i * T::PARTS_OF_32 + part);
+            if constexpr (T::MIN) minima = minima_of<T>(block, i);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) {
+                Vector products = scales[0] * sums[0][n].floats();
+                if constexpr (T::PARTS_OF_32 == 2) add_product(products, scales[1], sums[1][n].floats());
+                add_product(total[n], products, fill(of_x[n][i].scale));
+                if constexpr (T::MIN) add_product(total[n], minima, fill(of_x[n][i].sum));
+            }
         }
     }
 #pragma GCC unroll 8
@@ -384,12 +398,12 @@ void add_gguf_block(const uint8_t* block, bool first, const Activations& x, int6
 
 // The same for any number of tokens, N at once where so many are left.
 template <class T, int N>
-inline void add_gguf_tokens(const uint8_t* block, bool first, const Activations& x, int64_t token, int64_t tokens,
-                            int64_t column, float* y) {
+inline void add_gguf_tokens(const uint8_t* block, int64_t blocks, bool first, const Activations& x, int64_t token,
+                            int64_t tokens, int64_t column, float* y) {
     for (; tokens >= N; tokens -= N, token += N, y += N * LANES, first = false)
-        add_gguf_block<T, N>(block, first, x, token, column, y);
+        add_gguf_blocks<T, N>(block, blocks, first, x, token, column, y);
     if constexpr (N > 1)
-        if (tokens) add_gguf_tokens<T, N / 2>(block, first, x, token, tokens, column, y);
+        if (tokens) add_gguf_tokens<T, N / 2>(block, blocks, first, x, token, tokens, column, y);
 }
 
 template <int64_t TYPE>
@@ -397,6 +411,7 @@ void gguf_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations&
                  int64_t out_stride) {
     using T = Gguf<TYPE>;
     static_assert(T::BYTES == GGUF_BLOCK_BYTES[TYPE - Q4_0]);
+    constexpr int64_t STEP = 256 / T::BLOCK;  // blocks that stay in the first-level cache for all tokens
     const int64_t blocks = (w.cols + T::BLOCK - 1) / T::BLOCK;
     alignas(64) float y[TOKENS_AT_ONCE * LANES];
     for (int64_t row = begin; row < end; row += LANES) {
@@ -404,8 +419,9 @@ void gguf_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations&
         for (int64_t t = 0; t < tokens; t += TOKENS_AT_ONCE) {
             const int64_t held = t + TOKENS_AT_ONCE < tokens ? TOKENS_AT_ONCE : tokens - t;
             std::memset(y, 0, size_t(held * LANES) * sizeof(float));
-            for (int64_t b = 0; b < blocks; ++b)
-                add_gguf_tokens<T, GGUF_TOKENS>(panel + b * T::BYTES, t == 0, x, t, held, b * T::BLOCK, y);
+            for (int64_t b = 0; b < blocks; b += STEP)
+                add_gguf_tokens<T, GGUF_TOKENS>(panel + b * T::BYTES, b + STEP < blocks ? STEP : blocks - b, t == 0, x,
+                                                t, held, b * T::BLOCK, y);
             for (int64_t u = 0; u < held; ++u)
                 std::memcpy(out + (t + u) * out_stride + row, y + u * LANES,
                             size_t(row + LANES <= end ? LANES : end - row) * sizeof(float));
