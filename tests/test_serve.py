@@ -37,8 +37,8 @@ from sparsecli.model.tokenizer import read_tokenizer
 from sparsecli.recipe.data import FilesCorpus
 from sparsecli.recipe.schema import GenerateSpec
 from sparsecli.serve import command
-from sparsecli.serve.app import refusal
 from sparsecli.serve.protocol import CompletionRequest
+from sparsecli.serve.requests import refusal
 from sparsecli.serve.texts import Broken
 
 pytestmark = pytest.mark.skipif(

@@ -61,9 +61,10 @@ def run(
         raise Failure(f"serve needs the native engine: {missing}")
     try:
         from sparsecli.generate.batcher import Batcher
-        from sparsecli.serve.app import Server, make_app
+        from sparsecli.serve.app import make_app
         from sparsecli.serve.http_server import serve_until_signal
         from sparsecli.serve.metrics import Metrics
+        from sparsecli.serve.requests import Server
     except ImportError as error:
         raise Failure(
             f"{error.name} is not installed; pip install 'sparsecli[serve]' installs what serve needs"

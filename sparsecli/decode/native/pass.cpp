@@ -120,7 +120,7 @@ void Pass::quantise(const Activations& x) const {
         *(float*)x.scales =
             ops.quantise(x.values, x.stride, (int16_t*)x.integers, model.group_sums ? (int32_t*)x.sums : nullptr);
     if (model.bytes)
-        ops.quantise_bytes(x.values, x.stride, (int8_t*)x.bytes, (float*)x.byte_scales, (float*)x.byte_sums);
+        ops.quantise_bytes(x.values, x.stride, (int8_t*)x.bytes, (ByteScale*)x.byte_scales, (int32_t*)x.byte_sums);
 }
 
 void Pass::linear(const Matrix& weight, const float* bias, Range rows, const Activations& x, int64_t tokens, float* out,

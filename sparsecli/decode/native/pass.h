@@ -80,7 +80,8 @@ struct Workspace {
     Buffer<float> scales, own_scale;
     // The same as bytes.
     Buffer<int8_t> bytes, own_bytes;
-    Buffer<float> byte_scales, own_byte_scales, byte_sums, own_byte_sums;
+    Buffer<ByteScale> byte_scales, own_byte_scales;
+    Buffer<int32_t> byte_sums, own_byte_sums;
 
     Buffer<float> own_scores;  // (workers, QUERIES * score_stride): attention scores of some queries
     int64_t score_stride = 0;

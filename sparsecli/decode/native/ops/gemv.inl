@@ -22,10 +22,7 @@ float quantise(const float* values, int64_t count, int16_t* integers, int32_t* s
             *(NarrowAt*)(integers + i) = __builtin_convertvector(whole, Narrow);
         }
         arrange(integers + group, QUANT_GROUP);
-        if (!sums) continue;
-        int32_t all = 0;
-        for (int i = 0; i < WIDTH; ++i) all += total[i];
-        sums[group / QUANT_GROUP] = all;
+        if (sums) sums[group / QUANT_GROUP] = sum(total);
     }
     return limit / float(LARGEST);
 }

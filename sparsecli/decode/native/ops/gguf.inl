@@ -93,7 +93,7 @@ constexpr int SIGNED_ZERO = PANEL_ZERO;
 constexpr int SIGNED_ZERO = 0;
 #endif
 template <class T>
-constexpr float ZERO_OF = T::SIGNED ? SIGNED_ZERO : T::ZERO;
+constexpr int32_t ZERO_OF = T::SIGNED ? SIGNED_ZERO : T::ZERO;
 
 constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
@@ -182,18 +182,26 @@ inline void visit_quads(const uint8_t* from, const F& use) {
         Codes words[UPPER];
 #pragma GCC unroll 2
         for (int w = 0; w < UPPER && T::BITS > 4; ++w) words[w] = load_codes(from + 256 + 64 * w);
+        // Where registers are few, one group after the other.
+        constexpr int TURNS = T::PARTS_OF_32 == 2 && WIDTH < LANES ? 2 : 1;
+#pragma GCC unroll 2
+        for (int turn = 0; turn < TURNS; ++turn)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) {
-            const Codes c = load_codes(from + 64 * v);
-            Codes low = field<4, 0>(c, 0), high = field<4, 0>(c, 1);
-            if constexpr (T::BITS > 4) {
-                low = low | field<UPPER, 4>(words[0], v);
-                high = high | field<UPPER, 4>(words[UPPER - 1], (v + 4) % QUADS);
+            for (int v = 0; v < 4; ++v) {
+                const Codes c = load_codes(from + 64 * v);
+                if (turn == 0) {
+                    Codes low = field<4, 0>(c, 0);
+                    if constexpr (T::BITS > 4) low = low | field<UPPER, 4>(words[0], v);
+                    if constexpr (T::TABLE) low = values_of(low);
+                    use(v, low);
+                }
+                if (turn == TURNS - 1) {
+                    Codes high = field<4, 0>(c, 1);
+                    if constexpr (T::BITS > 4) high = high | field<UPPER, 4>(words[UPPER - 1], (v + 4) % QUADS);
+                    if constexpr (T::TABLE) high = values_of(high);
+                    use(v + 4, high);
+                }
             }
-            if constexpr (T::TABLE) low = values_of(low), high = values_of(high);
-            use(v, low);
-            use(v + 4, high);
-        }
     }
 }
 
@@ -222,7 +230,22 @@ struct QuadSums {
     }
 #endif
 
-    void add(const Codes& codes, Ints x) {
+    // Subtracts what products have too much, given the sum of their activations.
+    void subtract_zero(const int32_t* sum_of_x) {
+        const Ints sum = pair_everywhere(sum_of_x);
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; ++p) total.part[p] -= (Lanes)(sum * ZERO_OF<T>);
+    }
+
+    // Four activations in every lane.
+    void add(const Codes& codes, const int8_t* four) {
+#if defined(SPARSECLI_VNNI) && defined(SPARSECLI_AVX512)
+        Lanes sum = total.part[0];  // by value, so that it stays in a register
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes.part[0]), "m"(*(const char (*)[4])four));
+        total.part[0] = sum;
+        return;
+#endif
+        const Ints x = pair_everywhere(four);
 #pragma GCC unroll 4
         for (int p = 0; p < PARTS; ++p) {
 #if defined(SPARSECLI_QUADS)
@@ -256,25 +279,38 @@ struct QuadSums {
 // -- activations ---------------------------------------------------------------------------------------------
 
 // Bytes of -127 to 127, with the scale of every 32 of them, and the sum of every 16.
-void quantise_bytes(const float* values, int64_t count, int8_t* bytes, float* scales, float* sums) {
+void quantise_bytes(const float* values, int64_t count, int8_t* bytes, ByteScale* scales, int32_t* sums) {
+    typedef int8_t Narrow __attribute__((vector_size(WIDTH)));
+    typedef int8_t NarrowAt __attribute__((vector_size(WIDTH), aligned(1), may_alias));
     for (int64_t group = 0; group < count; group += BYTE_GROUP) {
         const Vector a = load(values + group), b = load(values + group + LANES);
         const float limit = maximum(larger(magnitude(a), magnitude(b)));
         const Floats inverse = broadcast(limit > NOTHING ? 127 / limit : 0);
         const float scale = limit > NOTHING ? limit / 127 : 0;
-        scales[group / BYTE_GROUP] = scale;
+        int32_t both = 0;
+#pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-            int32_t whole[LANES], sum = 0;
+            Ints total = Ints{};
 #pragma GCC unroll 4
-            for (int p = 0; p < PARTS; ++p) *(IntsAt*)(whole + p * WIDTH) = rounded((half ? b : a).part[p], inverse);
-            for (int i = 0; i < LANES; ++i) {
-                bytes[group + half * LANES + i] = int8_t(whole[i]);
-                sum += whole[i];
+            for (int p = 0; p < PARTS; ++p) {
+                const Ints whole = rounded((half ? b : a).part[p], inverse);
+                total += whole;
+                *(NarrowAt*)(bytes + group + half * LANES + p * WIDTH) = __builtin_convertvector(whole, Narrow);
             }
-            sums[group / LANES + half] = float(sum);
+            both += sums[group / LANES + half] = sum(total);
         }
+        scales[group / BYTE_GROUP] = {scale, scale * float(both)};
     }
 }
+
+// Tokens that are multiplied with codes at once: so many sums stay in registers.
+#if defined(SPARSECLI_AVX512)
+constexpr int GGUF_TOKENS = 8;
+#elif defined(SPARSECLI_AVX2) || defined(SPARSECLI_NEON)
+constexpr int GGUF_TOKENS = 4;
+#else
+constexpr int GGUF_TOKENS = 2;
+#endif
 
 // -- products ------------------------------------------------------------------------------------------------
 
@@ -317,96 +353,74 @@ inline Vector minima_of(const uint8_t* panel, const uint8_t* block, int64_t grou
     return load_halves(block + T::MINIMA + group * 2 * LANES);
 }
 
-// y += scales * (the sum of codes * bytes - ZERO * the sum of bytes) * scale of the bytes, and minima times their sum.
+// What follows in memory is prefetched while a block is read for the first time, spread over the block: more requests at
+// once than the processor holds would stop it.
 template <class T>
-inline void add_group(Vector& y, const Vector& scales, const Vector& minima, const Vector& sums, float scale,
-                      float sum_of_x) {
-    Vector centred = sums;
-    if constexpr (ZERO_OF<T> != 0) add_product(centred, fill(-ZERO_OF<T>), fill(sum_of_x));  // exact
-    add_product(y, scales, centred * fill(scale));
-    if constexpr (T::MIN) add_product(y, minima, fill(scale * sum_of_x));
-}
-
-template <class T>
-inline float sum_of_group(const float* sums) {
-    return T::GROUP == LANES ? sums[0] : sums[0] + sums[1];
-}
-
-// Sixteen outputs of one token.
-template <class T>
-inline Vector gguf_panel_of_one(const uint8_t* panel, int64_t blocks, const int8_t* x, const float* scales,
-                                const float* sums_of_x) {
-    Vector y = fill(0);
-    for (int64_t b = 0; b < blocks; ++b) {
-        const uint8_t* block = panel + T::HEAD + b * T::BYTES;
-        const ByteScales<T> byte_scales(block);
-        for (int64_t i = 0; i < T::BLOCK / 32; ++i) {
-            const int64_t column = b * T::BLOCK + 32 * i;
-            // Spread over the block: more requests at once than the processor holds would stop it.
-            constexpr int64_t LINES = (T::BYTES / 64 * 32 + T::BLOCK - 1) / T::BLOCK;
+inline void prefetch_ahead(const uint8_t* block, int64_t i) {
+    constexpr int64_t LINES = (T::BYTES / 64 * 32 + T::BLOCK - 1) / T::BLOCK;
 #pragma GCC unroll 16
-            for (int64_t line = 0; line < LINES; ++line)
-                __builtin_prefetch(block + STREAM_DISTANCE + 64 * (LINES * i + line), 0, 2);
-            QuadSums<T> sums[T::PARTS_OF_32];
+    for (int64_t line = 0; line < LINES; ++line)
+        __builtin_prefetch(block + STREAM_DISTANCE + 64 * (LINES * i + line), 0, 2);
+}
+
+// y (N, LANES) += the products of some blocks with N tokens' activations from `column` on. Codes are unpacked once for all
+// of them and stay in registers. Every token has its own sums: a result does not depend on the other tokens.
+template <class T, int N>
+void add_gguf_blocks(const uint8_t* panel, const uint8_t* block, int64_t blocks, bool first, const Activations& x,
+                     int64_t token, int64_t column, float* y) {
+    constexpr int64_t ALL = T::BLOCK / 32, SUMS = 32 / LANES;
+    ByteScale of_x[N][ALL];  // side by side: so many pointers would not fit into registers
+    int32_t sums_of_x[N][ZERO_OF<T> ? SUMS * ALL : 1];
+    Vector total[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) total[n] = load(y + n * LANES);
+    for (; blocks > 0; --blocks, block += T::BYTES, column += T::BLOCK) {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            const int64_t at = (token + n) * x.stride + column;
+            std::memcpy(of_x[n], x.byte_scales + at / 32, sizeof of_x[n]);
+            if constexpr (ZERO_OF<T>) std::memcpy(sums_of_x[n], x.byte_sums + at / LANES, sizeof sums_of_x[n]);
+        }
+        const int8_t* bytes = x.bytes + token * x.stride + column;
+        const ByteScales<T> byte_scales(block);
+        for (int64_t i = 0; i < ALL; ++i) {
+            if (first) prefetch_ahead<T>(block, i);
+            QuadSums<T> sums[T::PARTS_OF_32][N];
+#pragma GCC unroll 8
+            for (int n = 0; ZERO_OF<T> && n < N; ++n)
+                for (int s = 0; s < SUMS; ++s)
+                    sums[s * T::PARTS_OF_32 / SUMS][n].subtract_zero(sums_of_x[n] + SUMS * i + s);
             visit_quads<T>(block + i * T::CODES, [&](int quad, const Codes& codes) {
-                sums[quad * T::PARTS_OF_32 / 8].add(codes, pair_everywhere(x + column + 4 * quad));
+#pragma GCC unroll 8
+                for (int n = 0; n < N; ++n)
+                    sums[quad * T::PARTS_OF_32 / 8][n].add(codes, bytes + n * x.stride + 32 * i + 4 * quad);
             });
+            Vector scales[T::PARTS_OF_32], minima;
 #pragma GCC unroll 2
-            for (int part = 0; part < T::PARTS_OF_32; ++part) {
-                const int64_t group = i * T::PARTS_OF_32 + part;
-                Vector minima;
-                if constexpr (T::MIN) minima = minima_of<T>(panel, block, group);
-                add_group<T>(y, scales_of<T>(panel, block, byte_scales, group), minima, sums[part].floats(),
-                             scales[column / 32], sum_of_group<T>(sums_of_x + column / LANES + part));
+            for (int part = 0; part < T::PARTS_OF_32; ++part)
+                scales[part] = scales_of<T>(panel, block, byte_scales, i * T::PARTS_OF_32 + part);
+            if constexpr (T::MIN) minima = minima_of<T>(panel, block, i);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) {
+                Vector products = scales[0] * sums[0][n].floats();
+                if constexpr (T::PARTS_OF_32 == 2) add_product(products, scales[1], sums[1][n].floats());
+                add_product(total[n], products, fill(of_x[n][i].scale));
+                if constexpr (T::MIN) add_product(total[n], minima, fill(of_x[n][i].sum));
             }
         }
     }
-    return y;
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) store(y + n * LANES, total[n]);
 }
 
-// A block's codes, one in each byte, and its groups' scales and minima: unpacked once for many tokens.
-template <class T>
-struct UnpackedBlock {
-    Codes codes[T::BLOCK / 4];
-    Vector scales[T::GROUPS], minima[T::MIN ? T::GROUPS : 1];
-
-    UnpackedBlock(const uint8_t* panel, const uint8_t* block) {
-        for (int64_t i = 0; i < T::BLOCK / 32; ++i)
-            visit_quads<T>(block + i * T::CODES,
-                           [&](int quad, const Codes& unpacked) { codes[8 * i + quad] = unpacked; });
-        const ByteScales<T> byte_scales(block);
-        for (int64_t group = 0; group < T::GROUPS; ++group) {
-            scales[group] = scales_of<T>(panel, block, byte_scales, group);
-            if constexpr (T::MIN) minima[group] = minima_of<T>(panel, block, group);
-        }
-    }
-};
-
-// y (N, LANES) += the products of an unpacked block with N tokens' activations from `column` on.
+// The same for any number of tokens, N at once where so many are left.
 template <class T, int N>
-inline void add_gguf_block(const UnpackedBlock<T>& block, const Activations& x, int64_t token, int64_t column,
-                           float* y) {
-    constexpr int QUADS = T::GROUP / 4;
-    for (int64_t group = 0; group < T::GROUPS; ++group) {
-        const int64_t first = column + group * T::GROUP;
-        QuadSums<T> sums[N];
-#pragma GCC unroll 8
-        for (int q = 0; q < QUADS; ++q) {
-            const Codes& codes = block.codes[group * QUADS + q];
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n)
-                sums[n].add(codes, pair_everywhere(x.bytes + (token + n) * x.stride + first + 4 * q));
-        }
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-            const float scale = x.byte_scales[(token + n) * (x.stride / BYTE_GROUP) + first / BYTE_GROUP];
-            const float* of_x = x.byte_sums + (token + n) * (x.stride / LANES) + first / LANES;
-            Vector total = load(y + n * LANES);
-            add_group<T>(total, block.scales[group], block.minima[T::MIN ? group : 0], sums[n].floats(), scale,
-                         sum_of_group<T>(of_x));
-            store(y + n * LANES, total);
-        }
-    }
+inline void add_gguf_tokens(const uint8_t* panel, const uint8_t* block, int64_t blocks, bool first,
+                            const Activations& x, int64_t token, int64_t tokens, int64_t column, float* y) {
+    for (; tokens >= N; tokens -= N, token += N, y += N * LANES, first = false)
+        add_gguf_blocks<T, N>(panel, block, blocks, first, x, token, column, y);
+    if constexpr (N > 1)
+        if (tokens) add_gguf_tokens<T, N / 2>(panel, block, blocks, first, x, token, tokens, column, y);
 }
 
 template <int64_t TYPE>
@@ -414,31 +428,22 @@ void gguf_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations&
                  int64_t out_stride) {
     using T = Gguf<TYPE>;
     static_assert(T::BYTES == GGUF_BLOCK_BYTES[TYPE - Q4_0]);
-    constexpr int TILE = QUANT_TOKENS;
+    constexpr int64_t STEP = 256 / T::BLOCK;  // blocks that stay in the first-level cache for all tokens
     const int64_t blocks = (w.cols + T::BLOCK - 1) / T::BLOCK, bytes = T::HEAD + blocks * T::BYTES;
-    const int64_t tiled = tokens / TILE * TILE;
     alignas(64) float y[TOKENS_AT_ONCE * LANES];
     for (int64_t row = begin; row < end; row += LANES) {
         const uint8_t* panel = (const uint8_t*)w.data + row / LANES * bytes;
-        const auto keep = [&](int64_t t, const Vector& of_token) {
-            float lane[LANES];
-            store(lane, of_token);
-            std::memcpy(out + t * out_stride + row, lane, size_t(row + LANES <= end ? LANES : end - row) * 4);
-        };
-        for (int64_t t = 0; t < tiled; t += TOKENS_AT_ONCE) {
-            const int64_t held = t + TOKENS_AT_ONCE < tiled ? TOKENS_AT_ONCE : tiled - t;
+        for (int64_t t = 0; t < tokens; t += TOKENS_AT_ONCE) {
+            const int64_t held = t + TOKENS_AT_ONCE < tokens ? TOKENS_AT_ONCE : tokens - t;
             std::memset(y, 0, size_t(held * LANES) * sizeof(float));
-            for (int64_t b = 0; b < blocks; ++b) {
-                const UnpackedBlock<T> block(panel, panel + T::HEAD + b * T::BYTES);
-                for (int64_t u = 0; u < held; u += TILE)
-                    add_gguf_block<T, TILE>(block, x, t + u, b * T::BLOCK, y + u * LANES);
-            }
-            for (int64_t u = 0; u < held; ++u) keep(t + u, load(y + u * LANES));
+            for (int64_t b = 0; b < blocks; b += STEP)
+                add_gguf_tokens<T, GGUF_TOKENS>(panel, panel + T::HEAD + b * T::BYTES,
+                                                b + STEP < blocks ? STEP : blocks - b, t == 0, x, t, held, b * T::BLOCK,
+                                                y);
+            for (int64_t u = 0; u < held; ++u)
+                std::memcpy(out + (t + u) * out_stride + row, y + u * LANES,
+                            size_t(row + LANES <= end ? LANES : end - row) * sizeof(float));
         }
-        for (int64_t t = tiled; t < tokens; ++t)
-            keep(t, gguf_panel_of_one<T>(panel, blocks, x.bytes + t * x.stride,
-                                         x.byte_scales + t * (x.stride / BYTE_GROUP),
-                                         x.byte_sums + t * (x.stride / LANES)));
     }
 }
 

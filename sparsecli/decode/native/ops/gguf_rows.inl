@@ -82,11 +82,11 @@ float file_row_dot(const Matrix& w, const uint8_t* row, const Activations& x) {
         const FileBlock block(w.type, row);
         for (int64_t first = 0; first < block.weights; first += block.group) {
             const int64_t at = column + first, group = first / block.group;
-            const float scale = x.byte_scales[at / BYTE_GROUP], *sums = x.byte_sums + at / LANES;
+            const ByteScale& of_x = x.byte_scales[at / BYTE_GROUP];
             const int32_t sum = block.group == 16 ? byte_dot<16>(block.codes + first, x.bytes + at)
                                                   : byte_dot<32>(block.codes + first, x.bytes + at);
-            y += block.scales[group] * (float(sum) * scale);
-            if (source.minima) y += block.minima[group] * (scale * (sums[0] + sums[1]));
+            y += block.scales[group] * (float(sum) * of_x.scale);
+            if (source.minima) y += block.minima[group] * of_x.sum;
         }
     }
     return y;

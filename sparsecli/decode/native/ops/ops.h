@@ -90,6 +90,10 @@ struct Matrix {
 // `scales` for int8 and quantized weights, with `sums` of every QUANT_GROUP integers for the latter. The order of
 // integers is private to `quantise` and the ops that take them (see Ops::bytes). GGUF's types are multiplied with
 // `bytes`, which have a scale for every BYTE_GROUP, with the sums of every LANES bytes.
+struct ByteScale {
+    float scale, sum;  // of what the bytes stand for: scale times their sum
+};
+
 struct Activations {
     const float* values;
     const int16_t* integers;
@@ -97,7 +101,8 @@ struct Activations {
     int64_t stride;
     const int32_t* sums;
     const int8_t* bytes = nullptr;
-    const float *byte_scales = nullptr, *byte_sums = nullptr;
+    const ByteScale* byte_scales = nullptr;
+    const int32_t* byte_sums = nullptr;
 };
 
 // Keys and values of one layer and one head of one sequence.
@@ -159,7 +164,7 @@ struct Ops {
     float (*quantise)(const float* values, int64_t count, int16_t* integers, int32_t* sums);
 
     // The same for GGUF's types: values -> bytes, scales and sums.
-    void (*quantise_bytes)(const float* values, int64_t count, int8_t* bytes, float* scales, float* sums);
+    void (*quantise_bytes)(const float* values, int64_t count, int8_t* bytes, ByteScale* scales, int32_t* sums);
 
     // out = row of w as floats; w is `gguf`.
     void (*read_gguf)(const Matrix& w, int64_t row, float* out);

@@ -222,7 +222,7 @@ inline int16_t integer(bool bytes, const int16_t* integers, int64_t i) {
 inline double input(const Activations& x, int64_t type, int64_t token, int64_t col) {
     if (type <= BFLOAT16 || type == FLOAT16) return x.values[token * x.stride + col];
     if (of_gguf(type))
-        return double(x.bytes[token * x.stride + col]) * x.byte_scales[(token * x.stride + col) / BYTE_GROUP];
+        return double(x.bytes[token * x.stride + col]) * x.byte_scales[(token * x.stride + col) / BYTE_GROUP].scale;
     return double(x.integers[token * x.stride + col]) * x.scales[token];
 }
 

@@ -122,6 +122,20 @@ inline float sum(Floats v) {
 #endif
 }
 
+inline int32_t sum(Ints v) {
+#if defined(SPARSECLI_AVX512)
+    return _mm512_reduce_add_epi32((__m512i)v);
+#elif defined(SPARSECLI_AVX2)
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+#elif defined(SPARSECLI_NEON)
+    return vaddvq_s32((int32x4_t)v);
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
 inline float sum(const Vector& v) {
 #if defined(SPARSECLI_AVX512)
     return sum(v.part[0]);

@@ -94,7 +94,8 @@ class Harness {
         Memory<float> scales;
         Memory<int32_t> sums;
         Memory<int8_t> bytes;
-        Memory<float> byte_scales, byte_sums;
+        Memory<ByteScale> byte_scales;
+        Memory<int32_t> byte_sums;
         Activations all, plain;
 
         Forms(Harness& h, int64_t tokens, int64_t cols)
@@ -314,10 +315,12 @@ void test_quantise_bytes(Harness& h) {
             for (int64_t j = 0; j < BYTE_GROUP; ++j)
                 top = std::max(top, std::fabs(double(x.values.data[i / BYTE_GROUP * BYTE_GROUP + j])));
             for (int64_t j = 0; j < LANES; ++j) sum += x.bytes.data[i / LANES * LANES + j];
-            const double scale = x.byte_scales.data[i / BYTE_GROUP];
+            const auto [scale, product] = x.byte_scales.data[i / BYTE_GROUP];
             h.same(scale, top / 127, 1e-6 * top, "scale", i);
-            h.same(x.bytes.data[i] * scale, x.values.data[i], 0.503 * scale, "value", i);
+            h.same(double(x.bytes.data[i]) * scale, x.values.data[i], 0.503 * scale, "value", i);
             h.same(x.byte_sums.data[i / LANES], sum, 0, "sum", i);
+            const int32_t* sums = x.byte_sums.data + i / BYTE_GROUP * 2;
+            h.same(product, scale * float(sums[0] + sums[1]), 0, "sum of values", i);
         }
     }
 }
@@ -919,8 +922,8 @@ void perf(const Ops& ops, const Options& options) {
     const auto selected = [&](const char* name) { return options.op.empty() || options.op == name; };
     for (int64_t type = FLOAT32; selected("matmul") && type <= FLOAT16; ++type)
         for (const bool cached : {false, true})
-            for (const int64_t tokens : {1, 4, 16, 128}) {
-                if (!cached && tokens > 16) continue;
+            for (const int64_t tokens : {1, 2, 4, 8, 16, 32, 128}) {
+                if (!cached && tokens > 32) continue;
                 const int64_t cols = 2048, bits = type == INT4 ? 4 : 3;
                 const bool grouped = type == INT4 || type == INT3;
                 const int64_t row = of_gguf(type) ? gguf_panel(cols, type) / LANES
