@@ -100,10 +100,9 @@ def page_of(result: BenchResult) -> Page:
 
 def _summary(result: BenchResult) -> str:
     fastest = min(result.rows, key=lambda row: row.ms_per_token.p50)
-    text = (
-        f"{len(result.rows)} measurements, interleaved in rounds. The fastest is {_name(fastest, result.rows)}: "
-        f"{render.milliseconds(fastest.ms_per_token.p50)} ms a token"
-    )
+    text = f"{_name(fastest, result.rows)}: {render.milliseconds(fastest.ms_per_token.p50)} ms a token"
+    if len(result.rows) > 1:
+        text = f"{len(result.rows)} measurements, interleaved in rounds. The fastest is {text}"
     if fastest.speedup is not None and fastest.group != "dense":
         text += f", {_speedup(fastest)} the speed of the dense model in the same weight type"
     return text + "."
