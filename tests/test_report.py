@@ -239,6 +239,17 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(
     assert caught.value.exit_code == code
 
 
+def test_a_file_system_that_takes_no_files_is_found_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touch(path: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with pytest.raises(Failure, match=r"Read-only file system; choose another --html"):
+        files.check_writable(tmp_path / "page.html", "--html")
+
+
 def test_a_full_disk_leaves_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text("earlier")

@@ -18,7 +18,13 @@ def check_writable(path: Path, option: str) -> None:
         raise Failure(f"{path}: is a directory; name a file for {option}")
     if not path.parent.is_dir():
         raise Failure(f"{path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    beside = _beside(path)
+    try:
+        beside.touch()  # permissions alone do not show that a file system is read-only or full
+        beside.unlink()
+    except OSError as error:
+        raise Failure(f"{path}: cannot be written: {error.strerror}; choose another {option}") from error
+    if path.exists() and not os.access(path, os.W_OK):
         raise Failure(f"{path}: cannot be written; choose another {option}")
 
 
@@ -39,13 +45,17 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
     Raises:
         Failure: the file cannot be written; nothing is left behind.
     """
-    beside = path.with_name(f"{path.name}.tmp")
+    beside = _beside(path)
     try:
         save(beside)
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise Failure(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
