@@ -119,6 +119,28 @@ def test_ticks_are_few_and_round_and_enclose_the_values(low: float, high: float)
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (1, 10, [1, 2, 5, 10]),
+        (2.2, 158, [2, 5, 10, 20, 50, 100, 200]),
+        (0.03, 0.4, [0.02, 0.05, 0.1, 0.2, 0.5]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis(low: float, high: float, expected: list[float]) -> None:
+    assert page.log_ticks(low, high) == expected
+
+
+@pytest.mark.parametrize(("times", "places"), [((1, 3), (0.25, 0.75)), ((1, 100), (1 / 8, 7 / 8))])
+def test_points_that_lie_far_apart_have_a_logarithmic_axis(
+    times: tuple[float, float], places: tuple[float, float]
+) -> None:
+    points = [page.Point(str(time), time, 1.0, "") for time in times]
+    plot = page.Plot("", points, "", "")
+    assert plot.logarithmic == (times[1] == 100)
+    assert [plot.x_share(time) for time in times] == pytest.approx(places, abs=0.03)
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("~1.72x", 1.72),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsecli.report import files
-from sparsecli.report.page import Bar, Plot, Point, Stack
+from sparsecli.report.page import Bar, Plot, Stack
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +34,8 @@ COLORS = ("#5b6b80", "#0b7a75", "#7a4fb5", "#b3621b", "#a83a63")
 PART_COLORS = (*("#0b7a75", "#5b6b80", "#d08a2c", "#7a4fb5", "#4a90c2"), "#a83a63", "#7d9b3c", "#8a6d5a")
 REST_COLOR = "#c9ced6"
 MARKERS = "os^Dv"
+MOST_NAMES = 8
+"""Points of a plot whose names stand beside them; more are numbered."""
 METADATA: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
@@ -122,7 +124,8 @@ def _name_rows(axes: Axes, rows: Sequence[Bar] | Sequence[Stack]) -> list[float]
 
 def draw_plot(axes: Axes, plot: Plot, groups: Sequence[str]) -> None:
     """Points with their names, their errors, and the frontier as a line of steps."""
-    for point in plot.points:
+    numbered = len(plot.points) > MOST_NAMES
+    for number, point in enumerate(plot.points, start=1):
         index = groups.index(point.group) if point.group in groups else 0
         axes.errorbar(
             point.x,
@@ -130,17 +133,28 @@ def draw_plot(axes: Axes, plot: Plot, groups: Sequence[str]) -> None:
             yerr=point.error or None,
             fmt=MARKERS[index % len(MARKERS)],
             color=COLORS[index % len(COLORS)],
-            markersize=5,
+            markersize=9 if numbered else 5,
             capsize=2,
             elinewidth=0.8,
+            label=f"{number}  {point.name}",
         )
-    _name_points(axes, plot.points)
-    best = plot.frontier
-    axes.set_xlim(0, plot.x_ticks[-1] * 1.15)  # room for the names
+        words: dict[str, Any] = {"text": point.name, "xytext": (5, 4), "fontsize": 7}
+        if numbered:
+            words = {"text": str(number), "xytext": (0, -0.5), "fontsize": 6, "color": "white"}
+            words |= {"ha": "center", "va": "center"}
+        axes.annotate(xy=(point.x, point.y), textcoords="offset points", **words)
+    if numbered:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
+    if plot.logarithmic:
+        axes.set_xscale("log")
+        axes.set_xticks(plot.x_ticks, [f"{tick:g}" for tick in plot.x_ticks])
+        axes.minorticks_off()
+    room = 1.0 if numbered else 1.15  # for the names
+    axes.set_xlim(plot.x_ticks[0], plot.x_ticks[-1] * room)
     axes.margins(y=0.12)
-    ends = [*(point.x for point in best), axes.get_xlim()[1]]
+    best = plot.frontier
     axes.step(
-        ends,
+        [*(point.x for point in best), axes.get_xlim()[1]],
         [*(point.y for point in best), best[-1].y],
         where="post",
         color=COLORS[1],
@@ -151,8 +165,3 @@ def draw_plot(axes: Axes, plot: Plot, groups: Sequence[str]) -> None:
     axes.set_xlabel(plot.x_label)
     axes.set_ylabel(plot.y_label)
     axes.grid()
-
-
-def _name_points(axes: Axes, points: Sequence[Point]) -> None:
-    for point in points:
-        axes.annotate(point.name, (point.x, point.y), xytext=(5, 4), textcoords="offset points", fontsize=7)

@@ -18,6 +18,8 @@ _UNITS = {None: 1.0, "k": 1e3, "M": 1e6, "B": 1e9}
 MISSING = ("", "-", "—")
 """Cells without a figure."""
 MOST_TICKS = 6
+WIDE_SPAN = 8
+"""Ratio of the largest to the smallest time from which on an axis is logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,27 @@ class Plot:
     note: str = ""
 
     @property
+    def logarithmic(self) -> bool:
+        """Whether `x` spans so much that only its logarithm keeps the points apart."""
+        found = [point.x for point in self.points]
+        return min(found) > 0 and max(found) >= WIDE_SPAN * min(found)
+
+    @property
     def x_ticks(self) -> list[float]:
-        """Marks of the axis from 0, which it begins at, to beyond the last point."""
-        return ticks(0.0, max(point.x for point in self.points) * 1.04)
+        """Marks of the axis, which begins at 0 unless it is logarithmic, to beyond the last point."""
+        found = [point.x for point in self.points]
+        return (
+            log_ticks(min(found) / 1.1, max(found) * 1.1)
+            if self.logarithmic
+            else ticks(0.0, max(found) * 1.04)
+        )
+
+    def x_share(self, x: float) -> float:
+        """Where `x` stands on its axis, from 0 to 1."""
+        first, last = self.x_ticks[0], self.x_ticks[-1]
+        if self.logarithmic:
+            return math.log(x / first) / math.log(last / first)
+        return (x - first) / (last - first)
 
     @property
     def y_ticks(self) -> list[float]:
@@ -211,3 +231,12 @@ def ticks(low: float, high: float) -> list[float]:
     step = next(size * factor for factor in (1, 2, 5, 10, 20) if span / (size * factor) <= MOST_TICKS - 1)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, the first and the last of which enclose `low` to `high`; above 0."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks = [float(f"{factor}e{decade}") for decade in decades for factor in (1, 2, 5)]
+    first = max(index for index, mark in enumerate(marks) if mark <= low)
+    last = min(index for index, mark in enumerate(marks) if mark >= high)
+    return marks[first : last + 1]
