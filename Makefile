@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow quality ops ops-perf ops-arm sanitize lint types check bench clean
+.PHONY: setup demo test test-slow quality ops ops-perf ops-arm sanitize lint types docs docs-serve check bench clean
 
 setup: $(READY)
 
@@ -85,6 +85,12 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+docs: $(READY)  ## the documentation as a site in build/site; a broken link or a missing page is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-serve: $(READY)  ## the same at http://127.0.0.1:8000, built again at every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 check: lint types test
 

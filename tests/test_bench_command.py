@@ -112,7 +112,7 @@ def test_a_dry_run_builds_nothing(
     assert "files to be written: none" in shown.err
     command.run(loaded(), dry_run=True, format="json", output=Path("result.json"))
     plan = json.loads(capsys.readouterr().out)
-    assert plan.keys() == {"dry_run", "rows", "memory_bytes", "disk_bytes", "output"}
+    assert plan.keys() == {"dry_run", "rows", "memory_bytes", "disk_bytes", "output", "html", "plot"}
     assert {row["context"] for row in plan["rows"]} == {8}
     assert (plan["dry_run"], plan["disk_bytes"], plan["output"]) == (True, None, "result.json")
     assert plan["memory_bytes"] > 0

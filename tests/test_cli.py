@@ -124,7 +124,7 @@ def test_convert(run, calls):
     assert calls.first.name == "quickstart-convert"
     output = Path("runs/quickstart-convert")
     expected = {"model": "runs/a", "output": output, "dry_run": False, "format": "json", "peers": None}
-    assert calls.options == expected
+    assert calls.options == expected | {"html": None, "plot": None}
 
 
 def test_bench(run, calls):

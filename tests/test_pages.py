@@ -58,6 +58,8 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
             Path(word).write_text(load("quickstart").path.read_text())
         if word.startswith("runs/") and "model" not in words[1] and words[0] != "train":
             trained(Path(word).name)
+    if "smollm2" in words and words[0] != "import":
+        imported("smollm2")
     if as_shipped(words):
         words.append("--dry-run")
     if words[0] == "train":
@@ -75,8 +77,6 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
         place = words.index("--output") + 1
         words[place] = fresh("exported") + Path(words[place]).suffix
     elif words[0] == "generate":
-        if "smollm2" in words:
-            imported("smollm2")
         if {"small", "lookup"} & {*words} and (reason := binding.available()):
             pytest.skip(f"packed models and drafts need the native engine: {reason}")
         if "--input" in words:
@@ -95,8 +95,6 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
         for word in words:
             if word.startswith("runs/"):
                 trained(Path(word).name)
-        if "smollm2" in words:
-            imported("smollm2")
         serves([*words, "--port", "0"])
         return
     elif words[0] == "evaluate":
@@ -106,6 +104,9 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
         if "--text" in words:
             Path(words[words.index("--text") + 1]).write_text("def add(a, b):\n    return a + b\n" * 99)
         words += ["--tokens", "512"]
+    elif "--from" in words:
+        if not Path("before.json").exists():
+            run("bench", *SHORT_BENCH, "--output", "before.json")
     elif words[0] == "bench":
         for file in (word for word in words if word.endswith(".gguf")):
             if reason := binding.available():

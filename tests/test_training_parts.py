@@ -11,13 +11,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from sparsecli.console import Failure
 from sparsecli.data.packing import TokenStream
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.layers import attention, cross_entropy
-from sparsecli.recipe.loader import LoadedRecipe
+from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.spec.model import ModelSpec
-from sparsecli.train import checkpoint, trainer
+from sparsecli.train import checkpoint, command, plan, trainer
 from sparsecli.train.evaluation import evaluate
 
 
@@ -122,6 +123,33 @@ def test_schedules_by_their_recipe_names(
         0.25 if schedule == "cosine" else None
     )
     assert (arguments.seed, arguments.data_seed) == (5, 5)
+
+
+def test_curves_go_where_the_recipe_says(tiny: LoadedRecipe, tmp_path: Path) -> None:
+    assert tiny.recipe.train
+    assert tiny.recipe.train.report_to == ["tensorboard"]
+    train = tiny.recipe.train.model_copy(update={"report_to": ["tensorboard", "wandb"]})
+    arguments = trainer.training_arguments(train, 5, tmp_path / "mine" / "checkpoints")
+    assert (arguments.report_to, arguments.run_name) == (["wandb"], "mine")  # TensorBoard is the journal's
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_missing_reporter_is_found_before_training(
+    tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    monkeypatch.setattr(plan, "find_spec", lambda name: None if name == "wandb" else name)
+    changed = load(str(tiny.path), ["train.report_to=[tensorboard, wandb]"])
+    message = r"train\.report_to: wandb is not installed; pip install wandb, or leave it out of the list"
+    with pytest.raises(Failure, match=message):
+        command.run(changed, output=tmp_path / "run", dry_run=dry_run)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_reporters_has_no_folder_of_theirs(tiny: LoadedRecipe, tmp_path: Path) -> None:
+    changed = load(str(tiny.path), ["train.report_to=[]", "train.max_steps=1"])
+    assert command.run(changed, output=tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "tensorboard").exists()
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

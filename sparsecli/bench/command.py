@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import shutil
@@ -17,7 +16,7 @@ import psutil
 import torch
 
 from sparsecli import console
-from sparsecli.bench import cases, compare, figures, host, models, render, variants
+from sparsecli.bench import cases, compare, figures, host, models, page, render, variants
 from sparsecli.bench.cases import Plan
 from sparsecli.bench.peers import PEERS
 from sparsecli.bench.result import Bandwidth, BenchResult, Machine, Processor, weight_types
@@ -28,6 +27,7 @@ from sparsecli.decode.native import binding
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
+from sparsecli.report import files
 from sparsecli.spec.model import ModelSpec
 
 BETWEEN_ROUNDS = 0.05  # seconds of a probe of the memory
@@ -47,6 +47,8 @@ def run(
     against: Path | None = None,
     fail_above: float | None = None,
     output: Path | None = None,
+    html: Path | None = None,
+    plot: Path | None = None,
     dry_run: bool = False,
     runs: Sequence[str] = (),
 ) -> BenchResult | None:
@@ -55,17 +57,18 @@ def run(
     `over` names a backend and a weight type, as in `torch:bfloat16`; all rows are compared with that dense row.
     `runs` are trained models to measure instead of the recipe's variants; `names` selects among either. Packed models
     that are read from disk are written to `disk_folder` (by default the working directory) during the measurement.
-    `fail_above` is a fraction (0.05: five per cent).
+    `fail_above` is a fraction (0.05: five per cent). `html` and `plot` are files for a page and a figure of the result.
 
     Raises:
-        Failure: something cannot be measured or compared.
+        Failure: something cannot be measured, compared or written.
         Regression: a row is slower than in `against` by more than `fail_above`.
     """
     if fail_above is not None and against is None:
         raise console.Failure("--fail-above needs --against FILE, an earlier result in JSON", exit_code=2)
     earlier = compare.read(against) if against else None
     if output:
-        _check_writable(output)
+        files.check_writable(output, "--output")
+    files.check_reports(html, plot)
     folder = disk_folder or Path()
     chosen = variants.choose(
         _variants(loaded, runs), dense=dense, sparse=sparse, mixture=mixture, names=names
@@ -88,7 +91,7 @@ def run(
     if compared and plan.variants and (warning := variants.check_same_size(plan.variants)):
         console.warn(warning)
     if dry_run:
-        _show_plan(plan, output, folder, format)
+        _show_plan(plan, {"output": output, "html": html, "plot": plot}, folder, format)
         return None
     models.check_memory(plan)
 
@@ -101,8 +104,33 @@ def run(
     _show(result, format)
     if output:
         _write(result, output)
+    _write_reports(result, html, plot)
     if earlier:
         _judge(result, earlier, fail_above)
+    return result
+
+
+def show_saved(
+    path: Path,
+    *,
+    format: Literal["table", "json", "csv", "markdown"] = "table",
+    output: Path | None = None,
+    html: Path | None = None,
+    plot: Path | None = None,
+) -> BenchResult:
+    """Show the result in a file of `bench --output`, and write it in other forms; nothing is measured.
+
+    Raises:
+        Failure: the file is no result of `bench`, or another one cannot be written.
+    """
+    result = compare.read(path)
+    if output:
+        files.check_writable(output, "--output")
+    files.check_reports(html, plot)
+    _show(result, format)
+    if output:
+        _write(result, output)
+    _write_reports(result, html, plot)
     return result
 
 
@@ -217,7 +245,7 @@ def _isa(plan: Plan) -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def _show_plan(plan: Plan, output: Path | None, folder: Path, format: str) -> None:
+def _show_plan(plan: Plan, written: Mapping[str, Path | None], folder: Path, format: str) -> None:
     """Print the rows without figures, the memory, the disk space and the files, as JSON or else as a table."""
     disk_bytes = models.disk_bytes(plan) if plan.from_disk else None
     if format == "json":
@@ -227,7 +255,7 @@ def _show_plan(plan: Plan, output: Path | None, folder: Path, format: str) -> No
                 "rows": [case.facts for case in plan.cases],
                 "memory_bytes": models.memory_bytes(plan),
                 "disk_bytes": disk_bytes,
-                "output": str(output) if output else None,
+                **{name: str(path) if path else None for name, path in written.items()},
             }
         )
         return
@@ -263,7 +291,7 @@ def _show_plan(plan: Plan, output: Path | None, folder: Path, format: str) -> No
     console.say(f"memory needed: about {models.memory_bytes(plan) / 1e9:.1f} GB")
     if disk_bytes is not None:
         console.say(f"temporary disk space needed: {disk_bytes / 1e9:.1f} GB in {folder.absolute()}")
-    console.say(f"files to be written: {output or 'none'}")
+    console.say(f"files to be written: {', '.join(str(path) for path in written.values() if path) or 'none'}")
 
 
 # -- measuring -----------------------------------------------------------------------------------------------
@@ -343,27 +371,20 @@ def _text(result: BenchResult, format: str) -> str:
     return formats[format](result)
 
 
-def _check_writable(output: Path) -> None:
-    """Check, before an expensive measurement, that the output can be written."""
-    if output.is_dir():
-        raise console.Failure(f"{output}: is a directory; name a file for --output")
-    if not output.parent.is_dir():
-        raise console.Failure(f"{output}: the folder {output.parent} does not exist")
-    if not os.access(output.parent, os.W_OK) or (output.exists() and not os.access(output, os.W_OK)):
-        raise console.Failure(f"{output}: cannot be written; choose another --output")
-
-
 def _write(result: BenchResult, output: Path) -> None:
-    """Write the result to a temporary file, then rename it. The suffix gives the format: .csv, .md, else JSON."""
+    """Write the result. The suffix gives the format: .csv, .md, else JSON."""
     format = {".csv": "csv", ".md": "markdown"}.get(output.suffix, "json")
-    beside = output.with_name(output.name + ".tmp")
-    try:
-        beside.write_text(_text(result, format) + "\n", encoding="utf-8")
-        beside.replace(output)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise console.Failure(f"{output}: cannot be written: {error.strerror}") from error
+    files.write_text(output, _text(result, format) + "\n")
     console.say(f"wrote {output}")
+
+
+def _write_reports(result: BenchResult, html: Path | None, plot: Path | None) -> None:
+    if html:
+        page.write_html(result, html)
+        console.say(f"wrote {html}")
+    if plot:
+        page.write_figure(result, plot)
+        console.say(f"wrote {plot}")
 
 
 def _judge(result: BenchResult, earlier: BenchResult, fail_above: float | None) -> None:

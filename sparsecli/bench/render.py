@@ -117,7 +117,7 @@ def _speedup(row: Row) -> str | None:
     return f"{'~' if row.baseline_bandwidth_fraction else ''}{row.speedup:.2f}x"
 
 
-def _filled(result: BenchResult) -> list[tuple[ResultColumn, list[str]]]:
+def filled(result: BenchResult) -> list[tuple[ResultColumn, list[str]]]:
     """The columns that have figures. A missing figure is a dash."""
     columns = []
     for column in COLUMNS:
@@ -136,7 +136,7 @@ def _width(columns: Sequence[tuple[ResultColumn, list[str]]]) -> int:
 
 def table(result: BenchResult, width: int) -> Table:
     """The rows as a table of at most `width` characters. The least important columns are left out to fit."""
-    columns, left_out = _filled(result), []
+    columns, left_out = filled(result), []
     while _width(columns) > width:
         dispensable = [column for column, _ in columns if column.drop_rank]
         if not dispensable:
@@ -239,17 +239,16 @@ def _varies(column: ResultColumn, rows: Sequence[Row]) -> bool:
     return len({column.cell(row) for row in rows}) > 1
 
 
-def changes_table(changes: Sequence[Change]) -> Table:
-    """The comparison with an earlier result."""
-    shown = Table(
-        box=box.SIMPLE_HEAD, title="against the earlier result", title_justify="left", padding=(0, 1, 0, 0)
-    )
-    for title in ("variant", "backend", "weights", "sizes"):
-        shown.add_column(title)
-    for title in ("before ms", "now ms", "now / before", "95 % interval", "verdict"):
-        shown.add_column(title, justify="right", no_wrap=True)
-    for change in changes:
-        shown.add_row(
+CHANGE_COLUMNS = (
+    *("variant", "backend", "weights", "sizes"),
+    *("before ms", "now ms", "now / before", "95 % interval", "verdict"),
+)
+
+
+def change_cells(changes: Sequence[Change]) -> list[tuple[str, ...]]:
+    """The cells of a comparison, a row for each change."""
+    return [
+        (
             change.variant,
             change.backend,
             change.dtype,
@@ -260,6 +259,19 @@ def changes_table(changes: Sequence[Change]) -> Table:
             f"{change.ratio_low:.3f}..{change.ratio_high:.3f}",
             change.verdict,
         )
+        for change in changes
+    ]
+
+
+def changes_table(changes: Sequence[Change]) -> Table:
+    """The comparison with an earlier result."""
+    shown = Table(
+        box=box.SIMPLE_HEAD, title="against the earlier result", title_justify="left", padding=(0, 1, 0, 0)
+    )
+    for index, title in enumerate(CHANGE_COLUMNS):
+        shown.add_column(title, justify="left" if index < 4 else "right", no_wrap=index >= 4)
+    for cells in change_cells(changes):
+        shown.add_row(*cells)
     return shown
 
 
@@ -301,7 +313,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def as_markdown(result: BenchResult) -> str:
     """All columns as a Markdown table, the caption below it."""
-    columns = _filled(result)
+    columns = filled(result)
     titles = [column.name for column, _ in columns]
     rules = ["---" if column.left else "---:" for column, _ in columns]
     rows = [

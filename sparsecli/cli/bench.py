@@ -11,9 +11,12 @@ from sparsecli.cli.options import (
     AsJson,
     DryRun,
     Format,
+    Html,
     OptionalRecipe,
     Overrides,
+    Plot,
     Seed,
+    check_alone,
     numbers,
     percent,
     shift,
@@ -26,6 +29,7 @@ app = typer.Typer()
     epilog="Example: sparsecli bench bench-800m --dtype bfloat16 --against base.json --fail-above 5%"
 )
 def bench(
+    arguments: typer.Context,
     recipe: OptionalRecipe = None,
     overrides: Overrides = None,
     dense: Annotated[bool, typer.Option("--dense", help="Only dense variants.")] = False,
@@ -106,6 +110,17 @@ def bench(
             metavar="FILE", help="Also write the result here: .csv, .md, else JSON.", show_default=False
         ),
     ] = None,
+    html: Html = None,
+    plot: Plot = None,
+    saved: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Show an earlier result (JSON); measure nothing.",
+            show_default=False,
+        ),
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="An earlier result (JSON) to compare with.", show_default=False),
@@ -122,9 +137,21 @@ def bench(
 
     Without a recipe, the models are those of the paper's Table 1 at 800M parameters, with random weights.
     """
+    if saved:
+        check_alone(arguments, "--from", {"saved", "format", "json", "output", "html", "plot"})
     recipe, overrides = shift(recipe, overrides)
     from sparsecli.bench import command
     from sparsecli.recipe.loader import check_unread, load
+
+    reports: dict[str, Any] = {
+        "format": "json" if json else format,
+        "output": output,
+        "html": html,
+        "plot": plot,
+    }
+    if saved:
+        command.show_saved(saved, **reports)
+        return
 
     options = {
         "--backend": ("bench.backends", backend or None),
@@ -151,10 +178,9 @@ def bench(
         names=variant or None,
         over=over,
         disk_folder=disk_folder,
-        format="json" if json else format,
         against=against,
         fail_above=fail_above,
-        output=output,
+        **reports,
         dry_run=dry_run,
         runs=model or [],
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -10,19 +11,24 @@ from sparsecli.cli.options import (
     AsJson,
     DryRun,
     Format,
+    Html,
+    OptionalRecipe,
     Output,
     Overrides,
-    RecipeArgument,
+    Plot,
     Seed,
+    check_alone,
     load_recipe,
 )
+from sparsecli.console import Failure
 
 app = typer.Typer()
 
 
 @app.command("sparsify-convert", epilog="Example: sparsecli sparsify-convert quickstart-convert --dry-run")
 def sparsify_convert(
-    recipe: RecipeArgument,
+    arguments: typer.Context,
+    recipe: OptionalRecipe = None,
     overrides: Overrides = None,
     model: Annotated[
         str | None,
@@ -43,14 +49,35 @@ def sparsify_convert(
     dry_run: DryRun = False,
     format: Annotated[Format, typer.Option(help="Format of the report on stdout.")] = "table",
     json: AsJson = False,
+    html: Html = None,
+    plot: Plot = None,
+    saved: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Show the report.json of an earlier conversion; convert nothing.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Make a dense model cheaper to decode.
 
     The result has quantized weights or sparse feed-forward layers, and the loss in quality is measured. The recipe
     needs a convert block. Without a data block, the text is that of the dense run, else Python's standard library.
     """
-    loaded = load_recipe(recipe, overrides, seed)
+    if saved:
+        check_alone(arguments, "--from", {"saved", "format", "json", "html", "plot"})
+    elif recipe is None:
+        raise Failure("RECIPE: missing; see sparsecli sparsify-convert --help", exit_code=2)
+    reports: dict[str, Any] = {"format": "json" if json else format, "html": html, "plot": plot}
     from sparsecli.convert import command
+
+    if saved:
+        command.show_saved(saved, **reports)
+        return
+    assert recipe is not None
+    loaded = load_recipe(recipe, overrides, seed)
     from sparsecli.recipe.loader import check_unread
 
     check_unread(overrides or (), "sparsify-convert", {"model", "train"})
@@ -60,5 +87,5 @@ def sparsify_convert(
         output=output or loaded.output,
         peers=peer or None,
         dry_run=dry_run,
-        format="json" if json else format,
+        **reports,
     )

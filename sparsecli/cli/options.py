@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sparsecli.console import RecipeError
+from sparsecli.console import Failure, RecipeError
 
 if TYPE_CHECKING:
     from sparsecli.recipe.loader import LoadedRecipe
@@ -54,6 +54,14 @@ AnyModel = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
 Format = Literal["table", "json", "csv", "markdown"]
+Html = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Also write a page for a browser here.", show_default=False),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Also write a figure here: .png, .svg or .pdf.", show_default=False),
+]
 CacheDtype = Literal["float32", "bfloat16", "int8"]
 WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
 AutoDtype = Annotated[
@@ -100,6 +108,17 @@ def numbers(text: str) -> list[int]:
     if min(values) < 1:
         raise typer.BadParameter(f"expected whole numbers above 0 such as 1,2, got {text!r}")
     return values
+
+
+def check_alone(context: typer.Context, option: str, beside: set[str]) -> None:
+    """Raise `Failure` if the command line has parameters that `option` makes useless: all but those `beside` it."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source and source.name == "COMMANDLINE" and parameter.name not in beside:
+            name = parameter.opts[0] if parameter.opts[0].startswith("-") else str(parameter.metavar)
+            raise Failure(
+                f"{option}: shows a saved result and measures nothing; leave out {name}", exit_code=2
+            )
 
 
 def load_recipe(reference: str, overrides: list[str] | None, seed: int | None = None) -> LoadedRecipe:

@@ -12,6 +12,7 @@ import transformers
 from sparsecli import console
 from sparsecli.bench.peers import PEERS
 from sparsecli.console import Failure, RecipeError
+from sparsecli.convert import page
 from sparsecli.convert.candidates import (
     ConversionCandidate,
     ConversionPreview,
@@ -39,6 +40,7 @@ from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.loader import LoadedRecipe, require
 from sparsecli.recipe.schema import ConvertSpec, Recipe
+from sparsecli.report import files
 from sparsecli.spec.model import ModelSpec
 from sparsecli.train import run_directory
 
@@ -53,10 +55,13 @@ def run(
     peers: Sequence[str] | None = None,
     dry_run: bool = False,
     format: str = "table",
+    html: Path | None = None,
+    plot: Path | None = None,
 ) -> Report | None:
     """Convert the dense model and print the report; a dry run prints the plan.
 
-    A stopped conversion resumes. `peers` replace those of the recipe.
+    A stopped conversion resumes. `peers` replace those of the recipe. `html` and `plot` are files for a page and a
+    figure of the report.
 
     Raises:
         RecipeError: the recipe's layers do not fit the dense model.
@@ -65,6 +70,7 @@ def run(
         Mismatch: the budget cannot be met, or the written model differs from the converted one.
         Stopped: after SIGTERM or SIGINT.
     """
+    files.check_reports(html, plot)
     with stop_on_signals():
         plan = _check(loaded, model, output, peers or (), dry_run)
         if dry_run:
@@ -72,7 +78,32 @@ def run(
             return None
         report = _convert(plan)
     report.show(format)
+    _write_reports(report, html, plot)
     return report
+
+
+def show_saved(
+    path: Path, *, format: str = "table", html: Path | None = None, plot: Path | None = None
+) -> Report:
+    """Print the report in `path`, the `report.json` of a conversion, and write it as a page and as a figure.
+
+    Raises:
+        Failure: the file is no such report, or another one cannot be written.
+    """
+    report = Report.read(path)
+    files.check_reports(html, plot)
+    report.show(format)
+    _write_reports(report, html, plot)
+    return report
+
+
+def _write_reports(report: Report, html: Path | None, plot: Path | None) -> None:
+    if html:
+        page.write_html(report, html)
+        console.say(f"wrote {html}")
+    if plot:
+        page.write_figure(report, plot)
+        console.say(f"wrote {plot}")
 
 
 @dataclass(frozen=True)
@@ -138,8 +169,8 @@ def _convert(plan: _Plan) -> Report:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     recipe, convert, source = plan.recipe, plan.convert, plan.source
-    files = source.folder if isinstance(source, OwnModel) else source.path
-    with open_work_folder(plan.output, recipe, fingerprint(files)) as work:
+    weights = source.folder if isinstance(source, OwnModel) else source.path
+    with open_work_folder(plan.output, recipe, fingerprint(weights)) as work:
         keeps_types = rounds(convert, source.spec)
         model_folder(source, plan.folder, keeps_types)
         dense, tokenizer = load_model(

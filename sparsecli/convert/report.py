@@ -1,9 +1,10 @@
-"""The report of a conversion, as JSON, as tables, as Markdown, as CSV and as a picture."""
+"""The report of a conversion, as JSON, as tables, as Markdown and as CSV; `page` has it as a page and a figure."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from sparsecli import console
+from sparsecli.console import Failure
 from sparsecli.evaluate.losses import HeldOutLoss
 from sparsecli.model.card import Card
 from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.loader import dump
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train.recovery import Recovery, Trial
+
+SCHEMA = 3
+LARGEST = 16 << 20
+"""Largest size in bytes of a report that is read."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,10 @@ class Report:
     candidates: list[CandidateSummary] = field(default_factory=list)
     recovery: Recovery | None = None
     """The distillation with its trials."""
+    processor: str = ""
+    """Name and vector instructions of the processor that times were measured on."""
+    command: str = ""
+    """The command line that made it."""
 
     @property
     def result(self) -> MeasuredModel:
@@ -121,9 +131,30 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON data; `schema` changes when a field changes its meaning."""
-        return {"schema": 3, **asdict(self), "verdict": self.verdict}
+        return {"schema": SCHEMA, **asdict(self), "verdict": self.verdict}
 
-    # -- tables and picture ----------------------------------------------------------------------------------
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """The report in a `report.json`. Raises `Failure` if the file is missing or is none of this format."""
+        from pydantic import TypeAdapter
+
+        try:
+            if path.stat().st_size > LARGEST:
+                raise Failure(f"{path}: is larger than {LARGEST >> 20} MiB; is it a report.json?")
+            facts = json.loads(path.read_bytes())
+            if facts.pop("schema") != SCHEMA or facts.pop("verdict") is None:
+                raise ValueError
+            report = TypeAdapter(cls).validate_python(facts)
+            report.result  # noqa: B018  # there must be one
+        except OSError as error:
+            raise Failure(f"{path}: cannot read the report: {error.strerror}") from error
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, StopIteration) as error:
+            raise Failure(
+                f"{path}: not a report of sparsify-convert with schema {SCHEMA}; name the report.json of its --output"
+            ) from error
+        return report
+
+    # -- tables ----------------------------------------------------------------------------------------------
 
     def stage_rows(self) -> list[tuple[str, ...]]:
         """Stage, held-out loss, increase of perplexity over dense, and its standard error."""
@@ -145,6 +176,22 @@ class Report:
             )
             for model in self.models
         ]
+
+    def candidate_rows(self) -> list[tuple[str, ...]]:
+        """Candidate, MB a token, and predicted loss before and after recovery."""
+        return [
+            (
+                each.name,
+                f"{each.bytes_per_token / 1e6:.1f}",
+                f"{each.predicted_increase:+.4f}",
+                f"{each.expected_increase:+.4f}",
+            )
+            for each in self.candidates
+        ]
+
+    def trial_rows(self) -> list[tuple[str, ...]]:
+        """The trials of the distillation."""
+        return [_trial_cells(each) for each in self.recovery.trials] if self.recovery else []
 
     def facts(self) -> list[tuple[str, str]]:
         """The other figures as labels and texts."""
@@ -180,41 +227,10 @@ class Report:
         lines = [f"# {self.source} converted", "", *markdown_table(STAGE_COLUMNS, self.stage_rows()), ""]
         lines += [*markdown_table(MODEL_COLUMNS, self.model_rows()), ""]
         if self.candidates:
-            rows = [
-                (
-                    each.name,
-                    f"{each.bytes_per_token / 1e6:.1f}",
-                    f"{each.predicted_increase:+.4f}",
-                    f"{each.expected_increase:+.4f}",
-                )
-                for each in self.candidates
-            ]
-            lines += [*markdown_table(CANDIDATE_COLUMNS, rows), ""]
-        if self.recovery and self.recovery.trials:
-            lines += [
-                *markdown_table(TRIAL_COLUMNS, [_trial_cells(each) for each in self.recovery.trials]),
-                "",
-            ]
+            lines += [*markdown_table(CANDIDATE_COLUMNS, self.candidate_rows()), ""]
+        if trials := self.trial_rows():
+            lines += [*markdown_table(TRIAL_COLUMNS, trials), ""]
         return "\n".join([*lines, *(f"- {name}: {value}" for name, value in self.facts()), ""])
-
-    def draw(self, path: Path) -> None:
-        """Save a plot of perplexity against time as PNG; lower and further left is better."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for model in self.models:
-            point = model.ms_per_token, model.loss.perplexity_increase * 100
-            error = (model.loss.standard_error or 0) * 100
-            marker = "s" if model.converted else "^" if model.peer else "o"
-            axes.errorbar(*point, yerr=error, fmt=marker, capsize=3)
-            axes.annotate(model.name, point, textcoords="offset points", xytext=(6, 6))
-        axes.set_xlabel("milliseconds per token")
-        axes.set_ylabel("increase of perplexity over dense (%)")
-        axes.set_xlim(0, 1.35 * max(model.ms_per_token for model in self.models))  # room for the names
-        axes.margins(y=0.15)
-        axes.grid(alpha=0.3)
-        figure.savefig(path, format="png")
 
     def show(self, format: str) -> None:
         """Print the report to stdout as table, json, markdown, or csv (the models alone)."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +17,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sparsecli import console
+from sparsecli.bench import host
 from sparsecli.console import Failure, Mismatch
+from sparsecli.convert import page
 from sparsecli.convert.candidates import ConversionCandidate, rounds
 from sparsecli.convert.evaluate import (
     Contender,
@@ -36,6 +40,7 @@ from sparsecli.convert.text import ConversionText, check_text
 from sparsecli.convert.type_search import TypeSearch
 from sparsecli.data.packing import Windows
 from sparsecli.decode.engine import processors
+from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.evaluate.losses import HeldOutLoss, window_losses
 from sparsecli.model.card import license_of
@@ -128,6 +133,8 @@ class Conversion:
             source_weights=self.source_weights,
             candidates=_summarize(candidates),
             recovery=recovery,
+            processor=f"{host.processor()[0]}, {binding.isa()}",
+            command=shlex.join(["sparsecli", *sys.argv[1:]]),
         )
         self._publish(report)
         return report
@@ -406,7 +413,7 @@ class Conversion:
         """Report, picture, facts of the run, and last the recipe, which marks a run."""
         run_directory.replace_text(folder / "report.md", report.markdown())
         run_directory.replace_text(folder / "report.json", json.dumps(report.as_json(), indent=2) + "\n")
-        report.draw(folder / "frontier.png")
+        page.write_figure(report, folder / "frontier.png")
         card_of(report, self.recipe, license_of(self.folder)).write(folder / "model", self.output.name)
         loss = report.result.loss.nats_per_token
         bytes_per_token = self.text.held_out.bytes_per_token(self.text.corpus.tokenizer)

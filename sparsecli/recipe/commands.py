@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsecli import console
 from sparsecli.console import RecipeError
@@ -108,13 +108,18 @@ def check_sizes(study: StudySpec, sizes: Mapping[str, Sizes], file: Path) -> Non
 
 def schema() -> None:
     """Write the JSON schema of a recipe to stdout; editors complete and check recipes with it."""
+    console.json_out({"$schema": "https://json-schema.org/draft/2020-12/schema", **described_schema()})
+
+
+def described_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, with the docstring of each field as its description."""
     document = Recipe.model_json_schema()
     described = {block.__name__: _docstrings(block) for block in _subclasses(Spec)}
     for name, block in {Recipe.__name__: document, **document["$defs"]}.items():
         for key, value in block.get("properties", {}).items():
             if key in described.get(name, {}):
                 value["description"] = described[name][key]
-    console.json_out({"$schema": "https://json-schema.org/draft/2020-12/schema", **document})
+    return document
 
 
 def _docstrings(block: type[Spec]) -> dict[str, str]:

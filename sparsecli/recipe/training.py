@@ -46,6 +46,9 @@ class DistillationSpec(Objective):
     """The teacher: a run or a model folder, with the same vocabulary."""
 
 
+Reporter = Literal["tensorboard", "wandb", "trackio"]
+
+
 class TrainSpec(Spec):
     """Training, with the names of transformers' `TrainingArguments`."""
 
@@ -94,6 +97,8 @@ class TrainSpec(Spec):
     """Steps between checkpoints."""
     save_total_limit: Annotated[Whole, Field(ge=2)] = 2
     """Checkpoints to keep; at least two, so that a damaged one is never the only one."""
+    report_to: list[Reporter] = Field(default=["tensorboard"])
+    """Who else gets the figures of `metrics.jsonl`: `tensorboard` (files in the run), `wandb`, `trackio`."""
     init_from: str | None = None
     """Start from the weights of this run or model folder; the recipe may omit its architecture and tokenizer."""
     distillation: DistillationSpec | None = None

@@ -26,9 +26,10 @@ MOST_LAYERS = 2**10
 DEEP, WIDE, MANY = _at_most(MOST_LAYERS), _at_most(2**20), _at_most(2**24)
 """Limits of layers and what else is gone through one by one; of vectors and the parts that they are cut into; of the
 rows of matrices that have many."""
-Whole = Annotated[int, _at_most(2**31 - 1)]
-Size = Annotated[Whole, Field(gt=0)]
-Count = Annotated[Whole, Field(ge=0)]
+LARGE = _at_most(2**31 - 1)
+Whole = Annotated[int, LARGE]
+Size = Annotated[int, Field(gt=0), LARGE]  # in this order, so that the JSON schema has the bound
+Count = Annotated[int, Field(ge=0), LARGE]
 Depth = Annotated[int, Field(gt=0), DEEP]
 Width = Annotated[int, Field(gt=0), WIDE]
 Units = Annotated[int, Field(gt=0), MANY]

@@ -21,6 +21,7 @@ from sparsecli.study.result import StudyResult, make_result
 from sparsecli.study.training import HINT, StudyTrainer, Trained
 from sparsecli.train import run_directory
 from sparsecli.train.command import check_resume, check_vocabulary_size
+from sparsecli.train.plan import check_reporters
 
 BENCH = "bench.json"
 """File of a study: the measurement of decoding, as `bench` writes it."""
@@ -50,6 +51,7 @@ def run(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise Failure("a study trains in one process; leave out torchrun", exit_code=2)
     plan = make_plan(loaded, output)
+    check_reporters(plan.train)
     check_measurable(loaded, {variant.name: variant.model for variant in plan.variants})
     _claim(output)
     if dry_run:

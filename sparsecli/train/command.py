@@ -28,7 +28,7 @@ from sparsecli.recipe.training import TrainSpec
 from sparsecli.train import run_directory
 from sparsecli.train.checkpoint import newest_sound
 from sparsecli.train.distillation import DistillationTrainer, Teacher, check_vocabulary
-from sparsecli.train.plan import judge_of, longest_example, print_plan, resolved
+from sparsecli.train.plan import check_reporters, judge_of, longest_example, print_plan, resolved
 from sparsecli.train.profile import profiled
 from sparsecli.train.result import Result, card_of, known_result, print_result, print_samples
 from sparsecli.train.samples import Samples
@@ -63,6 +63,7 @@ def run(
     assert recipe.data
     assert recipe.train
     check_resume(resume)
+    check_reporters(recipe.train)
     first = first_process()
     if first:
         hint = "resume with --resume auto, or choose another --output"
@@ -210,7 +211,14 @@ def _train(
     samples = _samples(recipe, prepared, output) if first else None
     trainer = _trainer(recipe, prepared, arguments, output, model, samples, signals)
     with profiled(trainer, model) if profile and first else nullcontext():
-        journal = run_steps(trainer, output, checkpoint, description="training", hint=hint)
+        journal = run_steps(
+            trainer,
+            output,
+            checkpoint,
+            description="training",
+            hint=hint,
+            tensorboard="tensorboard" in recipe.train.report_to,
+        )
     _save_model(trainer, output, first)
     row = journal.held_out_at(recipe.train.max_steps) if journal else None
     if (

@@ -44,11 +44,11 @@ class Journal(TrainerCallback):
     A resumed run deletes the rows after its checkpoint, so that every step has one row.
     """
 
-    def __init__(self, output: Path, start_step: int, progress: Progress) -> None:
+    def __init__(self, output: Path, start_step: int, progress: Progress, tensorboard: bool = True) -> None:
         self.output, self.progress = output, progress
         self.rows = read_metrics(output, start_step)
         replace_text(output / METRICS, "".join(f"{json.dumps(row)}\n" for row in self.rows))
-        self.board = Board(output / "tensorboard", start_step + 1)
+        self.board = Board(output / "tensorboard", start_step + 1) if tensorboard else None
         self.seconds = self.step_start = 0.0  # spent in training steps, without evaluation and saving
         self.shown: dict[str, float] = {}
         self.tokens_start = self.tokens_logged = self.seconds_logged = 0.0
@@ -141,7 +141,8 @@ class Journal(TrainerCallback):
         self.rows.append(row)
         with (self.output / METRICS).open("a") as file:
             file.write(f"{json.dumps(row)}\n")
-        self.board.write({name: value for name, value in row.items() if name != "step"}, row["step"])
+        if self.board:
+            self.board.write({name: value for name, value in row.items() if name != "step"}, row["step"])
 
 
 class Board:

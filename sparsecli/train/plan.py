@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, SavedTokenizer
 from sparsecli.recipe.loader import LoadedRecipe, complete, require, shipped
 from sparsecli.recipe.schema import Recipe
+from sparsecli.recipe.training import TrainSpec
 from sparsecli.train import run_directory
 from sparsecli.train.distillation import check_teacher
 from sparsecli.train.samples import SAMPLES
@@ -59,6 +61,15 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
     return recipe
 
 
+def check_reporters(train: TrainSpec) -> None:
+    """Raise Failure if the package of a `train.report_to` is not installed."""
+    for name in train.report_to:
+        if find_spec(name) is None:
+            raise Failure(
+                f"train.report_to: {name} is not installed; pip install {name}, or leave it out of the list"
+            )
+
+
 def print_plan(recipe: Recipe, output: Path) -> None:
     """Print the plan of a run, from the recipe alone."""
     assert recipe.model
@@ -71,6 +82,8 @@ def print_plan(recipe: Recipe, output: Path) -> None:
     copies = 4 if train.optim == "adamw_torch" else 3  # weights, gradients, the optimizer's averages
     logits = 3 * batch * recipe.model.vocabulary.size  # the logits, their softmax and their gradient
     written: tuple[str, ...] = (RECIPE, run_directory.FACTS, run_directory.METRICS, "loss.png")
+    if "tensorboard" in train.report_to:
+        written = (*written, "tensorboard/")
     at_most = "at most " if recipe.data.pair_lengths else ""
     if judge_of(recipe):
         written = (*written, SAMPLES)
@@ -84,7 +97,7 @@ def print_plan(recipe: Recipe, output: Path) -> None:
         ("logits of a batch", f"about {logits * 4 / 2**20:,.0f} MiB"),
         ("steps", f"{train.max_steps:,}"),
         ("tokens", f"{at_most}{train.max_steps * step:,}, {step:,} per step and process"),
-        ("files", f"{', '.join(written)}, tensorboard/, checkpoints/, model/ in {output}"),
+        ("files", f"{', '.join(written)}, checkpoints/, model/ in {output}"),
     ]
     print_table(["plan", ""], rows)
 

@@ -28,7 +28,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 FREE = {
     *("train.per_device_eval_batch_size", "train.logging_steps", "train.eval_steps", "train.eval_samples"),
-    *("train.save_steps", "train.save_total_limit"),
+    *("train.save_steps", "train.save_total_limit", "train.report_to"),
 }
 """Keys of a recipe that do not affect any training step."""
 

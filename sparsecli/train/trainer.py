@@ -49,7 +49,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """A recipe's `train` block as transformers' `TrainingArguments`, whose names are nearly the same."""
     ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit", "gradient_checkpointing"}
-    ours |= {"init_from", "distillation", "bf16", "optim", "eval_samples"}
+    ours |= {"init_from", "distillation", "bf16", "optim", "eval_samples", "report_to"}
     schedule: dict[str, Any] = {"lr_scheduler_type": train.lr_scheduler_type}
     if train.lr_scheduler_type == "cosine":
         schedule = {
@@ -77,7 +77,9 @@ def training_arguments(
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=[],
+        report_to=[name for name in train.report_to if name != "tensorboard"],  # that is the journal's own
+        run_name=checkpoints.parent.name,
+        project="sparsecli",
     )
 
 
@@ -363,9 +365,16 @@ class _StopAtSignal(TrainerCallback):
 
 
 def run_steps(
-    trainer: LanguageModelTrainer, output: Path, checkpoint: Path | None, *, description: str, hint: str
+    trainer: LanguageModelTrainer,
+    output: Path,
+    checkpoint: Path | None,
+    *,
+    description: str,
+    hint: str,
+    tensorboard: bool = True,
 ) -> Journal | None:
-    """Run `trainer` to its last step, from `checkpoint` if given, with a journal in `output`.
+    """Run `trainer` to its last step, from `checkpoint` if given, with a journal in `output`,
+    which has a folder for TensorBoard if `tensorboard`.
 
     Returns the journal, in the first process. Raises `Stopped`, whose message ends with `hint`, after SIGTERM or
     SIGINT before the last step. A later signal has no effect.
@@ -373,7 +382,7 @@ def run_steps(
     start_step, steps = step_of(checkpoint) if checkpoint else 0, trainer.args.max_steps
     with trainer.signals as signals, progress(description, steps) as bar:
         bar.advance(start_step)
-        journal = Journal(output, start_step, bar) if first_process() else None
+        journal = Journal(output, start_step, bar, tensorboard) if first_process() else None
         if journal:
             trainer.add_callback(journal)
             shutil.rmtree(trainer.checkpoints / UNFINISHED, ignore_errors=True)
