@@ -59,13 +59,17 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: ScalingTransformerConfig) -> None:
-        """Raises Failure: a version of transformers that was never tried."""
+        """Raises Failure: the installed transformers is too old."""
         check_transformers(transformers.__version__)
         super().__init__(config)
         # Reversible layers store no activations, and have no forward that could be wrapped or checkpointed.
         self.supports_gradient_checkpointing = config.residual != "reversible"
         names = ["DecoderLayer", "EncoderLayer"] if config.encoder else ["DecoderLayer"]
         self._no_split_modules = names if self.supports_gradient_checkpointing else []
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: transformers would copy the package's own files into every folder that is saved."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
