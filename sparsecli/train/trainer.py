@@ -332,6 +332,17 @@ class LanguageModelTrainer(Trainer):
     def _add_up(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As the Trainer, without a second copy of tied weights, which gathered shards have."""
+        assert isinstance(self.model, PreTrainedModel)
+        if state_dict is not None and self.model.config.tie_word_embeddings:
+            state_dict = {
+                name: tensor
+                for name, tensor in state_dict.items()
+                if name not in self.model._tied_weights_keys
+            }
+        super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As the Trainer, but with FSDP the files of a single process."""
         if not self.is_fsdp_enabled:
