@@ -4,13 +4,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow quality ops ops-perf ops-arm sanitize lint types docs docs-serve check bench clean
+.PHONY: setup demo test test-slow test-oldest test-newest quality ops ops-perf ops-arm sanitize lint types docs docs-serve check bench clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(READY)
 
 demo: $(READY)  ## train a sparse model on real code, let it write, time it against dense ones
@@ -23,6 +23,24 @@ test: $(READY)  ## the default test suite: offline, a few minutes
 
 test-slow: $(READY)  ## the long tests: every shipped recipe trained and measured
 	$(BIN)/python -m pytest -m slow
+
+# Models and training with the oldest and the newest libraries that pyproject.toml allows, each in an environment of its
+# own, on the engine of this one. TORCH replaces PyTorch's version: `make test-oldest TORCH=torch==2.13.0`.
+VERSIONED := tests/test_model.py tests/test_encoder_decoder.py tests/test_trainers.py tests/test_transformers.py tests/test_resume.py
+TORCH ?= $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/torch==\1/p' pyproject.toml)
+
+test-oldest: $(READY)  ## the oldest allowed versions of everything
+	@mkdir -p build
+	$(BIN)/python -c "import tomllib; print(*(name.replace('>=', '==') for name in tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] if not name.startswith('torch')), sep='\n')" > build/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet "$(TORCH)" --requirement build/oldest.txt pytest hypothesis pytest-xdist
+	.venv-oldest/bin/python -m pytest --numprocesses 2 --dist worksteal $(VERSIONED)
+
+test-newest: $(READY)  ## the newest versions of the libraries; PyTorch's default build brings CUDA
+	$(PYTHON) -m venv .venv-newest
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > build/newest.txt
+	.venv-newest/bin/pip install --quiet --upgrade --requirement build/newest.txt pytest hypothesis pytest-xdist
+	.venv-newest/bin/python -m pytest --numprocesses 2 --dist worksteal $(VERSIONED)
 
 quality: $(READY)  ## quickstart, its dense twin and the dense twin with a convolution, three seeds each
 	$(BIN)/python -m pytest -m slow tests/test_quality.py
@@ -98,4 +116,4 @@ bench: $(READY)
 	$(BIN)/sparsecli bench --dense --sparse
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -101,6 +101,11 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def processes() -> int:
+    """Processes of `torchrun`; one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def say(text: str, style: str | None = None) -> None:
     """Write a message to stderr, in the first process only."""
     if first_process():

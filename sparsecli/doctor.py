@@ -17,7 +17,7 @@ from sparsecli.bench import host
 from sparsecli.bench.figures import LEAST_SHARE
 from sparsecli.decode.engine import processors
 from sparsecli.decode.native import binding
-from sparsecli.model.versions import never_tried
+from sparsecli.model.versions import too_old
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "accelerate")
 
@@ -150,7 +150,7 @@ def _note(package: str, found: str | None) -> str:
     """What to do about a package, such as its installation; empty if nothing."""
     if found is None:
         return f"pip install {package}"
-    return (package == "transformers" and never_tried(found)) or ""
+    return (package == "transformers" and too_old(found)) or ""
 
 
 def _version(package: str) -> str | None:

@@ -549,10 +549,49 @@ def test_stages_of_a_distillation_depend_on_the_number_of_steps() -> None:
     assert TrainSpec(**fields, distillation=distillation).bound_to_max_steps == "the number of chosen units"
 
 
-def test_another_number_of_processes_cannot_resume(stopped_run: Path, tiny: LoadedRecipe) -> None:
+def test_another_number_of_examples_in_a_step_cannot_resume(
+    stopped_run: Path, recipe_file: Path, tiny: LoadedRecipe
+) -> None:
     facts = run_directory.read_facts(stopped_run)
     run_directory.write_facts(stopped_run, {**facts, "processes": 2})
-    with pytest.raises(Failure, match=r"with another number of processes \(2 then, 1 now\)"):
+    expected = (
+        "cannot be resumed with another number of examples in a step: 16 then (4 x 2 x 2 processes), "
+        "8 now (4 x 2 x 1 processes); change train.per_device_train_batch_size or "
+        "train.gradient_accumulation_steps (train.per_device_train_batch_size=8 gives as many)"
+    )
+    with pytest.raises(Failure, match=re.escape(expected)):
+        run(tiny, output=stopped_run, resume="auto")
+    run_directory.write_facts(stopped_run, facts)
+    other = load(str(recipe_file), ["train.gradient_accumulation_steps=3"])
+    with pytest.raises(
+        Failure, match=re.escape("8 then (4 x 2 x 1 processes), 12 now (4 x 3 x 1 processes)")
+    ):
+        run(other, output=stopped_run, resume="auto")
+
+
+def test_a_step_of_equally_many_examples_resumes(recipe_file: Path, tmp_path: Path) -> None:
+    """The same steps, however batches share the examples, also beyond the end of an epoch."""
+    still = ["model.dropout=0", "model.feed_forward.hard_fraction=1", "model.feed_forward.temperature=0"]
+    stop, whole, halves = tmp_path / "stop", ["train.per_device_train_batch_size=8"], tmp_path / "halves"
+    run(load(str(recipe_file), still), output=halves)
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 5, send(signal.SIGTERM))
+        with pytest.raises(Stopped):
+            run(load(str(recipe_file), still), output=stop)
+    run(
+        load(str(recipe_file), [*still, *whole, "train.gradient_accumulation_steps=1"]),
+        output=stop,
+        resume="auto",
+    )
+    losses = [
+        [row["loss"] for row in run_directory.read_metrics(run) if "loss" in row] for run in (stop, halves)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_checkpoints_of_deepspeed_are_told_from_others(stopped_run: Path, tiny: LoadedRecipe) -> None:
+    (stopped_run / "checkpoints" / "checkpoint-9" / "latest").write_text("global_step9")
+    with pytest.raises(Failure, match="checkpoint-9: a checkpoint of DeepSpeed cannot be read by others"):
         run(tiny, output=stopped_run, resume="auto")
 
 

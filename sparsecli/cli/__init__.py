@@ -18,6 +18,7 @@ from sparsecli.cli import (
     generate,
     import_,
     pack,
+    push,
     recipes,
     serve,
     train,
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, convert, generate, serve, evaluate, import_, export, pack, bench, doctor):
+for command in (train, convert, generate, serve, evaluate, import_, export, push, pack, bench, doctor):
     app.add_typer(command.app)
 app.add_typer(recipes.app, name="recipes")
 

@@ -17,10 +17,12 @@ class SimilarLengths(Sampler[int]):
     Args:
         lengths: lengths of the examples, (n,).
         batch_size: consecutive indices that become one batch.
+        count: indices in an epoch, fewer than all; the others are random.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, count: int | None = None) -> None:
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.count = len(lengths) if count is None else count
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -28,11 +30,11 @@ class SimilarLengths(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.count
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(len(self.lengths))
+        order = random.permutation(len(self.lengths))[: self.count]
         pool = POOL * self.batch_size
         for start in range(0, len(order), pool):
             chosen = order[start : start + pool]

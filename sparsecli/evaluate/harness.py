@@ -69,7 +69,9 @@ class HarnessModel(TemplateLM):
             description = read_description(folder)
             if description.spec.encoder:
                 raise Failure(f"{model}: has an encoder; the harness scores running text")
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False
+            )
             self._texts = read_tokenizer(folder, description.spec.vocabulary.size)
             self.engine: Engine = open_engine(folder, description, options)
             self._open = stack.pop_all()  # an import lies in a temporary folder

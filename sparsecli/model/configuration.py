@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from sparsecli.model.files import ENCODER_DECODER_TYPE, MODEL_TYPE, TERRAFORMER_TYPE, model_type
+from sparsecli.model.remote_code import auto_map, write_remote_code
 from sparsecli.spec.model import DEFAULT, ModelSpec
 from sparsecli.spec.vocabulary import END, PADDING, START
 
@@ -30,6 +33,12 @@ class ScalingTransformerConfig(PreTrainedConfig):
         "num_attention_heads": "heads",
         "max_position_embeddings": "max_positions",
     }
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "ScalingTransformerConfig",
+        "AutoModel": "ScalingTransformerModel",
+        "AutoModelForCausalLM": "ScalingTransformerForCausalLM",
+    }
+    """Our classes by the Auto classes of transformers that load them."""
 
     d_model: int = DEFAULT.d_model
     layers: int = DEFAULT.layers
@@ -76,6 +85,17 @@ class ScalingTransformerConfig(PreTrainedConfig):
                 setattr(self, block, getattr(DEFAULT, block).model_dump())
         self.tie_word_embeddings = bool((self.vocabulary or {}).get("tied", False))
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Write config.json, and the file with which transformers loads the model where sparsecli is not imported."""
+        self.auto_map = auto_map(self.auto_classes)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_remote_code(Path(save_directory), self.auto_classes)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would copy the package's own files into every folder that is saved."""
 
     def validate_architecture(self) -> None:
         """Part of transformers' validation."""
@@ -125,6 +145,11 @@ class ScalingTransformerEncoderDecoderConfig(ScalingTransformerConfig):
     """
 
     model_type = ENCODER_DECODER_TYPE
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "ScalingTransformerEncoderDecoderConfig",
+        "AutoModel": "ScalingTransformerEncoderDecoderModel",
+        "AutoModelForSeq2SeqLM": "ScalingTransformerForConditionalGeneration",
+    }
 
     is_encoder_decoder: bool = True
     pad_token_id: int | None = PADDING
@@ -148,6 +173,11 @@ class TerraformerConfig(ScalingTransformerEncoderDecoderConfig):
     """Reversible layers, and an encoder's output as a prefix of the target (Terraformer)."""
 
     model_type = TERRAFORMER_TYPE
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "TerraformerConfig",
+        "AutoModel": "TerraformerModel",
+        "AutoModelForSeq2SeqLM": "TerraformerForConditionalGeneration",
+    }
 
     residual: str = "reversible"
     attention_layers: int = 2

@@ -59,13 +59,17 @@ class ScalingTransformerPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: ScalingTransformerConfig) -> None:
-        """Raises Failure: a version of transformers that was never tried."""
+        """Raises Failure: the installed transformers is too old."""
         check_transformers(transformers.__version__)
         super().__init__(config)
         # Reversible layers store no activations, and have no forward that could be wrapped or checkpointed.
         self.supports_gradient_checkpointing = config.residual != "reversible"
         names = ["DecoderLayer", "EncoderLayer"] if config.encoder else ["DecoderLayer"]
         self._no_split_modules = names if self.supports_gradient_checkpointing else []
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: transformers would copy the package's own files into every folder that is saved."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -305,6 +309,11 @@ def count_positions(valid: Tensor | None, past_length: int, new: int, device: to
     return (valid.long().cumsum(-1) - 1).clamp(min=0)[:, past_length:]
 
 
+def _has_adapter(module: nn.Module) -> bool:
+    """Whether peft has wrapped a module, for an update of low rank or for a copy that trains."""
+    return hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
+
+
 def build_head(spec: ModelSpec) -> nn.Module:
     """The logits: dense (optionally tied to the embedding) or multiplicative (the paper's sparse loss layer)."""
     vocabulary = spec.vocabulary
@@ -339,8 +348,35 @@ class LanguageModel(ScalingTransformerPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.head = value
 
+    def untie(self) -> None:
+        """Give the head weights of its own, a copy of the embedding's. Models whose head is not tied stay as they are.
+
+        Raises:
+            ValueError: the embedding keeps the codes of a GGUF file.
+        """
+        if not self.config.tie_word_embeddings:
+            return
+        if not isinstance(self.head, nn.Linear):
+            raise ValueError(
+                "the embedding keeps the codes of a GGUF file; import it with --dtype float32 to untie it"
+            )
+        self.head.weight = nn.Parameter(self.model.embedding.weight.detach().clone())
+        self.config.vocabulary = {**self.config.spec.vocabulary.model_dump(), "tied": False}
+        self.config.tie_word_embeddings = False
+
     def logits(self, x: Tensor, keep: int | Tensor) -> Tensor:
-        """Logits (B, kept, V) of x (B, T, d): of so many last positions (0: all), or of those that a tensor names."""
+        """Logits (B, kept, V) of x (B, T, d): of so many last positions (0: all), or of those that a tensor names.
+
+        Raises:
+            ValueError: the head is tied to the embedding, and one of them has an adapter.
+        """
+        if self.config.tie_word_embeddings and (
+            _has_adapter(self.head) or _has_adapter(self.model.embedding)
+        ):
+            raise ValueError(
+                "an adapter of the embedding or the head would change both when it is merged, since they are tied; "
+                "call untie() on the model before, or leave `embedding` and `head` out of the adapter's targets"
+            )
         return self.scaled_logits(self.head(x[:, slice(-keep, None) if isinstance(keep, int) else keep]))
 
     def scaled_logits(self, logits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 
-from sparsecli.console import Failure, RecipeError, first_process, say
+from sparsecli.console import Failure, RecipeError, first_process, processes, say
 from sparsecli.data.examples import Prepared
 from sparsecli.data.preparation import prepare
 from sparsecli.model.auto import Network, build_network
@@ -32,6 +32,7 @@ from sparsecli.train.plan import check_reporters, judge_of, longest_example, pri
 from sparsecli.train.profile import profiled
 from sparsecli.train.result import Result, card_of, known_result, print_result, print_samples
 from sparsecli.train.samples import Samples
+from sparsecli.train.sharding import is_of_deepspeed, uses_deepspeed, uses_fsdp
 from sparsecli.train.threads import choose_threads
 from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
 
@@ -64,6 +65,7 @@ def run(
     assert recipe.train
     check_resume(resume)
     check_reporters(recipe.train)
+    _check_sharded(recipe)
     first = first_process()
     if first:
         hint = "resume with --resume auto, or choose another --output"
@@ -103,6 +105,20 @@ def run(
         if result.rouge:
             print_samples(output)
     return result
+
+
+def _check_sharded(recipe: Recipe) -> None:
+    """Raise Failure for what a model that is sharded over processes cannot do."""
+    assert recipe.train
+    if not (uses_fsdp() or uses_deepspeed()):
+        return
+    if recipe.train.distillation:
+        raise Failure("train.distillation: works with torchrun, not with FSDP or DeepSpeed")
+    if judge_of(recipe):
+        raise Failure(
+            "train.eval_samples: the first process generates the samples alone, which it cannot with FSDP or "
+            "DeepSpeed; set it to 0, or use torchrun"
+        )
 
 
 def check_resume(resume: str | None) -> None:
@@ -243,21 +259,33 @@ def _check_resumable(
     output: Path,
     checkpoint: Path | None,
 ) -> None:
-    """Raise Failure if the run in `output` was started with another text or another number of processes."""
+    """Raise Failure if the run in `output` was started with another text, or DeepSpeed cannot use its checkpoint."""
     if facts.get("corpus", prepared.fingerprint) != prepared.fingerprint:
         raise Failure(f"{output}: the text or its tokenizer has changed since this run was started")
-    if checkpoint and facts.get("processes", arguments.world_size) != arguments.world_size:
+    if checkpoint is None:
+        return
+    if is_of_deepspeed(checkpoint) != uses_deepspeed():
+        wrote, reads = ("DeepSpeed", "others") if is_of_deepspeed(checkpoint) else ("others", "DeepSpeed")
         raise Failure(
-            f"{output}: cannot be resumed with another number of processes ({facts['processes']} then, "
-            f"{arguments.world_size} now): batches, their order and random numbers depend on it; use the same number"
+            f"{checkpoint}: a checkpoint of {wrote} cannot be read by {reads}; resume as the run was started"
         )
+    then, now = facts.get("processes", arguments.world_size), arguments.world_size
+    if then == now:
+        return
+    if uses_deepspeed():
+        raise Failure(
+            f"{checkpoint}: holds DeepSpeed's shards of {then} processes, not of {now}; use the same number"
+        )
+    say(
+        f"{now} processes instead of {then}: the same batches, but other random numbers for dropout and noise"
+    )
 
 
 def _check_batch(recipe: Recipe, prepared: Prepared) -> None:
     """Raise Failure if the training examples do not fill a batch."""
     assert recipe.data
     assert recipe.train
-    batch = recipe.train.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    batch = recipe.train.per_device_train_batch_size * processes()
     if len(prepared.train) < batch:
         pairs = recipe.data.pair_lengths
         what = "training pairs" if pairs else f"training windows of {longest_example(recipe.data)[0]} tokens"

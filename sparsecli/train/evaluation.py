@@ -56,7 +56,8 @@ def evaluate(
     """Evaluate `model` as it decodes: in eval mode, with the argmax units.
 
     No random number is drawn. With several processes, each takes every `ranks`-th batch, and `add_up` sums a
-    tensor over the processes. Returns None if `stopped` becomes true before the end.
+    tensor over the processes. All of them run the model equally often, as sharded models need: one that has no batch
+    left repeats the first, which does not count. Returns None if `stopped` becomes true before the end.
     """
     was_training = model.training
     model.eval()
@@ -68,16 +69,19 @@ def evaluate(
             choices = [_Choices(name, layer) for name, layer in named if isinstance(layer, kinds)]
             for counter in choices:
                 stack.enter_context(counter)
-            for start in range(rank * batch_size, len(examples), ranks * batch_size):
+            for start in range(0, len(examples), ranks * batch_size):
                 if stopped():
                     return None
-                indices = range(start, min(start + batch_size, len(examples)))
+                counts = start + rank * batch_size < len(examples)
+                first = start + rank * batch_size if counts else 0
+                indices = range(first, min(first + batch_size, len(examples)))
                 batch = examples.collate([examples[index] for index in indices])
-                predicted = examples.predicted(batch)
+                predicted = examples.predicted(batch) if counts else 0
                 batch = {name: values.to(model.device) for name, values in batch.items()}
                 of_decoder, of_encoder = _read(model, batch)
                 for counter in choices:
-                    counter.expect(of_encoder if counter.of_encoder else of_decoder)
+                    read = of_encoder if counter.of_encoder else of_decoder
+                    counter.expect(read & counts)
                 output = model(**batch, use_cache=False)
                 means = [output.loss.double().item(), 1.0, 0.0]
                 if teacher:

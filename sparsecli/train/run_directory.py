@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsecli.console import Failure, warn
+from sparsecli.console import Failure, processes, warn
 from sparsecli.data.cache import why_unwritten
 from sparsecli.model.files import RECIPE, read_json
 from sparsecli.recipe.loader import load
@@ -26,6 +27,8 @@ from sparsecli.train.checkpoint import newest_sound
 FACTS = "run.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+"""Keys of a recipe whose product, times the number of processes, is the number of examples in a step."""
 FREE = {
     *("train.per_device_eval_batch_size", "train.logging_steps", "train.eval_steps", "train.eval_samples"),
     *("train.save_steps", "train.save_total_limit", "train.report_to"),
@@ -116,14 +119,37 @@ def _compare(stored: Path, recipe: Recipe) -> None:
         why = recipe.train.bound_to_max_steps or ""
         if longer and not why:
             del found["train.max_steps"]
-    differ = [f"{key} ({then} then, {now} now)" for key, (then, now) in found.items()]
+    differ = [f"{key} ({then} then, {now} now)" for key, (then, now) in found.items() if key not in BATCH]
     if why:
-        differ[list(found).index("train.max_steps")] += f", which determines {why} of every step"
+        index = next(index for index, key in enumerate(differ) if key.startswith("train.max_steps "))
+        differ[index] += f", which determines {why} of every step"
     if differ:
         raise Failure(
             f"{stored.parent}: cannot be resumed with another recipe: {', '.join(differ)}; "
             f"resume with {stored}, or choose another --output"
         )
+    _compare_batches(stored, earlier, recipe)
+
+
+def _compare_batches(stored: Path, earlier: Recipe, recipe: Recipe) -> None:
+    """Raise `Failure` unless a step has as many examples as before, however processes and batches share them."""
+    assert earlier.train
+    assert recipe.train
+    before = read_facts(stored.parent).get("processes", processes())
+    sizes = [
+        (train.per_device_train_batch_size, train.gradient_accumulation_steps, count)
+        for train, count in ((earlier.train, before), (recipe.train, processes()))
+    ]
+    then, now = map(math.prod, sizes)
+    if then == now:
+        return
+    each, rest = divmod(then, now // recipe.train.per_device_train_batch_size)
+    advice = "" if rest or not each else f" (train.per_device_train_batch_size={each} gives as many)"
+    written = [f"{batch} x {steps} x {count} processes" for batch, steps, count in sizes]
+    raise Failure(
+        f"{stored.parent}: cannot be resumed with another number of examples in a step: {then} then ({written[0]}), "
+        f"{now} now ({written[1]}); change {' or '.join(BATCH)}{advice}"
+    )
 
 
 def differences(one: Spec, other: Spec, include: dict[str, Any] | None = None) -> list[tuple[str, str, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -25,7 +25,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from sparsecli.console import Stopped, first_process, progress, say
 from sparsecli.data.examples import Examples, PairExamples
@@ -37,6 +37,13 @@ from sparsecli.train.checkpoint import prune, seal, step_of
 from sparsecli.train.evaluation import HeldOut, TeacherModel, evaluate
 from sparsecli.train.journal import Journal
 from sparsecli.train.samples import Samples
+from sparsecli.train.sharding import (
+    prepare_fsdp,
+    set_whole_optimizer_state,
+    uses_deepspeed,
+    uses_fsdp,
+    whole_optimizer_state,
+)
 
 UNFINISHED = ".unfinished"
 """Folder under `checkpoints/` in which a checkpoint is written before it is renamed."""
@@ -69,8 +76,11 @@ def training_arguments(
         data_seed=seed,
         # A stage in which every unit is active does not use the controllers.
         ddp_find_unused_parameters=train.distillation is not None,
+        ddp_backend="gloo" if uses_deepspeed() and not torch.accelerator.is_available() else None,
         ddp_timeout=24 * 3600,  # seconds; the other processes wait while the first one prepares the text
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=not (
+            torch.accelerator.is_available() or uses_deepspeed()
+        ),  # the latter finds its device itself
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         include_num_input_tokens_seen="all",
@@ -184,6 +194,13 @@ class LanguageModelTrainer(Trainer):
         self.add_callback(OrderOfEpoch())
         self.add_callback(_StepsOfRecipe())
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer, with FSDP on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        if uses_fsdp():
+            prepare_fsdp(self.accelerator)
+            self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
     def compute_loss_context_manager(self) -> Any:
         """The autocast context of training and evaluation."""
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16)
@@ -234,10 +251,19 @@ class LanguageModelTrainer(Trainer):
         self.logged_step, self.sums = saved.get("logged_step", step_of(checkpoint)), saved.get("sums", {})
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
-        lengths = self.examples.lengths()
+        # By the batch of a whole step, which several processes share: their number changes no step, and no step at the
+        # end of an epoch is smaller than others.
+        lengths, step = self.examples.lengths(), self.step_size
+        whole = len(self.examples) // step * step or len(self.examples)
         if lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        return SimilarLengths(lengths, self.args.train_batch_size, self.args.seed)
+            return RandomSampler(self.examples, num_samples=whole)
+        return SimilarLengths(lengths, step, self.args.seed, whole)
+
+    @property
+    def step_size(self) -> int:
+        """Examples of an optimizer step."""
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of all matrices except embeddings, controllers and routers."""
@@ -307,6 +333,40 @@ class LanguageModelTrainer(Trainer):
 
     def _add_up(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As the Trainer, without a second copy of tied weights, which gathered shards have."""
+        assert isinstance(self.model, PreTrainedModel)
+        if state_dict is not None and self.model.config.tie_word_embeddings:
+            state_dict = {
+                name: tensor
+                for name, tensor in state_dict.items()
+                if name not in self.model._tied_weights_keys
+            }
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer, but with FSDP the files of a single process."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        whole = whole_optimizer_state(self.model_wrapped, self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(whole, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        whole = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+        set_whole_optimizer_state(self.model_wrapped, self.optimizer.optimizer, whole)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing with FSDP: the weights were loaded before they were sharded."""
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         unfinished = self.checkpoints / UNFINISHED
