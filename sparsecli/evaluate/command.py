@@ -30,7 +30,7 @@ from sparsecli.generate.torch_decoder import TorchDecoder
 from sparsecli.interchange.model_folder import model_folder
 from sparsecli.model.files import PACKED, Description, read_description, recipe_of
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
-from sparsecli.recipe.data import CopyTask
+from sparsecli.recipe.data import CopyTask, ImagesSpec
 from sparsecli.recipe.loader import LoadedRecipe, load
 
 DEFAULT_WINDOW = 512
@@ -154,7 +154,7 @@ def _documents(
     data = recipe.recipe.data
     label = f"held-out text of {recipe.path if loaded is None else recipe.name}"
     documents = held_out_documents(data, label)
-    return documents, label, None if isinstance(data, CopyTask) else data.held_out_tokens
+    return documents, label, None if isinstance(data, CopyTask | ImagesSpec) else data.held_out_tokens
 
 
 # -- losses --------------------------------------------------------------------------------------------------
