@@ -34,8 +34,8 @@ from sparsecli.model.layers.lsh import LshAttention
 from sparsecli.model.layers.shared_query_key import unit_keys
 from sparsecli.model.loading import load_network, load_tokenizer, read_config
 from sparsecli.recipe.loader import load
-from sparsecli.spec.model import ModelSpec
 from sparsecli.spec.attention import LshSpec
+from sparsecli.spec.model import ModelSpec
 
 WIDTH = 64
 
