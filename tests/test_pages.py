@@ -105,7 +105,8 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
                 trained(Path(word).name)
         if "--text" in words:
             Path(words[words.index("--text") + 1]).write_text("def add(a, b):\n    return a + b\n" * 99)
-        words += ["--tokens", "512"]
+        if not any("vision" in word for word in words):
+            words += ["--tokens", "512"]
     elif words[0] == "bench":
         for file in (word for word in words if word.endswith(".gguf")):
             if reason := binding.available():
@@ -113,7 +114,9 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
             pytest.importorskip("gguf")
             small = build("llama", **LLAMA | {"intermediate_size": 64, "max_position_embeddings": 512})
             write_gguf(small, save(small, Path(fresh("theirs"))), Path(file), quantized="Q4_0")
-        if "--model" in words:
+        if any("vision" in word for word in words):
+            words += [] if "--dry-run" in words else ["--rounds", "1", "--tokens", "1"]
+        elif "--model" in words:
             words += ["--rounds", "1", "--tokens", "1", "--context", "4"]
         elif "--dry-run" not in words:
             words += SHORT_BENCH
