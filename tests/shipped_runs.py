@@ -16,7 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsecli import cli
 from sparsecli.data import corpus
+from sparsecli.recipe.data import ImagesSpec
 from sparsecli.recipe.loader import load
+from sparsecli.spec.vision import VisionSpec
 
 SHORT_TRAIN = [
     "train.max_steps=2",
@@ -51,11 +53,16 @@ LARGE = {
         *("model.feed_forward.d_ff=64", "model.attention.lsh.chunk_length=32"),
         *("data.paths=[enwik8]", "data.sequence_length=256", "train.gradient_accumulation_steps=1"),
     ],
+    "vision-mnist": ["model.image_size=8", "data={source: digits}"],
 }
 """Recipes for machines and texts that a test does not have: the same at small sizes on the text at hand."""
 SHORT_STUDY = [
     *("model.d_model=32", "model.layers=1", "study.equal_parameters=null", "study.seeds=[0]"),
-    *("study.learning_rates=[1e-3]", "study.tuning_tokens=512", "data.sequence_length=64"),
+    *(
+        "study.learning_rates=[1e-3]",
+        "study.tuning_tokens=512",
+        "data.sequence_length=64",
+    ),  # the last two are for text
 ]
 SHORT_CONVERT = [
     "convert.calibration_tokens=512",
@@ -73,6 +80,13 @@ SHORT_BENCH = [
     "bench.tokens_per_round=1",
     "bench.warmup_tokens=0",
 ]
+
+
+def short_bench(name: str) -> list[str]:
+    """Changes of a shipped recipe for a moment's measurement. Images follow no context."""
+    if isinstance(load(name).recipe.model, VisionSpec):
+        return [*(change for change in SHORT_BENCH if "context" not in change), "bench.batch=1"]
+    return SHORT_BENCH
 
 
 def settle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -142,8 +156,9 @@ def shortened(name: str) -> list[str]:
     """The shipped recipe for a moment; where it starts from another model, from ours and on the text at hand."""
     recipe, overrides = load(name).recipe, []
     assert recipe.train
+    images = isinstance(recipe.data, ImagesSpec)
     if recipe.study:
-        overrides = [*SHORT_STUDY, *SHORT_BENCH]
+        overrides = [*(SHORT_STUDY[:5] if images else SHORT_STUDY), *short_bench(name)]
     elif name in LARGE:
         write_texts()
         overrides = LARGE[name]
@@ -162,7 +177,7 @@ def shortened(name: str) -> list[str]:
     if recipe.data and recipe.data.source == "copy":
         short = [*short, "data.held_out=8"]
     else:
-        short = [*short, "data.held_out_tokens=512"]
+        short = [*short, "data.held_out_images=32" if images else "data.held_out_tokens=512"]
     return [name, *overrides, *short]
 
 

@@ -103,7 +103,8 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
                 trained(Path(word).name)
         if "--text" in words:
             Path(words[words.index("--text") + 1]).write_text("def add(a, b):\n    return a + b\n" * 99)
-        words += ["--tokens", "512"]
+        if not any("vision" in word for word in words):
+            words += ["--tokens", "512"]
     elif "--from" in words:
         if not Path("before.json").exists():
             run("bench", *SHORT_BENCH, "--output", "before.json")
@@ -114,7 +115,9 @@ def test_commands_of_the_pages(place: Path, line: str) -> None:
             pytest.importorskip("gguf")
             small = build("llama", **LLAMA | {"intermediate_size": 64, "max_position_embeddings": 512})
             write_gguf(small, save(small, Path(fresh("theirs"))), Path(file), quantized="Q4_0")
-        if "--model" in words:
+        if any("vision" in word for word in words):
+            words += [] if "--dry-run" in words else ["--rounds", "1", "--tokens", "1"]
+        elif "--model" in words:
             words += ["--rounds", "1", "--tokens", "1", "--context", "4"]
         elif "--dry-run" not in words:
             words += SHORT_BENCH

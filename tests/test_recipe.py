@@ -152,7 +152,7 @@ def test_all_problems_at_once_in_the_order_of_the_file():
         ),
         (
             ("description: small", "data: {source: web}"),
-            "r.yaml:1:8: data.source: expected one of stdlib, files, hub, copy, got 'web'",
+            "r.yaml:1:8: data.source: expected one of stdlib, files, hub, copy, digits, images, got 'web'",
         ),
     ],
 )
@@ -558,11 +558,14 @@ def unions(block: type[Spec], path: tuple[str, ...] = (), inside: dict | None = 
             return {**(inside or {}), name: [value] if is_list else value}
 
         further = (*path, f"{name}[0]" if is_list else name)
-        if len(members) > 1:
+        if callable(tag):  # a model's, where that of text names no kind: see test_vision
+            tag = "kind"
+        elif len(members) > 1:
             tags = [get_args(member.model_fields[tag].annotation)[0] for member in members]
             yield ".".join(further), tag, tags, leading
         for member in members:
-            of_union = {tag: get_args(member.model_fields[tag].annotation)[0]} if len(members) > 1 else {}
+            tagged = len(members) > 1 and tag in member.model_fields
+            of_union = {tag: get_args(member.model_fields[tag].annotation)[0]} if tagged else {}
             for place, key, choices, inner in unions(member, further, of_union):
                 yield place, key, choices, lambda value, inner=inner, leading=leading: leading(inner(value))
 

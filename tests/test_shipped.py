@@ -6,7 +6,7 @@ import gc
 from pathlib import Path
 
 import pytest
-from shipped_runs import SHORT_BENCH, run, shortened, trained
+from shipped_runs import run, short_bench, shortened, trained
 
 from sparsecli.model.card import CARD
 from sparsecli.recipe import commands
@@ -69,7 +69,7 @@ def test_converting_recipes(place: Path, name: str) -> None:
     ],
 )
 def test_benchmark_recipes(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run("bench", name, *SHORT_BENCH)
+    run("bench", name, *short_bench(name))
     table = capsys.readouterr().out
     for variant in load(name).recipe.bench.variants:
         assert variant.name in table

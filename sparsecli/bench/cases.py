@@ -18,6 +18,7 @@ from sparsecli.decode.engine import processors
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.recipe.schema import BenchSpec
 from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vision import AnySpec
 
 TORCH_DTYPES = ("float32", "bfloat16")
 NATIVE_ROWS = (
@@ -49,6 +50,8 @@ class Case:
     @property
     def capacity(self) -> int:
         """Tokens for which the cache needs room."""
+        if self.variant.vision:
+            return self.variant.vision.positions
         return self.prefill or self.context + self.settings.warmup_tokens + self.settings.tokens_per_round
 
     @property
@@ -82,22 +85,27 @@ class Case:
     def facts(self) -> dict[str, Any]:
         """The fields of its `Row` that are known before it is measured."""
         sizes, native = self.variant.sizes, self.backend == "native"
-        return {
-            **self.key._asdict(),
-            "group": "peer" if self.peer else self.variant.group,
-            "precision": vars(self.precision) if native else None,
-            "parameters": sizes.total,
-            "active_parameters": sizes.active,
-            "bytes_per_token": self.peer.bytes_per_token(self.context, self.prefill)
-            if self.peer
-            else bytes_per_token(
+        if vision := self.variant.vision:  # the tokens of a batch are its patches
+            kinds = self.precision, 0, self.batch * vision.positions, self.dtype
+            read = vision.positions * bytes_per_token(self.variant.spec, *kinds)
+        elif self.peer:
+            read = self.peer.bytes_per_token(self.context, self.prefill)
+        else:
+            read = bytes_per_token(
                 self.variant.spec,
                 self.precision,
                 self.context,
                 self.batch * max(self.prefill, 1),
                 vectors="float32" if native else self.dtype,
                 source=self.source,
-            ),
+            )
+        return {
+            **self.key._asdict(),
+            "group": "peer" if self.peer else self.variant.group,
+            "precision": vars(self.precision) if native else None,
+            "parameters": sizes.total,
+            "active_parameters": sizes.active,
+            "bytes_per_token": read,
             "bits_per_weight": round(self._bits_per_weight, 3),
             "projected": not self.variant.whole,
         }
@@ -137,6 +145,14 @@ class Plan:
         return any(case.from_disk for case in self.cases)
 
 
+def built_with_torch(cases: Sequence[Case]) -> AnySpec:
+    """As `built`, but for `cases` of a model of images the whole of it, not its layers alone."""
+    variant = cases[0].variant
+    if variant.vision is None:
+        return built(cases)
+    return variant.vision.model_copy(update={"layers": built(cases).layers})
+
+
 def built(cases: Sequence[Case]) -> ModelSpec:
     """The architecture that is built for `cases`, perhaps with fewer blocks. Random models get enough positions."""
     variant = cases[0].variant
@@ -156,6 +172,7 @@ def plan(chosen: Sequence[Variant], bench: BenchSpec) -> Plan:
     Raises `Failure` when no combination is left.
     """
     settings = Settings(
+        unit="image" if any(variant.vision for variant in chosen) else "token",
         context=bench.context[0],
         source=bench.source if any(variant.spec.encoder for variant in chosen) else None,
         rounds=bench.rounds,

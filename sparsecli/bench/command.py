@@ -28,7 +28,7 @@ from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import LoadedRecipe
 from sparsecli.recipe.schema import BenchSpec
 from sparsecli.report import files
-from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vision import AnySpec, VisionSpec
 
 BETWEEN_ROUNDS = 0.05  # seconds of a probe of the memory
 PROMPT = 256  # tokens of the prompt that is also read where a GGUF file is compared with a peer
@@ -159,10 +159,18 @@ def measure_runs(
         return _measure(loaded, bench, plan, processor, Path(), None)
 
 
-def check_measurable(loaded: LoadedRecipe, specs: Mapping[str, ModelSpec]) -> None:
+def check_measurable(loaded: LoadedRecipe, specs: Mapping[str, AnySpec]) -> None:
     """Raise `Failure` unless trained models of these architectures, by name, could be measured by `measure_runs`."""
     chosen = [
-        Variant(name, "dense", spec, count_parameters(spec), run=Path()) for name, spec in specs.items()
+        Variant(
+            name,
+            "dense",
+            variants.layers_of(spec),
+            count_parameters(spec),
+            run=Path(),
+            vision=spec if isinstance(spec, VisionSpec) else None,
+        )
+        for name, spec in specs.items()
     ]
     _plan_of_runs(loaded, chosen)
 
@@ -192,13 +200,18 @@ def _variants(loaded: LoadedRecipe, runs: Sequence[str]) -> list[Variant]:
 
 def _resolved(bench: BenchSpec, chosen: Sequence[Variant], trained: bool) -> BenchSpec:
     """`bench` with its backends, and with a default context for which trained models have enough positions."""
-    backends = bench.backends or _default_backends()
+    images = _of_images(chosen)
+    if images:
+        _check_images(bench)
+    backends = bench.backends or (["torch"] if images else _default_backends())
     if "native" in backends and (reason := binding.available()):
         raise console.Failure(f"--backend native: {reason}")
     if trained and bench.peers:
         _check_file_peers(bench.peers, chosen)
     if bench.threads and max(bench.threads) > MAX_THREADS:
         raise console.Failure(f"--threads: {max(bench.threads)} is more than {MAX_THREADS}", exit_code=2)
+    if images:
+        return bench.model_copy(update={"backends": backends, "context": [0]})
     context, prefill = bench.context, bench.prefill
     positions = min(variant.spec.max_positions for variant in chosen)
     if trained and "context" not in bench.model_fields_set:
@@ -206,6 +219,29 @@ def _resolved(bench: BenchSpec, chosen: Sequence[Variant], trained: bool) -> Ben
     if trained and bench.peers and "prefill" not in bench.model_fields_set:
         prefill = min(PROMPT, positions)
     return bench.model_copy(update={"backends": backends, "context": context, "prefill": prefill})
+
+
+def _of_images(chosen: Sequence[Variant]) -> bool:
+    """Whether these are models of images. Raises `Failure` if only some are."""
+    found = [variant.vision is not None for variant in chosen]
+    if any(found) and not all(found):
+        raise console.Failure("--model: models of text and of images are measured apart", exit_code=2)
+    return all(found)
+
+
+def _check_images(bench: BenchSpec) -> None:
+    """Raise `Failure` for what is for models of text alone."""
+    asked = {
+        "--backend native": "native" in (bench.backends or ()),
+        "--peer": bool(bench.peers),
+        "--context": "context" in bench.model_fields_set,
+        "--prefill": bench.prefill is not None,
+        "--from-disk": bench.from_disk,
+    }
+    for option in (option for option, given in asked.items() if given):
+        raise console.Failure(
+            f"{option}: is for models of text; models of images run in PyTorch", exit_code=2
+        )
 
 
 def _check_file_peers(names: Sequence[str], chosen: Sequence[Variant]) -> None:

@@ -59,7 +59,7 @@ def _row(
     token, block_ms, parts = times(timing.token_ms), timing.block_ms, timing.parts
     paper = None if case.prefill or case.batch > 1 else variant.paper
     paper_baseline = baseline[0].variant.paper if baseline else None
-    limited = not (case.prefill or case.from_disk)  # by the memory's bandwidth
+    limited = not (case.prefill or case.from_disk or variant.vision)  # by the memory's bandwidth
     share = case.facts["bytes_per_token"] / (gb_per_second * 1e9) / (token.p50 / 1e3)
     layer = sum(parts.get(name, 0.0) for name in FEED_FORWARD_PARTS) / variant.spec.layers
     read = int(np.median(timing.bytes_read)) if timing.bytes_read else None
@@ -74,6 +74,7 @@ def _row(
         speedup_over=_speedup(over_row, token.p50),
         bandwidth_fraction=round(share, 4) if limited else None,
         held_out_loss=variant.held_out_loss,
+        held_out_accuracy=variant.held_out_accuracy,
         paper=paper,
         paper_speedup=round(paper_baseline.ms_per_token / paper.ms_per_token, 4)
         if paper_baseline and paper

@@ -16,10 +16,10 @@ import torch
 from sparsecli import console
 from sparsecli.bench import host
 from sparsecli.bench.bytes_read import bucket_bytes, cached_bytes, source_bytes
-from sparsecli.bench.cases import Case, Plan, built
+from sparsecli.bench.cases import Case, Plan, built, built_with_torch
 from sparsecli.bench.decoders import PromptReader, TimedDecoder
 from sparsecli.bench.decoders.native import DiskDecoder, NativeDecoder
-from sparsecli.bench.decoders.torch import TorchDecoder, TorchModel
+from sparsecli.bench.decoders.torch import ImageReader, TorchDecoder, TorchModel
 from sparsecli.bench.peers import PeerDecoder, PromptPeerDecoder
 from sparsecli.bench.random_weights import (
     Pools,
@@ -38,7 +38,8 @@ from sparsecli.decode.packed.file import open_packed, save
 from sparsecli.decode.packed.folder import read_weights
 from sparsecli.decode.packed.pack import PackedModel, pack
 from sparsecli.decode.packed.tensor_file import WIDTHS
-from sparsecli.model.loading import load_model
+from sparsecli.model.files import of_images
+from sparsecli.model.loading import load_classifier, load_model
 
 WORKSPACE_BYTES = 2**30  # the interpreter, activations and the bandwidth probe's buffer
 
@@ -59,7 +60,7 @@ def pool_elements(plan: Plan) -> dict[str, int]:
         elif case.backend == "native":
             needs.append(packed_elements(built(cases), case.precision, overlapping=case.from_disk))
         else:
-            needs.append(torch_elements(built(cases), case.dtype))
+            needs.append(torch_elements(built_with_torch(cases), case.dtype))
     return largest(needs)
 
 
@@ -197,12 +198,13 @@ class _LoadedTorch(_LoadedModel):
     def __init__(self, cases: Sequence[Case], pools: Pools, profile: bool) -> None:
         super().__init__(cases, pools)
         run, dtype = self.case.variant.run, self.case.dtype
-        weights = (
-            trained_weights(run, getattr(torch, dtype)) if run else torch_weights(self.spec, dtype, pools)
-        )
-        self.network = TorchModel(self.spec, weights, profile)
+        spec = built_with_torch(cases)
+        weights = trained_weights(run, getattr(torch, dtype)) if run else torch_weights(spec, dtype, pools)
+        self.network = TorchModel(spec, weights, profile)
 
     def decoder(self, case: Case) -> TimedDecoder:
+        if case.variant.vision:
+            return ImageReader(self.network, case.threads, case.batch)
         return TorchDecoder(self.network, case.threads, case.capacity, case.batch)
 
 
@@ -224,8 +226,11 @@ class _LoadedPeer(_LoadedModel):
 
 def trained_weights(folder: Path, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
     """A trained model's parameters by name."""
-    model, _ = load_model(folder, dtype)
+    model = load_classifier(folder, dtype) if of_images(folder) else load_model(folder, dtype)[0]
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+PROFILED = NativeDecoder | TorchDecoder | ImageReader
 
 
 def _timing(case: Case, measured_layers: int, decoder: TimedDecoder, profile: bool) -> Timing:
@@ -239,6 +244,6 @@ def _timing(case: Case, measured_layers: int, decoder: TimedDecoder, profile: bo
         steps=1 if case.prefill else settings.tokens_per_round,
         warmup=0 if case.prefill else settings.warmup_tokens,
         tokens=case.prefill or case.batch,
-        profiled=decoder if profile and isinstance(decoder, NativeDecoder | TorchDecoder) else None,
+        profiled=decoder if profile and isinstance(decoder, PROFILED) else None,
         evicting=decoder if isinstance(decoder, DiskDecoder) else None,
     )

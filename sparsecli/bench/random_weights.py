@@ -13,10 +13,12 @@ from sparsecli.decode.packed.pack import PackedModel, frequencies, huge_pages
 from sparsecli.decode.packed.precision import Precision, plan
 from sparsecli.decode.packed.tensor_file import TYPES, WIDTHS
 from sparsecli.decode.packed.tensors import FREQUENCIES
-from sparsecli.model.auto import Network, build_network
+from sparsecli.model.auto import Network, build
 from sparsecli.model.quantization import to_bfloat16
 from sparsecli.model.tensors import tensor_shapes
+from sparsecli.model.vision import ScalingTransformerForImageClassification
 from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vision import AnySpec
 
 TILE = 4_194_301  # prime, so that no two matrices start at the same place of the repeated tile
 STANDARD_DEVIATION = 0.02
@@ -147,13 +149,13 @@ def _fill_vector(slot: Slot, array: np.ndarray, spec: ModelSpec) -> None:
 # -- for PyTorch ---------------------------------------------------------------------------------------------
 
 
-def empty_model(spec: ModelSpec) -> Network:
+def empty_model(spec: AnySpec) -> Network | ScalingTransformerForImageClassification:
     """The model on the meta device. It stores nothing but parameters, so that only these are missing."""
     with torch.device("meta"):
-        return build_network(spec)
+        return build(spec)
 
 
-def torch_elements(spec: ModelSpec, dtype: str) -> dict[str, int]:
+def torch_elements(spec: AnySpec, dtype: str) -> dict[str, int]:
     """Elements of the pools that `torch_weights` needs."""
     return {
         dtype: sum(
@@ -164,7 +166,7 @@ def torch_elements(spec: ModelSpec, dtype: str) -> dict[str, int]:
     }
 
 
-def torch_weights(spec: ModelSpec, dtype: str, pools: Pools) -> dict[str, torch.Tensor]:
+def torch_weights(spec: AnySpec, dtype: str, pools: Pools) -> dict[str, torch.Tensor]:
     """Weights by name: matrices as views into `pools`, biases small, normalisation weights one."""
     pool = pools.tensor(dtype)
     generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich import box
@@ -22,6 +22,11 @@ def milliseconds(value: float) -> str:
     """About three significant digits: 126, 19.4, 3.62, 0.065."""
     decimals = next((index for index, limit in enumerate((100, 10, 1)) if value >= limit), 3)
     return f"{value:.{decimals}f}"
+
+
+def per_second(value: float) -> str:
+    """Tokens or images a second: 51.3, 1.2, 0.28."""
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def count(value: int) -> str:
@@ -83,7 +88,7 @@ COLUMNS = (
         lambda row: megabytes(row.disk_bytes_per_token) if row.disk_bytes_per_token is not None else None,
     ),
     ResultColumn("disk\nMB / s", lambda row: f"{row.disk_mb_s:.0f}" if row.disk_mb_s is not None else None),
-    ResultColumn("tokens\n/ s", lambda row: f"{row.tokens_per_second:.1f}"),
+    ResultColumn("tokens\n/ s", lambda row: per_second(row.tokens_per_second)),
     ResultColumn("speed-\nup", lambda row: _speedup(row)),
     ResultColumn("over\n--over", lambda row: f"{row.speedup_over:.2f}x" if row.speedup_over else None),
     ResultColumn(
@@ -103,9 +108,20 @@ COLUMNS = (
     ResultColumn(
         "paper\nspeed-up", lambda row: f"{row.paper_speedup:.2f}x" if row.paper_speedup else None, drop_rank=1
     ),
+    ResultColumn(
+        "held-out\naccuracy",
+        lambda row: f"{row.held_out_accuracy:.2%}" if row.held_out_accuracy is not None else None,
+    ),
 )
 
 
+OF_IMAGES = {
+    "active /\ntoken": "active /\npatch",
+    "MB /\ntoken": "MB /\nimage",
+    "ms /\ntoken": "ms /\nimage",
+    "tokens\n/ s": "images\n/ s",
+}
+"""Titles of columns where models of images are measured."""
 NAMING = 7  # columns that identify the row
 SAID_BELOW = ("backend\n", "threads\n", "context\n", "batch\n")
 """Columns that are left out if all their cells are equal: the caption gives the value once."""
@@ -120,7 +136,11 @@ def _speedup(row: Row) -> str | None:
 def filled(result: BenchResult) -> list[tuple[ResultColumn, list[str]]]:
     """The columns that have figures. A missing figure is a dash."""
     columns = []
+    images = result.settings.unit == "image"
     for column in COLUMNS:
+        if images and column.title == "context\n":
+            continue
+        column = replace(column, title=OF_IMAGES.get(column.title, column.title)) if images else column
         cells = [column.cell(row) for row in result.rows]
         if column.title in SAID_BELOW and len(set(cells)) == 1:
             continue
@@ -172,13 +192,14 @@ def caption(result: BenchResult) -> str:
         f"backend {backends}; memory reads {machine.bandwidth_gb_s.before:.1f} GB/s before, "
         f"{machine.bandwidth_gb_s.after:.1f} after, {machine.bandwidth_gb_s.best:.1f} at best; "
     )
-    if len(contexts) == 1:
+    if len(contexts) == 1 and settings.unit == "token":
         text += f"context {contexts[0]}, "
     if settings.source is not None:
         text += f"source of {settings.source} tokens, "
     if len(batches) == 1 and batches != [1]:
         text += f"batch {batches[0]}, "
-    text += f"median of {settings.rounds} x {settings.tokens_per_round} tokens."
+    steps = "tokens" if settings.unit == "token" else "batches"
+    text += f"median of {settings.rounds} x {settings.tokens_per_round} {steps}."
     if result.peak_memory_gb is not None:
         text += f" Peak memory {result.peak_memory_gb:.1f} GB."
     if machine.disk:
@@ -188,7 +209,9 @@ def caption(result: BenchResult) -> str:
             f"{machine.disk.random_mb_s:.0f} in random pieces of {machine.disk.random_kb} KiB."
         )
     if any(row.batch > 1 for row in result.rows):
-        text += " Times of a batch are divided by its sequences."
+        text += (
+            f" Times of a batch are divided by its {'sequences' if settings.unit == 'token' else 'images'}."
+        )
     if result.over:
         text += f" --over: speed-up over the first dense or peer row of {result.over}, at the same sizes."
     if weak := figures.warnings(result.rows):

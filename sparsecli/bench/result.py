@@ -72,14 +72,16 @@ class Machine(Processor):
 class Settings(_Record):
     """How the rows were measured."""
 
+    unit: Literal["token", "image"] = "token"
+    """What times and bytes are counted by: what says token in names of figures is an image for models of images."""
     context: Counted
-    """Tokens in the cache at the start of every turn; the first number if several are measured."""
+    """Tokens in the cache at the start of every turn; the first number if several are measured; 0 for images."""
     source: Counted | None = None
     """Tokens of the encoder's input, if a model has an encoder."""
     rounds: Annotated[int, Field(gt=0)]
     """Turns of every row."""
     tokens_per_round: Annotated[int, Field(gt=0)]
-    """Measured tokens of a turn; samples are in order, turn after turn."""
+    """Measured tokens, or batches of images, of a turn; samples are in order, turn after turn."""
     warmup_tokens: Counted
     """Unmeasured tokens at the start of a turn."""
 
@@ -118,7 +120,10 @@ class RowKey(NamedTuple):
     def sizes(self) -> str:
         """The sizes in words: `2 threads, context 64`."""
         words = [f"{self.threads} thread{'' if self.threads == 1 else 's'}"]
-        words.append(f"prompt {self.prefill}" if self.prefill else f"context {self.context}")
+        if self.prefill:
+            words.append(f"prompt {self.prefill}")
+        elif self.context:
+            words.append(f"context {self.context}")
         words += [f"batch {self.batch}"] * (self.batch > 1)
         return ", ".join(words + ["from disk"] * self.from_disk)
 
@@ -183,7 +188,9 @@ class Row(_Keyed):
     bandwidth_fraction: float | None
     """Share of the memory limit that the row reaches."""
     held_out_loss: float | None
-    """Held-out loss of a trained run, in nats per token."""
+    """Held-out loss of a trained run, in nats per token or image."""
+    held_out_accuracy: float | None = None
+    """Held-out accuracy of a trained run of a model of images."""
     paper: PaperFigures | None = None
     """The paper's figures for this row."""
     paper_speedup: float | None = None

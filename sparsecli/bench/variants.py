@@ -12,11 +12,12 @@ from typing import Literal
 from sparsecli import console
 from sparsecli.interchange.importing import GgufWeights
 from sparsecli.interchange.sources import ForeignModel, open_source
-from sparsecli.model.files import find_model, weight_files
+from sparsecli.model.files import find_model, of_images, read_vision_spec, weight_files
 from sparsecli.model.loading import read_config
 from sparsecli.model.sizes import TOLERANCE, Sizes, count_parameters, disagreement
 from sparsecli.recipe.schema import BenchSpec, PaperFigures, PrecisionChanges, VariantSpec
 from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vision import AnySpec, VisionSpec
 from sparsecli.train.run_directory import read_facts
 
 Group = Literal["dense", "sparse", "mixture"]
@@ -39,6 +40,8 @@ class Variant:
     precision: PrecisionChanges = UNCHANGED
     dtypes: Sequence[str] | None = None  # None: those of the bench
     measured_layers: int | None = None  # number of blocks that are built; None: all
+    vision: VisionSpec | None = None  # of a model of images, whose layers are `spec`
+    held_out_accuracy: float | None = None  # of a model of images
 
     @property
     def whole(self) -> bool:
@@ -57,7 +60,7 @@ class Variant:
         return [dtype for dtype in dtypes if self.dtypes is None or dtype in self.dtypes]
 
 
-def from_recipe(model: ModelSpec, bench: BenchSpec) -> list[Variant]:
+def from_recipe(model: AnySpec, bench: BenchSpec) -> list[Variant]:
     """The recipe's variants: its model with the blocks that each variant replaces."""
     return [
         _from_spec(variant, variant.model.apply(model), bench.measured_layers)
@@ -65,18 +68,24 @@ def from_recipe(model: ModelSpec, bench: BenchSpec) -> list[Variant]:
     ]
 
 
-def _from_spec(variant: VariantSpec, spec: ModelSpec, measured_layers: int | None) -> Variant:
+def _from_spec(variant: VariantSpec, spec: AnySpec, measured_layers: int | None) -> Variant:
     limits = [limit for limit in (variant.measured_layers, measured_layers) if limit is not None]
     return Variant(
         variant.name,
         variant.group,
-        spec,
+        layers_of(spec),
         count_parameters(spec),
         paper=variant.paper,
         precision=variant.precision,
         dtypes=tuple(variant.dtypes) if variant.dtypes else None,
         measured_layers=min(limits, default=None),
+        vision=spec if isinstance(spec, VisionSpec) else None,
     )
+
+
+def layers_of(spec: AnySpec) -> ModelSpec:
+    """The layers of a model of images, or a model of text itself."""
+    return spec.stack if isinstance(spec, VisionSpec) else spec
 
 
 def from_runs(references: Sequence[str]) -> list[Variant]:
@@ -95,14 +104,28 @@ def _find(reference: str) -> Path:
 
 def _from_run(name: str, run: Path, folder: Path) -> Variant:
     if folder.suffix == GGUF:
-        spec = gguf_weights(folder).spec
-        return Variant(name, _group(spec), spec, count_parameters(spec), run=folder)
+        layers = gguf_weights(folder).spec
+        return Variant(name, _group(layers), layers, count_parameters(layers), run=folder)
     weight_files(folder)  # a packed model has none: better reported before anything is built
-    spec = read_config(folder).spec
+    vision = read_vision_spec(folder) if of_images(folder) else None
+    spec: AnySpec = vision or read_config(folder).spec
+    layers = layers_of(spec)
     result = read_facts(run).get("result")
-    nats = result.get("held_out_loss") if isinstance(result, dict) else None
-    nats = float(nats) if isinstance(nats, int | float) and math.isfinite(nats) else None
-    return Variant(name, _group(spec), spec, count_parameters(spec), run=folder, held_out_loss=nats)
+    result = result if isinstance(result, dict) else {}
+    return Variant(
+        name,
+        _group(layers),
+        layers,
+        count_parameters(spec),
+        run=folder,
+        held_out_loss=_figure(result.get("held_out_loss")),
+        vision=vision,
+        held_out_accuracy=_figure(result.get("accuracy")),
+    )
+
+
+def _figure(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def gguf_weights(file: Path) -> GgufWeights:

@@ -71,12 +71,12 @@ def evaluate(
     keep: Keep = True,
     json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
 ) -> None:
-    """Measure a model's loss on text.
+    """Measure a model's loss on text, or the accuracy of a model of images.
 
     The loss is given in nats per token, as perplexity, and in bits per byte. With --against, so is the difference
     to another model's loss on the same text, with its standard error. Without --model, the model is that of the
     recipe's run, else of the newest finished run under runs/. Without --text, the text is what the recipe, or that
-    of the model's run, holds out.
+    of the model's run, holds out. So are the images that a model of images classifies.
     """
     loaded = load_optional_recipe(recipe, overrides, None)
     from sparsecli.evaluate import command

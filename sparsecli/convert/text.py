@@ -14,7 +14,7 @@ from sparsecli.console import Failure
 from sparsecli.data.packing import PackedCorpus, Windows, pack
 from sparsecli.data.tokenization import beginning
 from sparsecli.model.files import recipe_of
-from sparsecli.recipe.data import CopyTask, SavedTokenizer, StdlibCorpus, TextSpec
+from sparsecli.recipe.data import CopyTask, ImagesSpec, SavedTokenizer, StdlibCorpus, TextSpec
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.schema import Recipe
 from sparsecli.spec.model import ModelSpec
@@ -57,6 +57,8 @@ def choose_data(recipe: Recipe, folder: Path, spec: ModelSpec) -> TextSpec:
     if data is None:
         length = min(DEFAULT_LENGTH, spec.max_positions)
         data = StdlibCorpus(source="stdlib", sequence_length=length, held_out_tokens=DEFAULT_HELD_OUT_TOKENS)
+    if isinstance(data, ImagesSpec):
+        raise Failure("data: a conversion needs running text, not images")
     if isinstance(data, CopyTask) or data.pairs:
         raise Failure(
             f"{stored or folder}: was trained on pairs; a conversion needs running text: name it in `data:`"

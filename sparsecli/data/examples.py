@@ -1,11 +1,11 @@
-"""The examples of training and evaluation: windows of running text, or pairs of source and target."""
+"""The examples of training and evaluation: windows of running text, pairs of source and target, or images."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from sparsecli.spec.vocabulary import IGNORED, PADDING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import BaseImageProcessor, PreTrainedTokenizerFast
 
 Example = dict[str, Tensor]
 
@@ -37,8 +37,8 @@ class Examples(Protocol):
     def predicted(self, batch: Example) -> int:
         """Number of tokens over which the loss of a batch is averaged."""
 
-    def bytes_per_token(self, tokenizer: PreTrainedTokenizerFast) -> float:
-        """UTF-8 bytes of the predicted text per token; converts nats per token into bits per byte."""
+    def bytes_per_token(self, tokenizer: PreTrainedTokenizerFast) -> float | None:
+        """UTF-8 bytes of the predicted text per token; converts nats per token into bits per byte. None for images."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,19 @@ class Prepared:
 
     train: Examples
     held_out: Examples
-    tokenizer: PreTrainedTokenizerFast
+    processor: PreTrainedTokenizerFast | BaseImageProcessor
+    """The tokenizer; of images what makes `pixel_values` of them."""
     fingerprint: str
     """A hash of the text, the split, the tokenizer and the format of the examples."""
     tuning: Examples | None = None
     """Further examples that nothing is trained on, to choose settings by."""
+    labels: Sequence[str] | None = None
+    """Names of the classes of images; None for text."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of text."""
+        return cast("PreTrainedTokenizerFast", self.processor)
 
 
 class PairExamples(Dataset[Example]):

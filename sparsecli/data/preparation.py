@@ -1,4 +1,4 @@
-"""Prepares the examples of a recipe, of every kind."""
+"""Prepares the examples of a recipe of text, of every kind."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sparsecli.data.corruption import CorruptedSpans
 from sparsecli.data.examples import Prepared
 from sparsecli.data.packing import PackedCorpus, TokenStream, pack, pack_pairs
 from sparsecli.data.tokenization import sentinel
-from sparsecli.recipe.data import CopiedPairs, CopyTask, CorruptedPairs, DataSpec, TextSpec
+from sparsecli.recipe.data import CopiedPairs, CopyTask, CorruptedPairs, TextSpec
 
 
-def prepare(data: DataSpec, cache_dir: Path | None = None) -> Prepared:
+def prepare(data: TextSpec | CopyTask, cache_dir: Path | None = None) -> Prepared:
     """Training and held-out examples, with their tokenizer.
 
     Raises `Failure` when the text or the tokenizer cannot be read, there is too little text, or the cache cannot be

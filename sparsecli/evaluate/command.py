@@ -13,6 +13,7 @@ import numpy as np
 from sparsecli import console
 from sparsecli.console import Failure, progress
 from sparsecli.data.corpus import read_files
+from sparsecli.evaluate.images import ImageEvaluation, evaluate_images, folder_of_images
 from sparsecli.evaluate.losses import engine_token_losses, network_token_losses
 from sparsecli.evaluate.result import (
     Difference,
@@ -30,7 +31,7 @@ from sparsecli.generate.torch_decoder import TorchDecoder
 from sparsecli.interchange.model_folder import model_folder
 from sparsecli.model.files import PACKED, Description, read_description, recipe_of
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
-from sparsecli.recipe.data import CopyTask
+from sparsecli.recipe.data import CopyTask, ImagesSpec
 from sparsecli.recipe.loader import LoadedRecipe, load
 
 DEFAULT_WINDOW = 512
@@ -48,8 +49,8 @@ def run(
     against_dtype: str | None,
     decoder: DecoderOptions,
     json: bool,
-) -> Evaluation:
-    """Evaluate the model and print the result.
+) -> Evaluation | ImageEvaluation:
+    """Evaluate the model and print the result. For a model of images that is its loss and accuracy on images.
 
     The model is `model`, else that of the recipe's run, else of the newest finished run. The text is that of the
     files `text`, else what the recipe, or the recipe of the model's run, holds out.
@@ -58,6 +59,9 @@ def run(
         Failure: there is no such model or text, the model has an encoder, the text is too short, or a backend lacks
             what the options ask for.
     """
+    if folder := folder_of_images(model, loaded):
+        _check_images(text=text, window=window, tokens=tokens, against=against, against_dtype=against_dtype)
+        return evaluate_images(folder, loaded, decoder.dtype, json)
     with _opened(model, loaded, decoder) as first:
         documents, label, limit = _documents(loaded, text, text_field, first.folder)
         if tokens is not None:
@@ -71,6 +75,14 @@ def run(
                 result = _compare(first, second, documents, limit, window, label)
     result.show(json)
     return result
+
+
+def _check_images(**given: object) -> None:
+    """Raise `Failure` for an option that is for models of text alone."""
+    for name in (name for name, value in given.items() if value is not None):
+        raise Failure(
+            f"--{name.replace('_', '-')}: is for models of text; this is one of images", exit_code=2
+        )
 
 
 # -- models --------------------------------------------------------------------------------------------------
@@ -154,7 +166,7 @@ def _documents(
     data = recipe.recipe.data
     label = f"held-out text of {recipe.path if loaded is None else recipe.name}"
     documents = held_out_documents(data, label)
-    return documents, label, None if isinstance(data, CopyTask) else data.held_out_tokens
+    return documents, label, None if isinstance(data, CopyTask | ImagesSpec) else data.held_out_tokens
 
 
 # -- losses --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from sparsecli.data.corpus import read_documents
 from sparsecli.data.packing import Windows
 from sparsecli.data.tokenization import pieces
 from sparsecli.model.tokenizer import Tokenizer
-from sparsecli.recipe.data import CopyTask, DataSpec
+from sparsecli.recipe.data import CopyTask, DataSpec, ImagesSpec
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,10 @@ def held_out_documents(data: DataSpec, label: str) -> list[str]:
     """The held-out documents of a recipe's running text.
 
     Raises:
-        Failure: the recipe has pairs, or the text cannot be read.
+        Failure: the recipe has pairs or images, or the text cannot be read.
     """
+    if isinstance(data, ImagesSpec):
+        raise Failure(f"{label}: its data are images; name a model of images, or a file of text with --text")
     if isinstance(data, CopyTask) or data.pairs:
         raise Failure(f"{label}: its data are pairs; evaluate reads running text: name a file with --text")
     return read_documents(data).held_out

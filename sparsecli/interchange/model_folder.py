@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sparsecli import console
-from sparsecli.model.files import CONFIG, MODEL_TYPES, PACKED, find_model, read_json
+from sparsecli.model.files import CONFIG, MODEL_TYPES, PACKED, VISION_TYPE, find_model, read_json
 
 
 @contextmanager
@@ -46,4 +46,4 @@ def _is_ours(path: Path) -> bool:
     """Whether a path is a run, a model folder of ours, or the packed file in one."""
     folder = path.parent if path.name == PACKED else path
     found = next((each for each in (folder / "model", folder) if (each / CONFIG).is_file()), None)
-    return found is not None and read_json(found / CONFIG).get("model_type") in MODEL_TYPES
+    return found is not None and read_json(found / CONFIG).get("model_type") in (*MODEL_TYPES, VISION_TYPE)

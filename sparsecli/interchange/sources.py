@@ -21,6 +21,7 @@ from sparsecli.model.files import (
     CONFIG,
     MODEL_TYPES,
     PACKED,
+    VISION_TYPE,
     find_model,
     last_line,
     read_description,
@@ -151,7 +152,7 @@ def open_source(reference: str, revision: str | None = None, weights: bool = Tru
             hint = "a pickle, which is never loaded" if path.suffix in PICKLES else "neither"
             raise Failure(f"{reference}: expected a model's folder or a .gguf file; it is {hint}")
         folder = find_model(reference)
-        if read_json(folder / CONFIG).get("model_type") in MODEL_TYPES:
+        if read_json(folder / CONFIG).get("model_type") in (*MODEL_TYPES, VISION_TYPE):
             return OwnModel(reference, folder, read_description(folder).spec)
         return _open_foreign(reference, folder, read_json(folder / CONFIG))
     folder = _fetch(reference, revision, weights)

@@ -14,7 +14,7 @@ import yaml
 CARD = "README.md"
 LIMITS = (
     "It repeats what its training text holds, also what is wrong or offensive in it.",
-    "Its figures are for the text and the machine that are named here; measure on your own.",
+    "Its figures are for the data and the machine that are named here; measure on your own.",
 )
 
 
@@ -29,6 +29,7 @@ class Card:
         recipe: YAML of the recipe that made the model; None: an import.
         license: the source's, by its name on the hub; None: unknown, or the model's own makers decide.
         base_model: the model that it was made of.
+        task: its task by the hub's name, such as image-classification; None: it generates text.
     """
 
     summary: str
@@ -37,6 +38,7 @@ class Card:
     recipe: str | None = None
     license: str | None = None
     base_model: str | None = None
+    task: str | None = None
 
     def markdown(self, name: str) -> str:
         """The whole card, with the front matter that hubs read."""
@@ -45,6 +47,9 @@ class Card:
             front["license"] = self.license
         if self.base_model:
             front["base_model"] = self.base_model
+        if self.task:
+            front["pipeline_tag"] = self.task
+        command = f"evaluate --model {name}" if self.task else f'generate --model {name} --prompt "..."'
         lines = [
             "---",
             yaml.safe_dump(front, sort_keys=False).strip(),
@@ -54,7 +59,7 @@ class Card:
             self.summary,
             "",
         ]
-        lines += ["```", f'sparsecli generate --model {name} --prompt "..."', "```", ""]
+        lines += ["```", f"sparsecli {command}", "```", ""]
         lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in self.facts), ""]
         for title, text in self.sections:
             lines += [f"## {title}", "", text.strip(), ""]
@@ -64,7 +69,7 @@ class Card:
         lines += [
             "## Limits",
             "",
-            *(f"- {limit}" for limit in LIMITS),
+            *(f"- {limit}" for limit in LIMITS[1 if self.task else 0 :]),
             f"- License of the source: {known}.",
             "",
         ]

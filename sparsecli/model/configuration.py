@@ -1,7 +1,8 @@
-"""The Hugging Face configurations of the three models: a `ModelSpec` in `config.json`."""
+"""The Hugging Face configurations of our models: a `ModelSpec` or a `VisionSpec` in `config.json`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,9 +10,17 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from sparsecli.model.files import ENCODER_DECODER_TYPE, MODEL_TYPE, TERRAFORMER_TYPE, model_type
+from sparsecli.model.files import (
+    ENCODER_DECODER_TYPE,
+    MODEL_TYPE,
+    TERRAFORMER_TYPE,
+    VISION_TYPE,
+    model_type,
+)
 from sparsecli.model.remote_code import auto_map, write_remote_code
+from sparsecli.spec import vision
 from sparsecli.spec.model import DEFAULT, ModelSpec
+from sparsecli.spec.vision import CHANNELS, VisionSpec
 from sparsecli.spec.vocabulary import END, PADDING, START
 
 
@@ -189,3 +198,72 @@ CONFIGS: dict[str, type[ScalingTransformerConfig]] = {
     config.model_type: config
     for config in (ScalingTransformerConfig, ScalingTransformerEncoderDecoderConfig, TerraformerConfig)
 }
+
+
+@strict
+class ScalingTransformerVisionConfig(PreTrainedConfig):
+    """Fields and nested blocks of `VisionSpec`, under the same names; its classes are those of `id2label`.
+
+    Raises:
+        ValueError: a block does not fit the architecture's closed choices; the message names the field.
+    """
+
+    model_type = VISION_TYPE
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "d_model",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+    }
+
+    image_size: int = vision.DEFAULT.image_size
+    patch_size: int = vision.DEFAULT.patch_size
+    pooling: str = vision.DEFAULT.pooling
+    d_model: int = vision.DEFAULT.d_model
+    layers: int = vision.DEFAULT.layers
+    heads: int = vision.DEFAULT.heads
+    feed_forward: dict | None = None
+    attention: dict | None = None
+    normalization: str = vision.DEFAULT.normalization
+    normalization_epsilon: float = vision.DEFAULT.normalization_epsilon
+    dropout: float = vision.DEFAULT.dropout
+    initialization: str = vision.DEFAULT.initialization
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for block in ("feed_forward", "attention"):
+            if getattr(self, block) is None:
+                setattr(self, block, getattr(vision.DEFAULT, block).model_dump())
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of transformers' validation."""
+        _ = self.spec
+
+    @property
+    def spec(self) -> VisionSpec:
+        """The architecture as typed, checked data."""
+        names = VisionSpec.model_fields.keys() - {"kind", "classes"}
+        return VisionSpec.from_config(
+            {name: getattr(self, name) for name in names} | {"id2label": self.id2label}
+        )
+
+    @classmethod
+    def from_spec(
+        cls, spec: VisionSpec, labels: Sequence[str] | None = None
+    ) -> ScalingTransformerVisionConfig:
+        """The configuration of `spec`; its classes are called `labels`, by default LABEL_0, LABEL_1 and so on."""
+        names = labels or [f"LABEL_{index}" for index in range(spec.classes)]
+        return cls(
+            **spec.model_dump(exclude={"kind", "classes"}),
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+        )
+
+    @property
+    def num_channels(self) -> int:
+        """Colours of a pixel, the name transformers looks for."""
+        return CHANNELS
+
+    @property
+    def intermediate_size(self) -> int:
+        """Units of a feed-forward layer, the name transformers looks for."""
+        return (self.feed_forward or {})["d_ff"]

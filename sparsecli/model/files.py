@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from sparsecli.console import Failure, warn_once
-from sparsecli.model.tensors import Shape, tensor_shapes
+from sparsecli.model.tensors import Shape, tensor_shapes, vision_tensor_shapes
 from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vision import AnySpec, VisionSpec
 
 RUNS = Path("runs")
 MODEL_TYPE = "scaling_transformer"
 ENCODER_DECODER_TYPE = "scaling_transformer_encoder_decoder"
 TERRAFORMER_TYPE = "terraformer"
 MODEL_TYPES = (MODEL_TYPE, ENCODER_DECODER_TYPE, TERRAFORMER_TYPE)
+VISION_TYPE = "scaling_transformer_vision"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -105,6 +107,10 @@ def read_description(folder: Path) -> Description:
     path = folder / CONFIG
     fields = read_json(path)
     kind = fields.get("model_type")
+    if kind == VISION_TYPE:
+        raise Failure(
+            f"{folder}: is a model of images, and this is for models of text; sparsecli evaluate and bench take it"
+        )
     if kind not in MODEL_TYPES:
         raise Failure(
             f"{path}: model type {kind!r} is not one of ours ({', '.join(MODEL_TYPES)}); "
@@ -123,6 +129,19 @@ def read_description(folder: Path) -> Description:
     dtype = str(fields.get("dtype"))
     dtype = dtype if dtype in ("bfloat16", "float16") else "float32"
     return Description(spec, frozenset(ends), dtype, imported=bool(fields.get("origin")))
+
+
+def of_images(folder: Path) -> bool:
+    """Whether the model in `folder` is one of images. Raises Failure where config.json cannot be read."""
+    return read_json(folder / CONFIG).get("model_type") == VISION_TYPE
+
+
+def read_vision_spec(folder: Path) -> VisionSpec:
+    """The architecture of a model of images. Raises Failure where config.json does not describe one."""
+    try:
+        return VisionSpec.from_config(read_json(folder / CONFIG))
+    except ValueError as error:
+        raise Failure(f"{folder / CONFIG}: {last_line(error)}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -158,7 +177,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def check_weights(folder: Path, spec: ModelSpec) -> None:
+def check_weights(folder: Path, spec: AnySpec) -> None:
     """Compare the headers of the weight files with `spec`, before anything is loaded.
 
     Raises:
@@ -173,8 +192,8 @@ def check_weights(folder: Path, spec: ModelSpec) -> None:
                 found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise Failure(f"{path}: cut short or damaged ({last_line(error)}); copy it again") from error
-    expected = tensor_shapes(spec)
-    if spec.tied and "head.weight" in expected:
+    expected = vision_tensor_shapes(spec) if isinstance(spec, VisionSpec) else tensor_shapes(spec)
+    if isinstance(spec, ModelSpec) and spec.tied and "head.weight" in expected:
         found.setdefault("head.weight", expected["head.weight"])
     for problem, names in (
         ("misses", expected.keys() - found.keys()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +21,12 @@ from sparsecli.model.files import (
     model_type,
     read_description,
     read_json,
+    read_vision_spec,
     weight_files,
 )
 from sparsecli.model.huge_pages import move_to_huge_pages
 from sparsecli.model.tokenizer import TOKENIZER, check_fit, check_tokenizer
+from sparsecli.model.vision import ScalingTransformerForImageClassification
 from sparsecli.spec.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -53,15 +57,38 @@ def load_network(folder: Path, dtype: torch.dtype = torch.float32, spec: ModelSp
     if spec is not None:
         config.update(spec.model_dump())
     disable_progress_bar()  # what progress there is to show, the console shows
-    try:
+    with _reported(folder):
         network = NETWORKS[config.model_type].from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True
         )
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        # fields that are transformers' own, not ours
-        raise Failure(f"{folder / CONFIG}: does not load: {last_line(error)}") from error
     move_to_huge_pages(network)
     return network.eval()
+
+
+def load_classifier(
+    folder: Path, dtype: torch.dtype = torch.float32
+) -> ScalingTransformerForImageClassification:
+    """A model of images in evaluation mode.
+
+    Raises:
+        Failure: a file is missing, cut short or damaged, or tensors do not fit the configuration.
+    """
+    check_weights(folder, read_vision_spec(folder))
+    disable_progress_bar()
+    with _reported(folder):
+        network = ScalingTransformerForImageClassification.from_pretrained(
+            folder, dtype=dtype, local_files_only=True
+        )
+    return network.eval()
+
+
+@contextmanager
+def _reported(folder: Path) -> Iterator[None]:
+    """Raise Failure for what transformers raises of fields that are its own, not ours."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise Failure(f"{folder / CONFIG}: does not load: {last_line(error)}") from error
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparsecli.model.auto import Network, build_network
+from sparsecli.model.auto import Network, build
 from sparsecli.model.encoder_decoder import EncoderDecoder
 from sparsecli.model.layers.cross_attention import CrossAttention
 from sparsecli.model.layers.feed_forward import ChosenUnits, MixtureFeedForward
 from sparsecli.model.layers.gguf import GgufWeight
 from sparsecli.model.layers.quantized import QuantizedMatrix, Sketch
-from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vision import AnySpec, VisionSpec
 
 BYTES = {"float32": 4, "bfloat16": 2}
 TOLERANCE = 0.01
@@ -36,10 +36,11 @@ class Sizes:
         return BYTES[dtype] * (self.active + cached)
 
 
-def count_parameters(spec: ModelSpec) -> Sizes:
-    """Sizes of `spec`, counted on the meta device (exact, and free at any size)."""
+def count_parameters(spec: AnySpec) -> Sizes:
+    """Sizes of `spec`, counted on the meta device (exact, and free at any size). Of a model of images, the tokens are
+    patches."""
     with torch.device("meta"):
-        model = build_network(spec)
+        model = build(spec)
     total = sum(parameter.numel() for parameter in model.parameters())
     quantized = [module for module in model.modules() if isinstance(module, QuantizedMatrix)]
     # A sketch that only selects units adds reading, not parameters; what rounding left over is no parameter either.
@@ -48,6 +49,10 @@ def count_parameters(spec: ModelSpec) -> Sizes:
     }
     total += sum(matrix.rows * matrix.cols for matrix in quantized if id(matrix) not in sketches)
     total += sum(module.rows * module.cols for module in model.modules() if isinstance(module, GgufWeight))
+    if isinstance(spec, VisionSpec):
+        skipped = sum(map(_skipped, model.modules())) + (spec.positions - 1) * spec.d_model
+        return Sizes(total, total - skipped, 0)
+    assert isinstance(model, Network)
     unread = _read_once(model)
     passed = {id(module) for part in unread for module in part.modules()}
     skipped = sum(_skipped(module) for module in model.modules() if id(module) not in passed)

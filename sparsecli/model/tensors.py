@@ -10,6 +10,7 @@ from sparsecli.spec.attention import AttentionSpec
 from sparsecli.spec.feed_forward import FeedForwardSpec, PrecisionFeedForwardSpec
 from sparsecli.spec.model import ModelSpec
 from sparsecli.spec.positions import DIGIT_BASES, DIGITS
+from sparsecli.spec.vision import CHANNELS, VisionSpec
 from sparsecli.spec.vocabulary import MultiplicativeVocabularySpec
 
 Shape = tuple[int, ...]
@@ -48,6 +49,21 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
         if spec.tied and module == "model.embedding":
             del shapes["head.weight"]
     return shapes
+
+
+def vision_tensor_shapes(spec: VisionSpec) -> dict[str, Shape]:
+    """Shape of every tensor in the weight files of a model of images."""
+    stack, patch = spec.stack, CHANNELS * spec.patch_size**2
+    shapes = _linear("model.embedding.projection", patch, spec.d_model, bias=True)
+    if spec.leading:
+        shapes["model.embedding.class_token"] = (spec.d_model,)
+    shapes |= _named("model.position_embedding", _positions(stack, spec.positions))
+    block = _norm("attention_norm", stack)
+    block |= _named("attention", dict(_attention(stack, spec.attention, axes=2)))
+    block |= dict(_units(stack, spec.feed_forward))
+    for index in range(spec.layers):
+        shapes |= _named(f"model.layers.{index}", block)
+    return shapes | _norm("model.norm", stack) | _linear("head", spec.d_model, spec.classes, bias=True)
 
 
 def _matrix(name: str, shapes: dict[str, Shape]) -> Shape:
@@ -133,7 +149,8 @@ def _cross_attention(spec: ModelSpec, query_modules: int | None) -> dict[str, Sh
     return shapes | _convolution("projection.query.convolution", module, module, spec.attention.kernel, 3)
 
 
-def _attention(spec: ModelSpec, attention: AttentionSpec) -> Iterator[tuple[str, Shape]]:
+def _attention(spec: ModelSpec, attention: AttentionSpec, axes: int = 1) -> Iterator[tuple[str, Shape]]:
+    """`axes` of positions that convolutions run along: 2 over the patches of an image."""
     d_model = spec.d_model
     modules = attention.modules or spec.heads
     if attention.projection.endswith("_conv"):
@@ -145,9 +162,9 @@ def _attention(spec: ModelSpec, attention: AttentionSpec) -> Iterator[tuple[str,
         value_width = width if attention.value_concat == "none" else 2 * width
         made = (
             shared
-            | _convolution("query", width, width, attention.kernel, 3)
-            | _convolution("key", width, width, attention.kernel, 3)
-            | _convolution("value", value_width, width, attention.kernel, 1)
+            | _convolution("query", width, width, attention.kernel, 3, axes)
+            | _convolution("key", width, width, attention.kernel, 3, axes)
+            | _convolution("value", value_width, width, attention.kernel, 1, axes)
         )
     elif attention.projection == "multiplicative":
         made = {}
@@ -282,5 +299,8 @@ def _multiplicative(name: str, width_in: int, width_out: int, modules: int) -> d
     }
 
 
-def _convolution(name: str, width_in: int, width_out: int, length: int, modules: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (width_out, length, modules, width_in), f"{name}.bias": (width_out,)}
+def _convolution(
+    name: str, width_in: int, width_out: int, length: int, modules: int, axes: int = 1
+) -> dict[str, Shape]:
+    shape = (width_out, *[length] * axes, modules, width_in)
+    return {f"{name}.weight": shape, f"{name}.bias": (width_out,)}

@@ -28,6 +28,7 @@ from sparsecli.model.layers.multiplicative import (
     MultiplicativeDense,
 )
 from sparsecli.model.layers.normalization import normalization
+from sparsecli.model.layers.patches import PatchGrid, PatchProjection
 from sparsecli.model.layers.positions import (
     AxialPositions,
     DigitPositions,
@@ -97,14 +98,18 @@ def build_norm_at(spec: ModelSpec, place: str) -> nn.Module:
 
 
 def build_attention(
-    spec: ModelSpec, attention: AttentionSpec, causal: bool = True, layer_idx: int = 0
+    spec: ModelSpec,
+    attention: AttentionSpec,
+    causal: bool = True,
+    layer_idx: int = 0,
+    grid: PatchGrid | None = None,
 ) -> Attention:
     """The layer that `attention` asks for, in the widths of `spec`; encoders' layers are not causal.
 
-    Layers with LSH draw rotations that differ by `layer_idx`.
+    Layers with LSH draw rotations that differ by `layer_idx`. With a `grid`, tokens are patches of an image.
     """
     return Attention(
-        build_projection(spec, attention),
+        build_projection(spec, attention, grid),
         build_output_projection(spec, attention),
         heads=spec.heads,
         key_value_heads=attention.key_value_heads,
@@ -117,7 +122,9 @@ def build_attention(
     )
 
 
-def build_projection(spec: ModelSpec, attention: AttentionSpec) -> SeparateProjection | ConvolutionProjection:
+def build_projection(
+    spec: ModelSpec, attention: AttentionSpec, grid: PatchGrid | None = None
+) -> SeparateProjection | ConvolutionProjection | PatchProjection:
     """What makes queries, keys and values."""
     modules, share_query_key = attention.modules or spec.heads, attention.share_query_key
     if attention.projection == "dense":
@@ -142,13 +149,16 @@ def build_projection(spec: ModelSpec, attention: AttentionSpec) -> SeparateProje
         shared: nn.Module = MultiplicativeDense(spec.d_model, spec.d_model, modules)
     else:
         shared = nn.Linear(spec.d_model, spec.d_model, attention.bias)
+    count_area = spec.initialization == "fan"
+    if grid:
+        return PatchProjection(shared, spec.d_model, modules, attention.kernel, grid, count_area)
     return ConvolutionProjection(
         shared,
         spec.d_model,
         modules=modules,
         kernel=attention.kernel,
         value_concat=attention.value_concat,
-        count_area=spec.initialization == "fan",
+        count_area=count_area,
         share_query_key=share_query_key,
     )
 
@@ -304,14 +314,20 @@ class DecoderLayer(WithFeedForward, GradientCheckpointingLayer):
 
 
 class EncoderLayer(WithFeedForward, GradientCheckpointingLayer):
-    """A layer of `spec.encoder`, which looks both ways."""
+    """A layer that looks both ways: of `spec.encoder`, or of a model that is nothing but an encoder.
 
-    def __init__(self, spec: ModelSpec, layer_idx: int) -> None:
+    Args:
+        grid: where tokens lie that are patches of an image.
+    """
+
+    def __init__(self, spec: ModelSpec, layer_idx: int, grid: PatchGrid | None = None) -> None:
         super().__init__()
-        assert spec.encoder
+        encoder = spec.encoder
+        attention = encoder.attention if encoder else spec.attention
+        feed_forward = (encoder.feed_forward if encoder else None) or spec.feed_forward
         self.attention_norm = build_norm(spec)
-        self.attention = build_attention(spec, spec.encoder.attention, causal=False, layer_idx=layer_idx)
-        self._add_feed_forward(spec, spec.encoder.feed_forward or spec.feed_forward, layer_idx)
+        self.attention = build_attention(spec, attention, causal=False, layer_idx=layer_idx, grid=grid)
+        self._add_feed_forward(spec, feed_forward, layer_idx)
         self.dropout = spec.dropout
 
     def forward(

@@ -1,4 +1,4 @@
-"""The `data:` block of a recipe: sources of text, tokenizers, and pairs of source and target."""
+"""The `data:` block of a recipe: sources of text, tokenizers, pairs of source and target, and images."""
 
 from __future__ import annotations
 
@@ -269,4 +269,43 @@ class CopyTask(Spec):
         return self
 
 
-DataSpec = Annotated[StdlibCorpus | FilesCorpus | HubCorpus | CopyTask, Field(discriminator="source")]
+# -- images --------------------------------------------------------------------------------------------------
+
+
+class _Images(Spec):
+    """Fields that every source of images shares. Images of equal pixels are in the same split."""
+
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the images kept for evaluation, chosen by a hash of their pixels; unused where the source has a split of
+    its own."""
+    held_out_images: Size | None = None
+    """Evaluate on at most this many of them; all of them by default."""
+    tuning_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the other images that nothing is trained on, for a study to choose learning rates by."""
+
+    copies: ClassVar[bool] = False
+    pair_lengths: ClassVar[None] = None
+
+
+class DigitsImages(_Images):
+    """1,797 handwritten digits of 8 x 8 pixels, which scikit-learn carries."""
+
+    source: Literal["digits"]
+
+
+class StoredImages(_Images):
+    """Labelled images on disk: a folder with a folder for each class, an .npz file, or MNIST's own files."""
+
+    source: Literal["images"]
+    path: str
+    """A folder of class folders, perhaps in `train` and `test`; an .npz file with x_train and y_train, perhaps x_test
+    and y_test (Keras' names); or a folder with train-images-idx3-ubyte and its fellows, which may end with .gz."""
+
+
+ImagesSpec = DigitsImages | StoredImages
+
+
+DataSpec = Annotated[
+    StdlibCorpus | FilesCorpus | HubCorpus | CopyTask | DigitsImages | StoredImages,
+    Field(discriminator="source"),
+]

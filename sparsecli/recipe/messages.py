@@ -38,6 +38,10 @@ def explain(error: Any) -> tuple[Path, str]:
         case "extra_forbidden":
             keys = owner.model_fields if owner else ()
             return path, f"unknown key{_kind_of(owner)}, {_instead(str(path[-1]), keys)}"
+        case "union_tag_invalid" if context["discriminator"].endswith("()"):  # that of a model, see `_tag`
+            choices, found = _tags(annotation), error["input"]["kind"]
+            wanted = f"expected {_one_of(choices)}, or no kind for a model of text"
+            return (*path, "kind"), f"{wanted}, got {found_as(found)}{_meant(found, choices)}"
         case "union_tag_not_found":
             tag = context["discriminator"].strip("'")
             return (*path, tag), f"missing, expected {_one_of(_tags(annotation))}"
@@ -63,7 +67,7 @@ def _follow(loc: Iterable[Any]) -> tuple[Path, Field, type[Spec] | None]:
                 (_field(*get_args(a)) for a in _alternatives(here[0]) if get_origin(a) is list), (Any, ())
             )
         elif len(blocks) > 1:
-            here = next(((block, ()) for block in blocks if _tag(block) == part), here)
+            here = next(((block, ()) for block in blocks if (_tag(block) or "text") == part), here)
             continue
         elif not blocks and len(_alternatives(here[0])) > 1:
             continue  # pydantic's own name for a number or a list

@@ -6,12 +6,20 @@ A recipe is inert data. Unions are closed and discriminated by a literal field. 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from sparsecli.recipe.budget import parse_budget, parse_share
-from sparsecli.recipe.data import CopyTask, DataSpec, Names
+from sparsecli.recipe.data import CopyTask, DataSpec, ImagesSpec, Names, TextSpec
 from sparsecli.recipe.training import NonNegative, Objective, Positive, RecoverySpec, TrainSpec
 from sparsecli.spec.attention import AttentionSpec
 from sparsecli.spec.base import Count, Depth, Probability, Size, Spec, Width, fault
@@ -22,10 +30,12 @@ from sparsecli.spec.feed_forward import (
     SparseFeedForwardSpec,
 )
 from sparsecli.spec.model import EncoderSpec, ModelSpec, QuantizationSpec, SruSpec
+from sparsecli.spec.vision import AnySpec, VisionSpec
 from sparsecli.spec.vocabulary import VocabularySpec
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
+Model = TypeVar("Model", bound=AnySpec)
 
 
 def _listed(value: Any) -> Any:
@@ -180,10 +190,10 @@ class VariantModel(Spec):
     sru: SruSpec | None = None
     """Replaces model.sru."""
 
-    def apply(self, model: ModelSpec) -> ModelSpec:
+    def apply(self, model: Model) -> Model:
         """`model` with these blocks. Raises ValidationError where they do not fit together."""
         blocks = {name: block for name, block in self if block is not None}
-        return ModelSpec(**{**dict(model), **blocks})
+        return type(model)(**{**dict(model), **blocks})
 
 
 class PrecisionChanges(Spec):
@@ -346,9 +356,11 @@ class StudySpec(Spec):
     seeds: Annotated[list[Count], Field(min_length=1)] = Field(default=[0])
     """Seeds of the weights and of the token order. The first one tries the learning rates."""
     trial_tokens: Size | None = None
-    """Tokens of a trial of a learning rate; by default those of a whole run, and the best trial is the first run."""
+    """Tokens (or images) of a trial of a learning rate; by default those of a whole run, and the best trial is the
+    first run."""
     tuning_tokens: Size = 65536
-    """Tokens of tuning text, which follow `data.held_out_tokens` in the held-out documents."""
+    """Tokens of tuning text, which follow `data.held_out_tokens` in the held-out documents. Tuning images are a share
+    of all, `data.tuning_fraction`."""
     equal_parameters: Annotated[str, AfterValidator(_share)] | None = None
     """Refuse variants whose numbers of parameters differ by more than this share, such as `2 %`."""
 
@@ -380,6 +392,22 @@ class StudySpec(Spec):
             name = teachers[name]
 
 
+# -- the model ------------------------------------------------------------------------------------------------
+
+
+def _kind(value: Any) -> str:
+    """The tag of a model: `vision`, or `text` for what has no kind."""
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return "text" if kind is None else str(kind)
+
+
+AnyModel = Annotated[
+    Annotated[ModelSpec, Tag("text")] | Annotated[VisionSpec, Tag("vision")],
+    Discriminator(_kind),
+]
+"""A model of text, which names no kind, or `kind: vision`."""
+
+
 # -- the whole -----------------------------------------------------------------------------------------------
 
 
@@ -392,10 +420,10 @@ class Recipe(Spec):
     """Run directory; `runs/<name of the recipe>` by default."""
     seed: Count = 0
     """Seed of the weights, the data order, noise and sampling."""
-    model: ModelSpec | None = None
-    """The architecture."""
+    model: AnyModel | None = None
+    """The architecture: of a model of text, or with `kind: vision` of images."""
     data: DataSpec | None = None
-    """The text."""
+    """The text, or the images."""
     train: TrainSpec | None = None
     """How to train."""
     convert: ConvertSpec | None = None
@@ -409,18 +437,38 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        if self.data:
-            self._check_data(self.data)
+        if isinstance(self.model, VisionSpec) or isinstance(self.data, ImagesSpec):
+            self._check_vision()
+        elif self.data:
+            self._check_data(self.data, self.model)
         if self.study:
             self._check_study(self.study)
         if self.model:
             self._check_variants(self.model)
         return self
 
-    def _check_variants(self, model: ModelSpec) -> None:
+    def _check_vision(self) -> None:
+        """Raise a fault unless model and data are both of images, and nothing in the recipe is for text alone."""
+        if self.model and not isinstance(self.model, VisionSpec):
+            raise fault("model.kind", "missing; images need a model of kind: vision")
+        if self.data and not isinstance(self.data, ImagesSpec):
+            raise fault("data.source", "a model of images needs images: digits or images")
+        if self.convert:
+            raise fault("convert", "a conversion needs a model of text")
+        for name in ("init_from", "distillation"):
+            if self.train and getattr(self.train, name) is not None:
+                raise fault(f"train.{name}", "is for models of text")
+        for index, variant in enumerate(self.study.variants if self.study else ()):
+            if variant.distil_from:
+                raise fault(f"study.variants.{index}.distil_from", "is for models of text")
+
+    def _check_variants(self, model: AnySpec) -> None:
         """Raise a fault for a variant of `bench` or `study` that does not fit the recipe's model."""
         for block in ("bench", "study"):
             for index, variant in enumerate(getattr(getattr(self, block), "variants", None) or ()):
+                for name, value in variant.model:
+                    if value is not None and name not in type(model).model_fields:
+                        raise fault(f"{block}.variants.{index}.model.{name}", "is for models of text")
                 try:
                     variant.model.apply(model)
                 except ValidationError as error:
@@ -432,6 +480,8 @@ class Recipe(Spec):
 
     def _check_study(self, study: StudySpec) -> None:
         """Raise a fault unless the text and the training are those that a study compares variants on."""
+        if isinstance(self.data, ImagesSpec):
+            return
         if self.data and (self.data.pair_lengths or isinstance(self.data, CopyTask)):
             raise fault("data", "a study needs running text, not pairs")
         if self.data and not isinstance(self.data, CopyTask) and self.data.held_out_tokens is None:
@@ -443,7 +493,7 @@ class Recipe(Spec):
                     "a study trains from random weights; study.variants.N.distil_from names a teacher",
                 )
 
-    def _check_data(self, data: DataSpec) -> None:
+    def _check_data(self, data: TextSpec | CopyTask, model: ModelSpec | None) -> None:
         if self.convert and data.pair_lengths:
             raise fault("data", "a conversion needs running text, not pairs")
         if self.train and self.train.distillation and data.pair_lengths:
@@ -453,12 +503,12 @@ class Recipe(Spec):
             raise fault(
                 "data.tokenizer", "missing; only train.init_from and convert take the tokenizer from a model"
             )
-        if self.model:
-            self._check_lengths(data, self.model)
-            self._check_vocabulary(data, self.model.vocabulary.size)
+        if model:
+            self._check_lengths(data, model)
+            self._check_vocabulary(data, model.vocabulary.size)
 
     @staticmethod
-    def _check_lengths(data: DataSpec, model: ModelSpec) -> None:
+    def _check_lengths(data: TextSpec | CopyTask, model: ModelSpec) -> None:
         """Raise a fault unless text fits a model without an encoder, or pairs one with an encoder."""
         if isinstance(data, CopyTask):
             source, target = "data.length", "data.length"
@@ -482,7 +532,7 @@ class Recipe(Spec):
                 raise fault(field, f"{length} tokens with the end token are more than {name} {positions}")
 
     @staticmethod
-    def _check_vocabulary(data: DataSpec, size: int) -> None:
+    def _check_vocabulary(data: TextSpec | CopyTask, size: int) -> None:
         if isinstance(data, CopyTask):
             if data.symbols + 2 > size:
                 message = f"{data.symbols} symbols, padding and the end token do not fit model.vocabulary.size {size}"

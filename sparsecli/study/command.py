@@ -12,9 +12,13 @@ from sparsecli.bench.command import check_measurable, measure_runs
 from sparsecli.bench.render import as_json
 from sparsecli.bench.result import BenchResult
 from sparsecli.console import Failure, say
+from sparsecli.data.examples import Prepared
+from sparsecli.data.images import prepare_images
 from sparsecli.data.preparation import prepare_with_tuning
 from sparsecli.model.files import RECIPE
+from sparsecli.recipe.data import ImagesSpec
 from sparsecli.recipe.loader import LoadedRecipe, dump, load
+from sparsecli.spec.vision import VisionSpec
 from sparsecli.study.pictures import draw
 from sparsecli.study.plan import Plan, make_plan, print_plan
 from sparsecli.study.result import StudyResult, make_result
@@ -57,10 +61,7 @@ def run(
     if dry_run:
         print_plan(plan)
         return None
-    prepared = prepare_with_tuning(plan.data, plan.study.tuning_tokens)
-    for variant in plan.variants:
-        recipe = loaded.recipe.model_copy(update={"model": variant.model})
-        check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
+    prepared = _prepared(plan)
     with run_directory.writing(output, HINT):
         output.mkdir(parents=True, exist_ok=True)
         resolved = loaded.recipe.model_copy(update={"output": str(output)})
@@ -71,6 +72,25 @@ def run(
     result.show()
     say(f"wrote study.md, study.csv, study.json and pictures to {output}")
     return result
+
+
+def _prepared(plan: Plan) -> Prepared:
+    """The examples, with those that choose learning rates.
+
+    Raises:
+        RecipeError: a variant has no row for a token of the text.
+        Failure: text or images cannot be read, or there are too few.
+    """
+    loaded, data = plan.loaded, plan.data
+    if isinstance(data, ImagesSpec):
+        model = loaded.recipe.model
+        assert isinstance(model, VisionSpec)
+        return prepare_images(data, model.image_size, model.classes, tuning=True)
+    prepared = prepare_with_tuning(data, plan.study.tuning_tokens)
+    for variant in plan.variants:
+        recipe = loaded.recipe.model_copy(update={"model": variant.model})
+        check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
+    return prepared
 
 
 def _claim(output: Path) -> None:

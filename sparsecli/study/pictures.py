@@ -29,19 +29,20 @@ class Point(NamedTuple):
 
 def draw(result: StudyResult, trained: Sequence[Trained], folder: Path) -> None:
     """Write both pictures as PNG and SVG. A picture without a point is left out."""
-    curves = {each.variant.name: curve(each) for each in trained}
+    unit = result.unit
+    curves = {each.variant.name: curve(each, f"{unit}s") for each in trained}
     if any(curves.values()):
-        _save(folder / "loss-tokens", lambda axes: _draw_curves(axes, curves))
+        _save(folder / f"loss-{unit}s", lambda axes: _draw_curves(axes, curves, unit))
     if any(row.decoding and row.held_out_loss is not None for row in result.rows):
-        _save(folder / "loss-time", lambda axes: _draw_times(axes, result.rows))
+        _save(folder / "loss-time", lambda axes: _draw_times(axes, result.rows, unit))
 
 
-def curve(trained: Trained) -> list[Point]:
+def curve(trained: Trained, unit: str = "tokens") -> list[Point]:
     """Mean, lowest and highest held-out loss of the seeds that did not diverge, at the evaluations of all of them."""
     runs = [run for run, outcome in trained.runs.values() if not outcome.failure]
     seeds = [
         {
-            row["tokens"]: row["held_out_loss"]
+            row[unit]: row["held_out_loss"]
             for row in run_directory.read_metrics(run.folder)
             if "held_out_loss" in row
         }
@@ -55,7 +56,7 @@ def curve(trained: Trained) -> list[Point]:
     return points
 
 
-def _draw_curves(axes: Axes, curves: dict[str, list[Point]]) -> None:
+def _draw_curves(axes: Axes, curves: dict[str, list[Point]], unit: str) -> None:
     for index, (name, points) in enumerate(curves.items()):
         color, marker = _style(index)
         if not points:
@@ -63,12 +64,12 @@ def _draw_curves(axes: Axes, curves: dict[str, list[Point]]) -> None:
         tokens, losses, lows, highs = zip(*points, strict=True)
         axes.plot(tokens, losses, color=color, marker=marker, markersize=4, label=name)
         axes.fill_between(tokens, lows, highs, color=color, alpha=0.15, linewidth=0)
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel("held-out loss (nats per token)")
+    axes.set_xlabel(f"training {unit}s")
+    axes.set_ylabel(f"held-out loss (nats per {unit})")
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_times(axes: Axes, rows: Sequence[Row], unit: str) -> None:
     """A point for each variant and weight type: the median time between its 10th and 90th percentile, and the loss
     with its standard error."""
     dtypes = list(dict.fromkeys(each.dtype for row in rows for each in row.decoding))
@@ -97,8 +98,9 @@ def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
     if len(dtypes) > 1:
         for marker, dtype in zip(MARKERS, dtypes, strict=False):
             axes.plot([], [], color="black", marker=marker, linestyle="none", label=dtype)
-    axes.set_xlabel(f"milliseconds per decoded token{f', {dtypes[0]}' if len(dtypes) == 1 else ''}")
-    axes.set_ylabel("held-out loss (nats per token)")
+    what = "decoded token" if unit == "token" else unit
+    axes.set_xlabel(f"milliseconds per {what}{f', {dtypes[0]}' if len(dtypes) == 1 else ''}")
+    axes.set_ylabel(f"held-out loss (nats per {unit})")
 
 
 def _style(index: int) -> tuple[str, str]:

@@ -11,11 +11,12 @@ from typing import Any
 from sparsecli.console import print_table
 from sparsecli.model.sizes import Sizes, count_parameters
 from sparsecli.recipe.commands import check_sizes
-from sparsecli.recipe.data import CopyTask, TextSpec
+from sparsecli.recipe.data import CopyTask, ImagesSpec, TextSpec
 from sparsecli.recipe.loader import LoadedRecipe, complete, require
 from sparsecli.recipe.schema import Recipe, StudySpec, StudyVariantSpec
 from sparsecli.recipe.training import DistillationSpec, TrainSpec
 from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vision import AnySpec
 from sparsecli.study.estimate import step_seconds
 from sparsecli.train import run_directory
 from sparsecli.train.distillation import check_teacher
@@ -29,7 +30,7 @@ class Variant:
     """A variant with its architecture."""
 
     spec: StudyVariantSpec
-    model: ModelSpec
+    model: AnySpec
     sizes: Sizes
 
     @property
@@ -75,7 +76,7 @@ class Plan:
         return self.loaded.recipe.study
 
     @property
-    def data(self) -> TextSpec:
+    def data(self) -> TextSpec | ImagesSpec:
         data = self.loaded.recipe.data
         assert data
         assert not isinstance(data, CopyTask)
@@ -89,11 +90,16 @@ class Plan:
     @property
     def tokens_per_step(self) -> int:
         windows = self.train.per_device_train_batch_size * self.train.gradient_accumulation_steps
-        return windows * self.data.sequence_length
+        return windows if isinstance(self.data, ImagesSpec) else windows * self.data.sequence_length
+
+    @property
+    def unit(self) -> str:
+        """What is counted where this says tokens: `token` or `image`."""
+        return "image" if isinstance(self.data, ImagesSpec) else "token"
 
     @property
     def tokens(self) -> int:
-        """Training tokens of a whole run."""
+        """Training tokens, or images, of a whole run."""
         return self.train.max_steps * self.tokens_per_step
 
     @property
@@ -192,7 +198,10 @@ def make_plan(loaded: LoadedRecipe, output: Path) -> Plan:
     models = {variant.name: variant.model for variant in variants}
     for variant in variants:
         if variant.teacher:
-            check_teacher(variant.spec.distillation, variant.model, models[variant.teacher])
+            student, teacher = variant.model, models[variant.teacher]
+            assert isinstance(student, ModelSpec)
+            assert isinstance(teacher, ModelSpec)
+            check_teacher(variant.spec.distillation, student, teacher)
     return Plan(loaded, output, variants)
 
 
@@ -220,7 +229,8 @@ def print_plan(plan: Plan) -> None:
                 None if step is None else _duration(step * steps),
             )
         )
-    columns = ("variant", "parameters", "active", "runs", "tokens", "s / step", "time")
+    unit = f"{plan.unit}s"
+    columns = ("variant", "parameters", "active", "runs", unit, "s / step", "time")
     print_table(columns, rows, title="dry run: nothing is trained")
     count = len(plan.variants)
     known = [step for step in seconds.values() if step is not None]
@@ -231,11 +241,11 @@ def print_plan(plan: Plan) -> None:
     trials = "none: one learning rate"
     if plan.trials:
         length = plan.tokens if plan.trial_steps is None else plan.trial_steps * plan.tokens_per_step
-        trials = f"{plan.trials} learning rates a variant, {length:,} tokens each"
+        trials = f"{plan.trials} learning rates a variant, {length:,} {unit} each"
     facts = [
         ("trials", trials),
         ("runs", f"{count * plan.runs_of_variant}, {done} of them finished"),
-        ("tokens", f"{plan.tokens:,} a whole run, {count * steps * plan.tokens_per_step:,} in all"),
+        (unit, f"{plan.tokens:,} a whole run, {count * steps * plan.tokens_per_step:,} in all"),
         ("time", time),
         ("folder", str(plan.output)),
     ]

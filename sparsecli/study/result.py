@@ -19,7 +19,7 @@ from sparsecli.study.training import Trained
 
 @dataclass(frozen=True)
 class Decoding:
-    """What the decode engine was measured at, with the weights in one type."""
+    """What the decode engine was measured at, with the weights in one type. Of models of images, per image."""
 
     dtype: str
     bytes_per_token: int
@@ -31,7 +31,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of one variant. Losses are in nats per token; a figure that does not exist is None."""
+    """The figures of one variant. Losses are in nats per token or image; a figure that does not exist is None."""
 
     variant: str
     learning_rate: float | None
@@ -57,6 +57,12 @@ class Row:
     """Parameters that one token uses."""
     decoding: list[Decoding]
     notes: list[str]
+    accuracies: dict[str, float | None] | None = None
+    """Share of held-out images that were classified rightly, by seed; None for text."""
+    accuracy: float | None = None
+    """Mean over the seeds that did not diverge."""
+    accuracy_deviation: float | None = None
+    """Standard deviation over these seeds; None for one seed."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class StudyResult:
     rows: list[Row]
     machine: str
     """What decoding was measured on, and how; empty if it was not."""
+    unit: str = "token"
+    """What losses, times and training are counted by: `token` or `image`."""
 
     # -- as text ---------------------------------------------------------------------------------------------
 
@@ -101,7 +109,10 @@ class StudyResult:
         lines = []
         for row in self.rows:
             line = asdict(row) | {"notes": "; ".join(row.notes)}
-            del line["decoding"], line["trials"], line["held_out_losses"]
+            del line["decoding"], line["trials"], line["held_out_losses"], line["accuracies"]
+            if row.accuracies is None:
+                del line["accuracy"], line["accuracy_deviation"]
+            line |= {f"accuracy_seed_{seed}": share for seed, share in (row.accuracies or {}).items()}
             line |= {f"held_out_loss_seed_{seed}": loss for seed, loss in row.held_out_losses.items()}
             line |= {f"tuning_loss_rate_{rate}": loss for rate, loss in row.trials.items()}
             for each in row.decoding:
@@ -126,17 +137,28 @@ class StudyResult:
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         """Two-line titles and the cells of the table. Columns of decoding name the weight type if there are several."""
-        dtypes = self._dtypes
-        titles = ["variant", "learning\nrate", "held-out\nloss", "std.\nerror"]
-        titles += [f"against\n{self.rows[0].variant}", "parameters", "active /\ntoken"]
+        dtypes, images = self._dtypes, self.unit == "image"
+        titles = [
+            "variant",
+            "learning\nrate",
+            *["held-out\naccuracy"] * images,
+            "held-out\nloss",
+            "std.\nerror",
+        ]
+        titles += [
+            f"against\n{self.rows[0].variant}",
+            "parameters",
+            f"active /\n{'patch' if images else 'token'}",
+        ]
         for dtype in dtypes:
             name = f", {dtype}" if len(dtypes) > 1 else ""
-            titles += [f"MB /\ntoken{name}", f"ms /\ntoken{name}"]
+            titles += [f"MB /\n{self.unit}{name}", f"ms /\n{self.unit}{name}"]
         rows = []
         for row in self.rows:
             cells = [
                 row.variant,
                 f"{row.learning_rate:g}{' *' if row.border else ''}" if row.learning_rate else None,
+                *[_with_error(row.accuracy, row.accuracy_deviation, ".2%")] * images,
                 _with_error(row.held_out_loss, row.deviation),
                 None if row.standard_error is None else f"{row.standard_error:.3f}",
                 _with_error(row.difference, row.difference_error, "+.3f"),
@@ -155,10 +177,14 @@ class StudyResult:
         """The lines below the table."""
         seeds = len(self.seeds)
         spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-        lines = [f"Held-out loss in nats/token after {self.tokens:,} training tokens, {spread}."]
+        unit, figures = self.unit, "accuracy and loss" if self.unit == "image" else "loss"
+        lines = [f"Held-out {figures} in nats/{unit} after {self.tokens:,} training {unit}s, {spread}."]
         if len(self.learning_rates) > 1:
             rates = ", ".join(f"{rate:g}" for rate in self.learning_rates)
-            lines.append(f"Learning rates: the best of {rates} by the loss on tuning text, for each variant.")
+            data = "images" if unit == "image" else "text"
+            lines.append(
+                f"Learning rates: the best of {rates} by the loss on tuning {data}, for each variant."
+            )
         if any(row.border for row in self.rows):
             lines.append("*: the lowest or the highest rate of the grid; the best rate may lie beyond it.")
         if self.machine:
@@ -170,7 +196,8 @@ class StudyResult:
 def _with_error(value: float | None, error: float | None, digits: str = ".3f") -> str | None:
     if value is None:
         return None
-    return f"{value:{digits}}" if error is None else f"{value:{digits}} ± {error:.3f}"
+    spread = digits if digits.endswith("%") else ".3f"
+    return f"{value:{digits}}" if error is None else f"{value:{digits}} ± {error:{spread}}"
 
 
 # -- from runs -----------------------------------------------------------------------------------------------
@@ -197,8 +224,15 @@ def make_result(plan: Plan, trained: Sequence[Trained], measured: BenchResult | 
             f"context {settings.context}, variants interleaved, median of {settings.rounds} x "
             f"{settings.tokens_per_round} tokens."
         )
+        if plan.unit == "image":
+            batches = sorted({row.batch for row in measured.rows})
+            machine = (
+                f"Time: PyTorch, {facts.cpu}, {facts.isa}, {facts.threads} thread{'s' * (facts.threads > 1)}, "
+                f"batch {', '.join(map(str, batches))}, variants interleaved, median of {settings.rounds} x "
+                f"{settings.tokens_per_round} batches."
+            )
     study = plan.study
-    return StudyResult(plan.tokens, study.seeds, study.learning_rates, rows, machine)
+    return StudyResult(plan.tokens, study.seeds, study.learning_rates, rows, machine, plan.unit)
 
 
 def _row(
@@ -209,6 +243,8 @@ def _row(
     pairs = [(loss, first.get(seed)) for seed, loss in losses.items()] if first else []
     paired = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
     sizes = trained.variant.sizes
+    accuracies = {str(seed): outcome.accuracy for seed, (_, outcome) in trained.runs.items()}
+    right = [share for share in accuracies.values() if share is not None]
     return Row(
         variant=trained.variant.name,
         learning_rate=rate,
@@ -224,6 +260,9 @@ def _row(
         active_parameters=sizes.active,
         decoding=decoding,
         notes=_notes(trained),
+        accuracies=accuracies if right else None,
+        accuracy=statistics.fmean(right) if right else None,
+        accuracy_deviation=statistics.stdev(right) if len(right) > 1 else None,
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from sparsecli.console import Failure, Stopped, say
 from sparsecli.data.examples import Prepared
 from sparsecli.model.files import RECIPE
+from sparsecli.spec.vision import VisionSpec
 from sparsecli.study.plan import Plan, Run, Variant
 from sparsecli.train import run_directory
 from sparsecli.train.command import train
@@ -27,10 +28,12 @@ WORSE_THAN_CHANCE = 1.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: with losses in nats/token, or with a reason why it has none."""
+    """How a run ended: with losses in nats/token or nats/image, or with a reason why it has none."""
 
     tuning_loss: float | None = None
     held_out_loss: float | None = None
+    accuracy: float | None = None
+    """Share of held-out images whose likeliest class is theirs; None for text."""
     failure: str | None = None
     """Such as `diverged: the loss is nan at step 10`."""
 
@@ -152,11 +155,13 @@ class StudyTrainer:
             return None
         self._check_recipe(run)
         tuning, held_out = result.tuning_loss, result.held_out_loss
-        assert run.recipe.model
-        limit = math.log(run.recipe.model.vocabulary.size) + WORSE_THAN_CHANCE
+        model = run.recipe.model
+        assert model
+        choices = model.classes if isinstance(model, VisionSpec) else model.vocabulary.size
+        limit = math.log(choices) + WORSE_THAN_CHANCE
         if not (math.isfinite(tuning + held_out) and tuning <= limit):
             return Outcome(failure=f"diverged: the loss is {tuning:.4g} at the end")
-        return Outcome(tuning, held_out)
+        return Outcome(tuning, held_out, result.accuracy)
 
     def _check_recipe(self, run: Run) -> None:
         """Raise Failure if the folder holds a run of another recipe."""

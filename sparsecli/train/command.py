@@ -16,15 +16,20 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 
 from sparsecli.console import Failure, RecipeError, first_process, processes, say
 from sparsecli.data.examples import Prepared
+from sparsecli.data.images import prepare_images
 from sparsecli.data.preparation import prepare
-from sparsecli.model.auto import Network, build_network
+from sparsecli.model.auto import Network, build_classifier, build_network
 from sparsecli.model.bfloat16 import has_bfloat16
 from sparsecli.model.files import RECIPE, find_model, share
-from sparsecli.model.loading import load_network, load_tokenizer
+from sparsecli.model.loading import load_classifier, load_network, load_tokenizer
 from sparsecli.model.tokenizer import beyond
+from sparsecli.model.vision import ScalingTransformerForImageClassification
+from sparsecli.recipe.data import ImagesSpec
 from sparsecli.recipe.loader import LoadedRecipe, dump
 from sparsecli.recipe.schema import Recipe
 from sparsecli.recipe.training import TrainSpec
+from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vision import VisionSpec
 from sparsecli.train import run_directory
 from sparsecli.train.checkpoint import newest_sound
 from sparsecli.train.distillation import DistillationTrainer, Teacher, check_vocabulary
@@ -35,6 +40,8 @@ from sparsecli.train.samples import Samples
 from sparsecli.train.sharding import is_of_deepspeed, uses_deepspeed, uses_fsdp
 from sparsecli.train.threads import choose_threads
 from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
+
+Trainable = Network | ScalingTransformerForImageClassification
 
 
 def run(
@@ -95,9 +102,10 @@ def run(
         _report_accelerate_options(os.environ)
     arguments = training_arguments(recipe.train, recipe.seed, output / run_directory.CHECKPOINTS)
     with arguments.main_process_first(desc="preparing the text"):  # the others then find it in the cache
-        prepared = prepare(recipe.data)
-    _check_vocabularies(recipe.train, prepared.tokenizer)
-    check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
+        prepared = _prepared(recipe)
+    if prepared.labels is None:
+        _check_vocabularies(recipe.train, prepared.tokenizer)
+        check_vocabulary_size(recipe, prepared.tokenizer, loaded.path.name)
     hint = run_directory.resume_hint(output)
     result = train(recipe, prepared, arguments, output, checkpoint, hint, signals, profile)
     if result:
@@ -119,6 +127,15 @@ def _check_sharded(recipe: Recipe) -> None:
             "train.eval_samples: the first process generates the samples alone, which it cannot with FSDP or "
             "DeepSpeed; set it to 0, or use torchrun"
         )
+
+
+def _prepared(recipe: Recipe) -> Prepared:
+    """The recipe's examples, of text or of images."""
+    assert recipe.data
+    if isinstance(recipe.data, ImagesSpec):
+        assert isinstance(recipe.model, VisionSpec)
+        return prepare_images(recipe.data, recipe.model.image_size, recipe.model.classes)
+    return prepare(recipe.data)
 
 
 def check_resume(resume: str | None) -> None:
@@ -146,7 +163,7 @@ def _report_accelerate_options(environment: Mapping[str, str]) -> None:
 
 def check_vocabulary_size(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, file: str) -> None:
     """Raise RecipeError unless the model has a row for every token of the text."""
-    assert recipe.model
+    assert isinstance(recipe.model, ModelSpec)
     assert recipe.data
     assert recipe.train
     size = recipe.model.vocabulary.size
@@ -215,12 +232,11 @@ def _train(
     if arguments.device.type == "cpu":
         choose_threads(facts if checkpoint else {})
     _check_batch(recipe, prepared)
-    spec = recipe.model
-    longest = spec.encoder.max_positions if spec.encoder else spec.max_positions
-    prepared.tokenizer.model_max_length = longest  # of the input, for callers that truncate texts
     set_seed(recipe.seed)
-    model = _model(recipe, prepared.tokenizer, checkpoint)
-    model.generation_config.repetition_penalty = recipe.generate.repetition_penalty
+    if isinstance(recipe.model, VisionSpec):
+        model: Trainable = _classifier(recipe.model, prepared, checkpoint)
+    else:
+        model = _language_model(recipe, recipe.model, prepared, checkpoint)
     if first:
         facts |= _started(recipe, prepared, arguments, output, facts, model)
         run_directory.write_facts(output, facts)
@@ -288,9 +304,13 @@ def _check_batch(recipe: Recipe, prepared: Prepared) -> None:
     batch = recipe.train.per_device_train_batch_size * processes()
     if len(prepared.train) < batch:
         pairs = recipe.data.pair_lengths
-        what = "training pairs" if pairs else f"training windows of {longest_example(recipe.data)[0]} tokens"
+        what = "training pairs"
+        if prepared.labels:
+            what = "training images"
+        elif not pairs:
+            what = f"training windows of {longest_example(recipe.data)[0]} tokens"
         raise Failure(
-            f"data: {len(prepared.train)} {what} do not fill a batch of {batch}; add text or lower "
+            f"data: {len(prepared.train)} {what} do not fill a batch of {batch}; add data or lower "
             f"train.per_device_train_batch_size"
         )
 
@@ -301,7 +321,7 @@ def _started(
     arguments: TrainingArguments,
     output: Path,
     facts: Mapping[str, Any],
-    model: Network,
+    model: Trainable,
 ) -> dict[str, Any]:
     """Write the recipe into the run directory; return the facts of the run that begins or continues."""
     output.mkdir(parents=True, exist_ok=True)
@@ -339,7 +359,7 @@ def _trainer(
     prepared: Prepared,
     arguments: TrainingArguments,
     output: Path,
-    model: Network,
+    model: Trainable,
     samples: Samples | None,
     signals: Signals,
 ) -> LanguageModelTrainer:
@@ -357,7 +377,7 @@ def _trainer(
     parts: dict[str, Any] = {
         "model": model,
         "arguments": arguments,
-        "tokenizer": prepared.tokenizer,
+        "processor": prepared.processor,
         "examples": prepared.train,
         "held_out": prepared.held_out,
         "bytes_per_token": prepared.held_out.bytes_per_token(prepared.tokenizer),
@@ -388,15 +408,32 @@ def _save_model(trainer: LanguageModelTrainer, output: Path, first: bool) -> Non
         beside.rename(place)
 
 
-def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None) -> Network:
+def _classifier(
+    spec: VisionSpec, prepared: Prepared, checkpoint: Path | None
+) -> ScalingTransformerForImageClassification:
+    """The model of images with random weights, or with those of a checkpoint."""
+    return load_classifier(checkpoint) if checkpoint else build_classifier(spec, prepared.labels)
+
+
+def _language_model(recipe: Recipe, spec: ModelSpec, prepared: Prepared, checkpoint: Path | None) -> Network:
+    """The model of text, and what it says of generation and of its tokenizer."""
+    longest = spec.encoder.max_positions if spec.encoder else spec.max_positions
+    prepared.tokenizer.model_max_length = longest  # of the input, for callers that truncate texts
+    model = _model(recipe, spec, prepared.tokenizer, checkpoint)
+    model.generation_config.repetition_penalty = recipe.generate.repetition_penalty
+    return model
+
+
+def _model(
+    recipe: Recipe, spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, checkpoint: Path | None
+) -> Network:
     """The recipe's model with random weights, or with those of a checkpoint or of `train.init_from`."""
-    assert recipe.model
     if checkpoint:
         return load_network(checkpoint)
     if recipe.train and recipe.train.init_from:
-        return load_network(find_model(recipe.train.init_from), spec=recipe.model)
+        return load_network(find_model(recipe.train.init_from), spec=spec)
     return build_network(
-        recipe.model,
+        spec,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

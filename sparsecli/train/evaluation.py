@@ -1,4 +1,4 @@
-"""Held-out loss, and how evenly the sparse layers use their units."""
+"""Held-out loss, accuracy of classes, and how evenly the sparse layers use their units."""
 
 from __future__ import annotations
 
@@ -16,24 +16,29 @@ from sparsecli.evaluate.losses import bits_per_byte
 from sparsecli.model.layers.choices import ChoiceRecord
 from sparsecli.model.layers.feed_forward import MixtureFeedForward, SparseFeedForward, choose
 from sparsecli.model.terraformer import TerraformerForConditionalGeneration
+from sparsecli.model.vision import ScalingTransformerForImageClassification
 from sparsecli.spec.vocabulary import IGNORED
 from sparsecli.train.divergence import divergence
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Figures of a model on held-out text."""
+    """Figures of a model on held-out text or images."""
 
     nats_per_token: float
-    bits_per_byte: float
+    """Or nats per image."""
+    bits_per_byte: float | None
+    """None for images."""
     tokens: int
-    """Number of predicted tokens."""
+    """Number of predicted tokens, or of images."""
     never_chosen: float | None
     """Share of the sparse layers' units, or of a mixture's experts, that no token chose; None for dense layers."""
     balance: float | None
     """Mean entropy of the choices in a block, or among experts, over that of uniform choices; 1 means uniform."""
     kl_to_teacher: float | None = None
     """KL(teacher || model) in nats per predicted token; None without a teacher."""
+    accuracy: float | None = None
+    """Share of images whose likeliest class is theirs; None for text."""
 
 
 TeacherModel = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -44,7 +49,7 @@ TeacherModel = Callable[[Tensor], tuple[Tensor, Tensor]]
 def evaluate(
     model: PreTrainedModel,
     examples: Examples,
-    bytes_per_token: float,
+    bytes_per_token: float | None,
     *,
     batch_size: int = 16,
     teacher: TeacherModel | None = None,
@@ -58,10 +63,13 @@ def evaluate(
     No random number is drawn. With several processes, each takes every `ranks`-th batch, and `add_up` sums a
     tensor over the processes. All of them run the model equally often, as sharded models need: one that has no batch
     left repeats the first, which does not count. Returns None if `stopped` becomes true before the end.
+    Images have no `bytes_per_token`.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, predicted tokens, divergence from the teacher
+    sums = torch.zeros(
+        4, dtype=torch.float64
+    )  # nats, predicted tokens, divergence from the teacher, accuracy
     try:
         with ExitStack() as stack:
             named = model.named_modules()
@@ -83,7 +91,9 @@ def evaluate(
                     read = of_encoder if counter.of_encoder else of_decoder
                     counter.expect(read & counts)
                 output = model(**batch, use_cache=False)
-                means = [output.loss.double().item(), 1.0, 0.0]
+                means = [output.loss.double().item(), 1.0, 0.0, 0.0]
+                if "pixel_values" in batch:
+                    means[3] = (output.logits.argmax(dim=-1) == batch["labels"]).double().mean().item()
                 if teacher:
                     logits = zip(output.logits, teacher(batch["input_ids"])[0], strict=True)
                     rows = [divergence(ours[:-1], theirs[:-1]).item() for ours, theirs in logits]
@@ -92,22 +102,26 @@ def evaluate(
     finally:
         model.train(was_training)
 
-    nats, tokens, kl = add_up(sums).tolist()
+    nats, tokens, kl, correct = add_up(sums).tolist()
     never_chosen, balance = _evenness([add_up(counter.counts) for counter in choices])
     per_token = nats / tokens
     kl_to_teacher = kl / tokens if teacher else None
     return HeldOut(
         per_token,
-        bits_per_byte(per_token, bytes_per_token),
+        None if bytes_per_token is None else bits_per_byte(per_token, bytes_per_token),
         int(tokens),
         never_chosen,
         balance,
         kl_to_teacher,
+        correct / tokens if isinstance(model, ScalingTransformerForImageClassification) else None,
     )
 
 
 def _read(model: PreTrainedModel, batch: Example) -> tuple[Tensor, Tensor]:
     """Masks of tokens that are not padding, for layers of the decoder, bool (B, T), and of the encoder, bool (B, S)."""
+    if isinstance(model, ScalingTransformerForImageClassification):
+        patches = torch.ones(len(batch["labels"]), model.config.spec.positions, dtype=torch.bool)
+        return patches, patches
     target = batch["labels"] != IGNORED
     if "attention_mask" not in batch:  # running text
         return target, target

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -24,6 +24,7 @@ FIGURES = (
         "tuning_kl",
         "tuning_loss",
         "held_out_loss",
+        "accuracy",
         "bits_per_byte",
         "never_chosen",
         "balance",
@@ -32,6 +33,18 @@ FIGURES = (
     *("exact_match", "rouge_1", "rouge_2", "rouge_lsum"),
 )
 """Names of the figures of an evaluation."""
+
+
+class Unit(NamedTuple):
+    """What a run counts."""
+
+    name: str
+    """`tokens` or `images`."""
+    inputs: int = 1
+    """Numbers of the model's input that are one of them."""
+
+
+TOKENS = Unit("tokens")
 
 
 class Diverged(Failure):
@@ -44,8 +57,15 @@ class Journal(TrainerCallback):
     A resumed run deletes the rows after its checkpoint, so that every step has one row.
     """
 
-    def __init__(self, output: Path, start_step: int, progress: Progress, tensorboard: bool = True) -> None:
-        self.output, self.progress = output, progress
+    def __init__(
+        self,
+        output: Path,
+        start_step: int,
+        progress: Progress,
+        unit: Unit = TOKENS,
+        tensorboard: bool = True,
+    ) -> None:
+        self.output, self.progress, self.unit = output, progress, unit
         self.rows = read_metrics(output, start_step)
         replace_text(output / METRICS, "".join(f"{json.dumps(row)}\n" for row in self.rows))
         self.board = Board(output / "tensorboard", start_step + 1) if tensorboard else None
@@ -58,7 +78,7 @@ class Journal(TrainerCallback):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Training speed since this process started."""
+        """Training speed since this process started; of images their number."""
         return (self.tokens_logged - self.tokens_start) / self.seconds if self.seconds else None
 
     def held_out_at(self, step: int) -> dict[str, Any] | None:
@@ -70,7 +90,7 @@ class Journal(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.tokens_start = self.tokens_logged = state.num_input_tokens_seen
+        self.tokens_start = self.tokens_logged = self._seen(state)
         self.step_end = time.perf_counter()
 
     def on_step_begin(
@@ -107,7 +127,7 @@ class Journal(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
-        step, tokens = state.global_step, int(state.num_input_tokens_seen)
+        step, tokens = state.global_step, self._seen(state)
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise Diverged(
@@ -119,23 +139,27 @@ class Journal(TrainerCallback):
             row = {
                 "loss": logs["loss"],
                 "learning_rate": logs["learning_rate"],
-                "tokens_per_second": round(speed, 1),
+                f"{self.unit.name}_per_second": round(speed, 1),
             }
             if "load_balancing" in logs:
                 row["load_balancing"] = logs["load_balancing"]
-            self.shown = {"loss": logs["loss"], "tokens_per_second": round(speed)}
+            self.shown = {"loss": logs["loss"], f"{self.unit.name}_per_second": round(speed)}
         elif "held_out_loss" in logs or "tuning_loss" in logs:
             row = {name: logs[name] for name in FIGURES if logs.get(name) is not None}
             figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items())
             say(f"step {step}: {figures}")
         else:
             return  # the summary at the end of training
-        self._write({"step": step, "tokens": tokens, **row})
+        self._write({"step": step, self.unit.name: tokens, **row})
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        draw_loss(self.rows, self.output / "loss.png")
+        draw_loss(self.rows, self.output / "loss.png", self.unit.name.removesuffix("s"))
+
+    def _seen(self, state: TrainerState) -> int:
+        """Tokens or images up to now."""
+        return int(state.num_input_tokens_seen) // self.unit.inputs
 
     def _write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -177,7 +201,7 @@ class Board:
             RecordWriter(file).write(Event(wall_time=time.time(), **fields).SerializeToString())
 
 
-def draw_loss(rows: Iterable[dict[str, Any]], path: Path) -> None:
+def draw_loss(rows: Iterable[dict[str, Any]], path: Path, unit: str = "token") -> None:
     """Training and held-out loss over the steps, as a PNG."""
     from matplotlib.figure import Figure
 
@@ -193,7 +217,7 @@ def draw_loss(rows: Iterable[dict[str, Any]], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss (nats per {unit})")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -9,10 +9,12 @@ from typing import Literal
 from sparsecli.console import Failure, RecipeError, print_table
 from sparsecli.model.files import RECIPE, find_model, read_description
 from sparsecli.model.sizes import count_parameters
-from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, SavedTokenizer
+from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, ImagesSpec, SavedTokenizer
 from sparsecli.recipe.loader import LoadedRecipe, complete, require, shipped
 from sparsecli.recipe.schema import Recipe
 from sparsecli.recipe.training import TrainSpec
+from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vision import VisionSpec
 from sparsecli.train import run_directory
 from sparsecli.train.distillation import check_teacher
 from sparsecli.train.samples import SAMPLES
@@ -28,6 +30,8 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
     recipe = loaded.recipe
     start = recipe.train and recipe.train.init_from
     require(loaded, *(() if start else ("model",)), "data", "train")
+    if isinstance(recipe.model, VisionSpec) or isinstance(recipe.data, ImagesSpec):
+        return recipe
     assert recipe.data
     assert recipe.train
     if start:
@@ -54,7 +58,7 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
             saved = SavedTokenizer(kind="saved", path=str(folder))
             data = data.model_copy(update={"tokenizer": saved})
         recipe = complete(loaded, {"model": model, "data": data})
-    assert recipe.model
+    assert isinstance(recipe.model, ModelSpec)
     objective = recipe.train and recipe.train.distillation
     if objective:
         check_teacher(objective, recipe.model, read_description(find_model(objective.teacher)).spec)
@@ -76,11 +80,15 @@ def print_plan(recipe: Recipe, output: Path) -> None:
     assert recipe.data
     assert recipe.train
     train, sizes = recipe.train, count_parameters(recipe.model)
-    read, predicted = longest_example(recipe.data)
-    batch = train.per_device_train_batch_size * predicted
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps * read
     copies = 4 if train.optim == "adamw_torch" else 3  # weights, gradients, the optimizer's averages
-    logits = 3 * batch * recipe.model.vocabulary.size  # the logits, their softmax and their gradient
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    logits, unit, part = [], "images", "patch"
+    if isinstance(recipe.model, ModelSpec):
+        read, predicted = longest_example(recipe.data)
+        step, unit, part = step * read, "tokens", "token"
+        batch = train.per_device_train_batch_size * predicted
+        needed = 3 * batch * recipe.model.vocabulary.size  # the logits, their softmax and their gradient
+        logits = [("logits of a batch", f"about {needed * 4 / 2**20:,.0f} MiB")]
     written: tuple[str, ...] = (RECIPE, run_directory.FACTS, run_directory.METRICS, "loss.png")
     if "tensorboard" in train.report_to:
         written = (*written, "tensorboard/")
@@ -92,11 +100,11 @@ def print_plan(recipe: Recipe, output: Path) -> None:
     rows = [
         *starts,
         *teachers,
-        ("parameters", f"{sizes.total:,}, {sizes.active:,} active per token"),
+        ("parameters", f"{sizes.total:,}, {sizes.active:,} active per {part}"),
         ("weights, gradients, optimizer", f"about {sizes.total * copies * 4 / 2**20:,.0f} MiB"),
-        ("logits of a batch", f"about {logits * 4 / 2**20:,.0f} MiB"),
+        *logits,
         ("steps", f"{train.max_steps:,}"),
-        ("tokens", f"{at_most}{train.max_steps * step:,}, {step:,} per step and process"),
+        (unit, f"{at_most}{train.max_steps * step:,}, {step:,} per step and process"),
         ("files", f"{', '.join(written)}, checkpoints/, model/ in {output}"),
     ]
     print_table(["plan", ""], rows)
@@ -107,7 +115,7 @@ def longest_example(data: DataSpec) -> tuple[int, int]:
     if data.pair_lengths:
         source, target = data.pair_lengths
         return source + target, target
-    assert not isinstance(data, CopyTask)
+    assert not isinstance(data, CopyTask | ImagesSpec)
     return data.sequence_length, data.sequence_length
 
 
@@ -119,5 +127,5 @@ def judge_of(recipe: Recipe) -> Literal["rouge", "exact"] | None:
         return None
     if recipe.data.copies:
         return "exact"
-    assert not isinstance(recipe.data, CopyTask)
+    assert not isinstance(recipe.data, CopyTask | ImagesSpec)
     return None if isinstance(recipe.data.pairs, CorruptedPairs) else "rouge"

@@ -27,9 +27,14 @@ class Result:
 
     steps: int
     held_out_loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
+    """None for images."""
     tokens_per_second: float | None
-    """Training speed of the process that finished the run."""
+    """Training speed of the process that finished the run; None for images."""
+    images_per_second: float | None = None
+    """The same for images."""
+    accuracy: float | None = None
+    """Share of held-out images whose likeliest class is theirs."""
     tuning_loss: float | None = None
     never_chosen: float | None = None
     balance: float | None = None
@@ -46,16 +51,18 @@ class Result:
         cls,
         row: Mapping[str, float],
         steps: int,
-        tokens_per_second: float | None,
+        speed: float | None,
         lead_rouge: dict[str, float] | None,
     ) -> Result:
-        """The figures of the last evaluation, a `row` of the metrics."""
-        optional = ("tuning_loss", "never_chosen", "balance", "kl_to_teacher", "exact_match")
+        """The figures of the last evaluation, a `row` of the metrics; `speed` in tokens or images a second."""
+        optional = ("accuracy", "tuning_loss", "never_chosen", "balance", "kl_to_teacher", "exact_match")
+        images = "accuracy" in row
         return cls(
             steps=steps,
             held_out_loss=row["held_out_loss"],
-            bits_per_byte=row["bits_per_byte"],
-            tokens_per_second=tokens_per_second,
+            bits_per_byte=row.get("bits_per_byte"),
+            tokens_per_second=None if images else speed,
+            images_per_second=speed if images else None,
             **{name: row.get(name) for name in optional},
             rouge={name: row[name] for name in ROUGE if name in row} or None,
             lead_rouge=lead_rouge,
@@ -81,29 +88,41 @@ def card_of(result: Result, recipe: Recipe) -> Card:
     assert recipe.data
     assert recipe.train
     sizes = count_parameters(recipe.model)
+    images = result.accuracy is not None
+    loss = f"{result.held_out_loss:.4f} nats/{'image' if images else 'token'}"
+    loss += "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
     facts = [
-        ("parameters", f"{sizes.total:,}; a token reads {sizes.active:,} of them"),
-        ("training text", _text_words(recipe)),
+        ("parameters", f"{sizes.total:,}; a {'patch' if images else 'token'} reads {sizes.active:,} of them"),
+        (f"training {'images' if images else 'text'}", _text_words(recipe)),
         ("steps", f"{result.steps:,}"),
-        ("held-out loss", f"{result.held_out_loss:.4f} nats/token, {result.bits_per_byte:.4f} bits per byte"),
+        ("held-out loss", loss),
     ]
+    if result.accuracy is not None:
+        facts.append(("held-out accuracy", f"{result.accuracy:.2%}"))
     if result.exact_match is not None:
         facts.append(("targets generated exactly", f"{result.exact_match:.1%}"))
     if result.rouge:
         facts.append(("ROUGE", ", ".join(f"{name} {value:.1f}" for name, value in result.rouge.items())))
     taught = recipe.train.distillation.teacher if recipe.train.distillation else None
     base = recipe.train.init_from or taught
-    summary = "A language model that sparsecli trained"
+    summary = f"A {'vision Transformer' if images else 'language model'} that sparsecli trained"
     summary += f", beginning with {recipe.train.init_from}" if recipe.train.init_from else ""
     summary += f", with {taught} as its teacher" if taught else ""
-    return Card(f"{summary}.", facts, recipe=dump(recipe), base_model=str(base) if base else None)
+    return Card(
+        f"{summary}.",
+        facts,
+        recipe=dump(recipe),
+        base_model=str(base) if base else None,
+        task="image-classification" if images else None,
+    )
 
 
 def _text_words(recipe: Recipe) -> str:
-    """Where the training text comes from."""
+    """Where the training text or images come from."""
     data = recipe.data
     paths = getattr(data, "paths", None)
     named = getattr(data, "dataset", None) or (", ".join(map(str, paths)) if paths else None)
+    named = named or getattr(data, "path", None)
     source = str(getattr(data, "source", "text"))
     return f"{source}: {named}" if named else source
 
@@ -113,9 +132,15 @@ def print_result(result: Result, recipe: Recipe, output: Path) -> None:
     copies = recipe.data is not None and recipe.data.copies  # symbols or random tokens, not text
     mixed = recipe.model is not None and recipe.model.feed_forward.kind == "mixture"
     figures = [
-        ("held-out loss (nats/token)", result.held_out_loss, ".4f"),
+        (
+            f"held-out loss (nats/{'token' if result.accuracy is None else 'image'})",
+            result.held_out_loss,
+            ".4f",
+        ),
+        ("held-out accuracy", result.accuracy, ".2%"),
         ("held-out bits per byte", None if copies else result.bits_per_byte, ".4f"),
         ("training tokens per second", result.tokens_per_second or None, ",.0f"),
+        ("training images per second", result.images_per_second or None, ",.0f"),
         ("experts never chosen" if mixed else "units never chosen", result.never_chosen, ".2%"),
         ("balance of choices", result.balance, ".4f"),
         ("KL to the teacher", result.kl_to_teacher, ".4f"),

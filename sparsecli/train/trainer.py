@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import (
+    BaseImageProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -32,10 +33,12 @@ from sparsecli.data.examples import Examples, PairExamples
 from sparsecli.data.ordering import SimilarLengths
 from sparsecli.model.layers.feed_forward import Controller, MixtureFeedForward
 from sparsecli.model.layers.positions import LearnedPositions
+from sparsecli.model.vision import ScalingTransformerForImageClassification
 from sparsecli.recipe.training import TrainSpec
+from sparsecli.spec.vision import CHANNELS
 from sparsecli.train.checkpoint import prune, seal, step_of
 from sparsecli.train.evaluation import HeldOut, TeacherModel, evaluate
-from sparsecli.train.journal import Journal
+from sparsecli.train.journal import TOKENS, Journal, Unit
 from sparsecli.train.samples import Samples
 from sparsecli.train.sharding import (
     prepare_fsdp,
@@ -140,9 +143,12 @@ class Signals:
 
 
 class LanguageModelTrainer(Trainer):
-    """Trains on examples, evaluates with hard choices, and seals its checkpoints.
+    """Trains on examples, evaluates with hard choices, and seals its checkpoints. Models of images train like those of
+    text.
 
     Args:
+        processor: the tokenizer, or the image processor.
+        bytes_per_token: of the held-out text; None for images.
         samples: held-out sources whose targets the model generates at every evaluation.
         tuning: further examples on which every evaluation measures the loss, too.
         bf16: matrix products in bfloat16. Transformers' own option would also copy the logits to float32.
@@ -158,10 +164,10 @@ class LanguageModelTrainer(Trainer):
         self,
         model: PreTrainedModel,
         arguments: TrainingArguments,
-        tokenizer: PreTrainedTokenizerFast,
+        processor: PreTrainedTokenizerFast | BaseImageProcessor,
         examples: Examples,
         held_out: Examples,
-        bytes_per_token: float,
+        bytes_per_token: float | None,
         *,
         bf16: bool,
         checkpoints: Path,
@@ -175,7 +181,7 @@ class LanguageModelTrainer(Trainer):
             arguments,
             train_dataset=examples,
             eval_dataset=held_out,
-            processing_class=tokenizer,
+            processing_class=processor,
             data_collator=examples.collate,
         )
         self.examples, self.held_out, self.samples, self.tuning = examples, held_out, samples, tuning
@@ -189,6 +195,9 @@ class LanguageModelTrainer(Trainer):
         # equally long, so a step's loss is the mean over its batches; the Trainer's number would include the first
         # token of each window, which is not predicted.
         self.model_accepts_loss_kwargs = isinstance(examples, PairExamples)
+        self.unit = TOKENS
+        if isinstance(model, ScalingTransformerForImageClassification):
+            self.unit = Unit("images", CHANNELS * model.config.image_size**2)
         self.remove_callback(PrinterCallback)
         self.add_callback(_StopAtSignal(self))
         self.add_callback(OrderOfEpoch())
@@ -291,6 +300,7 @@ class LanguageModelTrainer(Trainer):
         metrics = {
             "tuning_loss": tuning.nats_per_token if tuning else None,
             "held_out_loss": figures.nats_per_token,
+            "accuracy": figures.accuracy,
             "bits_per_byte": figures.bits_per_byte,
             "never_chosen": figures.never_chosen,
             "balance": figures.balance,
@@ -442,7 +452,7 @@ def run_steps(
     start_step, steps = step_of(checkpoint) if checkpoint else 0, trainer.args.max_steps
     with trainer.signals as signals, progress(description, steps) as bar:
         bar.advance(start_step)
-        journal = Journal(output, start_step, bar, tensorboard) if first_process() else None
+        journal = Journal(output, start_step, bar, trainer.unit, tensorboard) if first_process() else None
         if journal:
             trainer.add_callback(journal)
             shutil.rmtree(trainer.checkpoints / UNFINISHED, ignore_errors=True)

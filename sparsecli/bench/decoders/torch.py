@@ -1,4 +1,5 @@
-"""The PyTorch decoder: the model in eager mode, as `transformers` runs it, with the preallocated cache."""
+"""The PyTorch decoder: the model in eager mode, as `transformers` runs it, with the preallocated cache; and what reads
+images with it."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ from sparsecli.bench.decoders import others
 from sparsecli.bench.random_weights import empty_model
 from sparsecli.model import DecodeCache
 from sparsecli.spec.model import ModelSpec
+from sparsecli.spec.vision import CHANNELS, AnySpec, VisionSpec
 
 
 class TorchModel:
     """A model that uses the given weights without a copy. `profile` times attention, feed-forward and head."""
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, torch.Tensor], profile: bool = False) -> None:
+    def __init__(self, spec: AnySpec, weights: Mapping[str, torch.Tensor], profile: bool = False) -> None:
         self.spec = spec
         self.network = empty_model(spec)
         unknown = self.network.load_state_dict(dict(weights), strict=False, assign=True).unexpected_keys
@@ -27,7 +29,7 @@ class TorchModel:
         self.stack = _Stopwatch()
         blocks = self.network.model.layers
         # Not the blocks themselves: reversible blocks are run in halves.
-        last = "feed_forward" if self.spec.sru is None else "sru"
+        last = "feed_forward" if getattr(spec, "sru", None) is None else "sru"
         self.stack.watch(blocks[0].get_submodule("attention_norm"), blocks[-1].get_submodule(last))
         self.parts: dict[str, _Stopwatch] = {}
         if profile:
@@ -65,7 +67,9 @@ class TorchDecoder:
     """One sequence, or a batch of sequences with prompts of the same length: see `TimedDecoder`."""
 
     def __init__(self, model: TorchModel, threads: int, capacity: int, batch: int = 1) -> None:
+        assert isinstance(model.spec, ModelSpec)
         self.model, self.threads, self.batch = model, threads, batch
+        self.vocabulary = model.spec.vocabulary.size
         self.cache = DecodeCache.for_model(model.spec, capacity)
         self.context = 0
         self.next: list[int] = []
@@ -74,7 +78,7 @@ class TorchDecoder:
         """See `TimedDecoder.prefill`; every sequence of a batch has other tokens."""
         torch.set_num_threads(self.threads)
         self.cache.reset()
-        size = self.model.spec.vocabulary.size
+        size = self.vocabulary
         self._forward([[others(token, index, size) for token in tokens] for index in range(self.batch)])
         self.context = len(tokens)
 
@@ -86,7 +90,7 @@ class TorchDecoder:
 
     def step(self, token: int) -> tuple[int, int]:
         """See `TimedDecoder.step`. The other sequences of a batch continue with their own greedy tokens."""
-        size = self.model.spec.vocabulary.size
+        size = self.vocabulary
         added = self.next or [others(token, index, size) for index in range(self.batch)]
         self.model.stack.read()
         found = self._forward([[each] for each in added]).argmax(-1).tolist()
@@ -105,3 +109,36 @@ class TorchDecoder:
             torch.tensor(tokens), past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
         return output.logits[:, -1]
+
+
+IMAGES = 4
+"""Batches of different images that turns read, one after the other."""
+
+
+class ImageReader:
+    """Classifies a batch of images in each step: see `TimedDecoder`, whose tokens are numbers of batches here."""
+
+    def __init__(self, model: TorchModel, threads: int, batch: int) -> None:
+        assert isinstance(model.spec, VisionSpec)
+        self.model, self.threads = model, threads
+        shape = IMAGES, batch, CHANNELS, model.spec.image_size, model.spec.image_size
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(shape, generator=generator).to(model.network.dtype)
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Images follow nothing."""
+
+    def rewind(self) -> None:
+        """See `TimedDecoder.rewind`."""
+        torch.set_num_threads(self.threads)
+
+    @torch.inference_mode()
+    def step(self, token: int) -> tuple[int, int]:
+        """Classify the batch `token`, taken around the end. Returns the number of the next one."""
+        self.model.stack.read()
+        self.model.network(pixel_values=self.images[token % IMAGES]).logits.argmax(dim=-1)
+        return token + 1, self.model.stack.read()
+
+    def profile(self) -> dict[str, float]:
+        """Seconds by part since the last call."""
+        return {name: watch.read() / 1e9 for name, watch in self.model.parts.items()}

@@ -35,6 +35,7 @@ from sparsecli.model.layers.shared_query_key import unit_keys
 from sparsecli.model.loading import load_network, load_tokenizer, read_config
 from sparsecli.recipe.loader import load
 from sparsecli.spec.attention import LshSpec
+from sparsecli.spec.model import ModelSpec
 
 WIDTH = 64
 
@@ -208,8 +209,8 @@ def main() -> None:
 def _run(given: argparse.Namespace) -> None:
     if given.what == "model":
         model = load(given.recipe[0], given.recipe[1:]).recipe.model
-        if model is None:
-            raise console.Failure(f"{given.recipe[0]}: has no model: block")
+        if not isinstance(model, ModelSpec):
+            raise console.Failure(f"{given.recipe[0]}: has no model: block of a model of text")
         options = given.dtype, given.threads, given.layers, given.rounds
         measured = list(long_decoding.compare(model, given.lengths, *options))
         long_decoding.print_table(measured, f"one token of {given.recipe[0]}, {given.dtype}")

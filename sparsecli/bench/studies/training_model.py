@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     recipe = load(options.recipe, []).recipe
     found = {}
-    if recipe.model and recipe.bench:
+    if isinstance(recipe.model, ModelSpec) and recipe.bench:
         found = {variant.name: variant for variant in from_recipe(recipe.model, recipe.bench)}
     for name in options.variants:
         if name not in found:

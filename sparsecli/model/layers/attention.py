@@ -13,6 +13,7 @@ from sparsecli.model.layers.multiplicative import (
     MultiplicativeConvolution,
     MultiplicativeDense,
 )
+from sparsecli.model.layers.patches import PatchProjection
 from sparsecli.model.layers.positions import rotate
 from sparsecli.model.layers.quantized import linear
 from sparsecli.model.layers.shared_query_key import attend_shared, unit_keys
@@ -104,7 +105,7 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        projection: SeparateProjection | ConvolutionProjection,
+        projection: SeparateProjection | ConvolutionProjection | PatchProjection,
         output: nn.Module | None,
         *,
         heads: int,
