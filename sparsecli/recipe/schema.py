@@ -194,7 +194,7 @@ class PrecisionChanges(Spec):
     projection: WeightDtype | None = None
     """Dense projections of attention."""
     controller: Dtype | None = None
-    """Controllers and routers."""
+    """Controllers, routers and predictors."""
     multiplicative: Dtype | None = None
     """D and E of multiplicative layers, including the sparse loss layer."""
     convolution: Literal["float32", "bfloat16"] | None = None

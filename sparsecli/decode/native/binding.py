@@ -14,7 +14,7 @@ from sparsecli.console import Failure
 LIBRARY = Path(os.environ.get("SPARSECLI_NATIVE_LIBRARY") or Path(__file__).with_name("_native.so"))
 """Another build may stand in for the installed one: `make sanitize` names its own."""
 ERROR_BYTES = 256
-INTERFACE_VERSION = 14  # of native/engine.h
+INTERFACE_VERSION = 15  # of native/engine.h
 INSTRUCTION_SETS = (
     "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_i8mm_bf16", "neon_dotprod", "neon", "portable",
 )  # fmt: skip
@@ -44,6 +44,7 @@ class Shape(Structure):
         ("residual_scale", c_double),
         ("logit_scale", c_double),
         ("logit_softcap", c_double),
+        ("unit_quantile", c_double),
         ("units_per_block", c_void_p),  # of every layer
         ("windows", c_void_p),
         ("rotary_tables", c_void_p),
