@@ -46,9 +46,16 @@ class RoundedLayers:
     A file for each layer holds the codes (`MODULE TYPE`) and the squared errors of the outputs (`MODULE TYPE error`).
     """
 
-    def __init__(self, dense: ScalingTransformerForCausalLM, folder: Path) -> None:
-        self.dense, self.folder = dense, folder
+    def __init__(
+        self, dense: ScalingTransformerForCausalLM, folder: Path, types: Sequence[str] | None = None
+    ) -> None:
+        """With `types`: no others."""
+        self.dense, self.folder, self.types = dense, folder, types
         self.layers = linear_layers(dense.config.spec)
+
+    def types_of(self, layer: LinearLayer) -> list[str]:
+        """The types into which a layer is rounded."""
+        return [kind for kind in layer.types if self.types is None or kind in self.types]
 
     def fit(self, batches: Sequence[Tensor], keep: Callable[[Path, dict[str, Tensor]], None]) -> None:
         """Round what is not rounded yet, for token ids (B, T).
@@ -63,7 +70,7 @@ class RoundedLayers:
             for index, layer in enumerate(model.layers):
                 widened, file = in_float32(layer), self._file(f"layer-{index}")
                 prefix = f"model.layers.{index}."
-                fits = [each for each in self.layers if each.name.startswith(prefix) and each.types]
+                fits = [each for each in self.layers if each.name.startswith(prefix) and self.types_of(each)]
                 modules = {each.name: widened.get_submodule(each.name.removeprefix(prefix)) for each in fits}
                 if file.exists():
                     modules = {}
@@ -72,7 +79,7 @@ class RoundedLayers:
                     keep(file, self._round(modules, groups))
                 bar.advance()
             head, file = self.layers[-1], self._file("head")
-            if head.types and not file.exists():
+            if self.types_of(head) and not file.exists():
                 norm = in_float32(model.norm)
                 linear = in_float32(self.dense.head)
                 group = _Inputs.of([head.name], head.cols)
@@ -89,7 +96,7 @@ class RoundedLayers:
             for name in group.names:
                 linear = modules[name]
                 assert isinstance(linear, nn.Linear)
-                for kind in layers[name].types:
+                for kind in self.types_of(layers[name]):
                     parts, made = round_to_type(TYPES[kind], linear.weight, inputs)
                     found[f"{name} {kind}"] = torch.from_numpy(panels_of(TYPES[kind], parts))
                     found[f"{name} {kind} error"] = group.errors(made - linear.weight)
@@ -105,11 +112,11 @@ class RoundedLayers:
         for layer in self.layers:
             if layer.kept:
                 found.append(TypeOption(layer, layer.kept, layer.bytes(layer.kept), 0.0))
-            if not layer.types:
+            if not self.types_of(layer):
                 continue
             squares = gradients[HEAD if layer.name == EMBEDDING else layer.name].double()
             with safe_open(self._file_of(layer), framework="pt") as file:
-                for kind in layer.types:
+                for kind in self.types_of(layer):
                     errors = file.get_tensor(f"{layer.name} {kind} error").double()
                     increase = 0.5 * float(squares @ errors)
                     found.append(TypeOption(layer, kind, layer.bytes(kind), increase))

@@ -96,6 +96,8 @@ class TrainSpec(Spec):
     """Checkpoints to keep; at least two, so that a damaged one is never the only one."""
     init_from: str | None = None
     """Start from the weights of this run or model folder; the recipe may omit its architecture and tokenizer."""
+    keep_zeros: bool = False
+    """Keep weights of matrices at zero that are zero at the start, as those of a pruned model are."""
     distillation: DistillationSpec | None = None
     """Learn from a teacher instead of from the text alone."""
 

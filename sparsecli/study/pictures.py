@@ -51,7 +51,8 @@ def curve(trained: Trained) -> list[Point]:
     points = []
     for tokens in common:
         losses = [found[tokens] for found in seeds]
-        points.append(Point(tokens, statistics.fmean(losses), min(losses), max(losses)))
+        seen = trained.tokens_before + tokens
+        points.append(Point(seen, statistics.fmean(losses), min(losses), max(losses)))
     return points
 
 

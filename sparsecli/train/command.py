@@ -32,7 +32,7 @@ from sparsecli.train.plan import judge_of, longest_example, print_plan, resolved
 from sparsecli.train.profile import profiled
 from sparsecli.train.result import Result, card_of, known_result, print_result, print_samples
 from sparsecli.train.samples import Samples
-from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
+from sparsecli.train.trainer import KeepZeros, LanguageModelTrainer, Signals, run_steps, training_arguments
 
 
 def run(
@@ -330,9 +330,13 @@ def _trainer(
         "tuning": prepared.tuning,
     }
     if train.distillation is None:
-        return LanguageModelTrainer(**parts)
-    teacher = Teacher(load_network(find_model(train.distillation.teacher)), bf16)
-    return DistillationTrainer(**parts, teacher=teacher, objective=train.distillation)
+        trainer = LanguageModelTrainer(**parts)
+    else:
+        teacher = Teacher(load_network(find_model(train.distillation.teacher)), bf16)
+        trainer = DistillationTrainer(**parts, teacher=teacher, objective=train.distillation)
+    if train.keep_zeros:
+        trainer.add_callback(KeepZeros(model))
+    return trainer
 
 
 def _save_model(trainer: LanguageModelTrainer, output: Path, first: bool) -> None:
