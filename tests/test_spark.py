@@ -103,6 +103,15 @@ def test_every_weight_learns_through_the_threshold() -> None:
     assert not gradients[1][below].any()
 
 
+def test_equal_scores_keep_nothing_and_have_a_gradient() -> None:
+    layer, _ = small_layer()
+    x = torch.zeros(2, 12, requires_grad=True)
+    y = layer.train()(x)
+    y.sum().backward()
+    assert not y.any()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in layer.parameters())
+
+
 # -- what is counted -----------------------------------------------------------------------------------------
 
 

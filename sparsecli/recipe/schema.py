@@ -525,11 +525,18 @@ class StudySpec(Spec):
         Raises:
             ValidationError, PydanticCustomError: blocks do not fit together, or cannot be pruned.
         """
+        first, *changed = self.chain(variant)
+        found = first.model.apply(model)
+        for each in changed:
+            found = each.prune.apply(found) if each.prune else found
+        return found
+
+    def chain(self, variant: StudyVariantSpec) -> list[StudyVariantSpec]:
+        """The variant that is trained from random weights, those that start from it, and last this one."""
         if variant.init_from is None:
-            return variant.model.apply(model)
+            return [variant]
         start = next(each for each in self.variants if each.name == variant.init_from)
-        found = self.model_of(start, model)
-        return variant.prune.apply(found) if variant.prune else found
+        return [*self.chain(start), variant]
 
 
 # -- the whole -----------------------------------------------------------------------------------------------
@@ -583,9 +590,11 @@ class Recipe(Spec):
                         f"{block}.variants.{index}.model",
                         f"does not fit the recipe's model: {context['field']} {context['message']}",
                     ) from None
-        for index, changed in enumerate(self.study.variants if self.study else ()):
-            if self.study and changed.init_from:
-                self._check_changed(f"study.variants.{index}", changed, self.study.model_of, model)
+        if self.study:
+            places = {f"study.variants.{index}": each for index, each in enumerate(self.study.variants)}
+            for place, variant in sorted(places.items(), key=lambda pair: len(self.study.chain(pair[1]))):
+                if variant.init_from:
+                    self._check_changed(place, variant, self.study.model_of, model)
 
     @staticmethod
     def _check_changed(

@@ -131,10 +131,9 @@ class Plan:
 
     def tokens_before(self, variant: Variant) -> int:
         """Training tokens of the model that a run of it starts from."""
-        if variant.spec.init_from is None:
-            return 0
-        start = next(each for each in self.variants if each.name == variant.spec.init_from)
-        return self.tokens_before(start) + self.steps(start) * self.tokens_per_step
+        named = {each.name: each for each in self.variants}
+        earlier = self.study.chain(variant.spec)[:-1]
+        return sum(self.steps(named[each.name]) for each in earlier) * self.tokens_per_step
 
     def trial_steps(self, variant: Variant) -> int | None:
         """Steps of a trial of a learning rate; None if trials are as long as whole runs, and are the first of these."""
@@ -238,7 +237,7 @@ def make_plan(loaded: LoadedRecipe, output: Path) -> Plan:
     specs = recipe.study.models(recipe.model)
     for spec in recipe.study.variants:
         model = specs[spec.name]
-        complete(loaded, {"model": model})
+        complete(loaded, {"model": model, "study": None})
         variants.append(Variant(spec, model, count_parameters(model)))
     check_sizes(recipe.study, {variant.name: variant.sizes for variant in variants}, loaded.path)
     models = {variant.name: variant.model for variant in variants}

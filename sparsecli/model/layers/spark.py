@@ -25,12 +25,18 @@ from sparsecli.model.layers.feed_forward import ACTIVATIONS
 from sparsecli.model.layers.tracing import tracing
 
 
+TINY = 1e-20
+"""The least variance of scores: where all are equal, the gradient of their deviation is zero, not NaN."""
+
+
 def statistical_top_k(scores: Tensor, count: int) -> Tensor:
     """Scores (..., n) minus their threshold, which about `count` of n normally distributed ones exceed; zero below."""
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    deviation, mean = torch.std_mean(wide, dim=-1, keepdim=True)
-    quantile = NormalDist().inv_cdf(1 - count / scores.shape[-1])
-    return (wide - (mean + quantile * deviation)).clamp(min=0)
+    units = scores.shape[-1]
+    centered = wide - wide.mean(dim=-1, keepdim=True)  # several times faster than torch.std_mean
+    variance = centered.square().sum(dim=-1, keepdim=True) / (units - 1)
+    deviation = variance.clamp(min=TINY).sqrt()
+    return F.relu(centered - NormalDist().inv_cdf(1 - count / units) * deviation).to(scores.dtype)
 
 
 class SparkFeedForward(nn.Module):
@@ -79,7 +85,7 @@ class SparkFeedForward(nn.Module):
     def gate(self, x: Tensor) -> Tensor:
         """Activated scores of x (tokens, d): (tokens, n), zero where a unit takes no part."""
         scores = F.linear(x[:, : self.predictor.shape[1]], self.predictor)
-        return ACTIVATIONS[self.activation](statistical_top_k(scores, self.active_units)).to(scores.dtype)
+        return ACTIVATIONS[self.activation](statistical_top_k(scores, self.active_units))
 
     def evaluate_gathered(self, gate: Tensor, rest: Tensor) -> Tensor:
         """gate (1, n), rest (1, d - r) -> (1, d), reading the rows of kept units only."""
