@@ -590,11 +590,11 @@ class Recipe(Spec):
                         f"{block}.variants.{index}.model",
                         f"does not fit the recipe's model: {context['field']} {context['message']}",
                     ) from None
-        if self.study:
-            places = {f"study.variants.{index}": each for index, each in enumerate(self.study.variants)}
-            for place, variant in sorted(places.items(), key=lambda pair: len(self.study.chain(pair[1]))):
+        if study := self.study:
+            places = {f"study.variants.{index}": each for index, each in enumerate(study.variants)}
+            for place, variant in sorted(places.items(), key=lambda pair: len(study.chain(pair[1]))):
                 if variant.init_from:
-                    self._check_changed(place, variant, self.study.model_of, model)
+                    self._check_changed(place, variant, study.model_of, model)
 
     @staticmethod
     def _check_changed(

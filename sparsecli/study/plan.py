@@ -252,13 +252,13 @@ def make_plan(loaded: LoadedRecipe, output: Path) -> Plan:
 def print_plan(plan: Plan) -> None:
     """Print the variants, their runs, tokens, and the time by a short measurement of each variant's step."""
     seconds: dict[str, float | None] = {}
+    known: dict[str, float | None] = {}  # by architecture
     for variant in plan.variants:
-        run = (
-            plan.run(variant, plan.learning_rates(variant)[0], plan.study.seeds[0])
-            if variant.trains
-            else None
-        )
-        seconds[variant.name] = step_seconds(run.recipe) if run else 0.0
+        key = variant.model.model_dump_json()
+        if variant.trains and key not in known:
+            rate, seed = plan.learning_rates(variant)[0], plan.study.seeds[0]
+            known[key] = step_seconds(plan.run(variant, rate, seed).recipe)
+        seconds[variant.name] = known[key] if variant.trains else 0.0
     rows, total = [], 0.0
     for variant in plan.variants:
         step, steps = seconds[variant.name], plan.steps_of(variant)

@@ -24,7 +24,6 @@ from sparsecli.model.layers.dropout import shared_dropout
 from sparsecli.model.layers.feed_forward import ACTIVATIONS
 from sparsecli.model.layers.tracing import tracing
 
-
 TINY = 1e-20
 """The least variance of scores: where all are equal, the gradient of their deviation is zero, not NaN."""
 
