@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 from sparsecli import console
@@ -129,21 +130,17 @@ class StudyResult:
         return list(dict.fromkeys(each.dtype for row in self.rows for each in row.decoding))
 
     @property
-    def frontier(self) -> list[str]:
-        """Variants to which no other has both a lower held-out loss and less time for a token, the fastest first."""
+    def frontier(self) -> list[tuple[float, float, str]]:
+        """Time (ms), held-out loss and name of variants to which no other has both a lower loss and less time for a
+        token, the fastest first."""
         points = sorted(
             (each.ms_per_token, row.held_out_loss, row.variant)
             for row in self.rows
             for each in row.decoding
             if row.held_out_loss is not None
         )
-        found: list[str] = []
-        best = math.inf
-        for _, loss, variant in points:
-            if loss < best:
-                best = loss
-                found.append(variant)
-        return list(dict.fromkeys(found))
+        losses = [math.inf, *accumulate((loss for _, loss, _ in points), min)]
+        return [point for point, best in zip(points, losses, strict=False) if point[1] < best]
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         """Two-line titles and the cells of the table. Columns of decoding name the weight type if there are several,
@@ -183,7 +180,7 @@ class StudyResult:
         seeds = len(self.seeds)
         spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
         lines = [f"Held-out loss in nats/token after {self.tokens:,} training tokens, {spread}."]
-        if len(self.rows) > 2 and (best := self.frontier):
+        if len(self.rows) > 2 and (best := dict.fromkeys(name for _, _, name in self.frontier)):
             lines.append(
                 f"No other variant has both a lower loss and a shorter time than: {', '.join(best)}."
             )
