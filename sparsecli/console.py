@@ -133,6 +133,16 @@ def warn_once(text: str) -> None:
     warn(text)
 
 
+@contextmanager
+def failing() -> Iterator[None]:
+    """Turn a `Failure` of a small program into its line on stderr and its exit code."""
+    try:
+        yield
+    except Failure as failure:
+        fail(failure)
+        sys.exit(failure.exit_code)
+
+
 def fail(failure: Failure) -> None:
     """Write an expected error to stderr, each line marked as an error, in every process."""
     if isinstance(failure, Stopped):

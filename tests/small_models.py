@@ -91,6 +91,22 @@ MODELS: dict[str, dict] = {
         "attention": {"projection": "multiplicative", "output_projection": "none"},
         "normalization": "rms",
     },
+    "spark": {
+        "feed_forward": {"kind": "spark", "d_ff": 160, "active_units": 24, "predictor_width": 24},
+        "attention": {"projection": "dense"},
+    },
+    "spark, odd widths": {
+        "d_model": 132,
+        "heads": 6,
+        "feed_forward": {
+            "kind": "spark",
+            "d_ff": 101,
+            "active_units": 30,
+            "predictor_width": 67,
+            "activation": "silu",
+        },
+        "normalization": "rms",
+    },
     "convolved output": {
         "attention": {
             "projection": "multiplicative_conv",

@@ -121,7 +121,8 @@ LAYERS |= {
         "sparsecli.train.controllers",
         "sparsecli.decode.native.rounding",
     },
-    "sparsecli.study": BELOW_COMMANDS | {"sparsecli.study", "sparsecli.train", "sparsecli.bench"},
+    "sparsecli.study": BELOW_COMMANDS
+    | {f"sparsecli.{name}" for name in ("study", "train", "bench", "convert", "decode", "evaluate")},
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},
     "sparsecli.cli": {"sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.recipe"}
     | {

@@ -92,7 +92,8 @@ def test_all_problems_at_once_in_the_order_of_the_file():
         ),
         (
             ("    kind: sparse\n", ""),
-            "r.yaml:7:3: model.feed_forward.kind: missing, expected one of dense, sparse, selector, precision, mixture",
+            "r.yaml:7:3: model.feed_forward.kind: missing, expected one of dense, sparse, selector, precision, "
+            "mixture, spark",
         ),
         (
             ("d_ff: 128", "d_ff: 120"),

@@ -25,7 +25,8 @@ def test_training_recipes(place: Path, name: str) -> None:
 
 @pytest.mark.usefixtures("quick_probe")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if "equal" in name else name for name in STUDIES]
+    "name",
+    [name if name == "study-quick" else pytest.param(name, marks=pytest.mark.slow) for name in STUDIES],
 )
 def test_studies(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "collect", lambda: 0)  # these two take longer than such a short run
@@ -37,7 +38,7 @@ def test_studies(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(f"| {variant.name} |" in table for variant in study.variants)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [name for name in STUDIES if load(name).recipe.study.equal_parameters])
 def test_variants_of_studies_agree_in_size(name: str) -> None:
     study, sizes = load(name).recipe.study, dict(commands.sizes(load(name).recipe))
     assert study

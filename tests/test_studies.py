@@ -306,7 +306,7 @@ def test_a_loss_that_is_not_finite_ends_one_variant(
     variants = f"[{variants}, {{name: dense}}, {{name: untaught, distil_from: broken}}]"
     loaded = load(str(file), [*ONE_RUN, f"study.variants={variants}"])
     asked: dict[str, Path] = {}
-    monkeypatch.setattr(command, "measure_runs", lambda loaded, named, earlier: asked.update(named))
+    monkeypatch.setattr(command, "measure_runs", lambda loaded, named, *_: asked.update(named))
     monkeypatch.setattr(command, "as_json", lambda result: "{}")
     monkeypatch.setattr(command.compare, "read", lambda path: None)
     monkeypatch.setattr(command, "draw", lambda *_: None)

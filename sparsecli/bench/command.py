@@ -135,15 +135,22 @@ def show_saved(
 
 
 def measure_runs(
-    loaded: LoadedRecipe, named: Mapping[str, Path], earlier: BenchResult | None = None
+    loaded: LoadedRecipe,
+    named: Mapping[str, Path],
+    earlier: BenchResult | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> BenchResult:
     """Trained models, by name, measured as the recipe's `bench:` block says, without printing a table.
 
+    `dtypes` names the weight types of models that are not measured in those of the recipe.
     `earlier` is returned if it has the same rows, measured on the same processor in the same way. Raises `Failure` as
     `run` does.
     """
     found = variants.from_runs([str(run) for run in named.values()])
-    chosen = [replace(variant, name=name) for name, variant in zip(named, found, strict=True)]
+    own = {name: (dtype,) for name, dtype in (dtypes or {}).items()}
+    chosen = [
+        replace(variant, name=name, dtypes=own.get(name)) for name, variant in zip(named, found, strict=True)
+    ]
     bench, plan = _plan_of_runs(loaded, chosen)
     models.check_memory(plan)
     threads = max(case.threads for case in plan.cases)

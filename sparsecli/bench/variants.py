@@ -38,7 +38,7 @@ class Variant:
     held_out_loss: float | None = None
     paper: PaperFigures | None = None
     precision: PrecisionChanges = UNCHANGED
-    dtypes: Sequence[str] | None = None  # None: those of the bench
+    dtypes: Sequence[str] | None = None  # None: those of the bench; of a trained model also other ones
     measured_layers: int | None = None  # number of blocks that are built; None: all
     vision: VisionSpec | None = None  # of a model of images, whose layers are `spec`
     held_out_accuracy: float | None = None  # of a model of images
@@ -54,9 +54,12 @@ class Variant:
         return self.run if self.run and self.run.suffix == GGUF else None
 
     def weight_types(self, dtypes: Sequence[str]) -> list[str]:
-        """Those of `dtypes` in which it is measured. Codes of a GGUF file stay as they are: their types are one."""
+        """Those of `dtypes` in which it is measured, or its own. Codes of a GGUF file stay as they are: their types
+        are one."""
         if kept := self.spec.quantization.gguf_types:
             return [kept]
+        if self.run and self.dtypes:
+            return list(self.dtypes)
         return [dtype for dtype in dtypes if self.dtypes is None or dtype in self.dtypes]
 
 

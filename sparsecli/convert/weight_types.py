@@ -48,9 +48,19 @@ class RoundedLayers:
     A file for each layer holds the codes (`MODULE TYPE`) and the squared errors of the outputs (`MODULE TYPE error`).
     """
 
-    def __init__(self, dense: ScalingTransformerForCausalLM, folder: Path) -> None:
-        self.dense, self.folder = dense, folder
+    def __init__(
+        self, dense: ScalingTransformerForCausalLM, folder: Path, types: Sequence[str] | None = None
+    ) -> None:
+        """With `types`: no others."""
+        self.dense, self.folder, self.types = dense, folder, types
         self.layers = linear_layers(dense.config.spec)
+
+    def types_of(self, layer: LinearLayer) -> list[str]:
+        """The types into which a layer is rounded."""
+        return [kind for kind in layer.types if self.types is None or kind in self.types]
+
+    def _candidates_of(self, layer: LinearLayer) -> list[int]:
+        return layer.candidates if self.types is None else []
 
     def fit(self, batches: Sequence[Tensor], keep: Callable[[Path, dict[str, Tensor]], None]) -> None:
         """Round what is not rounded yet, for token ids (B, T).
@@ -65,7 +75,7 @@ class RoundedLayers:
             for index, layer in enumerate(model.layers):
                 widened, file = in_float32(layer), self._file(f"layer-{index}")
                 prefix = f"model.layers.{index}."
-                fits = [each for each in self.layers if each.name.startswith(prefix) and each.types]
+                fits = [each for each in self.layers if each.name.startswith(prefix) and self.types_of(each)]
                 modules = {each.name: widened.get_submodule(each.name.removeprefix(prefix)) for each in fits}
                 if file.exists():
                     modules = {}
@@ -74,7 +84,7 @@ class RoundedLayers:
                     keep(file, self._round(modules, groups))
                 bar.advance()
             head, file = self.layers[-1], self._file("head")
-            if (head.types or head.candidates) and not file.exists():
+            if (self.types_of(head) or self._candidates_of(head)) and not file.exists():
                 norm = in_float32(model.norm)
                 linear = in_float32(self.dense.head)
                 group = _Inputs.of([head.name], head.cols)
@@ -92,7 +102,7 @@ class RoundedLayers:
             for name in group.names:
                 linear = modules[name]
                 assert isinstance(linear, nn.Linear)
-                for kind in layers[name].types:
+                for kind in self.types_of(layers[name]):
                     parts, made = round_to_type(TYPES[kind], linear.weight, inputs)
                     found[f"{name} {kind}"] = torch.from_numpy(panels_of(TYPES[kind], parts))
                     found[f"{name} {kind} error"] = group.errors(made - linear.weight)
@@ -106,14 +116,15 @@ class RoundedLayers:
         The candidates of a token are those that matter to its loss. So the increase is not estimated from mean errors
         of outputs: it is KL(dense || changed).
         """
-        if not head.candidates:
+        candidates = self._candidates_of(head)
+        if not candidates:
             return {}
         assert isinstance(linear, nn.Linear)
         parts, sketch = round_to_type(SKETCH, linear.weight, inputs.moment)
         exact = linear.weight
         if (codes := rounded.get(f"{head.name} {head.exact}")) is not None:
             exact = torch.from_numpy(values(TYPES[head.exact], codes.numpy(), head.rows, head.cols))
-        increases = dict.fromkeys(head.candidates, 0.0)
+        increases = dict.fromkeys(candidates, 0.0)
         inputs_checked = torch.cat(inputs.checked)
         for x in inputs_checked.split(max(1, LOGITS_AT_ONCE // head.rows)):
             dense, first, again = (
@@ -136,17 +147,17 @@ class RoundedLayers:
         for layer in self.layers:
             if layer.kept:
                 found.append(TypeOption(layer, layer.kept, layer.bytes(layer.kept), 0.0))
-            if layer.candidates:
+            if candidates := self._candidates_of(layer):
                 with safe_open(self._file_of(layer), framework="pt") as file:
-                    for count in layer.candidates:
+                    for count in candidates:
                         increase = float(file.get_tensor(f"{SKETCH.name} {count}"))
                         size = layer.bytes_with_sketch(count)
                         found.append(TypeOption(layer, layer.exact, size, increase, count))
-            if not layer.types:
+            if not self.types_of(layer):
                 continue
             squares = gradients[HEAD if layer.name == EMBEDDING else layer.name].double()
             with safe_open(self._file_of(layer), framework="pt") as file:
-                for kind in layer.types:
+                for kind in self.types_of(layer):
                     errors = file.get_tensor(f"{layer.name} {kind} error").double()
                     increase = 0.5 * float(squares @ errors)
                     found.append(TypeOption(layer, kind, layer.bytes(kind), increase))

@@ -14,6 +14,7 @@ from sparsecli.model.layers.cross_attention import CrossAttention
 from sparsecli.model.layers.feed_forward import ChosenUnits, MixtureFeedForward
 from sparsecli.model.layers.gguf import GgufWeight
 from sparsecli.model.layers.quantized import QuantizedMatrix, Sketch
+from sparsecli.model.layers.spark import SparkFeedForward
 from sparsecli.spec.vision import AnySpec, VisionSpec
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -101,6 +102,9 @@ def _skipped(module: nn.Module) -> int:
         unread = module.experts - module.experts_per_token
         weights = [weight.numel() for weight in (module.gate, module.up, module.down) if weight is not None]
         return sum(weights) * unread // module.experts
+    if isinstance(module, SparkFeedForward):
+        units = len(module.up)
+        return (module.up.numel() + module.down.numel()) // units * (units - module.active_units)
     return 0
 
 

@@ -207,6 +207,12 @@ def _feed_forward(spec: FeedForwardSpec, d_model: int) -> dict[str, Shape]:
             _linear("down", spec.d_ff, d_model, spec.bias),
         )
         return gate | up | down
+    if spec.kind == "spark":
+        return {
+            "predictor": (spec.d_ff, spec.predictor_width),
+            "up": (spec.d_ff, d_model - spec.predictor_width),
+            "down": (spec.d_ff, d_model),
+        }
     shapes: dict[str, Shape] = {"bias": (d_model,)}
     if spec.kind == "precision":
         return shapes | _precision(spec, d_model)

@@ -38,6 +38,7 @@ from sparsecli.model.layers.positions import (
 )
 from sparsecli.model.layers.quantized import PrecisionFeedForward, SelectorFeedForward, linear
 from sparsecli.model.layers.reversible import Half
+from sparsecli.model.layers.spark import SparkFeedForward
 from sparsecli.model.layers.sru import RecurrentBranch
 from sparsecli.model.layers.token_chunks import in_chunks
 from sparsecli.model.rotary import rotary_frequencies
@@ -51,6 +52,7 @@ FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
     "selector": SelectorFeedForward,
     "precision": PrecisionFeedForward,
     "mixture": MixtureFeedForward,
+    "spark": SparkFeedForward,
 }
 
 

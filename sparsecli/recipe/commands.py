@@ -90,17 +90,22 @@ def sizes(recipe: Recipe) -> list[tuple[str, Sizes]]:
     from sparsecli.model.sizes import count_parameters  # torch
 
     specs = [("", recipe.model)]
-    block = recipe.study or recipe.bench
-    if block and block.variants:
-        specs = [(variant.name, variant.model.apply(recipe.model)) for variant in block.variants]
+    if recipe.study:
+        specs = list(recipe.study.models(recipe.model).items())
+    elif recipe.bench and recipe.bench.variants:
+        specs = [(variant.name, variant.model.apply(recipe.model)) for variant in recipe.bench.variants]
     return [(label, count_parameters(spec)) for label, spec in specs]
 
 
 def check_sizes(study: StudySpec, sizes: Mapping[str, Sizes], file: Path) -> None:
-    """Raise RecipeError, naming two variants, if numbers of parameters differ by more than `study` allows."""
+    """Raise RecipeError, naming two variants, if numbers of parameters differ by more than `study` allows.
+
+    Variants that start from another are not asked: pruning makes them smaller.
+    """
     from sparsecli.model.sizes import unequal  # torch
 
-    if study.equal_parameters and (found := unequal(sizes, parse_share(study.equal_parameters))):
+    compared = {each.name: sizes[each.name] for each in study.variants if each.init_from is None}
+    if study.equal_parameters and (found := unequal(compared, parse_share(study.equal_parameters))):
         raise RecipeError(
             f"{file}: study.equal_parameters: {found}; change d_ff, or set study.equal_parameters=null"
         )

@@ -6,6 +6,7 @@ A recipe is inert data. Unions are closed and discriminated by a literal field. 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -17,6 +18,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from sparsecli.recipe.budget import parse_budget, parse_share
 from sparsecli.recipe.data import CopyTask, DataSpec, ImagesSpec, Names, TextSpec
@@ -204,7 +206,7 @@ class PrecisionChanges(Spec):
     projection: WeightDtype | None = None
     """Dense projections of attention."""
     controller: Dtype | None = None
-    """Controllers and routers."""
+    """Controllers, routers and predictors."""
     multiplicative: Dtype | None = None
     """D and E of multiplicative layers, including the sparse loss layer."""
     convolution: Literal["float32", "bfloat16"] | None = None
@@ -326,6 +328,98 @@ class StudyTrain(Spec):
     """Replaces train.adam_beta2."""
 
 
+def _part(text: str) -> str:
+    if not 0 < parse_share(text) < 1:
+        raise ValueError(f"expected more than 0 % and less than 100 %, got {text!r}")
+    return text
+
+
+Part = Annotated[str, AfterValidator(_part)]
+"""A share between nothing and everything, such as `50 %`."""
+
+
+class PruneSpec(Spec):
+    """What is removed from a trained model: those with the smallest weights (`torch.nn.utils.prune`).
+
+    Units and heads are removed as a whole, the same share of every layer: matrices become smaller. Single weights
+    become zero, and matrices keep their size.
+    """
+
+    units: Part | None = None
+    """Share of the feed-forward units: of `sparse` layers whole blocks, of `mixture` layers whole experts."""
+    heads: Part | None = None
+    """Share of the attention heads, with grouped queries of the groups; for dense projections."""
+    weights: Part | None = None
+    """Share of all weights of the layers' matrices, which become zero; the engine still reads them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PruneSpec:
+        if self.units is None and self.heads is None and self.weights is None:
+            raise fault("units", "missing; give a share of units, heads or weights")
+        if self.weights is not None and (self.units or self.heads):
+            raise fault("weights", "removes single weights, units and heads whole ones; use two variants")
+        return self
+
+    def apply(self, model: ModelSpec) -> ModelSpec:
+        """The architecture of `model` after pruning. Raises a fault where it has no such units or heads."""
+        changed: dict[str, Any] = {}
+        if self.units:
+            changed["feed_forward"] = self._fewer_units(model.feed_forward, parse_share(self.units))
+        if self.heads:
+            changed |= self._fewer_heads(model, parse_share(self.heads))
+        return ModelSpec(**{**dict(model), **changed})
+
+    @staticmethod
+    def _fewer_units(layer: FeedForwardSpec, share: float) -> FeedForwardSpec:
+        kept = round_kept(layer.d_ff // (size := granule(layer)), share) * size
+        changes: dict[str, Any] = {"d_ff": kept}
+        if layer.kind == "mixture":
+            changes["experts"] = kept // size
+        elif layer.kind == "spark":
+            changes["active_units"] = max(1, round(layer.active_units * kept / layer.d_ff))
+        return type(layer)(**{**dict(layer), **changes})
+
+    @staticmethod
+    def _fewer_heads(model: ModelSpec, share: float) -> dict[str, Any]:
+        attention = model.attention
+        if not attention.dense or attention.query_key_rank or model.residual != "single":
+            raise fault("heads", "needs residual: single and dense projections of queries, keys and values")
+        groups = attention.key_value_heads or model.heads
+        kept = round_kept(groups, share)
+        changed: dict[str, Any] = {
+            "heads": model.heads // groups * kept,
+            "head_width": model.width_of_head,
+        }
+        if attention.key_value_heads:
+            changed["attention"] = attention.model_copy(update={"key_value_heads": kept})
+        return changed
+
+
+def round_kept(count: int, share: float) -> int:
+    """How many of `count` are left when a `share` is removed; at least one."""
+    return max(1, count - round(count * share))
+
+
+def granule(layer: FeedForwardSpec) -> int:
+    """Units of a feed-forward layer that are removed together. Raises a fault for quantized layers."""
+    if layer.kind in ("selector", "precision"):
+        raise fault("units", f"{layer.kind} layers have quantized copies of their units")
+    if layer.kind == "mixture":
+        return layer.d_ff // layer.experts
+    return layer.block_size if layer.kind == "sparse" else 1
+
+
+class QuantizeSpec(Spec):
+    """Weights of a trained model in fewer bits, without training."""
+
+    bits: Literal[4, 8]
+    """Bits of a weight, without its share of scales."""
+    rounding: Literal["second_order", "nearest"] = "second_order"
+    """`second_order`: every linear layer in a type of GGUF (Q8_0; Q4_K or IQ4_NL), rounded so that its products with
+    the training text change least; for dense feed-forward layers. `nearest`: the engine's own int8 or int4, where
+    units of other feed-forward layers are int8."""
+
+
 class StudyVariantSpec(Spec):
     """One model of a study, and one row of its table."""
 
@@ -335,6 +429,16 @@ class StudyVariantSpec(Spec):
     """Differences from the recipe's model."""
     train: StudyTrain = StudyTrain()
     """Differences from the recipe's training."""
+    learning_rates: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """Replaces study.learning_rates."""
+    init_from: str | None = None
+    """Another variant, which is trained first; each seed starts from the weights of the same seed's model."""
+    prune: PruneSpec | None = None
+    """What is removed from `init_from` before training goes on."""
+    quantize: QuantizeSpec | None = None
+    """The weights of `init_from` in fewer bits; nothing is trained."""
+    tokens: Size | None = None
+    """Training tokens after `init_from`; by default a quarter of a whole run."""
     distil_from: str | None = None
     """Another variant, which is trained first and teaches this one; each seed learns from the same seed's model."""
     distillation: Objective = Objective()
@@ -344,6 +448,26 @@ class StudyVariantSpec(Spec):
     def folder(self) -> str:
         """Its name as the name of a folder."""
         return self.name.replace(" ", "-")
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The variants that are trained before this one, by the field that names them."""
+        named = {"init_from": self.init_from, "distil_from": self.distil_from}
+        return {field: name for field, name in named.items() if name is not None}
+
+    @model_validator(mode="after")
+    def _check(self) -> StudyVariantSpec:
+        for field in ("prune", "quantize", "tokens"):
+            if self.init_from is None and getattr(self, field) is not None:
+                raise fault(field, "needs init_from, the variant whose model it changes")
+        if self.init_from is not None and self.model != StudyModel():
+            raise fault("model", "the architecture is that of init_from; leave it out")
+        for field in ("prune", "distil_from", "tokens", "learning_rates"):
+            if self.quantize is not None and getattr(self, field) is not None:
+                raise fault(
+                    field, "quantize trains nothing; use two variants, one that starts from the other"
+                )
+        return self
 
 
 class StudySpec(Spec):
@@ -371,25 +495,62 @@ class StudySpec(Spec):
             if variant.folder in folders[:index]:
                 raise fault(f"variants.{index}.name", f"{variant.name!r} is the name of two variants")
         for index, variant in enumerate(self.variants):
-            self._check_teacher(index, variant)
-        for name in ("learning_rates", "seeds"):
-            values = getattr(self, name)
+            for field, name in variant.sources.items():
+                self._check_source(index, variant, field)
+                if any(each.name == name and each.quantize for each in self.variants):
+                    raise fault(
+                        f"variants.{index}.{field}",
+                        f"{name!r} has quantized weights, which nothing learns from",
+                    )
+        rates: dict[str, Sequence[float]] = {"learning_rates": self.learning_rates, "seeds": self.seeds}
+        for index, variant in enumerate(self.variants):
+            rates[f"variants.{index}.learning_rates"] = variant.learning_rates or []
+        for name, values in rates.items():
             if twice := [value for index, value in enumerate(values) if value in values[:index]]:
                 raise fault(name, f"{twice[0]:g} is given twice")
         return self
 
-    def _check_teacher(self, index: int, variant: StudyVariantSpec) -> None:
-        """Raise a fault unless `variant`, its teacher, and so on, end at one that has no teacher."""
-        teachers = {each.name: each.distil_from for each in self.variants}
-        seen, name = [variant.name], variant.distil_from
-        while name is not None:
-            if name not in teachers:
-                known = ", ".join(teachers)
-                raise fault(f"variants.{index}.distil_from", f"{name!r} is not one of {known}")
-            if name in seen:
-                raise fault(f"variants.{index}.distil_from", f"{variant.name!r} would learn from itself")
-            seen.append(name)
-            name = teachers[name]
+    def _check_source(self, index: int, variant: StudyVariantSpec, field: str) -> None:
+        """Raise a fault unless the variants that `variant` needs, and so on, end at some that need no other."""
+        sources = {each.name: list(each.sources.values()) for each in self.variants}
+        seen, left = set[str](), [variant.sources[field]]
+        while left:
+            name = left.pop()
+            if name not in sources:
+                if name == variant.sources[field]:
+                    known = ", ".join(sources)
+                    raise fault(f"variants.{index}.{field}", f"{name!r} is not one of {known}")
+                continue
+            if name == variant.name:
+                verb = "learn" if field == "distil_from" else "start"
+                raise fault(f"variants.{index}.{field}", f"{variant.name!r} would {verb} from itself")
+            left += [] if name in seen else sources[name]
+            seen.add(name)
+
+    def models(self, model: AnySpec) -> dict[str, AnySpec]:
+        """The architecture of every variant of a recipe's `model`, which has been checked."""
+        return {variant.name: self.model_of(variant, model) for variant in self.variants}
+
+    def model_of(self, variant: StudyVariantSpec, model: AnySpec) -> AnySpec:
+        """The architecture of a variant.
+
+        Raises:
+            ValidationError, PydanticCustomError: blocks do not fit together, or cannot be pruned.
+        """
+        first, *changed = self.chain(variant)
+        found = first.model.apply(model)
+        for each in changed:
+            if each.prune:
+                assert isinstance(found, ModelSpec)
+                found = each.prune.apply(found)
+        return found
+
+    def chain(self, variant: StudyVariantSpec) -> list[StudyVariantSpec]:
+        """The variant that is trained from random weights, those that start from it, and last this one."""
+        if variant.init_from is None:
+            return [variant]
+        start = next(each for each in self.variants if each.name == variant.init_from)
+        return [*self.chain(start), variant]
 
 
 # -- the model ------------------------------------------------------------------------------------------------
@@ -459,13 +620,16 @@ class Recipe(Spec):
             if self.train and getattr(self.train, name) is not None:
                 raise fault(f"train.{name}", "is for models of text")
         for index, variant in enumerate(self.study.variants if self.study else ()):
-            if variant.distil_from:
-                raise fault(f"study.variants.{index}.distil_from", "is for models of text")
+            for name in ("distil_from", "init_from"):
+                if getattr(variant, name):
+                    raise fault(f"study.variants.{index}.{name}", "is for models of text")
 
     def _check_variants(self, model: AnySpec) -> None:
         """Raise a fault for a variant of `bench` or `study` that does not fit the recipe's model."""
         for block in ("bench", "study"):
             for index, variant in enumerate(getattr(getattr(self, block), "variants", None) or ()):
+                if getattr(variant, "init_from", None):
+                    continue
                 for name, value in variant.model:
                     if value is not None and name not in type(model).model_fields:
                         raise fault(f"{block}.variants.{index}.model.{name}", "is for models of text")
@@ -477,6 +641,35 @@ class Recipe(Spec):
                         f"{block}.variants.{index}.model",
                         f"does not fit the recipe's model: {context['field']} {context['message']}",
                     ) from None
+        if study := self.study:
+            places = {f"study.variants.{index}": each for index, each in enumerate(study.variants)}
+            for place, variant in sorted(places.items(), key=lambda pair: len(study.chain(pair[1]))):
+                if variant.init_from:
+                    self._check_changed(place, variant, study.model_of, model)
+
+    @staticmethod
+    def _check_changed(
+        place: str,
+        variant: StudyVariantSpec,
+        model_of: Callable[[StudyVariantSpec, AnySpec], AnySpec],
+        model: AnySpec,
+    ) -> None:
+        """Raise a fault for a variant that cannot be made of the one that it starts from."""
+        try:
+            found = model_of(variant, model)
+        except PydanticCustomError as error:
+            context = error.context or {}
+            message = f"cannot be done to {variant.init_from}: {context['field']} {context['message']}"
+            raise fault(f"{place}.prune", message) from None
+        except ValidationError as error:
+            context = error.errors()[0].get("ctx", {})
+            words = f"{context.get('field', '')} {context.get('message', error.errors()[0]['msg'])}".strip()
+            raise fault(f"{place}.prune", f"cannot be done to {variant.init_from}: {words}") from None
+        assert isinstance(found, ModelSpec)
+        dense = found.feed_forward.kind == "dense" and found.residual == "single" and not found.encoder
+        if variant.quantize and variant.quantize.rounding == "second_order" and not dense:
+            message = "second_order is for decoders with dense feed-forward layers; nearest is for all"
+            raise fault(f"{place}.quantize.rounding", message)
 
     def _check_study(self, study: StudySpec) -> None:
         """Raise a fault unless the text and the training are those that a study compares variants on."""

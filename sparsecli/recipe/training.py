@@ -101,6 +101,8 @@ class TrainSpec(Spec):
     """Who else gets the figures of `metrics.jsonl`: `tensorboard` (files in the run), `wandb`, `trackio`."""
     init_from: str | None = None
     """Start from the weights of this run or model folder; the recipe may omit its architecture and tokenizer."""
+    keep_zeros: bool = False
+    """Keep weights of matrices at zero that are zero at the start, as those of a pruned model are."""
     distillation: DistillationSpec | None = None
     """Learn from a teacher instead of from the text alone."""
 

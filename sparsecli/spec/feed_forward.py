@@ -1,7 +1,8 @@
-"""Feed-forward layers as data: dense, sparse, `selector`, `precision`, and a mixture of experts."""
+"""Feed-forward layers as data: dense, sparse, `selector`, `precision`, a mixture of experts, and `spark`."""
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, model_validator
@@ -178,11 +179,40 @@ class MixtureFeedForwardSpec(Spec):
         return self
 
 
+class SparkFeedForwardSpec(Spec):
+    """Spark FFN (You et al., 2025, arXiv 2506.06644): units whose predicted score is among the largest, without blocks.
+
+    The first inputs of the layer are the predictor's, the others meet the units that it keeps.
+    """
+
+    kind: Literal["spark"]
+    d_ff: Units
+    """n: number of units in all."""
+    active_units: Units
+    """k: units that a token uses on average; a threshold keeps more or fewer of single tokens (paper: 8 % of n)."""
+    predictor_width: Width
+    """r: inputs of the predictor, less than d_model (paper: about half of it)."""
+    activation: Activation = "gelu"
+    """Non-linearity of a unit's score above the threshold; each is zero at zero, so that units below add nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SparkFeedForwardSpec:
+        if self.active_units >= self.d_ff:
+            raise fault("active_units", f"{self.active_units} of {self.d_ff} units leaves nothing to skip")
+        return self
+
+    @property
+    def quantile(self) -> float:
+        """Q(1 - k / n): standard deviations between the mean of normally distributed scores and the threshold."""
+        return NormalDist().inv_cdf(1 - self.active_units / self.d_ff)
+
+
 FeedForwardSpec = Annotated[
     DenseFeedForwardSpec
     | SparseFeedForwardSpec
     | SelectorFeedForwardSpec
     | PrecisionFeedForwardSpec
-    | MixtureFeedForwardSpec,
+    | MixtureFeedForwardSpec
+    | SparkFeedForwardSpec,
     Field(discriminator="kind"),
 ]

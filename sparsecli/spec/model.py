@@ -170,6 +170,7 @@ class ModelSpec(Spec):
             check_multiple("d_model", self.d_model, "the digits of a position", 8)
         self._check_attention("attention", self.attention)
         self._check_units("feed_forward", self.feed_forward, self.layers)
+        self._check_predictor("feed_forward", self.feed_forward)
         if self.encoder:
             self._check_encoder(self.encoder)
         self._check_streams()
@@ -216,6 +217,13 @@ class ModelSpec(Spec):
         if isinstance(chosen, list) and len(chosen) != layers:
             raise fault(f"{place}.units_per_block", f"{len(chosen)} numbers for {layers} layers")
 
+    def _check_predictor(self, place: str, feed_forward: FeedForwardSpec) -> None:
+        """Raise a fault where a predictor, at `place` in the recipe, leaves no inputs for the units."""
+        if feed_forward.kind == "spark" and (width := feed_forward.predictor_width) >= self.d_model:
+            raise fault(
+                f"{place}.predictor_width", f"{width} of d_model {self.d_model} leaves no input for the units"
+            )
+
     def _check_layer_lists(self) -> None:
         """Raise a fault where a list says of more or fewer layers than there are, or of positions there are not."""
         for field, given in (
@@ -254,6 +262,7 @@ class ModelSpec(Spec):
         self._check_attention("encoder.attention", encoder.attention)
         if encoder.feed_forward:
             self._check_units("encoder.feed_forward", encoder.feed_forward, encoder.layers)
+            self._check_predictor("encoder.feed_forward", encoder.feed_forward)
         elif isinstance(getattr(self.feed_forward, "units_per_block", None), list) and (
             encoder.layers != self.layers
         ):
@@ -405,13 +414,16 @@ class ModelSpec(Spec):
     def chosen_share(self, layer: int) -> float:
         """Share of the units of layer `layer` that a token computes in full.
 
-        What the choice `positive` takes is only known when it is counted; here it is every unit.
+        What the choice `positive` takes is only known when it is counted; here it is every unit. Of `spark` it is the
+        share that the threshold aims at.
         """
         feed_forward = self.feed_forward
         if feed_forward.kind == "dense" or getattr(feed_forward, "choice", "top") == "positive":
             return 1.0
         if feed_forward.kind == "mixture":
             return feed_forward.experts_per_token / feed_forward.experts
+        if feed_forward.kind == "spark":
+            return feed_forward.active_units / feed_forward.d_ff
         return self.units_per_block(layer) / feed_forward.block_size
 
     @property

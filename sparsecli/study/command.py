@@ -21,6 +21,7 @@ from sparsecli.recipe.loader import LoadedRecipe, dump, load
 from sparsecli.spec.vision import VisionSpec
 from sparsecli.study.pictures import draw
 from sparsecli.study.plan import Plan, make_plan, print_plan
+from sparsecli.study.quantizing import engine_type
 from sparsecli.study.result import StudyResult, make_result
 from sparsecli.study.training import HINT, StudyTrainer, Trained
 from sparsecli.train import run_directory
@@ -111,7 +112,9 @@ def _measured(plan: Plan, trained: Sequence[Trained]) -> BenchResult | None:
     if not named:
         return None
     path = plan.output / BENCH
-    measured = measure_runs(plan.loaded, named, compare.read(path) if path.exists() else None)
+    quantized = {each.name: each.spec.quantize for each in plan.variants}
+    dtypes = {name: kind for name, spec in quantized.items() if spec and (kind := engine_type(spec))}
+    measured = measure_runs(plan.loaded, named, compare.read(path) if path.exists() else None, dtypes)
     run_directory.replace_text(path, as_json(measured) + "\n")
     return measured
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sparsecli.study.result import Row, StudyResult
+from sparsecli.study.result import StudyResult
 from sparsecli.study.training import Trained
 from sparsecli.train import run_directory
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKERS = "os^Dv<>PX*"
-"""With the ten colours of matplotlib's cycle, variants after the tenth differ in the marker."""
+COLORS = 20
+"""Of matplotlib's map `tab20`: ten, then a lighter shade of each."""
 
 
 class Point(NamedTuple):
@@ -34,7 +35,7 @@ def draw(result: StudyResult, trained: Sequence[Trained], folder: Path) -> None:
     if any(curves.values()):
         _save(folder / f"loss-{unit}s", lambda axes: _draw_curves(axes, curves, unit))
     if any(row.decoding and row.held_out_loss is not None for row in result.rows):
-        _save(folder / "loss-time", lambda axes: _draw_times(axes, result.rows, unit))
+        _save(folder / "loss-time", lambda axes: _draw_times(axes, result))
 
 
 def curve(trained: Trained, unit: str = "tokens") -> list[Point]:
@@ -52,7 +53,8 @@ def curve(trained: Trained, unit: str = "tokens") -> list[Point]:
     points = []
     for tokens in common:
         losses = [found[tokens] for found in seeds]
-        points.append(Point(tokens, statistics.fmean(losses), min(losses), max(losses)))
+        seen = trained.tokens_before + tokens
+        points.append(Point(seen, statistics.fmean(losses), min(losses), max(losses)))
     return points
 
 
@@ -69,9 +71,13 @@ def _draw_curves(axes: Axes, curves: dict[str, list[Point]], unit: str) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def _draw_times(axes: Axes, rows: Sequence[Row], unit: str) -> None:
+def _draw_times(axes: Axes, result: StudyResult) -> None:
     """A point for each variant and weight type: the median time between its 10th and 90th percentile, and the loss
-    with its standard error."""
+    with its standard error. A line joins the points of the frontier."""
+    rows, unit = result.rows, result.unit
+    if len(rows) > 2:
+        times, losses, _ = zip(*result.frontier, strict=True)
+        axes.plot(times, losses, color="0.6", linestyle="--", linewidth=0.8, drawstyle="steps-post")
     dtypes = list(dict.fromkeys(each.dtype for row in rows for each in row.decoding))
     for index, row in enumerate(rows):
         color, _ = _style(index)
@@ -103,8 +109,13 @@ def _draw_times(axes: Axes, rows: Sequence[Row], unit: str) -> None:
     axes.set_ylabel(f"held-out loss (nats per {unit})")
 
 
-def _style(index: int) -> tuple[str, str]:
-    return f"C{index % 10}", MARKERS[index // 10 % len(MARKERS)]
+def _style(index: int) -> tuple[tuple[float, ...], str]:
+    """Colour and marker of a variant."""
+    from matplotlib import colormaps
+
+    shade = index // (COLORS // 2)
+    color = colormaps["tab20"](index % (COLORS // 2) * 2 + shade % 2)
+    return color, MARKERS[shade % len(MARKERS)]
 
 
 def _save(path: Path, fill: Callable[[Axes], None]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparsecli.console import print_table
+from sparsecli.console import Failure, print_table
+from sparsecli.decode.native import binding
 from sparsecli.model.sizes import Sizes, count_parameters
 from sparsecli.recipe.commands import check_sizes
 from sparsecli.recipe.data import CopyTask, ImagesSpec, TextSpec
@@ -23,6 +25,9 @@ from sparsecli.train.distillation import check_teacher
 
 RUNS = "runs"
 """Folder of a study that holds its runs, in one folder for each variant."""
+FURTHER = 4
+"""A variant that starts from another is trained on a whole run's tokens divided by this, unless it says otherwise."""
+NONE: Mapping[str, Path | None] = {}
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,22 @@ class Variant:
         return self.spec.name
 
     @property
-    def teacher(self) -> str | None:
-        """Name of the variant that teaches this one."""
-        return self.spec.distil_from
+    def trains(self) -> bool:
+        """Whether it has training runs of its own."""
+        return self.spec.quantize is None
+
+    @property
+    def label(self) -> str:
+        """What is done to the model that it starts from, as part of a folder's name; empty for nothing."""
+        prune, quantize = self.spec.prune, self.spec.quantize
+        if quantize:
+            return f"{quantize.bits}-bits-{quantize.rounding}"
+        named = [(name, share) for name, share in prune or () if share]
+        return "-".join(f"{name}-{share.strip(' %')}" for name, share in named)
+
+
+Models = Mapping[str, Path | None]
+"""The models of one seed that a run needs, by the field of the variant that names them: `init_from`, `distil_from`."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,8 @@ class Run:
     seed: int
     recipe: Recipe
     folder: Path
+    source: Path | None = None
+    """The run of the variant that this one starts from."""
 
     @property
     def steps(self) -> int:
@@ -102,61 +122,87 @@ class Plan:
         """Training tokens, or images, of a whole run."""
         return self.train.max_steps * self.tokens_per_step
 
-    @property
-    def trial_steps(self) -> int | None:
+    def learning_rates(self, variant: Variant) -> list[float]:
+        """The grid of a variant."""
+        return variant.spec.learning_rates or self.study.learning_rates
+
+    def steps(self, variant: Variant) -> int:
+        """Steps of one of its runs."""
+        if not variant.trains:
+            return 0
+        if variant.spec.init_from is None:
+            return self.train.max_steps
+        tokens = variant.spec.tokens or self.tokens // FURTHER
+        return max(1, round(tokens / self.tokens_per_step))
+
+    def tokens_before(self, variant: Variant) -> int:
+        """Training tokens of the model that a run of it starts from."""
+        named = {each.name: each for each in self.variants}
+        earlier = self.study.chain(variant.spec)[:-1]
+        return sum(self.steps(named[each.name]) for each in earlier) * self.tokens_per_step
+
+    def trial_steps(self, variant: Variant) -> int | None:
         """Steps of a trial of a learning rate; None if trials are as long as whole runs, and are the first of these."""
-        if self.study.trial_tokens is None or self.study.trial_tokens >= self.tokens:
+        whole = self.steps(variant) * self.tokens_per_step
+        if self.study.trial_tokens is None or self.study.trial_tokens >= whole:
             return None
         return max(1, round(self.study.trial_tokens / self.tokens_per_step))
 
-    @property
-    def trials(self) -> int:
-        """Trials of each variant: none if there is nothing to choose."""
-        rates = len(self.study.learning_rates)
-        return rates if rates > 1 else 0
+    def trials(self, variant: Variant) -> int:
+        """Trials of a variant: none if there is nothing to choose."""
+        rates = len(self.learning_rates(variant))
+        return rates if rates > 1 and variant.trains else 0
 
-    @property
-    def runs_of_variant(self) -> int:
-        """Runs of each variant, trials included."""
-        shared = 1 if self.trials and self.trial_steps is None else 0
-        return self.trials + len(self.study.seeds) - shared
+    def runs_of(self, variant: Variant) -> int:
+        """Runs of a variant, trials included."""
+        trials = self.trials(variant)
+        return trials + len(self.study.seeds) - (1 if trials and self.trial_steps(variant) is None else 0)
 
-    @property
-    def steps_of_variant(self) -> int:
+    def steps_of(self, variant: Variant) -> int:
         """Steps of all these runs."""
-        if self.trials and self.trial_steps:
-            return self.trials * self.trial_steps + len(self.study.seeds) * self.train.max_steps
-        return self.runs_of_variant * self.train.max_steps
+        trials, short = self.trials(variant), self.trial_steps(variant)
+        if trials and short:
+            return trials * short + len(self.study.seeds) * self.steps(variant)
+        return self.runs_of(variant) * self.steps(variant)
+
+    @property
+    def runs(self) -> int:
+        """Runs of all variants."""
+        return sum(map(self.runs_of, self.variants))
 
     @cached_property
-    def teachers_first(self) -> list[Variant]:
-        """The variants in the order of the recipe, but each behind its teacher."""
+    def sources_first(self) -> list[Variant]:
+        """The variants in the order of the recipe, but each behind its teacher and the one that it starts from."""
         named = {variant.name: variant for variant in self.variants}
         ordered: dict[str, Variant] = {}
 
         def add(variant: Variant) -> None:
-            if variant.teacher:
-                add(named[variant.teacher])
+            for name in variant.spec.sources.values():
+                add(named[name])
             ordered.setdefault(variant.name, variant)
 
         for variant in self.variants:
             add(variant)
         return list(ordered.values())
 
-    def trial(self, variant: Variant, learning_rate: float, teacher: Path | None = None) -> Run:
+    def trial(self, variant: Variant, learning_rate: float, models: Models = NONE) -> Run:
         """The run that tries a learning rate, with the first seed."""
-        seed, steps = self.study.seeds[0], self.trial_steps
+        seed, steps = self.study.seeds[0], self.trial_steps(variant)
         if steps is None:
-            return self.run(variant, learning_rate, seed, teacher)
-        return self._run(variant, learning_rate, seed, steps, "trial", teacher)
+            return self.run(variant, learning_rate, seed, models)
+        return self._run(variant, learning_rate, seed, steps, "trial", models)
 
-    def run(self, variant: Variant, learning_rate: float, seed: int, teacher: Path | None = None) -> Run:
+    def run(self, variant: Variant, learning_rate: float, seed: int, models: Models = NONE) -> Run:
         """A whole run."""
-        return self._run(variant, learning_rate, seed, self.train.max_steps, f"seed-{seed}", teacher)
+        return self._run(variant, learning_rate, seed, self.steps(variant), f"seed-{seed}", models)
 
-    def _run(
-        self, variant: Variant, rate: float, seed: int, steps: int, label: str, teacher: Path | None
-    ) -> Run:
+    def quantized(self, variant: Variant, learning_rate: float, seed: int, source: Path | None) -> Run:
+        """The run of a variant that is not trained: the recipe is that of a training which it does not have."""
+        run = self._run(variant, learning_rate, seed, self.train.max_steps, f"seed-{seed}", NONE)
+        name = f"{variant.label}-{source.name}" if source else run.folder.name
+        return replace(run, folder=run.folder.with_name(name), source=source)
+
+    def _run(self, variant: Variant, rate: float, seed: int, steps: int, label: str, models: Models) -> Run:
         changes: dict[str, Any] = {name: value for name, value in variant.spec.train if value is not None}
         warmup = changes.get("warmup_steps", self.train.warmup_steps)
         changes |= {
@@ -165,17 +211,21 @@ class Plan:
             "warmup_steps": round(warmup * steps / self.train.max_steps),
             "eval_steps": min(self.train.eval_steps, steps),
         }
-        if teacher:
+        folder, prune = self.output / RUNS / variant.spec.folder, variant.spec.prune
+        if teacher := models.get("distil_from"):
             objective = variant.spec.distillation.model_dump()
             changes["distillation"] = DistillationSpec(**objective, teacher=str(teacher))
+        if source := models.get("init_from"):
+            start = folder / f"{variant.label}-{source.name}" if prune else source
+            changes |= {"init_from": str(start), "keep_zeros": bool(prune and prune.weights)}
         blocks = {
             "model": variant.model,
             "train": TrainSpec(**{**dict(self.train), **changes}),
             "seed": seed,
             **{"output": None, "bench": None, "convert": None, "study": None},
         }
-        folder = self.output / RUNS / variant.spec.folder / f"rate-{rate:g}-{label}"
-        return Run(variant.name, rate, seed, complete(self.loaded, blocks), folder)
+        recipe = complete(self.loaded, blocks)
+        return Run(variant.name, rate, seed, recipe, folder / f"rate-{rate:g}-{label}", source)
 
 
 def make_plan(loaded: LoadedRecipe, output: Path) -> Plan:
@@ -190,40 +240,47 @@ def make_plan(loaded: LoadedRecipe, output: Path) -> Plan:
     assert recipe.model
     assert recipe.study
     variants = []
+    specs = recipe.study.models(recipe.model)
     for spec in recipe.study.variants:
-        model = spec.model.apply(recipe.model)
-        complete(loaded, {"model": model})
+        model = specs[spec.name]
+        complete(loaded, {"model": model, "study": None})
         variants.append(Variant(spec, model, count_parameters(model)))
     check_sizes(recipe.study, {variant.name: variant.sizes for variant in variants}, loaded.path)
     models = {variant.name: variant.model for variant in variants}
     for variant in variants:
-        if variant.teacher:
-            student, teacher = variant.model, models[variant.teacher]
+        if variant.spec.distil_from:
+            student, teacher = variant.model, models[variant.spec.distil_from]
             assert isinstance(student, ModelSpec)
             assert isinstance(teacher, ModelSpec)
             check_teacher(variant.spec.distillation, student, teacher)
+        if variant.spec.quantize and (reason := binding.available()):
+            raise Failure(f"{variant.name}: quantized weights are measured in the engine: {reason}")
     return Plan(loaded, output, variants)
 
 
 def print_plan(plan: Plan) -> None:
     """Print the variants, their runs, tokens, and the time by a short measurement of each variant's step."""
-    steps, seconds = plan.steps_of_variant, {}
+    seconds: dict[str, float | None] = {}
+    known: dict[str, float | None] = {}  # by architecture
     for variant in plan.variants:
-        rate = plan.study.learning_rates[0]
-        seconds[variant.name] = step_seconds(plan.run(variant, rate, plan.study.seeds[0]).recipe)
-    rows = []
+        key = variant.model.model_dump_json()
+        if variant.trains and key not in known:
+            rate, seed = plan.learning_rates(variant)[0], plan.study.seeds[0]
+            known[key] = step_seconds(plan.run(variant, rate, seed).recipe)
+        seconds[variant.name] = known[key] if variant.trains else 0.0
+    rows, total = [], 0.0
     for variant in plan.variants:
-        step = seconds[variant.name]
-        if step is not None and variant.teacher:
-            read = seconds[variant.teacher]
+        step, steps = seconds[variant.name], plan.steps_of(variant)
+        if step is not None and variant.spec.distil_from:
+            read = seconds[variant.spec.distil_from]
             step = None if read is None else step + read / 3  # a forward pass of the teacher
-        seconds[variant.name] = step
+        total = math.inf if step is None else total + step * steps
         rows.append(
             (
                 variant.name,
                 f"{variant.sizes.total:,}",
                 f"{variant.sizes.active:,}",
-                plan.runs_of_variant,
+                plan.runs_of(variant),
                 f"{steps * plan.tokens_per_step:,}",
                 None if step is None else f"{step:.3f}",
                 None if step is None else _duration(step * steps),
@@ -232,24 +289,28 @@ def print_plan(plan: Plan) -> None:
     unit = f"{plan.unit}s"
     columns = ("variant", "parameters", "active", "runs", unit, "s / step", "time")
     print_table(columns, rows, title="dry run: nothing is trained")
-    count = len(plan.variants)
-    known = [step for step in seconds.values() if step is not None]
     time = "no estimate: a variant needs more memory than there is"
-    if len(known) == count:
-        time = f"about {_duration(sum(known) * steps)}, without evaluations"
+    if math.isfinite(total):
+        time = f"about {_duration(total)}, without evaluations"
     done = sum(bool(run_directory.read_facts(path.parent).get("result")) for path in _records(plan.output))
-    trials = "none: one learning rate"
-    if plan.trials:
-        length = plan.tokens if plan.trial_steps is None else plan.trial_steps * plan.tokens_per_step
-        trials = f"{plan.trials} learning rates a variant, {length:,} {unit} each"
+    steps = sum(map(plan.steps_of, plan.variants))
     facts = [
-        ("trials", trials),
-        ("runs", f"{count * plan.runs_of_variant}, {done} of them finished"),
-        (unit, f"{plan.tokens:,} a whole run, {count * steps * plan.tokens_per_step:,} in all"),
+        ("trials", _trial_words(plan)),
+        ("runs", f"{plan.runs}, {done} of them finished"),
+        (unit, f"{plan.tokens:,} a whole run, {steps * plan.tokens_per_step:,} in all"),
         ("time", time),
         ("folder", str(plan.output)),
     ]
     print_table(["study", ""], facts)
+
+
+def _trial_words(plan: Plan) -> str:
+    tried = [variant for variant in plan.variants if plan.trials(variant)]
+    if not tried:
+        return "none: one learning rate"
+    rates = " or ".join(str(count) for count in sorted({plan.trials(each) for each in tried}))
+    lengths = sorted({(plan.trial_steps(each) or plan.steps(each)) * plan.tokens_per_step for each in tried})
+    return f"{rates} learning rates a variant, {' or '.join(f'{length:,}' for length in lengths)} tokens each"
 
 
 def _records(output: Path) -> list[Path]:

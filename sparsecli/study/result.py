@@ -8,13 +8,16 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 from sparsecli import console
 from sparsecli.bench.render import count, megabytes, milliseconds
 from sparsecli.bench.result import BenchResult
-from sparsecli.study.plan import Plan
+from sparsecli.study.plan import Plan, Variant
 from sparsecli.study.training import Trained
+
+ROUNDINGS = {"nearest": "to the nearest", "second_order": "to second order"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Row:
     """Mean difference to the first variant, over the seeds that both have; None for the first."""
     difference_error: float | None
     """Standard error of `difference`."""
+    tokens: int
+    """Training tokens, with those of the model that it starts from."""
     parameters: int
     active_parameters: int
     """Parameters that one token uses."""
@@ -135,9 +140,24 @@ class StudyResult:
     def _dtypes(self) -> list[str]:
         return list(dict.fromkeys(each.dtype for row in self.rows for each in row.decoding))
 
+    @property
+    def frontier(self) -> list[tuple[float, float, str]]:
+        """Time (ms), held-out loss and name of variants to which no other has both a lower loss and less time for a
+        token, the fastest first."""
+        points = sorted(
+            (each.ms_per_token, row.held_out_loss, row.variant)
+            for row in self.rows
+            for each in row.decoding
+            if row.held_out_loss is not None
+        )
+        losses = [math.inf, *accumulate((loss for _, loss, _ in points), min)]
+        return [point for point, best in zip(points, losses, strict=False) if point[1] < best]
+
     def _cells(self) -> tuple[list[str], list[list[str]]]:
-        """Two-line titles and the cells of the table. Columns of decoding name the weight type if there are several."""
+        """Two-line titles and the cells of the table. Columns of decoding name the weight type if there are several,
+        or a column names the one of every variant."""
         dtypes, images = self._dtypes, self.unit == "image"
+        single = len(dtypes) > 1 and all(len(row.decoding) <= 1 for row in self.rows)
         titles = [
             "variant",
             "learning\nrate",
@@ -150,7 +170,9 @@ class StudyResult:
             "parameters",
             f"active /\n{'patch' if images else 'token'}",
         ]
-        for dtype in dtypes:
+        if single:
+            titles += ["weights", f"MB /\n{self.unit}", f"ms /\n{self.unit}"]
+        for dtype in () if single else dtypes:
             name = f", {dtype}" if len(dtypes) > 1 else ""
             titles += [f"MB /\n{self.unit}{name}", f"ms /\n{self.unit}{name}"]
         rows = []
@@ -166,7 +188,9 @@ class StudyResult:
                 count(row.active_parameters),
             ]
             decoding = {each.dtype: each for each in row.decoding}
-            for dtype in dtypes:
+            own = [each.dtype for each in row.decoding] or [""]
+            cells += own if single else []
+            for dtype in own if single else dtypes:
                 found = decoding.get(dtype)
                 cells.append(megabytes(found.bytes_per_token) if found else None)
                 cells.append(milliseconds(found.ms_per_token) if found else None)
@@ -179,6 +203,10 @@ class StudyResult:
         spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
         unit, figures = self.unit, "accuracy and loss" if self.unit == "image" else "loss"
         lines = [f"Held-out {figures} in nats/{unit} after {self.tokens:,} training {unit}s, {spread}."]
+        if len(self.rows) > 2 and (best := dict.fromkeys(name for _, _, name in self.frontier)):
+            lines.append(
+                f"No other variant has both a lower loss and a shorter time than: {', '.join(best)}."
+            )
         if len(self.learning_rates) > 1:
             rates = ", ".join(f"{rate:g}" for rate in self.learning_rates)
             data = "images" if unit == "image" else "text"
@@ -238,7 +266,7 @@ def make_result(plan: Plan, trained: Sequence[Trained], measured: BenchResult | 
 def _row(
     trained: Trained, first: Mapping[int, float | None] | None, decoding: list[Decoding], plan: Plan
 ) -> Row:
-    rates, rate, losses = plan.study.learning_rates, trained.learning_rate, _losses(trained)
+    rates, rate, losses = plan.learning_rates(trained.variant), trained.learning_rate, _losses(trained)
     found = [loss for loss in losses.values() if loss is not None]
     pairs = [(loss, first.get(seed)) for seed, loss in losses.items()] if first else []
     paired = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
@@ -248,7 +276,7 @@ def _row(
     return Row(
         variant=trained.variant.name,
         learning_rate=rate,
-        border=len(rates) > 1 and rate in (min(rates), max(rates)),
+        border=plan.trials(trained.variant) > 0 and rate in (min(rates), max(rates)),
         trials={f"{each:g}": outcome.tuning_loss for each, outcome in trained.trials.items()},
         held_out_losses={str(seed): loss for seed, loss in losses.items()},
         held_out_loss=statistics.fmean(found) if found else None,
@@ -256,10 +284,11 @@ def _row(
         standard_error=_standard_error(found),
         difference=statistics.fmean(paired) if paired else None,
         difference_error=_standard_error(paired),
+        tokens=trained.tokens_before + plan.steps(trained.variant) * plan.tokens_per_step,
         parameters=sizes.total,
         active_parameters=sizes.active,
         decoding=decoding,
-        notes=_notes(trained),
+        notes=_notes(trained, plan),
         accuracies=accuracies if right else None,
         accuracy=statistics.fmean(right) if right else None,
         accuracy_deviation=statistics.stdev(right) if len(right) > 1 else None,
@@ -270,10 +299,25 @@ def _losses(trained: Trained) -> dict[int, float | None]:
     return {seed: outcome.held_out_loss for seed, (_, outcome) in trained.runs.items()}
 
 
-def _notes(trained: Trained) -> list[str]:
+def _notes(trained: Trained, plan: Plan) -> list[str]:
     outcomes = {f"learning rate {rate:g}": outcome for rate, outcome in trained.trials.items()}
     outcomes |= {f"seed {seed}": outcome for seed, (_, outcome) in trained.runs.items()}
-    return [f"{name} {outcome.failure}" for name, outcome in outcomes.items() if outcome.failure]
+    failures = [f"{name} {outcome.failure}" for name, outcome in outcomes.items() if outcome.failure]
+    return [*filter(None, [_origin(trained.variant, plan)]), *failures]
+
+
+def _origin(variant: Variant, plan: Plan) -> str | None:
+    """What was done to the model that a variant starts from; None if it starts from random weights."""
+    start, prune, quantize = variant.spec.init_from, variant.spec.prune, variant.spec.quantize
+    if start is None:
+        return None
+    if quantize:
+        return f"{start} with weights of {quantize.bits} bits, rounded {ROUNDINGS[quantize.rounding]}"
+    words = [f"{share} of the {name}" for name, share in prune or () if share]
+    what = f"{start} without {' and '.join(words)}" if words else start
+    what += ", which are zero and still read" if prune and prune.weights else ""
+    further = plan.steps(variant) * plan.tokens_per_step
+    return f"{what}, then {further:,} further tokens after {plan.tokens_before(variant):,}"
 
 
 def _standard_error(values: Sequence[float]) -> float | None:

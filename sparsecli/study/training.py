@@ -7,14 +7,18 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sparsecli.console import Failure, Stopped, say
 from sparsecli.data.examples import Prepared
-from sparsecli.model.files import RECIPE
+from sparsecli.model.files import RECIPE, find_model, share
+from sparsecli.model.loading import load_network
 from sparsecli.spec.vision import VisionSpec
-from sparsecli.study.plan import Plan, Run, Variant
+from sparsecli.study.plan import Models, Plan, Run, Variant
+from sparsecli.study.pruning import pruned
+from sparsecli.study.quantizing import measure, quantize
 from sparsecli.train import run_directory
 from sparsecli.train.command import train
 from sparsecli.train.journal import Diverged
@@ -47,6 +51,8 @@ class Trained:
     learning_rate: float | None = None
     """None if all trials diverged."""
     runs: dict[int, tuple[Run, Outcome]] = field(default_factory=dict)
+    tokens_before: int = 0
+    """Training tokens of the models that the runs start from."""
 
     def model_of(self, seed: int) -> Path | None:
         """The run of a seed, if it has a model."""
@@ -66,7 +72,7 @@ def choose(trials: Mapping[float, Outcome]) -> float | None:
 
 
 class StudyTrainer:
-    """Trains variant after variant, teachers first. Runs that a folder already holds are not trained again.
+    """Trains variant after variant, those first that others need. Runs that a folder holds are not trained again.
 
     Args:
         stop_after: seconds from now after which the study stops as at SIGTERM; None: never.
@@ -85,35 +91,67 @@ class StudyTrainer:
             Stopped: a signal; the next call goes on from the checkpoint that it left.
         """
         done: dict[str, Trained] = {}
-        for variant in self.plan.teachers_first:
-            done[variant.name] = self._variant(variant, done.get(variant.teacher or ""))
+        for variant in self.plan.sources_first:
+            sources = {field: done[name] for field, name in variant.spec.sources.items()}
+            trained = Trained(variant, tokens_before=self.plan.tokens_before(variant))
+            done[variant.name] = trained
+            if variant.trains:
+                self._train_variant(trained, sources)
+            else:
+                self._quantize_variant(trained, sources["init_from"])
         return [done[variant.name] for variant in self.plan.variants]
 
-    def _variant(self, variant: Variant, teacher: Trained | None) -> Trained:
-        plan, study, trained = self.plan, self.plan.study, Trained(variant)
-        trained.learning_rate = study.learning_rates[0]
+    def _train_variant(self, trained: Trained, sources: Mapping[str, Trained]) -> None:
+        plan, seeds, variant = self.plan, self.plan.study.seeds, trained.variant
+        rates = plan.learning_rates(variant)
+        trained.learning_rate = rates[0]
         trials: dict[float, Run] = {}
-        if plan.trials:
-            first = teacher.model_of(study.seeds[0]) if teacher else None
-            if teacher and first is None:
-                trained.trials = {rate: _untaught(variant) for rate in study.learning_rates}
+        if plan.trials(variant):
+            models = {field: each.model_of(seeds[0]) for field, each in sources.items()}
+            if left_out := _left_out(variant, models):
+                trained.trials = dict.fromkeys(rates, left_out)
             else:
-                trials = {rate: plan.trial(variant, rate, first) for rate in study.learning_rates}
+                trials = {rate: plan.trial(variant, rate, models) for rate in rates}
                 trained.trials = {rate: self._outcome(run, keep=False) for rate, run in trials.items()}
             trained.learning_rate = choose(trained.trials)
         if trained.learning_rate is None:
             say(f"{variant.name}: no learning rate of the grid can be used")
-            return trained
-        for seed in study.seeds:
-            source = teacher.model_of(seed) if teacher else None
-            run = plan.run(variant, trained.learning_rate, seed, source)
-            untaught = teacher is not None and source is None
-            trained.runs[seed] = run, _untaught(variant) if untaught else self._outcome(run, keep=True)
+            return
+        for seed in seeds:
+            models = {field: each.model_of(seed) for field, each in sources.items()}
+            run = plan.run(variant, trained.learning_rate, seed, models)
+            trained.runs[seed] = run, _left_out(variant, models) or self._outcome(run, keep=True)
         kept = {run.folder for run, _ in trained.runs.values()}
         for run in trials.values():
             if run.folder not in kept:
                 shutil.rmtree(run.folder / "model", ignore_errors=True)
-        return trained
+
+    def _quantize_variant(self, trained: Trained, start: Trained) -> None:
+        variant, trained.learning_rate = trained.variant, start.learning_rate
+        for seed in self.plan.study.seeds if start.learning_rate is not None else ():
+            source = start.model_of(seed)
+            run = self.plan.quantized(variant, start.learning_rate or 0.0, seed, source)
+            left_out = _left_out(variant, {"init_from": source})
+            trained.runs[seed] = run, left_out or self._quantized(run, variant)
+
+    def _quantized(self, run: Run, variant: Variant) -> Outcome:
+        """The outcome of a run that is not trained: it is written and measured unless it is there."""
+        assert run.source
+        assert variant.spec.quantize
+        self.reached.add(run.folder)
+        facts = run_directory.read_facts(run.folder)
+        self._check_text(run, facts)
+        result = known_result(run.folder)
+        if result is None or not (run.folder / "model").is_dir():
+            say(f"run {len(self.reached)} of {self.plan.runs}: {variant.name}, seed {run.seed}")
+            run.folder.mkdir(parents=True, exist_ok=True)
+            target = run.folder / "model"
+            quantize(variant.spec.quantize, find_model(str(run.source)), self.prepared, run.seed, target)
+            result = measure(variant.spec.quantize, target, self.prepared)
+            facts = {"seed": run.seed, "corpus": self.prepared.fingerprint, "source": str(run.source)}
+            result_facts = {"result": asdict(result)}
+            run_directory.write_facts(run.folder, run_directory.environment() | facts | result_facts)
+        return Outcome(result.tuning_loss, result.held_out_loss)
 
     def _outcome(self, run: Run, keep: bool) -> Outcome:
         """The outcome of a run, which is trained, or trained further, unless it is finished.
@@ -127,8 +165,7 @@ class StudyTrainer:
             shutil.rmtree(run.folder)  # a trial that another grid did not choose
             found = None
         if found is None:
-            total = len(self.plan.variants) * self.plan.runs_of_variant
-            say(f"run {len(self.reached)} of {total}: {run}")
+            say(f"run {len(self.reached)} of {self.plan.runs}: {run}")
             self._train(run)
             found = self._known(run)
             assert found
@@ -142,11 +179,7 @@ class StudyTrainer:
         facts = run_directory.read_facts(run.folder)
         if not facts:
             return None
-        if facts.get("corpus", self.prepared.fingerprint) != self.prepared.fingerprint:
-            raise Failure(
-                f"{run.folder}: the text or its tokenizer has changed since this study was started; "
-                f"choose another --output"
-            )
+        self._check_text(run, facts)
         if reason := facts.get("diverged"):
             self._check_recipe(run)
             return Outcome(failure=f"diverged: {reason}")
@@ -163,6 +196,14 @@ class StudyTrainer:
             return Outcome(failure=f"diverged: the loss is {tuning:.4g} at the end")
         return Outcome(tuning, held_out, result.accuracy)
 
+    def _check_text(self, run: Run, facts: Mapping[str, Any]) -> None:
+        """Raise Failure if the run was made with another text."""
+        if facts.get("corpus", self.prepared.fingerprint) != self.prepared.fingerprint:
+            raise Failure(
+                f"{run.folder}: the text or its tokenizer has changed since this study was started; "
+                f"choose another --output"
+            )
+
     def _check_recipe(self, run: Run) -> None:
         """Raise Failure if the folder holds a run of another recipe."""
         run_directory.claim(run.folder, run.recipe, resume=True, hint="")
@@ -173,6 +214,7 @@ class StudyTrainer:
         if run.folder.is_dir() and not (run.folder / RECIPE).exists():
             shutil.rmtree(run.folder)  # a kill before its first file
         checkpoint = run_directory.claim(run.folder, run.recipe, resume=True, hint="")
+        self._prune(run)
         if checkpoint:
             say(f"resuming from {checkpoint}")
         checkpoints = run.folder / run_directory.CHECKPOINTS
@@ -188,6 +230,29 @@ class StudyTrainer:
             raise Stopped(f"{run}: {stopped.message}", exit_code=stopped.exit_code) from None
         gc.collect()  # the Trainer and its model refer to each other
 
+    def _prune(self, run: Run) -> None:
+        """Write the pruned model that a run starts from, unless it is there."""
+        variant = next(each for each in self.plan.variants if each.name == run.variant)
+        prune, train = variant.spec.prune, run.recipe.train
+        if not (prune and run.source and train and train.init_from):
+            return
+        start = Path(train.init_from)
+        if start.is_dir():
+            return
+        model = pruned(load_network(find_model(str(run.source))), prune)
+        beside = start.with_name(f"{start.name}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        with run_directory.writing(beside, HINT):
+            model.save_pretrained(beside)
+            self.prepared.tokenizer.save_pretrained(beside)
+            share(beside)
+            beside.rename(start)
 
-def _untaught(variant: Variant) -> Outcome:
-    return Outcome(failure=f"left out, because its teacher {variant.teacher} diverged")
+
+def _left_out(variant: Variant, models: Models) -> Outcome | None:
+    """The outcome of a run that lacks a model it needs; None if it lacks none."""
+    for needed, model in models.items():
+        if model is None:
+            what = "its teacher" if needed == "distil_from" else "its start"
+            return Outcome(failure=f"left out, because {what} {variant.spec.sources[needed]} diverged")
+    return None

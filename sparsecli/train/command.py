@@ -39,7 +39,7 @@ from sparsecli.train.result import Result, card_of, known_result, print_result, 
 from sparsecli.train.samples import Samples
 from sparsecli.train.sharding import is_of_deepspeed, uses_deepspeed, uses_fsdp
 from sparsecli.train.threads import choose_threads
-from sparsecli.train.trainer import LanguageModelTrainer, Signals, run_steps, training_arguments
+from sparsecli.train.trainer import KeepZeros, LanguageModelTrainer, Signals, run_steps, training_arguments
 
 Trainable = Network | ScalingTransformerForImageClassification
 
@@ -389,9 +389,13 @@ def _trainer(
         "tuning": prepared.tuning,
     }
     if train.distillation is None:
-        return LanguageModelTrainer(**parts)
-    teacher = Teacher(load_network(find_model(train.distillation.teacher)), bf16)
-    return DistillationTrainer(**parts, teacher=teacher, objective=train.distillation)
+        trainer = LanguageModelTrainer(**parts)
+    else:
+        teacher = Teacher(load_network(find_model(train.distillation.teacher)), bf16)
+        trainer = DistillationTrainer(**parts, teacher=teacher, objective=train.distillation)
+    if train.keep_zeros:
+        trainer.add_callback(KeepZeros(model))
+    return trainer
 
 
 def _save_model(trainer: LanguageModelTrainer, output: Path, first: bool) -> None:

@@ -17,6 +17,7 @@ from sparsecli.model.layers.attention import Attention
 from sparsecli.model.layers.cross_attention import CrossAttention
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward, MixtureFeedForward
 from sparsecli.model.layers.multiplicative import ModuleConvolution
+from sparsecli.model.layers.spark import SparkFeedForward
 
 ATTENTION, FEED_FORWARD, CONVOLUTION = "attention", "feed-forward", "convolution"
 HEAD, OPTIMIZER, DATA, REST = "head and loss", "optimizer", "data", "rest"
@@ -27,6 +28,7 @@ KINDS: dict[type[nn.Module], str] = {
     DenseFeedForward: FEED_FORWARD,
     ChosenUnits: FEED_FORWARD,
     MixtureFeedForward: FEED_FORWARD,
+    SparkFeedForward: FEED_FORWARD,
     ModuleConvolution: CONVOLUTION,
 }
 WARM_UP = 2

@@ -59,7 +59,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """A recipe's `train` block as transformers' `TrainingArguments`, whose names are nearly the same."""
     ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit", "gradient_checkpointing"}
-    ours |= {"init_from", "distillation", "bf16", "optim", "eval_samples", "report_to"}
+    ours |= {"init_from", "distillation", "keep_zeros", "bf16", "optim", "eval_samples", "report_to"}
     schedule: dict[str, Any] = {"lr_scheduler_type": train.lr_scheduler_type}
     if train.lr_scheduler_type == "cosine":
         schedule = {
@@ -418,6 +418,21 @@ class _StepsOfRecipe(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         state.compute_steps(args, state.max_steps)
+
+
+class KeepZeros(TrainerCallback):
+    """Sets weights of matrices to zero after every step that were zero when this was made: they stay pruned."""
+
+    def __init__(self, model: nn.Module) -> None:
+        matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+        self.masks = [(weight, mask) for weight in matrices if not (mask := weight.detach() != 0).all()]
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for weight, mask in self.masks:
+            weight.mul_(mask)
 
 
 class _StopAtSignal(TrainerCallback):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -199,11 +198,8 @@ def main() -> None:
     mass.add_argument("--length", type=int, default=2048, help="tokens")
     mass.add_argument("--rounds", type=int, nargs="+", default=[1, 2, 4, 8])
     given = parser.parse_args()
-    try:
+    with console.failing():
         _run(given)
-    except console.Failure as failure:
-        console.fail(failure)
-        sys.exit(failure.exit_code)
 
 
 def _run(given: argparse.Namespace) -> None:

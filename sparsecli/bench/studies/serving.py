@@ -14,7 +14,6 @@ import asyncio
 import json
 import random
 import statistics
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -202,8 +201,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with console.failing():
         main()
-    except Failure as failure:
-        console.fail(failure)
-        sys.exit(failure.exit_code)

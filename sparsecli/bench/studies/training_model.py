@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 
 import torch
@@ -98,8 +97,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with console.failing():
         main()
-    except console.Failure as failure:
-        console.fail(failure)
-        sys.exit(failure.exit_code)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -116,8 +115,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with console.failing():
         main()
-    except console.Failure as failure:
-        console.fail(failure)
-        sys.exit(failure.exit_code)

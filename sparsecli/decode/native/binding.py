@@ -44,6 +44,7 @@ class Shape(Structure):
         ("residual_scale", c_double),
         ("logit_scale", c_double),
         ("logit_softcap", c_double),
+        ("unit_quantile", c_double),
         ("units_per_block", c_void_p),  # of every layer
         ("windows", c_void_p),
         ("rotary_tables", c_void_p),

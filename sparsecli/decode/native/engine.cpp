@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <memory>
@@ -114,8 +115,11 @@ std::string check(const sparsecli_shape& s) {
     const bool dense = s.projection == DENSE && s.output == DENSE_OUTPUT;
     if (!dense && s.heads * s.head_width != s.d_model) return wrong("the width of heads together");
     if (s.kernel < 1 || s.kernel > 1 << 16) return wrong("kernel");
-    if (s.feed_forward < DENSE_UNITS || s.feed_forward > PRECISION_UNITS) return wrong("feed_forward");
-    if (s.feed_forward != DENSE_UNITS) {
+    if (s.feed_forward < DENSE_UNITS || s.feed_forward > SPARK_UNITS) return wrong("feed_forward");
+    if (s.feed_forward == SPARK_UNITS) {
+        if (s.rank < 1 || s.rank >= s.d_model) return wrong("the width of the predictor");
+        if (!std::isfinite(s.unit_quantile)) return wrong("unit_quantile");
+    } else if (s.feed_forward != DENSE_UNITS) {
         const bool mixture = s.feed_forward == MIXTURE_UNITS, sparse = s.feed_forward == SPARSE_UNITS;
         if (s.block_size < 1 || s.d_ff % s.block_size) return wrong("block_size");
         if (!mixture && s.block_size > MAX_BLOCK) return wrong("block_size, at most 4096 units,");

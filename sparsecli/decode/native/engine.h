@@ -13,10 +13,12 @@ enum { SPARSECLI_ERROR_BYTES = 256 };
 
 struct sparsecli_shape {
     int64_t d_model, layers, heads, head_width, key_value_heads, max_positions, vocabulary;
-    int64_t feed_forward;  // 0 dense, 1 sparse, 2 mixture, 3 selector, 4 precision
+    int64_t feed_forward;  // 0 dense, 1 sparse, 2 mixture, 3 selector, 4 precision, 5 spark
     int64_t d_ff, activation, gated;
-    int64_t block_size, rank;  // mixture: units of an expert, and experts; selector: rank of the bypass
-    int64_t positive;          // selector: units above their threshold, not the best of a block
+    int64_t block_size,
+        rank;          // mixture: units of an expert, and experts; selector: rank of the bypass; spark: inputs of the
+                       // predictor
+    int64_t positive;  // selector: units above their threshold, not the best of a block
     int64_t probability_gate;  // of a chosen unit or expert: 1 yes, of a mixture's before its activations, 2 behind
     int64_t normalized_probabilities;  // mixture: those of the chosen experts add up to 1
     int64_t projection;                // 0 dense, 1 multiplicative, 2 dense_conv, 3 multiplicative_conv
@@ -50,9 +52,10 @@ struct sparsecli_shape {
     double rotary_attention_factor;                     // on cosines and sines of `frequencies` and `long_frequencies`
     double attention_scale, attention_softcap;          // of scores; a limit of 0: none
     double residual_scale, logit_scale, logit_softcap;  // of what layers add, and of logits
-    const int64_t* units_per_block;                     // of every layer, read once; mixture: experts a token
-    const int64_t* windows;                             // positions that a token sees in every layer; 0: all
-    const int64_t* rotary_tables;                       // of every layer: 0 none, 1 full, 2 sliding
+    double unit_quantile;            // spark: standard deviations between the mean of the scores and the threshold
+    const int64_t* units_per_block;  // of every layer, read once; mixture: experts a token
+    const int64_t* windows;          // positions that a token sees in every layer; 0: all
+    const int64_t* rotary_tables;    // of every layer: 0 none, 1 full, 2 sliding
 };
 
 int64_t sparsecli_interface(void);  // a version, and the size of the structure above: the caller compares

@@ -2,6 +2,7 @@
 
 #include "layers/mixture_feed_forward.h"
 #include "layers/quantized_feed_forward.h"
+#include "layers/spark_feed_forward.h"
 #include "layers/sparse_feed_forward.h"
 
 namespace sparsecli {
@@ -18,6 +19,8 @@ std::unique_ptr<FeedForward> make_feed_forward(Workspace& space) {
             return std::make_unique<SelectorFeedForward>(space);
         case PRECISION_UNITS:
             return std::make_unique<PrecisionFeedForward>(space);
+        case SPARK_UNITS:
+            return std::make_unique<SparkFeedForward>(space);
         default:
             return std::make_unique<DenseFeedForward>(space);
     }

@@ -15,7 +15,14 @@ namespace sparsecli {
 
 constexpr int64_t CHUNK = 512;  // tokens of one pass
 
-enum FeedForwardKind { DENSE_UNITS = 0, SPARSE_UNITS = 1, MIXTURE_UNITS = 2, SELECTOR_UNITS = 3, PRECISION_UNITS = 4 };
+enum FeedForwardKind {
+    DENSE_UNITS = 0,
+    SPARSE_UNITS = 1,
+    MIXTURE_UNITS = 2,
+    SELECTOR_UNITS = 3,
+    PRECISION_UNITS = 4,
+    SPARK_UNITS = 5
+};
 enum Projection { DENSE = 0, MULTIPLICATIVE = 1, DENSE_CONV = 2, MULTIPLICATIVE_CONV = 3 };
 enum Output { NO_OUTPUT = 0, DENSE_OUTPUT = 1, MULTIPLICATIVE_OUTPUT = 2, MULTIPLICATIVE_CONV_OUTPUT = 3 };
 enum Positions { LEARNED = 0, SINUSOIDAL = 1, ROTARY = 2 };
@@ -63,6 +70,7 @@ struct Block {
     Matrix router, controller_first, controller_second, controller_bias, units, unit_bias, bias;
     Matrix sketch;  // quantized gate and up rows of all units: panels of either in turn
     Matrix importance, threshold, base_down, residual;
+    Matrix predictor, unit_inputs;  // spark: all units' scores; the rows that meet the input, `units` has the others
     Linear bypass_first, bypass_second;
 };
 
@@ -107,7 +115,8 @@ struct Model {
     bool changes_branches() const { return shape.post_norms || shape.residual_scale != 1; }
     bool crosses() const { return shape.encoder == CROSS_ATTENTION; }
     int64_t query_module_width() const { return shape.query_modules ? shape.d_model / shape.query_modules : 0; }
-    int64_t parts() const { return shape.gated ? 3 : 2; }
+    // Rows of a unit in `units`.
+    int64_t parts() const { return shape.feed_forward == SPARK_UNITS ? 1 : shape.gated ? 3 : 2; }
     int64_t module_width() const { return shape.d_model / shape.modules; }
     int64_t padded_block() const { return round_up(shape.block_size, LANES); }
     int64_t padded_rank() const { return round_up(shape.rank, 2); }
@@ -122,6 +131,8 @@ struct Model {
         while (units % LANES) units += shape.block_size;
         return units;
     }
+    // Whether the number of units depends on the token.
+    bool thresholds() const { return shape.feed_forward == SPARK_UNITS || shape.positive; }
     bool selects() const { return shape.feed_forward == SELECTOR_UNITS; }
     bool refines() const { return shape.feed_forward == PRECISION_UNITS; }
 
@@ -135,7 +146,7 @@ struct Model {
 
     // Units of a layer that a token uses; at most, where their number depends on the token.
     int64_t chosen_units(int64_t layer) const {
-        if (shape.feed_forward == DENSE_UNITS || shape.positive) return shape.d_ff;
+        if (shape.feed_forward == DENSE_UNITS || thresholds()) return shape.d_ff;
         if (shape.feed_forward == MIXTURE_UNITS) return shape.block_size * chosen_in_block(layer);
         return shape.d_ff / shape.block_size * chosen_in_block(layer);
     }
@@ -195,7 +206,9 @@ struct Model {
                    {"importance", &block.importance},
                    {"threshold", &block.threshold},
                    {"base.down", &block.base_down},
-                   {"residual", &block.residual}});
+                   {"residual", &block.residual},
+                   {"predictor", &block.predictor},
+                   {"unit_inputs", &block.unit_inputs}});
         list(to, "sru.norm", block.recurrence.norm);
         list(to, "sru.enter", block.recurrence.enter);
         list(to, "sru.leave", block.recurrence.leave);

@@ -18,7 +18,7 @@ from sparsecli.spec.model import ModelSpec
 QUANTIZED_TYPES = {4: 3, 3: 4}  # native/ops/ops.h, by bits of a weight
 TYPE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "float16": 17}
 ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh")
-FEED_FORWARDS = ("dense", "sparse", "mixture", "selector", "precision")
+FEED_FORWARDS = ("dense", "sparse", "mixture", "selector", "precision", "spark")
 PROJECTIONS = ("dense", "multiplicative", "dense_conv", "multiplicative_conv")
 OUTPUTS = ("none", "dense", "multiplicative", "multiplicative_conv")
 POSITIONS = (
@@ -92,11 +92,14 @@ def _describe_feed_forward(shape: Shape, spec: ModelSpec) -> None:
     shape.feed_forward = FEED_FORWARDS.index(feed_forward.kind)
     shape.d_ff = feed_forward.d_ff
     shape.activation = ACTIVATIONS.index(feed_forward.activation)
-    shape.gated = feed_forward.gated
+    shape.gated = getattr(feed_forward, "gated", False)
     if feed_forward.kind == "mixture":  # native/engine.h: the units of an expert, and experts
         shape.block_size, shape.rank = feed_forward.d_ff // feed_forward.experts, feed_forward.experts
         shape.probability_gate = MIXTURE_GATES[feed_forward.gate]
         shape.normalized_probabilities = feed_forward.normalize_probabilities
+        return
+    if feed_forward.kind == "spark":
+        shape.rank, shape.unit_quantile = feed_forward.predictor_width, feed_forward.quantile
         return
     if feed_forward.kind == "dense":
         return
@@ -120,7 +123,7 @@ def by_layer(spec: ModelSpec) -> dict[str, list[int]]:
 def units_per_block(spec: ModelSpec) -> list[int]:
     """k of every layer; experts a token of a mixture."""
     feed_forward = spec.feed_forward
-    if feed_forward.kind == "dense":
+    if feed_forward.kind in ("dense", "spark"):
         return [0] * spec.layers
     if feed_forward.kind == "mixture":
         return [feed_forward.experts_per_token] * spec.layers

@@ -32,7 +32,7 @@ class Precision:
     projection: str
     """Dense projections of attention."""
     controller: str
-    """Controllers and routers."""
+    """Controllers, routers and predictors."""
     multiplicative: str
     """D and E of multiplicative layers, the sparse loss layer's too."""
     convolution: str

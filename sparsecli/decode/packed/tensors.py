@@ -12,6 +12,7 @@ from dataclasses import replace
 from sparsecli.decode.packed.layouts import LANES, Layout, Slot, padded
 from sparsecli.model.gguf_types import SKETCH
 from sparsecli.model.rotary import RotaryTable
+from sparsecli.spec.feed_forward import SparkFeedForwardSpec
 from sparsecli.spec.model import ModelSpec
 
 EMBEDDING = "model.embedding"
@@ -273,6 +274,9 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
             yield from _map(layer, name, f"{source}.{name}", units, d_model, "units")
         yield from _map(layer, "down", f"{source}.down", d_model, units, "units")
         return
+    if feed_forward.kind == "spark":
+        yield from _spark(layer, source, feed_forward, d_model)
+        return
     names = ["gate", "up", "down"] if feed_forward.gated else ["up", "down"]
     if feed_forward.kind == "mixture":
         router = (f"{source}.router.weight",)
@@ -303,6 +307,14 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[Slot]:
         yield Slot(layer, "units", "units", units * len(names), d_model, "units", rows_of_units)
     if getattr(feed_forward, "bias", True):
         yield Slot(layer, "bias", "vector", 1, d_model, None, (f"{source}.bias",))
+
+
+def _spark(layer: int, source: str, spec: SparkFeedForwardSpec, d_model: int) -> Iterator[Slot]:
+    """A predictor that every token reads whole, and rows of units in two lengths."""
+    units, width = spec.d_ff, spec.predictor_width
+    yield Slot(layer, "predictor", "spans", units, width, "controller", (f"{source}.predictor",))
+    yield Slot(layer, "unit_inputs", "units", units, d_model - width, "units", (f"{source}.up",))
+    yield Slot(layer, "units", "units", units, d_model, "units", (f"{source}.down",))
 
 
 def chooses(spec: ModelSpec, layer: int) -> bool:

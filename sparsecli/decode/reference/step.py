@@ -300,6 +300,8 @@ class Reference:
             return self._linear(f"{block}down", self._activated(gate, h))
         if feed_forward.kind == "precision":
             return self._precise(layer, x)
+        if feed_forward.kind == "spark":
+            return self._spark(block, x)
         y = self.weights[f"{block}bias"].values[0] if f"{block}bias" in self.weights else 0.0
         if feed_forward.kind == "selector":
             chosen, weights = self._selected(layer, x), torch.ones(())
@@ -400,6 +402,19 @@ class Reference:
             h[chosen] = self._activated(gate, up[chosen] + quantized_gemv(more[-2], x))
             y = y + h[chosen] @ more[-1].values()[:, : len(x)]
         return quantized_gemv(self.quantized[f"{block}base.down"], h) + y
+
+    def _spark(self, block: str, x: Tensor) -> Tensor:
+        """Units whose score lies above the mean by some standard deviations."""
+        feed_forward = self.spec.feed_forward
+        assert feed_forward.kind == "spark"
+        width = feed_forward.predictor_width
+        scores = gemv(self.weights[f"{block}predictor"].widened(len(x)), x)
+        gate = scores - (scores.mean() + feed_forward.quantile * scores.std())
+        kept = (gate > 0).nonzero()[:, 0]
+        h = ACTIVATIONS[feed_forward.activation](gate[kept])
+        h = h * gemv(self.weights[f"{block}unit_inputs"][kept], x[width:])
+        down = self.weights[f"{block}units"][kept]
+        return (h * down.scale) @ down.values
 
     def _units(self, block: str, chosen: Tensor, part: str) -> Weight:
         """One row of each chosen unit; a unit's rows lie side by side."""

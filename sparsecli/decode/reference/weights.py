@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsecli.decode.packed.layouts import LANES, PAD, Slot, padded, unpack, unpack_scale
 from sparsecli.decode.packed.pack import PackedModel
@@ -36,6 +37,10 @@ class Weight:
     def __getitem__(self, rows: Tensor) -> Weight:
         """Only some rows."""
         return Weight(self.kind, self.values[rows], self.scale[rows])
+
+    def widened(self, cols: int) -> Weight:
+        """With zeros for further columns, up to `cols`: integers of an input share one scale, also those not read."""
+        return Weight(self.kind, F.pad(self.values, (0, cols - self.values.shape[1])), self.scale)
 
     def row(self, index: int) -> Tensor:
         """One row (cols,) as the numbers that it stands for."""

@@ -140,7 +140,8 @@ void SelectorFeedForward::prefetch(const Pass& pass, const Block& block, int64_t
 void SelectorFeedForward::add_sum(Pass& pass, const Block& block, int64_t layer_idx) {
     if (pass.shape.rank) add_bypass(pass, block);
     if (pass.shape.positive)
-        add_positive(pass, block);
+        chosen_.add_found(pass, block, positive_units_,
+                          [&](int64_t worker) { return Sketch::my_units(pass, worker).begin; });
     else
         chosen_.add_all(pass, block, pass.model.chosen_units(layer_idx),
                         BLOCKS_AT_ONCE * pass.model.chosen_in_block(layer_idx));
@@ -151,20 +152,6 @@ void SelectorFeedForward::add_bypass(Pass& pass, const Block& block) {
     const Activations z = pass.readable(bypass_hidden_);
     pass.add_to_residual(pass.space.layer_output, pass.linear(block.bypass_second, z, pass.space.layer_output));
     if (!pass.single()) pass.barrier(UNIT_SUMS);  // units are then summed up by tokens, not by columns
-}
-
-// Adds what all workers found.
-void SelectorFeedForward::add_positive(const Pass& pass, const Block& block) {
-    const bool single = pass.single();
-    const Range tokens = single ? Range{0, 1} : pass.mine(pass.count(), 1);
-    const Range columns = single ? pass.mine(pass.shape.d_model, LANES) : Range{0, pass.shape.d_model};
-    for (int64_t t = tokens.begin; t < tokens.end; ++t) {
-        for (int64_t worker = 0; worker < pass.workers(); ++worker) {
-            const int64_t begin = Sketch::my_units(pass, worker).begin;
-            chosen_.add(pass, block, t, begin, begin + positive_units_.row(t)[worker], columns);
-        }
-        add_bias(pass, block, t, columns);
-    }
 }
 
 // -- precision -----------------------------------------------------------------------------------------------

@@ -44,7 +44,6 @@ class SelectorFeedForward : public FeedForward {
                         const Activations& x) const;
     void prefetch(const Pass& pass, const Block& block, int64_t t, int64_t begin, int64_t end) const;
     void add_bypass(Pass& pass, const Block& block);
-    void add_positive(const Pass& pass, const Block& block);
 
     Sketch sketch_;
     ChosenUnits chosen_;

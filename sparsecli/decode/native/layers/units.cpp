@@ -50,15 +50,15 @@ void add_bias(const Pass& pass, const Block& block, int64_t t, Range columns) {
 
 // All rows are asked for at once, since the system would otherwise wait for the disk row by row. They are then mapped
 // in long pieces, which costs less than a page fault for every 4 KiB.
-void ChosenUnits::read_ahead([[maybe_unused]] const Pass& pass, [[maybe_unused]] const Block& block,
+void ChosenUnits::read_ahead([[maybe_unused]] const Matrix& rows, [[maybe_unused]] int64_t parts,
                              [[maybe_unused]] int64_t t, [[maybe_unused]] int64_t begin,
                              [[maybe_unused]] int64_t end) const {
 #if defined(__linux__)
     const int64_t page = sysconf(_SC_PAGESIZE);
-    const int64_t bytes = pass.model.parts() * round_up(block.units.cols, PAD) * type_bytes(block.units.type);
+    const int64_t bytes = parts * round_up(rows.cols, PAD) * type_bytes(rows.type);
     const auto advise = [&](int advice) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t first = int64_t(block.units.data) + units.row(t)[i] * bytes;
+            const int64_t first = int64_t(rows.data) + units.row(t)[i] * bytes;
             const int64_t start = first / page * page;
             madvise((void*)start, size_t(first + bytes - start), advice);
         }

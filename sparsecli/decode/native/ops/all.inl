@@ -32,6 +32,7 @@ constexpr Ops make_table(const char* name) {
             .convolve = convolve,
             .choose = choose,
             .unit_dots = unit_dots,
+            .row_dots = row_dots,
             .unit_sums = unit_sums,
             .residual_dots = residual_dots,
             .residual_sums = residual_sums,

@@ -200,6 +200,10 @@ struct Ops {
     void (*unit_dots)(const Matrix& units, int64_t parts, int64_t activation, const float* unit_bias,
                       const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, bool far, float* h);
 
+    // out[i] = row u_i of w . x for chosen rows [begin, end); w is `units` with one row each. `far` as above.
+    void (*row_dots)(const Matrix& w, const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, bool far,
+                     float* out);
+
     // y[c] += sum_i h[i] down[u_i][c] over columns [begin, end); units with h = 0 are not read.
     void (*unit_sums)(const Matrix& units, int64_t parts, const int32_t* chosen, const float* h, int64_t count,
                       int64_t begin, int64_t end, float* y);

@@ -69,6 +69,41 @@ void unit_dots(const Matrix& units, int64_t parts, int64_t activation, const flo
     dots(units, parts, activation, unit_bias, chosen, begin, end, x, far, h);
 }
 
+template <bool FAR, class W>
+inline void dots_of_rows(const Matrix& w, const int32_t* chosen, int64_t begin, int64_t end, const Activations& x,
+                         float* out) {
+    constexpr int64_t AT_ONCE = 4;
+    for (int64_t i = begin; i < end;) {
+        int64_t row[AT_ONCE], next[AT_ONCE];
+        const int64_t together = i + AT_ONCE <= end ? AT_ONCE : 1;
+        for (int64_t j = 0; j < together; ++j) {
+            row[j] = chosen[i + j];
+            next[j] = i + j + AT_ONCE < end ? chosen[i + j + AT_ONCE] : row[j];
+        }
+        if (together == AT_ONCE)
+            whole_rows<AT_ONCE, FAR, W>(w, row, next, x, out + i);
+        else
+            whole_rows<1, FAR, W>(w, row, next, x, out + i);
+        i += together;
+    }
+}
+
+template <class W>
+void typed_row_dots(const Matrix& w, const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, bool far,
+                    float* out) {
+    if (far) return dots_of_rows<true, W>(w, chosen, begin, end, x, out);
+    dots_of_rows<false, W>(w, chosen, begin, end, x, out);
+}
+
+void row_dots(const Matrix& w, const int32_t* chosen, int64_t begin, int64_t end, const Activations& x, bool far,
+              float* out) {
+    const auto dots = w.type == FLOAT32    ? typed_row_dots<float>
+                      : w.type == BFLOAT16 ? typed_row_dots<uint16_t>
+                      : w.type == FLOAT16  ? typed_row_dots<Half>
+                                           : typed_row_dots<int8_t>;
+    dots(w, chosen, begin, end, x, far, out);
+}
+
 constexpr int64_t PREFETCHED = 1 << 18;  // bytes that are prefetched at most
 
 // y += sum of R rows, each times its factor.

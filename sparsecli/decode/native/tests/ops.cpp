@@ -491,6 +491,12 @@ void test_units(Harness& h) {
                                1.2 * error * std::fabs(up.value) + more * std::fabs(gate.value) + 1e-6, "h", i);
                     }
                 }
+                for (int64_t i = 0; i < count; ++i) chosen[size_t(i)] = int32_t(h.whole(0, units * parts - 1));
+                h.begin(text("row_dots %s cols %ld count %ld", TYPE_NAMES[type], long(cols), long(count)));
+                h.k.row_dots(w.matrix, chosen.data(), 0, count, x.all, h.whole(0, 1), hidden.data);
+                for (int64_t i = 0; i < count; ++i)
+                    h.same(hidden[i], scalar::unit_dot(w.matrix, 1, chosen[size_t(i)], 0, x.plain), cols, "dot", i);
+                for (int64_t i = 0; i < count; ++i) chosen[size_t(i)] = int32_t(h.whole(0, units - 1));
                 const int64_t begin = h.whole(0, cols / 20) * LANES, end = h.whole(std::min(begin, cols), cols);
                 Memory<float> y(cols), before(cols);
                 for (int64_t i = 0; i < cols; ++i) y[i] = before[i] = h.number();
