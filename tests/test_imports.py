@@ -103,7 +103,10 @@ LAYERS |= {
         "sparsecli.decode.native.gguf",
     },
     "sparsecli.bench": BELOW_COMMANDS
-    | {f"sparsecli.{name}" for name in ("bench", "train", "decode", "interchange", "generate.decoder")},
+    | {
+        f"sparsecli.{name}"
+        for name in ("bench", "train", "decode", "interchange", "generate.decoder", "report")
+    },
     "sparsecli.bench.result": {"sparsecli.decode.packed", "sparsecli.recipe"},
     "sparsecli.bench.decoders": {
         *("sparsecli.bench.decoders", "sparsecli.bench.random_weights"),
@@ -115,7 +118,10 @@ LAYERS |= {
         "sparsecli.interchange.gguf_reader",
     },
     "sparsecli.convert": BELOW_COMMANDS
-    | {f"sparsecli.{name}" for name in ("convert", "evaluate", "train", "bench", "decode", "interchange")},
+    | {
+        f"sparsecli.{name}"
+        for name in ("convert", "evaluate", "train", "bench", "decode", "interchange", "report")
+    },
     "sparsecli.convert.methods": {
         *("sparsecli.convert.methods", "sparsecli.console", "sparsecli.model", "sparsecli.spec"),
         "sparsecli.train.controllers",
@@ -123,6 +129,7 @@ LAYERS |= {
     },
     "sparsecli.study": BELOW_COMMANDS
     | {f"sparsecli.{name}" for name in ("study", "train", "bench", "convert", "decode", "evaluate")},
+    "sparsecli.report": {"sparsecli.report", "sparsecli.console"},
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},
     "sparsecli.cli": {"sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.recipe"}
     | {
