@@ -1,7 +1,7 @@
 // Rows of GGUF's types as they are in files, of which some are read: those of the likeliest tokens, and an embedding's.
 // Part of all.inl, inside its namespaces.
 
-// A block taken apart: value = scale * code + minimum, where groups of sixteen weights or of `group` share both.
+// A block taken apart: value = scale * code + minimum, where the GROUP weights of a group share both.
 template <int64_t TYPE>
 struct FileBlock {
     static constexpr const Source& SOURCE = SOURCES[TYPE - Q4_0];
