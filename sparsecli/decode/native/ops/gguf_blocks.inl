@@ -11,7 +11,7 @@ constexpr Source SOURCES[] = {{32, 18, 4, false},  {32, 20, 4, true},   {32, 22,
                               {256, 144, 4, true}, {256, 176, 5, true}, {256, 210, 6, false}};
 
 // The codes of a block of 32 weights whose scales and minima take `at` bytes.
-void codes_of_32(const Source& source, const uint8_t* from, int64_t at, uint8_t* codes) {
+inline void codes_of_32(const Source& source, const uint8_t* from, int64_t at, uint8_t* codes) {
     if (source.bits == 8) {
         std::memcpy(codes, from + at, 32);
         return;
@@ -24,7 +24,7 @@ void codes_of_32(const Source& source, const uint8_t* from, int64_t at, uint8_t*
     }
 }
 
-void codes_of_256(const Source& source, const uint8_t* from, uint8_t* codes) {
+inline void codes_of_256(const Source& source, const uint8_t* from, uint8_t* codes) {
     if (source.bits == 3) {
         for (int group = 0; group < 8; ++group)
             for (int i = 0; i < 32; ++i) {
