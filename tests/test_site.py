@@ -71,7 +71,7 @@ def test_every_page_is_in_the_navigation() -> None:
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_constructor("!ENV", lambda loader, node: None)
+    Loader.add_multi_constructor("", lambda loader, suffix, node: None)  # tags of MkDocs
     navigation = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)["nav"]
 
     def pages(entries: Any) -> set[str]:

@@ -99,7 +99,7 @@ def draw_stacks(axes: Axes, stacks: Sequence[Stack], names: Sequence[str]) -> No
             stack.text, (100, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7
         )
     axes.set_xlim(0, 100)
-    axes.legend(loc="center left", bbox_to_anchor=(1.14, 0.5), fontsize=7)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), borderaxespad=6, fontsize=7)  # behind the texts
 
 
 def _name_rows(axes: Axes, rows: Sequence[Bar] | Sequence[Stack]) -> list[float]:
@@ -144,7 +144,7 @@ def draw_plot(axes: Axes, plot: Plot, groups: Sequence[str]) -> None:
             words |= {"ha": "center", "va": "center"}
         axes.annotate(xy=(point.x, point.y), textcoords="offset points", **words)
     if numbered:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, markerscale=0.7)
     if plot.logarithmic:
         axes.set_xscale("log")
         axes.set_xticks(plot.x_ticks, [f"{tick:g}" for tick in plot.x_ticks])
