@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+from sparsecli.model.versions import OLDEST
 
 SETUP = Path(__file__).parent.parent / "setup.py"
 
@@ -22,3 +26,11 @@ def test_an_earlier_build_does_not_hide_that_there_is_no_compiler(tmp_path: Path
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr  # the engine is optional
     assert not stale.exists()
+
+
+def test_the_metadata_has_lower_bounds_alone_and_that_of_transformers_is_the_one_in_use() -> None:
+    project = tomllib.loads(SETUP.with_name("pyproject.toml").read_text())["project"]
+    needed = project["dependencies"]
+    assert f"transformers>={OLDEST}" in needed
+    for line in needed:
+        assert re.fullmatch(r"[\w-]+>=[\d.]+", line), line  # `make test-oldest` installs just these versions
