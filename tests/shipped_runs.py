@@ -144,6 +144,8 @@ def shortened(name: str) -> list[str]:
     assert recipe.train
     if recipe.study:
         overrides = [*SHORT_STUDY, *SHORT_BENCH]
+        if name == "study-frontier":  # its predictors read 128 inputs
+            overrides.append("model.d_model=160")
     elif name in LARGE:
         write_texts()
         overrides = LARGE[name]
