@@ -159,6 +159,8 @@ def shortened(name: str) -> list[str]:
     images = isinstance(recipe.data, ImagesSpec)
     if recipe.study:
         overrides = [*(SHORT_STUDY[:5] if images else SHORT_STUDY), *short_bench(name)]
+        if name == "study-frontier":  # its predictors read 128 inputs
+            overrides.append("model.d_model=160")
     elif name in LARGE:
         write_texts()
         overrides = LARGE[name]

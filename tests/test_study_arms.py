@@ -207,7 +207,7 @@ def test_every_variant_has_its_row(finished: Path) -> None:
     best = [
         name
         for name, (time, loss) in sorted(points.items(), key=lambda pair: pair[1])
-        if not any(ms <= time and nats <= loss for other, (ms, nats) in points.items() if other != name)
+        if not any(each[0] <= time and each[1] <= loss for other, each in points.items() if other != name)
     ]
     assert f"No other variant has both a lower loss and a shorter time than: {', '.join(best)}.\n" in text
     assert "| weights | MB / token | ms / token |" in text
@@ -240,6 +240,7 @@ def test_what_was_zero_stays_zero_and_heads_are_gone(finished: Path) -> None:
 def test_a_finished_study_makes_nothing_again(
     finished: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(command, "draw", lambda *_: None)
     before = (finished / "study.json").read_bytes()
     for name in ("train", "pruned", "quantize", "measure"):
         monkeypatch.setattr(training, name, None)
@@ -254,6 +255,7 @@ def test_what_was_cut_off_is_made_again(finished: Path, file: Path, monkeypatch:
     before = {row["variant"]: row for row in json.loads((finished / "study.json").read_text())["rows"]}
     rounded = finished / "runs" / "four-bits" / "4-bits-second_order-rate-0.01-seed-0"
     (rounded / run_directory.FACTS).unlink()
+    monkeypatch.setattr(command, "draw", lambda *_: None)
     monkeypatch.setattr(training, "train", None)
     command.run(load(str(file)), output=finished)
     after = table(finished)
