@@ -21,6 +21,8 @@ from sparsecli.generate.slots import Slot, Slots
 LONGEST_PIECE = 256
 """Tokens of prompts in a pass at most: new texts and cancellations wait for it."""
 SHORTEST_PIECE = 8
+PASS_STEP = 8
+"""The engine multiplies weights with so many tokens at once: a pass has a multiple of them where that fits."""
 PROMPT_SHARE = 1.5
 """Time for prompts in a pass, over the time for growing texts."""
 SMOOTHING = 0.2
@@ -201,7 +203,7 @@ class Batcher:
     def _pass(self) -> None:
         growing = [text for text in self.active if text.new]
         reading = [text for text in self.active if not text.new]
-        room = self._piece(bool(growing))
+        room = self._piece(len(growing))
         texts, pieces = list(growing), [[text.new[-1]] for text in growing]
         for text in reading:
             left = text.prompt[len(self.active[text].tokens) :][:room]
@@ -225,14 +227,15 @@ class Batcher:
                 slot.prompt = ()
                 self._sample(text, row)
 
-    def _piece(self, beside_others: bool) -> int:
-        """Tokens of prompts in the next pass."""
-        if not beside_others:
+    def _piece(self, growing: int) -> int:
+        """Tokens of prompts in the next pass, beside so many texts that grow."""
+        if not growing:
             return LONGEST_PIECE
         if not self.prompt_seconds or not self.step_seconds:
             return SHORTEST_PIECE
-        piece = int(PROMPT_SHARE * self.step_seconds / self.prompt_seconds)
-        return min(max(piece, SHORTEST_PIECE), LONGEST_PIECE)
+        piece = PROMPT_SHARE * self.step_seconds / self.prompt_seconds
+        whole = round((growing + piece) / PASS_STEP) * PASS_STEP - growing
+        return min(max(whole, SHORTEST_PIECE), LONGEST_PIECE)
 
     def _measure(self, seconds: float, growing: int, read: int) -> None:
         self.observer.passed(seconds, read, len(self.active), len(self.waiting))

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from sparsecli import console
 from sparsecli.console import Failure
 
-CLIENTS = (1, 4, 16)
+CLIENTS = (1, 4, 8, 16)
 OTHERS = 8
 """Texts that are decoded while another one's first token is measured."""
 
