@@ -51,10 +51,16 @@ def run(
         raise Failure("a study trains in one process; leave out torchrun", exit_code=2)
     plan = make_plan(loaded, output)
     check_measurable(loaded, {variant.name: variant.model for variant in plan.variants})
-    _claim(output)
     if dry_run:
+        _claim(output)
         print_plan(plan)
         return None
+    with run_directory.alone(output):
+        _claim(output)
+        return _run(loaded, plan, output, stop_after)
+
+
+def _run(loaded: LoadedRecipe, plan: Plan, output: Path, stop_after: float | None) -> StudyResult:
     prepared = prepare_with_tuning(plan.data, plan.study.tuning_tokens)
     for variant in plan.variants:
         recipe = loaded.recipe.model_copy(update={"model": variant.model})
