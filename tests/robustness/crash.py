@@ -25,6 +25,7 @@ from robustness.processes import Command, call, run, start, undesigned, warm, wo
 
 from sparsecli import console
 
+CACHE = "cache"
 MEASURED = ("README.md",)
 """Files beside a model that hold measured times."""
 
@@ -159,7 +160,9 @@ def kill_often(tasks: Sequence[Task], folder: Path, kills: int, draw: random.Ran
             if len(found.faults) > 3:
                 return found
             shutil.rmtree(output, ignore_errors=True)
-        found.leftovers |= {path.name for path in place.iterdir()} - {"whole"}
+            found.leftovers |= {path.name for path in (place / CACHE).glob("*.tmp")}
+            shutil.rmtree(place / CACHE, ignore_errors=True)  # so that each run also fills it
+        found.leftovers |= {path.name for path in place.iterdir()} - {"whole", "log"}
     return found
 
 
@@ -175,7 +178,8 @@ def kill_and_resume(
     """Run one task to its end, with kills on its way. Returns how many of the `kills` are left."""
     while True:
         begun = time.time()
-        command = start(task.arguments(output), output.parent / "log")
+        cache = {"SPARSECLI_CACHE": str(output.parent / CACHE)}
+        command = start(task.arguments(output), output.parent / "log", environment=cache)
         if kills and command.wait(draw.uniform(0, seconds)) is None:
             command.kill()
             kills -= 1

@@ -22,7 +22,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +303,7 @@ class Worker:
     pipe: int
     first: int
     now: int | None = None
-    heard: float = field(default_factory=time.monotonic)
+    silent: float = 0.0
     rest: bytes = b""
 
 
@@ -346,10 +346,11 @@ def search(chosen: Sequence[Kind], folder: Path, count: int, seed: int, workers:
     for number in range(min(workers, count)):
         begin(number, number)
     while watched.get_map():
+        before = time.monotonic()
         for key, _ in watched.select(1.0):
             number, worker = key.data
             piece = os.read(worker.pipe, 1 << 16)
-            worker.heard = time.monotonic()
+            worker.silent = 0.0
             *lines, worker.rest = (worker.rest + piece).split(b"\n")
             for line in lines:
                 found = json.loads(line)
@@ -375,9 +376,11 @@ def search(chosen: Sequence[Kind], folder: Path, count: int, seed: int, workers:
                     begin(number, worker.now + workers)
         for key in list(watched.get_map().values()):
             number, worker = key.data
-            if time.monotonic() - worker.heard > HUNG and worker.now is not None:
+            # Seconds in which this process ran: with a suspended machine, both have slept.
+            worker.silent += min(time.monotonic() - before, 2.0)
+            if worker.silent > HUNG and worker.now is not None:
                 worker.command.kill()  # which closes its pipe: the end is read above
-                worker.heard = time.monotonic()
+                worker.silent = 0.0
 
 
 # -- flipped bytes -------------------------------------------------------------------------------------------

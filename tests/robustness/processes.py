@@ -25,7 +25,7 @@ MODULES = (
     *("tensorboard.compat.proto.summary_pb2", "matplotlib.figure", "rich.table", "rich.progress", "datasets"),
     *("transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto"),
 )  # fmt: skip
-HUNG = 120.0
+HUNG = 600.0
 """Seconds after which a command counts as hung."""
 
 

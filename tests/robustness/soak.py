@@ -33,8 +33,6 @@ WARM_UP = 0.3
 """Share of the tokens after which memory is expected to be flat: buffers and arenas have their size."""
 GROWTH_MB = 8.0
 """The most that memory may grow over the rest, along the line that fits it best."""
-HUNG = 120.0
-"""Seconds after which a request counts as hung."""
 PATIENCE = 10
 CONTEXT = 160
 GARBAGE: tuple[tuple[str, bytes, int], ...] = (
@@ -91,9 +89,10 @@ class Seen:
 class Clients:
     """Clients of one server, which ask until together they have so many tokens."""
 
-    def __init__(self, url: str, tokens: int, seed: int, process: psutil.Process) -> None:
+    def __init__(self, url: str, tokens: int, seed: int, hung: float, process: psutil.Process) -> None:
         limits = httpx.Limits(max_connections=None)
-        self.http = httpx.AsyncClient(base_url=url, timeout=HUNG, limits=limits)
+        self.http = httpx.AsyncClient(base_url=url, timeout=hung, limits=limits)
+        self.hung = hung
         self.wanted, self.seen, self.process, self.seed = tokens, Seen(), process, seed
 
     async def run(self, clients: int) -> Seen:
@@ -128,7 +127,7 @@ class Clients:
                 self.seen.ends[how] += 1
                 await getattr(self, how.replace(" ", "_"))(draw)
             except httpx.TimeoutException:
-                self.seen.faults.append(f"a request hung: no answer in {HUNG:.0f} s")
+                self.seen.faults.append(f"a request hung: no answer in {self.hung:.0f} s")
             except (httpx.HTTPError, ValueError, KeyError) as error:
                 self.seen.faults.append(f"an answer was lost: {type(error).__name__}: {error}")
             self.seen.slowest = max(self.seen.slowest, time.monotonic() - begun)
@@ -186,7 +185,7 @@ class Clients:
 def texts_left(url: str) -> float:
     """Texts that the server still holds; clients that have hung up are noticed soon."""
     for _ in range(10 * PATIENCE):
-        metrics = httpx.get(f"{url}/metrics", timeout=HUNG).text
+        metrics = httpx.get(f"{url}/metrics", timeout=60).text
         left = sum(map(float, re.findall(r"^sparsecli_(?:active|waiting)_texts (\S+)$", metrics, re.M)))
         if not left:
             break
@@ -211,6 +210,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--hung", type=float, default=120, help="seconds after which a request counts as hung"
+    )
     given = parser.parse_args(arguments)
     with workplace() as folder:
         call(lambda: make_model(folder / "model"), folder / "log")
@@ -237,13 +239,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise RuntimeError(line + server.stderr.read())
         begun = time.monotonic()
         try:
-            clients = Clients(found[1], given.tokens, given.seed, psutil.Process(server.pid))
+            clients = Clients(found[1], given.tokens, given.seed, given.hung, psutil.Process(server.pid))
             seen = asyncio.run(clients.run(given.clients))
             seconds = time.monotonic() - begun
             left = texts_left(found[1])
         finally:
             server.send_signal(signal.SIGTERM)
-            _, said = server.communicate(timeout=HUNG)
+            _, said = server.communicate(timeout=given.hung)
     grown = growth(seen.memory, given.tokens)
     if grown > GROWTH_MB:
         seen.faults.append(f"memory grew by {grown:.1f} MB after the warm-up")
