@@ -141,8 +141,11 @@ class Kills:
     faults: list[str] = field(default_factory=list)
 
 
-def kill_often(tasks: Sequence[Task], folder: Path, kills: int, draw: random.Random) -> Kills:
-    """Kill commands `kills` times, each in turn, at moments that are uniform over an uninterrupted run's time."""
+def kill_often(tasks: Sequence[Task], folder: Path, kills: int, minutes: float, draw: random.Random) -> Kills:
+    """Kill commands `kills` times, each in turn, at moments that are uniform over an uninterrupted run's time.
+
+    After `minutes` no further run begins.
+    """
     found = Kills()
     for number, task in enumerate(tasks):
         place = folder / f"{task.name.replace(' ', '-')}-runs"
@@ -152,8 +155,8 @@ def kill_often(tasks: Sequence[Task], folder: Path, kills: int, draw: random.Ran
         seconds = time.monotonic() - begun
         expected = hashes(task.model(place / "whole"))
         share = kills // len(tasks) + (number < kills % len(tasks))
-        left = share
-        while left:
+        left, end = share, begun + 60 * minutes / len(tasks)
+        while left and time.monotonic() < end:
             output = place / f"run-{found.runs}"
             left = kill_and_resume(task, output, expected, seconds, left, found, draw)
             found.runs += 1
@@ -258,11 +261,8 @@ def fill_disk(folder: Path, commands: dict[str, Callable[[Path], list[object]]])
         failed = 0
         for limit in (0, 1000, 6000):
             output = place / f"{name.replace(' ', '')}-{limit}"
-            command = start(
-                arguments(output), folder / "full.log", largest_file=limit,
-                environment={"SPARSECLI_CACHE": str(folder / f"cache-{limit}")},
-            )  # fmt: skip
-            # The log is a file too: read the end of what it could hold.
+            cache = {"SPARSECLI_CACHE": str(folder / f"cache-{limit}")}
+            command = start(arguments(output), folder / "full.log", largest_file=limit, environment=cache)
             command.wait()
             failed += command.code != 0
             why = why or undesigned(command)
@@ -311,7 +311,7 @@ def close_pipes(folder: Path) -> list[list[object]]:
             why = (
                 why
                 or undesigned(command, (0, 1))
-                or (command.text.count("\n") > 20 and "more than 20 lines")
+                or (command.text.count("error: ") > 1 and "more than one line of an error")
                 or None
             )
         rows.append(["closed pipe", name, f"exit codes {codes[0]}, {codes[1]}", why or "quiet"])
@@ -377,6 +377,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--kills", type=int, default=50, help="kills of training, of conversion and of import"
     )
+    parser.add_argument(
+        "--minutes", type=float, default=600, help="the longest that each of the three is killed"
+    )
     parser.add_argument("--only", choices=("train", "convert", "import", "disk", "pipes", "two"), nargs="*")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
@@ -393,7 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
         if {"import", "disk", "two"} & {*only}:
             groups["import"] = [import_task(folder)]
         killed = {
-            name: kill_often(tasks, folder, given.kills, draw)
+            name: kill_often(tasks, folder, given.kills, given.minutes, draw)
             for name, tasks in groups.items()
             if name in only
         }

@@ -42,11 +42,13 @@ class Command:
 
     Attributes:
         code: its exit code, negative for a signal; None while it runs.
+        pipe: holds what it writes until it ends, where it can write no file.
     """
 
     pid: int
     log: Path
     code: int | None = None
+    pipe: int | None = None
 
     @property
     def text(self) -> str:
@@ -60,6 +62,9 @@ class Command:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.code = os.waitstatus_to_exitcode(status)
+                if self.pipe is not None:
+                    with open(self.pipe, "rb") as said:
+                        self.log.write_bytes(said.read())
             elif time.monotonic() > end:
                 break
             else:
@@ -119,16 +124,24 @@ def start(
         largest_file: bytes that a file can have; a longer one cannot be written, as on a full disk.
     """
 
+    reader, writer = os.pipe() if largest_file is not None else (None, None)
+
     def work() -> None:
         from sparsecli.cli import main
 
         os.environ |= environment or {}
-        if largest_file is not None:
+        if largest_file is not None and writer is not None:
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         sys.argv = ["sparsecli", *map(str, arguments)]
         main()
 
-    return fork(work, log)
+    command = fork(work, log)
+    command.pipe = reader
+    if writer is not None:
+        os.close(writer)
+    return command
 
 
 def run(arguments: Sequence[object], log: Path, **options: object) -> Command:
