@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow test-oldest test-newest quality ops ops-perf ops-arm sanitize lint types docs docs-serve check bench clean
+.PHONY: setup demo test test-slow test-oldest test-newest quality crash fuzz soak ops ops-perf ops-arm sanitize lint types docs docs-serve check bench clean
 
 setup: $(READY)
 
@@ -44,6 +44,16 @@ test-newest: $(READY)  ## the newest versions of the libraries; PyTorch's defaul
 
 quality: $(READY)  ## quickstart, its dense twin and the dense twin with a convolution, three seeds each
 	$(BIN)/python -m pytest -m slow tests/test_quality.py
+
+# Their counts and seeds are options: make fuzz ARGS="--inputs 500 --seed 1". See docs/robustness.md.
+crash: $(READY)  ## kills of training, conversion and import; full disks, closed pipes, two processes at once
+	PYTHONPATH=tests $(BIN)/python -m robustness.crash $(ARGS)
+
+fuzz: $(READY)  ## damaged and forged files, flipped bytes
+	PYTHONPATH=tests $(BIN)/python -m robustness.fuzz $(ARGS)
+
+soak: $(READY)  ## one server under load for long
+	PYTHONPATH=tests $(BIN)/python -m robustness.soak $(ARGS)
 
 NATIVE := sparsecli/decode/native
 HEADERS := $(wildcard $(NATIVE)/*.h $(NATIVE)/*/*.h $(NATIVE)/*/*.inl)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 10.0
 """Seconds between two progress lines if stderr is not a terminal."""
+LONGEST_ERROR = 1000
+"""Characters of a line of an error that are shown: libraries repeat a wrong value as a whole."""
 RECENT_SECONDS = 60.0
 """Seconds of recent steps whose rate tells the time left."""
 
@@ -149,7 +151,8 @@ def fail(failure: Failure) -> None:
         say(failure.message)
         return
     for line in failure.message.splitlines():
-        _write(f"error: {line}", style="red")
+        shown = line if len(line) <= LONGEST_ERROR else f"{line[:LONGEST_ERROR]}…"
+        _write(f"error: {shown}", style="red")
 
 
 def table(table: Table) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import random
 import shutil
-import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from foreign_models import LLAMA, build, save
+from robustness.mutations import changed, damaged, header_of, variants
 from test_interchange import write_gguf
 
 from sparsecli.bench import compare, render
@@ -55,83 +54,7 @@ RECIPE = {
     "train": {"max_steps": 2, "learning_rate": 1e-3},
     "bench": {"variants": [{"name": "a", "group": "sparse"}], "threads": 1},
 }
-STRANGE: list[
-    Any
-] = [  # half a character is left to the tests of tokenizers: what is logged of it stops xdist
-    *(None, True, "", "x", "\x1b[2J", [], {}, [[]], {"kind": "x"}),
-    *(0, -1, 1, 3, 7, 1.5, -0.0, 2**31, 10**9, 10**15, 10**30, 1e300, float("nan"), float("inf")),
-]
 SECONDS = 3.0  # a file that takes so long could take any time
-
-
-def strange(draw: random.Random) -> Any:
-    return copy.deepcopy(draw.choice(STRANGE))
-
-
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) below `value`."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = [(value, key) for key, _ in items]
-    return found + [place for container, key in list(found) for place in places(container[key])]
-
-
-def changed(value: Any, draw: random.Random) -> Any:
-    """A copy of some JSON with one or two places changed."""
-    value = json.loads(json.dumps(value))
-    for _ in range(draw.choice([1, 1, 2])):
-        container, key = draw.choice(places(value))
-        match draw.randrange(5):
-            case 0:
-                del container[key]
-            case 1 if isinstance(container, dict):
-                container[draw.choice(["x", "kind", "layers", "\x1b", ""])] = strange(draw)
-            case 2 if isinstance(container, list):
-                container += [container[key]] * draw.choice([1, 1000])
-            case _:
-                container[key] = strange(draw)
-        if not places(value):
-            break
-    return value
-
-
-def damaged(content: bytes, draw: random.Random) -> bytes:
-    """Some bytes of `content` changed, left out, doubled, or put in."""
-    at = draw.randrange(len(content))
-    some = content[at : at + draw.choice([1, 8, 100])]
-    return {
-        0: lambda: content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :],
-        1: lambda: content[:at] + content[at + len(some) :],
-        2: lambda: content[:at] + some * draw.choice([2, 50]) + content[at:],
-        3: lambda: (
-            content[:at] + draw.choice([b"\xff", b"\0", b"[" * 5000, b"{", b'"', b"9" * 5000]) + content[at:]
-        ),
-        4: lambda: content[:at],
-    }[draw.randrange(5)]()
-
-
-def with_header(content: bytes, header: bytes) -> bytes:
-    """A safetensors file with another header."""
-    (length,) = struct.unpack("<Q", content[:8])
-    return struct.pack("<Q", len(header)) + header + content[8 + length :]
-
-
-def header_of(content: bytes) -> Any:
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length])
-
-
-def variants(content: bytes, seed: int, count: int) -> list[bytes]:
-    """Some JSON, or a safetensors file with its header, in `count` damaged ways."""
-    found = []
-    for number in range(count):
-        draw = random.Random(seed + number)
-        if number % 3 == 0:
-            found.append(damaged(content, draw))
-        elif content[:1] == b"{":
-            found.append(json.dumps(changed(json.loads(content), draw)).encode())
-        else:
-            found.append(with_header(content, json.dumps(changed(header_of(content), draw)).encode()))
-    return found
 
 
 def check(read: Callable[[], object], what: object) -> bool:

@@ -91,7 +91,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_sums(
     newest = output / "checkpoints" / "checkpoint-4"
     manifest = json.loads((newest / "manifest.json").read_text())
     del manifest[trainer.SUMS]
-    (newest / "manifest.json").write_text(json.dumps(manifest))
+    (newest / "manifest.json").write_text(json.dumps(manifest, indent=1))
     (newest / trainer.SUMS).unlink()
     run(tiny, output=output, resume="auto")
     assert_same_run(output, finished[0])

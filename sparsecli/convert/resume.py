@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import tempfile
@@ -19,22 +18,16 @@ from torch import Tensor
 
 from sparsecli.console import Failure, Stopped
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.files import CONFIG, read_json, share, weight_files
+from sparsecli.model.files import CONFIG, held, read_json, share, weight_files
 from sparsecli.model.loading import load_network
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train import run_directory
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing prevents two conversions in one folder
-    fcntl = None  # type: ignore[assignment]
 
 FACTS = "conversion.json"
 RESULT = "result"
 """Folder in which the output is written."""
 COMPLETE = "complete"
 """Recorded when the result only has to be moved into place."""
-LOCK = "lock"
 DECISIVE = {"data", "convert", "seed"}
 HINT = "run the same command again to resume"
 
@@ -129,7 +122,7 @@ class WorkFolder:
         Raises:
             Failure: the folder belongs to another conversion, or to something else.
         """
-        if {path.name for path in self.folder.iterdir()} <= {LOCK, f"{FACTS}.tmp"}:
+        if {path.name for path in self.folder.iterdir()} <= {f"{FACTS}.tmp"}:
             return None
         try:
             earlier = read_json(self.folder / FACTS)
@@ -151,7 +144,7 @@ class WorkFolder:
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
-                elif path.name != LOCK:
+                else:
                     path.unlink()
             self._write()
 
@@ -173,7 +166,7 @@ def delete_leftover(output: Path) -> None:
     folder = work_path(output)
     try:
         facts = json.loads((folder / FACTS).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
     if isinstance(facts, dict) and facts.get(COMPLETE) and not (folder / RESULT).exists():
         with _locked(folder):
@@ -187,19 +180,10 @@ def _locked(folder: Path) -> Iterator[None]:
     Raises:
         Failure: another process uses it, or it cannot be written.
     """
-    lock = folder / LOCK
     with run_directory.writing(folder, HINT):
         folder.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    with file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The process that had the lock may have finished, and deleted the folder, just now.
-            locked = os.path.samestat(os.fstat(file.fileno()), lock.stat())
-        except (BlockingIOError, FileNotFoundError):
-            locked = False
-        if not locked:
+    with held(folder) as free:
+        if not free:
             raise Failure(
                 f"{folder}: another conversion uses this folder; wait for it, or choose another --output"
             )

@@ -73,6 +73,6 @@ def _damage(folder: Path) -> str | None:
             size = (folder / f"{name}.bin").stat().st_size
             if size != expected:
                 return f"{name}.bin has {size} bytes, not {expected}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"not a packed corpus ({type(error).__name__}: {error})"
     return None

@@ -233,6 +233,8 @@ def _pretrained(name: str, revision: str | None, key: str, *, local: bool) -> Pr
     except Exception as error:  # the library raises OSError, ValueError, KeyError and its parser's own
         reason = str(error).strip().partition("\n")[0]
         raise Failure(f"{key}: no tokenizer can be loaded from {name}: {reason}") from None
+    for fact in ("is_local", "local_files_only"):  # of this loading: a saved tokenizer would keep them
+        tokenizer.init_kwargs.pop(fact, None)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise Failure(f"{key}: {name} has no `tokenizers` version (tokenizer.json)")
     if tokenizer.eos_token_id is None:

@@ -5,13 +5,16 @@ One clear line says what is wrong with whatever is wrong.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,11 @@ from sparsecli.console import Failure, warn_once
 from sparsecli.model.tensors import Shape, tensor_shapes, vision_tensor_shapes
 from sparsecli.spec.model import ModelSpec
 from sparsecli.spec.vision import AnySpec, VisionSpec
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two processes out of one folder
+    fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")
 MODEL_TYPE = "scaling_transformer"
@@ -30,8 +38,12 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 255
+MOST_DIGITS = 300
+"""Of a whole number in JSON; the largest float has 309."""
 KEEP_AFTER = 2.0
 """Seconds of work from which on its result is kept for the next start."""
+BESIDE = ".partial"
+"""End of the names of folders in which something is written before it takes its own name."""
 RECIPE = "recipe.yaml"
 """What a run was made with, beside its model folder."""
 PACKED = "model.spk"
@@ -210,16 +222,59 @@ def check_weights(folder: Path, spec: AnySpec) -> None:
 
 
 @contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold `folder`, which exists, against other processes while open; False if another process holds it.
+
+    The system releases it when the process ends, also when it is killed. Nothing is written.
+    """
+    if fcntl is None:
+        yield True
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # the process that held it has just deleted or renamed it
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(handle), folder.stat())
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        except OSError:  # a file system without locks
+            free = True
+        yield free
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def written_beside(output: Path, file: bool = False) -> Iterator[Path]:
-    """An empty folder, or the place of a `file`, beside `output`, which takes its name at the end: all or nothing."""
+    """An empty folder, or the place of a `file`, beside `output`, which takes its name at the end: all or nothing.
+
+    Raises:
+        Failure: another process has written `output` meanwhile.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as beside:
+    for left in output.parent.glob(f"{escape(output.name)}.*{BESIDE}"):  # by a process that was killed
+        with held(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f"{output.name}.", suffix=BESIDE, dir=output.parent) as beside,
+        held(Path(beside)),
+    ):
         made = Path(beside) / output.name  # with the permissions of any other folder
         if not file:
             made.mkdir()
         yield made
         share(Path(beside) if file else made)
-        made.rename(output)
+        try:
+            made.rename(output)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise Failure(f"{output}: another process has written it meanwhile") from None
 
 
 def share(folder: Path) -> None:
@@ -249,7 +304,7 @@ def read_json(path: Path) -> dict[str, Any]:
         Failure: there is no such file, or it holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=whole_number)
     except FileNotFoundError:
         raise Failure(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -261,6 +316,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Failure(f"{path}: expected a JSON object")
     return value
+
+
+def whole_number(digits: str) -> int:
+    """A number of a JSON document, for `json.loads`. Raises ValueError for one that no float can hold."""
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 def last_line(error: Exception) -> str:

@@ -132,6 +132,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
         raise Failure(f"{folder / TOKENIZER}: does not load: {last_line(error)}") from error
+    for fact in ("is_local", "local_files_only"):  # of this loading: a saved tokenizer would keep them
+        tokenizer.init_kwargs.pop(fact, None)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise Failure(f"{folder}: the tokenizer has no `tokenizers` version ({TOKENIZER})")
     return tokenizer

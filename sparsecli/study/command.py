@@ -58,10 +58,16 @@ def run(
     plan = make_plan(loaded, output)
     check_reporters(plan.train)
     check_measurable(loaded, {variant.name: variant.model for variant in plan.variants})
-    _claim(output)
     if dry_run:
+        _claim(output)
         print_plan(plan)
         return None
+    with run_directory.alone(output):
+        _claim(output)
+        return _run(loaded, plan, output, stop_after)
+
+
+def _run(loaded: LoadedRecipe, plan: Plan, output: Path, stop_after: float | None) -> StudyResult:
     prepared = _prepared(plan)
     with run_directory.writing(output, HINT):
         output.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
@@ -23,7 +24,7 @@ def seal(written: Path, checkpoints: Path) -> Path:
         if path.is_file()
     }
     beside = written / f"{MANIFEST}.tmp"
-    beside.write_text(json.dumps(manifest, indent=1))
+    beside.write_text(_written(manifest))
     beside.rename(written / MANIFEST)
     place = checkpoints / written.name
     if place.exists():
@@ -62,7 +63,10 @@ def _newest_first(checkpoints: Path) -> list[Path]:
 
 def _damage(folder: Path) -> str | None:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        text = (folder / MANIFEST).read_text()
+        manifest = json.loads(text)
+        if text != _written(manifest):  # it names a file twice, for instance
+            return f"{MANIFEST} has changed since it was written"
         present = {os.path.relpath(path, folder): path for path in folder.rglob("*") if path.is_file()}
         for name, entry in manifest.items():
             if name not in present:
@@ -77,6 +81,11 @@ def _damage(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be used ({type(error).__name__})"
     return None
+
+
+def _written(manifest: Any) -> str:
+    """A manifest as it is written."""
+    return json.dumps(manifest, indent=1)
 
 
 def _sha256(path: Path) -> str:

@@ -61,19 +61,33 @@ def run(
 
     Raises:
         RecipeError: the recipe cannot be trained.
-        Failure: `output` holds something else or cannot be written (also later, as on a full disk), the text cannot
-            be read, or the run cannot be resumed.
+        Failure: `output` holds something else, another process trains there, or it cannot be written (also later, as
+            on a full disk), the text cannot be read, or the run cannot be resumed.
         Stopped: after SIGTERM or SIGINT before the last step. A later signal has no effect.
     """
     signals = Signals(stop_after)
     recipe = resolved(loaded)
-    assert recipe.model
-    assert recipe.data
-    assert recipe.train
     check_resume(resume)
+    assert recipe.train
     check_reporters(recipe.train)
     _check_sharded(recipe)
     first = first_process()
+    with run_directory.alone(output) if first and not dry_run else nullcontext():
+        return _run(loaded, recipe, output, resume, dry_run, signals, profile, first)
+
+
+def _run(
+    loaded: LoadedRecipe,
+    recipe: Recipe,
+    output: Path,
+    resume: str | None,
+    dry_run: bool,
+    signals: Signals,
+    profile: bool,
+    first: bool,
+) -> Result | None:
+    assert recipe.data
+    assert recipe.train
     if first:
         hint = "resume with --resume auto, or choose another --output"
         checkpoint = run_directory.claim(output, recipe, resume=resume == "auto", hint=hint)

@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 
+from pydantic import TypeAdapter, ValidationError
+
 from sparsecli.console import Failure, print_table
 from sparsecli.model.card import Card
 from sparsecli.model.sizes import count_parameters
@@ -73,9 +75,9 @@ def known_result(output: Path) -> Result | None:
     """The figures of a finished run. Raises `Failure` if they are damaged."""
     figures = run_directory.read_facts(output).get("result")
     try:
-        result = Result(**figures) if figures else None
+        result = TypeAdapter(Result).validate_python(figures) if figures else None
         return result if result is None or result.steps >= 0 else None
-    except TypeError:
+    except ValidationError:
         place = output / run_directory.FACTS
         raise Failure(
             f"{place}: does not hold the result of a run; delete it to continue without it"
@@ -154,13 +156,19 @@ def print_result(result: Result, recipe: Recipe, output: Path) -> None:
 
 
 def print_samples(output: Path) -> None:
-    """Print the first sources, their targets, and the targets that the model generated."""
-    with (output / SAMPLES).open() as lines:  # texts may contain characters at which `splitlines` would split
-        samples = [json.loads(line) for line in islice(lines, SHOWN)]
+    """Print the first sources, their targets, and the targets that the model generated.
+
+    Raises `Failure` if their file is missing or damaged.
+    """
     rows = []
-    for sample in samples:
-        source = sample["source"].strip().partition("\n")[0]
-        rows.append(
-            (shorten(source, WIDTH), shorten(sample["target"], WIDTH), shorten(sample["written"], WIDTH))
-        )
+    try:
+        with (
+            output / SAMPLES
+        ).open() as lines:  # texts may contain characters at which `splitlines` would split
+            for sample in map(json.loads, islice(lines, SHOWN)):
+                source = sample["source"].strip().partition("\n")[0]
+                texts = (source, sample["target"], sample["written"])
+                rows.append([shorten(text, WIDTH) for text in texts])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Failure(f"{output / SAMPLES}: does not hold the samples of a run") from None
     print_table(["source", "target", "written"], rows)

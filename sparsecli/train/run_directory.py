@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from sparsecli.console import Failure, processes, warn
 from sparsecli.data.cache import why_unwritten
-from sparsecli.model.files import RECIPE, read_json
+from sparsecli.model.files import RECIPE, held, read_json, whole_number
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.messages import found_as
 from sparsecli.recipe.schema import Recipe
@@ -42,7 +42,7 @@ def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | No
     `hint` ends the message about an existing run. Raises `Failure` if `output` cannot be written, holds something
     else, or holds a run that is not to be resumed, was started with another recipe, or has no undamaged checkpoint.
     """
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or {path.name for path in output.iterdir()} <= {f"{RECIPE}.tmp"}:  # left by a kill
         probe(output)
         return None
     stored = output / RECIPE
@@ -58,6 +58,31 @@ def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | No
     if checkpoint is None and skipped:
         raise Failure(f"{output}: all of its checkpoints are damaged; delete the folder to start again")
     return checkpoint
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Keep other processes from training in `output` while open.
+
+    A folder that is created for this and stays empty is deleted. Raises `Failure` if another process trains there, or
+    if the folder cannot be created.
+    """
+    created = not output.is_dir()
+    if created:
+        probe(output)
+        with writing(output, "run the same command again"):
+            output.mkdir(parents=True, exist_ok=True)
+    with held(output) as free:
+        if not free:
+            raise Failure(
+                f"{output}: another process trains in this folder; wait for it, or choose another --output"
+            )
+        try:
+            yield
+        finally:
+            if created:
+                with suppress(OSError):
+                    output.rmdir()
 
 
 def resume_hint(output: Path) -> str:
@@ -223,7 +248,7 @@ def read_metrics(output: Path, up_to_step: int | None = None) -> list[dict[str, 
     *lines, _torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_int=whole_number)
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not _is_row(row):

@@ -75,6 +75,7 @@ def training_arguments(
         activation_checkpointing=train.gradient_checkpointing,
         eval_strategy="steps" if evaluations else "no",
         save_strategy="steps",
+        use_cache=True,  # the Trainer writes this into the model's config.json, where it is for decoding
         seed=seed,
         data_seed=seed,
         # A stage in which every unit is active does not use the controllers.

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Trains a recipe, converts the model and measures both: a gate for continuous integration.
+#
+#     ci.sh RECIPE OUTPUT [BASE]
+#
+# RECIPE has the blocks model, data, train and convert. BASE is the bench.json of an earlier call on the same processor:
+# the script fails when a model decodes more slowly than there by more than FAIL_ABOVE (10%).
+#
+# The first command that fails ends the script, with its exit code: 1 failure, 2 wrong recipe, 3 slower than BASE,
+# 4 the conversion keeps no budget or its files compute something else, 75 stopped: the same call resumes.
+set -euo pipefail
+recipe=$1 output=$2 base=${3:-}
+
+sparsecli recipes check "$recipe"
+sparsecli train "$recipe" --output "$output/dense" --resume auto
+if [ ! -e "$output/sparse/report.json" ]; then
+  sparsecli sparsify-convert "$recipe" --model "$output/dense" --output "$output/sparse"
+fi
+measure=(sparsecli bench "$recipe" --model "$output/dense" --model "$output/sparse" --output "$output/bench.json")
+if [ -n "$base" ]; then
+  measure+=(--against "$base" --fail-above "${FAIL_ABOVE:-10%}")
+fi
+"${measure[@]}"
