@@ -67,12 +67,16 @@ class Svg:
         kind: Callable[[int, int], str],
         size: tuple[float, float] = (14, 14),
     ) -> None:
-        """Cells of `size` (width, height) with a gap of 2."""
+        """Cells of `size` (width, height) with a gap of 2; those of a kind are one shape."""
+        cells: dict[str, str] = {}
+        width, height = size[0] - 2, size[1] - 2
         for row in range(rows):
             for column in range(columns):
-                self.rect(
-                    x + column * size[0], y + row * size[1], size[0] - 2, size[1] - 2, kind(row, column)
-                )
+                left, top = x + column * size[0], y + row * size[1]
+                outline = f"M{left:g} {top:g}h{width:g}v{height:g}h{-width:g}z"
+                cells[kind(row, column)] = cells.get(kind(row, column), "") + outline
+        for name, outline in cells.items():
+            self.shapes.append(f'<path class="{name}" d="{outline}"/>')
 
     def __str__(self) -> str:
         shapes = "\n".join(self.shapes)
