@@ -70,7 +70,7 @@ def whole_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, A
     All processes have to call this. Only the first one gets the tensors.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    sharded: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options))
+    sharded: dict[str, Any] = {**get_optimizer_state_dict(model, optimizer, options=options)}
     numbers: dict[str, int] = {}
     groups = []
     for group in sharded.get("param_groups", []):
@@ -83,8 +83,8 @@ def whole_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, A
 def set_whole_optimizer_state(model: nn.Module, optimizer: Optimizer, whole: dict[str, Any]) -> None:
     """Load what `whole_optimizer_state` gave, into each process its shard. All processes pass the same."""
     plain = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    here: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=StateDictOptions()))
-    names = [name for group in here["param_groups"] for name in group["params"]]
+    before: dict[str, Any] = {**get_optimizer_state_dict(model, optimizer, options=StateDictOptions())}
+    names = [name for group in before["param_groups"] for name in group["params"]]
     sharded: dict[str, Any] = {
         "state": {names[number]: values for number, values in whole["state"].items()},
         "param_groups": [
