@@ -30,6 +30,7 @@ from sparsecli.convert.streaming import output_gradients
 from sparsecli.convert.text import ConversionText
 from sparsecli.convert.weight_types import GRADIENT_TOKENS, RoundedLayers
 from sparsecli.decode.packed.precision import Precision
+from sparsecli.evaluate.losses import HeldOutLoss
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.files import share
 from sparsecli.model.tokenizer import GGUF_METADATA
@@ -117,7 +118,8 @@ class TypeSearch:
         """Write the model with the best types; with a loss budget, measure it in the engine on tuning text.
 
         The layers together add more to the loss than the sum of their estimates. Each measured model shows by how
-        much, and the next choice uses that.
+        much, and the next choice uses that. A model meets the budget if its increase and the standard error of this
+        together do: on other text a loss rises by more as often as by less.
         """
         allowed = budget.nats(dense_loss)
         if allowed is None:
@@ -132,15 +134,15 @@ class TypeSearch:
             if choice.bytes in increases or (best and choice.bytes >= best.bytes):
                 break
             built, last = self._write(rounded, choice), choice
-            increase = self._tuning_increase(*built, tuning_losses)
-            increases[choice.bytes] = increase
-            told = f"loss {increase:+.4f} nats/token on tuning text, {allowed:+.4f} allowed"
+            increase, error = self._tuning_increase(*built, tuning_losses)
+            increases[choice.bytes] = increase + error
+            told = f"loss {increase:+.4f} ± {error:.4f} nats/token on tuning text, {allowed:+.4f} allowed"
             console.say(f"{built[0].name} ({choice.shares}): {told}")
-            if increase <= allowed:
+            if increase + error <= allowed:
                 best = choice
-                if increase >= FULL * allowed:
+                if increase + error >= FULL * allowed:
                     break
-            factor = max(increase / max(choice.increase, 1e-9), 0.1)
+            factor = max((increase + error) / max(choice.increase, 1e-9), 0.1)
         if best is None:
             least = loss_budget(budget, min(increases.values()), dense_loss)
             raise Mismatch(
@@ -166,9 +168,9 @@ class TypeSearch:
 
     def _tuning_increase(
         self, candidate: ConversionCandidate, written: Path, tuning_losses: np.ndarray
-    ) -> float:
-        """Increase of the loss on tuning text over the dense model's in float32, nats/token."""
+    ) -> tuple[float, float]:
+        """Increase of the loss on tuning text over the dense model's in float32, and its standard error, nats/token."""
         precision = Precision.of(self.convert.decode_dtype)
         contender = NativeContender(candidate.name, written, candidate.spec, precision)
-        losses = contender.evaluate(self.text.tuning).losses
-        return float((losses - tuning_losses).mean())
+        loss = HeldOutLoss.paired(contender.evaluate(self.text.tuning).losses, tuning_losses)
+        return loss.increase, loss.standard_error or 0.0

@@ -69,11 +69,16 @@ class RoundedLayers:
             keep: writes a file that is complete or absent.
         """
         model = self.dense.model
+        head = self.layers[-1]
+        fits_head = bool(self.types_of(head) or self._candidates_of(head))
+        files = [self._file(f"layer-{index}") for index in range(len(model.layers))]
+        if all(file.exists() for file in files) and (self._file("head").exists() or not fits_head):
+            return
         seen, checked = _split(batches)
         streams = ResidualStreams(self.dense, [*seen, *checked])
         with progress("rounding every layer in every type", len(model.layers) + 1) as bar, torch.no_grad():
             for index, layer in enumerate(model.layers):
-                widened, file = in_float32(layer), self._file(f"layer-{index}")
+                widened, file = in_float32(layer), files[index]
                 prefix = f"model.layers.{index}."
                 fits = [each for each in self.layers if each.name.startswith(prefix) and self.types_of(each)]
                 modules = {each.name: widened.get_submodule(each.name.removeprefix(prefix)) for each in fits}
@@ -83,8 +88,8 @@ class RoundedLayers:
                 if modules:
                     keep(file, self._round(modules, groups))
                 bar.advance()
-            head, file = self.layers[-1], self._file("head")
-            if (self.types_of(head) or self._candidates_of(head)) and not file.exists():
+            file = self._file("head")
+            if fits_head and not file.exists():
                 norm = in_float32(model.norm)
                 linear = in_float32(self.dense.head)
                 group = _Inputs.of([head.name], head.cols)
