@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from robustness import fuzz, mutations, soak
 from robustness.processes import fork, undesigned
-from small_runs import write_recipe
+from small_runs import files_up_to, write_recipe
 
 from sparsecli.cli import main
 from sparsecli.console import Failure
 from sparsecli.decode.native import binding
 from sparsecli.model.files import BESIDE, held, read_json, written_beside
+from sparsecli.recipe import commands
 from sparsecli.train.result import known_result
 from sparsecli.train.run_directory import alone
 
@@ -188,6 +189,12 @@ def test_a_model_is_the_same_with_a_cached_tokenizer(tmp_path: Path, monkeypatch
     assert files[0] == files[1]
     assert b"local" not in files[0]["tokenizer_config.json"]
     assert json.loads(files[0]["config.json"])["use_cache"] is True
+
+
+def test_a_copy_of_a_recipe_on_a_full_disk(tmp_path: Path) -> None:
+    with files_up_to(100), pytest.raises(Failure, match=r"my\.yaml: cannot be written: File too large"):
+        commands.copy("quickstart", tmp_path / "my.yaml")
+    commands.copy("quickstart", tmp_path / "my.yaml")
 
 
 def test_two_processes_train_in_one_folder(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsecli import console
-from sparsecli.console import RecipeError
+from sparsecli.console import Failure, RecipeError
 from sparsecli.recipe.budget import parse_share
 from sparsecli.recipe.loader import load, shipped
 from sparsecli.recipe.schema import Recipe, StudySpec
@@ -33,16 +33,24 @@ def show(name: str) -> None:
 
 
 def copy(name: str, destination: Path | None) -> None:
-    """Copy a recipe to a file or a folder, by default the working directory. Raises RecipeError if the file exists."""
+    """Copy a recipe to a file or a folder, by default the working directory.
+
+    Raises RecipeError if the file exists, and Failure if it cannot be written; nothing is left behind.
+    """
     source = load(name).path
     target = destination or Path()
     if target.is_dir():
         target = target / source.name
     try:
-        with target.open("x", encoding="utf-8") as file:  # "x" fails if the file exists
-            file.write(source.read_text(encoding="utf-8"))
+        file = target.open("x", encoding="utf-8")  # "x" fails if the file exists
     except FileExistsError:
         raise RecipeError(f"{target} exists; name another destination") from None
+    try:
+        with file:
+            file.write(source.read_text(encoding="utf-8"))
+    except OSError as error:  # a full disk
+        target.unlink()
+        raise Failure(f"{target}: cannot be written: {error.strerror}") from error
     console.say(f"wrote {target}")
 
 
