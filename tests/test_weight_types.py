@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from sparsecli.convert.linear_layers import (
 from sparsecli.convert.methods.grids import fit_grid
 from sparsecli.convert.methods.rounding import InputMoment, inverse_factor, round_to_type, second_moment
 from sparsecli.convert.streaming import dequantized, output_gradients, streamed_losses
+from sparsecli.convert.type_search import TypeSearch
 from sparsecli.convert.weight_types import RoundedLayers
 from sparsecli.data.packing import Windows
 from sparsecli.decode.native import binding
@@ -327,6 +329,29 @@ def test_a_budget_that_no_types_meet_names_one_that_can_be_met(
     assert command.run(recipe, model=str(dense), output=tmp_path / "rounded")
     assert len(fits) == 3  # nothing was fitted again
     assert not (tmp_path / "rounded.converting").exists()
+
+
+@engine
+def test_a_larger_budget_accepts_the_model_that_exceeded_its_own(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the message of the failure says; it is neither searched for nor built again."""
+    loaded, dense = dense_run
+    built = []
+    original = RoundedLayers.write
+    monkeypatch.setattr(
+        RoundedLayers, "write", lambda self, *arguments: (built.append(1), original(self, *arguments))[1]
+    )
+    monkeypatch.setattr(TypeSearch, "_tuning_increase", lambda *_: (0.0009, 0.00005))  # tuning text flatters it
+    tight = search(loaded, "perplexity +0.1 %", "convert.methods=[rounding]")
+    monkeypatch.setattr("sparsecli.convert.type_search.UNDERESTIMATED", 1e-9)  # the fewest bits
+    with pytest.raises(Mismatch, match="is exceeded on held-out text") as failure:
+        command.run(tight, model=str(dense), output=tmp_path / "rounded")
+    larger = re.search("`budget: (.*?)` accepts this model", str(failure.value))
+    assert larger
+    recipe = search(loaded, larger[1], "convert.methods=[rounding]")
+    assert command.run(recipe, model=str(dense), output=tmp_path / "rounded")
+    assert len(built) == 1
 
 
 def test_rounding_stands_alone(dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, quick: None) -> None:

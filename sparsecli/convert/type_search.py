@@ -34,7 +34,7 @@ from sparsecli.evaluate.losses import HeldOutLoss
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.model.files import share
 from sparsecli.model.tokenizer import GGUF_METADATA
-from sparsecli.recipe.budget import Budget
+from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.recipe.schema import ConvertSpec
 from sparsecli.train import run_directory
 
@@ -51,6 +51,12 @@ CHOICE = "types"
 """Under this name the work folder keeps the budget and the choice of the model that is written."""
 
 Built = tuple[ConversionCandidate, Path]
+
+
+def _accepts(budget: Budget, earlier: Budget) -> bool:
+    """Whether the model that was built for an earlier budget is the one to measure: for the same budget, or for a
+    larger one, after held-out text showed that the model exceeds its own."""
+    return budget == earlier or (budget.kind == earlier.kind != "bytes" and budget.value > earlier.value)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class TypeSearch:
         rounded.fit(self.text.calibration, self.work.keep_tensors)
         options = rounded.options(gradients)
         recorded = self.work.recall(CHOICE)
-        if recorded and recorded["budget"] == str(budget):
+        if recorded and _accepts(budget, parse_budget(recorded["budget"])):
             built = self._candidate(TypeChoice(**recorded["choice"])), self._written
         else:
             choice, built = self._build(rounded, options, budget, tuning_losses, dense_loss)
