@@ -342,7 +342,9 @@ def test_a_larger_budget_accepts_the_model_that_exceeded_its_own(
     monkeypatch.setattr(
         RoundedLayers, "write", lambda self, *arguments: (built.append(1), original(self, *arguments))[1]
     )
-    monkeypatch.setattr(TypeSearch, "_tuning_increase", lambda *_: (0.0009, 0.00005))  # tuning text flatters it
+    monkeypatch.setattr(
+        TypeSearch, "_tuning_increase", lambda *_: (0.0009, 0.00005)
+    )  # tuning text flatters it
     tight = search(loaded, "perplexity +0.1 %", "convert.methods=[rounding]")
     monkeypatch.setattr("sparsecli.convert.type_search.UNDERESTIMATED", 1e-9)  # the fewest bits
     with pytest.raises(Mismatch, match="is exceeded on held-out text") as failure:

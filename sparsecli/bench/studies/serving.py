@@ -109,8 +109,14 @@ class Load:
         """Seconds until the first token of a long prompt while others are decoded, which begin before."""
         begun = [asyncio.Event() for _ in range(others)]
         busy = [asyncio.create_task(self.ask(tokens=8 * self.tokens, begun_to_answer=each)) for each in begun]
-        for each in begun:
-            await each.wait()
+        for each, task in zip(begun, busy, strict=True):
+            waiting = asyncio.create_task(each.wait())
+            await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
+            if not each.is_set():
+                raise Failure(
+                    f"a request for {8 * self.tokens} tokens has no first token (status {task.result().status}); the "
+                    f"server needs --context {self.prompt + 8 * self.tokens} or more"
+                )
         answer = await self.ask(prompt, 2)
         for task in busy:
             task.cancel()
