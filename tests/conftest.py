@@ -1,5 +1,6 @@
 """Small models run fastest on one thread, and the same on every machine; tests run beside one another."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,12 @@ import torch
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for programs in the background
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage pass over what imports have made: the Trainer's take 10 ms instead of 400 ms."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,6 +18,7 @@ from sparsecli.cli.options import (
     Plot,
     Seed,
     check_alone,
+    leave_imports_alone,
     load_recipe,
 )
 from sparsecli.console import Failure
@@ -76,6 +77,7 @@ def sparsify_convert(
     if saved:
         command.show_saved(saved, **reports)
         return
+    leave_imports_alone()
     assert recipe is not None
     loaded = load_recipe(recipe, overrides, seed)
     from sparsecli.recipe.loader import check_unread

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from sparsecli.cli.options import DryRun, Output, Overrides, RecipeArgument, Seed, duration, load_recipe
+from sparsecli.cli.options import (
+    DryRun,
+    Output,
+    Overrides,
+    RecipeArgument,
+    Seed,
+    duration,
+    leave_imports_alone,
+    load_recipe,
+)
 from sparsecli.console import Failure
 
 app = typer.Typer()
@@ -49,12 +58,14 @@ def train(
             raise Failure("--profile: is for one run, and a study has several", exit_code=2)
         from sparsecli.study import command as study
 
+        leave_imports_alone()
         study.run(
             loaded, output=output or loaded.output, resume=resume, dry_run=dry_run, stop_after=stop_after
         )
         return
     from sparsecli.train import command
 
+    leave_imports_alone()
     command.run(
         loaded,
         output=output or loaded.output,
