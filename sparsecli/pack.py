@@ -18,6 +18,7 @@ from sparsecli.model.files import (
     read_description,
     written_beside,
 )
+from sparsecli.model.remote_code import REMOTE_CODE
 from sparsecli.model.tokenizer import FILES, read_tokenizer
 
 
@@ -46,7 +47,7 @@ def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = F
         output = named.with_name(f"{named.name}-{dtype}")
     if output.exists():
         raise Failure(f"{output}: already exists; choose another --output")
-    copied = [name for name in (CONFIG, *FILES) if (source / name).is_file()]
+    copied = [name for name in (CONFIG, REMOTE_CODE, *FILES) if (source / name).is_file()]
     if dry_run:
         console.print_table(
             ["plan", ""],
