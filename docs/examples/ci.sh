@@ -10,6 +10,10 @@
 # 4 the conversion keeps no budget or its files compute something else, 75 stopped: the same call resumes.
 set -euo pipefail
 recipe=$1 output=$2 base=${3:-}
+if [ -n "$base" ] && [ "$base" -ef "$output/bench.json" ]; then
+  echo "ci.sh: BASE is $output/bench.json, which this call replaces; copy it, or choose another OUTPUT" >&2
+  exit 2
+fi
 
 sparsecli recipes check "$recipe"
 sparsecli train "$recipe" --output "$output/dense" --resume auto

@@ -64,10 +64,12 @@ def make_app(server: Server, hosts: Sequence[str] | None = None) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"] if part != "body")
-        text = str(problem["msg"]).removeprefix("Value error, ")
-        return Refused(400, f"{where}: {text}" if where else text, where or None).response
+        found = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"] if part != "body")
+            text = str(problem["msg"]).removeprefix("Value error, ")
+            found.append((where, f"{where}: {text}" if where else text))
+        return Refused(400, "; ".join(text for _, text in found), found[0][0] or None).response
 
     @app.exception_handler(HTTPException)
     async def other(_: HttpRequest, error: HTTPException) -> Response:

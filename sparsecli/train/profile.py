@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparsecli.console import print_table
+from sparsecli.console import print_table, say
 from sparsecli.model.layers.attention import Attention
 from sparsecli.model.layers.cross_attention import CrossAttention
 from sparsecli.model.layers.feed_forward import ChosenUnits, DenseFeedForward, MixtureFeedForward
@@ -68,9 +68,10 @@ class StepProfile(TrainerCallback):
             self._watch_head(model, head)
 
     def print(self) -> None:
-        """Write the table to stdout, unless there were too few steps, and stop watching."""
+        """Write the table to stdout, or a line if there were too few steps, and stop watching."""
         self.hooks.close()
         if self.steps <= 0:
+            say("--profile: too few steps to show where their time goes")
             return
         total = sum(self.seconds[part] for part in PARTS)
         rows = [
