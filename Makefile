@@ -34,12 +34,14 @@ test-oldest: $(READY)  ## the oldest allowed versions of everything
 	$(BIN)/python -c "import tomllib; print(*(name.replace('>=', '==') for name in tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'] if not name.startswith('torch')), sep='\n')" > build/oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet "$(TORCH)" --requirement build/oldest.txt pytest hypothesis pytest-xdist
+	.venv-oldest/bin/pip install --quiet --no-deps --editable .
 	.venv-oldest/bin/python -m pytest --numprocesses 2 --dist worksteal $(VERSIONED)
 
 test-newest: $(READY)  ## the newest versions of the libraries; PyTorch's default build brings CUDA
 	$(PYTHON) -m venv .venv-newest
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > build/newest.txt
 	.venv-newest/bin/pip install --quiet --upgrade --requirement build/newest.txt pytest hypothesis pytest-xdist
+	.venv-newest/bin/pip install --quiet --no-deps --editable .
 	.venv-newest/bin/python -m pytest --numprocesses 2 --dist worksteal $(VERSIONED)
 
 quality: $(READY)  ## quickstart, its dense twin and the dense twin with a convolution, three seeds each
