@@ -329,7 +329,7 @@ def test_packing_goes_beside_the_model(
 ) -> None:
     pack.run(model=str(copy), output=None, dtype="int8", dry_run=True)
     assert (
-        f"model.spk, config.json, tokenizer.json, tokenizer_config.json in {copy}-int8"
+        f"model.spk, config.json, sparsecli_model.py, tokenizer.json, tokenizer_config.json in {copy}-int8"
         in capsys.readouterr().out
     )
     assert [path.name for path in copy.parent.iterdir()] == ["model"]
@@ -339,6 +339,7 @@ def test_packing_goes_beside_the_model(
     assert sorted(path.name for path in written.iterdir()) == [
         "config.json",
         "model.spk",
+        "sparsecli_model.py",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

