@@ -15,6 +15,7 @@ from sparsecli.cli.options import (
     OptionalRecipe,
     Overrides,
     Plot,
+    Saved,
     Seed,
     check_alone,
     numbers,
@@ -112,15 +113,7 @@ def bench(
     ] = None,
     html: Html = None,
     plot: Plot = None,
-    saved: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="FILE",
-            help="Show an earlier result (JSON); measure nothing.",
-            show_default=False,
-        ),
-    ] = None,
+    saved: Saved = None,
     against: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="An earlier result (JSON) to compare with.", show_default=False),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +15,7 @@ from sparsecli.cli.options import (
     Output,
     Overrides,
     Plot,
+    Saved,
     Seed,
     check_alone,
     leave_imports_alone,
@@ -52,15 +52,7 @@ def sparsify_convert(
     json: AsJson = False,
     html: Html = None,
     plot: Plot = None,
-    saved: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="FILE",
-            help="Show the report.json of an earlier conversion; convert nothing.",
-            show_default=False,
-        ),
-    ] = None,
+    saved: Saved = None,
 ) -> None:
     """Make a dense model cheaper to decode.
 

@@ -59,6 +59,12 @@ Html = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Also write a page for a browser here.", show_default=False),
 ]
+Saved = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="FILE", help="Show a saved result (JSON); measure nothing.", show_default=False
+    ),
+]
 Plot = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Also write a figure here: .png, .svg or .pdf.", show_default=False),
