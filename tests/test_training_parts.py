@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +214,31 @@ def test_attention_by_products_is_attention(length: int) -> None:
         assert attention.by_products(q, k)
         assert not attention.by_products(q, k[:, :1])
         assert not attention.by_products(*torch.zeros(2, 1, 1, 513, 16))
+
+
+FAULTS = """
+import ctypes, resource
+from sparsecli.train.memory import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(64 << 20)
+    ctypes.memset(block, 1, 64 << 20)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first, second = faults(), faults()
+keep_freed_memory()
+faults()
+print(first, second, faults())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc alone")
+def test_freed_memory_stays_with_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    first, second, kept = map(int, done.stdout.split())
+    assert min(first, second) > 20  # the system hands out new pages each time; huge ones count once
+    assert kept < min(first, second) / 4

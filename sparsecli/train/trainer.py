@@ -39,6 +39,7 @@ from sparsecli.spec.vision import CHANNELS
 from sparsecli.train.checkpoint import prune, seal, step_of
 from sparsecli.train.evaluation import HeldOut, TeacherModel, evaluate
 from sparsecli.train.journal import TOKENS, Journal, Unit
+from sparsecli.train.memory import keep_freed_memory
 from sparsecli.train.samples import Samples
 from sparsecli.train.sharding import (
     prepare_fsdp,
@@ -465,6 +466,7 @@ def run_steps(
     Returns the journal, in the first process. Raises `Stopped`, whose message ends with `hint`, after SIGTERM or
     SIGINT before the last step. A later signal has no effect.
     """
+    keep_freed_memory()
     start_step, steps = step_of(checkpoint) if checkpoint else 0, trainer.args.max_steps
     with trainer.signals as signals, progress(description, steps) as bar:
         bar.advance(start_step)

@@ -21,6 +21,7 @@ from sparsecli.decode.native import binding
 from sparsecli.model.auto import Network, build_network
 from sparsecli.recipe.loader import load
 from sparsecli.spec.model import ModelSpec
+from sparsecli.train.memory import keep_freed_memory
 
 
 def build(spec: ModelSpec, layers: int) -> Network:
@@ -66,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.variants:
         if name not in found:
             raise console.Failure(f"{options.recipe}: no variant {name!r}; there are: {', '.join(found)}")
+    keep_freed_memory()
     seconds: dict[str, list[float]] = {name: [] for name in options.variants}
     torch.manual_seed(0)
     models = {name: build(found[name].spec, options.layers) for name in options.variants}
