@@ -59,7 +59,7 @@ def test_small(words: tuple[str, ...]) -> None:
     [
         (0, "", False, "read"),
         (2, "error: r.yaml: wrong\n", False, "refused"),
-        (1, "error: unexpected KeyError: 'x'; ...\n", False, "unexpected"),
+        (1, "error: unexpected KeyError: 'x'; ...\n", False, "error: unexpected"),
         (70, "", False, "exit code 70"),
         (1, "", False, "exit code 1 without an error"),
         (1, "error: x\n", True, "refused, and left"),
@@ -232,3 +232,42 @@ def test_another_process_has_written_it_meanwhile(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="model: another process has written it meanwhile"):
         write()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(("nested", "fits"), [(90, True), (101, False), (900, False), (5000, False)])
+def test_json_that_is_nested_too_deep(tmp_path: Path, nested: int, fits: bool) -> None:
+    """900 levels can be read, but what they are copied to fails later."""
+    path = tmp_path / "x.json"
+    path.write_text('{"a": ' + "[" * (nested - 1) + "]" * (nested - 1) + "}")
+    if fits:
+        assert read_json(path)
+        return
+    with pytest.raises(Failure, match=r"x\.json: does not load: is nested too deep"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("fields", [{"dtype": 1e300}, {"rope_scaling": {"dtype": [1]}}])
+def test_a_dtype_that_is_no_name(fields: dict[str, object]) -> None:
+    from sparsecli.interchange.sources import read_architecture
+
+    with pytest.raises(Failure, match="dtype: expected the name of a type, got"):
+        read_architecture({"model_type": "llama", **fields})
+
+
+def test_a_damaged_sentencepiece_model(tmp_path: Path) -> None:
+    """A piece that is no text, and special tokens that are none of its pieces."""
+    from test_interchange import write_model
+    from transformers.utils.sentencepiece_model_pb2_new import ModelProto
+
+    from sparsecli.interchange.sentencepiece_tokenizer import read_sentencepiece
+
+    path = tmp_path / "tokenizer.model"
+    write_model(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"<s>", b"<\xff>", 1))
+    with pytest.raises(Failure, match=r"tokenizer\.model: .*a piece is not UTF-8 text"):
+        read_sentencepiece(path)
+    model = ModelProto.FromString(whole)
+    model.trainer_spec.eos_id = 10**6
+    path.write_bytes(model.SerializeToString())
+    assert read_sentencepiece(path)[1].keys() == {"bos_token", "unk_token"}

@@ -22,7 +22,7 @@ from sparsecli.generate.native_decoder import open_engine
 from sparsecli.generate.prompt import encode_prompt
 from sparsecli.generate.sampling import TokenLogprobs, make_sampler
 from sparsecli.generate.text import TextBuilder, generate_text
-from sparsecli.model.files import Description, read_description
+from sparsecli.model.files import Description, parse_json, read_description
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.schema import GenerateSpec
 
@@ -130,8 +130,8 @@ def read_prompts(source: str) -> list[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse_json(line)
+        except ValueError:
             entry = None
         entry = {"prompt": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):

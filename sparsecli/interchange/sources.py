@@ -110,20 +110,21 @@ class ForeignModel:
                 if (self.path / name).is_file():
                     (folder / name).write_bytes((self.path / name).read_bytes().removeprefix(BOM_UTF8))
             return
-        if self.gguf:
-            self.gguf.write_tokenizer(folder)
-            return
-        if (self.path / SENTENCEPIECE_MODEL).is_file():
-            convert_tokenizer(self.path, folder)
-            return
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False
-            )
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # the library raises whatever its parsers do
+            if self.gguf:
+                self.gguf.write_tokenizer(folder)
+            elif (self.path / SENTENCEPIECE_MODEL).is_file():
+                convert_tokenizer(self.path, folder)
+            else:
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(
+                    self.path, local_files_only=True, trust_remote_code=False
+                )
+                tokenizer.save_pretrained(folder)
+        except (Failure, MemoryError):
+            raise
+        except Exception as error:  # the libraries raise whatever their parsers do
             raise Failure(f"{self.path}: no tokenizer can be loaded: {last_line(error)}") from error
         if not (folder / TOKENIZER).is_file():
             raise Failure(f"{self.path}: the tokenizer has no `tokenizers` version ({TOKENIZER})")
@@ -212,6 +213,7 @@ def read_architecture(fields: dict[str, Any]) -> tuple[ForeignArchitecture, Mode
 
     kind = fields.get("model_type")
     architecture = architecture_of(kind)
+    _check_dtypes(fields)
     for name in ("num_hidden_layers", "n_layer"):  # transformers begins lists of so many
         if isinstance(layers := fields.get(name), int) and layers > MOST_LAYERS:
             raise Failure(f"{name}: {layers} is more than {MOST_LAYERS}, the most that is taken")
@@ -221,3 +223,12 @@ def read_architecture(fields: dict[str, Any]) -> tuple[ForeignArchitecture, Mode
     except Exception as error:  # transformers wraps what its validation raises
         raise Failure(last_line(error)) from error
     return architecture, architecture.spec(config)
+
+
+def _check_dtypes(fields: dict[str, Any]) -> None:
+    """transformers writes every `dtype` as text, also a nested one, and fails on what names no type."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _check_dtypes(value)
+        elif name == "dtype" and not isinstance(value, str | int | None):
+            raise Failure(f"dtype: expected the name of a type, got {value!r}")
