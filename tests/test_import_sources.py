@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsecli.console import Failure
 from sparsecli.generate.prompt import encode_chat, encode_prompt
 from sparsecli.interchange import exporting, importing
+from sparsecli.interchange.hub import fetch
 from sparsecli.interchange.sources import ForeignModel, open_source
 from sparsecli.model.files import CONFIG, INDEX, WEIGHTS, find_model, read_description, weight_files
 from sparsecli.model.loading import load_model, load_network, read_config
@@ -279,6 +280,7 @@ def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (folder / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    fetch.cache_clear()
     return commit
 
 

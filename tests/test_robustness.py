@@ -21,7 +21,7 @@ from sparsecli.decode.native import binding
 from sparsecli.model.files import BESIDE, held, read_json, written_beside
 from sparsecli.recipe import commands
 from sparsecli.train.result import known_result
-from sparsecli.train.run_directory import alone
+from sparsecli.train.run_directory import alone, read_facts
 
 ROOT = Path(__file__).parents[1]
 needs_native = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not there")
@@ -148,6 +148,13 @@ def test_a_damaged_result_of_a_run(tmp_path: Path, value: str) -> None:
     (tmp_path / "run.json").write_text(f'{{"result": {figures}}}')
     with pytest.raises(Failure, match=r"run\.json: .*delete it to continue without it"):
         known_result(tmp_path)
+
+
+@pytest.mark.parametrize("value", ['""', "null", "[1]", "1.5"])
+def test_a_number_of_processes_that_is_none(tmp_path: Path, value: str) -> None:
+    (tmp_path / "run.json").write_text(f'{{"processes": {value}}}')
+    with pytest.raises(Failure, match=r"run\.json: does not hold the facts of a run; delete it"):
+        read_facts(tmp_path)
 
 
 def test_a_number_that_no_float_holds(tmp_path: Path) -> None:

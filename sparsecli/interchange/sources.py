@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecli.console import Failure
 from sparsecli.interchange.architectures import NO_TOKENS, ForeignArchitecture, architecture_of
+from sparsecli.interchange.hub import DESCRIPTIONS, GENERATION, fetch
 from sparsecli.interchange.safetensors_files import SafetensorsReader, StackedReader, TensorReader
-from sparsecli.interchange.sentencepiece_tokenizer import (
-    ADDED_TOKENS,
-    SENTENCEPIECE_MODEL,
-    convert_tokenizer,
-)
-from sparsecli.model.card import CARD, license_of
+from sparsecli.interchange.sentencepiece_tokenizer import SENTENCEPIECE_MODEL, convert_tokenizer
+from sparsecli.model.card import license_of
 from sparsecli.model.files import (
     CONFIG,
     MODEL_TYPES,
@@ -28,27 +24,14 @@ from sparsecli.model.files import (
     read_json,
     weight_files,
 )
-from sparsecli.model.tokenizer import FILES, TOKENIZER
+from sparsecli.model.tokenizer import TOKENIZER
 from sparsecli.spec.base import MOST_LAYERS
 from sparsecli.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     from sparsecli.interchange.gguf_file import GgufCheckpoint
 
-GENERATION = "generation_config.json"
-DESCRIPTIONS = (
-    CONFIG,
-    GENERATION,
-    *FILES,
-    ADDED_TOKENS,
-    "vocab.json",
-    "merges.txt",
-    SENTENCEPIECE_MODEL,
-)
-"""Files beside the weights in a Hugging Face folder; all but the first may be missing."""
-
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -156,36 +139,8 @@ def open_source(reference: str, revision: str | None = None, weights: bool = Tru
         if read_json(folder / CONFIG).get("model_type") in (*MODEL_TYPES, VISION_TYPE):
             return OwnModel(reference, folder, read_description(folder).spec)
         return _open_foreign(reference, folder, read_json(folder / CONFIG))
-    folder = _fetch(reference, revision, weights)
+    folder = fetch(reference, revision, weights)
     return _open_foreign(reference, folder, read_json(folder / CONFIG), revision=folder.name)
-
-
-def _fetch(name: str, revision: str | None, weights: bool) -> Path:
-    """The local copy of a model on the hub."""
-    if not HUB_NAME.fullmatch(name):
-        raise Failure(f"{name}: no such file or folder, nor a name on the hub")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    # Some models carry their weights twice, under other names; and pickles are never fetched.
-    patterns = [
-        *DESCRIPTIONS,
-        CARD,
-        *(["model*.safetensors", "model.safetensors.index.json"] if weights else []),
-    ]
-    disable_progress_bars()
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # what the hub's client raises is one of these
-        reason = str(error).strip().partition("\n")[0]
-        raise Failure(
-            f"{name}: no such file or folder here, and the hub does not provide it: {reason}"
-        ) from error
-    if not (folder / CONFIG).is_file():
-        raise Failure(f"{name}: holds no {CONFIG} on the hub")
-    if weights and not any(folder.glob("*.safetensors")):
-        raise Failure(f"{name}: holds no safetensors files on the hub; pickles are never loaded")
-    return folder
 
 
 def _open_foreign(

@@ -84,8 +84,7 @@ def find_model(reference: str | None, output: Path | None = None) -> Path:
         folder = Path(reference)
         if folder.suffix == ".gguf" and folder.is_file():
             raise Failure(f"{reference}: is a GGUF file; sparsecli import makes a model folder of it")
-        if not folder.exists():
-            raise Failure(f"{reference}: no such folder; expected a run directory or a model folder")
+        check_exists(reference)
         if folder.name == PACKED:
             folder = folder.parent
         for candidate in (folder / "model", folder):
@@ -104,6 +103,12 @@ def find_model(reference: str | None, output: Path | None = None) -> Path:
             "no finished run under runs/; train one (sparsecli train quickstart) or pass --model DIR"
         )
     return max(finished, key=lambda folder: (folder / CONFIG).stat().st_mtime)
+
+
+def check_exists(reference: str) -> None:
+    """Raise Failure if there is nothing at a path. Commands call it before imports that take seconds."""
+    if not Path(reference).exists():
+        raise Failure(f"{reference}: no such folder; expected a run directory or a model folder")
 
 
 def recipe_of(folder: Path) -> Path | None:

@@ -228,7 +228,7 @@ def read_facts(output: Path) -> dict[str, Any]:
         facts = read_json(path)
     except Failure as failure:
         raise Failure(f"{failure}; delete it to continue without it") from None
-    if not isinstance(facts.get("result") or {}, dict):
+    if not isinstance(facts.get("result") or {}, dict) or type(facts.get("processes", 1)) is not int:
         raise Failure(f"{path}: does not hold the facts of a run; delete it to continue without it")
     return facts
 
