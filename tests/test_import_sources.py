@@ -253,6 +253,13 @@ def test_an_end_token_that_there_is_not(theirs: Path, tmp_path: Path) -> None:
     assert "eos_token_id: 999 is not one of the 270 tokens" in refused(theirs, tmp_path / "ours")
 
 
+@pytest.mark.parametrize("value", ['{"a": [0]}', '"x"', "1.5", "true", "[[0]]"])
+@pytest.mark.parametrize("name", ["pad_token_id", "eos_token_id"])
+def test_a_special_token_that_is_no_number(theirs: Path, tmp_path: Path, name: str, value: str) -> None:
+    (theirs / "generation_config.json").write_text(f'{{"{name}": {value}}}')
+    assert f"{theirs}: {name}: expected the number of a token, got" in refused(theirs, tmp_path / "ours")
+
+
 def test_no_tokenizer(theirs: Path, tmp_path: Path) -> None:
     for path in theirs.glob("tokenizer*"):
         path.unlink()
