@@ -9,7 +9,8 @@ READY := $(VENV)/.ready
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@echo "making $(VENV): downloads PyTorch and other libraries, compiles the engine; silent for a few minutes"
+	@$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(READY)
 

@@ -123,6 +123,12 @@ def test_bad_lines_are_named(folder: Path, tmp_path: Path, content: str, message
         many(folder, str(tmp_path / "p.jsonl"))
 
 
+def test_bad_lines_of_stdin_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'"fine"\nfine\n')))
+    with pytest.raises(Failure, match=r"^stdin:2: expected a JSON string"):
+        many(folder, "-")
+
+
 # -- log-probabilities ---------------------------------------------------------------------------------------
 
 

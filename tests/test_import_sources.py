@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsecli.console import Failure
 from sparsecli.generate.prompt import encode_chat, encode_prompt
 from sparsecli.interchange import exporting, importing
+from sparsecli.interchange.hub import fetch
 from sparsecli.interchange.sources import ForeignModel, open_source
 from sparsecli.model.files import CONFIG, INDEX, WEIGHTS, find_model, read_description, weight_files
 from sparsecli.model.loading import load_model, load_network, read_config
@@ -252,6 +253,13 @@ def test_an_end_token_that_there_is_not(theirs: Path, tmp_path: Path) -> None:
     assert "eos_token_id: 999 is not one of the 270 tokens" in refused(theirs, tmp_path / "ours")
 
 
+@pytest.mark.parametrize("value", ['{"a": [0]}', '"x"', "1.5", "true", "[[0]]"])
+@pytest.mark.parametrize("name", ["pad_token_id", "eos_token_id"])
+def test_a_special_token_that_is_no_number(theirs: Path, tmp_path: Path, name: str, value: str) -> None:
+    (theirs / "generation_config.json").write_text(f'{{"{name}": {value}}}')
+    assert f"{theirs}: {name}: expected the number of a token, got" in refused(theirs, tmp_path / "ours")
+
+
 def test_no_tokenizer(theirs: Path, tmp_path: Path) -> None:
     for path in theirs.glob("tokenizer*"):
         path.unlink()
@@ -279,6 +287,7 @@ def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (folder / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    fetch.cache_clear()
     return commit
 
 

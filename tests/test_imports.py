@@ -131,7 +131,13 @@ LAYERS |= {
     | {f"sparsecli.{name}" for name in ("study", "train", "bench", "convert", "decode", "evaluate")},
     "sparsecli.report": {"sparsecli.report", "sparsecli.console"},
     "sparsecli.doctor": BELOW_COMMANDS | {"sparsecli.bench", "sparsecli.decode"},
-    "sparsecli.cli": {"sparsecli", "sparsecli.cli", "sparsecli.console", "sparsecli.recipe"}
+    "sparsecli.cli": {
+        "sparsecli",
+        "sparsecli.cli",
+        "sparsecli.console",
+        "sparsecli.recipe",
+        "sparsecli.model.files",
+    }
     | {
         f"sparsecli.{name}"
         for name in (
@@ -247,6 +253,26 @@ def test_decoding_and_generating_import_neither_torch_nor_transformers():
         "print({'torch', 'transformers', 'jinja2', 'rich'} & set(sys.modules))"
     )
     assert heavy == "set()\n"
+
+
+def test_a_missing_model_is_refused_before_heavy_imports():
+    commands = [
+        *("generate --model no/where --prompt x", "evaluate --model no/where", "serve --model no/where"),
+        *("bench --model no/where", "export no/where --output x", "push no/where a/b", "pack no/where"),
+        *("import no/where/x --output x", "sparsify-convert convert-smollm2 --model no/where --output x"),
+    ]
+    refused = python(
+        "import os, sys, sparsecli.cli\n"
+        "os.environ['HF_HUB_OFFLINE'], sys.stderr = '1', sys.stdout\n"
+        f"for command in {commands}:\n"
+        "    sys.argv = ['sparsecli', *command.split()]\n"
+        "    try:\n"
+        "        sparsecli.cli.main()\n"
+        "    except SystemExit as end:\n"
+        "        assert (end.code, 'torch' in sys.modules) == (1, False), command\n"
+    ).splitlines()
+    assert len(refused) == len(commands)
+    assert all(line.startswith("error: no/where") and ": no such f" in line for line in refused)
 
 
 ORDERS = [

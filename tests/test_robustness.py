@@ -21,7 +21,7 @@ from sparsecli.decode.native import binding
 from sparsecli.model.files import BESIDE, held, read_json, written_beside
 from sparsecli.recipe import commands
 from sparsecli.train.result import known_result
-from sparsecli.train.run_directory import alone
+from sparsecli.train.run_directory import alone, read_facts
 
 ROOT = Path(__file__).parents[1]
 needs_native = pytest.mark.skipif(binding.available() is not None, reason="the native engine is not there")
@@ -59,7 +59,7 @@ def test_small(words: tuple[str, ...]) -> None:
     [
         (0, "", False, "read"),
         (2, "error: r.yaml: wrong\n", False, "refused"),
-        (1, "error: unexpected KeyError: 'x'; ...\n", False, "unexpected"),
+        (1, "error: unexpected KeyError: 'x'; ...\n", False, "error: unexpected"),
         (70, "", False, "exit code 70"),
         (1, "", False, "exit code 1 without an error"),
         (1, "error: x\n", True, "refused, and left"),
@@ -150,6 +150,13 @@ def test_a_damaged_result_of_a_run(tmp_path: Path, value: str) -> None:
         known_result(tmp_path)
 
 
+@pytest.mark.parametrize("value", ['""', "null", "[1]", "1.5"])
+def test_a_number_of_processes_that_is_none(tmp_path: Path, value: str) -> None:
+    (tmp_path / "run.json").write_text(f'{{"processes": {value}}}')
+    with pytest.raises(Failure, match=r"run\.json: does not hold the facts of a run; delete it"):
+        read_facts(tmp_path)
+
+
 def test_a_number_that_no_float_holds(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": ' + "9" * 301 + "}")
     with pytest.raises(Failure, match="a number has 301 digits"):
@@ -232,3 +239,42 @@ def test_another_process_has_written_it_meanwhile(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="model: another process has written it meanwhile"):
         write()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(("nested", "fits"), [(90, True), (101, False), (900, False), (5000, False)])
+def test_json_that_is_nested_too_deep(tmp_path: Path, nested: int, fits: bool) -> None:
+    """900 levels can be read, but what they are copied to fails later."""
+    path = tmp_path / "x.json"
+    path.write_text('{"a": ' + "[" * (nested - 1) + "]" * (nested - 1) + "}")
+    if fits:
+        assert read_json(path)
+        return
+    with pytest.raises(Failure, match=r"x\.json: does not load: is nested too deep"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("fields", [{"dtype": 1e300}, {"rope_scaling": {"dtype": [1]}}])
+def test_a_dtype_that_is_no_name(fields: dict[str, object]) -> None:
+    from sparsecli.interchange.sources import read_architecture
+
+    with pytest.raises(Failure, match="dtype: expected the name of a type, got"):
+        read_architecture({"model_type": "llama", **fields})
+
+
+def test_a_damaged_sentencepiece_model(tmp_path: Path) -> None:
+    """A piece that is no text, and special tokens that are none of its pieces."""
+    from test_interchange import write_model
+    from transformers.utils.sentencepiece_model_pb2_new import ModelProto
+
+    from sparsecli.interchange.sentencepiece_tokenizer import read_sentencepiece
+
+    path = tmp_path / "tokenizer.model"
+    write_model(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"<s>", b"<\xff>", 1))
+    with pytest.raises(Failure, match=r"tokenizer\.model: .*a piece is not UTF-8 text"):
+        read_sentencepiece(path)
+    model = ModelProto.FromString(whole)
+    model.trainer_spec.eos_id = 10**6
+    path.write_bytes(model.SerializeToString())
+    assert read_sentencepiece(path)[1].keys() == {"bos_token", "unk_token"}

@@ -133,6 +133,10 @@ def bench(
     if saved:
         check_alone(arguments, "--from", {"saved", "format", "json", "output", "html", "plot"})
     recipe, overrides = shift(recipe, overrides)
+    from sparsecli.model.files import check_exists
+
+    for reference in model or []:
+        check_exists(reference)
     from sparsecli.bench import command
     from sparsecli.recipe.loader import check_unread, load
 

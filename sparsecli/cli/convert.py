@@ -64,17 +64,22 @@ def sparsify_convert(
     elif recipe is None:
         raise Failure("RECIPE: missing; see sparsecli sparsify-convert --help", exit_code=2)
     reports: dict[str, Any] = {"format": "json" if json else format, "html": html, "plot": plot}
-    from sparsecli.convert import command
-
     if saved:
+        from sparsecli.convert import command
+
         command.show_saved(saved, **reports)
         return
-    leave_imports_alone()
     assert recipe is not None
     loaded = load_recipe(recipe, overrides, seed)
+    from sparsecli.interchange.hub import check_reference
     from sparsecli.recipe.loader import check_unread
 
     check_unread(overrides or (), "sparsify-convert", {"model", "train"})
+    convert = loaded.recipe.convert
+    check_reference(model or (convert.model if convert else None), weights=not dry_run)
+    from sparsecli.convert import command
+
+    leave_imports_alone()
     command.run(
         loaded,
         model=model,

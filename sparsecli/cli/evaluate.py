@@ -79,6 +79,10 @@ def evaluate(
     of the model's run, holds out. So are the images that a model of images classifies.
     """
     loaded = load_optional_recipe(recipe, overrides, None)
+    from sparsecli.interchange.hub import check_reference
+
+    for reference in (model, against):
+        check_reference(reference)
     from sparsecli.evaluate import command
     from sparsecli.generate.decoder import DecoderOptions
     from sparsecli.recipe.loader import check_unread

@@ -32,6 +32,9 @@ def export(
     without this package. With --format gguf it is a file for llama.cpp: weights in GGUF's types keep their codes,
     others their type. The model must still be dense, or have experts.
     """
+    from sparsecli.model.files import check_exists
+
+    check_exists(model)
     from sparsecli.interchange import exporting
 
     exporting.run(model=model, output=output, format=format)

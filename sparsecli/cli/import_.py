@@ -40,6 +40,9 @@ def import_(
     Granite, StableLM, Falcon, GPT-2, GPT-J, OPT and GPT-NeoX. The result computes exactly the same
     function as the original.
     """
+    from sparsecli.interchange.hub import check_reference
+
+    check_reference(source, revision, weights=not dry_run)
     from sparsecli.interchange import importing
 
     importing.run(source=source, output=output, revision=revision, dtype=dtype, dry_run=dry_run)

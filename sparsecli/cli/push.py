@@ -33,6 +33,9 @@ def push(
     transformers loads it from there with trust_remote_code=True where sparsecli is installed. Log in with
     `hf auth login`, or set HF_TOKEN.
     """
+    from sparsecli.model.files import check_exists
+
+    check_exists(model)
     from sparsecli.interchange import pushing
 
     pushing.run(

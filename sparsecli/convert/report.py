@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.evaluate.losses import HeldOutLoss
 from sparsecli.model.card import Card
+from sparsecli.model.files import parse_json
 from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.loader import dump
 from sparsecli.recipe.schema import Recipe
@@ -141,14 +141,14 @@ class Report:
         try:
             if path.stat().st_size > LARGEST:
                 raise Failure(f"{path}: is larger than {LARGEST >> 20} MiB; is it a report.json?")
-            facts = json.loads(path.read_bytes())
+            facts = parse_json(path.read_bytes())
             if facts.pop("schema") != SCHEMA or facts.pop("verdict") is None:
                 raise ValueError
             report = TypeAdapter(cls).validate_python(facts)
             report.result  # noqa: B018  # there must be one
         except OSError as error:
             raise Failure(f"{path}: cannot read the report: {error.strerror}") from error
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, StopIteration) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, StopIteration) as error:
             raise Failure(
                 f"{path}: not a report of sparsify-convert with schema {SCHEMA}; name the report.json of its --output"
             ) from error

@@ -22,7 +22,7 @@ from sparsecli.generate.native_decoder import open_engine
 from sparsecli.generate.prompt import encode_prompt
 from sparsecli.generate.sampling import TokenLogprobs, make_sampler
 from sparsecli.generate.text import TextBuilder, generate_text
-from sparsecli.model.files import Description, read_description
+from sparsecli.model.files import Description, parse_json, read_description
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.schema import GenerateSpec
 
@@ -109,7 +109,7 @@ def generate_batch(
                 tokenizer, entry["prompt"], model.spec.max_positions, template, special=model.imported
             )
         except Failure as failure:
-            raise Failure(f"{source}:{number}: {failure.message}") from None
+            raise Failure(f"{_place(source)}:{number}: {failure.message}") from None
         texts.append(Answered(entry, ids, seed + len(texts)))
     together = decoder.backend != "torch" and binding.available() is None and not model.spec.attention.hashing
     inputs = folder, model, tokenizer, texts, options, decoder, top_logprobs
@@ -130,16 +130,22 @@ def read_prompts(source: str) -> list[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse_json(line)
+        except ValueError:
             entry = None
         entry = {"prompt": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            raise Failure(f"{source}:{number}: expected a JSON string, or an object with a text as `prompt`")
+            raise Failure(
+                f"{_place(source)}:{number}: expected a JSON string, or an object with a text as `prompt`"
+            )
         found.append((number, entry))
     if not found:
-        raise Failure(f"{source}: holds no prompts; give a line of JSON for each")
+        raise Failure(f"{_place(source)}: holds no prompts; give a line of JSON for each")
     return found
+
+
+def _place(source: str) -> str:
+    return "stdin" if source == "-" else source
 
 
 def _one_by_one(

@@ -13,8 +13,9 @@ from torch import Tensor
 from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.interchange.architectures import ForeignArchitecture, ForeignTensor
+from sparsecli.interchange.hub import DESCRIPTIONS
 from sparsecli.interchange.safetensors_files import SafetensorsReader, check_finite, unstacked, write_shards
-from sparsecli.interchange.sources import DESCRIPTIONS, read_architecture
+from sparsecli.interchange.sources import read_architecture
 from sparsecli.model.files import (
     CONFIG,
     check_weights,

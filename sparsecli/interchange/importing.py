@@ -330,6 +330,10 @@ def _write_description(
         name: next((fields[name] for fields in stated if fields.get(name) is not None), None)
         for name in NO_TOKENS
     }
+    for name, given in special.items():
+        for token in given if isinstance(given, list) and name == "eos_token_id" else [given]:
+            if token is not None and type(token) is not int:
+                raise Failure(f"{source.path}: {name}: expected the number of a token, got {token!r}")
     for (
         name
     ) in UNUSED_TOKENS:  # old conversions of Llama pad with -1, others with a token that was never trained

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from sparsecli import __version__, console
 from sparsecli.console import Failure
+from sparsecli.interchange.hub import DESCRIPTIONS
 from sparsecli.interchange.importing import write_model
-from sparsecli.interchange.sources import DESCRIPTIONS, ForeignModel
+from sparsecli.interchange.sources import ForeignModel
 from sparsecli.model.files import (
     KEEP_AFTER,
     cache_place,

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sparsecli import console
+from sparsecli.interchange.hub import check_reference
 from sparsecli.model.files import CONFIG, MODEL_TYPES, PACKED, VISION_TYPE, find_model, read_json
 
 
@@ -31,6 +32,7 @@ def model_folder(reference: str | None, output: Path | None = None, keep: bool =
     if _is_ours(Path(reference)):
         yield find_model(reference)
         return
+    check_reference(reference)
     from sparsecli.interchange.kept_imports import imported
     from sparsecli.interchange.sources import OwnModel, open_source
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparsecli import console
 from sparsecli.console import Failure
-from sparsecli.interchange.sources import DESCRIPTIONS
+from sparsecli.interchange.hub import DESCRIPTIONS
 from sparsecli.model.card import CARD
 from sparsecli.model.files import (
     INDEX,

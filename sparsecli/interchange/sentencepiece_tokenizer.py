@@ -59,6 +59,8 @@ def read_sentencepiece(path: Path) -> tuple[SentencePieceVocabulary, dict[str, A
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != BYTE_PAIRS:
         raise Failure(f"{path}: is not of byte pairs (BPE); give the model's {TOKENIZER} beside it")
+    if not all(isinstance(piece.piece, str) for piece in model.pieces):  # else bytes
+        raise Failure(f"{path}: cut short or damaged (a piece is not UTF-8 text); copy it again")
     pieces = SentencePieceVocabulary(
         [piece.piece for piece in model.pieces],
         [piece.score for piece in model.pieces],
@@ -68,7 +70,8 @@ def read_sentencepiece(path: Path) -> tuple[SentencePieceVocabulary, dict[str, A
         normalizer.precompiled_charsmap,
     )
     numbers = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
-    return pieces, {name: pieces.texts[number] for name, number in numbers.items() if number >= 0}
+    texts = dict(enumerate(pieces.texts))
+    return pieces, {name: texts[number] for name, number in numbers.items() if number in texts}
 
 
 def convert_tokenizer(source: Path, folder: Path) -> None:

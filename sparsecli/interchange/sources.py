@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecli.console import Failure
 from sparsecli.interchange.architectures import NO_TOKENS, ForeignArchitecture, architecture_of
+from sparsecli.interchange.hub import DESCRIPTIONS, GENERATION, fetch
 from sparsecli.interchange.safetensors_files import SafetensorsReader, StackedReader, TensorReader
-from sparsecli.interchange.sentencepiece_tokenizer import (
-    ADDED_TOKENS,
-    SENTENCEPIECE_MODEL,
-    convert_tokenizer,
-)
-from sparsecli.model.card import CARD, license_of
+from sparsecli.interchange.sentencepiece_tokenizer import SENTENCEPIECE_MODEL, convert_tokenizer
+from sparsecli.model.card import license_of
 from sparsecli.model.files import (
     CONFIG,
     MODEL_TYPES,
@@ -28,27 +24,14 @@ from sparsecli.model.files import (
     read_json,
     weight_files,
 )
-from sparsecli.model.tokenizer import FILES, TOKENIZER
+from sparsecli.model.tokenizer import TOKENIZER
 from sparsecli.spec.base import MOST_LAYERS
 from sparsecli.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     from sparsecli.interchange.gguf_file import GgufCheckpoint
 
-GENERATION = "generation_config.json"
-DESCRIPTIONS = (
-    CONFIG,
-    GENERATION,
-    *FILES,
-    ADDED_TOKENS,
-    "vocab.json",
-    "merges.txt",
-    SENTENCEPIECE_MODEL,
-)
-"""Files beside the weights in a Hugging Face folder; all but the first may be missing."""
-
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -110,20 +93,21 @@ class ForeignModel:
                 if (self.path / name).is_file():
                     (folder / name).write_bytes((self.path / name).read_bytes().removeprefix(BOM_UTF8))
             return
-        if self.gguf:
-            self.gguf.write_tokenizer(folder)
-            return
-        if (self.path / SENTENCEPIECE_MODEL).is_file():
-            convert_tokenizer(self.path, folder)
-            return
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False
-            )
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # the library raises whatever its parsers do
+            if self.gguf:
+                self.gguf.write_tokenizer(folder)
+            elif (self.path / SENTENCEPIECE_MODEL).is_file():
+                convert_tokenizer(self.path, folder)
+            else:
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(
+                    self.path, local_files_only=True, trust_remote_code=False
+                )
+                tokenizer.save_pretrained(folder)
+        except (Failure, MemoryError):
+            raise
+        except Exception as error:  # the libraries raise whatever their parsers do
             raise Failure(f"{self.path}: no tokenizer can be loaded: {last_line(error)}") from error
         if not (folder / TOKENIZER).is_file():
             raise Failure(f"{self.path}: the tokenizer has no `tokenizers` version ({TOKENIZER})")
@@ -155,36 +139,8 @@ def open_source(reference: str, revision: str | None = None, weights: bool = Tru
         if read_json(folder / CONFIG).get("model_type") in (*MODEL_TYPES, VISION_TYPE):
             return OwnModel(reference, folder, read_description(folder).spec)
         return _open_foreign(reference, folder, read_json(folder / CONFIG))
-    folder = _fetch(reference, revision, weights)
+    folder = fetch(reference, revision, weights)
     return _open_foreign(reference, folder, read_json(folder / CONFIG), revision=folder.name)
-
-
-def _fetch(name: str, revision: str | None, weights: bool) -> Path:
-    """The local copy of a model on the hub."""
-    if not HUB_NAME.fullmatch(name):
-        raise Failure(f"{name}: no such file or folder, nor a name on the hub")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    # Some models carry their weights twice, under other names; and pickles are never fetched.
-    patterns = [
-        *DESCRIPTIONS,
-        CARD,
-        *(["model*.safetensors", "model.safetensors.index.json"] if weights else []),
-    ]
-    disable_progress_bars()
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # what the hub's client raises is one of these
-        reason = str(error).strip().partition("\n")[0]
-        raise Failure(
-            f"{name}: no such file or folder here, and the hub does not provide it: {reason}"
-        ) from error
-    if not (folder / CONFIG).is_file():
-        raise Failure(f"{name}: holds no {CONFIG} on the hub")
-    if weights and not any(folder.glob("*.safetensors")):
-        raise Failure(f"{name}: holds no safetensors files on the hub; pickles are never loaded")
-    return folder
 
 
 def _open_foreign(
@@ -212,6 +168,7 @@ def read_architecture(fields: dict[str, Any]) -> tuple[ForeignArchitecture, Mode
 
     kind = fields.get("model_type")
     architecture = architecture_of(kind)
+    _check_dtypes(fields)
     for name in ("num_hidden_layers", "n_layer"):  # transformers begins lists of so many
         if isinstance(layers := fields.get(name), int) and layers > MOST_LAYERS:
             raise Failure(f"{name}: {layers} is more than {MOST_LAYERS}, the most that is taken")
@@ -221,3 +178,12 @@ def read_architecture(fields: dict[str, Any]) -> tuple[ForeignArchitecture, Mode
     except Exception as error:  # transformers wraps what its validation raises
         raise Failure(last_line(error)) from error
     return architecture, architecture.spec(config)
+
+
+def _check_dtypes(fields: dict[str, Any]) -> None:
+    """transformers writes every `dtype` as text, also a nested one, and fails on what names no type."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _check_dtypes(value)
+        elif name == "dtype" and not isinstance(value, str | int | None):
+            raise Failure(f"dtype: expected the name of a type, got {value!r}")

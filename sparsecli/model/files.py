@@ -40,6 +40,8 @@ INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 255
 MOST_DIGITS = 300
 """Of a whole number in JSON; the largest float has 309."""
+MOST_NESTED = 100
+"""Levels of a JSON document; ours and other programs' have below 20. Libraries that copy deep ones fail."""
 KEEP_AFTER = 2.0
 """Seconds of work from which on its result is kept for the next start."""
 BESIDE = ".partial"
@@ -82,8 +84,7 @@ def find_model(reference: str | None, output: Path | None = None) -> Path:
         folder = Path(reference)
         if folder.suffix == ".gguf" and folder.is_file():
             raise Failure(f"{reference}: is a GGUF file; sparsecli import makes a model folder of it")
-        if not folder.exists():
-            raise Failure(f"{reference}: no such folder; expected a run directory or a model folder")
+        check_exists(reference)
         if folder.name == PACKED:
             folder = folder.parent
         for candidate in (folder / "model", folder):
@@ -102,6 +103,12 @@ def find_model(reference: str | None, output: Path | None = None) -> Path:
             "no finished run under runs/; train one (sparsecli train quickstart) or pass --model DIR"
         )
     return max(finished, key=lambda folder: (folder / CONFIG).stat().st_mtime)
+
+
+def check_exists(reference: str) -> None:
+    """Raise Failure if there is nothing at a path. Commands call it before imports that take seconds."""
+    if not Path(reference).exists():
+        raise Failure(f"{reference}: no such folder; expected a run directory or a model folder")
 
 
 def recipe_of(folder: Path) -> Path | None:
@@ -304,13 +311,11 @@ def read_json(path: Path) -> dict[str, Any]:
         Failure: there is no such file, or it holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=whole_number)
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise Failure(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise Failure(f"{path}: does not load: byte {error.start} is not UTF-8 text") from error
-    except RecursionError as error:
-        raise Failure(f"{path}: does not load: is nested too deep") from error
     except (ValueError, OSError) as error:
         raise Failure(f"{path}: does not load: {error}") from error
     if not isinstance(value, dict):
@@ -318,8 +323,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def whole_number(digits: str) -> int:
-    """A number of a JSON document, for `json.loads`. Raises ValueError for one that no float can hold."""
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON document that others may have written.
+
+    Raises:
+        ValueError: it is none, is nested deeper than `MOST_NESTED`, or has a whole number that no float can hold.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+    level = [value]
+    for _ in range(MOST_NESTED):
+        level = [
+            child for each in level if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]  # fmt: skip
+    if level:
+        raise ValueError("is nested too deep")
+    return value
+
+
+def _whole_number(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
         raise ValueError(f"a number has {len(digits)} digits")
     return int(digits)

@@ -204,6 +204,7 @@ class Board:
 def draw_loss(rows: Iterable[dict[str, Any]], path: Path, unit: str = "token") -> None:
     """Training and held-out loss over the steps, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -217,6 +218,7 @@ def draw_loss(rows: Iterable[dict[str, Any]], path: Path, unit: str = "token") -
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set_xlabel("optimizer steps")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     axes.set_ylabel(f"loss (nats per {unit})")
     axes.grid(alpha=0.3)
     if axes.lines:

@@ -17,7 +17,7 @@ import torch
 
 from sparsecli.console import Failure, processes, warn
 from sparsecli.data.cache import why_unwritten
-from sparsecli.model.files import RECIPE, held, read_json, whole_number
+from sparsecli.model.files import RECIPE, held, parse_json, read_json
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.messages import found_as
 from sparsecli.recipe.schema import Recipe
@@ -228,7 +228,7 @@ def read_facts(output: Path) -> dict[str, Any]:
         facts = read_json(path)
     except Failure as failure:
         raise Failure(f"{failure}; delete it to continue without it") from None
-    if not isinstance(facts.get("result") or {}, dict):
+    if not isinstance(facts.get("result") or {}, dict) or type(facts.get("processes", 1)) is not int:
         raise Failure(f"{path}: does not hold the facts of a run; delete it to continue without it")
     return facts
 
@@ -248,8 +248,8 @@ def read_metrics(output: Path, up_to_step: int | None = None) -> list[dict[str, 
     *lines, _torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line, parse_int=whole_number)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             row = None
         if not isinstance(row, dict) or not _is_row(row):
             raise Failure(f"{path}:{number}: is not a row of metrics; delete the line to continue without it")

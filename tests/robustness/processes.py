@@ -173,7 +173,7 @@ def workplace() -> Iterator[Path]:
             os.chdir(before)
 
 
-UNEXPECTED = ("Traceback", "unexpected ", "terminate called", "Segmentation", "panicked")
+UNEXPECTED = ("Traceback", "error: unexpected ", "terminate called", "Segmentation", "panicked")
 
 
 def undesigned(command: Command, codes: Sequence[int] = (0, 1, 2, 3, 4)) -> str | None:
