@@ -408,7 +408,11 @@ MODELS |= FAMILIES | ALONE
 PRECISION = {"kind": "precision", "d_ff": 160, "units_per_block": 2, "gated": True}
 SELECTOR = {"kind": "selector", "d_ff": 160, "gated": True, "activation": "silu"}
 QUANTIZED: dict[str, dict] = {  # activations are rounded, whatever the precision
-    "precision": {"d_model": 72, "feed_forward": PRECISION, "attention": {"projection": "dense"}},
+    "precision": {
+        "d_model": 72,
+        "feed_forward": {**PRECISION, "units_per_block": [2, 5]},
+        "attention": {"projection": "dense"},
+    },
     "precision, three bits": {
         "d_model": 200,
         "feed_forward": {**PRECISION, "d_ff": 144, "bits": 3, "block_size": 8, "units_per_block": 1},
@@ -429,7 +433,7 @@ QUANTIZED: dict[str, dict] = {  # activations are rounded, whatever the precisio
         "quantization": {"head": 3},
     },
     "selector": {
-        "feed_forward": SELECTOR,
+        "feed_forward": {**SELECTOR, "units_per_block": [4, 1]},
         "attention": {"projection": "dense"},
         "quantization": {"projection": 4},
     },

@@ -174,6 +174,21 @@ def test_a_kept_fraction_is_a_budget_too(
     assert list(losses(report)) == ["dense", "fitted", "refitted"]
 
 
+@pytest.mark.parametrize("layer", ["selector, bypass: 4", "precision"])
+def test_given_layers_may_differ_in_their_active_units(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, cache: None, layer: str
+) -> None:
+    loaded, dense = dense_run
+    given = f"{{kind: {layer}, d_ff: 64, activation: relu, gated: false, units_per_block: [3, 12]}}"
+    overrides = [f"convert.feed_forward={given}", "convert.distillation.tokens=0"]
+    report = command.run(load(str(loaded.path), overrides), model=str(dense), output=tmp_path / "converted")
+    assert report
+    assert report.method.endswith(", by layer")
+    assert report.kept_fraction == 15 / 32
+    assert report.kept_fraction_by_layer == pytest.approx([3 / 16, 12 / 16])
+    assert report.result.loss.nats_per_token == pytest.approx(report.stages[-1].loss.nats_per_token, abs=0.02)
+
+
 def test_low_rank_attention_alone(
     dense_run: tuple[LoadedRecipe, Path],
     tmp_path: Path,
