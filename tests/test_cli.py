@@ -21,7 +21,8 @@ from sparsecli.convert import command as convert
 from sparsecli.evaluate import command as evaluate
 from sparsecli.generate import command as generate
 from sparsecli.generate.decoder import DecoderOptions
-from sparsecli.interchange import exporting, importing
+from sparsecli.interchange import exporting, hub, importing
+from sparsecli.model import files
 from sparsecli.model.files import find_model
 from sparsecli.recipe.loader import load, shipped
 from sparsecli.serve import command as serve
@@ -71,7 +72,7 @@ def run(monkeypatch):
 def calls(monkeypatch):
     """Stand-ins for the functions that do the work: they record their arguments, and raise `calls.error`.
 
-    `generate` needs no model.
+    No model needs to be there.
     """
     record = SimpleNamespace(first=None, positional=(), options={}, error=None)
 
@@ -93,6 +94,8 @@ def calls(monkeypatch):
         yield folder
 
     monkeypatch.setattr(generate, "model_folder", opened)
+    monkeypatch.setattr(hub, "check_reference", lambda *_, **__: None)
+    monkeypatch.setattr(files, "check_exists", lambda _: None)
     return record
 
 

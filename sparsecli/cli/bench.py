@@ -133,13 +133,6 @@ def bench(
     if saved:
         check_alone(arguments, "--from", {"saved", "format", "json", "output", "html", "plot"})
     recipe, overrides = shift(recipe, overrides)
-    from sparsecli.model.files import check_exists
-
-    for reference in model or []:
-        check_exists(reference)
-    from sparsecli.bench import command
-    from sparsecli.recipe.loader import check_unread, load
-
     reports: dict[str, Any] = {
         "format": "json" if json else format,
         "output": output,
@@ -147,6 +140,8 @@ def bench(
         "plot": plot,
     }
     if saved:
+        from sparsecli.bench import command
+
         command.show_saved(saved, **reports)
         return
 
@@ -164,9 +159,16 @@ def bench(
         "--tokens": ("bench.tokens_per_round", tokens),
         "--seed": ("seed", seed),
     }
+    from sparsecli.model.files import check_exists
+    from sparsecli.recipe.loader import check_unread, load
+
     loaded = load(recipe or "bench-800m", overrides, options)
     if model:
         check_unread(overrides, "bench --model", {"model", "data", "train", "convert"})
+    for reference in model or []:
+        check_exists(reference)
+    from sparsecli.bench import command
+
     command.run(
         loaded,
         dense=dense,

@@ -80,14 +80,14 @@ def evaluate(
     """
     loaded = load_optional_recipe(recipe, overrides, None)
     from sparsecli.interchange.hub import check_reference
+    from sparsecli.recipe.loader import check_unread
 
+    check_unread(shift(recipe, overrides)[1], "evaluate", {"model", "train", "convert", "generate", "bench"})
     for reference in (model, against):
         check_reference(reference)
     from sparsecli.evaluate import command
     from sparsecli.generate.decoder import DecoderOptions
-    from sparsecli.recipe.loader import check_unread
 
-    check_unread(shift(recipe, overrides)[1], "evaluate", {"model", "train", "convert", "generate", "bench"})
     command.run(
         loaded,
         model=model,
