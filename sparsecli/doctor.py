@@ -65,6 +65,7 @@ class Diagnosis:
 
 def run(format: Literal["table", "json"]) -> None:
     """Examine the machine for a few seconds, and show the result on stdout."""
+    host.warn_if_busy()
     diagnosis = examine()
     if format == "json":
         console.json_out(asdict(diagnosis))

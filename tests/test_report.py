@@ -215,6 +215,23 @@ def test_a_saved_result_gives_every_form_without_a_measurement(
 
 
 @pytest.mark.parametrize(
+    ("factor", "share", "code"), [(1.0, "10%", 0), (2.0, "10%", 3), (2.0, "150%", 0), (0.5, "0", 0)]
+)
+def test_two_saved_results_are_compared(
+    factor: float, share: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, milliseconds in (("before", 10.0), ("now", 10.0 * factor)):
+        saved = made_up({"dense": noisy(milliseconds, 1)})
+        Path(f"{name}.json").write_text(render.as_json(saved), encoding="utf-8")
+    words = ["bench", "--from", "now.json", "--against", "before.json", "--fail-above", share]
+    ended = CliRunner().invoke(cli.app, [*words, "--json"])
+    assert getattr(ended.exception, "exit_code", ended.exit_code) == code
+    (change,) = json.loads(ended.stdout)["comparison"]
+    assert change["ratio"] == pytest.approx(factor, rel=0.05)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["bench", "bench-17b", "--from", "x.json"], "leave out RECIPE"),

@@ -462,7 +462,7 @@ def test_a_finished_study_trains_and_measures_nothing(
     [
         (
             ["train.weight_decay=0.2"],
-            "rate-0.01-trial: cannot be resumed with another recipe: train.weight_decay",
+            "the study began with other settings; continue it with those",
         ),
         (
             ["data.held_out_fraction=0.5"],
@@ -493,8 +493,19 @@ def test_a_dry_run_writes_nothing(file: Path, tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert not output.exists()
     assert "12, 0 of them finished" in said
-    assert "256 a whole run, 2,304 in all" in said  # 3 * (2 trials * 128 + 2 seeds * 256)
+    assert "256 a whole run, 2,304 in all, 2,304 left" in said  # 3 * (2 trials * 128 + 2 seeds * 256)
     assert "without evaluations" in said
+
+
+def test_a_dry_run_counts_what_is_left(
+    finished: tuple[Path, Order], file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.run(load(str(file)), output=finished[0], dry_run=True)
+    said = capsys.readouterr().out
+    assert "12, 12 of them finished" in said
+    assert "2,304 in all, 0 left" in said
+    command.run(load(str(file), ["study.seeds=[3, 4, 5]"]), output=finished[0], dry_run=True)
+    assert "3,072 in all, 768 left" in capsys.readouterr().out  # a third seed of three variants
 
 
 # -- recipes -------------------------------------------------------------------------------------------------

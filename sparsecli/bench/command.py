@@ -63,9 +63,7 @@ def run(
         Failure: something cannot be measured, compared or written.
         Regression: a row is slower than in `against` by more than `fail_above`.
     """
-    if fail_above is not None and against is None:
-        raise console.Failure("--fail-above needs --against FILE, an earlier result in JSON", exit_code=2)
-    earlier = compare.read(against) if against else None
+    earlier = _earlier(against, fail_above)
     if output:
         files.check_writable(output, "--output")
     files.check_reports(html, plot)
@@ -86,7 +84,8 @@ def run(
         host.check_evictable(folder)
         models.check_disk(plan, folder)
     if earlier and against:
-        compare.check_comparable(processor, plan.cases, earlier, against)
+        facts = {case.key: case.facts for case in plan.cases}
+        compare.check_comparable(processor, facts, earlier, against)
     compared = bench.equal_sizes or bool(runs)
     if compared and plan.variants and (warning := variants.check_same_size(plan.variants)):
         console.warn(warning)
@@ -96,7 +95,7 @@ def run(
     models.check_memory(plan)
 
     with host.threads(processor.threads):
-        host.warn_if_busy()
+        host.warn_if_busy("; use fewer --threads")
         result = _measure(loaded, bench, plan, processor, folder, over)
     if earlier:
         changes = compare.compare(result, earlier, fail_above or 0.0)
@@ -117,13 +116,22 @@ def show_saved(
     output: Path | None = None,
     html: Path | None = None,
     plot: Path | None = None,
+    against: Path | None = None,
+    fail_above: float | None = None,
 ) -> BenchResult:
     """Show the result in a file of `bench --output`, and write it in other forms; nothing is measured.
 
     Raises:
-        Failure: the file is no result of `bench`, or another one cannot be written.
+        Failure: the file is no result of `bench`, it cannot be compared, or another one cannot be written.
+        Regression: as for `run`.
     """
+    earlier = _earlier(against, fail_above)
     result = compare.read(path)
+    if earlier and against:
+        facts = {row.key: dict(row) for row in result.rows}
+        compare.check_comparable(result.machine, facts, earlier, against)
+        changes = compare.compare(result, earlier, fail_above or 0.0)
+        result = result.model_copy(update={"comparison": changes})
     if output:
         files.check_writable(output, "--output")
     files.check_reports(html, plot)
@@ -131,6 +139,8 @@ def show_saved(
     if output:
         _write(result, output)
     _write_reports(result, html, plot)
+    if earlier:
+        _judge(result, earlier, fail_above)
     return result
 
 
@@ -162,7 +172,7 @@ def measure_runs(
         ]:
             return earlier
     with host.threads(threads):
-        host.warn_if_busy()
+        host.warn_if_busy("; use fewer --threads")
         return _measure(loaded, bench, plan, processor, Path(), None)
 
 
@@ -428,6 +438,12 @@ def _write_reports(result: BenchResult, html: Path | None, plot: Path | None) ->
     if plot:
         page.write_figure(result, plot)
         console.say(f"wrote {plot}")
+
+
+def _earlier(against: Path | None, fail_above: float | None) -> BenchResult | None:
+    if fail_above is not None and against is None:
+        raise console.Failure("--fail-above needs --against FILE, an earlier result in JSON", exit_code=2)
+    return compare.read(against) if against else None
 
 
 def _judge(result: BenchResult, earlier: BenchResult, fail_above: float | None) -> None:

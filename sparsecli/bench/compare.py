@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
 
 from sparsecli import console
-from sparsecli.bench.cases import Case
 from sparsecli.bench.host import drifted
-from sparsecli.bench.result import BenchResult, Change, Processor, Row
+from sparsecli.bench.result import BenchResult, Change, Processor, Row, RowKey
 
 LARGEST = 64 << 20
 """Largest size in bytes of an earlier result; a sample takes some twenty bytes."""
@@ -45,36 +44,36 @@ def read(path: Path) -> BenchResult:
     return result
 
 
-def check_comparable(processor: Processor, cases: Sequence[Case], before: BenchResult, path: Path) -> None:
-    """Raise `Failure` unless the cases and settings are those of `before`, which was read from `path`.
+def check_comparable(
+    processor: Processor, facts: Mapping[RowKey, Mapping[str, Any]], before: BenchResult, path: Path
+) -> None:
+    """Raise `Failure` unless rows with these facts can be compared with `before`, which was read from `path`.
 
-    They are known before measuring. The memory's bandwidth is not; `compare` corrects for it.
+    Facts are known before measuring. The memory's bandwidth is not; `compare` corrects for it.
     """
     pairs: list[tuple[str, object, object]] = [
         ("machine.cpu", before.machine.cpu, processor.cpu),
         ("machine.isa", before.machine.isa, processor.isa),
     ]
-    rows = {row.key: row for row in before.rows}
-    common = [case for case in cases if case.key in rows]
-    for case in common:
-        earlier, facts = rows[case.key], case.facts
+    common = [row for row in before.rows if row.key in facts]
+    for row in common:
         pairs += [
-            (f"{field} of {case.variant.name}", getattr(earlier, field), facts[field])
+            (f"{field} of {row.variant}", getattr(row, field), facts[row.key][field])
             for field in ("parameters", "active_parameters", "bytes_per_token", "projected", "precision")
         ]
     for name, theirs, ours in pairs:
         if theirs != ours:
             raise console.Failure(f"{path}: cannot be compared: {name} was {theirs!r}, is {ours!r}")
     if not common:
-        raise console.Failure(f"{path}: has no row of {_difference(cases, before)}")
+        raise console.Failure(f"{path}: has no row of {_difference(list(facts), before)}")
 
 
-def _difference(cases: Sequence[Case], before: BenchResult) -> str:
+def _difference(keys: Sequence[RowKey], before: BenchResult) -> str:
     """The reason why two results have no row in common."""
-    for case in cases:
+    for key in keys:
         for row in before.rows:
-            if row.key[:3] == case.key[:3]:
-                theirs, ours = row.key.sizes, case.key.sizes
+            if row.key[:3] == key[:3]:
+                theirs, ours = row.key.sizes, key.sizes
                 return f"the same sizes as this bench: {row.variant} was measured at {theirs}, now at {ours}"
     return "the same variant, backend and dtype as this bench"
 

@@ -71,15 +71,18 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def warn_if_busy() -> None:
-    """Warn if other processes are busy. Threads of a step wait for each other: one that shares its CPU delays all."""
+def warn_if_busy(remedy: str = "") -> None:
+    """Warn if other processes are busy, and name a remedy.
+
+    Threads of a step wait for each other: one that shares its CPU delays all.
+    """
     processors = psutil.cpu_count() or 1
     others = psutil.cpu_percent(interval=BUSY_SECONDS) / 100 * processors  # while this process sleeps
     own = torch.get_num_threads()
     if own > 1 and others + own > processors + 0.5:
         console.warn(
             f"other processes use {others:.1f} of {processors} processors, which {own} threads must share with "
-            "them: rows may be several times slower; use fewer --threads"
+            f"them: figures may be several times too slow{remedy}"
         )
 
 

@@ -39,10 +39,9 @@ def write_figure(result: BenchResult, path: Path) -> None:
         panel = iter(axes)
         first = next(panel)
         places = figure.draw_bars(first, times.bars, lambda bar: figure.COLORS[groups.index(bar.group)])
-        _mark_limits(first, places, result)
-        first.set_xlabel(
-            "milliseconds per token (black line: 10th to 90th percentile; red mark: the memory's limit)"
-        )
+        figure.name_colors(first, groups)
+        limits = "; red mark: the memory's limit" if _mark_limits(first, places, result) else ""
+        first.set_xlabel(f"milliseconds per token (black line: 10th to 90th percentile{limits})")
         if parts:
             second = next(panel)
             figure.draw_stacks(second, parts.stacks, parts.names)
@@ -52,11 +51,13 @@ def write_figure(result: BenchResult, path: Path) -> None:
         figure.save(drawn, path)
 
 
-def _mark_limits(axes: Axes, places: Sequence[float], result: BenchResult) -> None:
-    """Mark the least time in which memory delivers a row's bytes."""
-    for place, row in zip(places, result.rows, strict=True):
-        if (limit := _limit_ms(row, result)) is not None:
+def _mark_limits(axes: Axes, places: Sequence[float], result: BenchResult) -> bool:
+    """Mark the least time in which memory delivers a row's bytes. Returns whether there was any."""
+    limits = [_limit_ms(row, result) for row in result.rows]
+    for place, limit in zip(places, limits, strict=True):
+        if limit is not None:
             axes.plot([limit, limit], [place - 0.4, place + 0.4], color=figure.COLORS[4], linewidth=1.2)
+    return any(limit is not None for limit in limits)
 
 
 # -- sections ------------------------------------------------------------------------------------------------
@@ -163,9 +164,7 @@ def part_stacks(result: BenchResult) -> Stacks | None:
             shown[OTHERS] = others
         name, heading = _names(row, result.rows)
         stacks.append(Stack(name, shown, f"{render.milliseconds(sum(parts.values()))} ms", heading))
-    note = (
-        "Shares of the mean time of a decode step, which stands at the end; hover over a part for its time."
-    )
+    note = "Shares of the mean time of a decode step, which stands at the end. A tooltip gives the time of a part."
     return Stacks("Where a token's time goes", stacks, [*named, OTHERS], note)
 
 

@@ -131,7 +131,8 @@ def bench(
     Without a recipe, the models are those of the paper's Table 1 at 800M parameters, with random weights.
     """
     if saved:
-        check_alone(arguments, "--from", {"saved", "format", "json", "output", "html", "plot"})
+        own = {"saved", "format", "json", "output", "html", "plot", "against", "fail_above"}
+        check_alone(arguments, "--from", own)
     recipe, overrides = shift(recipe, overrides)
     reports: dict[str, Any] = {
         "format": "json" if json else format,
@@ -142,7 +143,7 @@ def bench(
     if saved:
         from sparsecli.bench import command
 
-        command.show_saved(saved, **reports)
+        command.show_saved(saved, against=against, fail_above=fail_above, **reports)
         return
 
     options = {

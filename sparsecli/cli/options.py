@@ -89,7 +89,7 @@ def percent(text: str) -> float:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1.0
-    if not 0 <= value < 1:
+    if not 0 <= value < float("inf"):
         raise typer.BadParameter(f"expected a share such as 5% or 0.05, got {text!r}")
     return value
 

@@ -34,7 +34,7 @@ COLORS = ("#5b6b80", "#0b7a75", "#7a4fb5", "#b3621b", "#a83a63")
 PART_COLORS = (*("#0b7a75", "#5b6b80", "#d08a2c", "#7a4fb5", "#4a90c2"), "#a83a63", "#7d9b3c", "#8a6d5a")
 REST_COLOR = "#c9ced6"
 MARKERS = "os^Dv"
-MOST_NAMES = 8
+MOST_NAMES = 3
 """Points of a plot whose names stand beside them; more are numbered."""
 METADATA: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
@@ -83,6 +83,15 @@ def draw_bars(axes: Axes, bars: Sequence[Bar], color: Callable[[Bar], str]) -> l
     axes.margins(x=0.2)
     axes.set_xlim(left=0)
     return places
+
+
+def name_colors(axes: Axes, groups: Sequence[str]) -> None:
+    """A legend of the groups' colours, beside the panel; none for a single group."""
+    from matplotlib.patches import Patch
+
+    if len(groups) > 1:
+        handles = [Patch(color=color, label=group) for group, color in zip(groups, COLORS, strict=False)]
+        axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
 
 
 def draw_stacks(axes: Axes, stacks: Sequence[Stack], names: Sequence[str]) -> None:

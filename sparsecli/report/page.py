@@ -197,7 +197,7 @@ def render(page: Page) -> str:
 
 
 def groups_of(page: Page) -> list[str]:
-    """Groups of bars and points in the order in which they appear; each has its colour."""
+    """Groups of bars and points, each with its colour; dense models first, so that theirs is the same everywhere."""
     found: list[str] = []
     for section in page.sections:
         entries: Iterable[Bar | Point] = ()
@@ -206,7 +206,7 @@ def groups_of(page: Page) -> list[str]:
         elif isinstance(section, Plot):
             entries = section.points
         found += [each.group for each in entries if each.group]
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda group: group != "dense")
 
 
 def leading_number(text: str) -> float | None:

@@ -165,6 +165,23 @@ class Plan:
             return trials * short + len(self.study.seeds) * self.steps(variant)
         return self.runs_of(variant) * self.steps(variant)
 
+    def ended(self, variant: Variant) -> list[int]:
+        """Steps of each of its runs that is finished or has diverged."""
+        whole, folder = self.steps(variant), self.output / RUNS / variant.spec.folder
+        labels = {"trial": self.trial_steps(variant) or whole}
+        labels |= {f"seed-{seed}": whole for seed in self.study.seeds}
+        planned = {
+            f"rate-{rate:g}-{label}": steps
+            for rate in self.learning_rates(variant)
+            for label, steps in labels.items()
+        }
+        found = []
+        for path in sorted(folder.glob(f"*/{run_directory.FACTS}")):
+            facts = run_directory.read_facts(path.parent)
+            if (path.parent.name in planned or not variant.trains) and {"result", "diverged"} & facts.keys():
+                found.append(planned.get(path.parent.name, 0))
+        return found
+
     @property
     def runs(self) -> int:
         """Runs of all variants."""
@@ -268,13 +285,15 @@ def print_plan(plan: Plan) -> None:
             rate, seed = plan.learning_rates(variant)[0], plan.study.seeds[0]
             known[key] = step_seconds(plan.run(variant, rate, seed).recipe)
         seconds[variant.name] = known[key] if variant.trains else 0.0
-    rows, total = [], 0.0
+    rows, total, left = [], 0.0, 0
     for variant in plan.variants:
         step, steps = seconds[variant.name], plan.steps_of(variant)
         if step is not None and variant.spec.distil_from:
             read = seconds[variant.spec.distil_from]
             step = None if read is None else step + read / 3  # a forward pass of the teacher
-        total = math.inf if step is None else total + step * steps
+        remaining = max(steps - sum(plan.ended(variant)), 0)
+        left += remaining
+        total = math.inf if step is None else total + step * remaining
         rows.append(
             (
                 variant.name,
@@ -291,13 +310,17 @@ def print_plan(plan: Plan) -> None:
     print_table(columns, rows, title="dry run: nothing is trained")
     time = "no estimate: a variant needs more memory than there is"
     if math.isfinite(total):
-        time = f"about {_duration(total)}, without evaluations"
-    done = sum(bool(run_directory.read_facts(path.parent).get("result")) for path in _records(plan.output))
+        time = f"about {_duration(total)} for what is left, without evaluations"
+    done = sum(len(plan.ended(variant)) for variant in plan.variants)
     steps = sum(map(plan.steps_of, plan.variants))
     facts = [
         ("trials", _trial_words(plan)),
         ("runs", f"{plan.runs}, {done} of them finished"),
-        (unit, f"{plan.tokens:,} a whole run, {steps * plan.tokens_per_step:,} in all"),
+        (
+            unit,
+            f"{plan.tokens:,} a whole run, {steps * plan.tokens_per_step:,} in all, "
+            f"{left * plan.tokens_per_step:,} left",
+        ),
         ("time", time),
         ("folder", str(plan.output)),
     ]
@@ -311,10 +334,6 @@ def _trial_words(plan: Plan) -> str:
     rates = " or ".join(str(count) for count in sorted({plan.trials(each) for each in tried}))
     lengths = sorted({(plan.trial_steps(each) or plan.steps(each)) * plan.tokens_per_step for each in tried})
     return f"{rates} learning rates a variant, {' or '.join(f'{length:,}' for length in lengths)} tokens each"
-
-
-def _records(output: Path) -> list[Path]:
-    return sorted((output / RUNS).glob(f"*/*/{run_directory.FACTS}"))
 
 
 def _duration(seconds: float) -> str:

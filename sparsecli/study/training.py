@@ -206,14 +206,19 @@ class StudyTrainer:
 
     def _check_recipe(self, run: Run) -> None:
         """Raise Failure if the folder holds a run of another recipe."""
-        run_directory.claim(run.folder, run.recipe, resume=True, hint="")
+        self._claim(run)
+
+    def _claim(self, run: Run) -> Path | None:
+        """See `run_directory.claim`."""
+        changed = "the study began with other settings; continue it with those, or choose another --output"
+        return run_directory.claim(run.folder, run.recipe, resume=True, hint="", changed=changed)
 
     def _train(self, run: Run) -> None:
         """Train a run from its newest checkpoint, or from the start. A loss that is not finite ends it."""
         assert run.recipe.train
         if run.folder.is_dir() and not (run.folder / RECIPE).exists():
             shutil.rmtree(run.folder)  # a kill before its first file
-        checkpoint = run_directory.claim(run.folder, run.recipe, resume=True, hint="")
+        checkpoint = self._claim(run)
         self._prune(run)
         if checkpoint:
             say(f"resuming from {checkpoint}")

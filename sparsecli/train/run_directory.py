@@ -36,11 +36,14 @@ FREE = {
 """Keys of a recipe that do not affect any training step."""
 
 
-def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | None:
+def claim(
+    output: Path, recipe: Recipe, *, resume: bool, hint: str, changed: str | None = None
+) -> Path | None:
     """Check that a run may write to `output`. Returns the checkpoint to resume from, or None to start at step 0.
 
-    `hint` ends the message about an existing run. Raises `Failure` if `output` cannot be written, holds something
-    else, or holds a run that is not to be resumed, was started with another recipe, or has no undamaged checkpoint.
+    `hint` ends the message about an existing run, `changed` the one about a run of another recipe. Raises `Failure` if
+    `output` cannot be written, holds something else, or holds a run that is not to be resumed, was started with
+    another recipe, or has no undamaged checkpoint.
     """
     if not output.is_dir() or {path.name for path in output.iterdir()} <= {f"{RECIPE}.tmp"}:  # left by a kill
         probe(output)
@@ -50,7 +53,7 @@ def claim(output: Path, recipe: Recipe, *, resume: bool, hint: str) -> Path | No
         raise Failure(f"{output}: is not empty and holds no run; choose another --output")
     if not resume:
         raise Failure(f"{output}: already holds a run; {hint}")
-    _compare(stored, recipe)
+    _compare(stored, recipe, changed or f"resume with {stored}, or choose another --output")
     probe(output)
     checkpoint, skipped = newest_sound(output / CHECKPOINTS)
     for line in skipped:
@@ -120,12 +123,12 @@ def probe(output: Path) -> None:
         raise Failure(f"{output}: cannot be written: {place}: {error.strerror}") from None
 
 
-def _compare(stored: Path, recipe: Recipe) -> None:
+def _compare(stored: Path, recipe: Recipe, hint: str) -> None:
     """Raise `Failure` unless the run at `stored` was started with the same model, data, training and seed.
 
     Keys that only determine when the run logs, evaluates or saves may change. `max_steps` may increase if no step
     depends on it. The repetition penalty must be the same: it is saved with the model, and generated targets depend on
-    it.
+    it. `hint` ends the message.
     """
     decisive = {
         "model": True,
@@ -149,10 +152,7 @@ def _compare(stored: Path, recipe: Recipe) -> None:
         index = next(index for index, key in enumerate(differ) if key.startswith("train.max_steps "))
         differ[index] += f", which determines {why} of every step"
     if differ:
-        raise Failure(
-            f"{stored.parent}: cannot be resumed with another recipe: {', '.join(differ)}; "
-            f"resume with {stored}, or choose another --output"
-        )
+        raise Failure(f"{stored.parent}: cannot be resumed with another recipe: {', '.join(differ)}; {hint}")
     _compare_batches(stored, earlier, recipe)
 
 
