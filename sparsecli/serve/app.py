@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,23 @@ LARGEST_BODY = 8 << 20
 OPEN_PATHS = ("/", "/health")
 """They need no key: the page asks for one, and says nothing itself."""
 PAGE = Path(__file__).with_name("page.html")
+
+
+def _explain(problem: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The field of a validator's problem, or None, and a message."""
+    parts = [str(part) for part in problem["loc"] if part != "body"]
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "json_invalid":
+        return None, f"the body is not JSON: {problem['ctx']['error']} (character {parts[0]})"
+    if not parts:
+        what = "the body must be a JSON object, with the header Content-Type: application/json"
+        return None, text if problem["type"] == "value_error" else what
+    where = ".".join(parts)
+    if problem["type"] == "extra_forbidden":
+        known = [*CompletionRequest.model_fields, *ChatRequest.model_fields]
+        near = get_close_matches(parts[-1], known, n=1) if len(parts) == 1 else []
+        text = "unknown field" + "".join(f", did you mean {name}?" for name in near)
+    return where, f"{where}: {text}"
 
 
 def make_app(server: Server, hosts: Sequence[str] | None = None) -> FastAPI:
@@ -64,12 +82,8 @@ def make_app(server: Server, hosts: Sequence[str] | None = None) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
-        found = []
-        for problem in error.errors():
-            where = ".".join(str(part) for part in problem["loc"] if part != "body")
-            text = str(problem["msg"]).removeprefix("Value error, ")
-            found.append((where, f"{where}: {text}" if where else text))
-        return Refused(400, "; ".join(text for _, text in found), found[0][0] or None).response
+        found = [_explain(problem) for problem in error.errors()]
+        return Refused(400, "; ".join(text for _, text in found), found[0][0]).response
 
     @app.exception_handler(HTTPException)
     async def other(_: HttpRequest, error: HTTPException) -> Response:
