@@ -85,7 +85,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(build_network(spec), folder)
     save_packed(pack_folder(folder, spec, Precision.of("int8")), folder / PACKED)
     names = header_of((folder / WEIGHTS).read_bytes()).keys() - {"__metadata__"}
-    (folder / "index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, WEIGHTS)}))
+    (folder / "index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, WEIGHTS)})
+    )
     return folder
 
 

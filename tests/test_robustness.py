@@ -278,3 +278,38 @@ def test_a_damaged_sentencepiece_model(tmp_path: Path) -> None:
     model.trainer_spec.eos_id = 10**6
     path.write_bytes(model.SerializeToString())
     assert read_sentencepiece(path)[1].keys() == {"bos_token", "unk_token"}
+
+
+def test_an_index_of_shards_without_metadata(finished: tuple[Path, object]) -> None:
+    """transformers needs them; its error named another file."""
+    from sparsecli.model.files import INDEX, WEIGHTS, check_weights, find_model, read_description
+
+    folder = find_model(str(finished[0]))
+    spec = read_description(folder).spec
+    whole = folder / WEIGHTS
+    names = mutations.header_of(whole.read_bytes()).keys() - {"__metadata__"}
+    shard = whole.rename(folder / "shard.safetensors")
+    try:
+        for metadata, fits in (({"metadata": {}}, True), ({"metadata": 1}, False), ({}, False)):
+            index = metadata | {"weight_map": dict.fromkeys(names, shard.name)}
+            (folder / INDEX).write_text(json.dumps(index))
+            if fits:
+                check_weights(folder, spec)
+                continue
+            with pytest.raises(Failure, match=r"model\.safetensors\.index\.json: has no metadata"):
+                check_weights(folder, spec)
+    finally:
+        (folder / INDEX).unlink()
+        shard.rename(whole)
+
+
+def test_a_kind_of_file_that_is_refused_as_it_is(tmp_path: Path) -> None:
+    """Such a kind would test nothing."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "x.yaml").write_text("wrong: 1")
+    kind = fuzz.Kind(
+        "x", tmp_path / "files", "x.yaml", mutations.rewritten, (("recipes", "check", "x.yaml"),)
+    )
+    checked = fork(lambda: fuzz.check_whole([kind], tmp_path), tmp_path / "log")
+    assert checked.wait() == 70
+    assert "recipes check x.yaml: x.yaml as it is: " in (tmp_path / "whole.said").read_text()

@@ -211,6 +211,8 @@ def check_weights(folder: Path, spec: AnySpec) -> None:
                 found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise Failure(f"{path}: cut short or damaged ({last_line(error)}); copy it again") from error
+    if not (folder / WEIGHTS).is_file() and not isinstance(read_json(folder / INDEX).get("metadata"), dict):
+        raise Failure(f"{folder / INDEX}: has no metadata, which transformers reads")
     expected = vision_tensor_shapes(spec) if isinstance(spec, VisionSpec) else tensor_shapes(spec)
     if isinstance(spec, ModelSpec) and spec.tied and "head.weight" in expected:
         found.setdefault("head.weight", expected["head.weight"])

@@ -89,7 +89,7 @@ def make_files(folder: Path) -> None:
     shutil.copytree(folder / "ours", folder / "sharded")
     (folder / "sharded" / WEIGHTS).rename(folder / "sharded" / "shard.safetensors")
     names = mutations.header_of((folder / "ours" / WEIGHTS).read_bytes()).keys() - {"__metadata__"}
-    index = json.dumps({"weight_map": dict.fromkeys(sorted(names), "shard.safetensors")})
+    index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(sorted(names), "shard.safetensors")})
     (folder / "sharded" / INDEX).write_text(index)
 
     llama = build("llama", **LLAMA)
@@ -121,8 +121,8 @@ def kinds(folder: Path) -> list[Kind]:
     changes = ["train.max_steps=2", "train.save_steps=2", "train.eval_steps=2"]
     run(["train", recipe, *changes, "--output", finished / "run"], folder / "log")
     shutil.copy(recipe, finished / "tiny.yaml")
-    result = folder / "result"
-    result.mkdir()
+    result = folder / "result" / "files"  # as the copies are called: their rows are compared by name
+    result.mkdir(parents=True)
     shutil.copytree(finished / "run" / "model", result / "model")
     measure = ("bench", "quickstart", "--model", "model", "--threads", "1", "--context", "4", "--rounds", "1",
                "--tokens", "1")  # fmt: skip
@@ -264,6 +264,22 @@ def try_input(
         for path in (imported, *place.parent.glob("imported.*")):
             shutil.rmtree(path, ignore_errors=True)
     return ended(code, said, left), seconds, megabytes
+
+
+def check_whole(chosen: Sequence[Kind], folder: Path) -> None:
+    """Raise RuntimeError unless each command reads its file as it is: else it would refuse every input."""
+    log = os.open(folder / "whole.said", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    for number, kind in enumerate(chosen):
+        place = folder / "whole" / str(number) / "files"
+        shutil.copytree(kind.folder, place)
+        content = (place / kind.file).read_bytes()
+        for arguments in kind.commands:
+            how, *_ = try_input(kind, place, content, arguments, log)
+            if how != "read":
+                said = os.pread(log, 400, 0).decode(errors="replace")
+                raise RuntimeError(f"{' '.join(arguments)}: {kind.file} as it is: {how}: {said}")
 
 
 def ended(code: int, said: str, left: bool) -> str:
@@ -461,6 +477,7 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [
             kind for kind in known if not given.only or kind.name in given.only for _ in range(kind.weight)
         ]
+        call(lambda: check_whole(known, folder), folder / "whole.log")
         with console.progress("inputs", given.inputs) as bar:
             for outcome in search(chosen, folder, given.inputs, given.seed, given.workers):
                 bar.advance(1, faults=len(faults))
