@@ -11,6 +11,7 @@ import torch
 from small_models import start
 
 from sparsecli.bench.bytes_read import bits_per_weight, bytes_per_token
+from sparsecli.convert.candidates import ROUNDING, ConversionCandidate
 from sparsecli.convert.linear_layers import LinearLayer, TypeChoice, choose_types, linear_layers
 from sparsecli.convert.methods.rounding import InputMoment, round_to_type
 from sparsecli.convert.weight_types import RoundedLayers
@@ -205,6 +206,9 @@ def test_bytes_are_those_of_the_sketch_and_of_the_candidates() -> None:
     difference = bytes_per_token(without, precision, 1) - bytes_per_token(spec, precision, 1)
     assert difference == pytest.approx((VOCABULARY - 48) * row - sketch, abs=2)
     assert bits_per_weight(spec, precision) < bits_per_weight(without, precision)
+    name = ConversionCandidate(spec, ROUNDING, bytes_per_token(spec, precision, context=0)).name
+    bits = float(name.removeprefix("rounding, ").removesuffix(" bits a weight"))
+    assert bits == pytest.approx(bits_per_weight(spec, precision), rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,12 @@ def bits_per_weight(
     return 8 * read / sum(_weights(slot, spec, shares) for slot, _ in tensors)
 
 
+def weights_per_token(spec: ModelSpec) -> float:
+    """The number of weights that a decoded token reads, as `bits_per_weight` counts them."""
+    slots = _typed(spec, Precision.of("float32"), "float32")
+    return sum(_weights(slot, spec, _planned_shares(spec)) for slot, _ in slots)
+
+
 def _planned_shares(spec: ModelSpec) -> list[float]:
     return [spec.chosen_share(layer) for layer in range(spec.layers)]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from sparsecli import console
-from sparsecli.bench.bytes_read import bytes_per_token
+from sparsecli.bench.bytes_read import bytes_per_token, weights_per_token
 from sparsecli.console import RecipeError
 from sparsecli.convert.linear_layers import linear_layers, with_types
 from sparsecli.convert.methods import METHODS, method_of
@@ -55,7 +55,8 @@ class ConversionCandidate:
         """A short name: the method, active units of a block, another attention, and quantized parts."""
         feed_forward, quantization = self.spec.feed_forward, self.spec.quantization
         if self.method == ROUNDING:
-            return f"{ROUNDING}, {bits_per_weight(self.spec):.2f} bits a weight"
+            bits = 8 * self.bytes_per_token / weights_per_token(self.spec)
+            return f"{ROUNDING}, {bits:.2f} bits a weight"
         attention = self.spec.attention
         words = ["dense" if self.method is None else self.method]
         if feed_forward.kind in ("sparse", "selector", "precision") and self.method != "exact":
@@ -310,13 +311,6 @@ def _quantization_options(dense: ModelSpec) -> list[QuantizationSpec]:
 def weight_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
     """Bytes of weights that a decoded token reads, with parts that have no bits of their own in `dtype`."""
     return bytes_per_token(spec, Precision.of(dtype), context=0)
-
-
-def bits_per_weight(spec: ModelSpec) -> float:
-    """Mean bits of the weights of linear layers that have a type of GGUF."""
-    layers = [(each, each.kept) for each in linear_layers(spec) if each.kept]
-    weights = sum(each.rows * each.cols for each, _ in layers)
-    return sum(each.bytes(kept) for each, kept in layers if kept) * 8 / max(1, weights)
 
 
 # -- preview -------------------------------------------------------------------------------------------------
