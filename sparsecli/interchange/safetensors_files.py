@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsecli.console import Failure, progress, why_unwritten
+from sparsecli.console import Failure, progress
 from sparsecli.model.files import INDEX, WEIGHTS, last_line
 from sparsecli.model.tensors import Shape
 
@@ -153,9 +153,7 @@ def write_shards(
             try:
                 save_file(tensors, folder / name, metadata={"format": "pt"})
             except SafetensorError as error:
-                raise Failure(
-                    f"{folder / name}: cannot be written: {why_unwritten(error) or last_line(error)}"
-                ) from error
+                raise Failure(f"{folder / name}: cannot be written: {last_line(error)}") from error
             files.append(folder / name)
             weight_map |= dict.fromkeys(tensors, name)
             total += sum(tensor.nbytes for tensor in tensors.values())

@@ -279,7 +279,6 @@ def written_beside(output: Path, file: bool = False) -> Iterator[Path]:
     Raises:
         Failure: `output` cannot be written, or another process has written it meanwhile.
     """
-    made = output
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         for left in output.parent.glob(f"{escape(output.name)}.*{BESIDE}"):  # by a process that was killed
@@ -301,11 +300,8 @@ def written_beside(output: Path, file: bool = False) -> Iterator[Path]:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 raise Failure(f"{output}: another process has written it meanwhile") from None
-    except Failure as failure:
-        if made == output or str(made) not in failure.message:
-            raise
-        # The temporary name says nothing to anybody.
-        raise Failure(failure.message.replace(str(made), str(output)), failure.exit_code) from failure
+    except Failure:
+        raise
     except Exception as error:
         reason, named = why_unwritten(error), getattr(error, "filename", None)
         ours = str(named).startswith(f"{output}.") or Path(str(named)) in (output, *output.parents)
