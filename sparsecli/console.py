@@ -5,7 +5,6 @@ rich is imported on first use, so that modules that need only an error class imp
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -50,33 +49,6 @@ class Failure(Exception):
         self.message = message
         if exit_code is not None:
             self.exit_code = exit_code
-
-
-UNWRITABLE = (errno.EFBIG, errno.ENOSPC, errno.EROFS, errno.EDQUOT)
-
-
-def unwritable(error: Exception) -> bool:
-    """Whether a disk is full, read-only, or has no room for a file so large."""
-    found = re.search(r"\(os error (\d+)\)", str(error))  # Rust's messages
-    return (int(found[1]) if found else getattr(error, "errno", None)) in UNWRITABLE
-
-
-def why_unwritten(error: Exception) -> str | None:
-    """The system's reason why a file could not be written or read; None for an error of another kind."""
-    text = str(error)
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        return f"{error.filename or 'a part of the path'} is a file, not a folder"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    # safetensors and tokenizers raise Rust's messages, in exceptions without a common type.
-    if found := re.search(r"([^:]+) \(os error \d+\)", text):
-        return found[1].strip()
-    # torch.save and NumPy do not give the reason.
-    if isinstance(error, RuntimeError | OSError) and re.search(
-        r"inline_container|iostream error|requested and \d+ written", text
-    ):
-        return "not all data could be written (disk full?)"
-    return text if isinstance(error, OSError) else None
 
 
 class RecipeError(Failure):

@@ -18,11 +18,7 @@ def front(card: str) -> dict[str, object]:
 def test_a_trained_model_s_card(finished: tuple[Path, object]) -> None:
     output, result = finished
     card = (output / "model" / CARD).read_text()
-    assert front(card) == {
-        "library_name": "sparsecli",
-        "tags": ["sparsecli"],
-        "pipeline_tag": "text-generation",
-    }
+    assert front(card) == {"library_name": "sparsecli", "tags": ["sparsecli"]}
     assert f"| held-out loss | {result.held_out_loss:.4f} nats/token" in card
     assert "| training text | files: " in card
     assert "| steps | 12 |" in card

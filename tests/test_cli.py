@@ -562,11 +562,8 @@ def test_recipes(run, capsys, tmp_path):
     assert capsys.readouterr().out == shipped()["quickstart"].read_text()
     target = tmp_path / "mine.yaml"
     assert run("recipes", "cp", "quickstart", str(target)) == 0
-    assert run("recipes", "cp", "quickstart", str(target)) == 1
-    assert (
-        capsys.readouterr().err
-        == f"wrote {target}\nerror: {target}: exists already; name another destination\n"
-    )
+    assert run("recipes", "cp", "quickstart", str(target)) == 2
+    assert capsys.readouterr().err == f"wrote {target}\nerror: {target} exists; name another destination\n"
     assert run("recipes", "check", str(target)) == 0
     assert "4,497,792" in capsys.readouterr().out
     assert run("recipes", "schema") == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import re
@@ -201,23 +200,3 @@ def test_no_color_is_honoured():
 def test_importing_is_light():
     check = "import sys, sparsecli.console; print(sorted({'rich', 'typer', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, check=True).stdout == b"[]\n"
-
-
-@pytest.mark.parametrize(
-    ("error", "reason", "full"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", True),
-        (Exception("No space left on device (os error 28)"), "No space left on device", True),
-        (OSError("1024 requested and 0 written"), "not all data could be written (disk full?)", False),
-        (
-            RuntimeError("[enforce fail at inline_container.cc:659]"),
-            "not all data could be written (disk full?)",
-            False,
-        ),
-        (FileExistsError(errno.EEXIST, "File exists", "a.txt"), "a.txt is a file, not a folder", False),
-        (ValueError("no space"), None, False),
-    ],
-)
-def test_why_a_file_was_not_written(error: Exception, reason: str | None, full: bool) -> None:
-    assert console.why_unwritten(error) == reason
-    assert console.unwritable(error) is full

@@ -307,24 +307,6 @@ def test_names_that_lead_nowhere(name: str, hub: str, tmp_path: Path) -> None:
     assert refused(name, tmp_path / "ours").startswith(f"{name}: no such file or folder")
 
 
-def test_what_looks_like_a_path_is_not_asked_of_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
-    Path("smollm2.gguf").touch()
-    for reference, hint in (
-        ("smolm2.gguf", " (did you mean smollm2.gguf?)"),
-        (f"{tmp_path}/none", ""),
-        ("./none", ""),
-        ("runs/quickstart-dense", "; sparsecli train quickstart-dense makes it"),
-        ("runs/quickstart-convert", "; sparsecli sparsify-convert quickstart-convert makes it"),
-    ):
-        with pytest.raises(Failure) as caught:
-            fetch(reference)
-        assert caught.value.message == f"{reference}: no such file or folder{hint}"
-
-
 def test_a_revision_that_there_is_not(hub: str, tmp_path: Path) -> None:
     with pytest.raises(Failure, match="someone/tiny"):
         importing.run(source="someone/tiny", output=tmp_path / "ours", revision="other")

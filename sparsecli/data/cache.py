@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsecli.console import Failure, why_unwritten
+from sparsecli.console import Failure
 
 
 def cache_folder(given: Path | None = None) -> Path:
@@ -53,3 +54,16 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
             raise Failure(f"{folder}: cannot be written: {reason}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def why_unwritten(error: Exception) -> str | None:
+    """The system's reason why a file could not be written or read; None for an error of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # safetensors and tokenizers raise Rust's messages, in exceptions without a common type.
+    if found := re.search(r"([^:]+) \(os error \d+\)", str(error)):
+        return found[1].strip()
+    # torch.save does not give the reason.
+    if isinstance(error, RuntimeError) and re.search("inline_container|iostream error", str(error)):
+        return "not all data could be written (disk full?)"
+    return None

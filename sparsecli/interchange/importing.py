@@ -121,7 +121,7 @@ def write_model(source: ForeignModel, output: Path, dtype: ImportType = "auto") 
             check_weights(folder, spec)
             _card(source).write(folder, output.name)
     except Failure as failure:
-        if failure.message.startswith((str(source.path), str(output))):
+        if failure.message.startswith(str(source.path)):
             raise
         raise Failure(f"{source.path}: {failure.message}") from failure
 

@@ -35,7 +35,6 @@ def run(
     Raises:
         Failure: no model, a damaged or a packed one, or the hub refuses it.
     """
-    _check_name(repository)
     folder = find_model(model)
     names = files_of(folder)
     size = sum((folder / name).stat().st_size for name in names) / 1e6
@@ -46,20 +45,6 @@ def run(
     console.say(f"uploading {len(names)} files ({size:,.1f} MB) to {repository}")
     url = _upload(folder, names, repository, private, revision, message or f"Upload {folder.absolute().name}")
     console.say(f"wrote {url}")
-
-
-def _check_name(repository: str) -> None:
-    """Raise Failure unless the hub can have a repository of this name."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-        if "/" in repository:
-            return
-    except HFValidationError:
-        pass
-    expected = "USER/NAME of letters, digits, and .-_ between them"
-    raise Failure(f"REPOSITORY: expected {expected}, got {repository!r}", exit_code=2)
 
 
 def files_of(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecli.console import Failure, unwritable
+from sparsecli.console import Failure
 from sparsecli.interchange.architectures import NO_TOKENS, ForeignArchitecture, architecture_of
 from sparsecli.interchange.hub import DESCRIPTIONS, GENERATION, fetch
 from sparsecli.interchange.safetensors_files import SafetensorsReader, StackedReader, TensorReader
@@ -108,8 +108,6 @@ class ForeignModel:
         except (Failure, MemoryError):
             raise
         except Exception as error:  # the libraries raise whatever their parsers do
-            if unwritable(error):
-                raise
             raise Failure(f"{self.path}: no tokenizer can be loaded: {last_line(error)}") from error
         if not (folder / TOKENIZER).is_file():
             raise Failure(f"{self.path}: the tokenizer has no `tokenizers` version ({TOKENIZER})")

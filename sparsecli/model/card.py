@@ -47,8 +47,9 @@ class Card:
             front["license"] = self.license
         if self.base_model:
             front["base_model"] = self.base_model
-        front["pipeline_tag"] = self.task or "text-generation"
-        command = "evaluate --model ." if self.task else 'generate --model . --prompt "..."'
+        if self.task:
+            front["pipeline_tag"] = self.task
+        command = f"evaluate --model {name}" if self.task else f'generate --model {name} --prompt "..."'
         lines = [
             "---",
             yaml.safe_dump(front, sort_keys=False).strip(),
@@ -58,7 +59,7 @@ class Card:
             self.summary,
             "",
         ]
-        lines += ["In this folder:", "", "```", f"sparsecli {command}", "```", ""]
+        lines += ["```", f"sparsecli {command}", "```", ""]
         lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in self.facts), ""]
         for title, text in self.sections:
             lines += [f"## {title}", "", text.strip(), ""]

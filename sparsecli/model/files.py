@@ -12,15 +12,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from glob import escape
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sparsecli.console import Failure, warn_once, why_unwritten
+from sparsecli.console import Failure, warn_once
 from sparsecli.model.tensors import Shape, tensor_shapes, vision_tensor_shapes
 from sparsecli.spec.model import ModelSpec
 from sparsecli.spec.vision import AnySpec, VisionSpec
@@ -50,7 +48,6 @@ BESIDE = ".partial"
 """End of the names of folders in which something is written before it takes its own name."""
 RECIPE = "recipe.yaml"
 """What a run was made with, beside its model folder."""
-MOST_NEIGHBOURS = 1000
 PACKED = "model.spk"
 """Weights in the layout of the native engine, in place of the safetensors files."""
 
@@ -111,19 +108,7 @@ def find_model(reference: str | None, output: Path | None = None) -> Path:
 def check_exists(reference: str) -> None:
     """Raise Failure if there is nothing at a path. Commands call it before imports that take seconds."""
     if not Path(reference).exists():
-        raise Failure(
-            f"{reference}: no such folder; expected a run directory or a model folder{did_you_mean(reference)}"
-        )
-
-
-def did_you_mean(reference: str) -> str:
-    """A question about a file or folder beside the missing `reference` whose name is nearly its; empty without one."""
-    path = Path(reference)
-    with suppress(OSError):
-        beside = [each.name for each in islice(path.parent.iterdir(), MOST_NEIGHBOURS)]
-        if near := get_close_matches(path.name, beside, n=1, cutoff=0.8):
-            return f" (did you mean {path.parent / near[0]}?)"
-    return ""
+        raise Failure(f"{reference}: no such folder; expected a run directory or a model folder")
 
 
 def recipe_of(folder: Path) -> Path | None:
@@ -277,37 +262,28 @@ def written_beside(output: Path, file: bool = False) -> Iterator[Path]:
     """An empty folder, or the place of a `file`, beside `output`, which takes its name at the end: all or nothing.
 
     Raises:
-        Failure: `output` cannot be written, or another process has written it meanwhile.
+        Failure: another process has written `output` meanwhile.
     """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.glob(f"{escape(output.name)}.*{BESIDE}"):  # by a process that was killed
-            with held(left) as free:
-                if free:
-                    shutil.rmtree(left, ignore_errors=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=f"{output.name}.", suffix=BESIDE, dir=output.parent) as beside,
-            held(Path(beside)),
-        ):
-            made = Path(beside) / output.name  # with the permissions of any other folder
-            if not file:
-                made.mkdir()
-            yield made
-            share(Path(beside) if file else made)
-            try:
-                made.rename(output)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                raise Failure(f"{output}: another process has written it meanwhile") from None
-    except Failure:
-        raise
-    except Exception as error:
-        reason, named = why_unwritten(error), getattr(error, "filename", None)
-        ours = str(named).startswith(f"{output}.") or Path(str(named)) in (output, *output.parents)
-        if reason is None or (named and not ours):
-            raise
-        raise Failure(f"{output}: cannot be written: {reason}") from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for left in output.parent.glob(f"{escape(output.name)}.*{BESIDE}"):  # by a process that was killed
+        with held(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f"{output.name}.", suffix=BESIDE, dir=output.parent) as beside,
+        held(Path(beside)),
+    ):
+        made = Path(beside) / output.name  # with the permissions of any other folder
+        if not file:
+            made.mkdir()
+        yield made
+        share(Path(beside) if file else made)
+        try:
+            made.rename(output)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise Failure(f"{output}: another process has written it meanwhile") from None
 
 
 def share(folder: Path) -> None:

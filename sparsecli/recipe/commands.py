@@ -35,7 +35,7 @@ def show(name: str) -> None:
 def copy(name: str, destination: Path | None) -> None:
     """Copy a recipe to a file or a folder, by default the working directory.
 
-    Raises Failure if the file exists or cannot be written; nothing is left behind.
+    Raises RecipeError if the file exists, and Failure if it cannot be written; nothing is left behind.
     """
     source = load(name).path
     target = destination or Path()
@@ -44,9 +44,7 @@ def copy(name: str, destination: Path | None) -> None:
     try:
         file = target.open("x", encoding="utf-8")  # "x" fails if the file exists
     except FileExistsError:
-        raise Failure(f"{target}: exists already; name another destination") from None
-    except FileNotFoundError:
-        raise Failure(f"{target}: there is no folder {target.parent}; create it first") from None
+        raise RecipeError(f"{target} exists; name another destination") from None
     try:
         with file:
             file.write(source.read_text(encoding="utf-8"))

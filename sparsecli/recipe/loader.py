@@ -163,12 +163,6 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def maker(name: str) -> str:
-    """The command that makes the run of a shipped recipe."""
-    makes = "sparsify-convert" if load(name).recipe.convert and not load(name).recipe.train else "train"
-    return f"sparsecli {makes} {name}"
-
-
 def _find(reference: str) -> Path:
     path = Path(reference)
     name = messages.found_as(reference)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from sparsecli.console import Failure, processes, warn, why_unwritten
+from sparsecli.console import Failure, processes, warn
+from sparsecli.data.cache import why_unwritten
 from sparsecli.model.files import RECIPE, held, parse_json, read_json
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.messages import found_as
