@@ -13,6 +13,7 @@ from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.files import (
     CONFIG,
     PACKED,
+    check_new,
     check_weights,
     find_model,
     read_description,
@@ -45,8 +46,7 @@ def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = F
     if output is None:
         named = source if source.name else source.absolute()
         output = named.with_name(f"{named.name}-{dtype}")
-    if output.exists():
-        raise Failure(f"{output}: already exists; choose another --output")
+    check_new(output)
     copied = [name for name in (CONFIG, REMOTE_CODE, *FILES) if (source / name).is_file()]
     if dry_run:
         console.print_table(

@@ -379,6 +379,16 @@ def test_prompt_that_is_missing_or_no_text(run, calls, tmp_path, monkeypatch, ca
             "error: /d/f: No space left on device\n",
         ),
         (PermissionError(errno.EACCES, "Permission denied"), 1, "error: Permission denied\n"),
+        (
+            OSError("1024 requested and 512 written"),
+            1,
+            "error: not all data could be written (disk full?)\n",
+        ),
+        (
+            Exception("I/O error: No space left on device (os error 28)"),
+            1,
+            "error: No space left on device\n",
+        ),
         (MemoryError(), 1, "error: not enough memory; use a smaller model, context or batch\n"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
@@ -562,8 +572,15 @@ def test_recipes(run, capsys, tmp_path):
     assert capsys.readouterr().out == shipped()["quickstart"].read_text()
     target = tmp_path / "mine.yaml"
     assert run("recipes", "cp", "quickstart", str(target)) == 0
-    assert run("recipes", "cp", "quickstart", str(target)) == 2
-    assert capsys.readouterr().err == f"wrote {target}\nerror: {target} exists; name another destination\n"
+    assert run("recipes", "cp", "quickstart", str(target)) == 1
+    taken = f"error: {target}: already exists; choose another DESTINATION\n"
+    assert capsys.readouterr().err == f"wrote {target}\n{taken}"
+    for place, reason in (
+        (tmp_path / "none" / "x.yaml", f"the folder {tmp_path / 'none'} does not exist"),
+        (target / "x.yaml", f"cannot be written: {target} is a file, not a folder"),
+    ):
+        assert run("recipes", "cp", "quickstart", str(place)) == 1
+        assert capsys.readouterr().err == f"error: {place}: {reason}\n"
     assert run("recipes", "check", str(target)) == 0
     assert "4,497,792" in capsys.readouterr().out
     assert run("recipes", "schema") == 0

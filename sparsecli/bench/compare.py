@@ -30,7 +30,7 @@ def read(path: Path) -> BenchResult:
             raise console.Failure(f"{path}: is larger than {LARGEST >> 20} MiB; is it a result of bench?")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
+        reason = console.system_reason(error) or "not a text file"
         raise console.Failure(f"{path}: cannot read the earlier result: {reason}") from error
     try:
         result = BenchResult.model_validate_json(text)

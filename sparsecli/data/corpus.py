@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
-from sparsecli.console import Failure, say
+from sparsecli.console import Failure, say, system_reason
 from sparsecli.recipe.data import HubCorpus, TextSpec
 from sparsecli.recipe.messages import found_as
 
@@ -246,7 +246,7 @@ def _text(path: Path) -> str:
     except Failure:
         raise
     except Exception as error:  # every compression has exceptions of its own
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = system_reason(error) or str(error) or type(error).__name__
         raise Failure(f"{path}: {reason}") from None
 
 

@@ -18,6 +18,7 @@ from sparsecli.interchange.safetensors_files import SafetensorsReader, check_fin
 from sparsecli.interchange.sources import read_architecture
 from sparsecli.model.files import (
     CONFIG,
+    check_new,
     check_weights,
     find_model,
     read_description,
@@ -45,8 +46,7 @@ def run(*, model: str, output: Path, format: Format = "huggingface") -> None:
             f"--output: expected the name of a file that ends with .gguf, got {output}", exit_code=2
         )
     folder = find_model(model)
-    if output.exists():
-        raise Failure(f"{output}: is there already; choose another --output")
+    check_new(output)
     (_export_gguf if format == "gguf" else _export_huggingface)(folder, output)
 
 

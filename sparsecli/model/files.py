@@ -18,7 +18,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from sparsecli.console import Failure, warn_once
+from sparsecli.console import Failure, system_reason, warn_once
 from sparsecli.model.tensors import Shape, tensor_shapes, vision_tensor_shapes
 from sparsecli.spec.model import ModelSpec
 from sparsecli.spec.vision import AnySpec, VisionSpec
@@ -255,13 +255,50 @@ def held(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
+def check_output(output: Path) -> None:
+    """Raise Failure unless a file can be written in `output`, or in the nearest folder above it that exists."""
+    place = output
+    while not os.path.lexists(place):
+        place = place.parent
+    if place.exists() and not place.is_dir():
+        raise Failure(f"{output}: cannot be written: {place} is a file, not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise Failure(f"{output}: cannot be written: {place}: {system_reason(error)}") from None
+
+
+def check_new(output: Path, argument: str = "--output") -> None:
+    """Raise Failure if `output`, which `argument` names, is there already or cannot be written."""
+    if os.path.lexists(output):
+        raise Failure(f"{output}: already exists; choose another {argument}")
+    check_output(output)
+
+
 @contextmanager
 def written_beside(output: Path, file: bool = False) -> Iterator[Path]:
     """An empty folder, or the place of a `file`, beside `output`, which takes its name at the end: all or nothing.
 
     Raises:
-        Failure: another process has written `output` meanwhile.
+        Failure: it cannot be written (by any library), or another process has written `output` meanwhile.
     """
+    check_output(output)
+    try:
+        with _written_beside(output, file) as beside:
+            yield beside
+    except Failure:
+        raise
+    except Exception as error:
+        reason = system_reason(error)
+        named = getattr(error, "filename", None) is not None
+        if reason is None or (named and BESIDE not in str(error)):  # another file could not be read
+            raise
+        raise Failure(f"{output}: cannot be written: {reason}") from error
+
+
+@contextmanager
+def _written_beside(output: Path, file: bool) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     for left in output.parent.glob(f"{escape(output.name)}.*{BESIDE}"):  # by a process that was killed
         with held(left) as free:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecli import console
 from sparsecli.console import Failure, RecipeError
+from sparsecli.model.files import check_new
 from sparsecli.recipe.budget import parse_share
 from sparsecli.recipe.loader import load, shipped
 from sparsecli.recipe.schema import Recipe, StudySpec
@@ -35,22 +36,22 @@ def show(name: str) -> None:
 def copy(name: str, destination: Path | None) -> None:
     """Copy a recipe to a file or a folder, by default the working directory.
 
-    Raises RecipeError if the file exists, and Failure if it cannot be written; nothing is left behind.
+    Raises Failure if the file exists or cannot be written; nothing is left behind.
     """
     source = load(name).path
     target = destination or Path()
     if target.is_dir():
         target = target / source.name
-    try:
-        file = target.open("x", encoding="utf-8")  # "x" fails if the file exists
-    except FileExistsError:
-        raise RecipeError(f"{target} exists; name another destination") from None
+    check_new(target, "DESTINATION")
+    if not target.parent.exists():
+        raise Failure(f"{target}: the folder {target.parent} does not exist")
+    file = target.open("x", encoding="utf-8")
     try:
         with file:
             file.write(source.read_text(encoding="utf-8"))
     except OSError as error:  # a full disk
         target.unlink()
-        raise Failure(f"{target}: cannot be written: {error.strerror}") from error
+        raise Failure(f"{target}: cannot be written: {console.system_reason(error)}") from error
     console.say(f"wrote {target}")
 
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import yaml
 from pydantic import ValidationError
 
-from sparsecli.console import RecipeError
+from sparsecli.console import RecipeError, system_reason
 from sparsecli.recipe import document, messages
 from sparsecli.recipe.document import Document, Place, Problem, read_document, spell
 from sparsecli.recipe.schema import GenerateSpec, Recipe
@@ -199,7 +199,7 @@ def _read(path: Path) -> str:
 
 
 def _reason(error: OSError | ValueError) -> str:
-    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).lower()
+    return (system_reason(error) or str(error)).lower()
 
 
 def _apply(read: Document, override: str, number: int) -> None:

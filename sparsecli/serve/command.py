@@ -137,6 +137,6 @@ def _bind(host: str, port: int) -> socket.socket:
         door.bind(address)
         door.listen()  # clients can connect, and wait until the model is loaded
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = console.system_reason(error) or str(error)
         raise Failure(f"--host {host} --port {port}: {reason.lower()}; choose another address") from None
     return door

@@ -15,7 +15,7 @@ from sparsecli.console import Failure, say
 from sparsecli.data.examples import Prepared
 from sparsecli.data.images import prepare_images
 from sparsecli.data.preparation import prepare_with_tuning
-from sparsecli.model.files import RECIPE
+from sparsecli.model.files import RECIPE, check_output
 from sparsecli.recipe.data import ImagesSpec
 from sparsecli.recipe.loader import LoadedRecipe, dump, load
 from sparsecli.spec.vision import VisionSpec
@@ -103,12 +103,12 @@ def _prepared(plan: Plan) -> Prepared:
 def _claim(output: Path) -> None:
     """Raise Failure if `output` cannot be written or holds something other than a study."""
     if not output.is_dir() or not any(output.iterdir()):
-        run_directory.probe(output)
+        check_output(output)
         return
     stored = output / RECIPE
     if not stored.exists() or load(str(stored)).recipe.study is None:
         raise Failure(f"{output}: is not empty and holds no study; choose another --output")
-    run_directory.probe(output)
+    check_output(output)
 
 
 def _measured(plan: Plan, trained: Sequence[Trained]) -> BenchResult | None:
