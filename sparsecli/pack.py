@@ -12,6 +12,7 @@ from sparsecli.decode.packed.folder import pack_folder
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.files import (
     CONFIG,
+    MODEL_TYPE,
     PACKED,
     check_new,
     check_weights,
@@ -29,7 +30,7 @@ def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = F
     Raises:
         Failure: there is no model, it is damaged or has an encoder, or the output exists or cannot be written.
     """
-    source = find_model(model)
+    source = find_model(model, types=(MODEL_TYPE,))
     spec = read_description(source).spec
     if spec.encoder:
         raise Failure(

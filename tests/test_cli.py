@@ -86,7 +86,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(sys.modules[function.__module__], function.__name__, run)
 
     @contextmanager
-    def opened(reference, output=None, keep=True):
+    def opened(reference, output=None, keep=True, types=None):
         try:
             folder = find_model(reference, output)
         except console.Failure:

@@ -465,7 +465,7 @@ def test_finding_a_model(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Failure, match="no finished run under runs/"):
         find_model(None)
-    with pytest.raises(Failure, match="no such folder"):
+    with pytest.raises(Failure, match="no such file or folder"):
         find_model("runs/absent")
     (tmp_path / "runs" / "started").mkdir(parents=True)
     with pytest.raises(Failure, match="holds no model"):

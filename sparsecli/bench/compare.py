@@ -18,6 +18,8 @@ LARGEST = 64 << 20
 """Largest size in bytes of an earlier result; a sample takes some twenty bytes."""
 MOST_SAMPLES = 2**17
 RESAMPLES = 2000
+SHOWN = 3
+"""Rows of each side that a message names."""
 AT_ONCE = 2**22
 """Most samples of a row. It bounds the memory of the bootstrap; usual results have far fewer."""
 INTERVAL = (2.5, 97.5)  # percentiles of the resampled ratios
@@ -76,7 +78,13 @@ def _difference(cases: Sequence[Case], before: BenchResult) -> str:
             if row.key[:3] == case.key[:3]:
                 theirs, ours = row.key.sizes, case.key.sizes
                 return f"the same sizes as this bench: {row.variant} was measured at {theirs}, now at {ours}"
-    return "the same variant, backend and dtype as this bench"
+    there, here = (
+        ", ".join(list(dict.fromkeys(" ".join(key[:3]) for key in keys))[:SHOWN])
+        for keys in ([row.key for row in before.rows], [case.key for case in cases])
+    )
+    return (
+        f"the same variant, backend and dtype as this bench: it has {there or 'none'}; this bench has {here}"
+    )
 
 
 def compare(now: BenchResult, before: BenchResult, threshold: float) -> list[Change]:

@@ -26,6 +26,7 @@ from sparsecli.model.files import (
     weight_files,
     written_beside,
 )
+from sparsecli.model.tokenizer import GGUF_METADATA
 from sparsecli.spec.model import ModelSpec
 
 Format = Literal["huggingface", "gguf"]
@@ -80,7 +81,7 @@ def _export_huggingface(folder: Path, output: Path) -> None:
         config["dtype"] = fields.get("dtype", "float32")
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in DESCRIPTIONS[1:]:
-            if (folder / name).is_file():
+            if name != GGUF_METADATA and (folder / name).is_file():
                 shutil.copyfile(folder / name, beside / name)
         write_shards(
             beside,

@@ -118,7 +118,7 @@ def write_model(source: ForeignModel, output: Path, dtype: ImportType = "auto") 
                 description="importing tensors",
             )
             check_weights(folder, spec)
-            _card(source).write(folder, output.name)
+            _card(source).write(folder, output)
     except Failure as failure:
         if failure.message.startswith(str(source.path)):
             raise

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparsecli import console
 from sparsecli.console import Failure
-from sparsecli.interchange.hub import DESCRIPTIONS
+from sparsecli.interchange.hub import DESCRIPTIONS, check_repository, hub_reason
 from sparsecli.model.card import CARD
 from sparsecli.model.files import (
     INDEX,
@@ -35,6 +35,7 @@ def run(
     Raises:
         Failure: no model, a damaged or a packed one, or the hub refuses it.
     """
+    check_repository(repository)
     folder = find_model(model)
     names = files_of(folder)
     size = sum((folder / name).stat().st_size for name in names) / 1e6
@@ -99,8 +100,6 @@ def _upload(
                 f"{repository}: there is no such {what} on the hub, or you may not see it"
             ) from error
         raise Failure(f"{repository}: the hub answers {status}: {last_line(error)}") from error
-    except (
-        Exception
-    ) as error:  # of the name, of the connection, or of the upload: the client has no common type
-        raise Failure(f"{repository}: cannot be uploaded: {last_line(error)}") from error
+    except Exception as error:  # of the connection, or of the upload: the client has no common type
+        raise Failure(f"{repository}: cannot be uploaded: {hub_reason(error)}") from error
     return str(url)

@@ -9,11 +9,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ KEEP_AFTER = 2.0
 """Seconds of work from which on its result is kept for the next start."""
 BESIDE = ".partial"
 """End of the names of folders in which something is written before it takes its own name."""
+MODEL_SUFFIXES = (".gguf", ".spk", ".safetensors")
 RECIPE = "recipe.yaml"
 """What a run was made with, beside its model folder."""
 PACKED = "model.spk"
@@ -72,10 +75,13 @@ def model_type(spec: ModelSpec) -> str:
     return TERRAFORMER_TYPE if spec.encoder.read_by.kind == "prefix" else ENCODER_DECODER_TYPE
 
 
-def find_model(reference: str | None, output: Path | None = None) -> Path:
+def find_model(
+    reference: str | None, output: Path | None = None, types: Collection[str] | None = None
+) -> Path:
     """The model folder that `reference` (a run, a model folder, or the packed weights in one) names.
 
-    Without a reference: the model of the run at `output`, else of the newest finished run under `runs/`.
+    Without a reference: the model of the run at `output`, else of the newest finished run under `runs/` whose model
+    is of one of `types` (None: of any).
 
     Raises:
         Failure: there is none; the message says what to do.
@@ -102,13 +108,38 @@ def find_model(reference: str | None, output: Path | None = None) -> Path:
         raise Failure(
             "no finished run under runs/; train one (sparsecli train quickstart) or pass --model DIR"
         )
-    return max(finished, key=lambda folder: (folder / CONFIG).stat().st_mtime)
+    newest_first = sorted(finished, key=lambda folder: (folder / CONFIG).stat().st_mtime, reverse=True)
+    for folder in newest_first:
+        if types is None or read_json(folder / CONFIG).get("model_type") in types:
+            return folder
+    raise Failure(
+        f"no finished run under runs/ has a model of the kind that this command takes ({', '.join(types or ())}); "
+        "pass --model DIR"
+    )
 
 
 def check_exists(reference: str) -> None:
     """Raise Failure if there is nothing at a path. Commands call it before imports that take seconds."""
     if not Path(reference).exists():
-        raise Failure(f"{reference}: no such folder; expected a run directory or a model folder")
+        raise Failure(f"{reference}: no such file or folder{how_to_have(reference)}")
+
+
+def how_to_have(reference: str) -> str:
+    """The end of a message about a model that is not there: what makes it, or what is called nearly so."""
+    path = Path(reference)
+    run = path.parent if path.name == "model" else path
+    recipe = Path(__file__).parents[1] / "recipes" / f"{run.name}.yaml"
+    if run.parent.name == RUNS.name and recipe.is_file():
+        converts = re.search("^convert:", recipe.read_text(encoding="utf-8"), re.MULTILINE)
+        return f"; sparsecli {'sparsify-convert' if converts else 'train'} {run.name} makes it"
+    try:
+        beside = [
+            each.name for each in path.parent.iterdir() if each.is_dir() or each.suffix in MODEL_SUFFIXES
+        ]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, beside, n=1)
+    return f"; did you mean {path.with_name(near[0])}?" if near else ""
 
 
 def recipe_of(folder: Path) -> Path | None:

@@ -22,10 +22,18 @@ if TYPE_CHECKING:
     from sparsecli.model.sizes import Sizes
 
 
-def list_shipped() -> None:
+def list_shipped(json: bool = False) -> None:
     """Write names and descriptions to stdout."""
-    rows = [(name, load(name).recipe.description) for name in shipped()]
-    console.print_table(["recipe", "description"], rows)
+    _show(["recipe", "description"], [(name, load(name).recipe.description) for name in shipped()], json)
+
+
+def _show(columns: Sequence[str], rows: Sequence[Sequence[object]], json: bool) -> None:
+    """A table, or a list of objects with its columns as keys."""
+    if json:
+        keys = [column.replace(" ", "_") for column in columns]
+        console.json_out([dict(zip(keys, row, strict=True)) for row in rows])
+    else:
+        console.print_table(columns, rows)
 
 
 def show(name: str) -> None:
@@ -55,10 +63,10 @@ def copy(name: str, destination: Path | None) -> None:
     console.say(f"wrote {target}")
 
 
-def check(references: Sequence[str]) -> None:
+def check(references: Sequence[str], json: bool = False) -> None:
     """Validate recipes and print their sizes. Raises RecipeError with the problems of all of them."""
     failures: list[str] = []
-    rows: list[tuple[str, str, str, str]] = []
+    rows: list[tuple[str, str, int | None, int | None]] = []
     for reference in references:
         try:
             loaded = load(reference)
@@ -68,11 +76,13 @@ def check(references: Sequence[str]) -> None:
             continue
         if not found:
             train = loaded.recipe.train
-            rows.append((loaded.name, "that of train.init_from" if train and train.init_from else "", "", ""))
+            rows.append(
+                (loaded.name, "that of train.init_from" if train and train.init_from else "", None, None)
+            )
             continue
         from sparsecli.model.sizes import TOLERANCE, disagreement  # torch: not for a recipe with errors
 
-        rows += [(loaded.name, label, f"{size.total:,}", f"{size.active:,}") for label, size in found]
+        rows += [(loaded.name, label, size.total, size.active) for label, size in found]
         share = disagreement([size for _, size in found])
         bench, study = loaded.recipe.bench, loaded.recipe.study
         if study:
@@ -86,7 +96,15 @@ def check(references: Sequence[str]) -> None:
                 f"expected at most {100 * TOLERANCE:.0f} %; change d_ff"
             )
     if rows:
-        console.print_table(["recipe", "variant", "parameters", "read per token"], rows)
+        shown = (
+            rows
+            if json
+            else [
+                [f"{cell:,}" if isinstance(cell, int) else "" if cell is None else cell for cell in row]
+                for row in rows
+            ]
+        )
+        _show(["recipe", "variant", "parameters", "read per token"], shown, json)
     if failures:
         raise RecipeError("\n".join(failures))
 

@@ -95,9 +95,9 @@ def parse(
     return recipe
 
 
-def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that loads to the same recipe, with all defaults."""
-    values = recipe.model_dump(mode="json", exclude_none=True)
+def dump(recipe: Recipe, without: Collection[str] = ()) -> str:
+    """The recipe as YAML that loads to the same recipe, with all defaults; or `without` some of its blocks."""
+    values = recipe.model_dump(mode="json", exclude_none=True, exclude=set(without))
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 

@@ -15,7 +15,7 @@ from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.native_decoder import open_engine
 from sparsecli.generate.packed_weights import weight_type
 from sparsecli.interchange.model_folder import model_folder
-from sparsecli.model.files import read_description
+from sparsecli.model.files import MODEL_TYPE, read_description
 from sparsecli.model.tokenizer import read_tokenizer
 
 DEFAULT_CONTEXT = 4096
@@ -69,7 +69,10 @@ def run(
         raise Failure(
             f"{error.name} is not installed; pip install 'sparsecli[serve]' installs what serve needs"
         ) from None
-    with model_folder(model, keep=decoder.keep) as folder, closing(_bind(host, port)) as door:
+    with (
+        model_folder(model, keep=decoder.keep, types=(MODEL_TYPE,)) as folder,
+        closing(_bind(host, port)) as door,
+    ):
         description = read_description(folder)
         if description.spec.encoder:
             raise Failure(f"{folder}: has an encoder; serve continues texts with decoder-only models")

@@ -278,7 +278,7 @@ def _train(
     lead = samples.lead() if samples and judge_of(recipe) == "rouge" else None
     result = Result.of(row, recipe.train.max_steps, journal.tokens_per_second, lead)
     run_directory.write_facts(output, {**facts, "finished": _now(), "result": asdict(result)})
-    card_of(result, recipe).write(output / "model", output.name)
+    card_of(result, recipe).write(output / "model", output / "model")
     return result
 
 
