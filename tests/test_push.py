@@ -18,6 +18,7 @@ import yaml
 
 from sparsecli import cli
 from sparsecli.console import Failure
+from sparsecli.interchange.hub import check_repository
 from sparsecli.interchange.pushing import run
 from sparsecli.model.card import CARD
 from sparsecli.model.loading import load_network
@@ -161,7 +162,7 @@ def test_what_the_hub_refuses_is_one_line(
         run(model=model, repository="someone/tiny", revision="other")
     for name in ("smol", "me/smol model", "a/b/c", "me/a--b"):
         with pytest.raises(Failure, match=r"^NAME: expected USER/NAME of .*, got ") as caught:
-            run(model=model, repository=name, dry_run=True)
+            check_repository(name)
         assert caught.value.exit_code == 2
     monkeypatch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(Failure, match=r"^someone/tiny: the hub does not let you write there; log in with"):

@@ -42,10 +42,6 @@ def run(*, model: str, output: Path, format: Format = "huggingface") -> None:
         Failure: no model or a damaged one, one that the format cannot express, or an output that is there already or
             cannot be written.
     """
-    if format == "gguf" and output.suffix != ".gguf":
-        raise Failure(
-            f"--output: expected the name of a file that ends with .gguf, got {output}", exit_code=2
-        )
     folder = find_model(model)
     check_new(output)
     (_export_gguf if format == "gguf" else _export_huggingface)(folder, output)

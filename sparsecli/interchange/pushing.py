@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparsecli import console
 from sparsecli.console import Failure
-from sparsecli.interchange.hub import DESCRIPTIONS, check_repository, hub_reason
+from sparsecli.interchange.hub import DESCRIPTIONS, hub_reason
 from sparsecli.model.card import CARD
 from sparsecli.model.files import (
     INDEX,
@@ -35,7 +35,6 @@ def run(
     Raises:
         Failure: no model, a damaged or a packed one, or the hub refuses it.
     """
-    check_repository(repository)
     folder = find_model(model)
     names = files_of(folder)
     size = sum((folder / name).stat().st_size for name in names) / 1e6

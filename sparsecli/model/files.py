@@ -133,13 +133,19 @@ def how_to_have(reference: str) -> str:
         converts = re.search("^convert:", recipe.read_text(encoding="utf-8"), re.MULTILINE)
         return f"; sparsecli {'sparsify-convert' if converts else 'train'} {run.name} makes it"
     try:
-        beside = [
-            each.name for each in path.parent.iterdir() if each.is_dir() or each.suffix in MODEL_SUFFIXES
-        ]
+        beside = {
+            _stem(each): each
+            for each in path.parent.iterdir()
+            if each.is_dir() or each.suffix in MODEL_SUFFIXES
+        }
     except OSError:
         return ""
-    near = get_close_matches(path.name, beside, n=1)
-    return f"; did you mean {path.with_name(near[0])}?" if near else ""
+    near = get_close_matches(_stem(path), beside, n=1)
+    return f"; did you mean {beside[near[0]]}?" if near else ""
+
+
+def _stem(path: Path) -> str:
+    return path.stem if path.suffix in MODEL_SUFFIXES else path.name
 
 
 def recipe_of(folder: Path) -> Path | None:

@@ -32,6 +32,12 @@ def check_writable(path: Path, option: str) -> None:
         raise Failure(f"{path}: cannot be written; choose another {option}")
 
 
+def check_readable(path: Path, option: str) -> None:
+    """Raise `Failure` unless there is a file at `path`, which `option` names."""
+    if not path.is_file():
+        raise Failure(f"{option}: {path} is {'a folder' if path.is_dir() else 'not there'}; expected a file")
+
+
 def check_reports(html: Path | None, plot: Path | None) -> None:
     """Raise `Failure` unless the page (`--html`) and the figure (`--plot`) can be written."""
     if html:

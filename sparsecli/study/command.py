@@ -25,7 +25,7 @@ from sparsecli.study.quantizing import engine_type
 from sparsecli.study.result import StudyResult, make_result
 from sparsecli.study.training import HINT, StudyTrainer, Trained
 from sparsecli.train import run_directory
-from sparsecli.train.command import check_resume, check_vocabulary_size
+from sparsecli.train.command import check_vocabulary_size
 from sparsecli.train.plan import check_reporters
 
 BENCH = "bench.json"
@@ -52,7 +52,6 @@ def run(
         Failure: `output` holds something else or cannot be written, or something cannot be trained or measured.
         Stopped: after SIGTERM or SIGINT, with a checkpoint.
     """
-    check_resume(resume)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise Failure("a study trains in one process; leave out torchrun", exit_code=2)
     plan = make_plan(loaded, output)
