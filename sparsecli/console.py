@@ -75,6 +75,23 @@ class Stopped(Failure):
     exit_code = 75
 
 
+def system_reason(error: BaseException) -> str | None:
+    """Why a file could not be read or written, in the system's words where it has some.
+
+    None for an error of another kind; never for an OSError.
+    """
+    text = str(error)
+    # safetensors and tokenizers raise Rust's messages, in exceptions without a common type.
+    if found := re.search(r"([^:]+) \(os error \d+\)", text):
+        return found[1].strip()
+    # NumPy's arrays and torch.save do not give the reason.
+    if re.search(r"inline_container|iostream error|requested and \d+ written", text):
+        return "not all data could be written (disk full?)"
+    if isinstance(error, OSError):
+        return error.strerror or text or type(error).__name__
+    return None
+
+
 @cache
 def _stdout() -> Console:
     from rich.console import Console

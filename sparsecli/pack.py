@@ -12,7 +12,9 @@ from sparsecli.decode.packed.folder import pack_folder
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.model.files import (
     CONFIG,
+    MODEL_TYPE,
     PACKED,
+    check_new,
     check_weights,
     find_model,
     read_description,
@@ -28,7 +30,7 @@ def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = F
     Raises:
         Failure: there is no model, it is damaged or has an encoder, or the output exists or cannot be written.
     """
-    source = find_model(model)
+    source = find_model(model, types=(MODEL_TYPE,))
     spec = read_description(source).spec
     if spec.encoder:
         raise Failure(
@@ -45,8 +47,7 @@ def run(*, model: str | None, output: Path | None, dtype: str, dry_run: bool = F
     if output is None:
         named = source if source.name else source.absolute()
         output = named.with_name(f"{named.name}-{dtype}")
-    if output.exists():
-        raise Failure(f"{output}: already exists; choose another --output")
+    check_new(output)
     copied = [name for name in (CONFIG, REMOTE_CODE, *FILES) if (source / name).is_file()]
     if dry_run:
         console.print_table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(sys.modules[function.__module__], function.__name__, run)
 
     @contextmanager
-    def opened(reference, output=None, keep=True):
+    def opened(reference, output=None, keep=True, types=None):
         try:
             folder = find_model(reference, output)
         except console.Failure:
@@ -131,7 +132,8 @@ def test_convert(run, calls):
 
 
 def test_bench(run, calls):
-    assert run("bench", "--dense", "--sparse", "--dtype", "float32", "--fail-above", "5%") == 0
+    against = ["--against", str(shipped()["quickstart"])]
+    assert run("bench", "--dense", "--sparse", "--dtype", "float32", "--fail-above", "5%", *against) == 0
     assert calls.first.name == "bench-800m"
     options = calls.options
     assert (options["dense"], options["sparse"], options["mixture"]) == (True, True, False)
@@ -139,7 +141,7 @@ def test_bench(run, calls):
     assert (options["format"], options["runs"]) == ("table", [])
     bench = calls.first.recipe.bench
     assert (bench.dtypes, bench.threads, bench.profile) == (["float32"], None, False)
-    assert run("bench", "bench-17b", "--fail-above", "0.1", "--model", "a", "--model", "b") == 0
+    assert run("bench", "bench-17b", "--fail-above", "0.1", *against, "--model", "a", "--model", "b") == 0
     assert calls.first.name == "bench-17b"
     assert (calls.options["fail_above"], calls.options["runs"]) == (0.1, ["a", "b"])
 
@@ -264,7 +266,9 @@ def test_generate_hands_on_what_drafts(run, calls):
     assert calls.options["draft"] is None
 
 
-def test_evaluate(run, calls, capsys):
+def test_evaluate(run, calls, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("b.txt").write_text("text")
     assert (
         run("evaluate", "--model", "a", "--text", "b.txt", "--against", "c", "--against-dtype", "int8") == 0
     )
@@ -379,6 +383,16 @@ def test_prompt_that_is_missing_or_no_text(run, calls, tmp_path, monkeypatch, ca
             "error: /d/f: No space left on device\n",
         ),
         (PermissionError(errno.EACCES, "Permission denied"), 1, "error: Permission denied\n"),
+        (
+            OSError("1024 requested and 512 written"),
+            1,
+            "error: not all data could be written (disk full?)\n",
+        ),
+        (
+            Exception("I/O error: No space left on device (os error 28)"),
+            1,
+            "error: No space left on device\n",
+        ),
         (MemoryError(), 1, "error: not enough memory; use a smaller model, context or batch\n"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
@@ -432,6 +446,58 @@ def test_usage_errors(arguments, run, calls, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["bench", "--fail-above", "5%"], 2, "--fail-above needs --against FILE, an earlier result in JSON"),
+        (
+            ["bench", "--plot", "x.bmp"],
+            2,
+            "--plot: expected a file that ends with one of .png, .svg, .pdf, got x.bmp",
+        ),
+        (["bench", "--output", "no/x.json"], 1, "no/x.json: the folder no does not exist"),
+        (["bench", "--against", "x.json"], 1, "--against: x.json is not there; expected a file"),
+        (["bench", "--from", "x.json"], 1, "--from: x.json is not there; expected a file"),
+        (
+            ["export", "m", "--format", "gguf", "--output", "x"],
+            2,
+            "--output: expected the name of a file that ends with .gguf, got x",
+        ),
+        (
+            ["push", "m", "smol"],
+            2,
+            "NAME: expected USER/NAME of letters, digits, '-', '_' and '.', got 'smol'",
+        ),
+        (["generate", "--model", "x.gguf", "--prompt", "x"], 1, "x.gguf: no such file or folder"),
+        (
+            ["generate", "--model", "smolm2.gguf", "--prompt", "x"],
+            1,
+            "smolm2.gguf: no such file or folder; did you mean smollm2.gguf?",
+        ),
+        (
+            ["pack", "runs/quickstart-dense"],
+            1,
+            "runs/quickstart-dense: no such file or folder; sparsecli train quickstart-dense makes it",
+        ),
+        (
+            ["sparsify-convert", "quickstart-convert", "--model", "runs/quickstart-convert/model"],
+            1,
+            "runs/quickstart-convert/model: no such file or folder; "
+            "sparsecli sparsify-convert quickstart-convert makes it",
+        ),
+    ],
+)
+def test_what_needs_no_heavy_import_is_refused_first(arguments, code, line, tmp_path):
+    (tmp_path / "smollm2.gguf").touch()
+    heavy = (
+        "import sys; from sparsecli.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", heavy, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (ended.stderr, ended.returncode) == (f"error: {line}\n", code)
+
+
+@pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["generate", "--threads", "0"], "--threads: expected a whole number of at least 1, got 0"),
@@ -476,6 +542,7 @@ def test_usage_errors(arguments, run, calls, capsys):
             "--peer: bench.peers[0]: expected one of llama.cpp, openvino, ctranslate2, torch.compile, got 'gpt'",
         ),
         (["generate", "--top-k"], "--top-k: expected a value"),
+        (["train", "quickstart", "--resume", "yes"], "--resume: expected one of auto, got 'yes'"),
     ],
 )
 def test_the_command_line_is_refused_in_one_style(arguments, line, run, calls, capsys):
@@ -558,12 +625,21 @@ def test_loading_a_recipe_needs_no_torch():
 def test_recipes(run, capsys, tmp_path):
     assert run("recipes", "ls") == 0
     assert "quickstart-convert" in capsys.readouterr().out
+    assert run("recipes", "ls", "--json") == 0
+    assert [each["recipe"] for each in json.loads(capsys.readouterr().out)] == list(shipped())
     assert run("recipes", "show", "quickstart") == 0
     assert capsys.readouterr().out == shipped()["quickstart"].read_text()
     target = tmp_path / "mine.yaml"
     assert run("recipes", "cp", "quickstart", str(target)) == 0
-    assert run("recipes", "cp", "quickstart", str(target)) == 2
-    assert capsys.readouterr().err == f"wrote {target}\nerror: {target} exists; name another destination\n"
+    assert run("recipes", "cp", "quickstart", str(target)) == 1
+    taken = f"error: {target}: already exists; choose another DESTINATION\n"
+    assert capsys.readouterr().err == f"wrote {target}\n{taken}"
+    for place, reason in (
+        (tmp_path / "none" / "x.yaml", f"the folder {tmp_path / 'none'} does not exist"),
+        (target / "x.yaml", f"cannot be written: {target} is a file, not a folder"),
+    ):
+        assert run("recipes", "cp", "quickstart", str(place)) == 1
+        assert capsys.readouterr().err == f"error: {place}: {reason}\n"
     assert run("recipes", "check", str(target)) == 0
     assert "4,497,792" in capsys.readouterr().out
     assert run("recipes", "schema") == 0

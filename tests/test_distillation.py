@@ -668,8 +668,8 @@ def test_a_teacher_of_another_vocabulary(place: Place, tmp_path: Path) -> None:
     [
         ("train.distillation.start_units_per_block=9", "start_units_per_block: 9 is more than the model's units"),
         ("train.distillation.teacher=WIDE", r"hidden_weight: the teacher is 32 wide, the model 16; set it to 0"),
-        ("train.distillation.teacher=nowhere", "nowhere: no such folder"),
-        ("train.init_from=nowhere", "nowhere: no such folder"),
+        ("train.distillation.teacher=nowhere", "nowhere: no such file or folder"),
+        ("train.init_from=nowhere", "nowhere: no such file or folder"),
         ("data.sequence_length=33", r"upcycle\.yaml: data\.sequence_length: 33 is longer than model\.max_positions 32"),
     ],
 )  # fmt: skip

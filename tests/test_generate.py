@@ -31,7 +31,7 @@ from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.prompt import encode_input, encode_prompt
 from sparsecli.generate.text import StopFilter, generate_text
 from sparsecli.model import ScalingTransformerConfig, ScalingTransformerForCausalLM
-from sparsecli.model.files import check_weights, find_model, read_description
+from sparsecli.model.files import MODEL_TYPES, check_weights, find_model, read_description
 from sparsecli.model.loading import load_model
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.data import FilesCorpus
@@ -465,7 +465,7 @@ def test_finding_a_model(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Failure, match="no finished run under runs/"):
         find_model(None)
-    with pytest.raises(Failure, match="no such folder"):
+    with pytest.raises(Failure, match="no such file or folder"):
         find_model("runs/absent")
     (tmp_path / "runs" / "started").mkdir(parents=True)
     with pytest.raises(Failure, match="holds no model"):
@@ -475,6 +475,13 @@ def test_finding_a_model(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         shutil.copytree(copy, place)
         os.utime(place / "config.json", (1e9 - age, 1e9 - age))
     assert find_model(None) == Path("runs/new/model")
+    newest, older = Path("runs/new/model/config.json"), Path("runs/old/model/config.json")
+    newest.write_text('{"model_type": "scaling_transformer_vision"}')
+    older.write_text('{"model_type": "scaling_transformer"}')
+    os.utime(older, (1, 1))
+    assert find_model(None, types=MODEL_TYPES) == Path("runs/old/model")
+    with pytest.raises(Failure, match=r"^no finished run under runs/ .* \(terraformer\); pass --model DIR$"):
+        find_model(None, types=("terraformer",))
     assert find_model("runs/old") == Path("runs/old/model")
     assert find_model("runs/old/model") == Path("runs/old/model")
     assert find_model(None, output=Path("runs/old")) == Path("runs/old/model")

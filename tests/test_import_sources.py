@@ -13,6 +13,7 @@ import torch
 from foreign_models import LLAMA, MODELS, build, prompt, save
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from small_runs import files_up_to
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsecli.console import Failure
@@ -20,7 +21,15 @@ from sparsecli.generate.prompt import encode_chat, encode_prompt
 from sparsecli.interchange import exporting, importing
 from sparsecli.interchange.hub import fetch
 from sparsecli.interchange.sources import ForeignModel, open_source
-from sparsecli.model.files import CONFIG, INDEX, WEIGHTS, find_model, read_description, weight_files
+from sparsecli.model.files import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    find_model,
+    read_description,
+    weight_files,
+    written_beside,
+)
 from sparsecli.model.loading import load_model, load_network, read_config
 from sparsecli.model.tokenizer import read_tokenizer
 
@@ -304,7 +313,9 @@ def test_a_name_on_the_hub(hub: str, llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["someone/other", "gpt2", "someone/../other/x", "no-such-folder/a/b"])
 def test_names_that_lead_nowhere(name: str, hub: str, tmp_path: Path) -> None:
-    assert refused(name, tmp_path / "ours").startswith(f"{name}: no such file or folder")
+    shown = refused(name, tmp_path / "ours")
+    on_hub = "; the hub cannot be reached: offline mode is on (HF_HUB_OFFLINE)"
+    assert shown == f"{name}: no such file or folder{on_hub if name in ('someone/other', 'gpt2') else ''}"
 
 
 def test_a_revision_that_there_is_not(hub: str, tmp_path: Path) -> None:
@@ -321,7 +332,7 @@ def test_not_a_gguf_file(tmp_path: Path) -> None:
 
 def test_a_model_of_ours_and_an_output_that_is_taken(ours: Path, llama: Path, tmp_path: Path) -> None:
     assert "is a model of ours already" in refused(ours, tmp_path / "again")
-    assert "is there already" in refused(llama, ours)
+    assert "already exists; choose another --output" in refused(llama, ours)
     opened = open_source(str(llama))
     (tmp_path / "taken").mkdir()
     with pytest.raises(Failure, match="not an import of"):
@@ -387,5 +398,30 @@ def test_what_cannot_go_back(fields: dict, message: str, ours: Path, tmp_path: P
 
 
 def test_export_overwrites_nothing(ours: Path) -> None:
-    with pytest.raises(Failure, match="is there already"):
+    with pytest.raises(Failure, match="already exists; choose another --output"):
         exporting.run(model=str(ours), output=ours)
+
+
+@pytest.mark.parametrize("size", [100, 3_000, 20_000])
+def test_a_full_disk_is_one_line_that_names_the_output(size: int, llama: Path, ours: Path) -> None:
+    """Whichever file does not fit: the configuration, the tokenizer, the weights."""
+    output = ours.with_name("full")
+    reason = rf"{output}: cannot be written: (File too large|not all data could be written \(disk full\?\))$"
+    with files_up_to(size), pytest.raises(Failure, match=reason):
+        importing.run(source=str(llama), output=output)
+    with files_up_to(size), pytest.raises(Failure, match=f"^{reason}"):
+        exporting.run(model=str(ours), output=output)
+    assert [path.name for path in ours.parent.iterdir()] == ["ours"]
+
+
+def test_an_output_in_a_file(ours: Path) -> None:
+    place = ours / CONFIG
+    with pytest.raises(
+        Failure, match=rf"^{place / 'x'}: cannot be written: {place} is a file, not a folder$"
+    ):
+        exporting.run(model=str(ours), output=place / "x")
+    with (
+        pytest.raises(Failure, match=rf"^{place / 'x'}: cannot be written: "),
+        written_beside(place / "x"),
+    ):
+        pass

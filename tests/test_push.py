@@ -18,6 +18,7 @@ import yaml
 
 from sparsecli import cli
 from sparsecli.console import Failure
+from sparsecli.interchange.hub import check_repository
 from sparsecli.interchange.pushing import run
 from sparsecli.model.card import CARD
 from sparsecli.model.loading import load_network
@@ -159,15 +160,17 @@ def test_what_the_hub_refuses_is_one_line(
     model = str(finished[0])
     with pytest.raises(Failure, match=r"^someone/tiny: there is no such branch other on the hub"):
         run(model=model, repository="someone/tiny", revision="other")
-    with pytest.raises(Failure, match=r"^no name!: cannot be uploaded: .*"):
-        run(model=model, repository="no name!")
+    for name in ("smol", "me/smol model", "a/b/c", "me/a--b"):
+        with pytest.raises(Failure, match=r"^NAME: expected USER/NAME of .*, got ") as caught:
+            check_repository(name)
+        assert caught.value.exit_code == 2
     monkeypatch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(Failure, match=r"^someone/tiny: the hub does not let you write there; log in with"):
         run(model=model, repository="someone/tiny")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(Failure, match=r"^someone/tiny: cannot be uploaded: .*offline"):
         run(model=model, repository="someone/tiny")
-    with pytest.raises(Failure, match="no such folder"):
+    with pytest.raises(Failure, match="no such file or folder"):
         run(model=str(tmp_path / "none"), repository="someone/tiny")
     assert not hub.repositories["someone/tiny"]
 

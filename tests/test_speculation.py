@@ -440,7 +440,7 @@ def test_figures_of_drafts_are_shown(folder: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("draft", "message"),
     [
-        ("nowhere", "nowhere: no such folder"),
+        ("nowhere", "nowhere: no such file or folder"),
         ("self", "--draft self: the model's feed-forward layers are sparse"),
         ("other", "has another vocabulary; a draft model needs that of the model"),
         ("lsh", "has LSH attention; choose another draft model"),

@@ -204,7 +204,9 @@ def test_unwritable_output_is_found_before_anything_is_read(
 ) -> None:
     monkeypatch.setattr(command, "prepare", lambda data: pytest.fail("read the text"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(Failure, match=r"file/run: cannot be written: .*file: Not a directory") as caught:
+    with pytest.raises(
+        Failure, match=r"file/run: cannot be written: .*file is a file, not a folder$"
+    ) as caught:
         run(tiny, output=tmp_path / "file" / "run")
     assert "\n" not in caught.value.message
 
@@ -298,14 +300,11 @@ def test_too_little_text_for_a_batch(recipe_file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_blocks_and_unknown_resume(recipe_file: Path, tiny: LoadedRecipe, tmp_path: Path) -> None:
+def test_missing_blocks(recipe_file: Path, tmp_path: Path) -> None:
     text = recipe_file.read_text()
     (tmp_path / "bare.yaml").write_text(text[: text.index("train:")])
     with pytest.raises(RecipeError, match="needs a `train:` block"):
         run(load(str(tmp_path / "bare.yaml")), output=tmp_path / "run")
-    with pytest.raises(Failure, match="--resume yes: expected auto") as caught:
-        run(tiny, output=tmp_path / "run", resume="yes")
-    assert caught.value.exit_code == 2
 
 
 def test_loss_that_is_not_a_number_stops_the_run(recipe_file: Path, tmp_path: Path) -> None:

@@ -273,7 +273,9 @@ def test_an_encoder_goes_on_with_hashing(folder: Path, finished: Path, model: di
 
 def test_a_start_that_is_not_there_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    message = r"^train\.init_from: runs/terraformer-c4: no such folder; .*; train\.init_from=null starts from random w"
+    message = (
+        r"^train\.init_from: runs/terraformer-c4: no such .*; train\.init_from=null starts from random w"
+    )
     with pytest.raises(Failure, match=message):
         run(load("terraformer-arxiv"), output=tmp_path / "run", dry_run=True)
     with pytest.raises(Failure, match=r"; sparsecli train terraformer-copy-tokens makes it$"):

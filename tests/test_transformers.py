@@ -19,6 +19,7 @@ from sparsecli.model import (
     auto,
 )
 from sparsecli.model.remote_code import REMOTE_CODE
+from sparsecli.spec.vision import VisionSpec
 
 SIZES = {
     "d_model": 16,
@@ -29,9 +30,10 @@ SIZES = {
 }
 PROGRAM = """
 import sys
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSeq2SeqLM
+from transformers import AutoTokenizer, pipeline
 
-trained, imported, encoder_decoder, terraformer, again = sys.argv[1:]
+trained, imported, encoder_decoder, images, terraformer, again = sys.argv[1:]
 assert "sparsecli" not in sys.modules
 try:
     AutoModelForCausalLM.from_pretrained(trained)
@@ -41,6 +43,7 @@ for auto, folder in (
     (AutoModelForCausalLM, trained),
     (AutoModelForCausalLM, imported),
     (AutoModelForSeq2SeqLM, encoder_decoder),
+    (AutoModelForImageClassification, images),
     (AutoModelForSeq2SeqLM, terraformer),
     (AutoModel, terraformer),
 ):
@@ -97,7 +100,11 @@ def test_transformers_loads_them_without_an_import_of_ours(
         ("terraformer", TerraformerForConditionalGeneration),
     ):
         network(network.config_class(**SIZES)).save_pretrained(tmp_path / name)
-    folders = [finished[0] / "model", imported, tmp_path / "encoder-decoder", tmp_path / "terraformer"]
+    auto.build_classifier(VisionSpec(d_model=16, layers=1, heads=2, classes=3)).save_pretrained(
+        tmp_path / "images"
+    )
+    made = [tmp_path / name for name in ("encoder-decoder", "images", "terraformer")]
+    folders = [finished[0] / "model", imported, *made]
     ended = python(
         PROGRAM, *folders, tmp_path / "again", path=str(Path(auto.__file__).parents[2]), cache=tmp_path
     )
@@ -107,6 +114,7 @@ def test_transformers_loads_them_without_an_import_of_ours(
     for name in (
         *("causal_lm ScalingTransformerForCausalLM", "terraformer TerraformerForConditionalGeneration"),
         *("encoder_decoder ScalingTransformerForConditionalGeneration", "terraformer TerraformerModel"),
+        "vision ScalingTransformerForImageClassification",
     ):
         assert f"sparsecli.model.{name}" in lines
     assert lines[-1] == "True"

@@ -63,10 +63,7 @@ def run(
         Failure: something cannot be measured, compared or written.
         Regression: a row is slower than in `against` by more than `fail_above`.
     """
-    earlier = _earlier(against, fail_above)
-    if output:
-        files.check_writable(output, "--output")
-    files.check_reports(html, plot)
+    earlier = compare.read(against) if against else None
     folder = disk_folder or Path()
     chosen = variants.choose(
         _variants(loaded, runs), dense=dense, sparse=sparse, mixture=mixture, names=names
@@ -125,16 +122,13 @@ def show_saved(
         Failure: the file is no result of `bench`, it cannot be compared, or another one cannot be written.
         Regression: as for `run`.
     """
-    earlier = _earlier(against, fail_above)
+    earlier = compare.read(against) if against else None
     result = compare.read(path)
     if earlier and against:
         facts = {row.key: dict(row) for row in result.rows}
         compare.check_comparable(result.machine, facts, earlier, against)
         changes = compare.compare(result, earlier, fail_above or 0.0)
         result = result.model_copy(update={"comparison": changes})
-    if output:
-        files.check_writable(output, "--output")
-    files.check_reports(html, plot)
     _show(result, format)
     if output:
         _write(result, output)
@@ -438,12 +432,6 @@ def _write_reports(result: BenchResult, html: Path | None, plot: Path | None) ->
     if plot:
         page.write_figure(result, plot)
         console.say(f"wrote {plot}")
-
-
-def _earlier(against: Path | None, fail_above: float | None) -> BenchResult | None:
-    if fail_above is not None and against is None:
-        raise console.Failure("--fail-above needs --against FILE, an earlier result in JSON", exit_code=2)
-    return compare.read(against) if against else None
 
 
 def _judge(result: BenchResult, earlier: BenchResult, fail_above: float | None) -> None:

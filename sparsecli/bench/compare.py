@@ -17,6 +17,8 @@ LARGEST = 64 << 20
 """Largest size in bytes of an earlier result; a sample takes some twenty bytes."""
 MOST_SAMPLES = 2**17
 RESAMPLES = 2000
+SHOWN = 3
+"""Rows of each side that a message names."""
 AT_ONCE = 2**22
 """Most samples of a row. It bounds the memory of the bootstrap; usual results have far fewer."""
 INTERVAL = (2.5, 97.5)  # percentiles of the resampled ratios
@@ -29,7 +31,7 @@ def read(path: Path) -> BenchResult:
             raise console.Failure(f"{path}: is larger than {LARGEST >> 20} MiB; is it a result of bench?")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
+        reason = console.system_reason(error) or "not a text file"
         raise console.Failure(f"{path}: cannot read the earlier result: {reason}") from error
     try:
         result = BenchResult.model_validate_json(text)
@@ -75,7 +77,13 @@ def _difference(keys: Sequence[RowKey], before: BenchResult) -> str:
             if row.key[:3] == key[:3]:
                 theirs, ours = row.key.sizes, key.sizes
                 return f"the same sizes as this bench: {row.variant} was measured at {theirs}, now at {ours}"
-    return "the same variant, backend and dtype as this bench"
+    there, here = (
+        ", ".join(list(dict.fromkeys(" ".join(key[:3]) for key in ours))[:SHOWN])
+        for ours in ([row.key for row in before.rows], keys)
+    )
+    return (
+        f"the same variant, backend and dtype as this bench: it has {there or 'none'}; this bench has {here}"
+    )
 
 
 def compare(now: BenchResult, before: BenchResult, threshold: float) -> list[Change]:

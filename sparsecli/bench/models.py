@@ -114,7 +114,9 @@ def check_disk(plan: Plan, folder: Path) -> None:
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise console.Failure(f"{folder}: {error.strerror}; name another --disk-folder") from error
+        raise console.Failure(
+            f"{folder}: {console.system_reason(error)}; name another --disk-folder"
+        ) from error
     if needed > free:
         raise console.Failure(
             f"{folder}: {needed / 1e9:.1f} GB are needed for the packed models, {free / 1e9:.1f} GB are "

@@ -22,6 +22,7 @@ from sparsecli.cli.options import (
     percent,
     shift,
 )
+from sparsecli.console import Failure
 
 app = typer.Typer()
 
@@ -140,6 +141,16 @@ def bench(
         "html": html,
         "plot": plot,
     }
+    from sparsecli.report import files
+
+    if fail_above is not None and against is None:
+        raise Failure("--fail-above needs --against FILE, an earlier result in JSON", exit_code=2)
+    for option, path in (("--against", against), ("--from", saved)):
+        if path:
+            files.check_readable(path, option)
+    if output:
+        files.check_writable(output, "--output")
+    files.check_reports(html, plot)
     if saved:
         from sparsecli.bench import command
 

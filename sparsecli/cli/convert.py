@@ -64,7 +64,11 @@ def sparsify_convert(
     elif recipe is None:
         raise Failure("RECIPE: missing; see sparsecli sparsify-convert --help", exit_code=2)
     reports: dict[str, Any] = {"format": "json" if json else format, "html": html, "plot": plot}
+    from sparsecli.report import files
+
+    files.check_reports(html, plot)
     if saved:
+        files.check_readable(saved, "--from")
         from sparsecli.convert import command
 
         command.show_saved(saved, **reports)

@@ -50,6 +50,7 @@ def end(error: BaseException, debug: bool) -> None:
 
 def as_failure(error: BaseException) -> Failure:
     """Convert any error to an expected error with its message and exit code."""
+    reason = console.system_reason(error)
     match error:
         case Failure():
             return error
@@ -58,10 +59,12 @@ def as_failure(error: BaseException) -> Failure:
         case KeyboardInterrupt():
             return Failure("interrupted", exit_code=130)
         case OSError():
-            reason = error.strerror or str(error) or type(error).__name__
-            return Failure(f"{error.filename}: {reason}" if error.filename else reason)
+            named = error.filename2 or error.filename  # of a copy that fails, what was to be written
+            return Failure(f"{named}: {reason}" if named else f"{reason}")
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's message
         return Failure("not enough memory; use a smaller model, context or batch")
+    if reason:
+        return Failure(reason)
     lines = str(error).strip().splitlines() or [""]
     name = type(error).__name__
     return Failure(f"unexpected {name}: {lines[0]}; `sparsecli --debug ...` shows the traceback")

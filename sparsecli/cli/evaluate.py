@@ -79,10 +79,13 @@ def evaluate(
     of the model's run, holds out. So are the images that a model of images classifies.
     """
     loaded = load_optional_recipe(recipe, overrides, None)
+    from sparsecli.data.corpus import matching
     from sparsecli.interchange.hub import check_reference
     from sparsecli.recipe.loader import check_unread
 
     check_unread(shift(recipe, overrides)[1], "evaluate", {"model", "train", "convert", "generate", "bench"})
+    if text is not None:
+        matching(text, "--text")
     for reference in (model, against):
         check_reference(reference)
     from sparsecli.evaluate import command

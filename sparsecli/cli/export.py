@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from sparsecli.console import Failure
+
 app = typer.Typer()
 
 
@@ -32,9 +34,14 @@ def export(
     without this package. With --format gguf it is a file for llama.cpp: weights in GGUF's types keep their codes,
     others their type. The model must still be dense, or have experts.
     """
-    from sparsecli.model.files import check_exists
+    if format == "gguf" and output.suffix != ".gguf":
+        raise Failure(
+            f"--output: expected the name of a file that ends with .gguf, got {output}", exit_code=2
+        )
+    from sparsecli.model.files import check_exists, check_new
 
     check_exists(model)
+    check_new(output)
     from sparsecli.interchange import exporting
 
     exporting.run(model=model, output=output, format=format)

@@ -41,7 +41,9 @@ def import_(
     function as the original.
     """
     from sparsecli.interchange.hub import check_reference
+    from sparsecli.model.files import check_new
 
+    check_new(output)
     check_reference(source, revision, weights=not dry_run)
     from sparsecli.interchange import importing
 

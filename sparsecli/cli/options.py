@@ -54,6 +54,7 @@ AnyModel = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON document.")]
 Format = Literal["table", "json", "csv", "markdown"]
 Html = Annotated[
     Path | None,

@@ -33,8 +33,10 @@ def push(
     transformers loads it from there with trust_remote_code=True where sparsecli is installed. Log in with
     `hf auth login`, or set HF_TOKEN.
     """
+    from sparsecli.interchange.hub import check_repository
     from sparsecli.model.files import check_exists
 
+    check_repository(repository)
     check_exists(model)
     from sparsecli.interchange import pushing
 

@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from sparsecli.cli.options import RECIPE_HELP, RecipeArgument, shipped_names
+from sparsecli.cli.options import RECIPE_HELP, Json, RecipeArgument, shipped_names
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show, copy and check recipes.")
 
 
 @app.command("ls")
-def list_recipes() -> None:
+def list_recipes(json: Json = False) -> None:
     """List the shipped recipes."""
     from sparsecli.recipe import commands
 
-    commands.list_shipped()
+    commands.list_shipped(json)
 
 
 @app.command()
@@ -49,11 +49,12 @@ def check(
     recipe: Annotated[
         list[str], typer.Argument(metavar="RECIPE...", help=RECIPE_HELP, autocompletion=shipped_names)
     ],
+    json: Json = False,
 ) -> None:
     """Check recipes and count their parameters."""
     from sparsecli.recipe import commands
 
-    commands.check(recipe)
+    commands.check(recipe, json)
 
 
 @app.command()

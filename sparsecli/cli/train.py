@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,7 +28,7 @@ def train(
     overrides: Overrides = None,
     output: Output = None,
     resume: Annotated[
-        str | None,
+        Literal["auto"] | None,
         typer.Option(metavar="auto", help="auto: resume from the newest checkpoint.", show_default=False),
     ] = None,
     stop_after: Annotated[

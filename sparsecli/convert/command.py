@@ -40,7 +40,6 @@ from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.loader import LoadedRecipe, require
 from sparsecli.recipe.schema import ConvertSpec, Recipe
-from sparsecli.report import files
 from sparsecli.spec.model import ModelSpec
 from sparsecli.train import run_directory
 
@@ -70,7 +69,6 @@ def run(
         Mismatch: the budget cannot be met, or the written model differs from the converted one.
         Stopped: after SIGTERM or SIGINT.
     """
-    files.check_reports(html, plot)
     with stop_on_signals():
         plan = _check(loaded, model, output, peers or (), dry_run)
         if dry_run:
@@ -91,7 +89,6 @@ def show_saved(
         Failure: the file is no such report, or another one cannot be written.
     """
     report = Report.read(path)
-    files.check_reports(html, plot)
     report.show(format)
     _write_reports(report, html, plot)
     return report

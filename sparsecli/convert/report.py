@@ -147,7 +147,7 @@ class Report:
             report = TypeAdapter(cls).validate_python(facts)
             report.result  # noqa: B018  # there must be one
         except OSError as error:
-            raise Failure(f"{path}: cannot read the report: {error.strerror}") from error
+            raise Failure(f"{path}: cannot read the report: {console.system_reason(error)}") from error
         except (ValueError, KeyError, AttributeError, TypeError, StopIteration) as error:
             raise Failure(
                 f"{path}: not a report of sparsify-convert with schema {SCHEMA}; name the report.json of its --output"

@@ -414,7 +414,7 @@ class Conversion:
         run_directory.replace_text(folder / "report.md", report.markdown())
         run_directory.replace_text(folder / "report.json", json.dumps(report.as_json(), indent=2) + "\n")
         page.write_figure(report, folder / "frontier.png")
-        card_of(report, self.recipe, license_of(self.folder)).write(folder / "model", self.output.name)
+        card_of(report, self.recipe, license_of(self.folder)).write(folder / "model", self.output / "model")
         loss = report.result.loss.nats_per_token
         bytes_per_token = self.text.held_out.bytes_per_token(self.text.corpus.tokenizer)
         facts = {

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsecli.console import Failure
+from sparsecli.console import Failure, system_reason
 
 
 def cache_folder(given: Path | None = None) -> Path:
@@ -25,7 +24,7 @@ def cache_folder(given: Path | None = None) -> Path:
             return folder
     except OSError as error:
         raise Failure(
-            f"{folder}: the cache cannot be written ({error.strerror}); set SPARSECLI_CACHE to another folder"
+            f"{folder}: the cache cannot be written ({system_reason(error)}); set SPARSECLI_CACHE to another folder"
         ) from None
 
 
@@ -47,23 +46,10 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
         if not folder.exists():
             beside.rename(folder)
     except Exception as error:
-        reason = why_unwritten(error)
+        reason = system_reason(error)
         if reason is None:
             raise
         if not folder.exists():
             raise Failure(f"{folder}: cannot be written: {reason}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def why_unwritten(error: Exception) -> str | None:
-    """The system's reason why a file could not be written or read; None for an error of another kind."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    # safetensors and tokenizers raise Rust's messages, in exceptions without a common type.
-    if found := re.search(r"([^:]+) \(os error \d+\)", str(error)):
-        return found[1].strip()
-    # torch.save does not give the reason.
-    if isinstance(error, RuntimeError) and re.search("inline_container|iostream error", str(error)):
-        return "not all data could be written (disk full?)"
-    return None

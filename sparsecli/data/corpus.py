@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
-from sparsecli.console import Failure, say
+from sparsecli.console import Failure, say, system_reason
 from sparsecli.recipe.data import HubCorpus, TextSpec
 from sparsecli.recipe.messages import found_as
 
@@ -185,12 +185,7 @@ def _package(name: str) -> Path:
 def _files(patterns: Sequence[str], key: str, gaps: Gaps) -> Iterator[Row]:
     assumed: Counter[str] = Counter()
     for pattern in patterns:
-        names = sorted(glob(os.path.expanduser(pattern), recursive=True))
-        paths = [Path(name) for name in names if Path(name).is_file()]
-        if not paths:
-            hint = f"; for the files of this folder write {pattern}/**" if Path(pattern).is_dir() else ""
-            raise Failure(f"{key}: no file matches {pattern} (looked from {Path.cwd()}){hint}")
-        for path in paths:
+        for path in matching(pattern, key):
             ending, _ = _endings(path)
             if ending in LOADERS:
                 loader, options = LOADERS[ending]
@@ -205,6 +200,16 @@ def _files(patterns: Sequence[str], key: str, gaps: Gaps) -> Iterator[Row]:
     if assumed:
         kinds = ", ".join(f"{ending} ({count:,})" for ending, count in assumed.items())
         say(f"{key}: reading as plain text, one document per file: {kinds}")
+
+
+def matching(pattern: str, key: str) -> list[Path]:
+    """The files that match a pattern, in order. Raises `Failure` if there are none."""
+    names = sorted(glob(os.path.expanduser(pattern), recursive=True))
+    paths = [Path(name) for name in names if Path(name).is_file()]
+    if not paths:
+        hint = f"; for the files of this folder write {pattern}/**" if Path(pattern).is_dir() else ""
+        raise Failure(f"{key}: no file matches {pattern} (looked from {Path.cwd()}){hint}")
+    return paths
 
 
 def _endings(path: Path) -> tuple[str, str]:
@@ -246,7 +251,7 @@ def _text(path: Path) -> str:
     except Failure:
         raise
     except Exception as error:  # every compression has exceptions of its own
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = system_reason(error) or str(error) or type(error).__name__
         raise Failure(f"{path}: {reason}") from None
 
 

@@ -29,7 +29,7 @@ from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.native_decoder import NativeDecoder
 from sparsecli.generate.torch_decoder import TorchDecoder
 from sparsecli.interchange.model_folder import model_folder
-from sparsecli.model.files import PACKED, Description, read_description, recipe_of
+from sparsecli.model.files import MODEL_TYPE, PACKED, Description, read_description, recipe_of
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
 from sparsecli.recipe.data import CopyTask, ImagesSpec
 from sparsecli.recipe.loader import LoadedRecipe, load
@@ -59,7 +59,8 @@ def run(
         Failure: there is no such model or text, the model has an encoder, the text is too short, or a backend lacks
             what the options ask for.
     """
-    if folder := folder_of_images(model, loaded):
+    types = None if text is None and against is None else (MODEL_TYPE,)
+    if folder := folder_of_images(model, loaded, types):
         _check_images(text=text, window=window, tokens=tokens, against=against, against_dtype=against_dtype)
         return evaluate_images(folder, loaded, decoder.dtype, json)
     with _opened(model, loaded, decoder) as first:
@@ -119,7 +120,7 @@ def _opened(
     Raises:
         Failure: there is no such model, or it has an encoder.
     """
-    with model_folder(reference, loaded.output if loaded else None, options.keep) as folder:
+    with model_folder(reference, loaded.output if loaded else None, options.keep, (MODEL_TYPE,)) as folder:
         reference = reference or str(folder)
         description = read_description(folder)
         if description.spec.encoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,10 +48,12 @@ class ImageEvaluation:
         console.print_table(["evaluation", ""], rows)
 
 
-def folder_of_images(model: str | None, loaded: LoadedRecipe | None) -> Path | None:
-    """The folder of the model that `evaluate` is to measure, if that is a model of images."""
+def folder_of_images(
+    model: str | None, loaded: LoadedRecipe | None, types: Collection[str] | None
+) -> Path | None:
+    """The folder of the model that `evaluate` is to measure (see `find_model`), if that is a model of images."""
     try:
-        folder = find_model(model, loaded.output if loaded else None)
+        folder = find_model(model, loaded.output if loaded else None, types)
     except Failure:
         return None  # whoever opens it says why
     return folder if of_images(folder) else None

@@ -18,6 +18,7 @@ from sparsecli.interchange.safetensors_files import SafetensorsReader, check_fin
 from sparsecli.interchange.sources import read_architecture
 from sparsecli.model.files import (
     CONFIG,
+    check_new,
     check_weights,
     find_model,
     read_description,
@@ -25,6 +26,7 @@ from sparsecli.model.files import (
     weight_files,
     written_beside,
 )
+from sparsecli.model.tokenizer import GGUF_METADATA
 from sparsecli.spec.model import ModelSpec
 
 Format = Literal["huggingface", "gguf"]
@@ -40,13 +42,8 @@ def run(*, model: str, output: Path, format: Format = "huggingface") -> None:
         Failure: no model or a damaged one, one that the format cannot express, or an output that is there already or
             cannot be written.
     """
-    if format == "gguf" and output.suffix != ".gguf":
-        raise Failure(
-            f"--output: expected the name of a file that ends with .gguf, got {output}", exit_code=2
-        )
     folder = find_model(model)
-    if output.exists():
-        raise Failure(f"{output}: is there already; choose another --output")
+    check_new(output)
     (_export_gguf if format == "gguf" else _export_huggingface)(folder, output)
 
 
@@ -80,7 +77,7 @@ def _export_huggingface(folder: Path, output: Path) -> None:
         config["dtype"] = fields.get("dtype", "float32")
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in DESCRIPTIONS[1:]:
-            if (folder / name).is_file():
+            if name != GGUF_METADATA and (folder / name).is_file():
                 shutil.copyfile(folder / name, beside / name)
         write_shards(
             beside,

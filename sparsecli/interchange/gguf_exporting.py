@@ -107,8 +107,6 @@ def export(folder: Path, model: Description, origin: Mapping[str, Any] | None, o
                 for tensor in stored:
                     writer.write_tensor_data(weights.read(tensor, kinds[tensor.name]))
                     bar.advance()
-        except OSError as error:
-            raise Failure(f"{output}: cannot be written: {error.strerror}") from error
         finally:
             writer.close()
     return kind

@@ -6,10 +6,10 @@ import re
 from functools import cache
 from pathlib import Path
 
-from sparsecli.console import Failure
+from sparsecli.console import Failure, system_reason
 from sparsecli.interchange.sentencepiece_tokenizer import ADDED_TOKENS, SENTENCEPIECE_MODEL
 from sparsecli.model.card import CARD
-from sparsecli.model.files import CONFIG
+from sparsecli.model.files import CONFIG, MODEL_SUFFIXES, RUNS, check_exists, how_to_have, last_line
 from sparsecli.model.tokenizer import FILES
 
 GENERATION = "generation_config.json"
@@ -42,8 +42,8 @@ def fetch(name: str, revision: str | None = None, weights: bool = True) -> Path:
     Raises:
         Failure: it is no name there, or the model has no configuration or no safetensors files.
     """
-    if not HUB_NAME.fullmatch(name):
-        raise Failure(f"{name}: no such file or folder, nor a name on the hub")
+    if _is_path(name):
+        check_exists(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -57,12 +57,61 @@ def fetch(name: str, revision: str | None = None, weights: bool = True) -> Path:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # what the hub's client raises is one of these
-        reason = str(error).strip().partition("\n")[0]
         raise Failure(
-            f"{name}: no such file or folder here, and the hub does not provide it: {reason}"
+            f"{name}: no such file or folder{how_to_have(name)}; {hub_reason(error, revision)}"
         ) from error
     if not (folder / CONFIG).is_file():
         raise Failure(f"{name}: holds no {CONFIG} on the hub")
     if weights and not any(folder.glob("*.safetensors")):
         raise Failure(f"{name}: holds no safetensors files on the hub; pickles are never loaded")
     return folder
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name of nothing here can only be meant as a path."""
+    path = Path(name)
+    return (
+        not HUB_NAME.fullmatch(name)
+        or name.startswith((".", "~"))
+        or path.suffix in MODEL_SUFFIXES
+        or path.parts[0] == RUNS.name
+        or (len(path.parts) > 1 and path.parent.exists())
+    )
+
+
+def hub_reason(error: Exception, revision: str | None = None) -> str:
+    """In a few words, why the hub's client has failed."""
+    from huggingface_hub import constants, errors
+
+    match error:
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | ConnectionError():
+            offline = constants.HF_HUB_OFFLINE
+            reason = "offline mode is on (HF_HUB_OFFLINE)" if offline else "no connection"
+            return f"the hub cannot be reached: {reason}"
+        case errors.GatedRepoError():
+            return "the hub gives it to those who accepted its terms there; log in with `hf auth login`"
+        case errors.RevisionNotFoundError():
+            return f"the hub has no revision {revision} of it"
+        case errors.RepositoryNotFoundError():
+            return "the hub has no such model, or it is private (log in with `hf auth login`)"
+        case errors.HfHubHTTPError():
+            return f"the hub answers {error.response.status_code}"
+        case errors.HFValidationError():
+            return "nor is it a name on the hub"
+    return f"the hub does not provide it: {system_reason(error) or last_line(error)}".partition("\n")[0]
+
+
+def check_repository(name: str) -> None:
+    """Raise Failure (exit code 2) unless the hub can have a repository of that name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        valid = name.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise Failure(
+            f"NAME: expected USER/NAME of letters, digits, '-', '_' and '.', got {name!r}", exit_code=2
+        )

@@ -23,7 +23,7 @@ from sparsecli.interchange.sources import GENERATION, ForeignModel, OwnModel, op
 from sparsecli.interchange.stored_weights import stored_weights
 from sparsecli.model.card import Card
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.files import check_weights, written_beside
+from sparsecli.model.files import check_new, check_weights, written_beside
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tensors import Shape, tensor_shapes
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
@@ -64,8 +64,7 @@ def run(
     opened = open_source(source, revision, weights=not dry_run)
     if isinstance(opened, OwnModel):
         raise Failure(f"{source}: is a model of ours already; every command takes it as it is")
-    if output.exists():
-        raise Failure(f"{output}: is there already; choose another --output")
+    check_new(output)
     if dry_run:
         _print_import_plan(opened, output)
         return
@@ -90,7 +89,7 @@ def model_folder(opened: OwnModel | ForeignModel, into: Path, keeps_types: bool 
     if not into.exists():
         write_model(opened, into, "float32" if opened.gguf and not keeps_types else "auto")
     elif ScalingTransformerConfig.from_pretrained(into).origin != _origin_facts(opened):
-        raise Failure(f"{into}: is there already, and not an import of {opened.reference}")
+        raise Failure(f"{into}: already exists, and is not an import of {opened.reference}")
     return into
 
 
@@ -119,7 +118,7 @@ def write_model(source: ForeignModel, output: Path, dtype: ImportType = "auto") 
                 description="importing tensors",
             )
             check_weights(folder, spec)
-            _card(source).write(folder, output.name)
+            _card(source).write(folder, output)
     except Failure as failure:
         if failure.message.startswith(str(source.path)):
             raise

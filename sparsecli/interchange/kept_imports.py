@@ -56,7 +56,7 @@ def _keep(folder: Path, place: Path) -> Path | None:
             shutil.rmtree(old)
         with written_beside(place) as beside:
             shutil.copytree(folder, beside, dirs_exist_ok=True)
-    except OSError:
+    except (Failure, OSError):
         return None
     size = sum(path.stat().st_size for path in place.iterdir()) / 1e9
     console.say(f"the imported model is kept in {place} ({size:.1f} GB); --no-keep does not keep it")

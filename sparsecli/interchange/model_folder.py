@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,18 +13,24 @@ from sparsecli.model.files import CONFIG, MODEL_TYPES, PACKED, VISION_TYPE, find
 
 
 @contextmanager
-def model_folder(reference: str | None, output: Path | None = None, keep: bool = True) -> Iterator[Path]:
+def model_folder(
+    reference: str | None,
+    output: Path | None = None,
+    keep: bool = True,
+    types: Collection[str] = MODEL_TYPES,
+) -> Iterator[Path]:
     """The model folder that a reference names; what is not a model of ours is imported first.
 
     Args:
         reference: a run, a model folder, a Hugging Face folder, a name on the hub, or a GGUF file; None: the model of
             the run at `output`, else of the newest finished run, which a line names.
         keep: keep an import that took long for the next time.
+        types: those of which the newest run may be.
     Raises:
         Failure: there is no such model, or it cannot be imported.
     """
     if reference is None:
-        folder = find_model(None, output)
+        folder = find_model(None, output, types)
         if output is None:
             console.say(f"model: {folder}, the newest finished run")
         yield folder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparsecli import console
 from sparsecli.console import Failure
-from sparsecli.interchange.hub import DESCRIPTIONS
+from sparsecli.interchange.hub import DESCRIPTIONS, hub_reason
 from sparsecli.model.card import CARD
 from sparsecli.model.files import (
     INDEX,
@@ -99,8 +99,6 @@ def _upload(
                 f"{repository}: there is no such {what} on the hub, or you may not see it"
             ) from error
         raise Failure(f"{repository}: the hub answers {status}: {last_line(error)}") from error
-    except (
-        Exception
-    ) as error:  # of the name, of the connection, or of the upload: the client has no common type
-        raise Failure(f"{repository}: cannot be uploaded: {last_line(error)}") from error
+    except Exception as error:  # of the connection, or of the upload: the client has no common type
+        raise Failure(f"{repository}: cannot be uploaded: {hub_reason(error)}") from error
     return str(url)

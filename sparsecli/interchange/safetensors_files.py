@@ -136,7 +136,7 @@ def write_shards(
     Returns:
         The files: one, or several beside an index, named as in transformers.
     Raises:
-        Failure: a file cannot be written, or what `make` raises.
+        SafetensorError: a file cannot be written; see `console.system_reason`.
     """
     shards = _divide(items, size)
     files: list[Path] = []
@@ -150,10 +150,7 @@ def write_shards(
                 bar.advance()
             stem, _, ending = WEIGHTS.partition(".")
             name = WEIGHTS if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.{ending}"
-            try:
-                save_file(tensors, folder / name, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise Failure(f"{folder / name}: cannot be written: {last_line(error)}") from error
+            save_file(tensors, folder / name, metadata={"format": "pt"})
             files.append(folder / name)
             weight_map |= dict.fromkeys(tensors, name)
             total += sum(tensor.nbytes for tensor in tensors.values())

@@ -108,6 +108,8 @@ class ForeignModel:
         except (Failure, MemoryError):
             raise
         except Exception as error:  # the libraries raise whatever their parsers do
+            if getattr(error, "errno", None) or "(os error" in str(error):  # `folder` cannot be written
+                raise
             raise Failure(f"{self.path}: no tokenizer can be loaded: {last_line(error)}") from error
         if not (folder / TOKENIZER).is_file():
             raise Failure(f"{self.path}: the tokenizer has no `tokenizers` version ({TOKENIZER})")

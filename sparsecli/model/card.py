@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,14 @@ LIMITS = (
     "Its figures are for the data and the machine that are named here; measure on your own.",
 )
 
+AUTO_CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "summarization": "AutoModelForSeq2SeqLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
+}
+"""The classes of transformers that load a model, by its task."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -29,7 +38,7 @@ class Card:
         recipe: YAML of the recipe that made the model; None: an import.
         license: the source's, by its name on the hub; None: unknown, or the model's own makers decide.
         base_model: the model that it was made of.
-        task: its task by the hub's name, such as image-classification; None: it generates text.
+        task: one of `AUTO_CLASSES`, by the hub's name.
     """
 
     summary: str
@@ -38,18 +47,21 @@ class Card:
     recipe: str | None = None
     license: str | None = None
     base_model: str | None = None
-    task: str | None = None
+    task: str = "text-generation"
 
-    def markdown(self, name: str) -> str:
-        """The whole card, with the front matter that hubs read."""
+    def markdown(self, model: Path) -> str:
+        """The whole card, with the front matter that hubs read. `model` is the path of the model's folder."""
+        run = model.parent if model.name == "model" and model.parent.name else model
+        name = run.name
+        images = self.task == "image-classification"
         front: dict[str, Any] = {"library_name": "sparsecli", "tags": ["sparsecli"]}
         if self.license:
             front["license"] = self.license
         if self.base_model:
             front["base_model"] = self.base_model
-        if self.task:
-            front["pipeline_tag"] = self.task
-        command = f"evaluate --model {name}" if self.task else f'generate --model {name} --prompt "..."'
+        front["pipeline_tag"] = self.task
+        path = shlex.quote(str(run))
+        command = f"evaluate --model {path}" if images else f'generate --model {path} --prompt "..."'
         lines = [
             "---",
             yaml.safe_dump(front, sort_keys=False).strip(),
@@ -60,6 +72,18 @@ class Card:
             "",
         ]
         lines += ["```", f"sparsecli {command}", "```", ""]
+        network = AUTO_CLASSES[self.task]
+        reader = "AutoImageProcessor" if images else "AutoTokenizer"
+        lines += [
+            "Or in Python, with sparsecli installed:",
+            "",
+            "```python",
+            f"from transformers import {', '.join(sorted((network, reader)))}",
+            f"model = {network}.from_pretrained({str(model)!r}, trust_remote_code=True)",
+            f"{'processor' if images else 'tokenizer'} = {reader}.from_pretrained({str(model)!r})",
+            "```",
+            "",
+        ]
         lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in self.facts), ""]
         for title, text in self.sections:
             lines += [f"## {title}", "", text.strip(), ""]
@@ -69,16 +93,16 @@ class Card:
         lines += [
             "## Limits",
             "",
-            *(f"- {limit}" for limit in LIMITS[1 if self.task else 0 :]),
+            *(f"- {limit}" for limit in LIMITS[1 if images else 0 :]),
             f"- License of the source: {known}.",
             "",
         ]
         return "\n".join(lines)
 
-    def write(self, folder: Path, name: str) -> None:
-        """Write the card into a model folder, complete or not at all."""
+    def write(self, folder: Path, model: Path) -> None:
+        """Write the card into `folder`, complete or not at all; `model` is what its path will be."""
         beside = folder / f"{CARD}.tmp"
-        beside.write_text(self.markdown(name), encoding="utf-8")
+        beside.write_text(self.markdown(model), encoding="utf-8")
         os.replace(beside, folder / CARD)
 
 

@@ -24,8 +24,26 @@ from sparsecli.spec.vision import CHANNELS, VisionSpec
 from sparsecli.spec.vocabulary import END, PADDING, START
 
 
+class _LoadedByTransformers(PreTrainedConfig):
+    """A configuration whose folders transformers loads where sparsecli is not imported, with `trust_remote_code`."""
+
+    auto_classes: ClassVar[dict[str, str]]
+    """Our classes by the Auto classes of transformers that load them."""
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Write config.json, and the file with our classes."""
+        self.auto_map = auto_map(self.auto_classes)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_remote_code(Path(save_directory), self.auto_classes)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would copy the package's own files into every folder that is saved."""
+
+
 @strict
-class ScalingTransformerConfig(PreTrainedConfig):
+class ScalingTransformerConfig(_LoadedByTransformers):
     """Fields and nested blocks of `ModelSpec`, under the same names.
 
     `origin` says of an imported model where it came from: source, revision, architecture, and its own config.json.
@@ -47,7 +65,6 @@ class ScalingTransformerConfig(PreTrainedConfig):
         "AutoModel": "ScalingTransformerModel",
         "AutoModelForCausalLM": "ScalingTransformerForCausalLM",
     }
-    """Our classes by the Auto classes of transformers that load them."""
 
     d_model: int = DEFAULT.d_model
     layers: int = DEFAULT.layers
@@ -94,17 +111,6 @@ class ScalingTransformerConfig(PreTrainedConfig):
                 setattr(self, block, getattr(DEFAULT, block).model_dump())
         self.tie_word_embeddings = bool((self.vocabulary or {}).get("tied", False))
         super().__post_init__(**kwargs)
-
-    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
-        """Write config.json, and the file with which transformers loads the model where sparsecli is not imported."""
-        self.auto_map = auto_map(self.auto_classes)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_remote_code(Path(save_directory), self.auto_classes)
-        super().save_pretrained(save_directory, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: transformers would copy the package's own files into every folder that is saved."""
 
     def validate_architecture(self) -> None:
         """Part of transformers' validation."""
@@ -201,7 +207,7 @@ CONFIGS: dict[str, type[ScalingTransformerConfig]] = {
 
 
 @strict
-class ScalingTransformerVisionConfig(PreTrainedConfig):
+class ScalingTransformerVisionConfig(_LoadedByTransformers):
     """Fields and nested blocks of `VisionSpec`, under the same names; its classes are those of `id2label`.
 
     Raises:
@@ -213,6 +219,12 @@ class ScalingTransformerVisionConfig(PreTrainedConfig):
         "hidden_size": "d_model",
         "num_hidden_layers": "layers",
         "num_attention_heads": "heads",
+    }
+
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "ScalingTransformerVisionConfig",
+        "AutoModel": "ScalingTransformerVisionModel",
+        "AutoModelForImageClassification": "ScalingTransformerForImageClassification",
     }
 
     image_size: int = vision.DEFAULT.image_size

@@ -9,16 +9,18 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-from sparsecli.console import Failure, warn_once
+from sparsecli.console import Failure, system_reason, warn_once
 from sparsecli.model.tensors import Shape, tensor_shapes, vision_tensor_shapes
 from sparsecli.spec.model import ModelSpec
 from sparsecli.spec.vision import AnySpec, VisionSpec
@@ -46,6 +48,7 @@ KEEP_AFTER = 2.0
 """Seconds of work from which on its result is kept for the next start."""
 BESIDE = ".partial"
 """End of the names of folders in which something is written before it takes its own name."""
+MODEL_SUFFIXES = (".gguf", ".spk", ".safetensors")
 RECIPE = "recipe.yaml"
 """What a run was made with, beside its model folder."""
 PACKED = "model.spk"
@@ -72,10 +75,13 @@ def model_type(spec: ModelSpec) -> str:
     return TERRAFORMER_TYPE if spec.encoder.read_by.kind == "prefix" else ENCODER_DECODER_TYPE
 
 
-def find_model(reference: str | None, output: Path | None = None) -> Path:
+def find_model(
+    reference: str | None, output: Path | None = None, types: Collection[str] | None = None
+) -> Path:
     """The model folder that `reference` (a run, a model folder, or the packed weights in one) names.
 
-    Without a reference: the model of the run at `output`, else of the newest finished run under `runs/`.
+    Without a reference: the model of the run at `output`, else of the newest finished run under `runs/` whose model
+    is of one of `types` (None: of any).
 
     Raises:
         Failure: there is none; the message says what to do.
@@ -102,13 +108,44 @@ def find_model(reference: str | None, output: Path | None = None) -> Path:
         raise Failure(
             "no finished run under runs/; train one (sparsecli train quickstart) or pass --model DIR"
         )
-    return max(finished, key=lambda folder: (folder / CONFIG).stat().st_mtime)
+    newest_first = sorted(finished, key=lambda folder: (folder / CONFIG).stat().st_mtime, reverse=True)
+    for folder in newest_first:
+        if types is None or read_json(folder / CONFIG).get("model_type") in types:
+            return folder
+    raise Failure(
+        f"no finished run under runs/ has a model of the kind that this command takes ({', '.join(types or ())}); "
+        "pass --model DIR"
+    )
 
 
 def check_exists(reference: str) -> None:
     """Raise Failure if there is nothing at a path. Commands call it before imports that take seconds."""
     if not Path(reference).exists():
-        raise Failure(f"{reference}: no such folder; expected a run directory or a model folder")
+        raise Failure(f"{reference}: no such file or folder{how_to_have(reference)}")
+
+
+def how_to_have(reference: str) -> str:
+    """The end of a message about a model that is not there: what makes it, or what is called nearly so."""
+    path = Path(reference)
+    run = path.parent if path.name == "model" else path
+    recipe = Path(__file__).parents[1] / "recipes" / f"{run.name}.yaml"
+    if run.parent.name == RUNS.name and recipe.is_file():
+        converts = re.search("^convert:", recipe.read_text(encoding="utf-8"), re.MULTILINE)
+        return f"; sparsecli {'sparsify-convert' if converts else 'train'} {run.name} makes it"
+    try:
+        beside = {
+            _stem(each): each
+            for each in path.parent.iterdir()
+            if each.is_dir() or each.suffix in MODEL_SUFFIXES
+        }
+    except OSError:
+        return ""
+    near = get_close_matches(_stem(path), beside, n=1)
+    return f"; did you mean {beside[near[0]]}?" if near else ""
+
+
+def _stem(path: Path) -> str:
+    return path.stem if path.suffix in MODEL_SUFFIXES else path.name
 
 
 def recipe_of(folder: Path) -> Path | None:
@@ -257,13 +294,50 @@ def held(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
+def check_output(output: Path) -> None:
+    """Raise Failure unless a file can be written in `output`, or in the nearest folder above it that exists."""
+    place = output
+    while not os.path.lexists(place):
+        place = place.parent
+    if place.exists() and not place.is_dir():
+        raise Failure(f"{output}: cannot be written: {place} is a file, not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise Failure(f"{output}: cannot be written: {place}: {system_reason(error)}") from None
+
+
+def check_new(output: Path, argument: str = "--output") -> None:
+    """Raise Failure if `output`, which `argument` names, is there already or cannot be written."""
+    if os.path.lexists(output):
+        raise Failure(f"{output}: already exists; choose another {argument}")
+    check_output(output)
+
+
 @contextmanager
 def written_beside(output: Path, file: bool = False) -> Iterator[Path]:
     """An empty folder, or the place of a `file`, beside `output`, which takes its name at the end: all or nothing.
 
     Raises:
-        Failure: another process has written `output` meanwhile.
+        Failure: it cannot be written (by any library), or another process has written `output` meanwhile.
     """
+    check_output(output)
+    try:
+        with _written_beside(output, file) as beside:
+            yield beside
+    except Failure:
+        raise
+    except Exception as error:
+        reason = system_reason(error)
+        named = getattr(error, "filename", None) is not None
+        if reason is None or (named and BESIDE not in str(error)):  # another file could not be read
+            raise
+        raise Failure(f"{output}: cannot be written: {reason}") from error
+
+
+@contextmanager
+def _written_beside(output: Path, file: bool) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     for left in output.parent.glob(f"{escape(output.name)}.*{BESIDE}"):  # by a process that was killed
         with held(left) as free:

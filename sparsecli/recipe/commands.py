@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecli import console
 from sparsecli.console import Failure, RecipeError
+from sparsecli.model.files import check_new
 from sparsecli.recipe.budget import parse_share
 from sparsecli.recipe.loader import load, shipped
 from sparsecli.recipe.schema import Recipe, StudySpec
@@ -21,10 +22,18 @@ if TYPE_CHECKING:
     from sparsecli.model.sizes import Sizes
 
 
-def list_shipped() -> None:
+def list_shipped(json: bool = False) -> None:
     """Write names and descriptions to stdout."""
-    rows = [(name, load(name).recipe.description) for name in shipped()]
-    console.print_table(["recipe", "description"], rows)
+    _show(["recipe", "description"], [(name, load(name).recipe.description) for name in shipped()], json)
+
+
+def _show(columns: Sequence[str], rows: Sequence[Sequence[object]], json: bool) -> None:
+    """A table, or a list of objects with its columns as keys."""
+    if json:
+        keys = [column.replace(" ", "_") for column in columns]
+        console.json_out([dict(zip(keys, row, strict=True)) for row in rows])
+    else:
+        console.print_table(columns, rows)
 
 
 def show(name: str) -> None:
@@ -35,29 +44,29 @@ def show(name: str) -> None:
 def copy(name: str, destination: Path | None) -> None:
     """Copy a recipe to a file or a folder, by default the working directory.
 
-    Raises RecipeError if the file exists, and Failure if it cannot be written; nothing is left behind.
+    Raises Failure if the file exists or cannot be written; nothing is left behind.
     """
     source = load(name).path
     target = destination or Path()
     if target.is_dir():
         target = target / source.name
-    try:
-        file = target.open("x", encoding="utf-8")  # "x" fails if the file exists
-    except FileExistsError:
-        raise RecipeError(f"{target} exists; name another destination") from None
+    check_new(target, "DESTINATION")
+    if not target.parent.exists():
+        raise Failure(f"{target}: the folder {target.parent} does not exist")
+    file = target.open("x", encoding="utf-8")
     try:
         with file:
             file.write(source.read_text(encoding="utf-8"))
     except OSError as error:  # a full disk
         target.unlink()
-        raise Failure(f"{target}: cannot be written: {error.strerror}") from error
+        raise Failure(f"{target}: cannot be written: {console.system_reason(error)}") from error
     console.say(f"wrote {target}")
 
 
-def check(references: Sequence[str]) -> None:
+def check(references: Sequence[str], json: bool = False) -> None:
     """Validate recipes and print their sizes. Raises RecipeError with the problems of all of them."""
     failures: list[str] = []
-    rows: list[tuple[str, str, str, str]] = []
+    rows: list[tuple[str, str, int | None, int | None]] = []
     for reference in references:
         try:
             loaded = load(reference)
@@ -67,11 +76,13 @@ def check(references: Sequence[str]) -> None:
             continue
         if not found:
             train = loaded.recipe.train
-            rows.append((loaded.name, "that of train.init_from" if train and train.init_from else "", "", ""))
+            rows.append(
+                (loaded.name, "that of train.init_from" if train and train.init_from else "", None, None)
+            )
             continue
         from sparsecli.model.sizes import TOLERANCE, disagreement  # torch: not for a recipe with errors
 
-        rows += [(loaded.name, label, f"{size.total:,}", f"{size.active:,}") for label, size in found]
+        rows += [(loaded.name, label, size.total, size.active) for label, size in found]
         share = disagreement([size for _, size in found])
         bench, study = loaded.recipe.bench, loaded.recipe.study
         if study:
@@ -85,7 +96,15 @@ def check(references: Sequence[str]) -> None:
                 f"expected at most {100 * TOLERANCE:.0f} %; change d_ff"
             )
     if rows:
-        console.print_table(["recipe", "variant", "parameters", "read per token"], rows)
+        shown = (
+            rows
+            if json
+            else [
+                [f"{cell:,}" if isinstance(cell, int) else "" if cell is None else cell for cell in row]
+                for row in rows
+            ]
+        )
+        _show(["recipe", "variant", "parameters", "read per token"], shown, json)
     if failures:
         raise RecipeError("\n".join(failures))
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import yaml
 from pydantic import ValidationError
 
-from sparsecli.console import RecipeError
+from sparsecli.console import RecipeError, system_reason
 from sparsecli.recipe import document, messages
 from sparsecli.recipe.document import Document, Place, Problem, read_document, spell
 from sparsecli.recipe.schema import GenerateSpec, Recipe
@@ -95,9 +95,9 @@ def parse(
     return recipe
 
 
-def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that loads to the same recipe, with all defaults."""
-    values = recipe.model_dump(mode="json", exclude_none=True)
+def dump(recipe: Recipe, without: Collection[str] = ()) -> str:
+    """The recipe as YAML that loads to the same recipe, with all defaults; or `without` some of its blocks."""
+    values = recipe.model_dump(mode="json", exclude_none=True, exclude=set(without))
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -199,7 +199,7 @@ def _read(path: Path) -> str:
 
 
 def _reason(error: OSError | ValueError) -> str:
-    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).lower()
+    return (system_reason(error) or str(error)).lower()
 
 
 def _apply(read: Document, override: str, number: int) -> None:

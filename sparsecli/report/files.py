@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsecli.console import Failure
+from sparsecli.console import Failure, system_reason
 
 FIGURE_FORMATS = ("png", "svg", "pdf")
 """Endings of the files that matplotlib writes for us."""
@@ -16,6 +16,8 @@ def check_writable(path: Path, option: str) -> None:
     """Raise `Failure` unless a file can be written at `path`, which `option` names."""
     if path.is_dir():
         raise Failure(f"{path}: is a directory; name a file for {option}")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise Failure(f"{path}: {path.parent} is a file, not a folder")
     if not path.parent.is_dir():
         raise Failure(f"{path}: the folder {path.parent} does not exist")
     beside = _beside(path)
@@ -23,9 +25,17 @@ def check_writable(path: Path, option: str) -> None:
         beside.touch()  # permissions alone do not show that a file system is read-only or full
         beside.unlink()
     except OSError as error:
-        raise Failure(f"{path}: cannot be written: {error.strerror}; choose another {option}") from error
+        raise Failure(
+            f"{path}: cannot be written: {system_reason(error)}; choose another {option}"
+        ) from error
     if path.exists() and not os.access(path, os.W_OK):
         raise Failure(f"{path}: cannot be written; choose another {option}")
+
+
+def check_readable(path: Path, option: str) -> None:
+    """Raise `Failure` unless there is a file at `path`, which `option` names."""
+    if not path.is_file():
+        raise Failure(f"{option}: {path} is {'a folder' if path.is_dir() else 'not there'}; expected a file")
 
 
 def check_reports(html: Path | None, plot: Path | None) -> None:
@@ -51,7 +61,7 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise Failure(f"{path}: cannot be written: {error.strerror}") from error
+        raise Failure(f"{path}: cannot be written: {system_reason(error)}") from error
 
 
 def _beside(path: Path) -> Path:

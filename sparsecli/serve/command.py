@@ -15,7 +15,7 @@ from sparsecli.generate.decoder import DecoderOptions
 from sparsecli.generate.native_decoder import open_engine
 from sparsecli.generate.packed_weights import weight_type
 from sparsecli.interchange.model_folder import model_folder
-from sparsecli.model.files import read_description
+from sparsecli.model.files import MODEL_TYPE, read_description
 from sparsecli.model.tokenizer import read_tokenizer
 
 DEFAULT_CONTEXT = 4096
@@ -69,7 +69,10 @@ def run(
         raise Failure(
             f"{error.name} is not installed; pip install 'sparsecli[serve]' installs what serve needs"
         ) from None
-    with model_folder(model, keep=decoder.keep) as folder, closing(_bind(host, port)) as door:
+    with (
+        model_folder(model, keep=decoder.keep, types=(MODEL_TYPE,)) as folder,
+        closing(_bind(host, port)) as door,
+    ):
         description = read_description(folder)
         if description.spec.encoder:
             raise Failure(f"{folder}: has an encoder; serve continues texts with decoder-only models")
@@ -137,6 +140,6 @@ def _bind(host: str, port: int) -> socket.socket:
         door.bind(address)
         door.listen()  # clients can connect, and wait until the model is loaded
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = console.system_reason(error) or str(error)
         raise Failure(f"--host {host} --port {port}: {reason.lower()}; choose another address") from None
     return door

@@ -15,7 +15,7 @@ from sparsecli.console import Failure, say
 from sparsecli.data.examples import Prepared
 from sparsecli.data.images import prepare_images
 from sparsecli.data.preparation import prepare_with_tuning
-from sparsecli.model.files import RECIPE
+from sparsecli.model.files import RECIPE, check_output
 from sparsecli.recipe.data import ImagesSpec
 from sparsecli.recipe.loader import LoadedRecipe, dump, load
 from sparsecli.spec.vision import VisionSpec
@@ -25,7 +25,7 @@ from sparsecli.study.quantizing import engine_type
 from sparsecli.study.result import StudyResult, make_result
 from sparsecli.study.training import HINT, StudyTrainer, Trained
 from sparsecli.train import run_directory
-from sparsecli.train.command import check_resume, check_vocabulary_size
+from sparsecli.train.command import check_vocabulary_size
 from sparsecli.train.plan import check_reporters
 
 BENCH = "bench.json"
@@ -52,7 +52,6 @@ def run(
         Failure: `output` holds something else or cannot be written, or something cannot be trained or measured.
         Stopped: after SIGTERM or SIGINT, with a checkpoint.
     """
-    check_resume(resume)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise Failure("a study trains in one process; leave out torchrun", exit_code=2)
     plan = make_plan(loaded, output)
@@ -103,12 +102,12 @@ def _prepared(plan: Plan) -> Prepared:
 def _claim(output: Path) -> None:
     """Raise Failure if `output` cannot be written or holds something other than a study."""
     if not output.is_dir() or not any(output.iterdir()):
-        run_directory.probe(output)
+        check_output(output)
         return
     stored = output / RECIPE
     if not stored.exists() or load(str(stored)).recipe.study is None:
         raise Failure(f"{output}: is not empty and holds no study; choose another --output")
-    run_directory.probe(output)
+    check_output(output)
 
 
 def _measured(plan: Plan, trained: Sequence[Trained]) -> BenchResult | None:

@@ -146,7 +146,8 @@ class StudyTrainer:
             say(f"run {len(self.reached)} of {self.plan.runs}: {variant.name}, seed {run.seed}")
             run.folder.mkdir(parents=True, exist_ok=True)
             target = run.folder / "model"
-            quantize(variant.spec.quantize, find_model(str(run.source)), self.prepared, run.seed, target)
+            with run_directory.writing(target, HINT):
+                quantize(variant.spec.quantize, find_model(str(run.source)), self.prepared, run.seed, target)
             result = measure(variant.spec.quantize, target, self.prepared)
             facts = {"seed": run.seed, "corpus": self.prepared.fingerprint, "source": str(run.source)}
             result_facts = {"result": asdict(result)}

@@ -67,7 +67,6 @@ def run(
     """
     signals = Signals(stop_after)
     recipe = resolved(loaded)
-    check_resume(resume)
     assert recipe.train
     check_reporters(recipe.train)
     _check_sharded(recipe)
@@ -150,15 +149,6 @@ def _prepared(recipe: Recipe) -> Prepared:
         assert isinstance(recipe.model, VisionSpec)
         return prepare_images(recipe.data, recipe.model.image_size, recipe.model.classes)
     return prepare(recipe.data)
-
-
-def check_resume(resume: str | None) -> None:
-    """Raise Failure for another value of `--resume` than auto."""
-    if resume not in (None, "auto"):
-        raise Failure(
-            f"--resume {resume}: expected auto, which resumes from the newest undamaged checkpoint",
-            exit_code=2,
-        )
 
 
 def _report_accelerate_options(environment: Mapping[str, str]) -> None:
@@ -278,7 +268,7 @@ def _train(
     lead = samples.lead() if samples and judge_of(recipe) == "rouge" else None
     result = Result.of(row, recipe.train.max_steps, journal.tokens_per_second, lead)
     run_directory.write_facts(output, {**facts, "finished": _now(), "result": asdict(result)})
-    card_of(result, recipe).write(output / "model", output.name)
+    card_of(result, recipe).write(output / "model", output / "model")
     return result
 
 

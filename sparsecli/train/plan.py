@@ -10,7 +10,7 @@ from sparsecli.console import Failure, RecipeError, print_table
 from sparsecli.model.files import RECIPE, find_model, read_description
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, ImagesSpec, SavedTokenizer
-from sparsecli.recipe.loader import LoadedRecipe, complete, require, shipped
+from sparsecli.recipe.loader import LoadedRecipe, complete, require
 from sparsecli.recipe.schema import Recipe
 from sparsecli.recipe.training import TrainSpec
 from sparsecli.spec.model import ModelSpec
@@ -39,8 +39,6 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
             folder = find_model(start)
         except Failure as failure:
             instead = "; train.init_from=null starts from random weights" if recipe.model else ""
-            if Path(start).name in shipped() and not Path(start).exists():
-                instead = f"; sparsecli train {Path(start).name} makes it{instead}"
             raise Failure(f"train.init_from: {failure}{instead}") from None
         spec = read_description(folder).spec
         model = recipe.model or spec

@@ -113,10 +113,19 @@ def card_of(result: Result, recipe: Recipe) -> Card:
     return Card(
         f"{summary}.",
         facts,
-        recipe=dump(recipe),
+        recipe=dump(recipe, {"generate"} if images else ()),
         base_model=str(base) if base else None,
-        task="image-classification" if images else None,
+        task=_task(result, recipe),
     )
+
+
+def _task(result: Result, recipe: Recipe) -> str:
+    """The model's task, by the hub's name."""
+    if result.accuracy is not None:
+        return "image-classification"
+    if not getattr(recipe.model, "encoder", None):
+        return "text-generation"
+    return "summarization" if result.rouge else "text2text-generation"
 
 
 def _text_words(recipe: Recipe) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -15,9 +13,8 @@ from typing import Any
 
 import torch
 
-from sparsecli.console import Failure, processes, warn
-from sparsecli.data.cache import why_unwritten
-from sparsecli.model.files import RECIPE, held, parse_json, read_json
+from sparsecli.console import Failure, processes, system_reason, warn
+from sparsecli.model.files import RECIPE, check_output, held, parse_json, read_json
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.messages import found_as
 from sparsecli.recipe.schema import Recipe
@@ -46,7 +43,7 @@ def claim(
     another recipe, or has no undamaged checkpoint.
     """
     if not output.is_dir() or {path.name for path in output.iterdir()} <= {f"{RECIPE}.tmp"}:  # left by a kill
-        probe(output)
+        check_output(output)
         return None
     stored = output / RECIPE
     if not stored.exists():
@@ -54,7 +51,7 @@ def claim(
     if not resume:
         raise Failure(f"{output}: already holds a run; {hint}")
     _compare(stored, recipe, changed or f"resume with {stored}, or choose another --output")
-    probe(output)
+    check_output(output)
     checkpoint, skipped = newest_sound(output / CHECKPOINTS)
     for line in skipped:
         warn(f"skipped {line}")
@@ -72,7 +69,7 @@ def alone(output: Path) -> Iterator[None]:
     """
     created = not output.is_dir()
     if created:
-        probe(output)
+        check_output(output)
         with writing(output, "run the same command again"):
             output.mkdir(parents=True, exist_ok=True)
     with held(output) as free:
@@ -104,23 +101,11 @@ def writing(place: Path, hint: str) -> Iterator[None]:
     except Failure:
         raise
     except Exception as error:
-        reason = why_unwritten(error)
+        reason = system_reason(error)
         if reason is None:
             raise
         file = getattr(error, "filename", None) or place
         raise Failure(f"{file}: {reason}; fix this, then {hint}") from None
-
-
-def probe(output: Path) -> None:
-    """Raise `Failure` unless a file can be written in `output`, or in the nearest folder above it that exists."""
-    place = output.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise Failure(f"{output}: cannot be written: {place}: {error.strerror}") from None
 
 
 def _compare(stored: Path, recipe: Recipe, hint: str) -> None:

@@ -50,7 +50,7 @@ def write_model(folder: Path, spec: ModelSpec, dtype: str) -> None:
     try:
         model.save(str(folder))
     except OSError as error:
-        raise console.Failure(f"{folder}: cannot be written: {error.strerror}") from error
+        raise console.Failure(f"{folder}: cannot be written: {console.system_reason(error)}") from error
 
 
 def _fill(spec: ModelSpec, shapes: Mapping[str, tuple[int, int]], dtype: str) -> Any:

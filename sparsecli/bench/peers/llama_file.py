@@ -240,7 +240,7 @@ def _write(
         for array in values:
             writer.write_tensor_data(array)
     except OSError as error:
-        raise console.Failure(f"{path}: cannot be written: {error.strerror}") from error
+        raise console.Failure(f"{path}: cannot be written: {console.system_reason(error)}") from error
     finally:
         writer.close()
 

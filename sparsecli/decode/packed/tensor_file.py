@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sparsecli.console import Failure
+from sparsecli.console import Failure, system_reason
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
 TYPES: dict[str, type] = {
@@ -76,7 +76,7 @@ class TensorFile:
         try:
             self.file: BinaryIO = path.open("rb")
         except OSError as error:
-            raise Failure(f"{path}: cannot be read: {error.strerror}") from error
+            raise Failure(f"{path}: cannot be read: {system_reason(error)}") from error
         try:
             self._read_header()
         except Failure:
@@ -216,7 +216,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        raise Failure(f"{path}: cannot be written: {error.strerror}") from error
+        raise Failure(f"{path}: cannot be written: {system_reason(error)}") from error
     finally:
         with suppress(OSError):  # it is not there where all went well
             beside.unlink()
