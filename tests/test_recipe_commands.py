@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sparsecli.console import RecipeError
+from sparsecli.console import Failure, RecipeError
 from sparsecli.model.sizes import disagreement
 from sparsecli.recipe import commands, loader
 
@@ -116,7 +116,7 @@ def test_copy_never_overwrites(tmp_path, monkeypatch):
     copied = tmp_path / "quickstart.yaml"
     assert copied.read_text() == loader.shipped()["quickstart"].read_text()
     copied.write_text("mine")
-    with pytest.raises(RecipeError, match=r"quickstart.yaml exists"):
+    with pytest.raises(Failure, match=r"quickstart.yaml: already exists"):
         commands.copy("quickstart", None)
     assert copied.read_text() == "mine"
     (tmp_path / "folder").mkdir()

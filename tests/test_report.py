@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from small_benches import loaded, made_up, noisy
+from small_benches import made_up, noisy
 from test_convert_report import report
 from typer.testing import CliRunner
 
@@ -271,11 +271,12 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "_measure", None)
-    paths = {"html": Path(html) if html else None, "plot": Path(plot) if plot else None}
-    with pytest.raises(Failure) as caught:
-        bench.run(loaded(), **paths)
-    assert message in caught.value.message
-    assert caught.value.exit_code == code
+    given = {"--html": html, "--plot": plot}
+    words = [word for option, path in given.items() if path for word in (option, path)]
+    error = CliRunner().invoke(cli.app, ["bench", *words]).exception
+    assert isinstance(error, Failure)
+    assert message in error.message
+    assert error.exit_code == code
 
 
 def test_a_file_system_that_takes_no_files_is_found_before(

@@ -100,9 +100,17 @@ def test_transformers_loads_them_without_an_import_of_ours(
         ("terraformer", TerraformerForConditionalGeneration),
     ):
         network(network.config_class(**SIZES)).save_pretrained(tmp_path / name)
-    auto.build_classifier(VisionSpec(d_model=16, layers=1, heads=2, classes=3)).save_pretrained(
-        tmp_path / "images"
-    )
+    images = {
+        "kind": "vision",
+        "image_size": 8,
+        "patch_size": 4,
+        "classes": 3,
+        "d_model": 16,
+        "layers": 1,
+        "heads": 2,
+    }
+    spec = VisionSpec.model_validate(images | {"feed_forward": {"kind": "dense", "d_ff": 16}})
+    auto.build_classifier(spec).save_pretrained(tmp_path / "images")
     made = [tmp_path / name for name in ("encoder-decoder", "images", "terraformer")]
     folders = [finished[0] / "model", imported, *made]
     ended = python(
