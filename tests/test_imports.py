@@ -136,7 +136,8 @@ LAYERS |= {
         "sparsecli.cli",
         "sparsecli.console",
         "sparsecli.recipe",
-        "sparsecli.model.files",
+        # What can be refused before PyTorch is loaded.
+        *("sparsecli.model.files", "sparsecli.report.files", "sparsecli.data.corpus"),
     }
     | {
         f"sparsecli.{name}"

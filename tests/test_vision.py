@@ -450,6 +450,7 @@ def test_other_commands_refuse(
 def test_options_that_are_for_text(
     trained: Path, command: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("a.txt").touch()
     with pytest.raises(AssertionError):
         run(*command)
     assert message in capsys.readouterr().err

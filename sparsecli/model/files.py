@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import escape
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def how_to_have(reference: str) -> str:
     """The end of a message about a model that is not there: what makes it, or what is called nearly so."""
     path = Path(reference)
     run = path.parent if path.name == "model" else path
-    recipe = Path(__file__).parents[1] / "recipes" / f"{run.name}.yaml"
+    recipe = Path(str(resources.files("sparsecli.recipes"))) / f"{run.name}.yaml"
     if run.parent.name == RUNS.name and recipe.is_file():
         converts = re.search("^convert:", recipe.read_text(encoding="utf-8"), re.MULTILINE)
         return f"; sparsecli {'sparsify-convert' if converts else 'train'} {run.name} makes it"
