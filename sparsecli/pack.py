@@ -10,16 +10,8 @@ from sparsecli.console import Failure
 from sparsecli.decode.packed.file import save
 from sparsecli.decode.packed.folder import pack_folder
 from sparsecli.decode.packed.precision import Precision
-from sparsecli.model.files import (
-    CONFIG,
-    MODEL_TYPE,
-    PACKED,
-    check_new,
-    check_weights,
-    find_model,
-    read_description,
-    written_beside,
-)
+from sparsecli.model.files import CONFIG, MODEL_TYPE, PACKED, check_weights, find_model, read_description
+from sparsecli.model.outputs import check_new, written_beside
 from sparsecli.model.remote_code import REMOTE_CODE
 from sparsecli.model.tokenizer import FILES, read_tokenizer
 

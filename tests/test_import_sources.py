@@ -21,16 +21,9 @@ from sparsecli.generate.prompt import encode_chat, encode_prompt
 from sparsecli.interchange import exporting, importing
 from sparsecli.interchange.hub import fetch
 from sparsecli.interchange.sources import ForeignModel, open_source
-from sparsecli.model.files import (
-    CONFIG,
-    INDEX,
-    WEIGHTS,
-    find_model,
-    read_description,
-    weight_files,
-    written_beside,
-)
+from sparsecli.model.files import CONFIG, INDEX, WEIGHTS, find_model, read_description, weight_files
 from sparsecli.model.loading import load_model, load_network, read_config
+from sparsecli.model.outputs import written_beside
 from sparsecli.model.tokenizer import read_tokenizer
 
 
@@ -406,10 +399,10 @@ def test_export_overwrites_nothing(ours: Path) -> None:
 def test_a_full_disk_is_one_line_that_names_the_output(size: int, llama: Path, ours: Path) -> None:
     """Whichever file does not fit: the configuration, the tokenizer, the weights."""
     output = ours.with_name("full")
-    reason = rf"{output}: cannot be written: (File too large|not all data could be written \(disk full\?\))$"
+    reason = rf"^{output}: cannot be written: (File too large|not all data could be written \(disk full\?\))$"
     with files_up_to(size), pytest.raises(Failure, match=reason):
         importing.run(source=str(llama), output=output)
-    with files_up_to(size), pytest.raises(Failure, match=f"^{reason}"):
+    with files_up_to(size), pytest.raises(Failure, match=reason):
         exporting.run(model=str(ours), output=output)
     assert [path.name for path in ours.parent.iterdir()] == ["ours"]
 

@@ -93,7 +93,8 @@ LAYERS |= {
     "sparsecli.generate.sampling": {"sparsecli.console", "sparsecli.recipe"},
     "sparsecli.pack": {"sparsecli.console", "sparsecli.model", "sparsecli.spec", "sparsecli.decode"},
     "sparsecli.interchange.kept_imports": {
-        *("sparsecli", "sparsecli.interchange", "sparsecli.console", "sparsecli.model.files"),
+        *("sparsecli", "sparsecli.interchange", "sparsecli.console"),
+        *("sparsecli.model.files", "sparsecli.model.outputs"),
     },
     "sparsecli.interchange": {
         "sparsecli.interchange",
@@ -137,7 +138,12 @@ LAYERS |= {
         "sparsecli.console",
         "sparsecli.recipe",
         # What can be refused before PyTorch is loaded.
-        *("sparsecli.model.files", "sparsecli.report.files", "sparsecli.data.corpus"),
+        *(
+            "sparsecli.model.files",
+            "sparsecli.model.outputs",
+            "sparsecli.report.files",
+            "sparsecli.data.corpus",
+        ),
     }
     | {
         f"sparsecli.{name}"

@@ -18,7 +18,8 @@ from small_runs import files_up_to, write_recipe
 from sparsecli.cli import main
 from sparsecli.console import Failure
 from sparsecli.decode.native import binding
-from sparsecli.model.files import BESIDE, held, read_json, written_beside
+from sparsecli.model.files import read_json
+from sparsecli.model.outputs import BESIDE, held, written_beside
 from sparsecli.recipe import commands
 from sparsecli.train.result import known_result
 from sparsecli.train.run_directory import alone, read_facts

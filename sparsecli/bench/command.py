@@ -95,8 +95,7 @@ def run(
         host.warn_if_busy("; use fewer --threads")
         result = _measure(loaded, bench, plan, processor, folder, over)
     if earlier:
-        changes = compare.compare(result, earlier, fail_above or 0.0)
-        result = result.model_copy(update={"comparison": changes})
+        result = _compared(result, earlier, fail_above)
     _show(result, format)
     if output:
         _write(result, output)
@@ -127,8 +126,7 @@ def show_saved(
     if earlier and against:
         facts = {row.key: dict(row) for row in result.rows}
         compare.check_comparable(result.machine, facts, earlier, against)
-        changes = compare.compare(result, earlier, fail_above or 0.0)
-        result = result.model_copy(update={"comparison": changes})
+        result = _compared(result, earlier, fail_above)
     _show(result, format)
     if output:
         _write(result, output)
@@ -432,6 +430,12 @@ def _write_reports(result: BenchResult, html: Path | None, plot: Path | None) ->
     if plot:
         page.write_figure(result, plot)
         console.say(f"wrote {plot}")
+
+
+def _compared(result: BenchResult, earlier: BenchResult, fail_above: float | None) -> BenchResult:
+    """`result` with its comparison."""
+    changes = compare.compare(result, earlier, fail_above or 0.0)
+    return result.model_copy(update={"comparison": changes})
 
 
 def _judge(result: BenchResult, earlier: BenchResult, fail_above: float | None) -> None:

@@ -38,7 +38,8 @@ def export(
         raise Failure(
             f"--output: expected the name of a file that ends with .gguf, got {output}", exit_code=2
         )
-    from sparsecli.model.files import check_exists, check_new
+    from sparsecli.model.files import check_exists
+    from sparsecli.model.outputs import check_new
 
     check_exists(model)
     check_new(output)

@@ -41,7 +41,7 @@ def import_(
     function as the original.
     """
     from sparsecli.interchange.hub import check_reference
-    from sparsecli.model.files import check_new
+    from sparsecli.model.outputs import check_new
 
     check_new(output)
     check_reference(source, revision, weights=not dry_run)

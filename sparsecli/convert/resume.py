@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sparsecli.console import Failure, Stopped
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.files import CONFIG, held, read_json, share, weight_files
+from sparsecli.model.files import CONFIG, read_json, weight_files
 from sparsecli.model.loading import load_network
+from sparsecli.model.outputs import held, share
 from sparsecli.recipe.schema import Recipe
 from sparsecli.train import run_directory
 

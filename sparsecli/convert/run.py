@@ -45,8 +45,9 @@ from sparsecli.decode.packed.precision import Precision
 from sparsecli.evaluate.losses import HeldOutLoss, window_losses
 from sparsecli.model.card import license_of
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.files import RECIPE, share
+from sparsecli.model.files import RECIPE
 from sparsecli.model.loading import load_network
+from sparsecli.model.outputs import share
 from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.recipe.loader import dump
 from sparsecli.recipe.schema import ConvertSpec, Recipe
@@ -414,7 +415,7 @@ class Conversion:
         run_directory.replace_text(folder / "report.md", report.markdown())
         run_directory.replace_text(folder / "report.json", json.dumps(report.as_json(), indent=2) + "\n")
         page.write_figure(report, folder / "frontier.png")
-        card_of(report, self.recipe, license_of(self.folder)).write(folder / "model", self.output / "model")
+        card_of(report, self.recipe, license_of(self.folder)).write(folder / "model", self.output.name)
         loss = report.result.loss.nats_per_token
         bytes_per_token = self.text.held_out.bytes_per_token(self.text.corpus.tokenizer)
         facts = {

@@ -32,7 +32,7 @@ from sparsecli.convert.weight_types import GRADIENT_TOKENS, RoundedLayers
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.evaluate.losses import HeldOutLoss
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.files import share
+from sparsecli.model.outputs import share
 from sparsecli.model.tokenizer import GGUF_METADATA
 from sparsecli.recipe.budget import Budget, parse_budget
 from sparsecli.recipe.schema import ConvertSpec

@@ -16,16 +16,8 @@ from sparsecli.interchange.architectures import ForeignArchitecture, ForeignTens
 from sparsecli.interchange.hub import DESCRIPTIONS
 from sparsecli.interchange.safetensors_files import SafetensorsReader, check_finite, unstacked, write_shards
 from sparsecli.interchange.sources import read_architecture
-from sparsecli.model.files import (
-    CONFIG,
-    check_new,
-    check_weights,
-    find_model,
-    read_description,
-    read_json,
-    weight_files,
-    written_beside,
-)
+from sparsecli.model.files import CONFIG, check_weights, find_model, read_description, read_json, weight_files
+from sparsecli.model.outputs import check_new, written_beside
 from sparsecli.model.tokenizer import GGUF_METADATA
 from sparsecli.spec.model import ModelSpec
 

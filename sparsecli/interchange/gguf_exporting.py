@@ -31,8 +31,9 @@ from sparsecli.interchange.safetensors_files import TYPES as FLOAT_TYPES
 from sparsecli.interchange.safetensors_files import SafetensorsReader, check_finite
 from sparsecli.interchange.sources import read_architecture
 from sparsecli.interchange.tensor_layouts import TensorLayout
-from sparsecli.model.files import Description, weight_files, written_beside
+from sparsecli.model.files import Description, weight_files
 from sparsecli.model.gguf_types import TYPES, restore
+from sparsecli.model.outputs import written_beside
 from sparsecli.model.rotary import rotary_frequencies
 from sparsecli.model.tensors import Shape, tensor_shapes
 from sparsecli.model.tokenizer import GGUF_METADATA, read_tokenizer

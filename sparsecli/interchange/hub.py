@@ -98,7 +98,9 @@ def hub_reason(error: Exception, revision: str | None = None) -> str:
             return f"the hub answers {error.response.status_code}"
         case errors.HFValidationError():
             return "nor is it a name on the hub"
-    return f"the hub does not provide it: {system_reason(error) or last_line(error)}".partition("\n")[0]
+    if type(error).__name__.startswith("Connect"):  # of the HTTP library
+        return "the hub cannot be reached: no connection"
+    return (system_reason(error) or last_line(error)).partition("\n")[0]
 
 
 def check_repository(name: str) -> None:

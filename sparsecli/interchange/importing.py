@@ -23,7 +23,8 @@ from sparsecli.interchange.sources import GENERATION, ForeignModel, OwnModel, op
 from sparsecli.interchange.stored_weights import stored_weights
 from sparsecli.model.card import Card
 from sparsecli.model.configuration import ScalingTransformerConfig
-from sparsecli.model.files import check_new, check_weights, written_beside
+from sparsecli.model.files import check_weights
+from sparsecli.model.outputs import check_new, written_beside
 from sparsecli.model.sizes import count_parameters
 from sparsecli.model.tensors import Shape, tensor_shapes
 from sparsecli.model.tokenizer import Tokenizer, read_tokenizer
@@ -118,9 +119,9 @@ def write_model(source: ForeignModel, output: Path, dtype: ImportType = "auto") 
                 description="importing tensors",
             )
             check_weights(folder, spec)
-            _card(source).write(folder, output)
+            _card(source).write(folder, output.name)
     except Failure as failure:
-        if failure.message.startswith(str(source.path)):
+        if failure.message.startswith((str(source.path), str(output))):
             raise
         raise Failure(f"{source.path}: {failure.message}") from failure
 

@@ -18,8 +18,8 @@ from sparsecli.model.files import (
     fingerprint,
     read_description,
     weight_files,
-    written_beside,
 )
+from sparsecli.model.outputs import written_beside
 
 
 def imported(source: ForeignModel, temporary: Path, keep: bool = True) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,10 +48,8 @@ class Card:
     base_model: str | None = None
     task: str = "text-generation"
 
-    def markdown(self, model: Path) -> str:
-        """The whole card, with the front matter that hubs read. `model` is the path of the model's folder."""
-        run = model.parent if model.name == "model" and model.parent.name else model
-        name = run.name
+    def markdown(self, name: str) -> str:
+        """The whole card, with the front matter that hubs read. Its commands are for the model's folder."""
         images = self.task == "image-classification"
         front: dict[str, Any] = {"library_name": "sparsecli", "tags": ["sparsecli"]}
         if self.license:
@@ -60,8 +57,7 @@ class Card:
         if self.base_model:
             front["base_model"] = self.base_model
         front["pipeline_tag"] = self.task
-        path = shlex.quote(str(run))
-        command = f"evaluate --model {path}" if images else f'generate --model {path} --prompt "..."'
+        command = "evaluate --model ." if images else 'generate --model . --prompt "..."'
         lines = [
             "---",
             yaml.safe_dump(front, sort_keys=False).strip(),
@@ -71,7 +67,7 @@ class Card:
             self.summary,
             "",
         ]
-        lines += ["```", f"sparsecli {command}", "```", ""]
+        lines += ["In this folder:", "", "```", f"sparsecli {command}", "```", ""]
         network = AUTO_CLASSES[self.task]
         reader = "AutoImageProcessor" if images else "AutoTokenizer"
         lines += [
@@ -79,8 +75,8 @@ class Card:
             "",
             "```python",
             f"from transformers import {', '.join(sorted((network, reader)))}",
-            f"model = {network}.from_pretrained({str(model)!r}, trust_remote_code=True)",
-            f"{'processor' if images else 'tokenizer'} = {reader}.from_pretrained({str(model)!r})",
+            f'model = {network}.from_pretrained(".", trust_remote_code=True)',
+            f'{"processor" if images else "tokenizer"} = {reader}.from_pretrained(".")',
             "```",
             "",
         ]
@@ -99,10 +95,10 @@ class Card:
         ]
         return "\n".join(lines)
 
-    def write(self, folder: Path, model: Path) -> None:
-        """Write the card into `folder`, complete or not at all; `model` is what its path will be."""
+    def write(self, folder: Path, name: str) -> None:
+        """Write the card into a model folder, complete or not at all."""
         beside = folder / f"{CARD}.tmp"
-        beside.write_text(self.markdown(model), encoding="utf-8")
+        beside.write_text(self.markdown(name), encoding="utf-8")
         os.replace(beside, folder / CARD)
 
 

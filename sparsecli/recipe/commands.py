@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecli import console
 from sparsecli.console import Failure, RecipeError
-from sparsecli.model.files import check_new
+from sparsecli.model.outputs import check_new
 from sparsecli.recipe.budget import parse_share
 from sparsecli.recipe.loader import load, shipped
 from sparsecli.recipe.schema import Recipe, StudySpec

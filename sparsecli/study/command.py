@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from sparsecli.bench import compare
 from sparsecli.bench.command import check_measurable, measure_runs
@@ -15,7 +16,8 @@ from sparsecli.console import Failure, say
 from sparsecli.data.examples import Prepared
 from sparsecli.data.images import prepare_images
 from sparsecli.data.preparation import prepare_with_tuning
-from sparsecli.model.files import RECIPE, check_output
+from sparsecli.model.files import RECIPE
+from sparsecli.model.outputs import check_output
 from sparsecli.recipe.data import ImagesSpec
 from sparsecli.recipe.loader import LoadedRecipe, dump, load
 from sparsecli.spec.vision import VisionSpec
@@ -36,7 +38,7 @@ def run(
     loaded: LoadedRecipe,
     *,
     output: Path,
-    resume: str | None = None,
+    resume: Literal["auto"] | None = None,
     dry_run: bool = False,
     stop_after: float | None = None,
 ) -> StudyResult | None:

@@ -285,14 +285,15 @@ def print_plan(plan: Plan) -> None:
             rate, seed = plan.learning_rates(variant)[0], plan.study.seeds[0]
             known[key] = step_seconds(plan.run(variant, rate, seed).recipe)
         seconds[variant.name] = known[key] if variant.trains else 0.0
-    rows, total, left = [], 0.0, 0
+    rows, total, left, done = [], 0.0, 0, 0
     for variant in plan.variants:
         step, steps = seconds[variant.name], plan.steps_of(variant)
         if step is not None and variant.spec.distil_from:
             read = seconds[variant.spec.distil_from]
             step = None if read is None else step + read / 3  # a forward pass of the teacher
-        remaining = max(steps - sum(plan.ended(variant)), 0)
-        left += remaining
+        ended = plan.ended(variant)
+        remaining = max(steps - sum(ended), 0)
+        left, done = left + remaining, done + len(ended)
         total = math.inf if step is None else total + step * remaining
         rows.append(
             (
@@ -311,7 +312,6 @@ def print_plan(plan: Plan) -> None:
     time = "no estimate: a variant needs more memory than there is"
     if math.isfinite(total):
         time = f"about {_duration(total)} for what is left, without evaluations"
-    done = sum(len(plan.ended(variant)) for variant in plan.variants)
     steps = sum(map(plan.steps_of, plan.variants))
     facts = [
         ("trials", _trial_words(plan)),

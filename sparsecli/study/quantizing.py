@@ -22,8 +22,8 @@ from sparsecli.decode.packed.folder import pack_folder
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.evaluate.losses import bits_per_byte, engine_losses
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
-from sparsecli.model.files import share
 from sparsecli.model.loading import load_network, read_config
+from sparsecli.model.outputs import share
 from sparsecli.recipe.schema import QuantizeSpec
 from sparsecli.train.result import Result
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from sparsecli.console import Failure, Stopped, say
 from sparsecli.data.examples import Prepared
-from sparsecli.model.files import RECIPE, find_model, share
+from sparsecli.model.files import RECIPE, find_model
 from sparsecli.model.loading import load_network
+from sparsecli.model.outputs import share
 from sparsecli.spec.vision import VisionSpec
 from sparsecli.study.plan import Models, Plan, Run, Variant
 from sparsecli.study.pruning import pruned
@@ -182,12 +183,12 @@ class StudyTrainer:
             return None
         self._check_text(run, facts)
         if reason := facts.get("diverged"):
-            self._check_recipe(run)
+            self._claim(run)
             return Outcome(failure=f"diverged: {reason}")
         result = known_result(run.folder)
         if result is None or result.steps < run.steps or result.tuning_loss is None:
             return None
-        self._check_recipe(run)
+        self._claim(run)
         tuning, held_out = result.tuning_loss, result.held_out_loss
         model = run.recipe.model
         assert model
@@ -205,12 +206,8 @@ class StudyTrainer:
                 f"choose another --output"
             )
 
-    def _check_recipe(self, run: Run) -> None:
-        """Raise Failure if the folder holds a run of another recipe."""
-        self._claim(run)
-
     def _claim(self, run: Run) -> Path | None:
-        """See `run_directory.claim`."""
+        """The checkpoint of a run. Raises Failure if its folder holds a run of another recipe."""
         changed = "the study began with other settings; continue it with those, or choose another --output"
         return run_directory.claim(run.folder, run.recipe, resume=True, hint="", changed=changed)
 

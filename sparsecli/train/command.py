@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
@@ -20,8 +20,9 @@ from sparsecli.data.images import prepare_images
 from sparsecli.data.preparation import prepare
 from sparsecli.model.auto import Network, build_classifier, build_network
 from sparsecli.model.bfloat16 import has_bfloat16
-from sparsecli.model.files import RECIPE, find_model, share
+from sparsecli.model.files import RECIPE, find_model
 from sparsecli.model.loading import load_classifier, load_network, load_tokenizer
+from sparsecli.model.outputs import share
 from sparsecli.model.tokenizer import beyond
 from sparsecli.model.vision import ScalingTransformerForImageClassification
 from sparsecli.recipe.data import ImagesSpec
@@ -48,7 +49,7 @@ def run(
     loaded: LoadedRecipe,
     *,
     output: Path,
-    resume: str | None = None,
+    resume: Literal["auto"] | None = None,
     dry_run: bool = False,
     stop_after: float | None = None,
     profile: bool = False,
@@ -79,7 +80,7 @@ def _run(
     loaded: LoadedRecipe,
     recipe: Recipe,
     output: Path,
-    resume: str | None,
+    resume: Literal["auto"] | None,
     dry_run: bool,
     signals: Signals,
     profile: bool,
@@ -268,7 +269,7 @@ def _train(
     lead = samples.lead() if samples and judge_of(recipe) == "rouge" else None
     result = Result.of(row, recipe.train.max_steps, journal.tokens_per_second, lead)
     run_directory.write_facts(output, {**facts, "finished": _now(), "result": asdict(result)})
-    card_of(result, recipe).write(output / "model", output / "model")
+    card_of(result, recipe).write(output / "model", output.name)
     return result
 
 

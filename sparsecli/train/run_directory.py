@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from sparsecli.console import Failure, processes, system_reason, warn
-from sparsecli.model.files import RECIPE, check_output, held, parse_json, read_json
+from sparsecli.model.files import RECIPE, parse_json, read_json
+from sparsecli.model.outputs import check_output, held
 from sparsecli.recipe.loader import load
 from sparsecli.recipe.messages import found_as
 from sparsecli.recipe.schema import Recipe
