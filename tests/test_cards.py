@@ -29,7 +29,7 @@ def test_a_trained_model_s_card(finished: tuple[Path, object]) -> None:
         str(output.parent) not in card.partition("## Recipe")[0]
     )  # a path on this machine says nothing to others
     assert f"| held-out loss | {result.held_out_loss:.4f} nats/token" in card
-    assert "| training text | files: " in card
+    assert "| training text | files: *.txt |" in card
     assert "| steps | 12 |" in card
     recipe = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
     assert recipe["model"]["d_model"] == 16

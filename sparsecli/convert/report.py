@@ -13,7 +13,7 @@ from typing import Any
 from sparsecli import console
 from sparsecli.console import Failure
 from sparsecli.evaluate.losses import HeldOutLoss
-from sparsecli.model.card import Card
+from sparsecli.model.card import Card, public
 from sparsecli.model.files import parse_json
 from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.loader import dump
@@ -281,7 +281,7 @@ def _loss_cells(loss: HeldOutLoss) -> tuple[str, str, str]:
 def card_of(report: Report, recipe: Recipe, license: str | None) -> Card:
     """The card of a converted model; `license` is the dense model's."""
     _, _, body = report.markdown().partition("\n")
-    summary = f"{report.source}, made faster to decode by sparsecli."
+    summary = f"{public(report.source)}, made faster to decode by sparsecli."
     facts = [("method", report.method), ("perplexity over the dense model", _change(report.result.loss))]
     return Card(summary, facts, [("Loss and speed", body)], dump(recipe), license)
 

@@ -21,7 +21,7 @@ from sparsecli.interchange.architectures import NO_TOKENS, ForeignTensor
 from sparsecli.interchange.safetensors_files import TensorReader, check_finite, write_shards
 from sparsecli.interchange.sources import GENERATION, ForeignModel, OwnModel, open_source
 from sparsecli.interchange.stored_weights import stored_weights
-from sparsecli.model.card import Card
+from sparsecli.model.card import Card, public
 from sparsecli.model.configuration import ScalingTransformerConfig
 from sparsecli.model.files import check_weights
 from sparsecli.model.outputs import check_new, written_beside
@@ -128,7 +128,7 @@ def write_model(source: ForeignModel, output: Path, dtype: ImportType = "auto") 
 
 def _card(source: ForeignModel) -> Card:
     facts = [
-        ("source", source.reference + (f", revision {source.revision}" if source.revision else "")),
+        ("source", public(source.reference) + (f", revision {source.revision}" if source.revision else "")),
         ("architecture", source.architecture.class_name),
         ("parameters", f"{count_parameters(source.spec).total:,}"),
         ("weights of the source", stored_weights(source)),

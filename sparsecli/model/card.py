@@ -102,6 +102,17 @@ class Card:
         os.replace(beside, folder / CARD)
 
 
+def public(source: object) -> str:
+    """A model's or a file's name for a card: of a path from the root only the last part, which others understand."""
+    path = Path(str(source))
+    return path.name if path.is_absolute() else str(source)
+
+
+def on_hub(source: object) -> bool:
+    """Whether `source` is a name on the hub rather than a path of this machine; cards link only those."""
+    return len(str(source).split("/")) == 2 and not Path(str(source)).exists()
+
+
 def license_of(folder: Path) -> str | None:
     """The license that the card in `folder` names; None without one."""
     path = folder / CARD

@@ -12,7 +12,7 @@ from textwrap import shorten
 from pydantic import TypeAdapter, ValidationError
 
 from sparsecli.console import Failure, print_table
-from sparsecli.model.card import Card
+from sparsecli.model.card import Card, on_hub, public
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.loader import dump
 from sparsecli.recipe.schema import Recipe
@@ -108,13 +108,13 @@ def card_of(result: Result, recipe: Recipe) -> Card:
     taught = recipe.train.distillation.teacher if recipe.train.distillation else None
     base = recipe.train.init_from or taught
     summary = f"A {'vision Transformer' if images else 'language model'} that sparsecli trained"
-    summary += f", beginning with {recipe.train.init_from}" if recipe.train.init_from else ""
-    summary += f", with {taught} as its teacher" if taught else ""
+    summary += f", beginning with {public(recipe.train.init_from)}" if recipe.train.init_from else ""
+    summary += f", with {public(taught)} as its teacher" if taught else ""
     return Card(
         f"{summary}.",
         facts,
         recipe=dump(recipe, {"generate"} if images else ()),
-        base_model=str(base) if base else None,
+        base_model=str(base) if base and on_hub(base) else None,
         task=_task(result, recipe),
     )
 
@@ -132,8 +132,8 @@ def _text_words(recipe: Recipe) -> str:
     """Where the training text or images come from."""
     data = recipe.data
     paths = getattr(data, "paths", None)
-    named = getattr(data, "dataset", None) or (", ".join(map(str, paths)) if paths else None)
-    named = named or getattr(data, "path", None)
+    named = getattr(data, "dataset", None) or (", ".join(map(public, paths)) if paths else None)
+    named = named or (public(data.path) if getattr(data, "path", None) else None)
     source = str(getattr(data, "source", "text"))
     return f"{source}: {named}" if named else source
 
