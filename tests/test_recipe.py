@@ -265,6 +265,12 @@ def test_duplicate_keys_are_refused():
     ]
 
 
+def test_a_colon_without_a_space_is_explained():
+    assert problems("seed: 1\nmodel: {kind:dense, d_model: 64}\n")[0] == (
+        "r.yaml:2:9: model: 'kind:dense' needs a space after the colon: `kind: dense`"
+    )
+
+
 @pytest.mark.parametrize(
     "tag", ["!!python/object/apply:os.system ['true']", "!env HOME", "!!binary aGk=", "!!set {a}", "!!map 3"]
 )

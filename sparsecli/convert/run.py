@@ -353,7 +353,7 @@ class Conversion:
         change = f"{loss.relative_increase:+z.2%} loss, {loss}" if self.budget.kind == "loss" else f"{loss}"
         raise Mismatch(
             f"convert.budget: {self.budget} is exceeded on held-out text: {change}; `budget: {least}` accepts this "
-            f"model, a new --output searches again"
+            f"model, a smaller one picks again from the same measurements"
         )
 
     def _peers(self, folder: Path) -> Sequence[Contender]:

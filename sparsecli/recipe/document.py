@@ -197,6 +197,11 @@ class _Reading:
             here = self.place(key_node.start_mark)
             if _surrogates(key):
                 self.refuse(key_node, path, "a key must be text")
+            elif _glued(key_node, child):
+                name, _, value = key.partition(":")
+                self.refuse(
+                    key_node, path, f"{key[:40]!a} needs a space after the colon: `{name[:40]}: {value[:40]}`"
+                )
             elif key in result:
                 first = self.document.places[(*path, key)].line
                 self.document.problems.append(
@@ -227,6 +232,15 @@ class _Reading:
             self.refuse(node, path, "contains a lone surrogate, which is not a character")
             return None
         return text
+
+
+def _glued(key: yaml.ScalarNode, value: yaml.Node) -> bool:
+    """Whether a pair is one word to YAML, as `kind:dense` is, because no space follows the colon."""
+    return (
+        re.fullmatch(r"[\w-]+:[\w.-]+", key.value, re.ASCII) is not None
+        and key.style is None
+        and value.value == ""
+    )
 
 
 def _surrogates(text: str) -> bool:

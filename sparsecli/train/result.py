@@ -133,7 +133,8 @@ def _text_words(recipe: Recipe) -> str:
     data = recipe.data
     paths = getattr(data, "paths", None)
     named = getattr(data, "dataset", None) or (", ".join(map(public, paths)) if paths else None)
-    named = named or (public(data.path) if getattr(data, "path", None) else None)
+    folder = getattr(data, "path", None)
+    named = named or (public(folder) if folder else None)
     source = str(getattr(data, "source", "text"))
     return f"{source}: {named}" if named else source
 
