@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsecli import console
 from sparsecli.bench.studies import training_step
 from sparsecli.decode.native import binding
-from sparsecli.model.layers import native_units
+from sparsecli.model.layers import exploring, native_units
 from sparsecli.model.layers.choices import ChoiceRecord
 from sparsecli.model.layers.feed_forward import SparseFeedForward, choose
 from sparsecli.model.layers.reversible import Half, plain_stack, reversible_stack
@@ -103,6 +103,42 @@ def test_training_equals_the_masked_product(name: str, instruction_set: str) -> 
     assert_same(rows, masked)
     if name not in ("no token", "one column, one block"):
         assert min(value.abs().max() for value in rows.values()) > 0
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+@pytest.mark.parametrize("name", ["odd", "two slices", "no token"])
+def test_exploring_equals_the_product_with_the_mask_behind(
+    name: str, fraction: float, instruction_set: str
+) -> None:
+    layer, x, dy = build(name)
+    layer.explored_fraction = fraction
+    choices, found = ChoiceRecord(), []
+    for run, context in ((layer, choices.recording()), (layer.masked_product, choices.replaying())):
+        torch.manual_seed(3)  # both draw the same tokens
+        layer.temperature = 0.0
+        with context:
+            found.append(results(layer, x, dy, run))
+    assert_same(*found)
+
+
+def test_explored_tokens_stand_for_all() -> None:
+    """The mean over what can be drawn is the gradient with every token explored; other weights do not notice."""
+    layer, x, dy = build("odd")
+    layer.temperature = 0.0
+    plain = results(layer, x, dy, layer)
+    layer.explored_fraction = 1.0
+    every = results(layer, x, dy, layer)
+    layer.explored_fraction = 1 / 3
+    drawn: dict[int, dict[str, Tensor]] = {}
+    for seed in range(40):
+        torch.manual_seed(seed)
+        first = exploring.draw(layer.explored_fraction, len(x))[0].start
+        torch.manual_seed(seed)
+        drawn.setdefault(first, results(layer, x, dy, layer))
+    assert sorted(drawn) == [0, 1, 2]
+    assert_same({name: sum(run[name] for run in drawn.values()) / 3 for name in every}, every)
+    for name, gradient in plain.items():
+        assert torch.equal(every[name], gradient) == (not name.startswith("controller") and name != "x"), name
 
 
 def test_every_second_column_and_frozen_weights() -> None:

@@ -70,11 +70,16 @@ class SparseFeedForwardSpec(Spec):
     """Share of training calls that use the hard choice; the others use the soft one (paper: 0.3)."""
     temperature: Annotated[float, Field(ge=0)] = 0.1
     """Scale of the Gumbel noise that is added to the log-probabilities when training."""
+    explored_fraction: Probability = 0.0
+    """Share of training tokens whose controllers also learn from the units that were not chosen (paper: 0). Needs hard
+    choices and `relu`."""
     gate: Literal["none", "probability"] = "none"
     """`probability` multiplies a chosen unit by its controller probability."""
 
     @model_validator(mode="after")
     def _check(self) -> SparseFeedForwardSpec:
+        if self.explored_fraction and (self.hard_fraction < 1 or self.activation != "relu"):
+            raise fault("explored_fraction", "needs hard_fraction: 1.0 and activation: relu")
         check_choice(self, least=1, most=self.block_size - 1 if type(self.units_per_block) is int else None)
         return self
 

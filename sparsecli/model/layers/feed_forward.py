@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsecli.model.layers import native_units
+from sparsecli.model.layers import exploring, native_units
 from sparsecli.model.layers.balancing import load_balancing_loss, with_loss
 from sparsecli.model.layers.choices import recorded_choice
 from sparsecli.model.layers.dropout import shared_dropout
@@ -244,6 +244,7 @@ class SparseFeedForward(ChosenUnits):
         d_ff, block_size, rank, units_per_block: sizes; d_ff is a multiple of block_size.
         unit_bias: a bias on what enters the activation (none in the paper's layer).
         hard_fraction, temperature: training behaviour, see `training_mask`.
+        explored_fraction: share of tokens whose controllers learn from every unit (0 in the paper), see `exploring`.
         probability_gate: multiply a chosen unit by its probability (off in the paper).
     """
 
@@ -261,10 +262,12 @@ class SparseFeedForward(ChosenUnits):
         temperature: float = 0.1,
         probability_gate: bool = False,
         dropout: float = 0.0,
+        explored_fraction: float = 0.0,
     ) -> None:
         super().__init__(d_model, d_ff, block_size, units_per_block, activation, gated, unit_bias, dropout)
         self.controller = Controller(d_model, d_ff, block_size, rank)
         self.hard_fraction = hard_fraction
+        self.explored_fraction = explored_fraction
         self.temperature = temperature
         self.probability_gate = probability_gate
         self.reset_parameters()
@@ -293,10 +296,20 @@ class SparseFeedForward(ChosenUnits):
         """The paper's training call, which multiplies every unit by the mask: twin of `native_units.chosen_rows`."""
         logits = self.controller(x)  # (tokens, blocks, N)
         mask, is_hard = training_mask(logits, self.units_per_block, self.temperature, self.hard_fraction)
+        if self.explored_fraction:
+            return self._explored_product(x, logits, mask.detach().round())
         after = None
         if self.probability_gate:  # soft draws carry the probability already
             after = torch.where(is_hard, logits.detach().softmax(dim=-1), 1.0)
         return self._masked(x, mask, after)
+
+    def _explored_product(self, x: Tensor, logits: Tensor, chosen: Tensor) -> Tensor:
+        """The same with the mask behind the activation, for the hard mask `chosen` (tokens, blocks, N)."""
+        p = logits.float().softmax(dim=-1)
+        passed = p * exploring.weights(chosen, *exploring.draw(self.explored_fraction, len(x)))
+        mask = chosen + passed - passed.detach()
+        after = mask * p.detach() if self.probability_gate else mask
+        return self._masked(x, torch.ones_like(mask), after)
 
 
 class MixtureFeedForward(nn.Module):

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsecli import console
 from sparsecli.decode.native import binding
+from sparsecli.model.layers import exploring
 from sparsecli.model.layers.choices import recorded_choice
 from sparsecli.model.layers.tracing import tracing
 
@@ -85,6 +86,14 @@ def chosen_rows(layer: SparseFeedForward, x: Tensor) -> Tensor:
         x, layer.gate, layer.up, layer.down, layer.unit_bias, layer.bias, mask, scale, chosen,
         layer.block_size, layer.activation,
     )  # fmt: skip
+    if training and layer.explored_fraction:
+        explored, period = exploring.draw(layer.explored_fraction, len(x))
+        with torch.no_grad():
+            seen = x[explored]
+            values = layer.values(seen, seen.new_ones(len(seen), *chosen.shape[1:2], layer.block_size))
+            if layer.probability_gate:
+                values = values * layer.controller(seen).softmax(dim=-1).flatten(1).to(values.dtype)
+        y = exploring.with_unchosen(y, *weights, values, layer.down, chosen, explored, period)
     return y.to(torch.promote_types(x.dtype, layer.bias.dtype))
 
 
