@@ -376,7 +376,7 @@ def test_prompt_that_is_missing_or_no_text(run, calls, tmp_path, monkeypatch, ca
         (console.Mismatch("differs"), 4, "error: differs\n"),
         (console.Stopped("stopped at step 3"), 75, "stopped at step 3\n"),
         (console.Stopped("stopped", exit_code=130), 130, "stopped\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/d/f"),
             1,
@@ -484,6 +484,21 @@ def test_usage_errors(arguments, run, calls, capsys):
             "runs/quickstart-convert/model: no such file or folder; "
             "sparsecli sparsify-convert quickstart-convert makes it",
         ),
+        (
+            ["train", "quickstart", "train.init_from=nowhere"],
+            1,
+            "train.init_from: nowhere: no such file or folder; train.init_from=null starts from random weights",
+        ),
+        (
+            ["train", "quickstart", "train.distillation={teacher: nowhere}"],
+            1,
+            "train.distillation.teacher: nowhere: no such file or folder",
+        ),
+        (
+            ["train", "quickstart", "data.source=files", "data.paths=[none.txt]"],
+            1,
+            "data.paths: no file matches none.txt (looked from {cwd})",
+        ),
     ],
 )
 def test_what_needs_no_heavy_import_is_refused_first(arguments, code, line, tmp_path):
@@ -494,7 +509,7 @@ def test_what_needs_no_heavy_import_is_refused_first(arguments, code, line, tmp_
     ended = subprocess.run(
         [sys.executable, "-c", heavy, *arguments], cwd=tmp_path, capture_output=True, text=True
     )
-    assert (ended.stderr, ended.returncode) == (f"error: {line}\n", code)
+    assert (ended.stderr, ended.returncode) == (f"error: {line.format(cwd=tmp_path)}\n", code)
 
 
 @pytest.mark.parametrize(

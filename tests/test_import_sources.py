@@ -311,6 +311,17 @@ def test_names_that_lead_nowhere(name: str, hub: str, tmp_path: Path) -> None:
     assert shown == f"{name}: no such file or folder{on_hub if name in ('someone/other', 'gpt2') else ''}"
 
 
+def test_a_folder_of_that_owner_is_not_taken_for_the_model(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone").mkdir()
+    assert open_source("someone/tiny").revision == hub
+    assert "someone/other: no such file or folder; the hub cannot" in refused(
+        "someone/other", tmp_path / "ours"
+    )
+
+
 def test_a_revision_that_there_is_not(hub: str, tmp_path: Path) -> None:
     with pytest.raises(Failure, match="someone/tiny"):
         importing.run(source="someone/tiny", output=tmp_path / "ours", revision="other")

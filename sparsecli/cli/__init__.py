@@ -37,6 +37,8 @@ for command in (train, convert, generate, serve, evaluate, import_, export, push
     app.add_typer(command.app)
 app.add_typer(recipes.app, name="recipes")
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
 debug = False
 """Whether errors show their traceback; set by `--debug`."""
 
@@ -46,6 +48,8 @@ def main() -> None:
     code = None
     try:
         code = app(prog_name="sparsecli", standalone_mode=False)
+        if code == INTERRUPTED:  # Typer makes an exit code of a KeyboardInterrupt, and says nothing
+            raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:
         errors.end(error, debug)
     sys.exit(code)

@@ -63,6 +63,9 @@ def train(
             loaded, output=output or loaded.output, resume=resume, dry_run=dry_run, stop_after=stop_after
         )
         return
+    from sparsecli.train import sources
+
+    sources.check(loaded.recipe)
     from sparsecli.train import command
 
     leave_imports_alone()

@@ -40,6 +40,7 @@ from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.loader import LoadedRecipe, require
 from sparsecli.recipe.schema import ConvertSpec, Recipe
+from sparsecli.report import files
 from sparsecli.spec.model import ModelSpec
 from sparsecli.train import run_directory
 
@@ -76,7 +77,7 @@ def run(
             return None
         report = _convert(plan)
     report.show(format)
-    _write_reports(report, html, plot)
+    files.write_reports(report, (html, page.write_html), (plot, page.write_figure))
     return report
 
 
@@ -90,17 +91,8 @@ def show_saved(
     """
     report = Report.read(path)
     report.show(format)
-    _write_reports(report, html, plot)
+    files.write_reports(report, (html, page.write_html), (plot, page.write_figure))
     return report
-
-
-def _write_reports(report: Report, html: Path | None, plot: Path | None) -> None:
-    if html:
-        page.write_html(report, html)
-        console.say(f"wrote {html}")
-    if plot:
-        page.write_figure(report, plot)
-        console.say(f"wrote {plot}")
 
 
 @dataclass(frozen=True)

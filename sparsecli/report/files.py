@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from sparsecli.console import Failure, system_reason
+from sparsecli.console import Failure, say, system_reason
 
 FIGURE_FORMATS = ("png", "svg", "pdf")
 """Endings of the files that matplotlib writes for us."""
@@ -47,6 +48,21 @@ def check_reports(html: Path | None, plot: Path | None) -> None:
             endings = ", ".join(f".{format}" for format in FIGURE_FORMATS)
             raise Failure(f"--plot: expected a file that ends with one of {endings}, got {plot}", exit_code=2)
         check_writable(plot, "--plot")
+
+
+Report = TypeVar("Report")
+
+
+def write_reports(
+    report: Report,
+    page: tuple[Path | None, Callable[[Report, Path], None]],
+    figure: tuple[Path | None, Callable[[Report, Path], None]],
+) -> None:
+    """Write the page and the figure of a report, each to its path, if there is one, and say so."""
+    for path, write_to in (page, figure):
+        if path:
+            write_to(report, path)
+            say(f"wrote {path}")
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
