@@ -41,7 +41,7 @@ void Attention::run(Pass& pass, const AttentionLayer& layer, int64_t cache_idx) 
     pass.each(s.key_value_heads, [&](int64_t t, int64_t begin, int64_t end) {
         for (int64_t head = begin; head < end; ++head) {
             prepare_key(pass, layer, cache_idx, t, head);
-            heads_.append(pass, pass.token(t).sequence->self_attention, cache_idx, t, head);
+            heads_.append(pass, &Sequence::self_attention, cache_idx, t, head);
             if (hashes) lsh_.hash_key(pass, cache_idx, t, head);
         }
     });

@@ -13,8 +13,9 @@ struct HeadRows {
 
     explicit HeadRows(Workspace& space, bool exists = true);
 
-    // Writes the key and value of a token's head to a cache.
-    void append(const Pass& pass, const KeyValues& cache, int64_t cache_idx, int64_t t, int64_t head) const;
+    // Writes the key and value of a token's head to a cache. Where the next token is another text's, what that one
+    // writes to arrives meanwhile.
+    void append(const Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx, int64_t t, int64_t head) const;
 
     // Hands over what a head of a token attended to: to the residual stream where there is no output map, else to
     // `mixed`.
