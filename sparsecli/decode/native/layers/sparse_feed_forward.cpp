@@ -12,9 +12,10 @@ SparseFeedForward::SparseFeedForward(Workspace& space) : chosen_(space) {
     space.for_workers(own_controller_scales_, CHUNK, false);
 }
 
-// Whether tokens seldom choose the same units: rows then come from memory for one token each.
+// Whether a unit is used by few tokens of the pass, 8 on average at most: its rows then come from memory, not from those
+// caches that a short list of units fits into.
 bool SparseFeedForward::scattered(const Pass& pass, int64_t k) {
-    return pass.single() || 2 * pass.count() * k <= pass.shape.block_size;
+    return pass.single() || pass.count() * k <= 8 * pass.shape.block_size;
 }
 
 // This worker's part of the controller.

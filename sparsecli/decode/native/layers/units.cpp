@@ -28,7 +28,7 @@ void ChosenUnits::add(const Pass& pass, const Block& block, int64_t t, int64_t b
 }
 
 void ChosenUnits::add_all(const Pass& pass, const Block& block, int64_t count, int64_t step) const {
-    const bool few = pass.count() < 8 * pass.workers();  // so few tokens cannot be shared out evenly
+    const bool few = pass.count() < 8 * pass.workers();  // so few are shared out more evenly by columns
     const Range tokens = few ? Range{0, pass.count()} : pass.mine(pass.count(), 1);
     const Range columns = few ? pass.mine(pass.shape.d_model, LANES) : Range{0, pass.shape.d_model};
     for (int64_t first = 0; first < count; first += step)
