@@ -128,7 +128,7 @@ class Batcher:
         self.waiting: list[Text] = []
         self.active: dict[Text, Slot] = {}
         self.told: list[tuple[Text, Event]] = []  # events that are not emitted yet
-        self.step_seconds = 0.0  # running mean of a pass without prompts
+        self.step_seconds: dict[int, float] = {}  # running means of passes without prompts, by their texts
         self.prompt_seconds = 0.0  # of a token of a prompt
         self.text_seconds = 1.0  # of a text, from its slot to its end
         self.stopping = self._ending = False
@@ -244,17 +244,28 @@ class Batcher:
             return LONGEST_PIECE
         if not self.prompt_seconds or not self.step_seconds:
             return SHORTEST_PIECE
-        piece = PROMPT_SHARE * self.step_seconds / self.prompt_seconds
+        piece = PROMPT_SHARE * self._step(growing) / self.prompt_seconds
         whole = round((growing + piece) / PASS_STEP) * PASS_STEP - growing
         return min(max(whole, SHORTEST_PIECE), LONGEST_PIECE)
+
+    def _step(self, growing: int) -> float:
+        """Seconds of a pass of so many texts without prompts; where there was none, a text costs what a token of a prompt
+        does. While prompts are read one after another, ever more texts grow without such a pass."""
+        nearest = min(self.step_seconds, key=lambda count: abs(count - growing))
+        further = (growing - nearest) * self.prompt_seconds
+        return max(
+            self.step_seconds[nearest] + further, self.step_seconds[nearest] * min(growing / nearest, 1)
+        )
 
     def _measure(self, seconds: float, growing: int, read: int) -> None:
         self.observer.passed(seconds, read, len(self.active), len(self.waiting))
         if not read:
-            self.step_seconds = _smoothed(self.step_seconds, seconds)
-            return
-        for_prompt = max(seconds - (self.step_seconds if growing else 0.0), 0.1 * seconds) / read
-        self.prompt_seconds = _smoothed(self.prompt_seconds, for_prompt)
+            self.step_seconds[growing] = _smoothed(self.step_seconds.get(growing, 0.0), seconds)
+        elif read >= SHORTEST_PIECE:  # a few tokens cost little beside what every pass costs
+            alone = not growing  # one of the tokens then stands for a growing text
+            without = self._step(max(growing, 1)) if self.step_seconds else 0.0
+            for_prompt = max(seconds - without, 0.1 * seconds) / (read - alone)
+            self.prompt_seconds = _smoothed(self.prompt_seconds, for_prompt)
 
     def _score(self, text: Text, piece: list[int]) -> None:
         """Read a piece of a prompt, and tell the logprobs of the tokens behind its tokens."""

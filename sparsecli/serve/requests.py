@@ -280,9 +280,9 @@ def refusal(broken: Broken) -> Refused:
 async def merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[int, Delta]]:
     """The deltas of all texts as they come, with the index of their choice. Raises Broken."""
     if len(choices) == 1:  # no tasks and no second queue, which cost as much as everything else
-        async with aclosing(choices[0].deltas()) as deltas:
-            async for delta in deltas:
-                yield 0, delta
+        async with aclosing(choices[0].deltas()) as only:
+            async for piece in only:
+                yield 0, piece
         return
     queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
 

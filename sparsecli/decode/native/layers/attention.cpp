@@ -30,6 +30,7 @@ void Attention::run(Pass& pass, const AttentionLayer& layer, int64_t cache_idx) 
     const bool hashes = pass.model.hashes();
     const Activations x = pass.normalized(layer.norm);
     pass.mark(OTHER);
+    if (!pass.single() && !hashes) plan_cache_ahead(pass, &Sequence::self_attention, cache_idx);
     project(pass, layer, cache_idx, x);
     if (pass.single() && !hashes) prefetch_cache(pass, &Sequence::self_attention, cache_idx);
 

@@ -67,18 +67,42 @@ int64_t first_key(const Pass& pass, const Token& token, KeyValues Sequence::* ca
 }
 
 // The first keys and values that a token's head reads.
-void prefetch_head(const Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx, int64_t t, int64_t head) {
+struct FirstKeys {
+    const char *keys, *values;
+    int64_t key_bytes, value_bytes;
+};
+
+FirstKeys first_keys(const Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx, int64_t t, int64_t head) {
     const Token& token = pass.token(t);
-    const KeyValues& keys = token.sequence->*cache;
-    const int64_t bytes = type_bytes(keys.type);
+    const KeyValues& held = token.sequence->*cache;
     const int64_t length = cache == &Sequence::cross_attention ? token.sequence->encoder_length : token.position;
     const int64_t begin = first_key(pass, token, cache, cache_idx) / LANES * LANES;
-    const HeadCache of_head = keys.of_head(cache_idx, head);
+    const HeadCache of_head = held.of_head(cache_idx, head);
     const int64_t slot = begin % of_head.slots;
     const int64_t positions = std::min({length - begin, of_head.slots - slot, PREFETCHED_POSITIONS});
-    const int64_t key_bytes = keys.head_width * bytes, value_bytes = keys.value_stride * bytes;
-    pass.ops.prefetch((const char*)of_head.keys + slot * key_bytes, positions * key_bytes);
-    pass.ops.prefetch((const char*)of_head.values + slot * value_bytes, positions * value_bytes);
+    const int64_t key = held.head_width * type_bytes(held.type), value = held.value_stride * type_bytes(held.type);
+    return {(const char*)of_head.keys + slot * key, (const char*)of_head.values + slot * value, positions * key,
+            positions * value};
+}
+
+void prefetch_head(const Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx, int64_t t, int64_t head) {
+    const FirstKeys first = first_keys(pass, cache, cache_idx, t, head);
+    pass.ops.prefetch(first.keys, first.key_bytes);
+    pass.ops.prefetch(first.values, first.value_bytes);
+}
+
+void plan_cache_ahead(Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx) {
+    const int64_t tokens = pass.count(), group = pass.shape.heads / (pass.token(0).sequence->*cache).heads;
+    const Range items = pass.mine(pass.shape.heads * tokens, 1);
+    const Sequence* before = nullptr;
+    for (int64_t item = items.begin; item < items.end && pass.ahead.count < ReadAhead::MOST; item += group) {
+        const int64_t t = item / group % tokens;
+        if (pass.token(t).sequence == before) continue;
+        before = pass.token(t).sequence;
+        const FirstKeys first = first_keys(pass, cache, cache_idx, t, item / (group * tokens));
+        pass.ahead.add(first.keys, first.key_bytes);
+        pass.ahead.add(first.values, first.value_bytes);
+    }
 }
 
 // Queries that read the same keys go together: heads of a group, and neighbouring tokens of a sequence.

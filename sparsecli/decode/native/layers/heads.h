@@ -44,6 +44,9 @@ void attend(Pass& pass, const HeadRows& heads, KeyValues Sequence::* cache, int6
 // Prefetches the first keys and values that this worker's heads read; the rest follows in streams.
 void prefetch_cache(const Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx);
 
+// Adds what this worker's heads read first to what is prefetched while projections compute, for tokens of several texts.
+void plan_cache_ahead(Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx);
+
 // Modules [begin, end) of a convolution at a position; a window begins `lead` elements before its module, of `stride`.
 void convolve(Pass& pass, const Convolution& convolution, const ConvState& inputs, int64_t idx, int64_t position,
               int64_t stride, int64_t lead, int64_t begin, int64_t end, float* out);

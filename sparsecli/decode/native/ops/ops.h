@@ -136,7 +136,7 @@ struct ReadAhead {
     struct Piece {
         const char *next, *end;
     };
-    static constexpr int64_t MOST = 16;
+    static constexpr int64_t MOST = 64;
     Piece pieces[MOST];
     int64_t count = 0, first = 0;
 
