@@ -142,6 +142,12 @@ void Attention::project_shared(Pass& pass, const AttentionLayer& layer, int64_t 
     }
     const int64_t width = pass.model.module_width();
     pass.each(s.modules, [&](int64_t t, int64_t begin, int64_t end) {
+        if (t + 1 < pass.count() && pass.token(t + 1).sequence != pass.token(t).sequence) {
+            const Token& next = pass.token(t + 1);  // another text, whose inputs arrive meanwhile
+            const ConvState& inputs = next.sequence->projection_inputs;
+            pass.ops.prefetch(inputs.row(cache_idx, next.position - inputs.padding),
+                              (inputs.padding + 1) * inputs.row_bytes);
+        }
         pass.multiply(layer.shared, x.values + t * x.stride, begin, end, shared_projection_.row(t));
         append(t, begin * width, end * width);
     });
