@@ -249,8 +249,8 @@ class Batcher:
         return min(max(whole, SHORTEST_PIECE), LONGEST_PIECE)
 
     def _step(self, growing: int) -> float:
-        """Seconds of a pass of so many texts without prompts. Where there was none, a text costs what a token of a prompt
-        does: while prompts are read one after another, ever more texts grow without such a pass."""
+        """Seconds of a pass of so many texts without prompts. Where there was none, a text costs what a token of a
+        prompt does: while prompts are read one after another, ever more texts grow without such a pass."""
         nearest = min(self.step_seconds, key=lambda count: abs(count - growing))
         further = (growing - nearest) * self.prompt_seconds
         return max(
