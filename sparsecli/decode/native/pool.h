@@ -119,10 +119,9 @@ class Pool {
 
     static constexpr int SPINS = 256;
     static constexpr double SHORTEST = 2e-4,
-                            LEAST_SHARE = 0.6;  // shortest job that is judged (seconds); least share of a processor,
-                                                // with which two threads are about as fast as one alone
-    static constexpr int64_t TRIALS = 8;        // timed jobs of either way
-    static constexpr double SHORT_JOB = 2e-3;   // seconds
+                            LEAST_SHARE = 0.75;  // shortest job that is judged (seconds), least share of a processor
+    static constexpr int64_t TRIALS = 8;         // timed jobs of either way
+    static constexpr double SHORT_JOB = 2e-3;    // seconds
     static constexpr int64_t SHORTEST_PAUSE = 16, LONGEST_PAUSE = 512, CALM = 16;  // jobs
     static constexpr std::chrono::microseconds AWAKE{500};                         // until a thread without work sleeps
 
