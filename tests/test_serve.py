@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -39,7 +40,7 @@ from sparsecli.recipe.schema import GenerateSpec
 from sparsecli.serve import command
 from sparsecli.serve.protocol import CompletionRequest
 from sparsecli.serve.requests import refusal
-from sparsecli.serve.texts import Broken
+from sparsecli.serve.texts import Broken, Inbox
 
 pytestmark = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -460,6 +461,44 @@ def test_an_error_of_the_engine_ends_texts_and_not_the_server(
     fine = Answer([1, 2], 5)
     batcher.submit([fine.text])
     assert fine.finish == "length"
+
+
+def test_pieces_of_prompts_follow_texts_that_never_grew_without_prompts_beside_them(batcher: Batcher) -> None:
+    batcher._measure(0.005, growing=1, read=0)
+    piece = 0
+    for _ in range(20):  # a pass takes 4 ms and 1 ms a token: 12 ms for 8 texts without a prompt
+        piece = batcher._piece(8)
+        batcher._measure(0.004 + 0.001 * (8 + piece), growing=8, read=piece)
+    assert piece == 16  # not the 8 of one text's step
+
+
+def test_texts_are_told_together_once_all_have_their_tokens(engine: Engine) -> None:
+    order: list[str] = []
+
+    def sampler(tokens: Sequence[int], row: np.ndarray) -> int:
+        order.append("sampled")
+        return 1
+
+    batcher = Batcher(engine, 2, CONTEXT, 4, frozenset())
+    late = time.monotonic() + 60
+    batcher.submit([Text([1, 2], 3, sampler, lambda event: order.append("told"), late) for _ in range(2)])
+    batcher.stop(30)
+    a_pass = ["sampled"] * 2 + ["told"] * 2
+    assert order == a_pass * 3 + ["told"] * 2  # and how each ended
+
+
+def test_the_event_loop_wakes_up_once_for_all_events_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def deliver() -> tuple[int, list[Event]]:
+        woken: list[Callable[[], None]] = []
+        inbox, queue = Inbox(), asyncio.Queue[Event]()
+        monkeypatch.setattr(inbox.loop, "call_soon_threadsafe", woken.append)
+        for _ in range(2):  # passes
+            for token in range(3):
+                inbox.put(queue, Event(token))
+            woken[-1]()
+        return len(woken), [queue.get_nowait() for _ in range(queue.qsize())]
+
+    assert asyncio.run(deliver()) == (2, [Event(token) for token in (0, 1, 2, 0, 1, 2)])
 
 
 def test_an_end_token_is_not_part_of_the_text(engine: Engine) -> None:

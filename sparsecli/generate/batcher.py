@@ -77,7 +77,8 @@ class Text:
         prompt: token ids, at least one.
         limit: new tokens at most; 0 only reads the prompt.
         sampler: picks the next token, given all tokens and the logits (V,).
-        emit: is called with every event, in the batcher's thread.
+        emit: is called with every event, in the batcher's thread, just before the engine's next pass: what receivers do
+            with the events of a pass goes on beside that pass.
         deadline: of `time.monotonic()`.
         adjust: changes logits (V,) by the new tokens so far, before the sampler.
         top_logprobs: likeliest tokens whose logprobs are asked for; None: no logprobs.
@@ -126,7 +127,8 @@ class Batcher:
         self.slots = Slots(engine, slots, capacity)
         self.waiting: list[Text] = []
         self.active: dict[Text, Slot] = {}
-        self.step_seconds = 0.0  # running mean of a pass without prompts
+        self.told: list[tuple[Text, Event]] = []  # events that are not emitted yet
+        self.step_seconds: dict[int, float] = {}  # running means of passes without prompts, by their texts
         self.prompt_seconds = 0.0  # of a token of a prompt
         self.text_seconds = 1.0  # of a text, from its slot to its end
         self.stopping = self._ending = False
@@ -167,6 +169,8 @@ class Batcher:
 
     def _run(self) -> None:
         while True:
+            if not self.active:
+                self._emit()
             with self._wake:
                 while not (self.waiting or self.active or self.stopping):
                     self._wake.wait()
@@ -180,6 +184,12 @@ class Batcher:
                     for text, slot in [*self.active.items()]:
                         del slot.tokens[slot.sequence.length :]
                         self._end(text, Event(finish="error", message=str(error)))
+
+    def _emit(self) -> None:
+        """Tell what has happened since the last time, all at once: threads that are woken do not hold up this one."""
+        told, self.told = self.told, []
+        for text, event in told:
+            text.emit(event)
 
     def _drop_and_admit(self) -> None:
         """End texts that are cancelled or late, and give slots to those that wait, in the order of arrival."""
@@ -215,6 +225,7 @@ class Batcher:
             room -= len(left)
             if room <= 0:
                 break
+        self._emit()
         if not texts:
             return
         started = time.perf_counter()
@@ -233,21 +244,33 @@ class Batcher:
             return LONGEST_PIECE
         if not self.prompt_seconds or not self.step_seconds:
             return SHORTEST_PIECE
-        piece = PROMPT_SHARE * self.step_seconds / self.prompt_seconds
+        piece = PROMPT_SHARE * self._step(growing) / self.prompt_seconds
         whole = round((growing + piece) / PASS_STEP) * PASS_STEP - growing
         return min(max(whole, SHORTEST_PIECE), LONGEST_PIECE)
+
+    def _step(self, growing: int) -> float:
+        """Seconds of a pass of so many texts without prompts. Where there was none, a text costs what a token of a
+        prompt does: while prompts are read one after another, ever more texts grow without such a pass."""
+        nearest = min(self.step_seconds, key=lambda count: abs(count - growing))
+        further = (growing - nearest) * self.prompt_seconds
+        return max(
+            self.step_seconds[nearest] + further, self.step_seconds[nearest] * min(growing / nearest, 1)
+        )
 
     def _measure(self, seconds: float, growing: int, read: int) -> None:
         self.observer.passed(seconds, read, len(self.active), len(self.waiting))
         if not read:
-            self.step_seconds = _smoothed(self.step_seconds, seconds)
-            return
-        for_prompt = max(seconds - (self.step_seconds if growing else 0.0), 0.1 * seconds) / read
-        self.prompt_seconds = _smoothed(self.prompt_seconds, for_prompt)
+            self.step_seconds[growing] = _smoothed(self.step_seconds.get(growing, 0.0), seconds)
+        elif read >= SHORTEST_PIECE:  # a few tokens cost little beside what every pass costs
+            alone = not growing  # one of the tokens then stands for a growing text
+            without = self._step(max(growing, 1)) if self.step_seconds else 0.0
+            for_prompt = max(seconds - without, 0.1 * seconds) / (read - alone)
+            self.prompt_seconds = _smoothed(self.prompt_seconds, for_prompt)
 
     def _score(self, text: Text, piece: list[int]) -> None:
         """Read a piece of a prompt, and tell the logprobs of the tokens behind its tokens."""
         slot = self.active[text]
+        self._emit()
         begun = time.perf_counter()
         rows = self.engine.logits(slot.sequence, piece)
         seconds = time.perf_counter() - begun
@@ -260,7 +283,7 @@ class Batcher:
             for token, row in zip(following, rows, strict=False)
         ]
         if found:
-            text.emit(Event(logprobs=found))
+            self.told.append((text, Event(logprobs=found)))
         if at >= len(text.prompt):
             slot.prompt = ()
             self._sample(text, rows[-1])
@@ -282,7 +305,7 @@ class Batcher:
             return
         text.new.append(token)
         logprobs = [] if text.top_logprobs is None else [logprobs_of(row, token, text.top_logprobs)]
-        text.emit(Event(token, logprobs))
+        self.told.append((text, Event(token, logprobs)))
         if len(text.new) >= text.limit or len(text.prompt) + len(text.new) >= self.capacity:
             self._end(text, Event(finish="length"))
 
@@ -299,7 +322,7 @@ class Batcher:
         elif text in self.waiting:
             self.waiting.remove(text)
         self.observer.finished(event.finish or "", len(self.active), len(self.waiting))
-        text.emit(event)
+        self.told.append((text, event))
 
 
 def _smoothed(mean: float, newest: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparsecli import __version__
 from sparsecli.generate.sampling import TokenLogprobs
@@ -44,6 +45,36 @@ def _explain(problem: Mapping[str, Any]) -> tuple[str | None, str]:
     return where, f"{where}: {text}"
 
 
+class Guard:
+    """Refuses requests before they are read, and counts answers. Pieces of streams pass it without a queue and a task.
+
+    Args:
+        app: what answers.
+        refused: the answer to a request that is not read, or None.
+        answered: is called with the path and the status of every answer.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        refused: Callable[[HttpRequest], Response | None],
+        answered: Callable[[str, int], None],
+    ) -> None:
+        self.app, self.refused, self.answered = app, refused, answered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        http = HttpRequest(scope)
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.answered(http.url.path, message["status"])
+            await send(message)
+
+        await (self.refused(http) or self.app)(scope, receive, counted)
+
+
 def make_app(server: Server, hosts: Sequence[str] | None = None) -> FastAPI:
     """The application.
 
@@ -52,13 +83,9 @@ def make_app(server: Server, hosts: Sequence[str] | None = None) -> FastAPI:
     """
     app = FastAPI(title="sparsecli", version=__version__, docs_url="/docs", redoc_url=None)
 
-    @app.middleware("http")
-    async def guard(http: HttpRequest, answer: Callable[[HttpRequest], Awaitable[Response]]) -> Response:
-        path = http.url.path
-        response = refused(http) or await answer(http)
+    def answered(path: str, status: int) -> None:
         known = path if path in {getattr(route, "path", "") for route in app.routes} else "other"
-        server.metrics.requests.labels(known, response.status_code).inc()
-        return response
+        server.metrics.requests.labels(known, status).inc()
 
     def refused(http: HttpRequest) -> Response | None:
         """Why a request is not read: its host, its key, its size."""
@@ -75,6 +102,8 @@ def make_app(server: Server, hosts: Sequence[str] | None = None) -> FastAPI:
             if int(length) > LARGEST_BODY:
                 return Refused(413, f"the request is larger than {LARGEST_BODY >> 20} MiB").response
         return None
+
+    app.add_middleware(Guard, refused=refused, answered=answered)
 
     @app.exception_handler(Refused)
     async def show(_: HttpRequest, error: Refused) -> Response:

@@ -22,7 +22,7 @@ from sparsecli.generate.sampling import TokenLogprobs
 from sparsecli.model.tokenizer import Tokenizer
 from sparsecli.serve.metrics import Metrics
 from sparsecli.serve.protocol import ChatRequest, Request
-from sparsecli.serve.texts import Broken, Choice, Delta, seeds
+from sparsecli.serve.texts import Broken, Choice, Delta, Inbox, seeds
 
 STATUS = {"timeout": 504, "stopping": 503, "error": 500, "cancelled": 499}
 
@@ -74,6 +74,7 @@ class Server:
     api_key: str | None = None
     seconds: float = 600.0
     template: TemplateProcess | None = None
+    inbox: Inbox | None = None  # made in the event loop, with the first request
     started: int = field(default_factory=lambda: int(time.time()))
 
     # -- requests ---------------------------------------------------------------------------------------------
@@ -129,9 +130,11 @@ class Server:
                 "context_length_exceeded",
             )
         adjust = request.adjust(self.vocabulary)
+        self.inbox = self.inbox or Inbox()
         found = [
             Choice(
                 self.batcher,
+                self.inbox,
                 self.tokenizer,
                 request,
                 prompt,
@@ -276,6 +279,11 @@ def refusal(broken: Broken) -> Refused:
 
 async def merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[int, Delta]]:
     """The deltas of all texts as they come, with the index of their choice. Raises Broken."""
+    if len(choices) == 1:  # no tasks and no second queue, which cost as much as everything else
+        async with aclosing(choices[0].deltas()) as only:
+            async for piece in only:
+                yield 0, piece
+        return
     queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
 
     async def forward(index: int, choice: Choice) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -41,12 +43,32 @@ class Delta:
     finish: str | None = None
 
 
+class Inbox:
+    """Brings events from the batcher's thread into the event loop, which wakes up once for all of a pass."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.arrived: deque[tuple[asyncio.Queue[Event], Event]] = deque()
+
+    def put(self, queue: asyncio.Queue[Event], event: Event) -> None:
+        """Called in the batcher's thread."""
+        self.arrived.append((queue, event))
+        if len(self.arrived) == 1:  # else the loop is about to take this one, too
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self.arrived:
+            queue, event = self.arrived.popleft()
+            queue.put_nowait(event)
+
+
 class Choice:
     """One text of a request, on its way."""
 
     def __init__(
         self,
         batcher: Batcher,
+        inbox: Inbox,
         tokenizer: Tokenizer,
         request: Request,
         prompt: list[int],
@@ -60,11 +82,6 @@ class Choice:
         self.batcher, self.tokenizer = batcher, tokenizer
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.builder = TextBuilder(tokenizer, prompt, request.stops)
-        loop = asyncio.get_running_loop()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(self.events.put_nowait, event)
-
         options = GenerateSpec(
             temperature=request.temperature,
             top_p=request.top_p,
@@ -76,7 +93,7 @@ class Choice:
             prompt,
             limit,
             make_sampler(options, seed),
-            emit,
+            partial(inbox.put, self.events),
             time.monotonic() + seconds,
             adjust,
             top_logprobs,

@@ -26,12 +26,13 @@ ConvRow value_row(const Model& model) { return {0, round_up(2 * model.shape.d_mo
 ConvRow query_row(const Model& model) { return overlapping(model.shape.d_model, model.query_module_width()); }
 
 // Room of each cache. The tokens of a pass are all stored before the first of them attends: a ring has room for a window
-// before each.
+// before each. Heads do not lie a power of two apart, or they would share a few sets of the processor's caches.
 std::vector<int64_t> slots_of(const Model& model, int64_t positions) {
     std::vector<int64_t> slots;
     for (int64_t cache_idx = 0; cache_idx < model.caches(); ++cache_idx) {
         const int64_t window = model.windows[size_t(cache_idx / model.shape.attention_layers)];
-        slots.push_back(round_up(window ? std::min(positions, window + CHUNK) : positions, LANES));
+        const int64_t room = round_up(window ? std::min(positions, window + CHUNK) : positions, LANES);
+        slots.push_back(room % (8 * LANES) ? room : room + LANES);
     }
     return slots;
 }

@@ -30,6 +30,7 @@ void Attention::run(Pass& pass, const AttentionLayer& layer, int64_t cache_idx) 
     const bool hashes = pass.model.hashes();
     const Activations x = pass.normalized(layer.norm);
     pass.mark(OTHER);
+    if (!pass.single() && !hashes) plan_cache_ahead(pass, &Sequence::self_attention, cache_idx);
     project(pass, layer, cache_idx, x);
     if (pass.single() && !hashes) prefetch_cache(pass, &Sequence::self_attention, cache_idx);
 
@@ -41,7 +42,7 @@ void Attention::run(Pass& pass, const AttentionLayer& layer, int64_t cache_idx) 
     pass.each(s.key_value_heads, [&](int64_t t, int64_t begin, int64_t end) {
         for (int64_t head = begin; head < end; ++head) {
             prepare_key(pass, layer, cache_idx, t, head);
-            heads_.append(pass, pass.token(t).sequence->self_attention, cache_idx, t, head);
+            heads_.append(pass, &Sequence::self_attention, cache_idx, t, head);
             if (hashes) lsh_.hash_key(pass, cache_idx, t, head);
         }
     });
@@ -141,6 +142,12 @@ void Attention::project_shared(Pass& pass, const AttentionLayer& layer, int64_t 
     }
     const int64_t width = pass.model.module_width();
     pass.each(s.modules, [&](int64_t t, int64_t begin, int64_t end) {
+        if (t + 1 < pass.count() && pass.token(t + 1).sequence != pass.token(t).sequence) {
+            const Token& next = pass.token(t + 1);  // another text, whose inputs arrive meanwhile
+            const ConvState& inputs = next.sequence->projection_inputs;
+            pass.ops.prefetch(inputs.row(cache_idx, next.position - inputs.padding),
+                              (inputs.padding + 1) * inputs.row_bytes);
+        }
         pass.multiply(layer.shared, x.values + t * x.stride, begin, end, shared_projection_.row(t));
         append(t, begin * width, end * width);
     });

@@ -20,7 +20,7 @@ void CrossAttention::read_encoder(Pass& pass) {
         pass.barrier(PROJECTION);
         pass.each(pass.shape.heads, [&](int64_t t, int64_t begin, int64_t end) {
             for (int64_t head = begin; head < end; ++head)
-                heads_.append(pass, pass.token(t).sequence->cross_attention, layer_idx, t, head);
+                heads_.append(pass, &Sequence::cross_attention, layer_idx, t, head);
         });
         pass.barrier(ATTENTION);
     }

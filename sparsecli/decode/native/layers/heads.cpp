@@ -10,10 +10,21 @@ HeadRows::HeadRows(Workspace& space, bool exists) {
     for (Buffer<float>* buffer : {&queries, &keys, &values, &mixed}) space.for_tokens(*buffer, width, true);
 }
 
-void HeadRows::append(const Pass& pass, const KeyValues& cache, int64_t cache_idx, int64_t t, int64_t head) const {
+void HeadRows::append(const Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx, int64_t t, int64_t head) const {
+    const Token& token = pass.token(t);
+    if (t + 1 < pass.count() && pass.token(t + 1).sequence != token.sequence) {
+        const Token& next = pass.token(t + 1);
+        const KeyValues& its = next.sequence->*cache;
+        const HeadCache place = its.of_head(cache_idx, head);
+        const int64_t slot = next.position % place.slots, bytes = type_bytes(its.type);
+        const int64_t first = slot / LANES * LANES, row = its.head_width * bytes;
+        pass.ops.prefetch((const char*)place.keys + first * row, LANES * row);
+        pass.ops.prefetch((const char*)place.values + slot * its.value_stride * bytes, its.value_stride * bytes);
+    }
+    const KeyValues& own = token.sequence->*cache;
     const int64_t width = pass.shape.head_width, at = head * width;
-    pass.ops.append(keys.row(t) + at, values.row(t) + at, cache.type, width, pass.token(t).position,
-                    cache.of_head(cache_idx, head), cache.value_stride);
+    pass.ops.append(keys.row(t) + at, values.row(t) + at, own.type, width, token.position, own.of_head(cache_idx, head),
+                    own.value_stride);
 }
 
 void HeadRows::deliver(const Pass& pass, const float* y, int64_t t, int64_t head, bool to_residual) const {
@@ -55,6 +66,45 @@ int64_t first_key(const Pass& pass, const Token& token, KeyValues Sequence::* ca
     return window ? std::max<int64_t>(token.position + 1 - window, 0) : 0;
 }
 
+// The first keys and values that a token's head reads.
+struct FirstKeys {
+    const char *keys, *values;
+    int64_t key_bytes, value_bytes;
+};
+
+FirstKeys first_keys(const Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx, int64_t t, int64_t head) {
+    const Token& token = pass.token(t);
+    const KeyValues& held = token.sequence->*cache;
+    const int64_t length = cache == &Sequence::cross_attention ? token.sequence->encoder_length : token.position;
+    const int64_t begin = first_key(pass, token, cache, cache_idx) / LANES * LANES;
+    const HeadCache of_head = held.of_head(cache_idx, head);
+    const int64_t slot = begin % of_head.slots;
+    const int64_t positions = std::min({length - begin, of_head.slots - slot, PREFETCHED_POSITIONS});
+    const int64_t key = held.head_width * type_bytes(held.type), value = held.value_stride * type_bytes(held.type);
+    return {(const char*)of_head.keys + slot * key, (const char*)of_head.values + slot * value, positions * key,
+            positions * value};
+}
+
+void prefetch_head(const Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx, int64_t t, int64_t head) {
+    const FirstKeys first = first_keys(pass, cache, cache_idx, t, head);
+    pass.ops.prefetch(first.keys, first.key_bytes);
+    pass.ops.prefetch(first.values, first.value_bytes);
+}
+
+void plan_cache_ahead(Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx) {
+    const int64_t tokens = pass.count(), group = pass.shape.heads / (pass.token(0).sequence->*cache).heads;
+    const Range items = pass.mine(pass.shape.heads * tokens, 1);
+    const Sequence* before = nullptr;
+    for (int64_t item = items.begin; item < items.end && pass.ahead.count < ReadAhead::MOST; item += group) {
+        const int64_t t = item / group % tokens;
+        if (pass.token(t).sequence == before) continue;
+        before = pass.token(t).sequence;
+        const FirstKeys first = first_keys(pass, cache, cache_idx, t, item / (group * tokens));
+        pass.ahead.add(first.keys, first.key_bytes);
+        pass.ahead.add(first.values, first.value_bytes);
+    }
+}
+
 // Queries that read the same keys go together: heads of a group, and neighbouring tokens of a sequence.
 void attend(Pass& pass, const HeadRows& heads, KeyValues Sequence::* cache, int64_t cache_idx, const Norm* query_norm,
             float scale, bool to_residual) {
@@ -85,6 +135,11 @@ void attend(Pass& pass, const HeadRows& heads, KeyValues Sequence::* cache, int6
             lengths[held] = visible_keys(pass, pass.token(t), cache);
             out[held] = mixed[held];
         }
+        if (item < items.end) {  // what comes from another place arrives meanwhile
+            const int64_t next = item / group % tokens, next_head = item / (group * tokens);
+            if (pass.token(next).sequence != sequence || next_head != key_head)
+                prefetch_head(pass, cache, cache_idx, next, next_head);
+        }
         const KeyValues& keys = sequence->*cache;
         pass.ops.attend(queries, starts, lengths, held, keys.type, width, keys.of_head(cache_idx, key_head),
                         keys.value_stride, scale, softcap, pass.space.own_scores.row(pass.worker),
@@ -94,20 +149,8 @@ void attend(Pass& pass, const HeadRows& heads, KeyValues Sequence::* cache, int6
 }
 
 void prefetch_cache(const Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx) {
-    const Token& token = pass.token(0);
-    const KeyValues& keys = token.sequence->*cache;
-    const Range heads = pass.mine(keys.heads, 1);
-    const int64_t bytes = type_bytes(keys.type);
-    const int64_t length = cache == &Sequence::cross_attention ? token.sequence->encoder_length : token.position;
-    const int64_t begin = first_key(pass, token, cache, cache_idx) / LANES * LANES;
-    for (int64_t head = heads.begin; head < heads.end; ++head) {
-        const HeadCache of_head = keys.of_head(cache_idx, head);
-        const int64_t slot = begin % of_head.slots;
-        const int64_t positions = std::min({length - begin, of_head.slots - slot, PREFETCHED_POSITIONS});
-        const int64_t key_bytes = keys.head_width * bytes, value_bytes = keys.value_stride * bytes;
-        pass.ops.prefetch((const char*)of_head.keys + slot * key_bytes, positions * key_bytes);
-        pass.ops.prefetch((const char*)of_head.values + slot * value_bytes, positions * value_bytes);
-    }
+    const Range heads = pass.mine((pass.token(0).sequence->*cache).heads, 1);
+    for (int64_t head = heads.begin; head < heads.end; ++head) prefetch_head(pass, cache, cache_idx, 0, head);
 }
 
 void convolve(Pass& pass, const Convolution& convolution, const ConvState& inputs, int64_t idx, int64_t position,

@@ -13,8 +13,9 @@ struct HeadRows {
 
     explicit HeadRows(Workspace& space, bool exists = true);
 
-    // Writes the key and value of a token's head to a cache.
-    void append(const Pass& pass, const KeyValues& cache, int64_t cache_idx, int64_t t, int64_t head) const;
+    // Writes the key and value of a token's head to a cache. Where the next token is another text's, what that one
+    // writes to arrives meanwhile.
+    void append(const Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx, int64_t t, int64_t head) const;
 
     // Hands over what a head of a token attended to: to the residual stream where there is no output map, else to
     // `mixed`.
@@ -42,6 +43,9 @@ void attend(Pass& pass, const HeadRows& heads, KeyValues Sequence::* cache, int6
 
 // Prefetches the first keys and values that this worker's heads read; the rest follows in streams.
 void prefetch_cache(const Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx);
+
+// Adds what this worker's heads read first to what is prefetched while projections compute, for tokens of several texts.
+void plan_cache_ahead(Pass& pass, KeyValues Sequence::* cache, int64_t cache_idx);
 
 // Modules [begin, end) of a convolution at a position; a window begins `lead` elements before its module, of `stride`.
 void convolve(Pass& pass, const Convolution& convolution, const ConvState& inputs, int64_t idx, int64_t position,

@@ -13,7 +13,11 @@ class SparseFeedForward : public FeedForward {
     void add_sum(Pass& pass, const Block& block, int64_t layer_idx) override;
 
   private:
-    void choose(Pass& pass, const Block& block, Range blocks, int64_t k, const Activations& x);
+    static bool scattered(const Pass& pass, int64_t k);
+    Activations hidden(Pass& pass, const Block& block, const Activations& x);
+    void choose_units(const Pass& pass, const Block& block, Range blocks, int64_t k, const Activations& z);
+    void compute_units(const Pass& pass, const Block& block, int64_t t, int64_t begin, int64_t end,
+                       const Activations& x);
 
     ChosenUnits chosen_;
     Buffer<float> probabilities_;              // (T, K): of the chosen units

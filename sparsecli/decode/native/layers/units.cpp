@@ -28,17 +28,13 @@ void ChosenUnits::add(const Pass& pass, const Block& block, int64_t t, int64_t b
 }
 
 void ChosenUnits::add_all(const Pass& pass, const Block& block, int64_t count, int64_t step) const {
-    const int64_t d = pass.shape.d_model;
-    if (pass.single()) {
-        const Range columns = pass.mine(d, LANES);
-        add(pass, block, 0, 0, count, columns);
-        return add_bias(pass, block, 0, columns);
-    }
-    const Range tokens = pass.mine(pass.count(), 1);
+    const bool few = pass.count() < 8 * pass.workers();  // so few are shared out more evenly by columns
+    const Range tokens = few ? Range{0, pass.count()} : pass.mine(pass.count(), 1);
+    const Range columns = few ? pass.mine(pass.shape.d_model, LANES) : Range{0, pass.shape.d_model};
     for (int64_t first = 0; first < count; first += step)
         for (int64_t t = tokens.begin; t < tokens.end; ++t)
-            add(pass, block, t, first, std::min(first + step, count), {0, d});
-    for (int64_t t = tokens.begin; t < tokens.end; ++t) add_bias(pass, block, t, {0, d});
+            add(pass, block, t, first, std::min(first + step, count), columns);
+    for (int64_t t = tokens.begin; t < tokens.end; ++t) add_bias(pass, block, t, columns);
 }
 
 void add_bias(const Pass& pass, const Block& block, int64_t t, Range columns) {

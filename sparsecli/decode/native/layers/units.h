@@ -4,7 +4,7 @@
 
 namespace sparsecli {
 
-constexpr int64_t BLOCKS_AT_ONCE = 8;  // whose units many tokens share while they are cached
+constexpr int64_t BLOCKS_AT_ONCE = 4;  // whose units' rows stay in the second-level cache for all tokens
 
 // The units that each token uses, as lists: K = model.chosen_units(layer_idx) at most.
 class ChosenUnits {

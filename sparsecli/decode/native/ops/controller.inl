@@ -117,11 +117,23 @@ inline void block_logits(const Matrix& w, int64_t block, int64_t width, int64_t 
         for (int v = 0; v < V; ++v) store(logits + t * width + unit + v * LANES, sums[t][v]);
 }
 
+// Tokens that share one reading of a block.
+#if defined(SPARSECLI_AVX512)
+constexpr int CHOOSING_TOKENS = 4;
+#else
+constexpr int CHOOSING_TOKENS = 2;
+#endif
+
+// Logits of one block for T tokens, or for the `tokens` that are left.
 template <int T>
 inline void all_logits(const Matrix& w, int64_t block, int64_t width, int64_t rank, const Activations& z, int64_t token,
-                       float* logits) {
-#if defined(SPARSECLI_NEON)
-    constexpr int V = T == 1 ? 2 : 1;  // sums that stay in registers
+                       int64_t tokens, float* logits) {
+    if constexpr (T > 1)
+        if (tokens < T) return all_logits<T - 1>(w, block, width, rank, z, token, tokens, logits);
+#if defined(SPARSECLI_AVX512)
+    constexpr int V = 4;  // sums that stay in registers
+#elif defined(SPARSECLI_NEON)
+    constexpr int V = T == 1 ? 2 : 1;
 #else
     constexpr int V = T == 1 ? 4 : 2;
 #endif
@@ -165,21 +177,22 @@ inline int64_t largest(const float* logits, int64_t width) {
 
 void choose(const Matrix& second, const float* bias, const Choice& choice, int64_t begin, int64_t end,
             const Activations& z, int64_t tokens, int32_t* units, float* probabilities, int64_t unit_stride,
-            const Matrix& rows, int64_t parts) {
+            const Matrix& rows, int64_t parts, bool far) {
     const int64_t row_bytes = round_up(rows.cols, PAD) * type_bytes(rows.type);
     const int64_t width = choice.padded_block, size = choice.block_size, count = choice.units_per_block;
-    constexpr int TOKENS = 2;  // that share one reading of a block
-    float logits[TOKENS * MAX_BLOCK];
+    // Beside each reading of a block a share of the next one arrives, as whole cache lines.
+    const int64_t block_bytes = width * choice.rank * type_bytes(second.type);
+    const int64_t share = tokens > 1 ? round_up(block_bytes * CHOOSING_TOKENS / tokens, 64) : 0;
+    float logits[CHOOSING_TOKENS * MAX_BLOCK];
     for (int64_t block = begin; block < end; ++block) {
+        int64_t asked = block + 1 < end ? 0 : block_bytes;
         for (int64_t t = 0; t < tokens;) {
-            int64_t done = 1;
-            if (t + TOKENS <= tokens) {
-                all_logits<TOKENS>(second, block, width, choice.rank, z, t, logits);
-                done = TOKENS;
-            } else {
-                all_logits<1>(second, block, width, choice.rank, z, t, logits);
-            }
-            for (int64_t row = 0; row < done; ++row, ++t) {
+            const int64_t together = tokens - t < CHOOSING_TOKENS ? tokens - t : CHOOSING_TOKENS;
+            const int64_t more = asked + share < block_bytes ? share : block_bytes - asked;
+            prefetch((const char*)second.data + (block + 1) * block_bytes + asked, share ? more : 0);
+            asked += more;
+            all_logits<CHOOSING_TOKENS>(second, block, width, choice.rank, z, t, together, logits);
+            for (int64_t row = 0; row < together; ++row, ++t) {
                 float* of_token = logits + row * width;
                 for (int64_t u = 0; u < width; u += LANES)  // the bias of padding is minus infinity
                     store(of_token + u, load(of_token + u) + load(bias + block * width + u));
@@ -193,8 +206,7 @@ void choose(const Matrix& second, const float* bias, const Choice& choice, int64
                     int64_t best = largest(of_token, width);
                     if (best >= size) best = 0;
                     to[j] = int32_t(block * size + best);
-                    if (tokens == 1)
-                        prefetch((const char*)rows.data + to[j] * parts * row_bytes, (parts - 1) * row_bytes);
+                    if (far) prefetch((const char*)rows.data + to[j] * parts * row_bytes, (parts - 1) * row_bytes);
                     if (weight) weight[j] = std::exp(of_token[best] - top) / total;
                     of_token[best] = -INFINITY;
                 }

@@ -85,23 +85,33 @@ constexpr int DOT_ROWS = 4;  // of a product with few tokens: what is loaded of 
 // memory is prefetched in the order of its addresses.
 enum Prefetch { NOTHING_AHEAD, ROWS_AHEAD, STREAM_AHEAD };
 
+// Of STREAM_AHEAD: bytes to what is asked for. Where rows are read several times, each reading asks for a share of it:
+// it then arrives as evenly as products are computed.
+struct Stream {
+    int64_t distance = STREAM_DISTANCE, reading = 0, readings = 1;
+};
+
 // out[t][r] = w[r] . x[t]. Every product has its own running sum, so that a result does not depend on the rows and
 // tokens that it is computed together with. `next` are the R rows of ROWS_AHEAD.
 template <int R, int T, Prefetch AHEAD, class W>
 inline void dot(const W* const* w, const typename Dot<W>::Input* x, int64_t x_stride, int64_t count,
-                const W* const* next, float (*out)[R]) {
+                const W* const* next, float (*out)[R], const Stream& stream = {}) {
     using D = Dot<W>;
     typename D::Sum sums[T][R];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) sums[t][r] = typename D::Sum{};
+    int64_t skipped = stream.reading;
     for (int64_t at = 0; at < count; at += PAD) {
         constexpr int64_t LINE = 64 / int64_t(sizeof(W));
         for (int r = 0; AHEAD == ROWS_AHEAD && r < R; ++r)
             for (int64_t line = 0; line < PAD; line += LINE) prefetch_line(next[r] + at + line);
-        for (int64_t line = 0; AHEAD == STREAM_AHEAD && line < R * PAD; line += LINE)
-            __builtin_prefetch((const char*)(w[0] + R * at + line) + STREAM_DISTANCE, 0, 2);
+        if (AHEAD == STREAM_AHEAD && skipped-- == 0) {
+            for (int64_t line = 0; line < R * PAD; line += LINE)
+                __builtin_prefetch((const char*)(w[0] + R * at + line) + stream.distance, 0, 2);
+            skipped = stream.readings - 1;
+        }
 #pragma GCC unroll 2
         for (int64_t i = at; i < at + PAD; i += D::STEP) {
             decltype(D::weights(w[0])) weights[R];
@@ -125,9 +135,9 @@ inline void dot(const W* const* w, const typename Dot<W>::Input* x, int64_t x_st
 }
 
 // A span of `width` columns of all rows from `column` on, rows [begin, end), with T tokens from `token` on.
-template <int T, Prefetch AHEAD, class W>
+template <int T, class W>
 inline void span_matmul(const Matrix& w, const W* span, int64_t width, int64_t column, int64_t begin, int64_t end,
-                        const Activations& x, int64_t token, float* out, int64_t out_stride) {
+                        const Activations& x, int64_t token, const Stream& stream, float* out, int64_t out_stride) {
     using D = Dot<W>;
     constexpr int R = T == D::TOKENS ? D::ROWS : DOT_ROWS;
     const auto* inputs = D::inputs(x, token) + column;
@@ -136,7 +146,7 @@ inline void span_matmul(const Matrix& w, const W* span, int64_t width, int64_t c
 #pragma GCC unroll 8
         for (int r = 0; r < N; ++r) from[r] = span + (row + r) * width;
         float part[T][N];
-        dot<N, T, AHEAD>(from, inputs, x.stride, width, from, part);
+        dot<N, T, STREAM_AHEAD>(from, inputs, x.stride, width, from, part, stream);
         for (int t = 0; t < T; ++t) {
             float* to = out + (token + t) * out_stride + row;
             for (int r = 0; r < N; ++r) {
@@ -153,12 +163,12 @@ inline void span_matmul(const Matrix& w, const W* span, int64_t width, int64_t c
 // The at most T tokens that are left over by tiles.
 template <int T, class W>
 inline void rest_matmul(const Matrix& w, const W* span, int64_t width, int64_t column, int64_t begin, int64_t end,
-                        const Activations& x, int64_t token, int64_t tokens, float* out, int64_t out_stride) {
-    if (tokens - token == T) {
-        const auto matmul = token ? span_matmul<T, NOTHING_AHEAD, W> : span_matmul<T, STREAM_AHEAD, W>;
-        return matmul(w, span, width, column, begin, end, x, token, out, out_stride);
-    }
-    if constexpr (T > 1) rest_matmul<T - 1>(w, span, width, column, begin, end, x, token, tokens, out, out_stride);
+                        const Activations& x, int64_t token, int64_t tokens, const Stream& stream, float* out,
+                        int64_t out_stride) {
+    if (tokens - token == T)
+        return span_matmul<T, W>(w, span, width, column, begin, end, x, token, stream, out, out_stride);
+    if constexpr (T > 1)
+        rest_matmul<T - 1, W>(w, span, width, column, begin, end, x, token, tokens, stream, out, out_stride);
 }
 
 template <class W>
@@ -170,14 +180,18 @@ void typed_matmul(const Matrix& w, int64_t begin, int64_t end, const Activations
     for (int64_t column = 0; column < stride; column += SPAN) {
         const int64_t width = column + SPAN < stride ? SPAN : stride - column;
         const W* span = (const W*)w.data + column * w.rows;
+        Stream stream;
+        stream.readings = (tokens + TOKENS - 1) / TOKENS;
+        if (stream.readings > 1) stream.distance = step * width * int64_t(sizeof(W));  // the next rows
         for (int64_t first = begin; first < end; first += step) {
             const int64_t last = first + step < end ? first + step : end;
             int64_t t = 0;
-            for (; t + TOKENS <= tokens; t += TOKENS) {  // rows come from memory with the first ones
-                const auto matmul = t ? span_matmul<TOKENS, NOTHING_AHEAD, W> : span_matmul<TOKENS, STREAM_AHEAD, W>;
-                matmul(w, span, width, column, first, last, x, t, out, out_stride);
+            for (; t + TOKENS <= tokens; t += TOKENS) {
+                stream.reading = t / TOKENS;
+                span_matmul<TOKENS, W>(w, span, width, column, first, last, x, t, stream, out, out_stride);
             }
-            rest_matmul<TOKENS - 1>(w, span, width, column, first, last, x, t, tokens, out, out_stride);
+            stream.reading = t / TOKENS;
+            rest_matmul<TOKENS - 1, W>(w, span, width, column, first, last, x, t, tokens, stream, out, out_stride);
         }
     }
 }

@@ -181,16 +181,22 @@ inline void tiles(int64_t rows, int64_t columns, const F& call) {
 // About how many cache lines arrive from memory while so many products of vectors are computed.
 inline int64_t lines_of(int64_t products) { return products / 24; }
 
+constexpr int64_t PANEL_BYTES = 24 * 1024;  // of a panel at a time: they stay in the first-level cache for all rows
+
 // c[rows][columns] += a . panel, for float32 and bfloat16 weights.
 template <class W, class A>
 inline void add_tiles(const A* a, int64_t a_stride, const W* panel, int64_t rows, int64_t columns, int64_t inputs,
                       float* c, int64_t c_stride, ReadAhead* ahead) {
     constexpr int64_t PACK = sizeof(W) == 4 ? 1 : 2;
-    tiles<W>(rows, columns, [&]<int R, int V>(int64_t row, int64_t column) {
-        if (ahead) ahead->some(lines_of(R * V * inputs));
-        tile<R, V>(a + row * a_stride, a_stride, panel + column * PACK, columns, inputs, c + row * c_stride + column,
-                   c_stride);
-    });
+    const int64_t step = PANEL_BYTES / (columns * int64_t(sizeof(W))) / PACK * PACK;
+    for (int64_t first = 0; first < inputs; first += step) {
+        const int64_t count = first + step < inputs ? step : inputs - first;
+        tiles<W>(rows, columns, [&]<int R, int V>(int64_t row, int64_t column) {
+            if (ahead) ahead->some(lines_of(R * V * count));
+            tile<R, V>(a + row * a_stride + first, a_stride, panel + first * columns + column * PACK, columns, count,
+                       c + row * c_stride + column, c_stride);
+        });
+    }
 }
 
 // -- the multiplicative layer --------------------------------------------------------------------------------

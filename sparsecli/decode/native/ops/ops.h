@@ -136,7 +136,7 @@ struct ReadAhead {
     struct Piece {
         const char *next, *end;
     };
-    static constexpr int64_t MOST = 16;
+    static constexpr int64_t MOST = 64;
     Piece pieces[MOST];
     int64_t count = 0, first = 0;
 
@@ -189,11 +189,11 @@ struct Ops {
                      int64_t lead, int64_t begin, int64_t end, float* out, ReadAhead* ahead);
 
     // Choices of blocks [begin, end) for every token: units[t * unit_stride + block * k + j], best first; with
-    // `probabilities` (the same layout) also each chosen unit's softmax probability. For a single token `rows` of
-    // chosen units are prefetched while further blocks stream in.
+    // `probabilities` (the same layout) also each chosen unit's softmax probability. `far`: `rows` of chosen units are
+    // prefetched while further blocks stream in.
     void (*choose)(const Matrix& second, const float* bias, const Choice& choice, int64_t begin, int64_t end,
                    const Activations& z, int64_t tokens, int32_t* units, float* probabilities, int64_t unit_stride,
-                   const Matrix& rows, int64_t parts);
+                   const Matrix& rows, int64_t parts, bool far);
 
     // h[i] = activation(first[u_i] . x + unit_bias[u_i]) (times up[u_i] . x when gated) for chosen units [begin, end).
     // `far`: rows come from memory and are prefetched; otherwise they are cached, since many tokens share them.
