@@ -36,6 +36,7 @@ from sparsecli.train.distillation import Teacher, TeacherLogits, choosing_as_dec
 from sparsecli.train.divergence import divergence
 from sparsecli.train.evaluation import evaluate
 from sparsecli.train.recovery import FACTS, Recovery, TuningLoss, distil, trained_names
+from sparsecli.train.stages import in_stage
 
 RECIPE = """
 seed: 3
@@ -218,12 +219,13 @@ def test_stages_halve_until_each_layer_has_its_own_units() -> None:
     layers = [block.feed_forward for block in model.model.layers]
     seen = []
     for step in range(0, 16):
-        with choosing_as_decoding(model, 16, step, 16):
+        with in_stage(model, 16, step, 16):
             seen.append(tuple(layer.units_per_block for layer in layers))
-            assert {(layer.hard_fraction, layer.temperature) for layer in layers} == {(1.0, 0.0)}
     assert seen[:8] == [(16, 16)] * 2 + [(8, 8)] * 2 + [(4, 4)] * 2 + [(2, 4)] * 2
     assert seen[8:] == [(1, 4)] * 8
     assert [layer.units_per_block for layer in layers] == [1, 4]
+    with choosing_as_decoding(model):
+        assert {(layer.hard_fraction, layer.temperature) for layer in layers} == {(1.0, 0.0)}
     assert {(layer.hard_fraction, layer.temperature) for layer in layers} == {(0.3, 0.1)}
 
 
@@ -231,7 +233,7 @@ def test_stages_of_a_layer_whose_own_k_is_none() -> None:
     model = network({**KINDS["precision"]})
     seen = []
     for step in range(10):
-        with choosing_as_decoding(model, 2, step, 10):
+        with in_stage(model, 2, step, 10):
             seen.append(model.model.layers[0].feed_forward.units_per_block)
     assert seen == [2, 2, 2, 1, 1, 0, 0, 0, 0, 0]
 

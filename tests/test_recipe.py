@@ -265,6 +265,32 @@ def test_duplicate_keys_are_refused():
     ]
 
 
+def test_exploring_needs_hard_choices_and_relu():
+    refused = "model.feed_forward.explored_fraction: needs hard_fraction: 1.0 and activation: relu"
+    for changes in ({}, {"hard_fraction": 1.0, "activation": "silu"}):
+        fields = {
+            "kind": "sparse",
+            "d_ff": 64,
+            "block_size": 16,
+            "rank": 4,
+            "explored_fraction": 0.5,
+            **changes,
+        }
+        given = ", ".join(f"{key}: {value}" for key, value in fields.items())
+        (line,) = problems(
+            f"model: {{d_model: 32, layers: 1, heads: 2, max_positions: 8, feed_forward: {{{given}}}, "
+            "attention: {projection: dense}, vocabulary: {kind: dense, size: 8}}\n"
+        )
+        assert line.endswith(refused)
+
+
+def test_stages_of_a_distillation_are_the_teacher_s():
+    fields = "max_steps: 1, start_units_per_block: 4, distillation: {teacher: x}"
+    assert problems(f"train: {{{fields}}}\n")[-1].endswith(
+        "train.start_units_per_block: with a teacher it belongs into train.distillation"
+    )
+
+
 def test_a_colon_without_a_space_is_explained():
     assert problems("seed: 1\nmodel: {kind:dense, d_model: 64}\n")[0] == (
         "r.yaml:2:9: model: 'kind:dense' needs a space after the colon: `kind: dense`"

@@ -26,6 +26,7 @@ from sparsecli.console import Failure, Stopped
 from sparsecli.data import preparation
 from sparsecli.data.ordering import SimilarLengths
 from sparsecli.data.packing import pack
+from sparsecli.model.layers.feed_forward import SparseFeedForward
 from sparsecli.model.loading import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
 from sparsecli.recipe.training import TrainSpec
@@ -65,6 +66,32 @@ def test_killed_run_goes_on_from_its_last_checkpoint(
         file.write('{"step": 7, "los')  # torn
     run(tiny, output=output, resume="auto")
     assert_same_run(output, finished[0])
+
+
+def test_stages_and_explored_tokens_are_those_of_an_uninterrupted_run(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All units of a block at first, then half as many at each stage; evaluations always use the model's own k."""
+    changes = ["train.start_units_per_block=4", "train.max_steps=8", "train.eval_steps=2"]
+    sparse = ["hard_fraction=1.0", "explored_fraction=0.5"]
+    staged = load(str(recipe_file), changes + [f"model.feed_forward.{change}" for change in sparse])
+    used: dict[bool, list[int]] = {True: [], False: []}
+    forward = SparseFeedForward.forward
+
+    def noted(layer: SparseFeedForward, x: torch.Tensor) -> torch.Tensor:
+        used[layer.training].append(layer.units_per_block)
+        return forward(layer, x)
+
+    monkeypatch.setattr(SparseFeedForward, "forward", noted)
+    run(staged, output=tmp_path / "whole")
+    assert used[True] == [4] * 8 + [2] * 8 + [1] * 16  # of 2 layers, 2 batches a step
+    assert set(used[False]) == {1}
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 3, send(signal.SIGTERM))
+        with pytest.raises(Stopped):
+            run(staged, output=tmp_path / "run")
+    run(staged, output=tmp_path / "run", resume="auto")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
@@ -546,7 +573,8 @@ def test_stages_of_a_distillation_depend_on_the_number_of_steps() -> None:
     distillation = {"teacher": "x", "start_units_per_block": 8}
     fields = {"max_steps": 3, "lr_scheduler_type": "constant"}
     assert TrainSpec(**fields).bound_to_max_steps is None
-    assert TrainSpec(**fields, distillation=distillation).bound_to_max_steps == "the number of chosen units"
+    for staged in ({"distillation": distillation}, {"start_units_per_block": 8}):
+        assert TrainSpec(**fields, **staged).bound_to_max_steps == "the number of chosen units"
 
 
 def test_another_number_of_examples_in_a_step_cannot_resume(

@@ -300,6 +300,13 @@ def test_too_little_text_for_a_batch(recipe_file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_stages_fit_the_layers(recipe_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        Failure, match=r"train\.start_units_per_block: 5 is more than the model's units per block"
+    ):
+        run(load(str(recipe_file), ["train.start_units_per_block=5"]), output=tmp_path / "run", dry_run=True)
+
+
 def test_missing_blocks(recipe_file: Path, tmp_path: Path) -> None:
     text = recipe_file.read_text()
     (tmp_path / "bare.yaml").write_text(text[: text.index("train:")])

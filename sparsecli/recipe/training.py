@@ -99,6 +99,9 @@ class TrainSpec(Spec):
     """Checkpoints to keep; at least two, so that a damaged one is never the only one."""
     report_to: list[Reporter] = Field(default=["tensorboard"])
     """Who else gets the figures of `metrics.jsonl`: `tensorboard` (files in the run), `wandb`, `trackio`."""
+    start_units_per_block: Size | None = None
+    """Active units per block of Sparse FF at the start. Each stage halves them, down to the model's own k after half of
+    the steps; by default they are the model's own k from the start."""
     init_from: str | None = None
     """Start from the weights of this run or model folder; the recipe may omit its architecture and tokenizer."""
     keep_zeros: bool = False
@@ -106,12 +109,18 @@ class TrainSpec(Spec):
     distillation: DistillationSpec | None = None
     """Learn from a teacher instead of from the text alone."""
 
+    @model_validator(mode="after")
+    def _check(self) -> TrainSpec:
+        if self.start_units_per_block and self.distillation:
+            raise fault("start_units_per_block", "with a teacher it belongs into train.distillation")
+        return self
+
     @property
     def bound_to_max_steps(self) -> str | None:
         """The quantity that depends on `max_steps` in every step, so that a run cannot be extended; None if none."""
         if self.lr_scheduler_type in ("cosine", "linear"):
             return "the learning rate"
-        if self.distillation and self.distillation.start_units_per_block:
+        if self.start_units_per_block or (self.distillation and self.distillation.start_units_per_block):
             return "the number of chosen units"
         return None
 

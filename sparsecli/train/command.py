@@ -394,7 +394,7 @@ def _trainer(
         "tuning": prepared.tuning,
     }
     if train.distillation is None:
-        trainer = LanguageModelTrainer(**parts)
+        trainer = LanguageModelTrainer(**parts, start_units=train.start_units_per_block)
     else:
         teacher = Teacher(load_network(find_model(train.distillation.teacher)), bf16)
         trainer = DistillationTrainer(**parts, teacher=teacher, objective=train.distillation)

@@ -20,6 +20,7 @@ from sparsecli.recipe.training import Objective
 from sparsecli.spec.model import ModelSpec
 from sparsecli.train.controllers import controller_loss, unit_scores
 from sparsecli.train.divergence import divergence
+from sparsecli.train.stages import check_start_units
 from sparsecli.train.trainer import LanguageModelTrainer
 
 SCORED = 4
@@ -104,9 +105,8 @@ def check_teacher(objective: Objective, student: ModelSpec, teacher: ModelSpec) 
             f"distillation.hidden_weight: the teacher is {teacher.merged_width} wide, "
             f"the model {student.merged_width}; set it to 0"
         )
-    start = objective.start_units_per_block
-    if start is not None and start > getattr(student.feed_forward, "block_size", 0):
-        raise Failure(f"distillation.start_units_per_block: {start} is more than the model's units per block")
+    if objective.start_units_per_block is not None:
+        check_start_units("distillation", objective.start_units_per_block, student.feed_forward)
 
 
 def check_vocabulary(
@@ -132,13 +132,13 @@ class DistillationTrainer(LanguageModelTrainer):
 
     def __init__(self, *args: Any, teacher: Teacher, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.start_units = objective.start_units_per_block
         self.teacher, self.objective = teacher, objective
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one batch, with the number of active units of this step, chosen as in decoding."""
+        """Forward and backward of one batch, with units chosen as in decoding."""
         assert isinstance(self.model, nn.Module)
-        halvings = self.objective.start_units_per_block, self.state.global_step, self.state.max_steps
-        with choosing_as_decoding(self.model, *halvings):
+        with choosing_as_decoding(self.model):
             return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -165,40 +165,17 @@ class DistillationTrainer(LanguageModelTrainer):
 
 
 @contextmanager
-def choosing_as_decoding(
-    model: nn.Module, start: int | None = None, step: int = 0, steps: int = 1
-) -> Iterator[None]:
-    """While open, layers choose hard and without noise, and more than their k units in the first half of `steps`.
-
-    They start with `start` active units per block. Each stage halves the number, until all layers have reached their k.
-    """
-    choosing = [
-        module for module in model.modules() if {"hard_fraction", "units_per_block"} & vars(module).keys()
-    ]
-    names = {"hard_fraction", "temperature", "units_per_block"}
-    before = [{name: vars(module)[name] for name in names & vars(module).keys()} for module in choosing]
-    least = min((vars(module).get("units_per_block", 1) for module in choosing), default=1)
-    for module in choosing:
-        values = vars(module)
-        if "hard_fraction" in values:
-            values["hard_fraction"], values["temperature"] = 1.0, 0.0
-        if start and "units_per_block" in values:
-            values["units_per_block"] = max(
-                values["units_per_block"], start >> _stage(start, least, step, steps)
-            )
+def choosing_as_decoding(model: nn.Module) -> Iterator[None]:
+    """While open, layers choose hard and without noise."""
+    choosing = [vars(module) for module in model.modules() if "hard_fraction" in vars(module)]
+    before = [(values["hard_fraction"], values["temperature"]) for values in choosing]
+    for values in choosing:
+        values["hard_fraction"], values["temperature"] = 1.0, 0.0
     try:
         yield
     finally:
-        for module, values in zip(choosing, before, strict=True):
-            vars(module).update(values)
-
-
-def _stage(start: int, least: int, step: int, steps: int) -> int:
-    """How often `start` has been halved at a step: at equal intervals in the first half, until at most `least`."""
-    stages = 0
-    while start >> stages > least:
-        stages += 1
-    return min(stages, 2 * step * stages // steps)
+        for values, (fraction, temperature) in zip(choosing, before, strict=True):
+            values["hard_fraction"], values["temperature"] = fraction, temperature
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from sparsecli.spec.vision import VisionSpec
 from sparsecli.train import run_directory, sources
 from sparsecli.train.distillation import check_teacher
 from sparsecli.train.samples import SAMPLES
+from sparsecli.train.stages import check_start_units
 
 
 def resolved(loaded: LoadedRecipe) -> Recipe:
@@ -31,6 +32,7 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
     start = recipe.train and recipe.train.init_from
     require(loaded, *(() if start else ("model",)), "data", "train")
     if isinstance(recipe.model, VisionSpec) or isinstance(recipe.data, ImagesSpec):
+        _check_stages(recipe)
         return recipe
     assert recipe.data
     assert recipe.train
@@ -54,10 +56,16 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
             data = data.model_copy(update={"tokenizer": saved})
         recipe = complete(loaded, {"model": model, "data": data})
     assert isinstance(recipe.model, ModelSpec)
+    _check_stages(recipe)
     objective, folder = recipe.train and recipe.train.distillation, sources.teacher(recipe)
     if objective and folder:
         check_teacher(objective, recipe.model, read_description(folder).spec)
     return recipe
+
+
+def _check_stages(recipe: Recipe) -> None:
+    if recipe.train and recipe.train.start_units_per_block and recipe.model:
+        check_start_units("train", recipe.train.start_units_per_block, recipe.model.feed_forward)
 
 
 def check_reporters(train: TrainSpec) -> None:

@@ -48,6 +48,7 @@ from sparsecli.train.sharding import (
     uses_fsdp,
     whole_optimizer_state,
 )
+from sparsecli.train.stages import in_stage
 
 UNFINISHED = ".unfinished"
 """Folder under `checkpoints/` in which a checkpoint is written before it is renamed."""
@@ -61,6 +62,7 @@ def training_arguments(
     """A recipe's `train` block as transformers' `TrainingArguments`, whose names are nearly the same."""
     ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit", "gradient_checkpointing"}
     ours |= {"init_from", "distillation", "keep_zeros", "bf16", "optim", "eval_samples", "report_to"}
+    ours.add("start_units_per_block")
     schedule: dict[str, Any] = {"lr_scheduler_type": train.lr_scheduler_type}
     if train.lr_scheduler_type == "cosine":
         schedule = {
@@ -80,7 +82,7 @@ def training_arguments(
         seed=seed,
         data_seed=seed,
         # A stage in which every unit is active does not use the controllers.
-        ddp_find_unused_parameters=train.distillation is not None,
+        ddp_find_unused_parameters=train.distillation is not None or train.start_units_per_block is not None,
         ddp_backend="gloo" if uses_deepspeed() and not torch.accelerator.is_available() else None,
         ddp_timeout=24 * 3600,  # seconds; the other processes wait while the first one prepares the text
         use_cpu=not (
@@ -154,6 +156,7 @@ class LanguageModelTrainer(Trainer):
         samples: held-out sources whose targets the model generates at every evaluation.
         tuning: further examples on which every evaluation measures the loss, too.
         bf16: matrix products in bfloat16. Transformers' own option would also copy the logits to float32.
+        start_units: active units per block at the start, see `stages`; None: the model's own k.
         keep: checkpoints to keep under `checkpoints`.
         signals: once it has received a signal, training stops at the end of the step, with a checkpoint.
     """
@@ -177,6 +180,7 @@ class LanguageModelTrainer(Trainer):
         signals: Signals,
         samples: Samples | None = None,
         tuning: Examples | None = None,
+        start_units: int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -188,6 +192,7 @@ class LanguageModelTrainer(Trainer):
         )
         self.examples, self.held_out, self.samples, self.tuning = examples, held_out, samples, tuning
         self.bytes_per_token, self.bf16 = bytes_per_token, bf16
+        self.start_units = start_units
         self.teacher: TeacherModel | None = None
         self.checkpoints, self.keep, self.signals = checkpoints, keep, signals
         self.mixtures = [layer for layer in model.modules() if isinstance(layer, MixtureFeedForward)]
@@ -222,7 +227,9 @@ class LanguageModelTrainer(Trainer):
             self.mixtures
         ):  # the load-balancing loss does not pass through the Trainer, which would divide it
             layer.balancing_share = 1 / self.current_gradient_accumulation_steps
-        loss = super().training_step(*args, **kwargs)
+        assert isinstance(self.model, nn.Module)
+        with in_stage(self.model, self.start_units, self.state.global_step, self.state.max_steps):
+            loss = super().training_step(*args, **kwargs)
         noted = [layer.balancing for layer in self.mixtures if layer.balancing is not None]
         batch = {"batches": torch.ones(()), "loss": loss.detach()}
         if noted:

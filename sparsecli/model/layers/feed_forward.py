@@ -215,14 +215,14 @@ class ChosenUnits(nn.Module, ABC):
         after = None if scale is None else torch.zeros_like(mask).scatter(-1, chosen, scale.to(mask.dtype))
         return self._masked(x, mask, after)
 
-    def _masked(self, x: Tensor, mask: Tensor, after: Tensor | None) -> Tensor:
+    def _masked(self, x: Tensor, mask: Tensor | None, after: Tensor | None) -> Tensor:
         return self.values(x, mask, after) @ self.down + self.bias
 
-    def values(self, x: Tensor, mask: Tensor, after: Tensor | None = None) -> Tensor:
+    def values(self, x: Tensor, mask: Tensor | None = None, after: Tensor | None = None) -> Tensor:
         """Every unit's value for x (tokens, d), with `mask` (tokens, blocks, N) before the activation and `after`
         behind it: (tokens, d_ff)."""
         h = F.linear(x, self.up if self.gate is None else self.gate, self.unit_bias)
-        h = ACTIVATIONS[self.activation](h * mask.flatten(1).to(h.dtype))
+        h = ACTIVATIONS[self.activation](h if mask is None else h * mask.flatten(1).to(h.dtype))
         if self.gate is not None:
             h = h * F.linear(x, self.up)
         if after is not None:
@@ -294,6 +294,10 @@ class SparseFeedForward(ChosenUnits):
 
     def masked_product(self, x: Tensor) -> Tensor:
         """The paper's training call, which multiplies every unit by the mask: twin of `native_units.chosen_rows`."""
+        if self.units_per_block == self.block_size and not self.probability_gate:
+            return self._masked(
+                x, None, None
+            )  # as in the first stage of a training; nothing is left to choose
         logits = self.controller(x)  # (tokens, blocks, N)
         mask, is_hard = training_mask(logits, self.units_per_block, self.temperature, self.hard_fraction)
         if self.explored_fraction:
@@ -309,7 +313,7 @@ class SparseFeedForward(ChosenUnits):
         passed = p * exploring.weights(chosen, *exploring.draw(self.explored_fraction, len(x)))
         mask = chosen + passed - passed.detach()
         after = mask * p.detach() if self.probability_gate else mask
-        return self._masked(x, torch.ones_like(mask), after)
+        return self._masked(x, None, after)
 
 
 class MixtureFeedForward(nn.Module):

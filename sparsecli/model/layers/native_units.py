@@ -90,7 +90,7 @@ def chosen_rows(layer: SparseFeedForward, x: Tensor) -> Tensor:
         explored, period = exploring.draw(layer.explored_fraction, len(x))
         with torch.no_grad():
             seen = x[explored]
-            values = layer.values(seen, seen.new_ones(len(seen), *chosen.shape[1:2], layer.block_size))
+            values = layer.values(seen)
             if layer.probability_gate:
                 values = values * layer.controller(seen).softmax(dim=-1).flatten(1).to(values.dtype)
         y = exploring.with_unchosen(y, *weights, values, layer.down, chosen, explored, period)
