@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ import pytest
 import torch
 from foreign_models import EXPERTS, GEMMA2, LLAMA, LLAMA3, MODELS, STABLELM, TEMPLATE, build, prompt, save
 from safetensors.torch import save_file
+from small_runs import files_up_to
 from test_convert_peers import model_of, needs_llama
 from test_interchange import PIECES, needs_gguf, write_gguf
 from transformers import AutoModelForCausalLM
 
+from sparsecli import cli
 from sparsecli.console import Failure
 from sparsecli.convert.linear_layers import TypeChoice
 from sparsecli.convert.weight_types import RoundedLayers
@@ -246,6 +250,30 @@ def test_what_gguf_files_do_not_express(name: str, message: str, tmp_path: Path)
     with pytest.raises(Failure, match=message):
         exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "model.gguf", format="gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    "room", [0.0, 0.01, 0.5, 1.0], ids=["nothing", "metadata", "tensors", "all but a byte"]
+)
+def test_a_full_disk_leaves_no_file_behind(
+    room: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_of().save_pretrained(tmp_path / "ours")
+    train_byte_pairs(270, ["a text"]).save_pretrained(tmp_path / "ours")
+    whole, output = tmp_path / "whole.gguf", tmp_path / "model.gguf"
+    exporting.run(model=str(tmp_path / "ours"), output=whole, format="gguf")
+    capsys.readouterr()
+    words = ["sparsecli", "export", tmp_path / "ours", "--format", "gguf", "--output", output]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    with files_up_to(max(0, int(room * whole.stat().st_size) - 1)), pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    reasons = r"(File too large|not all data could be written \(disk full\?\))"
+    assert re.fullmatch(rf"error: {re.escape(str(output))}: cannot be written: {reasons}\n", error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "whole.gguf"]
+    exporting.run(model=str(tmp_path / "ours"), output=output, format="gguf")
+    assert output.read_bytes() == whole.read_bytes()
 
 
 def test_queries_and_keys_of_several_types_in_one_tensor(tmp_path: Path) -> None:
