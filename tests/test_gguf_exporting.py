@@ -14,9 +14,9 @@ import torch
 from foreign_models import EXPERTS, GEMMA2, LLAMA, LLAMA3, MODELS, STABLELM, TEMPLATE, build, prompt, save
 from safetensors.torch import save_file
 from small_runs import files_up_to
-from test_convert_peers import model_of, needs_llama
-from test_interchange import PIECES, needs_gguf, write_gguf
-from transformers import AutoModelForCausalLM
+from test_convert_peers import KINDS, model_of, needs_engine, needs_llama
+from test_interchange import PIECES, by_the_engine, needs_gguf, write_gguf
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsecli import cli
 from sparsecli.console import Failure
@@ -92,6 +92,15 @@ EXPORTED: dict[str, tuple[str, dict]] = {
 }
 
 
+def learn_by_heart(model: PreTrainedModel, text: torch.Tensor) -> None:
+    """Train until every token of the `text` (T,) is certain."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(70):  # the loss is then 0.015
+        optimizer.zero_grad()
+        model(text[None], labels=text[None]).loss.backward()
+        optimizer.step()
+
+
 def exported(model: Path, output: Path) -> GgufReader:
     exporting.run(model=str(model), output=output, format="gguf")
     return GgufReader(output)
@@ -159,6 +168,30 @@ def test_llama_cpp_computes_the_same(name: str, dtype: str, tmp_path: Path) -> N
     again = load_network(tmp_path / "imported")(prompt()).logits[0].numpy()
     np.testing.assert_allclose(again, expected, atol=1e-4, rtol=1e-4)
     check_same_tensors(exported(tmp_path / "imported", tmp_path / "again.gguf"), written)
+
+
+@needs_llama
+@needs_engine
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_llama_cpp_and_the_engine_write_the_same_text(kind: str, tmp_path: Path) -> None:
+    """A model that knows a text by heart is sure of every token: no rounding of a cache chooses another one."""
+    from sparsecli.bench.peers import llama_cpp
+
+    text = torch.randint(40, (80,), generator=torch.Generator().manual_seed(0))
+    model = model_of(**KINDS[kind], max_positions=128)
+    learn_by_heart(model, text)
+    model.save_pretrained(tmp_path / "ours")
+    train_byte_pairs(300, ["a text"]).save_pretrained(tmp_path / "ours")
+    exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "model.gguf", format="gguf")
+    start = text[:16].tolist()
+    ours = by_the_engine(tmp_path / "ours", start, 64)
+    assert ours == text.tolist()
+    loaded = llama_cpp.LlamaModel(tmp_path / "model.gguf", model.config.spec, 1)
+    sequence = llama_cpp.LlamaSequence(loaded, len(text))
+    theirs = [*start, sequence.add(start)]
+    while len(theirs) < len(text):
+        theirs.append(sequence.add(theirs[-1:]))
+    assert theirs == ours
 
 
 @needs_llama
