@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparsecli.data.tokenization import train_byte_pairs
+from sparsecli.interchange.hub import fetch
 
 VOCABULARY = 270
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -221,6 +225,19 @@ def save(model: PreTrainedModel, folder: Path, **options: object) -> Path:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def fetched(model: Path, name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Put the folder `model` into a cache of the hub under `name`, without a network. Returns its commit."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(model, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    fetch.cache_clear()
+    return commit
 
 
 def build(kind: str, **fields: object) -> PreTrainedModel:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ import pytest
 import torch
 from foreign_models import EXPERTS, GEMMA2, LLAMA, LLAMA3, MODELS, STABLELM, TEMPLATE, build, prompt, save
 from safetensors.torch import save_file
-from test_convert_peers import model_of, needs_llama
-from test_interchange import PIECES, needs_gguf, write_gguf
-from transformers import AutoModelForCausalLM
+from small_runs import files_up_to
+from test_convert_peers import model_of, needs_engine, needs_llama
+from test_interchange import PIECES, by_the_engine, needs_gguf, write_gguf
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sparsecli import cli
 from sparsecli.console import Failure
 from sparsecli.convert.linear_layers import TypeChoice
 from sparsecli.convert.weight_types import RoundedLayers
@@ -88,6 +92,15 @@ EXPORTED: dict[str, tuple[str, dict]] = {
 }
 
 
+def learn_by_heart(model: PreTrainedModel, text: torch.Tensor) -> None:
+    """Train until every token of the `text` (T,) is certain."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(70):  # the loss is then 0.015
+        optimizer.zero_grad()
+        model(text[None], labels=text[None]).loss.backward()
+        optimizer.step()
+
+
 def exported(model: Path, output: Path) -> GgufReader:
     exporting.run(model=str(model), output=output, format="gguf")
     return GgufReader(output)
@@ -158,6 +171,29 @@ def test_llama_cpp_computes_the_same(name: str, dtype: str, tmp_path: Path) -> N
 
 
 @needs_llama
+@needs_engine
+def test_llama_cpp_and_the_engine_write_the_same_text(tmp_path: Path) -> None:
+    """A model that knows a text by heart is sure of every token: no rounding of a cache chooses another one."""
+    from sparsecli.bench.peers import llama_cpp
+
+    text = torch.randint(40, (80,), generator=torch.Generator().manual_seed(0))
+    model = model_of(max_positions=128)
+    learn_by_heart(model, text)
+    model.save_pretrained(tmp_path / "ours")
+    train_byte_pairs(300, ["a text"] * 2).save_pretrained(tmp_path / "ours")
+    exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "model.gguf", format="gguf")
+    start = text[:16].tolist()
+    ours = by_the_engine(tmp_path / "ours", start, 64)
+    assert ours == text.tolist()
+    loaded = llama_cpp.LlamaModel(tmp_path / "model.gguf", model.config.spec, 1)
+    sequence = llama_cpp.LlamaSequence(loaded, len(text))
+    theirs = [*start, sequence.add(start)]
+    while len(theirs) < len(text):
+        theirs.append(sequence.add(theirs[-1:]))
+    assert theirs == ours
+
+
+@needs_llama
 def test_llama_cpp_reads_texts_as_the_tokenizer(tmp_path: Path) -> None:
     import llama_cpp
 
@@ -224,8 +260,11 @@ def test_ways_to_cut_texts_are_told_apart() -> None:
 def test_a_model_that_was_trained_here(tmp_path: Path) -> None:
     model = model_of()
     model.save_pretrained(tmp_path / "ours")
-    train_byte_pairs(270, ["a text"]).save_pretrained(tmp_path / "ours")
+    train_byte_pairs(270, ["a text"] * 2).save_pretrained(tmp_path / "ours")
     assert exported(tmp_path / "ours", tmp_path / "model.gguf").metadata["general.architecture"] == "llama"
+    train_byte_pairs(257, ["a text"]).save_pretrained(tmp_path / "ours")
+    with pytest.raises(Failure, match="ours: the tokenizer has no merges, without which llama"):
+        exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "bytes.gguf", format="gguf")
     fields = json.loads((tmp_path / "ours" / CONFIG).read_text())
     fields["feed_forward"] |= {"activation": "relu"}
     (tmp_path / "ours" / CONFIG).write_text(json.dumps(fields))
@@ -246,6 +285,30 @@ def test_what_gguf_files_do_not_express(name: str, message: str, tmp_path: Path)
     with pytest.raises(Failure, match=message):
         exporting.run(model=str(tmp_path / "ours"), output=tmp_path / "model.gguf", format="gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    "room", [0.0, 0.01, 0.5, 1.0], ids=["nothing", "metadata", "tensors", "all but a byte"]
+)
+def test_a_full_disk_leaves_no_file_behind(
+    room: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_of().save_pretrained(tmp_path / "ours")
+    train_byte_pairs(270, ["a text"] * 2).save_pretrained(tmp_path / "ours")
+    whole, output = tmp_path / "whole.gguf", tmp_path / "model.gguf"
+    exporting.run(model=str(tmp_path / "ours"), output=whole, format="gguf")
+    capsys.readouterr()
+    words = ["sparsecli", "export", tmp_path / "ours", "--format", "gguf", "--output", output]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    with files_up_to(max(0, int(room * whole.stat().st_size) - 1)), pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    reasons = r"(File too large|not all data could be written \(disk full\?\))"
+    assert re.fullmatch(rf"error: {re.escape(str(output))}: cannot be written: {reasons}\n", error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "whole.gguf"]
+    exporting.run(model=str(tmp_path / "ours"), output=output, format="gguf")
+    assert output.read_bytes() == whole.read_bytes()
 
 
 def test_queries_and_keys_of_several_types_in_one_tensor(tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ import pickle
 import shutil
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
-from foreign_models import LLAMA, MODELS, build, prompt, save
+from foreign_models import LLAMA, MODELS, build, fetched, prompt, save
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_runs import files_up_to
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sparsecli.console import Failure
 from sparsecli.generate.prompt import encode_chat, encode_prompt
 from sparsecli.interchange import exporting, importing
-from sparsecli.interchange.hub import fetch
+from sparsecli.interchange.model_folder import model_folder
 from sparsecli.interchange.sources import ForeignModel, open_source
 from sparsecli.model.files import CONFIG, INDEX, WEIGHTS, find_model, read_description, weight_files
 from sparsecli.model.loading import load_model, load_network, read_config
@@ -282,15 +281,7 @@ def test_a_full_disk(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A cache of the hub that holds one model, and no network."""
-    folder = tmp_path / "hub" / "models--someone--tiny"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    shutil.copytree(llama, folder / "snapshots" / commit)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    fetch.cache_clear()
-    return commit
+    return fetched(llama, "someone/tiny", tmp_path / "hub", monkeypatch)
 
 
 def test_a_name_on_the_hub(hub: str, llama: Path, tmp_path: Path) -> None:
@@ -302,6 +293,14 @@ def test_a_name_on_the_hub(hub: str, llama: Path, tmp_path: Path) -> None:
     assert torch.equal(
         load_network(tmp_path / "ours")(prompt()).logits, load_network(tmp_path / "same")(prompt()).logits
     )
+
+
+def test_a_model_of_ours_on_the_hub(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched(ours, "someone/ours", tmp_path / "hub", monkeypatch)
+    with model_folder("someone/ours") as folder:
+        assert torch.equal(load_network(folder)(prompt()).logits, load_network(ours)(prompt()).logits)
+        read_tokenizer(folder, read_description(folder).spec.vocabulary.size)
+    assert "is a model of ours already" in refused("someone/ours", tmp_path / "again")
 
 
 @pytest.mark.parametrize("name", ["someone/other", "gpt2", "someone/../other/x", "no-such-folder/a/b"])

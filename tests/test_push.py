@@ -15,15 +15,32 @@ import huggingface_hub.constants
 import pytest
 import torch
 import yaml
+from PIL import Image
+from transformers import AutoImageProcessor
 
 from sparsecli import cli
 from sparsecli.console import Failure
+from sparsecli.data.images import image_processor
 from sparsecli.interchange.hub import check_repository
 from sparsecli.interchange.pushing import run
-from sparsecli.model.card import CARD
-from sparsecli.model.loading import load_network
+from sparsecli.model.auto import build_classifier
+from sparsecli.model.card import CARD, Card
+from sparsecli.model.loading import load_classifier, load_network
+from sparsecli.spec.vision import VisionSpec
 
 TOKEN = "a-token"
+IMAGES = VisionSpec.model_validate(
+    {
+        "kind": "vision",
+        "image_size": 8,
+        "patch_size": 4,
+        "classes": 3,
+        "d_model": 16,
+        "layers": 1,
+        "heads": 2,
+        "feed_forward": {"kind": "dense", "d_ff": 32},
+    }
+)
 
 
 class Hub(ThreadingHTTPServer):
@@ -152,6 +169,32 @@ def test_the_hub_gets_the_files_of_the_model_and_no_others(
 
     run(model=str(folder), repository="someone/tiny")  # again: another commit
     assert hub.commits[1:] == [("someone/tiny", "main", "Upload model")]
+
+
+def test_a_model_of_images(hub: Hub, tmp_path: Path) -> None:
+    folder, there = tmp_path / "ours", tmp_path / "there"
+    model = build_classifier(IMAGES)
+    model.save_pretrained(folder)
+    with pytest.raises(Failure, match=r"ours/preprocessor_config\.json: no such file"):
+        run(model=str(folder), repository="someone/digits")
+    assert not hub.repositories
+    image_processor(IMAGES.image_size).save_pretrained(folder)
+    Card("A model of images.", [], task="image-classification").write(folder, "digits")
+    uploaded = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "tokenizer.json").write_text("of something else")
+    run(model=str(folder), repository="someone/digits")
+    assert hub.repositories["someone/digits"] == uploaded
+    there.mkdir()
+    for name, content in uploaded.items():
+        (there / name).write_bytes(content)
+    pixels = AutoImageProcessor.from_pretrained(there)(Image.new("RGB", (9, 7)), return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(load_classifier(there)(**pixels).logits, model.eval()(**pixels).logits)
+
+    (folder / "model.safetensors").write_bytes(uploaded["model.safetensors"][:-1])
+    with pytest.raises(Failure, match="cut short or damaged"):
+        run(model=str(folder), repository="someone/digits")
+    assert len(hub.commits) == 1
 
 
 def test_what_the_hub_refuses_is_one_line(

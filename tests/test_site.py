@@ -81,3 +81,15 @@ def test_every_page_is_in_the_navigation() -> None:
         return set().union(*map(pages, values))
 
     assert {path.name for path in (ROOT / "docs").glob("*.md")} <= pages(navigation)
+
+
+def test_links_between_pages_have_a_target() -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("latex2mathml")
+    import hooks
+
+    files = {path.name: path for path in (ROOT / "docs").glob("*.md")}
+    files |= {page: ROOT / name for page, name in hooks.FOREIGN.items()}
+    for page, path in files.items():
+        links = re.findall(r"\]\(([^):#]+\.md)[)#]", hooks.moved(path.read_text(encoding="utf-8")))
+        assert set(links) <= files.keys() | hooks.GENERATED.keys(), page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from foreign_models import fetched
 from PIL import Image
 from safetensors.torch import load_file
 from shipped_runs import run
@@ -365,6 +367,31 @@ def test_evaluate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["accuracy"] == result["accuracy"]
     assert found["nats_per_image"] == pytest.approx(result["held_out_loss"])
     run("evaluate", "alone.yaml", "--model", "run", "--dtype", "bfloat16")
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_evaluate_a_model_on_the_hub(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetched(trained / "model", "someone/stripes", tmp_path, monkeypatch)
+    run("evaluate", "alone.yaml", "--model", "someone/stripes", "--json")
+    result = json.loads((trained / "run.json").read_text())["result"]
+    assert json.loads(capsys.readouterr().out)["accuracy"] == result["accuracy"]
+
+
+def test_the_command_on_the_card_works(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (trained / "model" / "README.md").read_text()
+    assert "with the recipe below as recipe.yaml" in card
+    command = re.search("^sparsecli (.+)", card, re.MULTILINE)
+    recipe = re.search("```yaml\n(.+?)```", card, re.DOTALL)
+    assert command
+    assert recipe
+    monkeypatch.chdir(trained / "model")
+    path = trained.parent / "recipe.yaml"
+    path.write_text(recipe[1].replace("images.npz", str(trained.parent / "images.npz")))
+    run(*command[1].replace("recipe.yaml", str(path)).split())
     assert "accuracy" in capsys.readouterr().out
 
 

@@ -30,9 +30,19 @@ GENERATED = {
     "reference/commands.md": command_reference.markdown,
     "reference/python.md": python_reference.markdown,
 }
-FOREIGN = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+FOREIGN = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "security.md": "SECURITY.md",
+}
 """Pages that are files of the repository's root."""
-MOVED = {"(CONTRIBUTING.md": "(contributing.md", "(CHANGELOG.md": "(changelog.md", "(docs/": "("}
+MOVED = {
+    **{f"({name}": f"({path}" for path, name in FOREIGN.items()},
+    **{f"(../{name}": f"({path}" for path, name in FOREIGN.items()},
+    "(docs/": "(",
+}
+"""How links in the repository begin, and how they do on the site."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([\[(])(.*?)\\[\])]\s*</\1>', re.DOTALL)
 FETCHED = re.compile(
     r'<(?:script|img|iframe|source)[^>]*\ssrc="(?:https?:)?//[^"]*"|<link[^>]*stylesheet[^>]*href="(?:https?:)?//'
@@ -44,11 +54,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, markdown in GENERATED.items():
         files.append(File.generated(config, path, content=markdown()))
     for path, name in FOREIGN.items():
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for old, new in MOVED.items():
-            text = text.replace(old, new)
-        files.append(File.generated(config, path, content=text))
+        files.append(File.generated(config, path, content=(ROOT / name).read_text(encoding="utf-8")))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links between files of the repository into links between pages."""
+    return moved(markdown)
+
+
+def moved(markdown: str) -> str:
+    """The text of a page whose links begin as in the repository, with those of the site."""
+    for old, new in MOVED.items():
+        markdown = markdown.replace(old, new)
+    return markdown
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

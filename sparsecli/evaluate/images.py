@@ -11,6 +11,7 @@ import torch
 from sparsecli import console
 from sparsecli.console import Failure, progress
 from sparsecli.data.images import prepare_images
+from sparsecli.interchange.hub import fetch
 from sparsecli.model.files import find_model, of_images, read_vision_spec, recipe_of
 from sparsecli.model.loading import load_classifier
 from sparsecli.recipe.data import ImagesSpec
@@ -51,9 +52,16 @@ class ImageEvaluation:
 def folder_of_images(
     model: str | None, loaded: LoadedRecipe | None, types: Collection[str] | None
 ) -> Path | None:
-    """The folder of the model that `evaluate` is to measure (see `find_model`), if that is a model of images."""
+    """The folder of the model that `evaluate` is to measure, if that is a model of images.
+
+    Args:
+        model: as in `find_model`, or a name on the hub.
+    """
     try:
-        folder = find_model(model, loaded.output if loaded else None, types)
+        if model is None or Path(model).exists():
+            folder = find_model(model, loaded.output if loaded else None, types)
+        else:
+            folder = fetch(model)
     except Failure:
         return None  # whoever opens it says why
     return folder if of_images(folder) else None

@@ -163,12 +163,14 @@ def byte_pair_metadata(backend: Tokenizer, size: int) -> dict[str, Any]:
     """A tokenizer as the metadata of a GGUF file, below `tokenizer.ggml`, for a model of `size` tokens.
 
     Raises:
-        Failure: it is not of byte pairs, or cuts texts in a way that has no name there.
+        Failure: it is not of byte pairs, has no merges, or cuts texts in a way that has no name there.
     """
     facts = json.loads(backend.to_str())
     model, decoder = facts["model"], facts.get("decoder") or {}
     if model.get("type") != "BPE" or decoder.get("type") != "ByteLevel" or model.get("byte_fallback"):
         raise Failure("is not byte-level BPE, which alone can be written to a GGUF file")
+    if not model["merges"]:  # llama.cpp refuses such a file, and the package gguf to write an empty list
+        raise Failure("has no merges, without which llama.cpp reads no byte-level BPE")
     name = name_of_splitting(backend)
     if name is None:
         raise Failure("cuts texts into words in a way that no GGUF file can name")

@@ -379,8 +379,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, model: Description) -> None
     facts |= {f"{key}_token_id": number for key, number in ids.items() if number < size}
     facts |= {"add_bos_token": tokenizer.beginning == [ids.get("bos")]}
     for key, value in facts.items():
-        if value != []:
-            _add(writer, f"tokenizer.ggml.{key}", value)
+        _add(writer, f"tokenizer.ggml.{key}", value)
     if tokenizer.template is not None:
         writer.add_chat_template(tokenizer.template)
 

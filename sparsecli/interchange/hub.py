@@ -13,6 +13,8 @@ from sparsecli.model.files import CONFIG, MODEL_SUFFIXES, RUNS, check_exists, ho
 from sparsecli.model.tokenizer import FILES
 
 GENERATION = "generation_config.json"
+IMAGE_PROCESSOR = "preprocessor_config.json"
+"""How a model of images takes them; transformers reads it."""
 DESCRIPTIONS = (
     CONFIG,
     GENERATION,
@@ -22,7 +24,7 @@ DESCRIPTIONS = (
     "merges.txt",
     SENTENCEPIECE_MODEL,
 )
-"""Files beside the weights in a Hugging Face folder; all but the first may be missing."""
+"""Files beside the weights of a model of text in a Hugging Face folder; all but the first may be missing."""
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 

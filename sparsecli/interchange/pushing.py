@@ -6,15 +6,19 @@ from pathlib import Path
 
 from sparsecli import console
 from sparsecli.console import Failure
-from sparsecli.interchange.hub import DESCRIPTIONS, hub_reason
+from sparsecli.interchange.hub import DESCRIPTIONS, IMAGE_PROCESSOR, hub_reason
 from sparsecli.model.card import CARD
 from sparsecli.model.files import (
+    CONFIG,
     INDEX,
     PACKED,
     check_weights,
     find_model,
     last_line,
+    of_images,
     read_description,
+    read_json,
+    read_vision_spec,
     weight_files,
 )
 from sparsecli.model.remote_code import REMOTE_CODE
@@ -53,6 +57,22 @@ def files_of(folder: Path) -> list[str]:
     Raises:
         Failure: the model is damaged, or has only packed weights.
     """
+    if of_images(folder):
+        described: tuple[str, ...] = (CONFIG, IMAGE_PROCESSOR)
+        check_weights(folder, read_vision_spec(folder))
+        read_json(folder / IMAGE_PROCESSOR)
+    else:
+        described = DESCRIPTIONS
+        _check_text_model(folder)
+    if not (folder / CARD).is_file():
+        console.warn(f"{folder}: has no model card ({CARD}); the hub will show an empty page")
+    weights = [path.name for path in weight_files(folder)]
+    names = dict.fromkeys([CARD, *described, REMOTE_CODE, *([INDEX] if len(weights) > 1 else []), *weights])
+    return [name for name in names if (folder / name).is_file()]
+
+
+def _check_text_model(folder: Path) -> None:
+    """Raise Failure unless the model of text in `folder` is whole, with weights that are not packed."""
     spec = read_description(folder).spec
     read_tokenizer(folder, spec.vocabulary.size)
     if (folder / PACKED).is_file():
@@ -60,13 +80,6 @@ def files_of(folder: Path) -> list[str]:
             f"{folder}: its weights are packed for the native engine; push the model it was made from"
         )
     check_weights(folder, spec)
-    if not (folder / CARD).is_file():
-        console.warn(f"{folder}: has no model card ({CARD}); the hub will show an empty page")
-    weights = [path.name for path in weight_files(folder)]
-    names = dict.fromkeys(
-        [CARD, *DESCRIPTIONS, REMOTE_CODE, *([INDEX] if len(weights) > 1 else []), *weights]
-    )
-    return [name for name in names if (folder / name).is_file()]
 
 
 def _upload(

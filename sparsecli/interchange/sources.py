@@ -137,12 +137,14 @@ def open_source(reference: str, revision: str | None = None, weights: bool = Tru
         if path.is_file() and path.name != PACKED:
             hint = "a pickle, which is never loaded" if path.suffix in PICKLES else "neither"
             raise Failure(f"{reference}: expected a model's folder or a .gguf file; it is {hint}")
-        folder = find_model(reference)
-        if read_json(folder / CONFIG).get("model_type") in (*MODEL_TYPES, VISION_TYPE):
-            return OwnModel(reference, folder, read_description(folder).spec)
-        return _open_foreign(reference, folder, read_json(folder / CONFIG))
-    folder = fetch(reference, revision, weights)
-    return _open_foreign(reference, folder, read_json(folder / CONFIG), revision=folder.name)
+        folder, commit = find_model(reference), None
+    else:
+        folder = fetch(reference, revision, weights)
+        commit = folder.name
+    fields = read_json(folder / CONFIG)
+    if fields.get("model_type") in (*MODEL_TYPES, VISION_TYPE):
+        return OwnModel(reference, folder, read_description(folder).spec)
+    return _open_foreign(reference, folder, fields, revision=commit)
 
 
 def _open_foreign(

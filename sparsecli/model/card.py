@@ -57,7 +57,11 @@ class Card:
         if self.base_model:
             front["base_model"] = self.base_model
         front["pipeline_tag"] = self.task
-        command = "evaluate --model ." if images else 'generate --model . --prompt "..."'
+        where = "In this folder"
+        command = 'generate --model . --prompt "..."'
+        if images:  # which are named in the recipe
+            where += ", with the recipe below as recipe.yaml"
+            command = "evaluate recipe.yaml --model ."
         lines = [
             "---",
             yaml.safe_dump(front, sort_keys=False).strip(),
@@ -67,7 +71,7 @@ class Card:
             self.summary,
             "",
         ]
-        lines += ["In this folder:", "", "```", f"sparsecli {command}", "```", ""]
+        lines += [f"{where}:", "", "```", f"sparsecli {command}", "```", ""]
         network = AUTO_CLASSES[self.task]
         reader = "AutoImageProcessor" if images else "AutoTokenizer"
         lines += [
