@@ -376,7 +376,7 @@ def test_prompt_that_is_missing_or_no_text(run, calls, tmp_path, monkeypatch, ca
         (console.Mismatch("differs"), 4, "error: differs\n"),
         (console.Stopped("stopped at step 3"), 75, "stopped at step 3\n"),
         (console.Stopped("stopped", exit_code=130), 130, "stopped\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/d/f"),
             1,
@@ -612,6 +612,48 @@ def test_help_names_every_command_and_loads_nothing_heavy():
         assert f"\n  {command} " in shown
     assert "loaded: []" in shown
     assert "..." not in shown.partition("Commands:")[2], "a summary is cut short"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["train", "quickstart", "train.init_from=nowhere"],
+            "train.init_from: nowhere: no such file or folder",
+        ),
+        (
+            ["train", "quickstart", "train.distillation={teacher: nowhere, logit_weight: 1.0}"],
+            "train.distillation.teacher: nowhere: no such file or folder",
+        ),
+        (
+            ["train", "quickstart", "data={source: files, paths: [no.txt]}"],
+            "data.paths: no file matches no.txt",
+        ),
+        (
+            ["train", "quickstart", "data.tokenizer={kind: saved, path: nowhere}"],
+            "data.tokenizer.path: nowhere is not a folder",
+        ),
+        (
+            [
+                "sparsify-convert",
+                "quickstart-convert",
+                "--model",
+                ".",
+                "data={source: files, paths: [no.txt]}",
+            ],
+            "data.paths: no file matches no.txt",
+        ),
+    ],
+)
+def test_what_a_recipe_names_is_looked_for_before_torch_is_loaded(arguments, said, tmp_path):
+    code = (
+        f"import sys; sys.argv = ['sparsecli', *{arguments}]; from sparsecli import cli\n"
+        "try: cli.main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert said in ended.stderr
+    assert ended.stdout == "False\n"
 
 
 def test_loading_a_recipe_needs_no_torch():

@@ -99,7 +99,7 @@ def run(
     _show(result, format)
     if output:
         _write(result, output)
-    _write_reports(result, html, plot)
+    files.write_reports(result, {page.write_html: html, page.write_figure: plot})
     if earlier:
         _judge(result, earlier, fail_above)
     return result
@@ -130,7 +130,7 @@ def show_saved(
     _show(result, format)
     if output:
         _write(result, output)
-    _write_reports(result, html, plot)
+    files.write_reports(result, {page.write_html: html, page.write_figure: plot})
     if earlier:
         _judge(result, earlier, fail_above)
     return result
@@ -421,15 +421,6 @@ def _write(result: BenchResult, output: Path) -> None:
     format = {".csv": "csv", ".md": "markdown"}.get(output.suffix, "json")
     files.write_text(output, _text(result, format) + "\n")
     console.say(f"wrote {output}")
-
-
-def _write_reports(result: BenchResult, html: Path | None, plot: Path | None) -> None:
-    if html:
-        page.write_html(result, html)
-        console.say(f"wrote {html}")
-    if plot:
-        page.write_figure(result, plot)
-        console.say(f"wrote {plot}")
 
 
 def _compared(result: BenchResult, earlier: BenchResult, fail_above: float | None) -> BenchResult:

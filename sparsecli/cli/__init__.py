@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from sparsecli import __version__, console
 from sparsecli.cli import (
@@ -24,7 +25,18 @@ from sparsecli.cli import (
     train,
 )
 
+
+class _Commands(TyperGroup):
+    def invoke(self, context: Any) -> Any:
+        """Typer would turn an interrupt into an exit code without a message."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as error:
+            raise errors.as_failure(error) from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="sparsecli",
     help="Train, convert, run and measure sparse Transformers on plain CPUs.",
     epilog="Start with: sparsecli train quickstart",

@@ -12,7 +12,7 @@ from typing import Any
 from typer.exceptions import TyperException
 
 from sparsecli import console
-from sparsecli.console import Failure
+from sparsecli.console import Failure, Stopped
 
 EXPECTED = {
     "int_parsing": "expected a whole number, got {input!r}",
@@ -57,7 +57,7 @@ def as_failure(error: BaseException) -> Failure:
         case TyperException():
             return _usage(error)
         case KeyboardInterrupt():
-            return Failure("interrupted", exit_code=130)
+            return Stopped("interrupted", exit_code=130)
         case OSError():
             named = error.filename2 or error.filename  # of a copy that fails, what was to be written
             return Failure(f"{named}: {reason}" if named else f"{reason}")

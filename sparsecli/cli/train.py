@@ -50,6 +50,12 @@ def train(
     study block it trains all variants and compares them; the same command continues a study that was stopped.
     """
     loaded = load_recipe(recipe, overrides, seed)
+    from sparsecli.data.places import check_places
+    from sparsecli.train.sources import initial_model, teacher_model
+
+    initial_model(loaded.recipe)
+    teacher_model(loaded.recipe)
+    check_places(loaded.recipe.data)
     _let_threads_sleep()
     if loaded.recipe.study:
         if seed is not None:

@@ -28,7 +28,7 @@ from sparsecli.convert.resume import (
     stop_on_signals,
     work_path,
 )
-from sparsecli.convert.run import Conversion
+from sparsecli.convert.run import Conversion, measured_threads
 from sparsecli.convert.search import within_size_budget
 from sparsecli.convert.text import choose_data, read_text
 from sparsecli.decode.native import binding
@@ -40,6 +40,7 @@ from sparsecli.recipe.budget import parse_budget
 from sparsecli.recipe.data import TextSpec
 from sparsecli.recipe.loader import LoadedRecipe, require
 from sparsecli.recipe.schema import ConvertSpec, Recipe
+from sparsecli.report import files
 from sparsecli.spec.model import ModelSpec
 from sparsecli.train import run_directory
 
@@ -76,7 +77,7 @@ def run(
             return None
         report = _convert(plan)
     report.show(format)
-    _write_reports(report, html, plot)
+    files.write_reports(report, {page.write_html: html, page.write_figure: plot})
     return report
 
 
@@ -90,17 +91,8 @@ def show_saved(
     """
     report = Report.read(path)
     report.show(format)
-    _write_reports(report, html, plot)
+    files.write_reports(report, {page.write_html: html, page.write_figure: plot})
     return report
-
-
-def _write_reports(report: Report, html: Path | None, plot: Path | None) -> None:
-    if html:
-        page.write_html(report, html)
-        console.say(f"wrote {html}")
-    if plot:
-        page.write_figure(report, plot)
-        console.say(f"wrote {plot}")
 
 
 @dataclass(frozen=True)
@@ -137,6 +129,7 @@ def _check(
         raise Failure(f"sparsify-convert checks its result in the native engine, which is missing: {missing}")
     if output.name in ("", ".."):
         raise Failure(f"{output}: --output must name the folder itself, not its parent")
+    measured_threads(recipe)
     source = open_source(reference, weights=not dry_run)
     candidates = list_candidates(source.spec, recipe.convert, file)
     if recipe.convert.budget:

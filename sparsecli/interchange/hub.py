@@ -75,7 +75,6 @@ def _is_path(name: str) -> bool:
         or name.startswith((".", "~"))
         or path.suffix in MODEL_SUFFIXES
         or path.parts[0] == RUNS.name
-        or (len(path.parts) > 1 and path.parent.exists())
     )
 
 

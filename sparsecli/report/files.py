@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
-from sparsecli.console import Failure, system_reason
+from sparsecli.console import Failure, say, system_reason
+
+Result = TypeVar("Result")
 
 FIGURE_FORMATS = ("png", "svg", "pdf")
 """Endings of the files that matplotlib writes for us."""
@@ -49,6 +52,14 @@ def check_reports(html: Path | None, plot: Path | None) -> None:
         check_writable(plot, "--plot")
 
 
+def write_reports(result: Result, files: Mapping[Callable[[Result, Path], object], Path | None]) -> None:
+    """Write a result with each function into its file, where one is asked for, and name the file."""
+    for save, path in files.items():
+        if path:
+            save(result, path)
+            say(f"wrote {path}")
+
+
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write a file beside `path`, then rename it to `path`.
 
@@ -60,8 +71,9 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
         save(beside)
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise Failure(f"{path}: cannot be written: {system_reason(error)}") from error
+    finally:
+        beside.unlink(missing_ok=True)  # also after an interrupt
 
 
 def _beside(path: Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsecli.console import Failure, RecipeError, print_table
-from sparsecli.model.files import RECIPE, find_model, read_description
+from sparsecli.model.files import RECIPE, read_description
 from sparsecli.model.sizes import count_parameters
 from sparsecli.recipe.data import CopyTask, CorruptedPairs, DataSpec, ImagesSpec, SavedTokenizer
 from sparsecli.recipe.loader import LoadedRecipe, complete, require
@@ -18,6 +18,7 @@ from sparsecli.spec.vision import VisionSpec
 from sparsecli.train import run_directory
 from sparsecli.train.distillation import check_teacher
 from sparsecli.train.samples import SAMPLES
+from sparsecli.train.sources import initial_model, teacher_model
 
 
 def resolved(loaded: LoadedRecipe) -> Recipe:
@@ -34,12 +35,7 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
         return recipe
     assert recipe.data
     assert recipe.train
-    if start:
-        try:
-            folder = find_model(start)
-        except Failure as failure:
-            instead = "; train.init_from=null starts from random weights" if recipe.model else ""
-            raise Failure(f"train.init_from: {failure}{instead}") from None
+    if folder := initial_model(recipe):
         spec = read_description(folder).spec
         model = recipe.model or spec
         differ = run_directory.differences(spec.unhashed, model.unhashed)
@@ -57,9 +53,9 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
             data = data.model_copy(update={"tokenizer": saved})
         recipe = complete(loaded, {"model": model, "data": data})
     assert isinstance(recipe.model, ModelSpec)
-    objective = recipe.train and recipe.train.distillation
-    if objective:
-        check_teacher(objective, recipe.model, read_description(find_model(objective.teacher)).spec)
+    if teacher := teacher_model(recipe):
+        assert recipe.train.distillation
+        check_teacher(recipe.train.distillation, recipe.model, read_description(teacher).spec)
     return recipe
 
 
