@@ -622,11 +622,15 @@ def test_help_names_every_command_and_loads_nothing_heavy():
             "train.init_from: nowhere: no such file or folder",
         ),
         (
-            ["train", "quickstart", "train.distillation={teacher: nowhere, logit_weight: 1.0}"],
+            ["train", "quickstart", "train.distillation={teacher: nowhere}"],
             "train.distillation.teacher: nowhere: no such file or folder",
         ),
         (
-            ["train", "quickstart", "data={source: files, paths: [no.txt]}"],
+            [
+                "train",
+                "quickstart",
+                "data={source: files, paths: [no.txt], tokenizer: {kind: saved, path: .}}",
+            ],
             "data.paths: no file matches no.txt",
         ),
         (
