@@ -499,6 +499,22 @@ def test_usage_errors(arguments, run, calls, capsys):
             1,
             "data.paths: no file matches none.txt (looked from {cwd})",
         ),
+        (
+            ["train", "quickstart", "data.tokenizer={kind: saved, path: nowhere}"],
+            1,
+            "data.tokenizer.path: nowhere is not a folder",
+        ),
+        (
+            [
+                "sparsify-convert",
+                "quickstart-convert",
+                "--model",
+                ".",
+                "data={source: files, paths: [no.txt]}",
+            ],
+            1,
+            "data.paths: no file matches no.txt (looked from {cwd})",
+        ),
     ],
 )
 def test_what_needs_no_heavy_import_is_refused_first(arguments, code, line, tmp_path):

@@ -13,12 +13,14 @@ import torch
 from small_conversions import losses, search, trained
 from small_runs import send
 
+from sparsecli.bench.decoders.native import NativeDecoder
 from sparsecli.console import Failure, Mismatch, Stopped
 from sparsecli.convert import command, resume
 from sparsecli.convert import search as searching
 from sparsecli.convert.methods import METHODS, fitting
 from sparsecli.convert.resume import fingerprint, open_work_folder, work_path
 from sparsecli.convert.run import Conversion
+from sparsecli.decode.engine import Engine
 from sparsecli.decode.native import binding
 from sparsecli.model.loading import load_model
 from sparsecli.recipe.loader import LoadedRecipe, load
@@ -100,6 +102,29 @@ def test_a_signal_while_layers_are_fitted(
     assert command.run(changed, model=str(dense), output=tmp_path / "found")
     assert fitted[3:] == ["dense"]
     assert not work_path(tmp_path / "found").exists()
+
+
+def test_decoding_is_measured_with_the_threads_of_the_recipe(
+    dense_run: tuple[LoadedRecipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, dense = dense_run
+    measured: list[int] = []
+
+    class Watched(NativeDecoder):
+        def __init__(self, engine: Engine, *arguments: int) -> None:
+            measured.append(engine.threads)
+            super().__init__(engine, *arguments)
+
+    monkeypatch.setattr("sparsecli.convert.evaluate.NativeDecoder", Watched)
+    quick = ["convert.distillation.tokens=0", "convert.controller_steps=1"]
+    report = command.run(
+        load(str(loaded.path), [*quick, "bench.threads=3"]), model=str(dense), output=tmp_path / "sparse"
+    )
+    assert report
+    assert report.threads == 3
+    assert set(measured) == {3}
+    with pytest.raises(Failure, match=r"bench\.threads: 999 is more than 256"):
+        command.run(load(str(loaded.path), ["bench.threads=999"]), model=str(dense), output=tmp_path / "no")
 
 
 def test_what_a_kill_behind_the_last_step_left_is_deleted(

@@ -143,6 +143,7 @@ LAYERS |= {
             "sparsecli.model.outputs",
             "sparsecli.report.files",
             "sparsecli.data.corpus",
+            "sparsecli.data.places",
         ),
     }
     | {

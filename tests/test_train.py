@@ -15,7 +15,7 @@ from small_runs import assert_same_run, files_up_to, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
-from sparsecli.console import Failure, RecipeError
+from sparsecli.console import Failure, RecipeError, Stopped
 from sparsecli.data.packing import pack
 from sparsecli.model.causal_lm import ScalingTransformerForCausalLM
 from sparsecli.recipe.loader import LoadedRecipe, load
@@ -116,6 +116,7 @@ def test_result_is_on_stdout_and_talk_is_not(
     assert "—" not in captured.out
     assert str(tmp_path / "run" / "model") in captured.out
     assert "training: 1/1" in captured.err
+    assert captured.err.count("evaluating the trained model") == 1
     assert "train_runtime" not in captured.out + captured.err
 
 
@@ -279,6 +280,26 @@ def test_full_disk_leaves_no_half_written_model(
     assert not (output / "model").exists()
     run(tiny, output=output, resume="auto")
     assert_same_run(output, finished[0])
+
+
+def test_an_interrupt_before_the_first_step(
+    tiny: LoadedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "prepare", interrupt)
+        with pytest.raises(Stopped, match=r"^interrupted; nothing was written$") as stopped:
+            run(tiny, output=output)
+    assert stopped.value.exit_code == 130
+    assert not output.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "run_steps", interrupt)
+        with pytest.raises(Stopped, match=r"^interrupted; resume with: sparsecli train .* --resume auto$"):
+            run(tiny, output=output)
+    assert run(tiny, output=output, resume="auto")
 
 
 def test_vocabulary_must_hold_the_tokenizer(recipe_file: Path, tmp_path: Path) -> None:

@@ -75,12 +75,14 @@ def sparsify_convert(
         return
     assert recipe is not None
     loaded = load_recipe(recipe, overrides, seed)
+    from sparsecli.data.places import check_places
     from sparsecli.interchange.hub import check_reference
     from sparsecli.recipe.loader import check_unread
 
     check_unread(overrides or (), "sparsify-convert", {"model", "train"})
     convert = loaded.recipe.convert
     check_reference(model or (convert.model if convert else None), weights=not dry_run)
+    check_places(loaded.recipe.data)
     from sparsecli.convert import command
 
     leave_imports_alone()

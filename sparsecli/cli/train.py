@@ -50,6 +50,12 @@ def train(
     study block it trains all variants and compares them; the same command continues a study that was stopped.
     """
     loaded = load_recipe(recipe, overrides, seed)
+    from sparsecli.data.places import check_places
+    from sparsecli.train.sources import initial_model, teacher_model
+
+    initial_model(loaded.recipe)
+    teacher_model(loaded.recipe)
+    check_places(loaded.recipe.data)
     _let_threads_sleep()
     if loaded.recipe.study:
         if seed is not None:
@@ -63,9 +69,6 @@ def train(
             loaded, output=output or loaded.output, resume=resume, dry_run=dry_run, stop_after=stop_after
         )
         return
-    from sparsecli.train import sources
-
-    sources.check(loaded.recipe)
     from sparsecli.train import command
 
     leave_imports_alone()

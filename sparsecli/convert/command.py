@@ -28,7 +28,7 @@ from sparsecli.convert.resume import (
     stop_on_signals,
     work_path,
 )
-from sparsecli.convert.run import Conversion
+from sparsecli.convert.run import Conversion, measured_threads
 from sparsecli.convert.search import within_size_budget
 from sparsecli.convert.text import choose_data, read_text
 from sparsecli.decode.native import binding
@@ -129,6 +129,7 @@ def _check(
         raise Failure(f"sparsify-convert checks its result in the native engine, which is missing: {missing}")
     if output.name in ("", ".."):
         raise Failure(f"{output}: --output must name the folder itself, not its parent")
+    measured_threads(recipe)
     source = open_source(reference, weights=not dry_run)
     candidates = list_candidates(source.spec, recipe.convert, file)
     if recipe.convert.budget:

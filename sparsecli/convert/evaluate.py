@@ -82,6 +82,8 @@ class NativeContender:
     spec: ModelSpec
     precision: Precision
     settings: str = ""
+    threads: int | None = None
+    """Threads of the decoders; by default one for each processor."""
 
     def pack(self) -> PackedModel:
         """Its weights in memory, in the engine's layout."""
@@ -110,7 +112,7 @@ class NativeContender:
     @contextmanager
     def loaded(self, positions: int, prompt: int) -> Iterator[tuple[TimedDecoder, TimedDecoder]]:
         """See `Contender.loaded`."""
-        with closing(Engine(self.pack())) as engine:
+        with closing(Engine(self.pack(), self.threads)) as engine:
             yield NativeDecoder(engine, positions), NativeDecoder(engine, prompt)
 
 

@@ -39,7 +39,7 @@ from sparsecli.convert.streaming import dequantized, streamed_losses
 from sparsecli.convert.text import ConversionText, check_text
 from sparsecli.convert.type_search import TypeSearch
 from sparsecli.data.packing import Windows
-from sparsecli.decode.engine import processors
+from sparsecli.decode.engine import MAX_THREADS, processors
 from sparsecli.decode.native import binding
 from sparsecli.decode.packed.precision import Precision
 from sparsecli.evaluate.losses import HeldOutLoss, window_losses
@@ -59,6 +59,18 @@ DENSE, DENSE_TUNING, DISTILLED = "dense", "dense on tuning text", "distilled"
 """Names under which losses are recorded."""
 ROUNDS = 7
 MAX_DIFFERENCE = 1e-4  # of logits between the model in memory and the written one
+
+
+def measured_threads(recipe: Recipe) -> int:
+    """Threads that a conversion measures decoding with: the most of `bench.threads`, else one for each processor.
+
+    Raises:
+        Failure: they are more than the engine can have.
+    """
+    asked = recipe.bench.threads if recipe.bench else None
+    if asked and max(asked) > MAX_THREADS:
+        raise Failure(f"bench.threads: {max(asked)} is more than {MAX_THREADS}", exit_code=2)
+    return max(asked) if asked else min(processors(), MAX_THREADS)
 
 
 @dataclass
@@ -127,7 +139,7 @@ class Conversion:
             distillation_tokens=recovery.tokens if recovery else 0,
             kept_fraction=candidate.spec.kept_fraction,
             kept_fraction_by_layer=results[len(self.baselines)].kept_fractions,
-            threads=processors(),
+            threads=self.threads,
             bandwidth_gb_per_second=round(bandwidth, 1),
             stages=self._stage_losses(candidate),
             models=self._measured_models(contenders, results, times),
@@ -139,6 +151,11 @@ class Conversion:
         )
         self._publish(report)
         return report
+
+    @property
+    def threads(self) -> int:
+        """Threads that decoding is measured with."""
+        return measured_threads(self.recipe)
 
     @cached_property
     def budget(self) -> Budget | None:
@@ -330,18 +347,23 @@ class Conversion:
         """
         held_out = self.text.held_out
         contenders: list[Contender] = [
-            NativeContender(name, self.folder, self.dense.config.spec, Precision.of(dtype))
+            NativeContender(
+                name, self.folder, self.dense.config.spec, Precision.of(dtype), threads=self.threads
+            )
             for name, dtype in self.baselines.items()
         ]
         precision = Precision.of(self.convert.decode_dtype)
-        contenders.append(NativeContender(candidate.name, written, candidate.spec, precision))
+        contenders.append(
+            NativeContender(candidate.name, written, candidate.spec, precision, threads=self.threads)
+        )
         results = [contender.evaluate(held_out) for contender in contenders]
         self._check_budget(HeldOutLoss.paired(results[-1].losses, self._losses(DENSE)))
         with TemporaryDirectory(dir=self.work.folder) as folder:
             peers = self._peers(Path(folder))
             contenders += peers
             results += [contender.evaluate(held_out) for contender in peers]
-            times, bandwidth = measure_speed(contenders, ROUNDS, self.recipe.seed)
+            with host.threads(self.threads):
+                times, bandwidth = measure_speed(contenders, ROUNDS, self.recipe.seed)
         return contenders, results, times, bandwidth
 
     def _check_budget(self, loss: HeldOutLoss) -> None:
@@ -365,7 +387,7 @@ class Conversion:
         try:
             dense = dequantized(self.dense)
             importance = input_importance(dense, self.text.calibration)
-            return llama_contenders(folder, dense, self.text.held_out, processors(), importance)
+            return llama_contenders(folder, dense, self.text.held_out, self.threads, importance)
         except Failure as failure:
             console.warn(f"llama.cpp is not measured: {failure}")
             return []

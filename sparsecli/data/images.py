@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from sparsecli.console import Failure
 from sparsecli.data.cache import digest
 from sparsecli.data.examples import Example, Prepared
+from sparsecli.data.places import images_place
 from sparsecli.recipe.data import DigitsImages, ImagesSpec
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def prepare_images(data: ImagesSpec, size: int, classes: int, tuning: bool = Fal
 
     Raises `Failure` when the images cannot be read, do not have `classes` classes, or too few fill a split.
     """
-    source = _digits(size) if isinstance(data, DigitsImages) else _stored(Path(data.path), size)
+    source = _digits(size) if isinstance(data, DigitsImages) else _stored(images_place(data), size)
     if len(source.labels) != classes:
         raise Failure(
             f"data: the images have {len(source.labels)} classes, model.classes is {classes}; change it to fit"
@@ -172,8 +173,6 @@ def _stored(path: Path, size: int) -> ImageSource:
     """See `StoredImages.path`."""
     if path.is_file() and path.suffix == ".npz":
         return _arrays(path, size)
-    if not path.is_dir():
-        raise Failure(f"data.path: {path}: no such folder or .npz file")
     if _idx_file(path, "train", "images", 3):
         splits = [
             _idx_split(path, name, size) for name in ("train", "t10k") if _idx_file(path, name, "images", 3)

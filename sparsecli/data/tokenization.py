@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sparsecli.console import Failure, RecipeError, say, warn
 from sparsecli.data.cache import cache_folder, digest, write_folder
+from sparsecli.data.places import tokenizer_folder
 from sparsecli.recipe.data import CorruptedPairs, TextSpec, TrainedTokenizer
 from sparsecli.spec.vocabulary import END, PADDING
 
@@ -49,10 +50,7 @@ def load_or_train(
     if spec.kind == "bpe":
         return _cached_byte_pairs(spec, special, train_documents, cache_dir)
     if spec.kind == "saved":
-        folder = Path(spec.path)
-        folder = folder / "model" if (folder / "model").is_dir() else folder
-        if not folder.is_dir():
-            raise Failure(f"data.tokenizer.path: {spec.path} is not a folder")
+        folder = tokenizer_folder(spec)
         key, loaded = "data.tokenizer.path", _pretrained(str(folder), None, "data.tokenizer.path", local=True)
     else:
         key = "data.tokenizer.name"

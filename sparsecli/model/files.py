@@ -107,14 +107,6 @@ def find_model(
     )
 
 
-def named_model(key: str, reference: str, instead: str = "") -> Path:
-    """The model folder that the recipe names at `key`; `instead` ends the message of the `Failure` if there is none."""
-    try:
-        return find_model(reference)
-    except Failure as failure:
-        raise Failure(f"{key}: {failure}{instead}") from None
-
-
 def check_exists(reference: str) -> None:
     """Raise Failure if there is nothing at a path. Commands call it before imports that take seconds."""
     if not Path(reference).exists():

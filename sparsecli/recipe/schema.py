@@ -256,7 +256,7 @@ class BenchSpec(Spec):
     dtypes: Annotated[list[WeightDtype], Field(min_length=1)] = Field(default=["float32", "bfloat16", "int8"])
     """Weight types; int8 and int4 are for the native backend."""
     threads: Sweep | None = None
-    """Threads of one step; by default one for each processor."""
+    """Threads of one step; by default one for each processor. A conversion measures with the most of them."""
     context: Sweep = Field(default=[64])
     """Tokens in the cache before the first measured one."""
     source: Size = 16

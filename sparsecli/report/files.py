@@ -76,8 +76,9 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
         save(beside)
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise Failure(f"{path}: cannot be written: {system_reason(error)}") from error
+    finally:
+        beside.unlink(missing_ok=True)  # also after an interrupt
 
 
 def _beside(path: Path) -> Path:

@@ -63,7 +63,7 @@ def run(
         _claim(output)
         print_plan(plan)
         return None
-    with run_directory.alone(output):
+    with run_directory.alone(output), run_directory.interruptible(output, HINT):
         _claim(output)
         return _run(loaded, plan, output, stop_after)
 

@@ -72,7 +72,8 @@ def run(
     check_reporters(recipe.train)
     _check_sharded(recipe)
     first = first_process()
-    with run_directory.alone(output) if first and not dry_run else nullcontext():
+    claimed = run_directory.alone(output) if first and not dry_run else nullcontext()
+    with claimed, run_directory.interruptible(output, run_directory.resume_hint(output)):
         return _run(loaded, recipe, output, resume, dry_run, signals, profile, first)
 
 

@@ -15,9 +15,10 @@ from sparsecli.recipe.schema import Recipe
 from sparsecli.recipe.training import TrainSpec
 from sparsecli.spec.model import ModelSpec
 from sparsecli.spec.vision import VisionSpec
-from sparsecli.train import run_directory, sources
+from sparsecli.train import run_directory
 from sparsecli.train.distillation import check_teacher
 from sparsecli.train.samples import SAMPLES
+from sparsecli.train.sources import initial_model, teacher_model
 from sparsecli.train.stages import check_start_units
 
 
@@ -36,9 +37,7 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
         return recipe
     assert recipe.data
     assert recipe.train
-    if start:
-        folder = sources.initial_model(recipe)
-        assert folder
+    if folder := initial_model(recipe):
         spec = read_description(folder).spec
         model = recipe.model or spec
         differ = run_directory.differences(spec.unhashed, model.unhashed)
@@ -57,9 +56,9 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
         recipe = complete(loaded, {"model": model, "data": data})
     assert isinstance(recipe.model, ModelSpec)
     _check_stages(recipe)
-    objective, folder = recipe.train and recipe.train.distillation, sources.teacher(recipe)
-    if objective and folder:
-        check_teacher(objective, recipe.model, read_description(folder).spec)
+    if teacher := teacher_model(recipe):
+        assert recipe.train.distillation
+        check_teacher(recipe.train.distillation, recipe.model, read_description(teacher).spec)
     return recipe
 
 

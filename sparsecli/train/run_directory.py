@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sparsecli.console import Failure, processes, system_reason, warn
+from sparsecli.console import Failure, Stopped, processes, system_reason, warn
 from sparsecli.model.files import RECIPE, parse_json, read_json
 from sparsecli.model.outputs import check_output, held
 from sparsecli.recipe.loader import load
@@ -89,6 +89,19 @@ def alone(output: Path) -> Iterator[None]:
 def resume_hint(output: Path) -> str:
     """How to resume the run in `output`."""
     return f"resume with: sparsecli train {output / RECIPE} --resume auto"
+
+
+@contextmanager
+def interruptible(output: Path, hint: str) -> Iterator[None]:
+    """Turn an interrupt into `Stopped`, whose message ends with `hint` if a run was begun in `output`.
+
+    This is for interrupts before the first step and after the last one; between them the trainer writes a checkpoint.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = hint if (output / RECIPE).exists() else "nothing was written"
+        raise Stopped(f"interrupted; {kept}", exit_code=130) from None
 
 
 @contextmanager

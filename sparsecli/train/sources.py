@@ -1,33 +1,30 @@
-"""What a run begins with, found before PyTorch is imported, which takes seconds."""
+"""Models that a run starts from or learns from: found without PyTorch, so that a wrong name is reported at once."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sparsecli.data.corpus import matching
-from sparsecli.model.files import named_model
-from sparsecli.recipe.data import FilesCorpus
+from sparsecli.console import Failure
+from sparsecli.model.files import find_model
 from sparsecli.recipe.schema import Recipe
 
 
 def initial_model(recipe: Recipe) -> Path | None:
-    """The folder of `train.init_from`. Raises `Failure` if there is no such model."""
-    start = recipe.train and recipe.train.init_from
-    instead = "; train.init_from=null starts from random weights" if recipe.model else ""
-    return named_model("train.init_from", start, instead) if start else None
+    """The folder of `train.init_from`; None without it. Raises Failure if it holds no model."""
+    if recipe.train is None or recipe.train.init_from is None:
+        return None
+    try:
+        return find_model(recipe.train.init_from)
+    except Failure as failure:
+        instead = "; train.init_from=null starts from random weights" if recipe.model else ""
+        raise Failure(f"train.init_from: {failure}{instead}") from None
 
 
-def teacher(recipe: Recipe) -> Path | None:
-    """The folder of `train.distillation.teacher`. Raises `Failure` if there is no such model."""
-    distillation = recipe.train and recipe.train.distillation
-    return named_model("train.distillation.teacher", distillation.teacher) if distillation else None
-
-
-def check(recipe: Recipe) -> None:
-    """Raise `Failure` if a model or a file that the recipe names is not there."""
-    initial_model(recipe)
-    teacher(recipe)
-    if isinstance(recipe.data, FilesCorpus):
-        for key in ("paths", "held_out_paths"):
-            for pattern in getattr(recipe.data, key) or ():
-                matching(pattern, f"data.{key}")
+def teacher_model(recipe: Recipe) -> Path | None:
+    """The folder of `train.distillation.teacher`; None without it. Raises Failure if it holds no model."""
+    if recipe.train is None or recipe.train.distillation is None:
+        return None
+    try:
+        return find_model(recipe.train.distillation.teacher)
+    except Failure as failure:
+        raise Failure(f"train.distillation.teacher: {failure}") from None

@@ -298,6 +298,8 @@ class LanguageModelTrainer(Trainer):
         """Held-out figures, which are also logged. They are empty if a signal interrupts the evaluation; training then
         stops with a checkpoint."""
         assert isinstance(self.model, PreTrainedModel)
+        if self.state.global_step >= self.state.max_steps:
+            say("evaluating the trained model on what is held out")
         figures = self._figures(self.held_out, self.teacher)
         tuning = self._figures(self.tuning, None) if self.tuning else None
         with self.compute_loss_context_manager():
