@@ -56,9 +56,9 @@ def resolved(loaded: LoadedRecipe) -> Recipe:
         recipe = complete(loaded, {"model": model, "data": data})
     assert isinstance(recipe.model, ModelSpec)
     _check_stages(recipe)
-    if teacher := teacher_model(recipe):
-        assert recipe.train.distillation
-        check_teacher(recipe.train.distillation, recipe.model, read_description(teacher).spec)
+    objective, teacher = recipe.train and recipe.train.distillation, teacher_model(recipe)
+    if objective and teacher:
+        check_teacher(objective, recipe.model, read_description(teacher).spec)
     return recipe
 
 
