@@ -82,7 +82,7 @@ def sparsify_convert(
     check_unread(overrides or (), "sparsify-convert", {"model", "train"})
     convert = loaded.recipe.convert
     check_reference(model or (convert.model if convert else None), weights=not dry_run)
-    check_places(loaded.recipe.data)
+    check_places(loaded.recipe.data, tokenizer=False)  # it is the model's own
     from sparsecli.convert import command
 
     leave_imports_alone()

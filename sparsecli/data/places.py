@@ -9,8 +9,8 @@ from sparsecli.data.corpus import matching
 from sparsecli.recipe.data import CopyTask, DataSpec, ImagesSpec, SavedTokenizer, StoredImages
 
 
-def check_places(data: DataSpec | None) -> None:
-    """Raise Failure unless the files and folders are there that `data` names."""
+def check_places(data: DataSpec | None, tokenizer: bool = True) -> None:
+    """Raise Failure unless the files and folders are there that `data` names; its tokenizer's only if it is used."""
     if data is None or isinstance(data, CopyTask):
         return
     if isinstance(data, ImagesSpec):
@@ -21,7 +21,7 @@ def check_places(data: DataSpec | None) -> None:
         for key, patterns in (("data.paths", data.paths), ("data.held_out_paths", data.held_out_paths)):
             for pattern in patterns or ():
                 matching(pattern, key)
-    if isinstance(data.tokenizer, SavedTokenizer):
+    if tokenizer and isinstance(data.tokenizer, SavedTokenizer):
         tokenizer_folder(data.tokenizer)
 
 

@@ -326,6 +326,8 @@ class StudyTrain(Spec):
     """Replaces train.max_grad_norm."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Replaces train.adam_beta2."""
+    start_units_per_block: Size | None = None
+    """Replaces train.start_units_per_block."""
 
 
 def _part(text: str) -> str:
