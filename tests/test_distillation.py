@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import assert_same_run, at_step, crash, files_up_to, send, weights
+from small_runs import Killed, assert_same_run, at_step, crash, files_up_to, send, weights
 from torch.nn import functional as F
 
 from sparsecli.console import Failure, RecipeError, Stopped
@@ -393,7 +393,7 @@ def test_a_killed_recovery_goes_on_from_its_last_checkpoint(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 7, crash)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             place.recover(place.student(), tmp_path)
     student = place.student()
     place.recover(student, tmp_path)
@@ -626,7 +626,7 @@ def test_stopped_trials_go_on(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.LanguageModelTrainer, "training_step", training_step)
-        with pytest.raises((KeyboardInterrupt, Stopped)) as stopped:
+        with pytest.raises((Killed, Stopped)) as stopped:
             place.recover(place.student(), tmp_path / "stopped", **TRIED)
     assert action is crash or re.search(
         "stopped in trial . of the distillation; do it again", str(stopped.value)
