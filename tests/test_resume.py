@@ -276,7 +276,7 @@ def test_run_killed_in_its_last_evaluation_does_that_again(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "evaluate", interrupted)
-        with pytest.raises(Killed):
+        with pytest.raises(Stopped, match="interrupted; resume with"):
             run(short, output=tmp_path / "run")
     assert (tmp_path / "run" / "model").is_dir()
     monkeypatch.setattr(command.LanguageModelTrainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
