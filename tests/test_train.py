@@ -322,10 +322,17 @@ def test_too_little_text_for_a_batch(recipe_file: Path, tmp_path: Path) -> None:
 
 
 def test_stages_fit_the_layers(recipe_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        Failure, match=r"train\.start_units_per_block: 5 is more than the model's units per block"
+    dense = "model.feed_forward={kind: dense, d_ff: 32}"
+    for changes, said in (
+        (["train.start_units_per_block=5"], "5 is more than the model's units per block, 4"),
+        (
+            ["train.start_units_per_block=4", dense],
+            "the model's feed-forward layers choose no units; leave it out",
+        ),
     ):
-        run(load(str(recipe_file), ["train.start_units_per_block=5"]), output=tmp_path / "run", dry_run=True)
+        with pytest.raises(Failure) as caught:
+            run(load(str(recipe_file), changes), output=tmp_path / "run", dry_run=True)
+        assert caught.value.message == f"train.start_units_per_block: {said}"
 
 
 def test_missing_blocks(recipe_file: Path, tmp_path: Path) -> None:

@@ -13,8 +13,15 @@ from sparsecli.spec.feed_forward import FeedForwardSpec
 
 def check_start_units(block: str, start: int, feed_forward: FeedForwardSpec) -> None:
     """Raise `Failure`, naming the recipe's block, unless the model's layers can use so many units of each of theirs."""
-    if start > getattr(feed_forward, "block_size", 0):
-        raise Failure(f"{block}.start_units_per_block: {start} is more than the model's units per block")
+    units = getattr(feed_forward, "block_size", None)
+    if units is None:
+        raise Failure(
+            f"{block}.start_units_per_block: the model's feed-forward layers choose no units; leave it out"
+        )
+    if start > units:
+        raise Failure(
+            f"{block}.start_units_per_block: {start} is more than the model's units per block, {units}"
+        )
 
 
 @contextmanager
