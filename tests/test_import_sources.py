@@ -303,16 +303,6 @@ def test_a_model_of_ours_on_the_hub(ours: Path, tmp_path: Path, monkeypatch: pyt
     assert "is a model of ours already" in refused("someone/ours", tmp_path / "again")
 
 
-def test_a_name_on_the_hub_beside_a_folder_of_its_owner(
-    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "work" / "someone").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "work")
-    source = open_source("someone/tiny")
-    assert isinstance(source, ForeignModel)
-    assert source.revision == hub
-
-
 @pytest.mark.parametrize("name", ["someone/other", "gpt2", "someone/../other/x", "no-such-folder/a/b"])
 def test_names_that_lead_nowhere(name: str, hub: str, tmp_path: Path) -> None:
     shown = refused(name, tmp_path / "ours")

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from sparsecli.console import Failure, say, system_reason
 
+Report = TypeVar("Report")
+
 FIGURE_FORMATS = ("png", "svg", "pdf")
 """Endings of the files that matplotlib writes for us."""
 
@@ -48,9 +50,6 @@ def check_reports(html: Path | None, plot: Path | None) -> None:
             endings = ", ".join(f".{format}" for format in FIGURE_FORMATS)
             raise Failure(f"--plot: expected a file that ends with one of {endings}, got {plot}", exit_code=2)
         check_writable(plot, "--plot")
-
-
-Report = TypeVar("Report")
 
 
 def write_reports(

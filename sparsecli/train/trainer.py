@@ -60,9 +60,9 @@ def training_arguments(
     train: TrainSpec, seed: int, checkpoints: Path, *, evaluations: bool = True
 ) -> TrainingArguments:
     """A recipe's `train` block as transformers' `TrainingArguments`, whose names are nearly the same."""
-    ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit", "gradient_checkpointing"}
+    ours = {"lr_scheduler_type", "min_lr_rate", "save_total_limit"}
+    ours |= {"gradient_checkpointing", "start_units_per_block"}
     ours |= {"init_from", "distillation", "keep_zeros", "bf16", "optim", "eval_samples", "report_to"}
-    ours.add("start_units_per_block")
     schedule: dict[str, Any] = {"lr_scheduler_type": train.lr_scheduler_type}
     if train.lr_scheduler_type == "cosine":
         schedule = {

@@ -40,30 +40,19 @@ def weights(chosen: Tensor, explored: slice, period: int) -> Tensor:
     return chosen + unchosen
 
 
-def with_unchosen(
-    y: Tensor,
-    hidden: Tensor,
-    second: Tensor,
-    bias: Tensor,
-    values: Tensor,
-    down: Tensor,
-    chosen: Tensor,
-    explored: slice,
-    period: int,
-) -> Tensor:
+class Unchosen(torch.autograd.Function):
     """y itself; in the backward pass the controller also learns from the unchosen units of explored tokens.
 
-    Args:
+    Args of `apply`:
         y: the layer's output (tokens, d).
         hidden, second, bias: the controller's, (tokens, r), (d_ff, r) and (d_ff), float32.
-        values: what every unit would give for the explored tokens (explored, d_ff); it gets no gradient.
+        values: what every unit gives for the explored tokens (explored, d_ff), before any gate; it gets no gradient.
         down: (d_ff, d), and gets none either.
         chosen: (tokens, blocks, k), any integers.
+        explored, period: as `draw` gives them.
+        probability_gate: whether a unit's probability multiplies its value.
     """
-    return _Unchosen.apply(y, hidden, second, bias, values.detach(), down.detach(), chosen, explored, period)
 
-
-class _Unchosen(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -76,9 +65,10 @@ class _Unchosen(torch.autograd.Function):
         chosen: Tensor,
         explored: slice,
         period: int,
+        probability_gate: bool,
     ) -> Tensor:
         ctx.save_for_backward(hidden, second, bias, values, down, chosen)
-        ctx.explored, ctx.period = explored, period
+        ctx.explored, ctx.period, ctx.probability_gate = explored, period, probability_gate
         return y.view_as(y)
 
     @staticmethod
@@ -88,14 +78,15 @@ class _Unchosen(torch.autograd.Function):
         explored = ctx.explored
         chosen = chosen[explored].long()
         inner = hidden[explored]
-        dmask = values * (dy[explored].to(values.dtype) @ down.to(values.dtype).T)
         blocks = chosen.shape[1]
-        dmask = (
-            dmask.float().mul_(ctx.period).view(len(inner), blocks, len(second) // blocks)
-        )  # (explored, blocks, N)
+        shape = len(inner), blocks, len(second) // blocks
+        p = torch.addmm(bias, inner, second.T).view(shape).softmax(dim=-1)  # (explored, blocks, N)
+        dmask = values * (dy[explored].to(values.dtype) @ down.to(values.dtype).T)
+        dmask = dmask.float().mul_(ctx.period).view(shape)
+        if ctx.probability_gate:
+            dmask *= p
         dmask.scatter_(-1, chosen, 0.0)  # theirs comes with those of all tokens
-        p = torch.addmm(bias, inner, second.T).view_as(dmask).softmax(dim=-1)
         dlogits = (p * (dmask - (p * dmask).sum(dim=-1, keepdim=True))).flatten(1)  # (explored, d_ff)
         dhidden = torch.zeros_like(hidden)
         dhidden[explored] = dlogits @ second
-        return dy, dhidden, dlogits.T @ inner, dlogits.sum(dim=0), None, None, None, None, None
+        return dy, dhidden, dlogits.T @ inner, dlogits.sum(dim=0), *[None] * 6

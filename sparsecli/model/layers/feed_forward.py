@@ -297,11 +297,11 @@ class SparseFeedForward(ChosenUnits):
         if self.units_per_block == self.block_size and not self.probability_gate:
             return self._masked(
                 x, None, None
-            )  # as in the first stage of a training; nothing is left to choose
+            )  # nothing is left to choose, as in the first stage of a training
         logits = self.controller(x)  # (tokens, blocks, N)
         mask, is_hard = training_mask(logits, self.units_per_block, self.temperature, self.hard_fraction)
         if self.explored_fraction:
-            return self._explored_product(x, logits, mask.detach().round())
+            return self._explored_product(x, logits, mask.detach())
         after = None
         if self.probability_gate:  # soft draws carry the probability already
             after = torch.where(is_hard, logits.detach().softmax(dim=-1), 1.0)

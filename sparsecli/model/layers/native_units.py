@@ -89,11 +89,10 @@ def chosen_rows(layer: SparseFeedForward, x: Tensor) -> Tensor:
     if training and layer.explored_fraction:
         explored, period = exploring.draw(layer.explored_fraction, len(x))
         with torch.no_grad():
-            seen = x[explored]
-            values = layer.values(seen)
-            if layer.probability_gate:
-                values = values * layer.controller(seen).softmax(dim=-1).flatten(1).to(values.dtype)
-        y = exploring.with_unchosen(y, *weights, values, layer.down, chosen, explored, period)
+            values = layer.values(x[explored])
+        y = exploring.Unchosen.apply(
+            y, *weights, values, layer.down, chosen, explored, period, layer.probability_gate
+        )
     return y.to(torch.promote_types(x.dtype, layer.bias.dtype))
 
 
