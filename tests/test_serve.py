@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -40,7 +41,7 @@ from sparsecli.recipe.schema import GenerateSpec
 from sparsecli.serve import command
 from sparsecli.serve.protocol import CompletionRequest
 from sparsecli.serve.requests import refusal
-from sparsecli.serve.texts import Broken, Inbox
+from sparsecli.serve.texts import Broken, Choice, Inbox
 
 pytestmark = pytest.mark.skipif(
     binding.available() is not None, reason=f"native engine: {binding.available()}"
@@ -499,6 +500,31 @@ def test_the_event_loop_wakes_up_once_for_all_events_of_a_pass(monkeypatch: pyte
         return len(woken), [queue.get_nowait() for _ in range(queue.qsize())]
 
     assert asyncio.run(deliver()) == (2, [Event(token) for token in (0, 1, 2, 0, 1, 2)])
+
+
+def test_events_that_have_arrived_do_not_hold_up_the_event_loop() -> None:
+    """Or nothing would notice that a client has gone, before all of its text is written."""
+
+    async def turns() -> list[int]:
+        choice = Choice.__new__(Choice)
+        choice.events, choice.new_tokens = asyncio.Queue(), 0
+        choice.builder = SimpleNamespace(feed=lambda token: ("x", False), end=lambda: ("", False))
+        choice.batcher, choice.text = SimpleNamespace(cancel=lambda text: None), None
+        for event in (Event(1), Event(2), Event(3), Event(finish="length")):
+            choice.events.put_nowait(event)
+        others: list[int] = []
+
+        async def other() -> None:
+            while True:
+                others.append(0)
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        seen = [len(others) async for _ in choice.deltas()]
+        task.cancel()
+        return seen
+
+    assert asyncio.run(turns()) == [1, 2, 3, 4]
 
 
 def test_an_end_token_is_not_part_of_the_text(engine: Engine) -> None:

@@ -60,7 +60,8 @@ class Event:
     Attributes:
         token: the new token; None at the end, and for those of a prompt.
         logprobs: of the new token, or of a piece of the prompt, as asked for.
-        finish: `end` (an end token), `length`, `timeout`, `stopping` or `error`; None while the text goes on.
+        finish: `end` (an end token), `length`, `cancelled`, `timeout`, `stopping` or `error`; None while the text goes
+            on.
     """
 
     token: int | None = None

@@ -11,6 +11,10 @@ from sparsecli.generate.batcher import Observer
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
+ENDS = ("end", "length", "cancelled", "timeout", "stopping", "error")
+"""How texts end: see `Event.finish`."""
+
+
 class Metrics(Observer):
     """One server's."""
 
@@ -20,6 +24,8 @@ class Metrics(Observer):
         given: dict[str, Any] = {"registry": self.registry, "namespace": "sparsecli"}
         self.requests = Counter("requests", "Requests by path and status.", ["path", "status"], **given)
         self.ended = Counter("texts", "Texts by how they ended.", ["finish"], **given)
+        for how in ENDS:
+            self.ended.labels(how)  # which begins at 0, so that the first text of its kind is an increase
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts that the engine has read.", **given)
         self.reused_tokens = Counter(
             "reused_tokens", "Tokens of prompts that were kept from other texts.", **given

@@ -110,6 +110,10 @@ class Choice:
         finish = None
         try:
             while finish is None:
+                if (
+                    not self.events.empty()
+                ):  # `get` would not wait, and a client that has gone would go unnoticed
+                    await asyncio.sleep(0)
                 event = await self.events.get()
                 if event.token is not None:
                     self.new_tokens += 1
